@@ -1,0 +1,48 @@
+"""Electrocardiogram-language models in JAX. Names load on first use; importing this imports no jax."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elm_jax.data.chat import render
+    from elm_jax.data.ecg import read_ecg, to_segment
+    from elm_jax.data.symbolic import EcgByte
+    from elm_jax.errors import UserError
+    from elm_jax.inference.generate import generate
+    from elm_jax.models.encoders import load_encoder
+    from elm_jax.weights.load import load_llm
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "EcgByte": "elm_jax.data.symbolic",
+    "UserError": "elm_jax.errors",
+    "generate": "elm_jax.inference.generate",
+    "load_encoder": "elm_jax.models.encoders",
+    "load_llm": "elm_jax.weights.load",
+    "read_ecg": "elm_jax.data.ecg",
+    "render": "elm_jax.data.chat",
+    "to_segment": "elm_jax.data.ecg",
+}
+
+__all__ = [
+    "EcgByte",
+    "UserError",
+    "__version__",
+    "generate",
+    "load_encoder",
+    "load_llm",
+    "read_ecg",
+    "render",
+    "to_segment",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'elm_jax' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

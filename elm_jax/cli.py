@@ -1,0 +1,240 @@
+"""The edge of every command: flags and config files in, a checked Config out, errors as one line.
+
+A command driven by a config ends with `if __name__ == "__main__": cli.run(main)`; one with flags of its own
+makes a `cli.Parser` and ends with `sys.exit(cli.guard(main))`. For --help to be fast a command imports jax
+inside its `main`.
+
+Flags are written as ml_collections has them: `--config FILE` or `--config=FILE:ARGUMENT`, then
+`--config.optim.lr=1e-4`, `--config.optim.lr 1e-4`, `--config.data.pack` or `--noconfig.data.pack`. A list is
+`a,b` (or the flag several times), a dictionary JSON, or one entry of it: `--config.llm.scratch.layers=2`.
+"""
+
+import argparse
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from elm_jax import config, schema
+from elm_jax.config import SCHEMA, Config
+from elm_jax.errors import UserError, closest, nearest
+
+USAGE = "--config FILE, --config.KEY=VALUE, --debug or --help"
+PACKAGED = Path(__file__).parent / "configs"
+
+
+def run(main: Callable[[Config], int | None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run `main` on the Config that `argv` (default: the process's) describes, and exit with its status."""
+
+    def command(args: Sequence[str]) -> int | None:
+        if any(arg in ("--help", "-h", "-help", "--helpfull", "--helpshort") for arg in args):
+            print(_help(main))
+            return 0
+        flags = ConfigFlags.parse(args)
+        if flags.rest:
+            raise _not_a_flag(flags.rest[0])
+        loaded = flags.load()
+        try:
+            return main(loaded)
+        except UserError as error:
+            return _report(error, loaded.debug)
+
+    sys.exit(guard(command, argv))
+
+
+def guard(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Call `command(argv)` and return the exit status: its own, 0 for None, 2 for a UserError.
+
+    A UserError is one line on stderr, after the traceback if `--debug` is among the arguments. SystemExit and
+    all other exceptions pass through.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return command(args) or 0
+    except UserError as error:
+        return _report(error, "--debug" in args)
+
+
+def _report(error: UserError, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UserErrors; flags are not abbreviated; knows --debug."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+        self.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of user errors"
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `message`, which argparse words, as a UserError."""
+        _, known, unknown = message.partition("unrecognized arguments: ")
+        flag = unknown.split()[0].partition("=")[0] if known and unknown else ""
+        fix = nearest(flag, self._option_string_actions) or f"run {self.prog} --help"
+        raise UserError("command line", message, "the arguments that --help lists", fix)
+
+
+@dataclass
+class ConfigFlags:
+    """The part of a command line that says the configuration, and the rest of it."""
+
+    path: str | None = None
+    values: dict[str, Any] = field(default_factory=dict)  # dotted key -> value, in the order given
+    rest: list[str] = field(default_factory=list)
+
+    @classmethod
+    def parse(cls, argv: Sequence[str]) -> "ConfigFlags":
+        """Split `argv`; `--debug` is `--config.debug`."""
+        flags, args = cls(), list(argv)
+        while args:
+            arg = args.pop(0)
+            name, equals, text = arg.lstrip("-").partition("=")
+            is_flag = arg.startswith("-")
+            if is_flag and name == "config":
+                flags.path = text if equals else _following(arg, args)
+            elif is_flag and name.startswith("config."):
+                key = name.removeprefix("config.")
+                flags._set(key, text if equals else "true" if _is_bool(key) else _following(arg, args))
+            elif is_flag and name.startswith("noconfig.") and not equals:
+                key = name.removeprefix("noconfig.")
+                if not _is_bool(key):
+                    kind = schema.type_name(SCHEMA[_home(key)].type)
+                    raise UserError(arg, "'no' before a key", kind, f"write --config.{key}=VALUE")
+                flags._set(key, "false")
+            elif arg == "--debug":
+                flags._set("debug", "true")
+            else:
+                flags.rest.append(arg)
+        return flags
+
+    def load(self) -> Config:
+        """Read the config file, apply the flags, check the result."""
+        if self.path is None:
+            raise UserError(
+                "--config", "no config file", "--config FILE", f"give one, such as {_packaged()[0]}"
+            )
+        tree, name = read_config_file(self.path)
+        for key, value in self.values.items():
+            *sections, leaf = key.split(".")
+            place = tree
+            for section in sections:
+                if not isinstance(place.get(section), dict):
+                    place[section] = {}
+                place = place[section]
+            place[leaf] = value
+        return config.resolve(tree, name)
+
+    def _set(self, key: str, text: str) -> None:
+        home = _home(key)
+        value = schema.read_literal(text) if home != key else config.from_text(key, text)
+        before = self.values.get(key)
+        if isinstance(before, tuple) and isinstance(value, tuple):
+            value = before + value
+        self.values[key] = value
+
+
+def read_config_file(argument: str) -> tuple[dict[str, Any], str]:
+    """What get_config of `FILE` or `FILE:ARGUMENT` returns, as a dict, and the run's name that it implies.
+
+    A file `configs/X.py` that is not there is taken from the package. Whatever the file raises is a UserError
+    that names its line.
+    """
+    named, _, text = argument.partition(":")
+    path = _find(named)
+    try:
+        loader = SourceFileLoader(f"_config_{path.stem}", str(path))
+        module = ModuleType(loader.name)
+        module.__file__ = str(path)
+        loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise UserError(named, "no function get_config", "get_config() -> ConfigDict", "define it")
+        result = module.get_config(*([text] if text else []))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{named}{_line(error, path)}",
+            f"{type(error).__name__}: {error}",
+            "a config file that runs",
+            "mend it",
+        ) from error
+    if not isinstance(result, ConfigDict | dict):
+        raise UserError(
+            named, f"get_config() returning {type(result).__name__}", "a ConfigDict", "return one"
+        )
+    tree = result.to_dict() if isinstance(result, ConfigDict) else result
+    return tree, "_".join([path.stem, *text.replace("/", " ").split()])
+
+
+def _find(named: str) -> Path:
+    path = Path(named)
+    if path.is_file():
+        return path
+    if str(path.parent) in ("configs", ".") and (PACKAGED / path.name).is_file():
+        return PACKAGED / path.name
+    known = _packaged()
+    fix = nearest(named, known) or f"give the path of one, or {' or '.join(known)}"
+    raise UserError("--config", f"no file {named}", "a Python file with get_config()", fix)
+
+
+def _packaged() -> list[str]:
+    return sorted(f"configs/{file.name}" for file in PACKAGED.glob("[!_]*.py"))
+
+
+def _line(error: Exception, path: Path) -> str:
+    if isinstance(error, SyntaxError):
+        return f" line {error.lineno}"
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+    ]
+    return f" line {lines[-1]}" if lines else ""
+
+
+def _home(key: str) -> str:
+    """The key of the schema that `key` is or, for an entry of a dictionary, lies in; else UserError."""
+    parents = [key[:place] for place, char in enumerate(key) if char == "."]
+    for known in (key, *parents):
+        if known in SCHEMA and (known == key or dict in schema.kinds(SCHEMA[known].type)):
+            return known
+    raise config.unknown_key(key, "--config.")
+
+
+def _is_bool(key: str) -> bool:
+    return bool in schema.kinds(SCHEMA[_home(key)].type)
+
+
+def _following(flag: str, args: list[str]) -> str:
+    if not args or args[0].startswith("--"):
+        raise UserError(flag, "no value", "a value", f"write {flag}=VALUE")
+    return args.pop(0)
+
+
+def _not_a_flag(arg: str) -> UserError:
+    name, _, text = arg.lstrip("-").partition("=")
+    own = closest(name, ("config", "debug", "help"))
+    key = config.closest_key(name)
+    flag = f"--{own}" if own else f"--config.{key}={text or 'VALUE'}" if key else ""
+    fix = f"did you mean {flag}?" if flag else "remove it"
+    return UserError("command line", f"{arg!r}, which is not a flag", USAGE, fix)
+
+
+def _help(main: Callable[..., Any]) -> str:
+    module = sys.modules[main.__module__]
+    name = module.__spec__.name if module.__spec__ else module.__name__
+    text = inspect.getdoc(module) or inspect.getdoc(main) or ""
+    usage = f"usage: python -m {name} --config FILE [--config.KEY=VALUE ...] [--debug]"
+    files = f"config files of the package: {', '.join(_packaged())}"
+    return f"{usage}\n\n{text}\n\n{files}\n\nkeys, with default and type:\n{config.help_text()}"

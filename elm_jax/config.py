@@ -1,0 +1,330 @@
+"""The configuration: every key with its type, default and meaning, and what a value may be.
+
+A config file's `get_config()` and the flags of a command make a ConfigDict or dict; `resolve` checks it and
+returns the frozen `Config` that everything else reads. No key is read that is not in these dataclasses.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from elm_jax import compat, schema
+from elm_jax.data.ecg import LEADS
+from elm_jax.errors import UserError, closest
+from elm_jax.schema import key
+
+ALIASES = {"llava": "linear_llava", "fuyu": "base_elf"}
+# A run may be resumed with other values of these (a trailing dot: of the whole section).
+RESUMABLE = (
+    "workdir", "debug", "mesh.", "log.", "eval.", "data.workers",
+    "train.steps", "train.epochs", "train.save_every", "train.keep",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    names: tuple[str, ...] = key((), "datasets: folders or files under data.root, or dataset names")
+    root: str = key(".", "folder that the datasets and their ecg_path are relative to")
+    fold: int = key(1, "which of the dataset's folds", limit="at least 1")
+    val_fraction: float = key(
+        0.02, "part of the training patients kept for validation", limit="at least 0 and below 1"
+    )
+    representation: str = key(
+        "signal", "what the model sees of an ECG", choices=("signal",), later=("symbolic", "stacked", "rgb")
+    )
+    segment_len: int = key(2500, "samples of an ECG after resampling", limit="at least 1")
+    sampling_rate: int = key(250, "samples per second after resampling", limit="at least 1")
+    leads: tuple[str, ...] = key(
+        LEADS, "leads by name, or by place in the canonical order (from 0)",
+        choices=LEADS, accepts=tuple[int | str, ...],
+    )  # fmt: skip
+    normalize: str = key("minmax", "how a signal is scaled", choices=("minmax",))
+    norm_eps: float = key(1e-6, "added to the range of the signal before dividing by it", limit="above 0")
+    subset: float | None = key(None, "use this part of the training records", limit="above 0 and at most 1")
+    weights: tuple[float, ...] | None = key(
+        None, "how often an epoch sees each of data.names; 1 is every sample once", limit="above 0"
+    )
+    augment_ecg: bool = key(False, "random changes to training signals", unbuilt="augmentation")
+    augment_rgb: bool = key(False, "random changes to training images", unbuilt="augmentation")
+    perturb: str | None = key(None, "replace the ECG, as a control", choices=("noise", "zeros", "only_text"))
+    system_prompt: str | None = key(None, "the system prompt: its text, or the path of a text file")
+    ecg_tokenizer: str | None = key(None, "file of the symbolic tokenizer", unbuilt="the symbolic path")
+    min_ecg_tokens: int = key(512, "symbolic tokens of an ECG that truncation keeps", limit="at least 0")
+    explicit_thinking: bool = key(False, "answers begin with a think tag that is given, not generated")
+    pack: bool = key(True, "several conversations in a row")
+    share: str = key("system", "what conversations of a row compute once", choices=("none", "system", "ecg"))
+    max_len: int = key(2048, "longest row, in tokens", limit="at least 1")
+    max_bad_records: float = key(
+        0.001, "part of the records that may be bad before the run stops", limit="at least 0 and below 1"
+    )
+    workers: int = key(0, "loader processes; 0 loads in the training process", limit="at least 0")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = key(0, "rank of the LoRA matrices; 0 is no LoRA", unbuilt="LoRA")
+    alpha: float = key(32.0, "LoRA's scale is alpha / rank", limit="above 0")
+    dropout: float = key(0.0, "dropout before the LoRA matrices", limit="at least 0 and below 1")
+    targets: str = key("all", "which linear layers have LoRA")
+
+
+@dataclass(frozen=True)
+class LlmConfig:
+    name: str = key("qwen2.5-1.5b-instruct", "registry key, Hugging Face id or local folder")
+    scratch: dict[str, Any] | None = key(None, "sizes of a randomly initialised LLM, instead of weights")
+    compute_dtype: str = key("bfloat16", "of activations and frozen weights", choices=("bfloat16", "float32"))
+    param_dtype: str = key("float32", "of trained weights", choices=("bfloat16", "float32"))
+    scan: bool = key(True, "compile one layer and scan over them")
+    remat: str = key("dots", "what the backward pass recomputes", choices=("none", "full", "dots"))
+    attention: str = key("auto", "attention kernel", choices=("auto", "xla", "cudnn"))
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    name: str | None = key(None, "the ECG encoder, for example merl")
+    checkpoint: str | None = key(None, "its weights: a .safetensors or .pt file; None initialises randomly")
+    tokens: int = key(1, "signal tokens of an ECG", limit="at least 1")
+    cache: bool = key(False, "keep a frozen encoder's outputs", unbuilt="the encoder cache")
+    config: dict[str, Any] = key({}, "sizes of the encoder, by their names in its table")
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    hidden: int | None = key(None, "width inside an MLP connector; None is the LLM's", limit="at least 1")
+
+
+@dataclass(frozen=True)
+class MuonConfig:
+    momentum: float = key(0.95, "momentum", limit="at least 0 and below 1")
+    ns_steps: int = key(5, "Newton-Schulz iterations", limit="at least 1")
+    adamw_lr_ratio: float = key(0.015, "learning rate of what AdamW has, by optim.lr", limit="above 0")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: str = key("adamw", "the optimizer", choices=("adam", "adamw"), later=("muon",))
+    lr: float = key(1e-4, "peak learning rate", limit="above 0")
+    schedule: str = key("constant", "learning rate after warm-up", choices=("constant", "cosine", "inv_sqrt"))
+    warmup_ratio: float = key(0.1, "part of the steps that warms up linearly", limit="from 0 to 1")
+    min_lr_ratio: float = key(0.1, "where cosine ends, relative to optim.lr", limit="from 0 to 1")
+    weight_decay: float = key(1e-2, "decoupled for adamw, in the gradient for adam", limit="at least 0")
+    weight_decay_scale: str = key(
+        "none", "how weight decay follows the batch size", choices=("none", "inv_sqrt", "inv_linear")
+    )
+    beta1: float = key(0.9, "decay of the first moment", limit="at least 0 and below 1")
+    beta2: float = key(0.99, "decay of the second moment", limit="at least 0 and below 1")
+    eps: float = key(1e-8, "added to the root of the second moment", limit="above 0")
+    grad_clip: float = key(0.0, "largest global gradient norm; 0 is no clipping", limit="at least 0")
+    accum_steps: int = key(1, "micro-batches of a step", limit="at least 1")
+    ref_batch: int | None = key(
+        None, "batch size that lr and weight decay are meant for; None is this one", limit="at least 1"
+    )
+    muon: MuonConfig = field(default_factory=MuonConfig)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    batch_size: int = key(8, "rows of a step, over all hosts and micro-batches", limit="at least 1")
+    epochs: int = key(1, "passes over the data", limit="at least 1")
+    steps: int | None = key(None, "optimizer steps, instead of epochs", limit="at least 1")
+    log_every: int = key(10, "steps between lines of metrics.jsonl", limit="at least 1")
+    save_every: int = key(500, "steps between checkpoints", limit="at least 1")
+    eval_every: int | None = key(
+        None, "steps between validation losses; None is train.save_every", limit="at least 1"
+    )
+    keep: int = key(2, "checkpoints kept, the best one aside", limit="at least 1")
+    early_stopping: bool = key(False, "stop when the validation loss no longer falls")
+    patience: int = key(5, "validations without a better loss before stopping", limit="at least 1")
+    patience_delta: float = key(0.1, "how much lower counts as better", limit="at least 0")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    data: int = key(-1, "replicas; -1 is what the other axes leave", limit="-1 or at least 1")
+    fsdp: int = key(1, "shards of weights and optimizer state", limit="-1 or at least 1")
+    tensor: int = key(1, "shards of each layer's work", limit="-1 or at least 1")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    at_end: bool = key(False, "evaluate when training has finished")
+    batch_size: int = key(32, "conversations generated at once", limit="at least 1")
+    max_new_tokens: int = key(128, "longest answer, in tokens", limit="at least 1")
+    temperature: float = key(0.0, "0 is greedy decoding", limit="at least 0")
+    top_p: float = key(1.0, "nucleus of sampling", limit="above 0 and at most 1")
+    controls: tuple[str, ...] = key(
+        ("zeros", "noise", "text_only", "shuffled"), "what the ECG is replaced by, to compare",
+        choices=("zeros", "noise", "text_only", "shuffled"),
+    )  # fmt: skip
+    folds: tuple[int, ...] | None = key(None, "folds to average over", unbuilt="averaging over folds")
+    seeds: tuple[int, ...] | None = key(None, "seeds to average over", unbuilt="averaging over seeds")
+    limit: int | None = key(None, "evaluate only the first so many conversations", limit="at least 1")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    progress: bool = key(True, "progress bar on a terminal")
+    wandb: bool = key(False, "log to Weights & Biases too")
+    tensorboard: bool = key(False, "log to TensorBoard too")
+    profile_steps: str | None = key(None, "profile steps a to b, as a:b")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked configuration. Made by `resolve`; leads are names, aliases of `elm` are replaced."""
+
+    seed: int = key(0, "seed of everything random", limit="at least 0")
+    workdir: str = key("runs/<name>", "the run's folder; <name> is the config file's name")
+    phase: str = key("sft", "pretrain or supervised fine-tuning", choices=("pretrain", "sft"), later=("rl",))
+    elm: str = key(
+        "mlp_llava", "how an ECG enters the LLM", choices=("linear_llava", "mlp_llava"),
+        later=("base_elf", "patch_elf", "conv_elf", "ecg_byte"),
+    )  # fmt: skip
+    update: tuple[str, ...] = key(
+        ("connector", "llm"), "the parts that are trained", choices=("encoder", "connector", "llm")
+    )
+    init_from: str | None = key(None, "start from the weights of this run folder")
+    init_missing_ok: tuple[str, ...] = key((), "parts that init_from may lack")
+    compat: tuple[str, ...] = key((), "behaviours of the reference to keep (elm_jax/compat.py)")
+    debug: bool = key(False, "show the traceback of a user error, as --debug does")
+    data: DataConfig = field(default_factory=DataConfig)
+    llm: LlmConfig = field(default_factory=LlmConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+SCHEMA = dict(schema.walk(Config))  # dotted name -> Key
+SECTIONS = {".".join(name.split(".")[:depth]) for name in SCHEMA for depth in range(1, name.count(".") + 1)}
+
+
+def default_config() -> ConfigDict:
+    """All keys with their defaults, for a config file to change; one that is None can be set to its type."""
+    tree: dict[str, Any] = {}
+    for name, k in SCHEMA.items():
+        *sections, leaf = name.split(".")
+        section = tree
+        for part in sections:
+            section = section.setdefault(part, {})
+        empty = config_dict.placeholder(schema.kinds(k.type)[0])
+        section[leaf] = empty if k.default is None else k.default
+    return ConfigDict(tree)
+
+
+def resolve(cd: ConfigDict | Mapping[str, Any], config_name: str = "default") -> Config:
+    """The checked Config of what a config file returned or a config.json holds, with defaults for the rest.
+
+    `config_name` replaces `<name>` in workdir. Raises UserError, naming the key, for an unknown key, a wrong
+    type or value, keys that contradict each other, and for what is not built yet.
+    """
+    values = dict(_leaves(asdict(Config())))
+    for name, value in _leaves(cd.to_dict() if isinstance(cd, ConfigDict) else cd):
+        if name not in SCHEMA:
+            raise unknown_key(name)
+        values[name] = _check(name, value)
+    values["workdir"] = values["workdir"].replace("<name>", config_name)
+    config: Config = schema.build(Config, values)
+    _check_together(config)
+    return config
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """`cfg` as plain JSON values; `resolve` reads them back to an equal Config."""
+    return json.loads(json.dumps(asdict(cfg)))
+
+
+def differences(old: Mapping[str, Any], new: Config) -> list[str]:
+    """Keys that `new` may not change when it resumes the run whose config.json is `old`, but does."""
+    defaults = _leaves(to_dict(Config()))
+    before, after = dict(defaults) | dict(_leaves(old)), dict(_leaves(to_dict(new)))
+    changed = [name for name in before if name not in after or before[name] != after[name]]
+    return [name for name in changed if not name.startswith(RESUMABLE)]
+
+
+def help_text() -> str:
+    """Every key as its flag, with type, default, meaning, choices and what of it is not built yet."""
+    lines = []
+    for name, k in SCHEMA.items():
+        choices = f": {', '.join(k.choices)}" if k.choices else ""
+        later = k.unbuilt or ", ".join(k.later)
+        kind = schema.type_name(k.accepts or k.type)
+        lines.append(f"  --config.{name}={schema.to_text(k.default)}  ({kind})")
+        lines.append(f"      {k.meaning}{choices}{f' (not built yet: {later})' if later else ''}")
+    return "\n".join(lines)
+
+
+def from_text(name: str, text: str) -> Any:
+    """The value that a flag's text stands for; text that does not fit the key's type is left to `resolve`."""
+    return schema.read(text, SCHEMA[name].accepts or SCHEMA[name].type)
+
+
+def unknown_key(name: str, prefix: str = "") -> UserError:
+    """The error for a key that does not exist, with the nearest that does; `prefix` as the user wrote it."""
+    if name in SECTIONS:
+        first = next(known for known in SCHEMA if known.startswith(f"{name}."))
+        return UserError(prefix + name, "a value", "a section of keys", f"set for example {prefix}{first}")
+    meant = closest_key(name)
+    fix = f"did you mean '{prefix}{meant}'?" if meant else "remove it"
+    return UserError(prefix + name, "an unknown key", "one that --help lists", fix)
+
+
+def closest_key(name: str) -> str:
+    """The key or section that `name` may mean: one with the same last part, else the most similar, or ""."""
+    leaf = name.rpartition(".")[2]
+    same = [known for known in SCHEMA if known.rpartition(".")[2] == leaf]
+    return closest(name, same or [*SCHEMA, *SECTIONS]) or (same[0] if same else "")
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value); a dictionary that is the value of a key stays whole."""
+    for name, value in tree.items():
+        if f"{prefix}{name}" in SECTIONS and isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _check(name: str, value: Any) -> Any:
+    if name == "elm" and isinstance(value, str):
+        value = ALIASES.get(value, value)
+    if name == "data.leads" and isinstance(value, list | tuple):
+        value = tuple(LEADS[lead] if type(lead) is int and 0 <= lead < len(LEADS) else lead for lead in value)
+    return schema.check(name, SCHEMA[name], value)
+
+
+def _check_together(c: Config) -> None:
+    """Rules that one key alone does not decide, and the syntax of profile_steps."""
+    compat.check(c.compat)
+    weights, names, steps = c.data.weights, c.data.names, c.log.profile_steps
+    first, _, last = (steps or "0:1").partition(":")
+    free = [axis for axis, size in asdict(c.mesh).items() if size == -1]
+    accum = c.optim.accum_steps
+    # Holds, then where, found, expected and fix of the error if it does not.
+    rules = [
+        (c.workdir, "workdir", "an empty text", "a folder", "name one, or leave it out for runs/<name>"),
+        (c.update, "update", "nothing", "the parts to train", "name encoder, connector or llm"),
+        (c.data.leads, "data.leads", "no leads", "at least one", "name some, or leave it out for all 12"),
+        (weights is None or len(weights) == len(names), "data.weights", f"{len(weights or ())} weights",
+         f"{len(names)}, one for each of data.names", "give as many weights as names"),
+        (not c.data.explicit_thinking or c.phase == "sft", "data.explicit_thinking", f"true in {c.phase}",
+         "true only in phase=sft", "change one of them"),
+        (c.train.batch_size % accum == 0, "train.batch_size", str(c.train.batch_size),
+         f"a multiple of optim.accum_steps={accum}", "change one of them"),
+        (not c.train.early_stopping or c.data.val_fraction > 0, "train.early_stopping",
+         "true without validation patients", "data.val_fraction above 0", "change one of them"),
+        (len(free) <= 1, "mesh", f"-1 for {' and '.join(free)}", "-1 for one axis at most",
+         "give the sizes of the others"),
+        (first.isdecimal() and last.isdecimal() and int(first) < int(last), "log.profile_steps", repr(steps),
+         "a:b with a below b", "write for example 10:20"),
+    ]  # fmt: skip
+    for holds, name, found, expected, fix in rules:
+        if not holds:
+            raise UserError(name, found, expected, fix)

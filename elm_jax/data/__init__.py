@@ -1,0 +1,1 @@
+"""From recordings and conversations to batches on the host; nothing in here imports jax."""

@@ -1,0 +1,162 @@
+"""The batch: what one optimizer step reads, and how rows of packed conversations become its arrays.
+
+A row of T tokens holds *groups*; a group is a prefix and one or more *branches*, laid out group after
+group, prefix first, branches one after the other. A token sees those before it in its own group that
+belong to the prefix or to its own branch, and positions continue from the prefix, so each branch computes
+what it would compute alone behind its prefix.
+
+Dimension letters: A micro-batches, B rows, T tokens, S signal slots of a row, C leads, L samples,
+N signal tokens per ECG, M supervised slots of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Batch(NamedTuple):
+    """One step's arrays; a pytree. In training every array has a leading micro-batch axis A."""
+
+    tokens: np.ndarray  # (B, T) int32
+    positions: np.ndarray  # (B, T) int32, counted within the conversation
+    group_ids: np.ndarray  # (B, T) int32, 0 = padding
+    branch_ids: np.ndarray  # (B, T) int32, 0 = the group's prefix
+    signals: np.ndarray  # (B, S, C, L) float32
+    signal_weights: np.ndarray  # (B, S) float32: conversations that read this signal; 0 = slot unused
+    signal_slot: np.ndarray  # (B, T) int32: index into the row's S·N signal embeddings, -1 for text
+    target_index: np.ndarray  # (B, M) int32: the position whose hidden state predicts the target
+    target_ids: np.ndarray  # (B, M) int32
+    target_weights: np.ndarray  # (B, M) float32, 0 = slot unused
+    sample_ids: np.ndarray  # (B, M) int32: the samples of the row, -1 = none (a row has at most M)
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The static sizes of a batch; few distinct ones, since each costs a compilation."""
+
+    tokens: int
+    signals: int
+    targets: int
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One sample, rendered, with its signals loaded. `signals is None` marks a bad record: weight 0."""
+
+    sample: int
+    ids: np.ndarray  # (T,) int32
+    supervised: np.ndarray  # (T,) bool
+    signal_positions: np.ndarray  # (n_ecgs, N) int32
+    signals: list[np.ndarray] | None  # n_ecgs arrays (C, L) float32
+
+
+@dataclass(frozen=True)
+class Group:
+    """Conversations that share their first `prefix` tokens (0: nothing is shared)."""
+
+    prefix: int
+    conversations: list[Conversation]
+
+
+def collate(rows: list[list[Group]], shape: BatchShape, signal_shape: tuple[int, int]) -> Batch:
+    """Lay rows of groups out as arrays (no micro-batch axis). A row that does not fit is our own fault."""
+    count, leads, samples = len(rows), *signal_shape
+    batch = Batch(
+        tokens=np.zeros((count, shape.tokens), np.int32),
+        positions=np.zeros((count, shape.tokens), np.int32),
+        group_ids=np.zeros((count, shape.tokens), np.int32),
+        branch_ids=np.zeros((count, shape.tokens), np.int32),
+        signals=np.zeros((count, shape.signals, leads, samples), np.float32),
+        signal_weights=np.zeros((count, shape.signals), np.float32),
+        signal_slot=np.full((count, shape.tokens), -1, np.int32),
+        target_index=np.zeros((count, shape.targets), np.int32),
+        target_ids=np.zeros((count, shape.targets), np.int32),
+        target_weights=np.zeros((count, shape.targets), np.float32),
+        sample_ids=np.full((count, shape.targets), -1, np.int32),
+    )
+    for r, groups in enumerate(rows):
+        _RowWriter(batch, r).write(groups)
+    return batch
+
+
+class _RowWriter:
+    """Fills one row from left to right."""
+
+    def __init__(self, batch: Batch, row: int) -> None:
+        self.batch, self.row = batch, row
+        self.token = self.signal = self.target = self.sample = 0
+
+    def write(self, groups: list[Group]) -> None:
+        for number, group in enumerate(groups, start=1):
+            start = self.token
+            first = group.conversations[0]
+            shared_ecgs = _ecgs_before(first, group.prefix)
+            readers = sum(c.signals is not None for c in group.conversations)
+            shared_slots = self._place_signals(first, 0, shared_ecgs, readers)
+            self._place_tokens(first, 0, group.prefix, number, 0, shared_slots)
+            for branch, conversation in enumerate(group.conversations, start=1):
+                own = self._place_signals(
+                    conversation, shared_ecgs, len(conversation.signal_positions), int(conversation.signals is not None)
+                )
+                offset = self.token - group.prefix  # row position of the conversation's token 0, were it here
+                length = len(conversation.ids)
+                self._place_tokens(
+                    conversation, group.prefix, length, number, branch if group.prefix else 0, {**shared_slots, **own}
+                )
+                self._place_targets(conversation, group.prefix, start, offset)
+            # Without a prefix a group holds one conversation, whose tokens are the prefix itself.
+            assert group.prefix or len(group.conversations) == 1
+
+    def _place_signals(self, c: Conversation, first: int, last: int, readers: int) -> dict[int, int]:
+        """Put ECGs [first, last) in slots; return conversation position -> slot embedding index."""
+        slots: dict[int, int] = {}
+        for ecg in range(first, last):
+            if c.signals is not None:
+                self.batch.signals[self.row, self.signal] = c.signals[ecg]
+                self.batch.signal_weights[self.row, self.signal] = readers
+            width = c.signal_positions.shape[1]
+            slots.update((int(p), self.signal * width + n) for n, p in enumerate(c.signal_positions[ecg]))
+            self.signal += 1
+        return slots
+
+    def _place_tokens(
+        self, c: Conversation, first: int, last: int, group: int, branch: int, slots: dict[int, int]
+    ) -> None:
+        begin, end = self.token, self.token + last - first
+        assert end <= self.batch.tokens.shape[1], "the plan put more tokens in a row than it holds"
+        self.batch.tokens[self.row, begin:end] = c.ids[first:last]
+        self.batch.positions[self.row, begin:end] = np.arange(first, last)
+        self.batch.group_ids[self.row, begin:end] = group
+        self.batch.branch_ids[self.row, begin:end] = branch
+        for position, slot in slots.items():
+            if first <= position < last:
+                self.batch.signal_slot[self.row, begin + position - first] = slot
+        self.token = end
+
+    def _place_targets(self, c: Conversation, prefix: int, start: int, offset: int) -> None:
+        """The token at conversation position p is predicted by position p - 1, in the prefix or the branch."""
+        self.batch.sample_ids[self.row, self.sample] = c.sample
+        self.sample += 1
+        targets = np.flatnonzero(c.supervised)
+        assert not len(targets) or targets[0] >= max(prefix, 1), "a supervised token lies in the shared prefix"
+        source = targets - 1
+        slots = slice(self.target, self.target + len(targets))
+        self.batch.target_index[self.row, slots] = np.where(source < prefix, start + source, offset + source)
+        self.batch.target_ids[self.row, slots] = c.ids[targets]
+        self.batch.target_weights[self.row, slots] = float(c.signals is not None)
+        self.target += len(targets)
+
+
+def _ecgs_before(c: Conversation, prefix: int) -> int:
+    """How many of the conversation's ECGs lie wholly in its first `prefix` tokens."""
+    if not c.signal_positions.size:
+        return 0
+    return int((c.signal_positions.max(axis=1) < prefix).sum())
+
+
+def stack_micro_batches(batches: list[Batch]) -> Batch:
+    """Stack A micro-batches of equal shape: every array gets the leading axis A."""
+    return Batch(*(np.stack(arrays) for arrays in zip(*batches, strict=True)))

@@ -1,0 +1,255 @@
+"""A conversation -> token ids, and which of them are learnt: decided while writing, never searched for.
+
+Record text -> turns (text.py) -> messages with their ECGs in place (messages.py) -> segments (chat_write.py)
+-> ids (vocabulary.py). A segment is one special token, the placeholders of one ECG, or a run of text that is
+tokenised in one piece: the ids are those of the whole prompt tokenised at once, except that an answer never
+merges with the header before it. Special tokens written in a message or a system prompt are text; think and
+answer tags are tokens in answers and in the system prompt.
+
+To fit `max_len` tokens these go, each only if what went before was not enough:
+1. what follows the last learnt token;
+2. the oldest turns: a question with its answers; in the last exchange earlier questions, then the answers
+   before the last one (ECGs of dropped turns move before the first question that is left);
+3. the system prompt, whole;
+4. the start of the last question;
+5. the end of the last answer and its end token; at least one token of it stays.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from elm_jax import compat as behaviours
+from elm_jax.data.chat_forms import CHAT_FORMS, ChatForm
+from elm_jax.data.chat_write import THINK_PREFIX, Draft, Style, fitted_chat, fitted_text, text_draft
+from elm_jax.data.messages import Message, answered, place, without_empty_answers
+from elm_jax.data.text import Turn, clean_text, decode_text, to_turns
+from elm_jax.data.vocabulary import SIGNAL_TOKEN, THINK_TOKENS, backend_of, vocabulary
+from elm_jax.errors import UserError, nearest
+
+__all__ = [
+    "CHAT_FORMS",
+    "SIGNAL_TOKEN",
+    "THINK_TOKENS",
+    "ChatForm",
+    "Rendered",
+    "Turn",
+    "add_tokens",
+    "clean_text",
+    "decode",
+    "decode_text",
+    "render",
+    "render_prompt",
+    "render_prompts",
+    "stop_ids",
+    "to_turns",
+]
+
+PHASES = ("pretrain", "sft", "rl")
+
+
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """A rendered conversation of T tokens.
+
+    prompt: the text of the ids (with compat `truncate_tokens`, the text before truncation).
+    ids: int32 (T,). supervised: bool (T,), what is learnt.
+    signal_positions: int32 (n_ecgs, N), where the placeholders of each ECG are.
+    system_end: tokens [0, system_end) end with the special token after the system prompt; 0 without one.
+    signal_end: tokens [0, signal_end) end with the last placeholder if all ECGs precede any question; else 0.
+    """
+
+    prompt: str
+    ids: np.ndarray
+    supervised: np.ndarray
+    signal_positions: np.ndarray
+    system_end: int
+    signal_end: int
+
+
+def render(
+    conversation: Any,
+    tokenizer: Any,
+    family: str,
+    system_prompt: str | None = None,
+    signal_tokens: int = 1,
+    phase: str = "sft",
+    explicit_thinking: bool = False,
+    max_len: int | None = None,
+    compat: Iterable[str] = (),
+    n_ecgs: int = 1,
+) -> Rendered:
+    """The conversation (one of the four forms, or JSON of one) as training tokens; every answer is learnt.
+
+    `signal_tokens` N placeholders stand for each of `n_ecgs` ECGs; with 0 the ECGs are left out. Several ECGs
+    go where the user's `<ecg>` markers are, without markers all before the first question. `system_prompt`
+    None is the family's default; a system turn at the start replaces it. A string answers an empty question.
+    Phase "pretrain" learns the answers as one text without a chat form. With `explicit_thinking` a "<think>"
+    and newline at the start of an answer belong to the prompt. What follows the last answer is left out.
+
+    Raises UserError if there is nothing to learn or `max_len` cannot be kept.
+    """
+    style = _style(tokenizer, family, signal_tokens, phase, explicit_thinking, max_len, compat)
+    style, messages = _opened(style, conversation, system_prompt, n_ecgs)
+    if phase == "pretrain":
+        return _rendered(style, fitted_text(style, n_ecgs, _answers(messages)), n_ecgs)
+    messages = messages if style.by_ids else answered(messages)
+    return _rendered(style, fitted_chat(style, messages, is_open=False), n_ecgs)
+
+
+def render_prompts(
+    conversation: Any,
+    tokenizer: Any,
+    family: str,
+    system_prompt: str | None = None,
+    signal_tokens: int = 1,
+    phase: str = "sft",
+    explicit_thinking: bool = False,
+    max_len: int | None = None,
+    compat: Iterable[str] = (),
+    n_ecgs: int = 1,
+) -> list[tuple[Rendered, str]]:
+    """For each non-empty answer: the true history with the header of the response, and the answer.
+
+    Arguments as in `render`. With `explicit_thinking` each prompt ends in "<think>\\n" and the answer is what
+    follows. A prompt holds the ECGs that came up until then. Nothing in it is supervised.
+    """
+    style = _style(tokenizer, family, signal_tokens, phase, explicit_thinking, max_len, compat)
+    style, messages = _opened(style, conversation, system_prompt, n_ecgs)
+    if phase == "pretrain":
+        return [(_rendered(style, text_draft(style, n_ecgs, None), n_ecgs), _answers(messages))]
+    prompts = []
+    for i, message in enumerate(messages):
+        if message.role == "assistant" and message.text:
+            draft = fitted_chat(style, without_empty_answers(messages[:i]), is_open=True)
+            gold = message.text.removeprefix(THINK_PREFIX) if style.thinking else message.text
+            prompts.append((_rendered(style, draft, n_ecgs), gold))
+    return prompts
+
+
+def render_prompt(
+    conversation: Any,
+    tokenizer: Any,
+    family: str,
+    system_prompt: str | None = None,
+    signal_tokens: int = 1,
+    phase: str = "sft",
+    explicit_thinking: bool = False,
+    max_len: int | None = None,
+    compat: Iterable[str] = (),
+    n_ecgs: int = 1,
+) -> Rendered:
+    """The whole conversation and the header of the response that comes next. Arguments as in `render`."""
+    style = _style(tokenizer, family, signal_tokens, phase, explicit_thinking, max_len, compat)
+    style, messages = _opened(style, conversation, system_prompt, n_ecgs)
+    if phase == "pretrain":
+        return _rendered(style, text_draft(style, n_ecgs, None), n_ecgs)
+    return _rendered(style, fitted_chat(style, without_empty_answers(messages), is_open=True), n_ecgs)
+
+
+def add_tokens(tokenizer: Any, phase: str = "sft") -> list[str]:
+    """Adds `<signal>`, and but for phase "pretrain" the think and answer tags, where they are missing.
+
+    Returns what was added, in the order of the new ids.
+    """
+    backend = backend_of(tokenizer)
+    wanted = (SIGNAL_TOKEN,) if phase == "pretrain" else (SIGNAL_TOKEN, *THINK_TOKENS)
+    missing = [token for token in wanted if backend.token_to_id(token) is None]
+    added = [tokenizers.AddedToken(token, special=True, normalized=False) for token in missing]
+    tokenizer.add_tokens(added, special_tokens=True)
+    return missing
+
+
+def stop_ids(tokenizer: Any, family: str) -> tuple[int, ...]:
+    """The ids that end a response: the family's end tokens that the tokenizer has, and its own eos."""
+    words = vocabulary(tokenizer)
+    ids = [words.id(token) for token in (*_form(family).stops, *filter(None, [words.eos]))]
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+def decode(ids: Sequence[int] | np.ndarray, tokenizer: Any, family: str) -> str:
+    """The answer that generated ids spell, up to the first end token or negative id; tags stay."""
+    stops = set(stop_ids(tokenizer, family))
+    answer = [int(token) for token in ids]
+    end = next((i for i, token in enumerate(answer) if token < 0 or token in stops), len(answer))
+    return vocabulary(tokenizer).text(answer[:end])
+
+
+def _style(
+    tokenizer: Any,
+    family: str,
+    signal_tokens: int,
+    phase: str,
+    thinking: bool,
+    max_len: int | None,
+    compat: Iterable[str],
+) -> Style:
+    if phase not in PHASES:
+        fix = nearest(phase, PHASES) or "mend the phase"
+        raise UserError("phase", repr(phase), f"one of {', '.join(PHASES)}", fix)
+    compat = tuple(compat)
+    behaviours.check(compat)
+    form, words = _form(family), vocabulary(tokenizer)
+    if signal_tokens:
+        words.require(SIGNAL_TOKEN, "an ECG language model", "call add_tokens(tokenizer, phase) first")
+    known = form.reference_start is not None  # the reference has no plain form, so nothing to be faithful to
+    return Style(
+        words=words,
+        form=form,
+        system=None,
+        signal_tokens=signal_tokens,
+        thinking=thinking,
+        max_len=max_len,
+        clean_answers=behaviours.enabled("clean_answers", compat),
+        by_ids=known and behaviours.enabled("response_by_ids", compat),
+        by_tokens=known and behaviours.enabled("truncate_tokens", compat),
+        specials=behaviours.enabled("special_tokens_in_text", compat),
+    )
+
+
+def _opened(style: Style, conversation: Any, prompt: str | None, n_ecgs: int) -> tuple[Style, list[Message]]:
+    """The style with its system prompt and the conversation's messages with their ECGs."""
+    form, turns = style.form, to_turns(decode_text(conversation))
+    if style.by_ids:  # to the reference every speaker but the user is the assistant
+        turns = [turn._replace(role="assistant") if turn.role == "system" else turn for turn in turns]
+    elif turns[0].role == "system":
+        prompt, turns = turns[0].text, turns[1:]
+    if any(turn.role == "system" for turn in turns):
+        raise UserError("text", "a later system turn", "at most one, at the start", "mend the record")
+    prompt = form.default_system if prompt is None else prompt
+    has_system = form.system is not None and (prompt or form.default_system is not None)
+    messages = place(turns, n_ecgs, style.clean_answers, form.strip)
+    if not style.signal_tokens:
+        messages = [Message(message.role, (message.text,)) for message in messages]
+    return replace(style, system=prompt if has_system else None), messages
+
+
+def _answers(messages: list[Message]) -> str:
+    return "\n".join(message.text for message in messages if message.role == "assistant")
+
+
+def _rendered(style: Style, draft: Draft, n_ecgs: int) -> Rendered:
+    ids = np.asarray(draft.ids, np.int32)
+    if style.signal_tokens:
+        positions = np.flatnonzero(ids == style.words.id(SIGNAL_TOKEN)).astype(np.int32)
+        expected = draft.ecgs * style.signal_tokens
+        if len(positions) != expected:
+            fix = "take <signal> out of the text, or raise data.max_len"
+            found = f"{len(positions)} {SIGNAL_TOKEN} tokens"
+            raise UserError("text", found, f"{expected} for the ECGs", fix)
+        positions = positions.reshape(draft.ecgs, style.signal_tokens)
+    else:
+        positions = np.zeros((n_ecgs, 0), np.int32)
+    learn = np.asarray(draft.learn, bool)
+    return Rendered(draft.prompt, ids, learn, positions, draft.system_end, draft.signal_end)
+
+
+def _form(family: str) -> ChatForm:
+    if family not in CHAT_FORMS:
+        expected = f"one of {', '.join(CHAT_FORMS)}"
+        fix = nearest(family, CHAT_FORMS) or 'use "plain" for a model without a chat form'
+        raise UserError("llm.family", repr(family), expected, fix)
+    return CHAT_FORMS[family]

@@ -1,0 +1,74 @@
+"""How each family of models writes a conversation: data only."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """How a family of models writes a conversation. `tokens` are the special tokens of the other strings."""
+
+    tokens: tuple[str, ...]
+    bos: str  # before everything
+    system: tuple[str, str] | None  # None: the family has no system role and never gets a system prompt
+    default_system: str | None  # where none is given; None: an empty system prompt has no system turn
+    user: tuple[str, str]
+    answer: tuple[str, str, str]  # header, end (learnt), what follows the end
+    pretrain: tuple[str, str]  # around a plain text
+    stops: tuple[str, ...]  # tokens that end a response
+    between: str = ""  # before every user turn but the first
+    final: str = ""  # after everything, learnt
+    strip: bool = False  # whether messages lose white space at both ends
+    reference_start: str | None = None  # what the reference searches for; None: it has no such family
+
+
+_PLAIN = ChatForm(
+    tokens=("{bos}", "{eos}"),
+    bos="{bos}",
+    system=("", "\n"),
+    default_system=None,
+    user=("", ""),
+    answer=("\n", "{eos}", ""),
+    between="\n",
+    pretrain=("{bos}", "{eos}"),
+    stops=(),
+)
+
+CHAT_FORMS: dict[str, ChatForm] = {
+    "llama3": ChatForm(
+        tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        bos="<|begin_of_text|>",
+        system=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+        default_system=None,
+        user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+        answer=("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", ""),
+        pretrain=("<|begin_of_text|>", "<|eot_id|>"),
+        stops=("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
+        strip=True,
+        reference_start="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "qwen2": ChatForm(
+        tokens=("<|im_start|>", "<|im_end|>"),
+        bos="",
+        system=("<|im_start|>system\n", "<|im_end|>\n"),
+        default_system="You are a helpful assistant.",
+        user=("<|im_start|>user\n", "<|im_end|>\n"),
+        answer=("<|im_start|>assistant\n", "<|im_end|>", "\n"),
+        pretrain=("<|im_start|>", "<|im_end|>"),
+        stops=("<|im_end|>", "<|endoftext|>"),
+        reference_start="<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "gemma2": ChatForm(
+        tokens=("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+        bos="<bos>",
+        system=None,
+        default_system=None,
+        user=("<start_of_turn>user\n", "<end_of_turn>\n"),
+        answer=("<start_of_turn>model\n", "<end_of_turn>", "\n"),
+        pretrain=("<bos>", "<eos>"),
+        stops=("<end_of_turn>", "<eos>"),
+        final="<eos>",
+        reference_start="<end_of_turn>\n<start_of_turn>model\n",
+    ),
+    "gpt2": _PLAIN,
+    "plain": _PLAIN,
+}

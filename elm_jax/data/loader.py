@@ -1,0 +1,115 @@
+"""Grain over the plan: element k of the source is what this host reads for step k. No jax here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grain.python as grain
+import numpy as np
+
+from elm_jax.data.batch import Batch, Conversation, Group, collate, stack_micro_batches
+from elm_jax.data.dataset import Dataset
+from elm_jax.data.plan import LengthIndex, Plan, PlannedGroup, PlannedRow
+from elm_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record whose signals could not be read: it keeps its place with weight 0."""
+
+    id: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One host's part of a step, and what the log wants to know of it."""
+
+    step: int
+    batch: Batch  # arrays with the leading micro-batch axis A
+    conversations: int
+    attention_pairs: int  # query-key pairs that the masks allow, in this host's rows
+    bad: tuple[BadRecord, ...]
+
+
+class StepSource:
+    """A random-access source for Grain: step number -> `Loaded`.
+
+    Args:
+        micro_batches: parts of the step that are accumulated; each is `plan.batch_rows / micro_batches` rows.
+        part, parts: this host and the number of hosts; each reads an equal run of every micro-batch's rows.
+        steps: length of the source.
+    """
+
+    def __init__(
+        self, dataset: Dataset, plan: Plan, *, steps: int, micro_batches: int = 1, part: int = 0, parts: int = 1
+    ) -> None:
+        rows = plan.batch_rows
+        assert rows % (micro_batches * parts) == 0, (rows, micro_batches, parts)
+        self.dataset, self.plan, self.steps = dataset, plan, steps
+        self.micro_batches, self.part, self.parts = micro_batches, part, parts
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Loaded:
+        rows = self.plan.rows(int(step))
+        shape = self.plan.shape(rows)
+        reader = _Reader(self.dataset, self.plan.index)
+        per_micro = len(rows) // self.micro_batches
+        mine = per_micro // self.parts
+        micro: list[Batch] = []
+        pairs = 0
+        for m in range(self.micro_batches):
+            first = m * per_micro + self.part * mine
+            groups = [reader.row(row) for row in rows[first : first + mine]]
+            pairs += sum(_attention_pairs(group) for row in groups for group in row)
+            micro.append(collate(groups, shape, self.dataset.signal.shape))
+        return Loaded(int(step), stack_micro_batches(micro), reader.conversations, pairs, tuple(reader.bad))
+
+
+class _Reader:
+    """Reads the conversations of a step; a recording that several of them ask about is read once."""
+
+    def __init__(self, dataset: Dataset, index: LengthIndex) -> None:
+        self.dataset, self.index = dataset, index
+        self.bad: list[BadRecord] = []
+        self.conversations = 0
+
+    def row(self, row: PlannedRow) -> list[Group]:
+        return [self._group(group) for group in row]
+
+    def _group(self, group: PlannedGroup) -> Group:
+        self.conversations += len(group.samples)
+        shares_ecg = bool(group.prefix) and bool(self.index.prefix_ecgs[group.samples[0]])
+        conversations: list[Conversation] = []
+        signals: list[np.ndarray] | None = None
+        for n, sample in enumerate(group.samples):
+            if n == 0 or not shares_ecg:
+                signals = self._signals(sample)
+            conversations.append(self.dataset.conversation(sample, signals))
+        return Group(group.prefix, conversations)
+
+    def _signals(self, sample: int) -> list[np.ndarray] | None:
+        try:
+            return self.dataset.signals(sample)
+        except UserError as error:
+            self.bad.append(BadRecord(self.dataset.records[sample].id, str(error)))
+            return None
+
+
+def _attention_pairs(group: Group) -> int:
+    p = group.prefix
+    own = [len(c.ids) - p for c in group.conversations]
+    return p * (p + 1) // 2 + sum(n * p + n * (n + 1) // 2 for n in own)
+
+
+def steps_from(source: StepSource, first: int, workers: int = 0) -> Iterator[Loaded]:
+    """The steps from `first` on, in order, read ahead by threads (or by `workers` processes)."""
+    steps = grain.MapDataset.range(first, len(source)).map(source.__getitem__)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    dataset = steps.to_iter_dataset(options)
+    if workers:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    yield from dataset

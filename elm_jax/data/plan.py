@@ -1,0 +1,247 @@
+"""The plan: which conversations share which row of which step, a pure function of (length index, seed, step).
+
+A resume on any number of hosts therefore sees the same samples in the same rows, each once an epoch, and the
+step number is the whole data state. No jax here.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from elm_jax.data.batch import BatchShape
+from elm_jax.errors import UserError
+
+OPEN_ROWS = 32  # rows that packing keeps open at a time: more packs tighter and plans slower
+
+
+@dataclass(frozen=True)
+class LengthIndex:
+    """What packing needs to know of each sample. Arrays of equal length, one entry a sample."""
+
+    length: np.ndarray  # int32, tokens after truncation; 0 marks a sample that cannot be rendered
+    targets: np.ndarray  # int32, supervised tokens
+    ecgs: np.ndarray  # int32
+    prefix: np.ndarray  # int32, tokens that may be shared with samples of the same key; 0 = none
+    key: np.ndarray  # uint64, equal for samples whose prefixes are the same, ECGs included
+    prefix_ecgs: np.ndarray  # int32, ECGs inside the prefix
+    dataset: np.ndarray  # int32, index into data.names
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """Samples behind one shared prefix of `prefix` tokens (0: one sample, nothing shared)."""
+
+    prefix: int
+    samples: tuple[int, ...]
+
+
+PlannedRow = tuple[PlannedGroup, ...]
+
+
+@dataclass(frozen=True)
+class _Usage:
+    """What a row needs of each bounded axis."""
+
+    tokens: int = 0
+    signals: int = 0
+    targets: int = 0
+
+
+class Plan:
+    """Rows of every step.
+
+    Args:
+        index: the length index; samples of length 0 are left out.
+        rows: rows per optimizer step, over all hosts and micro-batches.
+        max_len: tokens of a row.
+        pack: several conversations in a row; False puts each in a row of its own.
+        weights: how often each dataset is seen in an epoch (1 = each sample once; None = all 1). A fraction
+            takes turns: a dataset of weight 0.5 is seen whole every two epochs.
+        shuffle: False keeps the samples' order (validation and test).
+    """
+
+    def __init__(
+        self,
+        index: LengthIndex,
+        *,
+        rows: int,
+        max_len: int,
+        pack: bool,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        if not (index.length > 0).any():
+            raise UserError("data.names", "no usable sample", "at least one conversation", "check the dataset")
+        self.index, self.batch_rows, self.max_len, self.pack = index, rows, max_len, pack
+        self.seed, self.weights, self.shuffle = seed, weights, shuffle
+        self._epoch_ends: list[int] = []
+        self._rows_of_epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
+
+    def steps_before(self, epoch: int) -> int:
+        """Number of steps in epochs 0 .. epoch - 1."""
+        while len(self._epoch_ends) < epoch:
+            rows = len(self._rows_of_epoch(len(self._epoch_ends)))
+            self._epoch_ends.append(self.steps_before(len(self._epoch_ends)) + -(-rows // self.batch_rows))
+        return self._epoch_ends[epoch - 1] if epoch else 0
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch in which `step` (from 0) falls."""
+        while not self._epoch_ends or self._epoch_ends[-1] <= step:
+            self.steps_before(len(self._epoch_ends) + 1)
+        return bisect.bisect_right(self._epoch_ends, step)
+
+    def rows(self, step: int) -> list[PlannedRow]:
+        """The rows of a step; the last step of an epoch is filled up with empty rows."""
+        epoch = self.epoch_of(step)
+        rows = self._rows_of_epoch(epoch)
+        first = (step - self.steps_before(epoch)) * self.batch_rows
+        chosen = rows[first : first + self.batch_rows]
+        return chosen + [()] * (self.batch_rows - len(chosen))
+
+    def shape(self, rows: Sequence[PlannedRow]) -> BatchShape:
+        """The smallest bucket that holds all rows of a step; the same on every host."""
+        usage = [self._usage(row) for row in rows]
+        tokens = next(t for t in token_buckets(self.max_len) if t >= max(u.tokens for u in usage))
+        return BatchShape(tokens, bucket(max(u.signals for u in usage)), bucket(max(u.targets for u in usage), 8))
+
+    def _usage(self, row: PlannedRow) -> _Usage:
+        tokens = signals = targets = 0
+        for group in row:
+            chosen = np.asarray(group.samples)
+            shared = int(self.index.prefix_ecgs[chosen[0]]) if group.prefix else 0
+            tokens += group.prefix + int((self.index.length[chosen] - group.prefix).sum())
+            signals += shared + int((self.index.ecgs[chosen] - shared).sum())
+            targets += int(self.index.targets[chosen].sum())
+        return _Usage(tokens, signals, targets)
+
+    def _plan_epoch(self, epoch: int) -> list[PlannedRow]:
+        order = self._order(epoch)
+        if not self.pack:
+            return [(PlannedGroup(0, (int(i),)),) for i in order]
+        rows = _pack(self._bundles(order), self.max_len)
+        if self.shuffle:
+            rows = [rows[i] for i in _rng(self.seed, epoch, 1).permutation(len(rows))]
+        return rows
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch, shuffled and mixed."""
+        usable = np.flatnonzero(self.index.length > 0)
+        if self.weights is not None:
+            parts = [usable[self.index.dataset[usable] == d] for d in range(len(self.weights))]
+            usable = np.concatenate(
+                [_take_turns(p, w, epoch, self.seed, d) for d, (p, w) in enumerate(zip(parts, self.weights, strict=True))]
+            )
+        return _rng(self.seed, epoch, 0).permutation(usable) if self.shuffle else usable
+
+    def _bundles(self, order: np.ndarray) -> list[_Bundle]:
+        """Samples in order of first appearance; those that share an ECG together, as far as a row holds them.
+
+        Where only the system prompt is shared, rows join samples themselves (`_pack`).
+        """
+        latest: dict[int, _Bundle] = {}
+        bundles: list[_Bundle] = []
+        for i in order.tolist():
+            prefix, key = int(self.index.prefix[i]), int(self.index.key[i])
+            own = int(self.index.length[i]) - prefix
+            assert prefix + own <= self.max_len, "a sample is longer than a row: the index has another max_len"
+            bundle = latest.get(key) if prefix and self.index.prefix_ecgs[i] else None
+            if bundle is None or prefix + bundle.own + own > self.max_len:
+                bundle = latest[key] = _Bundle(key, prefix, 0, [])
+                bundles.append(bundle)
+            bundle.own += own
+            bundle.samples.append(i)
+        return bundles
+
+
+@dataclass
+class _Bundle:
+    """Samples behind one prefix that stay together: `own` tokens beside the prefix."""
+
+    key: int
+    prefix: int
+    own: int
+    samples: list[int]
+
+
+class _OpenRow:
+    """A row being packed: tokens left, and the groups that more samples may join, by key."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.groups: list[_Bundle] = []
+        self.by_key: dict[int, _Bundle] = {}
+
+    def cost(self, bundle: _Bundle) -> int:
+        return bundle.own + (0 if bundle.key in self.by_key else bundle.prefix)
+
+    def add(self, bundle: _Bundle) -> None:
+        self.room -= self.cost(bundle)
+        group = self.by_key.get(bundle.key) if bundle.prefix else None
+        if group is None:
+            group = _Bundle(bundle.key, bundle.prefix, 0, [])
+            self.groups.append(group)
+            if bundle.prefix:
+                self.by_key[bundle.key] = group
+        group.samples.extend(bundle.samples)
+
+    def close(self) -> PlannedRow:
+        return tuple(PlannedGroup(g.prefix, tuple(g.samples)) for g in self.groups)
+
+
+def _pack(bundles: list[_Bundle], max_len: int) -> list[PlannedRow]:
+    """Best fit among a bounded number of open rows: the fullest row that still has room."""
+    rows: list[PlannedRow] = []
+    open_rows: list[_OpenRow] = []
+    for bundle in bundles:
+        fitting = [row for row in open_rows if row.cost(bundle) <= row.room]
+        if fitting:
+            row = min(fitting, key=lambda r: r.room - r.cost(bundle))
+        else:
+            if len(open_rows) == OPEN_ROWS:
+                fullest = min(range(OPEN_ROWS), key=lambda r: open_rows[r].room)
+                rows.append(open_rows.pop(fullest).close())
+            row = _OpenRow(max_len)
+            open_rows.append(row)
+        row.add(bundle)
+    return rows + [row.close() for row in open_rows]
+
+
+def _take_turns(samples: np.ndarray, weight: float, epoch: int, seed: int, dataset: int) -> np.ndarray:
+    """The part of a dataset that this epoch sees: round(weight·n) samples of an endless series of shuffles."""
+    if not len(samples):
+        return samples
+    first, last = (round(weight * len(samples) * e) for e in (epoch, epoch + 1))
+    passes = range(first // len(samples), -(-last // len(samples)))
+    series = np.concatenate([_rng(seed, p, 2 + dataset).permutation(samples) for p in passes] or [samples[:0]])
+    skip = first - (first // len(samples)) * len(samples)
+    return series[skip : skip + last - first]
+
+
+def _rng(seed: int, epoch: int, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, (stream << 32) | epoch]))
+
+
+def bucket(size: int, least: int = 1) -> int:
+    """The smallest of least·{1, 1.5, 2, 3, 4, 6, 8, ...} (rounded up) that is >= size: at most a third is waste."""
+    value = least
+    while value < size:
+        value = value * 3 // 2 if (value & (value - 1)) == 0 and value > 1 else _next_power_of_two(value)
+    return value
+
+
+def _next_power_of_two(value: int) -> int:
+    return 1 << value.bit_length()
+
+
+def token_buckets(max_len: int) -> list[int]:
+    """Row lengths in use: an eighth, a quarter, a half and the whole of max_len, in multiples of 8."""
+    return [max(8, -(-max_len // (8 * d)) * 8) for d in (8, 4, 2, 1)]

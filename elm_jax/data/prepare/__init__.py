@@ -1,0 +1,1 @@
+"""Raw downloads to records: one module per dataset, what they share in `output` and `splits`."""

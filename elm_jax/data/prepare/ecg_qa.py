@@ -1,0 +1,217 @@
+"""ECG-QA on PTB-XL: its question files + prepared PTB-XL segments -> one table of conversations.
+
+A row is a question about one segment of every recording it names (two for a comparison). Leaves F.parquet,
+with paths relative to the folder that holds ptb_xl/, and F_report.json beside it.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from elm_jax.data.prepare.output import PTB_XL_REPORTS, compact, write_json, write_table
+from elm_jax.data.prepare.ptb_xl import INDEX, read_index, segment_counts
+from elm_jax.data.prepare.splits import SPLITS, leaks, split_of
+from elm_jax.errors import UserError
+
+FORMS = ("paraphrased", "template")
+OFFICIAL = {"train": "train", "valid": "val", "test": "test"}
+SplitRule = Literal["patient", "official", "strat_fold"]
+_STEM = re.compile(r"records(?:100|500)_\d{5}_(\d{5})_[hl]r")
+_NEEDED = {"question_type": str, "question": str, "answer": list, "ecg_id": list}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the questions are chosen and split; val and test are parts of the patients, for split "patient"."""
+
+    split: SplitRule = "patient"
+    forms: tuple[str, ...] = ("paraphrased",)
+    single_only: bool = False
+    seed: int = 0
+    val: float = 0.1
+    test: float = 0.1
+
+
+def prepare_ecg_qa(
+    raw: Path,
+    records: Path,
+    out: Path,
+    ptbxl_csv: Path | None = None,
+    settings: Settings | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Join the questions in `raw` to the segments in `records`; returns (and writes) the counts.
+
+    `ptbxl_csv` gives the patients; without it the reports' table that `prepare ptb_xl` leaves does. A
+    comparison of patients in different splits is left out, so that no patient is in two. Raises UserError
+    for folders without questions or segments, malformed questions, and recordings of unknown patients.
+    """
+    chosen = settings or Settings()
+    stems = _stems(records)
+    patients, folds = _patients(records, ptbxl_csv, chosen.split)
+    where = f"{records.parent.name}/{records.name}"
+    counts: Counter[str] = Counter()
+    used: set[int] = set()
+    rows: list[dict[str, Any]] = []
+    for form, official, question in _questions(_folder(raw, chosen.forms), chosen.forms, progress):
+        counts["questions"] += 1
+        ids = [int(ecg) for ecg in question["ecg_id"]]
+        if chosen.single_only and len(ids) > 1:
+            counts["comparisons_not_wanted"] += 1
+            continue
+        if any(ecg not in stems for ecg in ids):
+            counts["without_recording"] += 1
+            continue
+        who = [_known(patients, ecg, ptbxl_csv) for ecg in ids]
+        split = _split(chosen, official, who, [folds.get(ecg, "") for ecg in ids])
+        if split is None:
+            counts["across_splits"] += 1
+            continue
+        counts["single" if len(ids) == 1 else "comparison"] += 1
+        used.update(ids)
+        for number in range(min(stems[ecg][1] for ecg in ids)):
+            paths = [f"{where}/{stems[ecg][0]}_{number}.npy" for ecg in ids]
+            rows.append(_row(question, form, paths, who, split))
+    if not rows:
+        raise UserError(
+            str(raw),
+            f"none of {counts['questions']} questions about a recording in {records}",
+            "questions about prepared recordings",
+            "prepare more of PTB-XL, or choose other forms",
+        )
+    report = _report(chosen, counts, used, rows)
+    write_table(out, rows)
+    write_json(out.with_name(f"{out.stem}_report.json"), report)
+    return report
+
+
+def _row(question: dict[str, Any], form: str, paths: list[str], who: list[str], split: str) -> dict[str, Any]:
+    return {
+        "ecg_path": paths[0] if len(paths) == 1 else compact(paths),
+        "text": compact([question["question_type"], question["question"], question["answer"]]),
+        "name": question["question_type"],
+        "patient_id": "+".join(sorted(set(who))),
+        "split": split,
+        "form": form,
+        "sample_id": question.get("sample_id"),
+    }
+
+
+def _report(
+    chosen: Settings, counts: Counter[str], used: set[int], rows: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    people = [(row["split"], row["patient_id"].split("+")) for row in rows]
+    return {
+        "split": chosen.split,
+        "forms": list(chosen.forms),
+        "seed": chosen.seed,
+        **{key: counts[key] for key in ("questions", "single", "comparison", "comparisons_not_wanted")},
+        **{key: counts[key] for key in ("without_recording", "across_splits")},
+        "recordings": len(used),
+        "patients": len({patient for _, who in people for patient in who}),
+        "rows": {split: sum(row["split"] == split for row in rows) for split in SPLITS},
+        "patients_in_several_splits": leaks(people),
+    }
+
+
+def _split(chosen: Settings, official: str, who: Sequence[str], folds: Sequence[str]) -> str | None:
+    """The split of a question; None if its recordings are in different ones."""
+    if chosen.split == "official":
+        return OFFICIAL[official]
+    by_patient: Callable[[str], str] = lambda p: split_of(p, chosen.seed, chosen.val, chosen.test)  # noqa: E731
+    splits = set(folds) if chosen.split == "strat_fold" else set(map(by_patient, who))
+    return splits.pop() if len(splits) == 1 else None
+
+
+def _stems(records: Path) -> dict[int, tuple[str, int]]:
+    """PTB-XL's ecg_id -> (stem, number of segments)."""
+    found = {stem: count for stem, count in segment_counts(records).items() if _STEM.fullmatch(stem)}
+    if not found:
+        raise UserError(
+            str(records),
+            "no PTB-XL segments",
+            "records500_00000_00001_hr_0.npy and the like",
+            "run prepare ptb_xl first and give its folder as --records",
+        )
+    return {int(stem.split("_")[2]): (stem, count) for stem, count in found.items()}
+
+
+def _patients(
+    records: Path, ptbxl_csv: Path | None, rule: SplitRule
+) -> tuple[dict[int, str], dict[int, str]]:
+    """(ecg_id -> patient, ecg_id -> split by strat_fold)."""
+    if ptbxl_csv is not None:
+        entries = read_index(ptbxl_csv)
+        return {e.ecg_id: e.patient for e in entries}, {e.ecg_id: e.split for e in entries}
+    table = records.parent.parent / PTB_XL_REPORTS
+    if not table.is_file():
+        raise UserError(str(table), "no file", "who the patients are", f"give --ptbxl-csv .../{INDEX}")
+    import pyarrow.parquet as pq
+
+    columns = pq.read_table(table, columns=["ecg_path", "patient_id", "split"]).to_pylist()
+    ids = [int(Path(row["ecg_path"]).name.split("_")[2]) for row in columns]
+    people = {ecg: row["patient_id"] for ecg, row in zip(ids, columns, strict=True)}
+    return people, {ecg: row["split"] for ecg, row in zip(ids, columns, strict=True)}
+
+
+def _known(patients: dict[int, str], ecg: int, ptbxl_csv: Path | None) -> str:
+    if ecg not in patients:
+        raise UserError(
+            str(ptbxl_csv or PTB_XL_REPORTS),
+            f"no patient of recording {ecg}",
+            "every prepared recording",
+            f"give the {INDEX} that lists it as --ptbxl-csv",
+        )
+    return patients[ecg]
+
+
+def _folder(raw: Path, forms: Sequence[str]) -> Path:
+    """The folder that holds paraphrased/ and template/: `raw` or ECG-QA's ptbxl/ in it."""
+    for folder in (raw, raw / "ptbxl", raw / "ecgqa" / "ptbxl"):
+        if all((folder / form).is_dir() for form in forms):
+            return folder
+    raise UserError(
+        str(raw), f"no folder {' or '.join(forms)}", "ECG-QA's folder ptbxl", "correct --raw (or --forms)"
+    )
+
+
+def _questions(
+    folder: Path, forms: Sequence[str], progress: bool
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(form, official split, question) in the order of the files."""
+    files = [
+        (form, split, file)
+        for form in forms
+        for split in OFFICIAL
+        for file in sorted((folder / form / split).glob("*.json"))
+    ]
+    if not files:
+        raise UserError(str(folder), "no .json file", "train/*.json and the like", "correct --raw")
+    for form, split, file in tqdm(files, desc="ECG-QA", unit="file", disable=not progress):
+        try:
+            items = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                str(file), f"an unreadable file ({error})", "a list of questions", "download it again"
+            ) from None
+        if not isinstance(items, list):
+            raise UserError(
+                str(file), f"a JSON {type(items).__name__}", "a list of questions", "download it again"
+            )
+        for number, item in enumerate(items, 1):
+            yield form, split, _checked(f"{file}, question {number}", item)
+
+
+def _checked(where: str, item: Any) -> dict[str, Any]:
+    for key, kind in _NEEDED.items():
+        if not isinstance(item, dict) or not isinstance(item.get(key), kind):
+            raise UserError(where, f"no {kind.__name__} {key}", "a question of ECG-QA", "correct the file")
+    if not item["ecg_id"] or not all(isinstance(ecg, int) for ecg in item["ecg_id"]):
+        raise UserError(where, f"ecg_id {item['ecg_id']}", "numbers of recordings", "correct the file")
+    return item

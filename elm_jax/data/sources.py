@@ -1,0 +1,264 @@
+"""Records of a split: which rows of which datasets, opened lazily; validation by patient out of train."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from elm_jax.config import DataConfig
+from elm_jax.data.represent import FLATLINE, NOISE
+from elm_jax.data.tables import Part, Source, identities, open_source
+from elm_jax.data.text import decode_text
+from elm_jax.errors import UserError
+
+Split = Literal["train", "val", "test"]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation: its ECGs' paths in order, its decoded text, and where it comes from.
+
+    patient: who it is about ("a+b" for ECGs of two); id: "<dataset>:<row>", or "<dataset>:<split>:<row>"
+    where rows are numbered per split; dataset: index into data.names.
+    """
+
+    ecg_paths: tuple[str, ...]
+    text: Any
+    name: str
+    patient: str
+    id: str
+    dataset: int
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A part of the dataset `name`, number `dataset` of data.names."""
+
+    dataset: int
+    name: str
+    part: Part
+
+    def row_id(self, index: int) -> str:
+        return f"{self.part.label}{self.part.offset + int(self.part.rows[index])}"
+
+    def take(self, chosen: np.ndarray) -> "_Rows":
+        part = Part(self.part.table, self.part.rows[chosen], self.part.offset, self.part.label)
+        return _Rows(self.dataset, self.name, part)
+
+    def record(self, index: int) -> Record:
+        row = self.part.table[int(self.part.rows[index])]
+        row_id = self.row_id(index)
+        paths = _ecg_paths(row["ecg_path"], row_id)
+        return Record(
+            paths,
+            decode_text(_without_nulls(row["text"])),
+            str(row.get("name") or ""),
+            "+".join(_patients(row.get("patient_id"), paths, row_id)),
+            row_id,
+            self.dataset,
+        )
+
+    def patients(self) -> list[tuple[str, ...]]:
+        """Who each row is about, read without the rows' texts."""
+        people = []
+        for index, (ecg_path, patient_id) in enumerate(identities(self.part)):
+            row_id = self.row_id(index)
+            people.append(_patients(patient_id, _ecg_paths(ecg_path, row_id), row_id))
+        return people
+
+
+class Records(Sequence[Record]):
+    """Records by number, each built when asked for. Pickling keeps references to files where it can."""
+
+    def __init__(self, rows: Sequence[_Rows]) -> None:
+        self._rows = list(rows)
+        self._ends = np.array(list(accumulate(len(r.part.rows) for r in self._rows)), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._rows else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        which = int(np.searchsorted(self._ends, position, side="right"))
+        start = int(self._ends[which - 1]) if which else 0
+        return self._rows[which].record(position - start)
+
+
+def load_records(data: DataConfig, split: Split, seed: int) -> Records:
+    """The records of a split of all `data.names`, in their order.
+
+    Validation records: those of a dataset's own split "val" where it has one, else about `val_fraction` of
+    its train split, whole patients chosen by a hash of (seed, patient); a record about patients of both
+    sides (two ECGs) is left out. `subset` keeps the first floor(subset * n) of each dataset's train records
+    in an order shuffled by `seed`. Raises UserError for unknown names, unreadable files, and a split
+    without records.
+    """
+    if not data.names:
+        raise UserError("data.names", "no dataset", "at least one", "name a dataset, a file or demo")
+    if len(set(data.names)) < len(data.names):
+        raise UserError(
+            "data.names", ", ".join(data.names), "each dataset once", "use data.weights to repeat one"
+        )
+    sources = [open_source(name, data.root, data.fold) for name in data.names]
+    rows = _test_rows(data, sources) if split == "test" else _train_or_val(data, sources, split, seed)
+    if split == "train":
+        rows = _subset(rows, data.subset, seed)
+    for index, name in enumerate(data.names):
+        if not any(r.dataset == index and len(r.part.rows) for r in rows):
+            if split == "train" or len(data.names) == 1:
+                raise _empty(name, split)
+            _log.warning("dataset %s has no %s records", name, split)
+    if not rows:
+        raise _empty(", ".join(data.names), split)
+    return Records(rows)
+
+
+def _empty(name: str, split: str) -> UserError:
+    fix = {
+        "train": "check data.subset, data.fold and the column split",
+        "val": "raise data.val_fraction, or give the dataset a split val",
+        "test": "add a column split, or a file whose name begins with test to a folder",
+    }[split]
+    return UserError(f"data.names: {name}", f"no {split} records", "at least one", fix)
+
+
+def _rows_of(data: DataConfig, source: Source, index: int, split: str) -> list[_Rows]:
+    return [_Rows(index, data.names[index], part) for part in source.parts(split)]
+
+
+def _test_rows(data: DataConfig, sources: Sequence[Source]) -> list[_Rows]:
+    return [rows for index, source in enumerate(sources) for rows in _rows_of(data, source, index, "test")]
+
+
+def _train_or_val(data: DataConfig, sources: Sequence[Source], split: Split, seed: int) -> list[_Rows]:
+    """Train and validation together decide who is held out, over all datasets at once."""
+    found: list[_Rows] = []
+    shared: list[_Rows] = []  # train parts out of which validation is taken
+    for index, source in enumerate(sources):
+        own = _rows_of(data, source, index, "val")
+        if own:
+            found += own if split == "val" else _rows_of(data, source, index, "train")
+        else:
+            shared += _rows_of(data, source, index, "train")
+    if data.val_fraction == 0:
+        return found + shared if split == "train" else found
+    people = [rows.patients() for rows in shared]
+    held_out = _held_out([who for part in people for who in part], data.val_fraction, seed)
+    for rows, part in zip(shared, people, strict=True):
+        inside = np.array([sum(p in held_out for p in who) / len(who) for who in part])
+        both = int(np.count_nonzero((inside > 0) & (inside < 1)))
+        if both and split == "train":
+            _log.info("%s: %d records left out, about patients of both train and val", rows.name, both)
+        chosen = np.flatnonzero(inside == (1 if split == "val" else 0))
+        if len(chosen):
+            found.append(rows.take(chosen))
+    return sorted(found, key=lambda rows: rows.dataset)
+
+
+def _held_out(people: Iterable[tuple[str, ...]], fraction: float, seed: int) -> set[str]:
+    """Patients, in the order of their hashes, until they make up `fraction` of the records.
+
+    Who alone makes up more than that stays in train; if that is everybody, the one with the fewest records
+    is taken; the only patient never is.
+    """
+    sizes: dict[str, int] = {}
+    total = 0
+    for who in people:
+        total += 1
+        for patient in who:
+            sizes[patient] = sizes.get(patient, 0) + 1
+    if len(sizes) < 2:
+        return set()
+    order = sorted(sizes, key=lambda patient: hashlib.sha256(f"{seed}:{patient}".encode()).digest())
+    target, taken, chosen = fraction * total, 0, set()
+    for patient in order:
+        if taken >= target:
+            break
+        if sizes[patient] <= target:
+            chosen.add(patient)
+            taken += sizes[patient]
+    return chosen or {min(order, key=sizes.__getitem__)}
+
+
+def _subset(rows: list[_Rows], subset: float | None, seed: int) -> list[_Rows]:
+    if subset is None:
+        return rows
+    kept: list[_Rows] = []
+    for dataset in sorted({r.dataset for r in rows}):
+        parts = [r for r in rows if r.dataset == dataset]
+        starts = np.cumsum([0] + [len(r.part.rows) for r in parts])
+        # The generator of the datasets library, so that a subset is the one that the reference draws.
+        order = np.random.default_rng(seed).permutation(starts[-1])[: int(subset * starts[-1])]
+        for part, start, end in zip(parts, starts, starts[1:], strict=False):
+            chosen = order[(order >= start) & (order < end)] - start
+            if len(chosen):
+                kept.append(part.take(chosen))
+    return kept
+
+
+def _ecg_paths(value: Any, row_id: str) -> tuple[str, ...]:
+    paths = value
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            paths = json.loads(value)
+        except json.JSONDecodeError:
+            paths = value
+    paths = [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, list) or not paths or not all(isinstance(p, str) and p for p in paths):
+        raise UserError(
+            f"record {row_id}", f"ecg_path {value!r}", "a path or a list of paths", "correct the record"
+        )
+    return tuple(paths)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Nested Arrow columns give every turn the keys of all turns; those it lacks are null."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+_PTB_XL = re.compile(r"records(?:100|500)[_/]\d{5}[_/](\d{5})_[hl]r")
+_MIMIC = re.compile(r"(?:^|[_/])(p\d+)(?=[_/.]|$)")
+_SEGMENT = re.compile(r"_\d+\.npy$")
+
+
+def _patients(patient_id: Any, paths: tuple[str, ...], row_id: str) -> tuple[str, ...]:
+    """The patients of a record: its patient_id ("a+b" for several ECGs), else what the paths tell."""
+    if patient_id is None or patient_id == "":
+        return tuple(sorted({patient_of(path, row_id) for path in paths}))
+    who = str(patient_id).removesuffix(".0")  # tables often hold the number as a float
+    return tuple(sorted(set(who.split("+")))) if len(paths) > 1 else (who,)
+
+
+def patient_of(path: str, row_id: str) -> str:
+    """MIMIC's subject (the longest p<digits>), PTB-XL's record number, else the recording itself.
+
+    A record without a recording ("noise", "flatline") is nobody's but its own.
+    """
+    if path in (NOISE, FLATLINE):
+        return row_id
+    record = _PTB_XL.search(path)
+    if record:
+        return record[1]
+    subjects = _MIMIC.findall(path)
+    if subjects:
+        return max(subjects, key=len)
+    return _SEGMENT.sub("", path) if "preprocessed" in path else path

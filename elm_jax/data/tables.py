@@ -1,0 +1,328 @@
+"""Where records come from: dataset names of the Hugging Face hub, local files and folders, the demo.
+
+A Source gives, per split, parts: rows of one table. Tables stay what they are (memory-mapped Arrow, or a
+sequence of dictionaries); nothing here turns rows into Python objects before they are asked for.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from elm_jax.errors import UserError, nearest
+
+OWNERS = ("ELM-Research", "willxxy")
+FOLDS = 5  # of the datasets on the hub
+SPLIT_NAMES = {
+    "train": "train",
+    "val": "val",
+    "test": "test",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+}
+COLUMNS = ("ecg_path", "text", "name", "patient_id", "split")
+_CHUNK = 100_000
+SUFFIXES = (".parquet", ".json", ".jsonl")
+
+# The families of dataset names: (pattern, an example to show).
+_LENGTHS = r"250-(500|1250|2500)"
+_PAIRS = "(ecg-flatline|ecg-noise|noise-flatline)"
+FAMILIES = (
+    (rf"ecg-qa-(ptbxl|mimic-iv-ecg)-{_LENGTHS}", "ecg-qa-ptbxl-250-2500"),
+    (rf"pretrain-mimic-{_LENGTHS}", "pretrain-mimic-250-2500"),
+    (rf"ecg-instruct-45k-{_LENGTHS}", "ecg-instruct-45k-250-2500"),
+    (rf"ecg-instruct-pulse-{_LENGTHS}", "ecg-instruct-pulse-250-2500"),
+    (rf"ecg-bench-pulse-{_LENGTHS}", "ecg-bench-pulse-250-2500"),
+    (r"ecg-grounding-250-2500", "ecg-grounding-250-2500"),
+    (r"ecg-comp-ecg-noise-flatline-(20|40|60)000-250-2500", "ecg-comp-ecg-noise-flatline-20000-250-2500"),
+    (rf"ecg-comp-{_PAIRS}-(30|40|60|80|90|120)000-250-2500", "ecg-comp-ecg-noise-30000-250-2500"),
+    (
+        r"ecg-comprehension-(r-peak-count|bpm-int|bpm-float)-[123]00000-250-2500",
+        "ecg-comprehension-bpm-int-100000-250-2500",
+    ),
+    (
+        r"ecg-comprehension-r-peak-count-789480-(5|10|20)000-250-2500",
+        "ecg-comprehension-r-peak-count-789480-5000-250-2500",
+    ),
+    (r"ecg-qa-cot(-not-cot)?", "ecg-qa-cot"),
+    (r"(base|rl|ecg-instruct)-ecg-r1|ecg-r1-no-rl", "base-ecg-r1"),
+    (r"pretrain-agh(8|9|10)", "pretrain-agh8"),
+)
+
+
+class Table(Protocol):
+    """Rows by number, each a dictionary with some of COLUMNS."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of a table that belong to a split. A row's id is `label` followed by `offset` + row.
+
+    Ids differ within a dataset, between its splits too.
+    """
+
+    table: Table
+    rows: np.ndarray
+    offset: int
+    label: str
+
+
+def identities(part: Part) -> Iterator[tuple[Any, Any]]:
+    """(ecg_path, patient_id or None) of every row, without its text."""
+    table: Any = part.table
+    if not hasattr(table, "select_columns"):
+        rows = (part.table[int(row)] for row in part.rows)
+        yield from ((row["ecg_path"], row.get("patient_id")) for row in rows)
+        return
+    known = "patient_id" in table.column_names
+    columns = table.select_columns(["ecg_path", "patient_id"] if known else ["ecg_path"])
+    for start in range(0, len(part.rows), _CHUNK):
+        values = columns[part.rows[start : start + _CHUNK]]
+        paths = values["ecg_path"]
+        yield from zip(paths, values["patient_id"] if known else [None] * len(paths), strict=True)
+
+
+class Source(Protocol):
+    """One dataset."""
+
+    def parts(self, split: str) -> list[Part]:
+        """The rows of "train", "val" or "test"; [] when the dataset has no such split."""
+        ...
+
+
+def open_source(name: str, root: str, fold: int) -> Source:
+    """The dataset called `name`: the demo, a file or folder (under `root` or as given), or a name on the hub.
+
+    Raises UserError for a name that is none of these, a missing file, or a file that holds no records.
+    """
+    if name == "demo" or name.startswith("demo:"):
+        return _Demo(name)
+    path = _local(name, root)
+    if path is not None:
+        return _Files(name, path, fold)
+    if any(re.fullmatch(pattern, name) for pattern, _ in FAMILIES):
+        return _Hub(name, fold)
+    if name.endswith(SUFFIXES) or "/" in name:
+        raise UserError(
+            "data.names", f"no file or folder {name}", f"one below data.root ({root})", "correct the path"
+        )
+    examples = [example for _, example in FAMILIES] + ["demo"]
+    raise UserError(
+        "data.names",
+        f"the unknown dataset {name}",
+        f"a .parquet, .json or .jsonl file, a folder of them, or a name like {', '.join(examples)}",
+        nearest(name, examples) or "give the path of a local file",
+    )
+
+
+def _local(name: str, root: str) -> Path | None:
+    return next((path for path in (Path(root, name), Path(name)) if path.exists()), None)
+
+
+class _Demo:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def parts(self, split: str) -> list[Part]:
+        from elm_jax.data.demo import demo_records
+
+        table = demo_records(split, self.name)
+        return [Part(table, np.arange(len(table)), 0, f"{self.name}:{split}:")] if len(table) else []
+
+
+class _Hub:
+    """`fold{k}_train` and `fold{k}_test` of a dataset on the Hugging Face hub; it has no validation split."""
+
+    def __init__(self, name: str, fold: int) -> None:
+        if not 1 <= fold <= FOLDS:
+            raise UserError("data.fold", str(fold), f"1 to {FOLDS}", "correct it")
+        self.name, self.fold = name, fold
+
+    def parts(self, split: str) -> list[Part]:
+        if split == "val":
+            return []
+        fold = f"fold{self.fold}_{split}"
+        table = self._load(fold)
+        _check_columns(self.name, table.column_names)
+        return [Part(table, np.arange(len(table)), 0, f"{self.name}:{fold}:")]
+
+    def _load(self, split: str) -> Any:
+        import datasets
+        from datasets.exceptions import DatasetNotFoundError
+
+        problem: Exception | None = None
+        for owner in OWNERS:
+            try:
+                return datasets.load_dataset(f"{owner}/{self.name}", split=split)
+            except DatasetNotFoundError as error:
+                problem = error
+            except Exception as error:  # the hub's clients raise errors of many libraries
+                problem = error
+                break
+        raise UserError(
+            f"data.names: {self.name}",
+            f"no dataset to download ({problem})",
+            f"{' or '.join(f'{owner}/{self.name}' for owner in OWNERS)} on the hub, with split {split}",
+            f"put its parquet files into the folder {self.name} under data.root to use it without the hub",
+        )
+
+
+class _Files:
+    """A file, a folder of files, or a saved Hugging Face dataset.
+
+    A row belongs to the split that its `split` column names (train, val, test, or fold{k}_train ... for
+    data.fold); without the column, to the split in its file's name (train.jsonl, fold1_test-00000.parquet);
+    else to train.
+    """
+
+    def __init__(self, name: str, path: Path, fold: int) -> None:
+        self.name, self.fold = name, fold
+        self.tables = list(_tables(path))
+        if not self.tables:
+            raise UserError(str(path), "no records", f"files {', '.join(SUFFIXES)}", "check the folder")
+        for where, _, table in self.tables:
+            _check_columns(where, table.column_names)
+
+    def parts(self, split: str) -> list[Part]:
+        parts, offset = [], 0
+        for where, default, table in self.tables:
+            rows = self._rows(table, split, default, where)
+            if len(rows):
+                parts.append(Part(table, rows, offset, f"{self.name}:"))
+            offset += len(table)
+        return parts
+
+    def _rows(self, table: Any, split: str, default: str | None, where: str) -> np.ndarray:
+        if "split" not in table.column_names:
+            chosen = split == self._split_of(default, where) if default else split == "train"
+            return np.arange(len(table) if chosen else 0)
+        labels = table["split"][:]
+        chosen = {label for label in set(labels) if self._split_of(label, where) == split}
+        return np.flatnonzero([label in chosen for label in labels])
+
+    def _split_of(self, value: str, where: str) -> str | None:
+        """The split that a label means for this fold; None for another fold's."""
+        match = re.fullmatch(r"(?:fold(\d+)_)?(\w+)", str(value))
+        name = SPLIT_NAMES.get(match[2].lower()) if match else None
+        if match is None or name is None:
+            raise UserError(
+                where, f"split {value!r}", "train, val, test or fold1_train ...", "correct the column split"
+            )
+        return name if match[1] in (None, str(self.fold)) else None
+
+
+_SPLIT_IN_NAME = re.compile(r"^((?:fold\d+_)?(?:train|valid|validation|val|dev|test))(?=$|[-_.])")
+
+
+def _tables(path: Path) -> Iterator[tuple[str, str | None, Any]]:
+    """(where, split in the name, table) of every file."""
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        import datasets
+
+        saved: Any = datasets.load_from_disk(str(path))
+        for split, table in saved.items() if isinstance(saved, dict) else [(None, saved)]:
+            yield f"{path}{f'/{split}' if split else ''}", split, table
+        return
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+    for file in files:
+        match = _SPLIT_IN_NAME.match(file.stem)
+        yield str(file), match[1] if match else None, _open(file)
+
+
+def _open(file: Path) -> Any:
+    import datasets
+
+    if file.suffix != ".parquet":
+        return datasets.Dataset(_json_table(file))
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        return datasets.Dataset.from_parquet(str(file))
+    except Exception as error:  # pyarrow's and the library's own errors
+        cause = error.__cause__ or error
+        raise UserError(
+            str(file), f"an unreadable file ({cause})", "a parquet file", "write it again"
+        ) from None
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _json_table(file: Path) -> Any:
+    """A table of strings; what is not a string (nested text, lists of paths) is kept as JSON."""
+    import pyarrow as pa
+
+    rows = list(_json_rows(file))
+    if not rows:
+        raise UserError(str(file), "no records", "a list of records, or one per line", "check the file")
+    present = [column for column in COLUMNS if any(column in row for row in rows)]
+    columns = {column: [_as_string(row.get(column)) for row in rows] for column in present}
+    return pa.table({column: pa.array(values, pa.large_string()) for column, values in columns.items()})
+
+
+def _json_rows(file: Path) -> Iterator[Mapping[str, Any]]:
+    text = _read_text(file)
+    if file.suffix == ".jsonl":
+        entries = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        numbered = ((n, _parse_json(file, line, n)) for n, line in entries)
+    else:
+        value = _parse_json(file, text, 1)
+        if not isinstance(value, list):
+            raise UserError(
+                str(file), f"a JSON {type(value).__name__}", "a list of records", "wrap it in a list"
+            )
+        numbered = enumerate(value, 1)
+    kind = "line" if file.suffix == ".jsonl" else "record"
+    for number, row in numbered:
+        missing = (
+            [key for key in COLUMNS[:2] if key not in row] if isinstance(row, dict) else list(COLUMNS[:2])
+        )
+        if missing:
+            found = f"no {' and no '.join(missing)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise UserError(
+                f"{file}, {kind} {number}", found, "a record with ecg_path and text", "correct it"
+            )
+        yield row
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(str(file), f"an unreadable file ({error})", "UTF-8 text", "check the file") from None
+
+
+def _parse_json(file: Path, text: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UserError(
+            f"{file}, line {line}", f"malformed JSON ({error.msg})", "JSON", "correct the line"
+        ) from None
+
+
+def _as_string(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _check_columns(where: str, columns: Sequence[str]) -> None:
+    missing = [column for column in ("ecg_path", "text") if column not in columns]
+    if missing:
+        raise UserError(
+            where,
+            f"columns {', '.join(columns)}",
+            f"the column {' and '.join(missing)}",
+            nearest(missing[0], columns) or "rename the column",
+        )

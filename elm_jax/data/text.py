@@ -1,0 +1,117 @@
+"""What a record says: its `text` in any of the four forms -> turns, and the cleaning of user text.
+
+Forms: turns with `from`/`value`, turns with `role`/`content`, `[question_type, question, answer(s)]`, string.
+The cleaning rules are the reference's (golden text_clean).
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from elm_jax.errors import UserError
+
+_FORMS = "a list of turns, [question_type, question, answer] or a string"
+_TAG = re.compile(r"<\s*(?:ecg|image)\s*>\s*", re.IGNORECASE)
+_ECG_MARK = re.compile(r"<\s*ecg\s*>\s*", re.IGNORECASE)
+_PICTURE = re.compile(r"\b(?:image|picture)\b", re.IGNORECASE)
+_SPEAKER = re.compile(r"\s*(?:(?:user|assistant|human|gpt|model|system|q|a)?\s*[:：]\s*)+", re.IGNORECASE)
+
+
+class Turn(NamedTuple):
+    """One message; `role` is "user", "assistant" or "system"."""
+
+    role: str
+    text: str
+
+
+def decode_text(raw: Any) -> Any:
+    """A record's `text` as one of the four forms; a string that is not JSON of one of them stays a string."""
+    if not isinstance(raw, str):
+        return raw
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        return raw
+    return value if isinstance(value, str | list | dict) else raw
+
+
+def to_turns(conversation: Any) -> list[Turn]:
+    """Any of the four forms (or Turns) -> turns.
+
+    A string is one assistant turn; several answers are joined by a space.
+
+    The speakers "human" and "user" are the user, "system" is the system prompt, all others the assistant.
+    Raises UserError for anything else, and for text that is not valid Unicode.
+    """
+    if isinstance(conversation, str):
+        return [Turn("assistant", _string(conversation, "text"))]
+    if not isinstance(conversation, list | tuple) or not conversation:
+        raise UserError("text", _shown(conversation), _FORMS, "mend the record")
+    if isinstance(conversation[0], Turn):
+        return list(conversation)
+    if isinstance(conversation[0], Mapping):
+        return [_turn(item, f"text, turn {i}") for i, item in enumerate(conversation)]
+    if len(conversation) != 3 or not isinstance(conversation[1], str):
+        raise UserError("text", _shown(conversation), _FORMS, "mend the record")
+    _, question, answer = conversation
+    answers = answer if isinstance(answer, list | tuple) else [answer]
+    said = " ".join(_string(one, "text, answer") for one in answers)
+    return [Turn("user", _string(question, "text, question")), Turn("assistant", said)]
+
+
+def clean_text(text: str) -> str:
+    """Text without `<ecg>`/`<image>` tags and leading speakers ("user:"); the word image becomes signal."""
+    return _without_speaker(_words(_TAG.sub("", text)))
+
+
+def count_marks(text: str) -> int:
+    """How many `<ecg>` markers the text holds."""
+    return len(_ECG_MARK.findall(text))
+
+
+def clean_around_marks(text: str) -> list[str]:
+    """`clean_text` of what stands before, between and after the `<ecg>` markers: one more than these."""
+    parts = [_words(_TAG.sub("", part)) for part in _ECG_MARK.split(text)]
+    first = next((i for i, part in enumerate(parts) if part.strip()), 0)
+    parts[first] = _without_speaker(parts[first])
+    return parts
+
+
+def _words(text: str) -> str:
+    return _PICTURE.sub(lambda word: "Signal" if word[0][0].isupper() else "signal", text)
+
+
+def _without_speaker(text: str) -> str:
+    speaker = _SPEAKER.match(text)
+    return text[speaker.end() :] if speaker else text
+
+
+def _turn(item: Any, where: str) -> Turn:
+    if not isinstance(item, Mapping):
+        raise UserError(where, _shown(item), "a turn with from/value or role/content", "mend the record")
+    speaker, text = item.get("from", item.get("role")), item.get("value", item.get("content"))
+    if not isinstance(speaker, str) or ("value" not in item and "content" not in item):
+        expected = "the keys from and value, or role and content"
+        raise UserError(where, f"the keys {', '.join(map(str, item))}", expected, "mend the record")
+    name = speaker.strip().lower()
+    role = "user" if name in ("human", "user") else "system" if name == "system" else "assistant"
+    return Turn(role, "" if text is None else _string(text, where))
+
+
+def _string(value: Any, where: str) -> str:
+    if isinstance(value, int | float):
+        value = str(value)
+    if not isinstance(value, str):
+        raise UserError(where, _shown(value), "text", "mend the record")
+    try:
+        value.encode()
+    except UnicodeEncodeError as broken:
+        found = f"half of a surrogate pair at character {broken.start}"
+        raise UserError(where, found, "valid Unicode", "mend the record") from None
+    return value
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -1,0 +1,126 @@
+"""Text -> token ids, where only we decide what is a special token.
+
+A `Vocabulary` is made once per tokenizer (about half a second for 150k tokens) and kept as long as it lives.
+It encodes with its own copies of the backend: the switch that tells special tokens from text is state of the
+backend, and loader threads share the user's tokenizer.
+"""
+
+import copy
+import functools
+import json
+import re
+import weakref
+from itertools import pairwise
+from typing import Any
+
+import tokenizers
+
+from elm_jax.errors import UserError
+
+SIGNAL_TOKEN = "<signal>"
+THINK_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
+
+_CACHED_TEXTS = 1024  # headers and system prompts always; questions and answers as often as they repeat
+_FORM_FIX = 'use the family of the model, or "plain" for a base model (it needs an eos token)'
+_KNOWN: weakref.WeakKeyDictionary[Any, "Vocabulary"] = weakref.WeakKeyDictionary()
+
+
+def vocabulary(tokenizer: Any) -> "Vocabulary":
+    """The Vocabulary of a fast transformers tokenizer, made anew when tokens were added to it since."""
+    known = _KNOWN.get(tokenizer)
+    if known is None or known.size != len(tokenizer):
+        known = _KNOWN[tokenizer] = Vocabulary(tokenizer)
+    return known
+
+
+class Vocabulary:
+    """`bos`, `eos`: the tokenizer's own, None where it has none; `size`: how many tokens it had.
+
+    Raises UserError for a tokenizer without a `tokenizers` backend.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = backend_of(tokenizer)
+        self.size = len(tokenizer)
+        self.bos: str | None = tokenizer.bos_token
+        self.eos: str | None = tokenizer.eos_token
+        spec = json.loads(backend.to_str())
+        for token in spec["added_tokens"]:
+            # Qwen3 has <think> as an ordinary added token; in a user's message it is text all the same.
+            token["special"] |= token["content"] in (SIGNAL_TOKEN, *THINK_TOKENS)
+        spec["truncation"] = spec["padding"] = None
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self._plain.encode_special_tokens = True
+        added = self._plain.get_added_tokens_decoder().items()
+        special = {token.content: i for i, token in added if token.special}
+        special.pop(tokenizer.unk_token, None)
+        self._control_ids = frozenset(special.values())
+        self._controls = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        ids = {tag: self.id(tag) for tag in THINK_TOKENS}
+        self.tags = {tag: token for tag, token in ids.items() if token is not None}
+        self.encode = functools.lru_cache(_CACHED_TEXTS)(self._encode)
+        self.template = functools.lru_cache(_CACHED_TEXTS)(self._template)
+
+    @functools.cached_property
+    def _special(self) -> tokenizers.Tokenizer:
+        backend = copy.deepcopy(self._plain)
+        backend.encode_special_tokens = False
+        return backend
+
+    def id(self, token: str) -> int | None:
+        """The id of a token, None if there is no such token."""
+        return self._plain.token_to_id(token)
+
+    def require(self, token: str, needed_for: str, fix: str) -> int:
+        """The id of a token; UserError if there is no such token."""
+        found = self.id(token)
+        if found is None:
+            raise UserError("llm.name", f"a tokenizer without {token}", f"the tokens of {needed_for}", fix)
+        return found
+
+    def tagged(self, text: str) -> list[tuple[str, int | None]]:
+        """The text cut around the think and answer tags that are tokens here, each with its id or None."""
+        if not self.tags or "<" not in text:
+            return [(text, None)]
+        pieces = re.split(f"({'|'.join(map(re.escape, self.tags))})", text)
+        return [(piece, self.tags.get(piece)) for piece in pieces]
+
+    def text(self, ids: list[int]) -> str:
+        """The string of some ids, special tokens written out."""
+        return self._plain.decode(ids, skip_special_tokens=False)
+
+    def _template(self, text: str, tokens: tuple[str, ...]) -> tuple[tuple[str, int | None], ...]:
+        """The text cut around some special tokens, each piece with its id, or None where it is plain text.
+
+        The tokens "{bos}" and "{eos}" stand for the tokenizer's own; without a bos nothing is written for it.
+        """
+        pieces: list[tuple[str, int | None]] = []
+        for piece in re.split(f"({'|'.join(map(re.escape, tokens))})", text):
+            if piece not in tokens:
+                pieces += [(piece, None)] if piece else []
+                continue
+            token = {"{bos}": self.bos or "", "{eos}": self.eos or "an eos token"}.get(piece, piece)
+            if token:
+                pieces.append((token, self.require(token, "the chat form", _FORM_FIX)))
+        return tuple(pieces)
+
+    def _encode(self, text: str, specials: bool = False) -> tuple[int, ...]:
+        """The ids of a text; special tokens written in it are read as such only with `specials`."""
+        backend = self._special if specials else self._plain
+        ids = tuple(backend.encode(text, add_special_tokens=False).ids)
+        return ids if specials or self._control_ids.isdisjoint(ids) else self._spelled(text)
+
+    def _spelled(self, text: str) -> tuple[int, ...]:
+        """The ids of a text whose ordinary merges make up a special token: cut inside that token's name."""
+        cuts = [0, *(name.start() + 1 for name in self._controls.finditer(text)), len(text)]
+        pieces = [text[start:end] for start, end in pairwise(cuts)]
+        return tuple(i for piece in pieces for i in self._plain.encode(piece, add_special_tokens=False).ids)
+
+
+def backend_of(tokenizer: Any) -> tokenizers.Tokenizer:
+    """The `tokenizers` backend of a transformers tokenizer; UserError for a slow tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, tokenizers.Tokenizer):
+        found = f"a {type(tokenizer).__name__} without a fast backend"
+        raise UserError("llm.name", found, "a fast tokenizer", "use a folder that has tokenizer.json")
+    return backend

@@ -1,0 +1,40 @@
+"""The one error for what the user got wrong; `assert` is for what we got wrong."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """The user's input is wrong: one line that says where, what was found, what was expected and what to do.
+
+    `where` is a file or a config key (`data.leads`), `fix` an instruction ("set data.root to the folder").
+    Commands print it as `error: ...` and exit with status 2; it is never a fault of the program.
+    """
+
+    def __init__(self, where: str, found: str, expected: str, fix: str) -> None:
+        self.where, self.found, self.expected, self.fix = (one_line(s) for s in (where, found, expected, fix))
+        super().__init__(f"{self.where}: found {self.found}; expected {self.expected}; {self.fix}")
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, str, str]]:
+        # Exceptions are pickled by their message; loader workers need the four parts to cross processes.
+        return type(self), (self.where, self.found, self.expected, self.fix)
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """`did you mean 'x'?` for the choice closest to `name`, or "" when none is close."""
+    best = closest(name, choices)
+    return f"did you mean '{best}'?" if best else ""
+
+
+def closest(name: str, choices: Iterable[str]) -> str:
+    """The choice closest to `name`, upper or lower case, or "" when none is close."""
+    folded: dict[str, str] = {}
+    for choice in choices:
+        folded.setdefault(choice.casefold(), choice)
+    found = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)
+    return folded[found[0]] if found else ""
+
+
+def one_line(text: str) -> str:
+    """`text` with every run of whitespace, line breaks included, as one space."""
+    return " ".join(str(text).split())

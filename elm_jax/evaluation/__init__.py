@@ -1,0 +1,1 @@
+"""From generated answers to scores, controls and pictures."""

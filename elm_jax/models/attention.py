@@ -1,0 +1,114 @@
+"""One `attend` for every decoder, and the masks it takes.
+
+B batch, T query tokens, S key tokens, H heads, K key/value heads, d head size.
+Masks are boolean, True = sees.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from elm_jax.errors import UserError
+from elm_jax.models import hints
+
+Implementation = Literal["xla", "cudnn"]
+_GPU = ("gpu", "cuda")
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, implementation: Implementation
+) -> jax.Array:
+    """Grouped-query attention: q (B,T,H,d), k and v (B,S,K,d), mask broadcastable to (B,1,T,S) -> (B,T,H,d).
+
+    Head h reads key/value head h // (H / K). The softmax is in float32. What the mask hides has weight
+    exactly zero, and a row that sees nothing gives zeros ("xla") or something finite ("cudnn").
+    Raises UserError where "cudnn" cannot run (see `check_cudnn`).
+    """
+    if implementation == "cudnn":
+        check_cudnn(q.shape[-1], q.dtype, hints.platform())
+        full = jnp.broadcast_to(mask, (q.shape[0], 1, q.shape[1], k.shape[1]))  # it takes no broadcast masks
+        return jax.nn.dot_product_attention(q, k, v, mask=full, scale=scale, implementation="cudnn")
+    return _reference(q, k, v, mask, scale)
+
+
+def _reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
+    batch, queries, heads, dim = q.shape
+    grouped = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], dim)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
+    seen = mask[:, :, None]  # (B, 1, 1, T, S)
+    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.where(seen, jax.nn.softmax(scores, axis=-1), 0.0)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v)
+    return out.reshape(batch, queries, heads, dim)
+
+
+def choose_attention(
+    name: str, head_dim: int, dtype: jax.typing.DTypeLike, platform: str | None = None
+) -> Implementation:
+    """The implementation behind `llm.attention`: "auto" takes cuDNN where it runs, else the plain one.
+
+    `platform` is that of the devices the program is for (default: this process's). Raises UserError for an
+    unknown name, or for "cudnn" where it cannot run.
+    """
+    where = hints.platform() if platform is None else platform
+    if name == "auto":
+        return "xla" if _cudnn_obstacle(head_dim, dtype, where) else "cudnn"
+    if name == "cudnn":
+        check_cudnn(head_dim, dtype, where)
+        return "cudnn"
+    if name == "xla":
+        return "xla"
+    raise UserError("llm.attention", f"'{name}'", "auto, xla or cudnn", "set llm.attention=auto")
+
+
+def check_cudnn(head_dim: int, dtype: jax.typing.DTypeLike, platform: str) -> None:
+    """Raise UserError unless cuDNN's fused attention takes this head size and dtype on this platform."""
+    obstacle = _cudnn_obstacle(head_dim, dtype, platform)
+    if obstacle:
+        raise UserError(
+            "llm.attention=cudnn",
+            obstacle,
+            "an NVIDIA GPU, bfloat16 or float16, and a head size divisible by 8 up to 256",
+            "set llm.attention=xla, or llm.compute_dtype=bfloat16 on a GPU",
+        )
+
+
+def _cudnn_obstacle(head_dim: int, dtype: jax.typing.DTypeLike, platform: str) -> str:
+    if platform not in _GPU:
+        return f"platform {platform}"
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        return f"dtype {jnp.dtype(dtype).name}"
+    return f"head size {head_dim}" if head_dim % 8 or head_dim > 256 else ""
+
+
+def padding_mask(attention_mask: jax.Array) -> jax.Array:
+    """(B, T) of 0/1, padded on either side -> causal mask (B, 1, T, T).
+
+    Padding sees itself too, so that its rows stay finite.
+    """
+    valid = attention_mask.astype(bool)
+    causal, itself = _triangle(valid.shape[1])
+    return ((causal & valid[:, None, :]) | itself)[:, None]
+
+
+def packed_mask(group_ids: jax.Array, branch_ids: jax.Array) -> jax.Array:
+    """The mask of packed rows: (B, T) groups (0 = padding) and branches (0 = prefix) -> (B, 1, T, T).
+
+    A token sees those at or before it in its own group that belong to the prefix or to its own branch.
+    Padding sees itself only.
+    """
+    causal, itself = _triangle(group_ids.shape[1])
+    same_group = (group_ids[:, :, None] == group_ids[:, None, :]) & (group_ids > 0)[:, :, None]
+    in_reach = (branch_ids[:, None, :] == 0) | (branch_ids[:, :, None] == branch_ids[:, None, :])
+    return ((same_group & in_reach & causal) | itself)[:, None]
+
+
+def positions_from_mask(attention_mask: jax.Array) -> jax.Array:
+    """(B, T) of 0/1 -> positions (B, T) int32, counted from the first real token; 0 at padding before it."""
+    return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1, 0)
+
+
+def _triangle(length: int) -> tuple[jax.Array, jax.Array]:
+    index = jnp.arange(length)
+    return (index[:, None] >= index)[None], (index[:, None] == index)[None]

@@ -1,0 +1,101 @@
+"""Raw downloads -> records: segments as .npy files and tables of conversations with splits.
+
+  python -m elm_jax.prepare ptb_xl --raw R --out O
+  python -m elm_jax.prepare ecg_qa --raw Q --records O/ptb_xl/preprocessed_2500 --out O/ecg_qa.parquet
+
+Train on the result with data.root=O and data.names naming a table. A second run goes on where the first
+stopped.
+"""
+
+import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from elm_jax import cli
+from elm_jax.data.prepare.ecg_qa import FORMS, Settings, prepare_ecg_qa
+from elm_jax.data.prepare.ptb_xl import prepare_ptb_xl
+from elm_jax.errors import UserError, nearest
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the arguments, prepare, print the counts."""
+    args = _parser().parse_args(argv)
+    for flag, most in (("sampling_rate", 100_000), ("segment_len", 10_000_000)):
+        if not 0 < getattr(args, flag, 1) <= most:
+            name = f"--{flag.replace('_', '-')}"
+            raise UserError(name, f"{getattr(args, flag):g}", f"above 0 and at most {most}", "correct it")
+    report = args.prepare(args)
+    for key, value in report.items():
+        print(f"{key}: {_brief(value)}")
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="python -m elm_jax.prepare", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    datasets = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
+    ptb_xl = datasets.add_parser("ptb_xl", help="PTB-XL: WFDB records and reports")
+    ptb_xl.add_argument(
+        "--raw", type=Path, required=True, help="folder with ptbxl_database.csv and records500"
+    )
+    ptb_xl.add_argument("--out", type=Path, required=True, help="folder for the segments and tables")
+    ptb_xl.add_argument("--sampling-rate", type=float, default=250, help="Hz after resampling")
+    ptb_xl.add_argument("--segment-len", type=int, default=2500, help="samples of a segment")
+    ptb_xl.add_argument(
+        "--report-language",
+        choices=["as-is"],
+        default="as-is",
+        help="reports are kept in the language they were written in, mostly German",
+    )
+    ptb_xl.set_defaults(prepare=_ptb_xl)
+    ecg_qa = datasets.add_parser("ecg_qa", help="ECG-QA on prepared PTB-XL")
+    ecg_qa.add_argument("--raw", type=Path, required=True, help="ECG-QA's folder ptbxl, or one that holds it")
+    ecg_qa.add_argument("--out", type=Path, required=True, help="the table (.parquet), or a folder for it")
+    ecg_qa.add_argument("--records", type=Path, help="prepared segments; default: in the folder of --out")
+    ecg_qa.add_argument(
+        "--ptbxl-csv", type=Path, help="ptbxl_database.csv; default: what prepare ptb_xl left"
+    )
+    ecg_qa.add_argument(
+        "--split",
+        choices=["patient", "official", "strat_fold"],
+        default="patient",
+        help="whole patients by --seed, --val and --test; ECG-QA's own lists; PTB-XL's folds 9 and 10",
+    )
+    ecg_qa.add_argument("--forms", default="paraphrased", help=f"of {','.join(FORMS)} (the same questions)")
+    ecg_qa.add_argument("--single-only", action="store_true", help="leave out comparisons of two recordings")
+    ecg_qa.add_argument("--seed", type=int, default=0)
+    ecg_qa.add_argument("--val", type=float, default=0.1, help="part of the patients")
+    ecg_qa.add_argument("--test", type=float, default=0.1, help="part of the patients")
+    ecg_qa.set_defaults(prepare=_ecg_qa)
+    return parser
+
+
+def _ptb_xl(args: Namespace) -> dict[str, Any]:
+    return prepare_ptb_xl(args.raw, args.out, args.sampling_rate, args.segment_len)
+
+
+def _ecg_qa(args: Namespace) -> dict[str, Any]:
+    forms = tuple(form for form in args.forms.split(",") if form)
+    for form in forms or ("",):
+        if form not in FORMS:
+            raise UserError("--forms", repr(form), ", ".join(FORMS), nearest(form, FORMS) or "correct it")
+    if not (args.val >= 0 and args.test >= 0 and args.val + args.test < 1):
+        raise UserError(
+            "--val, --test", f"{args.val:g}, {args.test:g}", "parts whose sum is below 1", "lower them"
+        )
+    table = args.out if args.out.suffix == ".parquet" else args.out / "ecg_qa.parquet"
+    records = args.records or table.parent / "ptb_xl" / "preprocessed_2500"
+    settings = Settings(args.split, forms, args.single_only, args.seed, args.val, args.test)
+    return prepare_ecg_qa(args.raw, records, table, args.ptbxl_csv, settings)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict) and value and not all(isinstance(item, int) for item in value.values()):
+        return f"{len(value)} (the first: {next(iter(value))})"
+    return ", ".join(f"{k} {v}" for k, v in value.items()) or "0" if isinstance(value, dict) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guard(main))

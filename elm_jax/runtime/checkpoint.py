@@ -1,0 +1,170 @@
+"""Checkpoints of a run: what is trained, the optimizer, and a JSON of what belongs to the step.
+
+`checkpoints/<step>/` holds the items `trained`, `statistics` (running statistics that move), `optimizer` and
+`meta`. Frozen parts are not saved: `meta` holds a fingerprint of them, so that a resume on other weights is
+refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from elm_jax.errors import UserError
+from elm_jax.models.functional import Arrays
+
+logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports each file it writes
+
+ITEMS = ("trained", "statistics", "optimizer")
+
+
+class Checkpoints:
+    """The checkpoints of one run folder; saving is asynchronous.
+
+    Args:
+        folder: the run's folder.
+        count: how many of the latest are kept, the best by `val_loss` aside.
+    """
+
+    def __init__(self, folder: Path, count: int = 1, read_only: bool = False) -> None:
+        self.folder = folder / "checkpoints"
+        policy = keep.AnyPreservationPolicy(
+            [keep.LatestN(count), keep.BestN(get_metric_fn=lambda m: -m["val_loss"], n=1)]
+        )
+        self._manager = ocp.CheckpointManager(
+            self.folder.absolute(),
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy, read_only=read_only, create=not read_only),
+            item_names=(*ITEMS, "meta"),
+        )
+
+    def save(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any], val_loss: float | None) -> None:
+        """Begin to save trees of arrays under names of ITEMS; returns once the arrays are copied from the devices."""
+        saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if tree}
+        saves["meta"] = ocp.args.JsonSave({**meta, "step": step})
+        metrics = {"val_loss": val_loss if val_loss is not None else float("inf")}
+        self._manager.save(step, args=ocp.args.Composite(**saves), metrics=metrics, force=True)
+
+    def find(self, which: str = "latest") -> int | None:
+        """The step of `latest`, `best` (else latest) or a number; None where the run has none.
+
+        Raises:
+            UserError: no checkpoint of that step.
+        """
+        steps = [s for s in self._manager.all_steps() if (self.folder / str(s) / "meta").is_dir()]
+        if not steps:
+            return None
+        if which == "latest":
+            return max(steps)
+        if which == "best":
+            return self.meta(max(steps)).get("best_step") or max(steps)
+        if not which.isdigit() or int(which) not in steps:
+            raise UserError("--step", repr(which), f"latest, best or one of {sorted(steps)}", "name one of these")
+        return int(which)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON saved with a step."""
+        restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        return restored["meta"]
+
+    def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+        """The items of a step, laid out as `like` (arrays, or ShapeDtypeStructs with shardings) are.
+
+        Raises:
+            UserError: the saved trees have other names or shapes.
+        """
+        args = {n: ocp.args.StandardRestore(jax.tree.map(_abstract, tree)) for n, tree in like.items() if tree}
+        with _named(self.folder / str(step)):
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        return {name: restored[name] if tree else tree for name, tree in like.items()}
+
+    def restore_arrays(self, step: int, like: Mapping[str, Any]) -> Arrays:
+        """Trained parameters and moving statistics among `like` (name -> array or struct with sharding)."""
+        saved = self.names(step)
+        arrays: Arrays = {}
+        for item, names in saved.items():
+            wanted = {n: _abstract(like[n]) for n in names if n in like}
+            if wanted:
+                if len(wanted) < len(names):
+                    raise UserError(
+                        str(self.folder), f"arrays unknown to this model: {sorted(set(names) - set(wanted))[:5]}",
+                        "a run of the same model", "check config.init_from and the model's keys",
+                    )  # fmt: skip
+                args = ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)})
+                with _named(self.folder / str(step)):
+                    arrays.update(self._manager.restore(step, args=args)[item])
+        return arrays
+
+    def names(self, step: int) -> dict[str, list[str]]:
+        """The array names of each item that holds model arrays."""
+        found = {}
+        for item in ITEMS[:2]:
+            if (self.folder / str(step) / item).is_dir():
+                found[item] = list(self._manager.item_metadata(step)[item].tree)
+        return found
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether all hosts have agreed to stop at this step (only after jax.distributed.initialize)."""
+        return self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Until what was begun is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def fingerprint(arrays: Mapping[str, jax.Array]) -> str:
+    """32 bits that change with the bytes, names or shapes of these arrays; equal on every mesh. Empty if none."""
+    if not arrays:
+        return ""
+    sums = {name: int(value) for name, value in jax.device_get(_sums(dict(arrays))).items()}
+    total = 0
+    for name in sorted(sums):
+        for byte in f"{name}:{arrays[name].shape}:{sums[name]}".encode():
+            total = (total * 16777619 ^ byte) & 0xFFFFFFFF
+    return f"{total:08x}"
+
+
+@jax.jit
+def _sums(arrays: Arrays) -> dict[str, jax.Array]:
+    """Wrapping sum of the words of each array, each times an odd number of its place."""
+
+    def one(x: jax.Array) -> jax.Array:
+        bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        words = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
+        place = jnp.zeros((), jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return (words * (place * jnp.uint32(2654435761) | jnp.uint32(1))).sum(dtype=jnp.uint32)
+
+    return {name: one(x) for name, x in arrays.items()}
+
+
+def _abstract(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=x.sharding)
+
+
+class _named:
+    """Turn what the checkpoint library says of a misfit into an error that names the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (ValueError, KeyError, FileNotFoundError)) and not isinstance(error, UserError):
+            raise UserError(
+                str(self.folder), str(error).split("\n")[0][:200], "a checkpoint of this model",
+                "use the run's own config, or another workdir",
+            ) from error  # fmt: skip

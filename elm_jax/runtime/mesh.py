@@ -1,0 +1,162 @@
+"""The device mesh, and the one table that says which logical axis lies on which mesh axis.
+
+Mesh axes: `data` (replicas), `fsdp` (replicas that share the parameters), `tensor` (one layer split).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from elm_jax.config import MeshConfig
+from elm_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+REST = "rest"  # the mesh axis that no other dimension of the array takes
+
+# Logical axis -> mesh axis. Parameters name their trailing dimensions, activations theirs.
+RULES: dict[str, str | tuple[str, ...]] = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "signal": REST,
+    "conv_out": "fsdp",
+    "batch": BATCH_AXES,
+}
+SMALL = 2**14  # parameters below this many elements may be replicated where they do not divide
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices. One of the sizes may be -1: what is left.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    asked = f"data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}"
+    known = math.prod(s for s in sizes if s != -1)
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise UserError("mesh", asked, "positive sizes, at most one of them -1", "set --config.mesh.*")
+    if sizes.count(-1) == 1 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices) or -1 in sizes:
+        raise UserError(
+            "mesh", asked, f"sizes whose product is the number of devices, {len(devices)}", "set --config.mesh.*"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], name: str) -> PartitionSpec:
+    """The layout of an array whose trailing dimensions have these logical axes.
+
+    Raises:
+        UserError: a dimension of a large array does not divide over its mesh axis.
+    """
+    logical = (None,) * (len(shape) - len(axes)) + tuple(axes)
+    targets = [RULES[axis] if axis else None for axis in logical]
+    targets = [_rest(targets) if target == REST else target for target in targets]
+    spec: list[str | tuple[str, ...] | None] = []
+    for size, target in zip(shape, targets, strict=True):
+        ways = _ways(mesh, target)
+        if ways > 1 and size % ways:
+            if math.prod(shape) >= SMALL:
+                raise UserError(
+                    f"mesh.{target}",
+                    f"{ways} for {name} of shape {tuple(shape)}",
+                    f"a size that divides {size}",
+                    f"choose another --config.mesh.{target}",
+                )
+            target = None
+        spec.append(target if ways > 1 else None)
+    taken = [target for target in spec if target]
+    assert len(taken) == len(set(taken)), f"{name}: two dimensions on one mesh axis: {spec}"
+    return PartitionSpec(*spec)
+
+
+def named_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], name: str = "") -> NamedSharding:
+    """`partition_spec` on this mesh."""
+    return NamedSharding(mesh, partition_spec(mesh, axes, shape, name))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, micro_batches: bool = True) -> NamedSharding:
+    """Rows over `data` and `fsdp`; a leading micro-batch axis is not divided."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES) if micro_batches else PartitionSpec(BATCH_AXES))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are divided."""
+    return _ways(mesh, BATCH_AXES)
+
+
+def to_device(mesh: Mesh, local: np.ndarray, sharding: NamedSharding, row_axis: int) -> jax.Array:
+    """A global array of which this process holds `local`: its part of the rows."""
+    shape = list(local.shape)
+    shape[row_axis] *= jax.process_count()
+    return jax.make_array_from_process_local_data(sharding, local, tuple(shape))
+
+
+@dataclass(frozen=True)
+class MeshPlacement:
+    """Where the models' axes lie on `mesh`: the runtime's side of `elm_jax.models.hints`."""
+
+    mesh: Mesh
+
+    @property
+    def platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
+    def activation(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        spec = []
+        for size, axis in zip(x.shape, axes, strict=True):
+            target = RULES[axis] if axis else None
+            spec.append(target if target and size % _ways(self.mesh, target) == 0 else None)
+        return self._constrain(x, PartitionSpec(*spec))
+
+    def weight(self, w: jax.Array, axes: tuple[str | None, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Cast in its shards, then gathered over `fsdp`: what travels is `dtype`, not the float32 master.
+
+        The gradient is brought back to the shards before it becomes float32, so that it can be
+        reduce-scattered within the fsdp group instead of all-reduced whole.
+        """
+        at_rest = partition_spec(self.mesh, axes, w.shape, "a weight")
+        in_use = PartitionSpec(*(None if axis == "fsdp" else axis for axis in at_rest))
+        original = w.dtype
+
+        @jax.custom_vjp
+        def gather(w: jax.Array) -> jax.Array:
+            return self._constrain(self._constrain(w.astype(dtype), at_rest), in_use)
+
+        def forward(w: jax.Array) -> tuple[jax.Array, None]:
+            return gather(w), None
+
+        def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
+            return (self._constrain(cotangent, at_rest).astype(original),)
+
+        gather.defvjp(forward, backward)
+        return gather(w)
+
+    def _constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+def _rest(targets: list[str | tuple[str, ...] | None]) -> str | None:
+    return next((axis for axis in ("fsdp", "tensor") if axis not in targets), None)
+
+
+def _ways(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
+    names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    return math.prod(mesh.shape[n] for n in names)

@@ -1,0 +1,147 @@
+"""What a run tells: metrics.jsonl, the progress bar, trackers, and how MFU is counted."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+# Peak dense bfloat16 FLOP/s of one device, by a part of its `device_kind` (vendors' data sheets).
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6": 918e12,
+}
+MFU_FORMULA = (
+    "(6 or, where the LLM is frozen, 4) FLOPs x (layer parameters x tokens + width x vocabulary x supervised tokens "
+    "+ 2 x layers x heads x head size x attention pairs); recomputation, encoder and connector not counted"
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak of a device, None where the table has no entry (a CPU)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name.lower() in device_kind.lower()), None)
+
+
+def step_flops(llm: Any, layer_parameters: int, trained: bool, tokens: int, supervised: int, pairs: int) -> float:
+    """FLOPs of a step as MFU_FORMULA says. `llm` is the decoder's config."""
+    products = layer_parameters * tokens + llm.hidden * llm.vocab_size * supervised
+    attention = 2 * llm.layers * llm.heads * llm.head_dim * pairs
+    return float((6 if trained else 4) * (products + attention))
+
+
+class MetricsFile:
+    """metrics.jsonl of a run folder, appended by process 0 only.
+
+    Args:
+        resume_at: lines of later steps are cut, so that a resumed run's file is that of an unbroken one.
+    """
+
+    def __init__(self, folder: Path, resume_at: int, writes: bool) -> None:
+        self.path, self.writes = folder / "metrics.jsonl", writes
+        if not writes:
+            return
+        lines = [line for line in self.lines() if line.get("step", 0) <= resume_at]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append one object, at once on disk. NaN and infinities become null: JSON has none."""
+        if not self.writes:
+            return
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All whole lines; one cut short by a kill is left out."""
+        if not self.path.is_file():
+            return []
+        found = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return found
+
+
+class Progress:
+    """The progress bar: step, loss, tokens/s, MFU and, from the bar itself, time left."""
+
+    def __init__(self, total: int, initial: int, shown: bool, file: TextIO | None = None) -> None:
+        self._bar = tqdm(
+            total=total, initial=initial, disable=not shown, unit="step", dynamic_ncols=True, file=file, desc="train"
+        )
+
+    def update(self, steps: int, line: Mapping[str, Any] | None = None) -> None:
+        if line:
+            mfu = line.get("mfu")
+            shown = {"loss": f"{line['loss']:.4f}", "tok/s": f"{line['tokens_per_s']:,.0f}"}
+            self._bar.set_postfix(shown if mfu is None else {**shown, "mfu": f"{mfu:.1%}"}, refresh=False)
+        self._bar.update(steps)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class Stopwatch:
+    """Seconds since it was last read."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        passed, self._last = now - self._last, now
+        return passed
+
+
+Tracker = Callable[[int, Mapping[str, Any]], None]
+
+
+def trackers(folder: Path, wandb: bool, tensorboard: bool, config: Mapping[str, Any]) -> list[Tracker]:
+    """Functions (step, values) that send a line elsewhere.
+
+    Raises:
+        UserError: a package that the config asks for is not installed.
+    """
+    found: list[Tracker] = []
+    if wandb:
+        module = _needed("wandb", "log.wandb", "wandb")
+        run = module.init(project="elm_jax", dir=str(folder), name=folder.name, config=dict(config), resume="allow")
+        found.append(lambda step, values: run.log(dict(values), step=step))
+    if tensorboard:
+        module = _needed("tensorboardX", "log.tensorboard", "tensorboard")
+        writer = module.SummaryWriter(str(folder / "tensorboard"))
+
+        def write(step: int, values: Mapping[str, Any]) -> None:
+            for name, value in values.items():
+                if isinstance(value, int | float) and name != "step":
+                    writer.add_scalar(name, value, step)
+
+        found.append(write)
+    return found
+
+
+def _needed(module: str, key: str, extra: str) -> Any:
+    import importlib
+
+    from elm_jax.errors import UserError
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        fix = f"install it with pip install 'elm_jax[{extra}]', or set config.{key} to False"
+        raise UserError(f"config.{key}", f"no package {module}", "the package", fix) from error

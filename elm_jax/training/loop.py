@@ -1,0 +1,329 @@
+"""The training loop: read a step, run it, log, validate, save. A run goes on where its folder says it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from elm_jax.assemble import Assembly, assemble, make_arrays
+from elm_jax.config import Config, to_dict
+from elm_jax.data.batch import Batch
+from elm_jax.data.dataset import Dataset
+from elm_jax.data.loader import Loaded, StepSource, steps_from
+from elm_jax.data.plan import Plan
+from elm_jax.errors import UserError
+from elm_jax.models.functional import Arrays
+from elm_jax.runtime import telemetry
+from elm_jax.runtime.checkpoint import Checkpoints
+from elm_jax.runtime.faults import StopSignal
+from elm_jax.runtime.mesh import batch_sharding, batch_ways, make_mesh, to_device
+from elm_jax.training import run
+from elm_jax.training.optim import learning_rate_multiplier, batch_scale, make_optimizer
+from elm_jax.training.state import TrainState, array_shardings, new_state, split_names, state_shardings
+from elm_jax.training.step import make_eval_step, make_train_step
+
+NON_FINITE_LIMIT = 10  # steps in a row without a finite gradient after which the run stops
+
+
+def train(config: Config) -> Path:
+    """Train to the end, or to a stop signal (then SystemExit 143 after a checkpoint). Returns the run's folder.
+
+    Raises:
+        UserError: the config, the data or the folder does not fit.
+    """
+    folder = run.open_folder(config)
+    trainer = Trainer(config, folder)
+    if run.is_done(folder, trainer.total_steps):
+        print(f"{folder} is done: raise train.steps or train.epochs to go on", file=sys.stderr)
+        return folder
+    trainer.run()
+    return folder
+
+
+class Trainer:
+    """One run: built from its config, then `run`."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.mesh = make_mesh(config.mesh)
+        self._check_rows()
+        self.assembly = assemble(config, folder / "tokenizer")
+        if jax.process_index() == 0:
+            self.assembly.tokenizer.save_pretrained(folder / "tokenizer")
+        self.dataset = self.assembly.dataset("train")
+        self.plan = self._plan(self.dataset, config.seed, shuffle=True)
+        steps = config.train.steps
+        self.total_steps = self.plan.steps_before(config.train.epochs) if steps is None else steps
+        self._prepare_validation()
+
+    def run(self) -> None:
+        """Train from where the folder stands to `total_steps`."""
+        self._build()
+        first = int(self.state.step)
+        self.metrics = telemetry.MetricsFile(self.folder, first, jax.process_index() == 0)
+        self.trackers = []
+        if jax.process_index() == 0:
+            log = self.config.log
+            self.trackers = telemetry.trackers(self.folder, log.wandb, log.tensorboard, to_dict(self.config))
+        self._announce(first)
+        progress = telemetry.Progress(
+            self.total_steps, first, self.config.log.progress and jax.process_index() == 0
+        )
+        stopped_early = False
+        with StopSignal() as stop:
+            try:
+                for loaded in self._steps(first):
+                    self._one(loaded, progress)
+                    done = loaded.step + 1
+                    if self._due(done, self.config.train.eval_every or self.config.train.save_every):
+                        self._validate(done)
+                        stopped_early = self.config.train.early_stopping and self._no_longer_improves()
+                    stopping = stop.asked or self.checkpoints.reached_preemption(done)
+                    if stopping or stopped_early or self._due(done, self.config.train.save_every):
+                        self._save()
+                    if stopping:
+                        self.checkpoints.wait()
+                        print(f"stopped after step {done}; run the same command to go on", file=sys.stderr)
+                        raise SystemExit(143)
+                    if stopped_early:
+                        break
+            finally:
+                progress.close()
+                self.checkpoints.wait()
+        self._finish(stopped_early)
+
+    # -- building ---------------------------------------------------------------------------------------------
+
+    def _check_rows(self) -> None:
+        rows, ways = self.config.train.batch_size // self.config.optim.accum_steps, batch_ways(self.mesh)
+        if rows % ways:
+            raise UserError(
+                "train.batch_size", f"{rows} rows a micro-batch", f"a multiple of data x fsdp = {ways}",
+                "change train.batch_size, optim.accum_steps or mesh.*",
+            )  # fmt: skip
+
+    def _plan(self, dataset: Dataset, seed: int, shuffle: bool) -> Plan:
+        data = self.config.data
+        shown = self.config.log.progress and jax.process_index() == 0
+        index = dataset.length_index(data.share, data.max_bad_records, cache_folder(), shown)
+        return Plan(
+            index, rows=self.config.train.batch_size // (1 if shuffle else self.config.optim.accum_steps),
+            max_len=data.max_len, pack=data.pack, seed=seed, weights=data.weights if shuffle else None, shuffle=shuffle,
+        )  # fmt: skip
+
+    def _prepare_validation(self) -> None:
+        """The validation part, where the config keeps one."""
+        self.validation: StepSource | None = None
+        if self.config.data.val_fraction > 0:
+            dataset = self.assembly.dataset("val")
+            plan = self._plan(dataset, self.config.seed, shuffle=False)
+            self.validation = StepSource(dataset, plan, steps=plan.steps_before(1), **_hosts())
+
+    def _build(self) -> None:
+        structure, config = self.assembly.structure, self.config
+        shardings = array_shardings(structure, self.mesh)
+        arrays = make_arrays(self.assembly, shardings)
+        self.checkpoints = Checkpoints(self.folder, config.train.keep)
+        latest = self.checkpoints.find("latest")
+        if config.init_from and latest is None:
+            arrays = run.start_from(config.init_from, arrays, config.init_missing_ok)
+        trained, moving, frozen = split_names(structure, config.update)
+        self.frozen: Arrays = {n: arrays[n] for n in frozen}
+        tx = make_optimizer(config.optim, config.train, self.total_steps)
+        self.state = new_state(arrays, trained, moving, tx, self.mesh, shardings)
+        layout = state_shardings(self.state, shardings, self.mesh)
+        self.history: dict[str, Any] = {"best_step": None, "best_val_loss": None, "val_losses": [], "bad": []}
+        self.fingerprints = run.frozen_fingerprints(self.frozen)
+        if latest is not None:
+            self._restore(latest)
+        self.step = make_train_step(
+            structure, config, tx, self.mesh, layout, {n: shardings[n] for n in frozen}
+        )
+        self.eval_step = make_eval_step(structure, self.mesh)
+        self.rate = learning_rate_multiplier(config.optim, self.total_steps)
+        self.non_finite = 0
+
+    def _restore(self, step: int) -> None:
+        meta = self.checkpoints.meta(step)
+        run.check_frozen(str(self.folder), meta["frozen"], self.frozen, set(self.fingerprints))
+        self.history = meta["history"]
+        state = self.state
+        like = {"trained": state.trained, "statistics": state.statistics, "optimizer": state.optimizer}
+        count = jax.device_put(np.asarray(step, np.int32), state.step.sharding)
+        self.state = TrainState(step=count, **self.checkpoints.restore(step, like))
+
+    # -- one step ---------------------------------------------------------------------------------------------
+
+    def _steps(self, first: int) -> Iterator[Loaded]:
+        accum = self.config.optim.accum_steps
+        source = StepSource(self.dataset, self.plan, steps=self.total_steps, micro_batches=accum, **_hosts())
+        return steps_from(source, first, self.config.data.workers)
+
+    def _one(self, loaded: Loaded, progress: telemetry.Progress) -> None:
+        self._count_bad(loaded)
+        batch = self._on_devices(loaded.batch)
+        self.state, metrics = self.step(self.state, self.frozen, batch)
+        done = loaded.step + 1
+        if not self._due(done, self.config.train.log_every):
+            return progress.update(1)
+        line = self._line(loaded, jax.device_get(metrics))
+        self.metrics.write(line)
+        for track in self.trackers:
+            track(done, line)
+        progress.update(1, line)
+        self._check_finite(bool(metrics["finite"]), done)
+
+    def _on_devices(self, batch: Batch) -> Batch:
+        sharding = batch_sharding(self.mesh)
+        return jax.tree.map(lambda x: to_device(self.mesh, x, sharding, row_axis=1), batch)
+
+    def _line(self, loaded: Loaded, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The logged values of a step; loss and norms are its own, times are means since the last line."""
+        seconds = self.watch.lap() / max(1, loaded.step + 1 - self.logged_at)
+        self.logged_at = loaded.step + 1
+        rows, length = loaded.batch.tokens.shape[1:]
+        slots = rows * length * loaded.batch.tokens.shape[0] * jax.process_count()
+        tokens, supervised = int(metrics["tokens"]), int(metrics["supervised_tokens"])
+        pairs, conversations = (n * jax.process_count() for n in (loaded.attention_pairs, loaded.conversations))
+        optim = self.config.optim
+        rate = optim.lr * batch_scale(optim, self.config.train) * float(self.rate(loaded.step))
+        return {
+            "step": loaded.step + 1,
+            "loss": float(metrics["loss"]),
+            "learning_rate": rate,
+            "grad_norm": float(metrics["grad_norm"]),
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+            "conversations": conversations,
+            "recordings": int(metrics["recordings"]),
+            "padding_fraction": round(1 - tokens / slots, 6),
+            "step_ms": round(1000 * seconds, 3),
+            "tokens_per_s": round(tokens / seconds, 3),
+            "conversations_per_s": round(conversations / seconds, 3),
+            "mfu": self._mfu(tokens, supervised, pairs, seconds),
+            "device_memory_gb": device_memory_gb(),
+        }
+
+    def _mfu(self, tokens: int, supervised: int, pairs: int, seconds: float) -> float | None:
+        device = self.mesh.devices.flat[0]
+        peak = telemetry.peak_flops(device.device_kind)
+        if peak is None:
+            return None
+        leaves = self.assembly.structure.leaves
+        layers = sum(int(np.prod(leaf.shape)) for name, leaf in leaves.items() if name.startswith("llm.layers."))
+        flops = telemetry.step_flops(
+            self.assembly.llm, layers, "llm" in self.config.update, tokens, supervised, pairs
+        )
+        return flops / seconds / (peak * self.mesh.size)
+
+    def _check_finite(self, finite: bool, done: int) -> None:
+        self.non_finite = 0 if finite else self.non_finite + 1
+        if not finite:
+            self.metrics.write({"event": "non_finite", "step": done})
+        if self.non_finite >= NON_FINITE_LIMIT:
+            raise RuntimeError(f"{NON_FINITE_LIMIT} logged steps in a row without a finite gradient, last {done}")
+
+    def _count_bad(self, loaded: Loaded) -> None:
+        """Name each bad record once; stop when there are too many."""
+        for bad in loaded.bad:
+            if bad.id in self.history["bad"]:
+                continue
+            self.history["bad"].append(bad.id)
+            self.metrics.write({"event": "bad_record", "step": loaded.step + 1, "id": bad.id, "error": bad.error})
+            allowed = self.config.data.max_bad_records * len(self.dataset)
+            if len(self.history["bad"]) > allowed:
+                raise UserError(
+                    f"record {bad.id}", bad.error, f"at most {allowed:g} unreadable records (data.max_bad_records)",
+                    "mend the data, or raise data.max_bad_records",
+                )  # fmt: skip
+
+    # -- now and then -----------------------------------------------------------------------------------------
+
+    def _due(self, done: int, every: int) -> bool:
+        return done % every == 0 or done == self.total_steps
+
+    def _validate(self, done: int) -> None:
+        if self.validation is None:
+            return
+        arrays = {**self.frozen, **self.state.trained, **self.state.statistics}
+        total = count = 0.0
+        for loaded in steps_from(self.validation, 0, 0):
+            batch = jax.tree.map(lambda x: x[0], loaded.batch)
+            sharding = batch_sharding(self.mesh, micro_batches=False)
+            batch = jax.tree.map(lambda x, s=sharding: to_device(self.mesh, x, s, row_axis=0), batch)
+            summed, tokens = jax.device_get(self.eval_step(arrays, batch))
+            total, count = total + float(summed), count + float(tokens)
+        loss = total / max(count, 1.0)
+        self.history["val_losses"].append(loss)
+        if self.history["best_val_loss"] is None or loss < self.history["best_val_loss"]:
+            self.history |= {"best_val_loss": loss, "best_step": done}
+        self.metrics.write({"step": done, "val_loss": loss})
+        for track in self.trackers:
+            track(done, {"val_loss": loss})
+
+    def _no_longer_improves(self) -> bool:
+        """Whether none of the last `patience` validations beat the best before them by `patience_delta`."""
+        losses, patience = self.history["val_losses"], self.config.train.patience
+        if len(losses) <= patience:
+            return False
+        return min(losses[-patience:]) > min(losses[:-patience]) - self.config.train.patience_delta
+
+    def _save(self) -> None:
+        state = self.state
+        items = {"trained": state.trained, "statistics": state.statistics, "optimizer": state.optimizer}
+        meta = {"frozen": self.fingerprints, "history": self.history, "best_step": self.history["best_step"]}
+        losses = self.history["val_losses"]
+        self.checkpoints.save(int(state.step), items, meta, losses[-1] if losses else None)
+
+    def _announce(self, first: int) -> None:
+        self.watch, self.logged_at = telemetry.Stopwatch(), first
+        self.metrics.write({"event": "resume" if first else "start", "step": first, "mfu_formula": telemetry.MFU_FORMULA})
+        trained = sum(x.size for x in self.state.trained.values())
+        frozen = sum(x.size for x in self.frozen.values())
+        if jax.process_index() == 0:
+            print(
+                f"{self.folder}: {trained:,} parameters trained, {frozen:,} frozen; {len(self.dataset):,} conversations;"
+                f" steps {first} to {self.total_steps}; {self.mesh.size} {self.mesh.devices.flat[0].device_kind} as"
+                f" {dict(self.mesh.shape)}",
+                file=sys.stderr,
+            )
+
+    def _finish(self, stopped_early: bool) -> None:
+        if jax.process_index() == 0:
+            plot_loss(self.folder, self.metrics.lines())
+            run.write_done(self.folder, int(self.state.step), stopped_early)
+        self.checkpoints.close()
+
+
+def plot_loss(folder: Path, lines: list[dict[str, Any]]) -> None:
+    """Draw plots/loss.png from the lines of metrics.jsonl."""
+    from elm_jax.evaluation.paper import loss_plot
+
+    losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    validation = [(line["step"], line["val_loss"]) for line in lines if line.get("val_loss") is not None]
+    (folder / "plots").mkdir(exist_ok=True)
+    loss_plot([s for s, _ in losses], [v for _, v in losses], validation, folder / "plots" / "loss.png")
+
+
+def device_memory_gb() -> float | None:
+    """Peak memory of the first local device, where it says so."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    return None if peak is None else round(peak / 1e9, 3)
+
+
+def cache_folder() -> Path:
+    """Where length indices are kept: $ELM_JAX_CACHE, else the user's cache folder."""
+    return Path(os.environ.get("ELM_JAX_CACHE", Path.home() / ".cache" / "elm_jax")) / "index"
+
+
+def _hosts() -> dict[str, int]:
+    return {"part": jax.process_index(), "parts": jax.process_count()}

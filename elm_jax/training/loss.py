@@ -1,0 +1,50 @@
+"""The loss: cross-entropy at supervised positions only; (B, T, V) logits never exist.
+
+Dimension letters: B rows, T tokens, M supervised slots, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from elm_jax.data.batch import Batch
+from elm_jax.models.decoder import Decoder
+
+CHUNK = 2**27  # logits that may exist at a time, over the whole batch
+
+
+def summed_cross_entropy(llm: Decoder, hidden: jax.Array, batch: Batch) -> jax.Array:
+    """Σ weight · −log p(target) over the supervised slots, float32 scalar.
+
+    Args:
+        hidden: (B, T, D) final hidden states.
+        batch: `target_index`, `target_ids`, `target_weights` (B, M).
+    """
+    picked = jnp.take_along_axis(hidden, batch.target_index[..., None], axis=1)  # (B, M, D)
+    projection = llm.output_weight(picked.dtype)
+    chunks = _chunks(picked.shape[0], picked.shape[1], llm.config.vocab_size)
+
+    def chunk(total: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        h, ids, weights = part
+        logits = llm.logits(h, projection)
+        # A masked sum rather than a gather: the vocabulary may be divided over devices.
+        vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        target = jnp.where(vocabulary == ids[..., None], logits, 0.0).sum(-1)
+        losses = jax.nn.logsumexp(logits, axis=-1) - target
+        return total + jnp.where(weights > 0, losses * weights, 0.0).sum(), None
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
+
+    parts = (split(picked), split(batch.target_ids), split(batch.target_weights))
+    if chunks == 1:
+        return chunk(jnp.zeros((), jnp.float32), jax.tree.map(lambda x: x[0], parts))[0]
+    body = jax.checkpoint(chunk, prevent_cse=False)
+    return jax.lax.scan(body, jnp.zeros((), jnp.float32), parts)[0]
+
+
+def _chunks(rows: int, targets: int, vocabulary: int) -> int:
+    """The least number of equal parts of the M axis that keeps a part's logits within CHUNK."""
+    least = -(-rows * targets * vocabulary // CHUNK)
+    return next(n for n in range(max(1, least), targets + 1) if targets % n == 0) if least <= targets else targets

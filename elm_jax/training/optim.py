@@ -1,0 +1,60 @@
+"""Optimizers and schedules: Adam (L2 in the gradient, as the reference) and AdamW (decoupled decay)."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from elm_jax.config import OptimConfig, TrainConfig
+
+
+def learning_rate_multiplier(config: OptimConfig, total_steps: int) -> optax.Schedule:
+    """The factor on the peak learning rate at each step (from 0): linear warm-up, then the schedule.
+
+    Warm-up takes int(total_steps · warmup_ratio) steps, the first of which already moves. After w steps of it:
+    constant 1; inverse square root 1/√(s − w + 1); cosine from 1 down to `min_lr_ratio` at `total_steps`.
+    """
+    warmup = int(total_steps * config.warmup_ratio)
+
+    def multiplier(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        if config.schedule == "cosine":
+            progress = jnp.clip((step - warmup) / max(1, total_steps - warmup), 0.0, 1.0)
+            low = config.min_lr_ratio
+            after = low + 0.5 * (1.0 - low) * (1.0 + jnp.cos(jnp.pi * progress))
+        elif config.schedule == "inv_sqrt":
+            after = jax.lax.rsqrt(jnp.maximum(step - warmup + 1.0, 1.0))
+        else:
+            after = jnp.ones_like(step)
+        return jnp.where(step < warmup, (step + 1.0) / max(1, warmup), after)
+
+    return multiplier
+
+
+def batch_scale(optim: OptimConfig, train: TrainConfig) -> float:
+    """Rows per optimizer step over `optim.ref_batch` (1 where that is not set)."""
+    return train.batch_size / optim.ref_batch if optim.ref_batch else 1.0
+
+
+def weight_decay(optim: OptimConfig, train: TrainConfig) -> float:
+    """The decay, scaled with the batch as `optim.weight_decay_scale` asks."""
+    scale = batch_scale(optim, train)
+    return optim.weight_decay / {"none": 1.0, "inv_sqrt": math.sqrt(scale), "inv_linear": scale}[optim.weight_decay_scale]
+
+
+def make_optimizer(optim: OptimConfig, train: TrainConfig, total_steps: int) -> optax.GradientTransformation:
+    """The optimizer of a flat dictionary of float32 parameters; its state has their shapes."""
+    multiplier = learning_rate_multiplier(optim, total_steps)
+    peak = optim.lr * batch_scale(optim, train)
+    decay = optax.add_decayed_weights(weight_decay(optim, train))
+    adam = optax.scale_by_adam(optim.beta1, optim.beta2, optim.eps)
+    rate = optax.scale_by_learning_rate(lambda step: peak * multiplier(step))
+    return optax.chain(decay, adam, rate) if optim.name == "adam" else optax.chain(adam, decay, rate)
+
+
+def clip_coefficient(norm: jax.Array, limit: float) -> jax.Array:
+    """What gradients are multiplied by: min(1, limit / (norm + 1e-6)); 1 where limit is 0."""
+    return jnp.minimum(1.0, limit / (norm + 1e-6)) if limit > 0 else jnp.ones_like(norm)

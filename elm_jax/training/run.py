@@ -1,0 +1,111 @@
+"""A run's folder: is it new, to be resumed, or done; whose checkpoint it is; what a new run starts from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from elm_jax.config import Config, differences, to_dict
+from elm_jax.errors import UserError
+from elm_jax.models.functional import Arrays
+from elm_jax.runtime.checkpoint import Checkpoints, fingerprint
+
+
+def open_folder(config: Config) -> Path:
+    """Make the run's folder and write config.json, or check that the folder is of this run.
+
+    Raises:
+        UserError: the folder holds a run of another configuration; names the keys.
+    """
+    folder = Path(config.workdir)
+    path = folder / "config.json"
+    if path.is_file():
+        changed = differences(read_json(path), config)
+        if changed and (folder / "checkpoints").is_dir():
+            raise UserError(
+                str(folder), f"a run with other {', '.join(changed)}", "the same configuration, to resume",
+                "undo these changes, or choose another --config.workdir",
+            )  # fmt: skip
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a run folder. Raises UserError, naming the file, for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), str(error), "a run folder's JSON file", "check the folder") from error
+    if not isinstance(value, dict):
+        raise UserError(str(path), type(value).__name__, "a JSON object", "check the folder")
+    return value
+
+
+def is_done(folder: Path, total_steps: int) -> bool:
+    """Whether the run in this folder has finished with at least `total_steps` steps, or stopped early."""
+    path = folder / "DONE"
+    if not path.is_file():
+        return False
+    done = read_json(path)
+    return bool(done.get("stopped_early")) or int(done.get("steps", 0)) >= total_steps
+
+
+def write_done(folder: Path, steps: int, stopped_early: bool) -> None:
+    """Mark the run as finished."""
+    (folder / "DONE").write_text(json.dumps({"steps": steps, "stopped_early": stopped_early}) + "\n", encoding="utf-8")
+
+
+def frozen_fingerprints(frozen: Arrays) -> dict[str, str]:
+    """Component -> fingerprint of what is frozen of it."""
+    components = sorted({name.split(".")[0] for name in frozen})
+    return {c: fingerprint({n: x for n, x in frozen.items() if n.startswith(f"{c}.")}) for c in components}
+
+
+def check_frozen(where: str, saved: dict[str, str], frozen: Arrays, components: set[str]) -> None:
+    """Raise UserError where a frozen part is not the one that the checkpoint was trained with."""
+    now = frozen_fingerprints({n: x for n, x in frozen.items() if n.split(".")[0] in components})
+    for component in sorted(components & set(saved)):
+        if now.get(component) != saved[component]:
+            raise UserError(
+                where, f"a checkpoint trained with other {component} weights", "the frozen weights of that run",
+                f"use the same weights for the {component}, or start a new run",
+            )  # fmt: skip
+
+
+def start_from(source: str, arrays: Arrays, missing_ok: tuple[str, ...]) -> Arrays:
+    """`arrays` with what the run folder `source` trained in their place.
+
+    A part that `source` did not train must be the one it was trained with, or be named in `init_missing_ok`.
+
+    Raises:
+        UserError: no checkpoint, arrays of another model, or a part that is missing.
+    """
+    checkpoints = Checkpoints(run_folder(source, "config.init_from"), read_only=True)
+    step = checkpoints.find("best")
+    if step is None:
+        raise UserError("config.init_from", f"{source} without a checkpoint", "a trained run", "train it first")
+    restored = checkpoints.restore_arrays(step, arrays)
+    saved = checkpoints.meta(step).get("frozen", {})
+    checkpoints.close()
+    lacking = {n.split(".")[0] for n in arrays if n not in restored} - set(missing_ok)
+    without = sorted(lacking - set(saved))
+    if without:
+        raise UserError(
+            "config.init_from", f"no {', '.join(without)} in {source}", "all parts of the model",
+            f"name what may start afresh: --config.init_missing_ok={','.join(without)}",
+        )  # fmt: skip
+    check_frozen(source, saved, arrays, lacking)
+    return {**arrays, **restored}
+
+
+def run_folder(path: str, where: str) -> Path:
+    """A folder that holds a run. Raises UserError, naming `where`, otherwise."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UserError(where, f"{path} without config.json", "a run folder", "give the workdir of a training run")
+    return folder

@@ -1,0 +1,114 @@
+"""The train step and the evaluation step: pure functions, jitted once per batch shape.
+
+Dimension letters: A micro-batches, B rows, T tokens, M supervised slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from elm_jax.config import Config
+from elm_jax.data.batch import Batch
+from elm_jax.models.functional import Arrays, Structure
+from elm_jax.models.hints import placed
+from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, replicated
+from elm_jax.training.loss import summed_cross_entropy
+from elm_jax.training.optim import clip_coefficient
+from elm_jax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def loss_and_gradients(
+    structure: Structure, trained: Arrays, statistics: Arrays, frozen: Arrays, batch: Batch
+) -> tuple[jax.Array, Arrays, Arrays]:
+    """The loss of one step, its gradients and the running statistics after it.
+
+    The loss is the sum of the cross-entropies over the supervised tokens of all micro-batches (leading axis A)
+    divided by their number. Batch statistics are those of a micro-batch.
+    """
+    total = jnp.maximum(batch.target_weights.sum(), 1.0)
+
+    def micro_loss(trained: Arrays, statistics: Arrays, micro: Batch) -> tuple[jax.Array, Arrays]:
+        elm = structure.bind({**frozen, **statistics, **trained})
+        hidden = elm.hidden(micro, train_encoder=_trains_encoder(trained))
+        after = structure.arrays(elm)
+        return summed_cross_entropy(elm.llm, hidden, micro) / total, {n: after[n] for n in statistics}
+
+    gradient = jax.value_and_grad(micro_loss, has_aux=True)
+    if batch.tokens.shape[0] == 1:
+        (loss, statistics), gradients = gradient(trained, statistics, jax.tree.map(lambda x: x[0], batch))
+        return loss, gradients, statistics
+
+    def accumulate(carry: tuple[jax.Array, Arrays, Arrays], micro: Batch) -> tuple[Any, None]:
+        loss, gradients, statistics = carry
+        (part, statistics), more = gradient(trained, statistics, micro)
+        return (loss + part, jax.tree.map(jnp.add, gradients, more), statistics), None
+
+    zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained), statistics
+    (loss, gradients, statistics), _ = jax.lax.scan(accumulate, zero, batch)
+    return loss, gradients, statistics
+
+
+def make_train_step(
+    structure: Structure, config: Config, tx: optax.GradientTransformation, mesh: Mesh, layout: TrainState, frozen: Any
+) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step (state, frozen, batch) -> (state, metrics); the state is donated.
+
+    A step whose gradients are not finite changes nothing but the step number and says so in `finite`.
+
+    Args:
+        layout: the shardings of the state; frozen: those of the frozen arrays.
+    """
+
+    def step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Metrics]:
+        with placed(MeshPlacement(mesh)):
+            loss, gradients, statistics = loss_and_gradients(
+                structure, state.trained, state.statistics, frozen, batch
+            )
+        norm = optax.tree.norm(gradients)
+        gradients = jax.tree.map(lambda g: g * clip_coefficient(norm, config.optim.grad_clip), gradients)
+        updates, optimizer = tx.update(gradients, state.optimizer, state.trained)
+        moved = (optax.apply_updates(state.trained, updates), statistics, optimizer)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), moved, (state.trained, state.statistics, state.optimizer)
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "finite": finite,
+            "tokens": (batch.group_ids > 0).sum(),
+            "supervised_tokens": (batch.target_weights > 0).sum(),
+            "recordings": (batch.signal_weights > 0).sum(),
+        }
+        return TrainState(state.step + 1, *kept), metrics
+
+    rows = jax.tree.map(lambda _: batch_sharding(mesh), Batch(*Batch._fields))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(layout, frozen, rows),
+        out_shardings=(layout, replicated(mesh)),
+    )
+
+
+def make_eval_step(structure: Structure, mesh: Mesh) -> Callable[[Arrays, Batch], tuple[jax.Array, jax.Array]]:
+    """The jitted step (arrays, batch without micro-batch axis) -> (summed cross-entropy, supervised tokens)."""
+
+    def step(arrays: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        with placed(MeshPlacement(mesh)):
+            elm = structure.bind(arrays)
+            return summed_cross_entropy(elm.llm, elm.hidden(batch), batch), batch.target_weights.sum()
+
+    return jax.jit(step, out_shardings=replicated(mesh))
+
+
+def _trains_encoder(trained: Arrays) -> bool:
+    return any(name.startswith("encoder.") for name in trained)

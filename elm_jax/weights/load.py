@@ -1,0 +1,245 @@
+"""Language model weights: a Hugging Face folder -> parameters, straight into their shards."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+
+from elm_jax import compat as behaviours
+from elm_jax.errors import UserError, nearest
+from elm_jax.models.decoder import Decoder, DecoderConfig
+from elm_jax.models.families import ALIASES, family_of, from_hf
+from elm_jax.weights.rules import Index, Rule
+from elm_jax.weights.safetensors import Safetensors
+
+Shardings = Callable[[str, jax.ShapeDtypeStruct], Sharding]
+
+# What a checkpoint may hold beyond its parameters: buffers that old exports saved and nobody reads.
+_BUFFERS = ("rotary_emb.inv_freq",)
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_LISTED = 6  # names in an error
+
+
+def load_llm(
+    folder: str | Path, dtype: str = "float32", mesh: Mesh | None = None, compat: tuple[str, ...] = ()
+) -> Decoder:
+    """A decoder with the weights of a Hugging Face folder (`config.json` and safetensors, sharded or not).
+
+    Args:
+        folder: local folder, Hugging Face id, or short name (`qwen2.5-0.5b-instruct`).
+        dtype: of the parameters, and so of the computation: float32, bfloat16 or float16.
+        mesh: where they lie (default: all on this process's first device).
+        compat: names of reference behaviours (`elm_jax.compat`).
+    Raises UserError for anything amiss with the folder or the names.
+    """
+    behaviours.check(compat)
+    path = resolve_llm_folder(folder)
+    config = read_llm_config(path)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError("dtype", f"'{dtype}'", "float32, bfloat16 or float16", "choose one of these")
+    model = abstract_decoder(config, param_dtype=dtype)
+    graph, state = nnx.split(model)
+    axes = {name: variable.axes for name, variable in parameters(state).items()}
+
+    def shardings(name: str, array: jax.ShapeDtypeStruct) -> Sharding:
+        if mesh is None:
+            return SingleDeviceSharding(jax.local_devices()[0])
+        from elm_jax.runtime.mesh import named_sharding
+
+        return named_sharding(mesh, axes[name], array.shape, name)
+
+    arrays = load_llm_arrays(path, config, dtype, shardings)
+    for name, variable in parameters(state).items():
+        variable.set_value(arrays[name])
+    return nnx.merge(graph, state)
+
+
+def load_llm_arrays(
+    folder: str | Path, config: DecoderConfig, dtype: jax.typing.DTypeLike, shardings: Shardings
+) -> dict[str, jax.Array]:
+    """The parameters of `config` out of a folder: path ("layers.attention.q.kernel") -> array.
+
+    `config` is the folder's own (`read_llm_config`), possibly `extended`: the rows of a larger vocabulary
+    become the mean (in float32) of the folder's rows. Each process reads what its own devices hold, one
+    parameter at a time; no host ever holds the model. `shardings` is asked with the path and the shape.
+    Raises UserError for missing, unexpected or misshapen tensors, by name.
+    """
+    folder = Path(folder)
+    base = read_llm_config(folder)
+    assert replace(base, vocab_size=config.vocab_size) == config and config.vocab_size >= base.vocab_size
+    shapes = {name: v.shape for name, v in parameters(nnx.state(abstract_decoder(base))).items()}
+    rules = [rule for rule in family_of(config.model_type).rules if rule.ours in shapes]
+    tensors = open_checkpoint(folder)
+    _check_tensors(folder, tensors, rules, shapes, base)
+    wanted = parameters(nnx.state(abstract_decoder(config, param_dtype=dtype)))
+    assert set(wanted) == {rule.ours for rule in rules}, "the rules and the parameters differ"
+    arrays = {}
+    for rule in rules:
+        spec = jax.ShapeDtypeStruct(wanted[rule.ours].shape, jnp.dtype(dtype))
+        parts = [tensors[name] for name in rule.names(config.layers)]
+        arrays[rule.ours] = _to_devices(rule, parts, spec, shardings(rule.ours, spec))
+    return arrays
+
+
+def abstract_decoder(config: DecoderConfig, **options: Any) -> Decoder:
+    """A `Decoder(config, **options)` of shapes without arrays."""
+    return nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), **options))
+
+
+def parameters(state: nnx.State) -> dict[str, nnx.Variable]:
+    """The variables of a state by their path, joined by dots."""
+    return {".".join(str(part) for part in path): variable for path, variable in nnx.to_flat_state(state)}
+
+
+def read_llm_config(folder: str | Path) -> DecoderConfig:
+    """The configuration in a local folder's `config.json`; UserError if it is not one of ours."""
+    path = Path(folder) / "config.json"
+    return from_hf(_read_json(path), str(path))
+
+
+def resolve_llm_folder(name: str | Path) -> Path:
+    """The local folder of a model: a folder as it is; a short name or Hugging Face id, downloaded if need be.
+
+    Raises UserError if it is neither, or cannot be had.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    repo = ALIASES.get(str(name), str(name))
+    parts = repo.split("/")
+    if len(parts) != 2 or parts[0] in ("", ".", "..", "~") or not parts[1]:
+        fix = (
+            nearest(repo, ALIASES)
+            or f"use a folder, owner/name of the Hugging Face hub, or {', '.join(ALIASES)}"
+        )
+        raise UserError("llm.name", f"'{name}', which is no folder", "a folder or a known name", fix)
+    try:
+        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = (
+            f"'{name}', which the Hugging Face hub did not give ({type(error).__name__}: {str(error)[:200]})"
+        )
+        fix = f"download {repo} on a connected machine and set llm.name to that folder"
+        raise UserError("llm.name", reason, "a folder or a model that can be downloaded", fix) from None
+
+
+def open_checkpoint(folder: str | Path) -> dict[str, np.ndarray]:
+    """Tensor name -> read-only view of a mapped file: `model.safetensors`, or an index and its files."""
+    folder = Path(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return dict(Safetensors(single))
+    if not index.is_file():
+        fix = "save the model with safe_serialization" if list(folder.glob("*.bin")) else "check the folder"
+        raise UserError(str(folder), "no safetensors", f"{single.name} or {index.name}", fix)
+    where = _read_json(index).get("weight_map")
+    if not isinstance(where, dict) or any(Path(str(file)).name != file for file in where.values()):
+        raise UserError(
+            str(index), "no sound weight_map", "tensor names with files beside it", "download it again"
+        )
+    files = {file: Safetensors(folder / file) for file in sorted(set(where.values()))}
+    absent = [name for name, file in where.items() if name not in files[file]]
+    if absent:
+        found = f"{_some(absent)} not in the file that it names"
+        raise UserError(str(index), found, "an index that fits its files", "download the folder again")
+    return {name: files[file][name] for name, file in where.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            str(path), str(error), "a JSON file", "use the folder of a Hugging Face model"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(
+            str(path), type(content).__name__, "a JSON object", "use the folder of a Hugging Face model"
+        )
+    return content
+
+
+def _check_tensors(
+    folder: Path,
+    tensors: Mapping[str, np.ndarray],
+    rules: list[Rule],
+    shapes: Mapping[str, tuple[int, ...]],
+    config: DecoderConfig,
+) -> None:
+    """UserError unless the checkpoint holds the tensors of the rules in their shapes, and no others."""
+    expected = {n: rule.their_shape(shapes[rule.ours]) for rule in rules for n in rule.names(config.layers)}
+    missing = [name for name in expected if name not in tensors]
+    extra = [name for name in tensors if name not in expected and not name.endswith(_BUFFERS)]
+    if config.tied and "lm_head.weight" in extra:
+        _check_copy(folder, tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight"))
+        extra.remove("lm_head.weight")
+    if missing or extra:
+        found = "; ".join(
+            f"{what} {_some(n)}" for what, n in (("missing", missing), ("unexpected", extra)) if n
+        )
+        raise UserError(
+            str(folder), found, f"the tensors of {config.model_type}", "check that config.json fits"
+        )
+    for name, shape in expected.items():
+        if tensors[name].shape != shape or not jnp.issubdtype(tensors[name].dtype, jnp.floating):
+            found = f"{name} {tensors[name].dtype}{list(tensors[name].shape)}"
+            raise UserError(str(folder), found, f"floating {list(shape)}", "check that config.json fits")
+
+
+def _check_copy(folder: Path, head: np.ndarray, table: np.ndarray | None) -> None:
+    if table is not None and not np.array_equal(head.view(np.uint8), table.view(np.uint8)):
+        found = "lm_head.weight that differs from model.embed_tokens.weight"
+        raise UserError(
+            str(folder), found, "a copy, as tie_word_embeddings says", "set tie_word_embeddings to false"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _to_devices(
+    rule: Rule, parts: list[np.ndarray], spec: jax.ShapeDtypeStruct, sharding: Sharding
+) -> jax.Array:
+    their_shape = rule.their_shape(spec.shape)
+    mean = _mean_row(parts[0]) if parts[0].shape != their_shape else None  # only a vocabulary can be shorter
+    read: dict[tuple, np.ndarray] = {}  # devices that hold the same shard share one reading of it
+
+    def shard(index: Index | None) -> np.ndarray:
+        assert index is not None
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in read:
+            layers, each = rule.split(index)
+            pieces = [_slice(part, each, their_shape, mean) for part in parts[layers]]
+            read[key] = rule.arrange(pieces).astype(spec.dtype, copy=False)
+        return read[key]
+
+    return jax.make_array_from_callback(spec.shape, sharding, shard)
+
+
+def _slice(part: np.ndarray, index: Index, shape: tuple[int, ...], mean: np.ndarray | None) -> np.ndarray:
+    """A slice of `part` as if it had `shape`: rows beyond its end are its mean row."""
+    rows = part[index]
+    start, stop, _ = index[0].indices(shape[0])
+    beyond = stop - start - len(rows)
+    if mean is None or not beyond:
+        return rows
+    return np.concatenate([rows.astype(np.float32), np.tile(mean[index[1]], (beyond, 1))])
+
+
+def _mean_row(table: np.ndarray) -> np.ndarray:
+    """(V, D) -> (D,) float32, summed in pieces so that no whole copy is made."""
+    total = np.zeros(table.shape[1], np.float64)
+    for begin in range(0, len(table), 4096):
+        total += table[begin : begin + 4096].astype(np.float32).sum(0, dtype=np.float64)
+    return (total / len(table)).astype(np.float32)

@@ -1,0 +1,104 @@
+"""The command `prepare`: what it prints, leaves and refuses, as a user meets it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import wfdb
+
+from elm_jax import cli
+from elm_jax.data.ecg import LEADS
+from elm_jax.prepare import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """Two PTB-XL records of one patient, and a question about each."""
+    raw = tmp_path_factory.mktemp("raw")
+    folder = raw / "records500/00000"
+    folder.mkdir(parents=True)
+    rows = ["ecg_id,patient_id,report,strat_fold,filename_lr,filename_hr"]
+    for i in (1, 2):
+        wfdb.wrsamp(
+            f"{i:05d}_hr", fs=500, units=["mV"] * 12, sig_name=list(LEADS), fmt=["16"] * 12,
+            p_signal=np.random.default_rng(i).normal(size=(1000, 12)), write_dir=str(folder),
+        )  # fmt: skip
+        rows.append(f"{i},7.0,befund,10,,records500/00000/{i:05d}_hr")
+    (raw / "ptbxl_database.csv").write_text("\n".join(rows))
+    item = {"question_type": "single-verify", "question": "?", "answer": ["no"]}
+    questions = raw / "paraphrased/train"
+    questions.mkdir(parents=True)
+    (questions / "1.json").write_text(json.dumps([{**item, "ecg_id": [i]} for i in (1, 2)]))
+    return raw
+
+
+def test_from_raw_files_to_tables_as_a_command(raw, tmp_path):
+    command = [sys.executable, "-m", "elm_jax.prepare"]
+    first = [
+        *command,
+        "ptb_xl",
+        "--raw",
+        raw,
+        "--out",
+        tmp_path,
+        "--segment-len",
+        "500",
+        "--report-language",
+        "as-is",
+    ]
+    done = subprocess.run(first, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "records: 2" in done.stdout and "rows: train 0, val 0, test 2" in done.stdout
+    second = [
+        *command,
+        "ecg_qa",
+        "--raw",
+        raw,
+        "--out",
+        tmp_path,
+        "--records",
+        tmp_path / "ptb_xl/preprocessed_500",
+    ]
+    done = subprocess.run(second, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "single: 2" in done.stdout and "patients_in_several_splits: 0" in done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "ecg_qa.parquet", "ecg_qa_report.json", "prepare_report.json", "ptb_xl", "ptb_xl_pretrain.parquet",
+        "ptb_xl_reports.parquet",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ([], "DATASET"),
+        (["mimic"], "invalid choice: 'mimic'"),
+        (["ptb_xl", "--out", "o"], "--raw"),
+        (["ptb_xl", "--raw", "nowhere", "--out", "o"], "ptbxl_database.csv"),
+        (["ptb_xl", "--raw", "RAW", "--out", "o", "--segment-len", "0"], "--segment-len: found 0"),
+        (["ptb_xl", "--raw", "RAW", "--out", "o", "--sampling-rate", "nan"], "--sampling-rate: found nan"),
+        (["ptb_xl", "--raw", "RAW", "--out", "o", "--segment-len", "600"], "too_short"),
+        (["ptb_xl", "--raw", "RAW", "--out", "o", "--report-language", "en"], "'en'"),
+        (["ecg_qa", "--raw", "RAW", "--out", "o", "--forms", "templates"], "did you mean 'template'"),
+        (["ecg_qa", "--raw", "RAW", "--out", "o", "--forms", ""], "--forms"),
+        (["ecg_qa", "--raw", "RAW", "--out", "o", "--val", "0.6", "--test", "0.5"], "--val, --test"),
+        (["ecg_qa", "--raw", "RAW", "--out", "o"], "run prepare ptb_xl first"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(raw, tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    assert cli.guard(main, [str(raw) if a == "RAW" else a for a in arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and says in error
+
+
+def test_help_explains(capsys):
+    for arguments in (["--help"], ["ptb_xl", "--help"], ["ecg_qa", "--help"]):
+        with pytest.raises(SystemExit) as done:
+            cli.guard(main, arguments)
+        assert done.value.code == 0 and "--" in capsys.readouterr().out

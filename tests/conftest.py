@@ -1,0 +1,49 @@
+"""Environment and fixtures of all tests; runs before any test module imports jax."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+FAKE_DEVICES = 8
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={FAKE_DEVICES}"
+).strip()
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def shared_folder() -> Path:
+    """The folder with reference data: ELM_JAX_SHARED, else `shared` beside the project.
+
+    Where it is absent the test is skipped, except in CI (CI=true), where nothing may go untested unnoticed.
+    """
+    path = Path(os.environ.get("ELM_JAX_SHARED") or ROOT.parent / "shared")
+    if not path.is_dir():
+        reason = f"no reference data at {path}; set ELM_JAX_SHARED to the folder that has golden/ and real/"
+        if os.environ.get("CI", "").lower() == "true":
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with reference data (golden/, real/); skips where it is absent, fails in CI."""
+    return shared_folder()
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Path]:
+    """golden(name): the folder of a golden, out of tests/data/golden if it is there, else out of `shared`."""
+
+    def find(name: str) -> Path:
+        own = ROOT / "tests" / "data" / "golden" / name
+        folder = own if own.is_dir() else shared_folder() / "golden" / name
+        assert folder.is_dir(), f"there is no golden called {name!r}: {folder} does not exist"
+        return folder
+
+    return find

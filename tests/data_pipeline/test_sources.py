@@ -1,0 +1,365 @@
+"""Records: where they come from, which belong to a split, who they are about, what is refused."""
+
+import json
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from elm_jax.config import DataConfig
+from elm_jax.data.sources import load_records, patient_of
+from elm_jax.data.tables import FAMILIES, open_source
+from elm_jax.errors import UserError
+
+TURNS = [{"from": "human", "value": "Rate?"}, {"from": "gpt", "value": "70"}]
+
+
+def rows(count=20, patients=10, **extra):
+    return [
+        {"ecg_path": f"{i}.npy", "text": json.dumps(["q", f"question {i}", ["a"]]), "name": "q",
+         "patient_id": f"{i % patients}", **{k: v[i % len(v)] for k, v in extra.items()}}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def save(path, records):
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records))
+    else:
+        path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    return DataConfig(names=("a.parquet",), root=str(tmp_path), val_fraction=0.0)
+
+
+def load(data, split="train", seed=0):
+    return load_records(data, split, seed)
+
+
+def refusal(data, split="train"):
+    with pytest.raises(UserError) as caught:
+        list(load(data, split))
+    return str(caught.value)
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "json", "jsonl"])
+def test_every_kind_of_file_gives_the_same_records(tmp_path, data, suffix):
+    save(tmp_path / f"a.{suffix}", rows(3))
+    records = load(replace(data, names=(f"a.{suffix}",)))
+    assert len(records) == 3
+    first = records[0]
+    assert first.ecg_paths == ("0.npy",) and first.text == ["q", "question 0", ["a"]]
+    assert (first.name, first.patient, first.id, first.dataset) == ("q", "0", f"a.{suffix}:0", 0)
+    assert records[-1].id == f"a.{suffix}:2" and [r.patient for r in records[1:]] == ["1", "2"]
+    with pytest.raises(IndexError):
+        records[3]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "json", "jsonl"])
+@pytest.mark.parametrize("text", [TURNS, json.dumps(TURNS), "one; two", ["a", "b", "c"]])
+def test_text_may_be_nested_or_json_or_plain(tmp_path, data, suffix, text):
+    save(tmp_path / f"a.{suffix}", [{"ecg_path": "x", "text": text}])
+    record = load(replace(data, names=(f"a.{suffix}",)))[0]
+    assert record.text == (json.loads(text) if isinstance(text, str) and text.startswith("[") else text)
+    assert record.name == ""
+
+
+def test_keys_that_only_other_rows_turns_have_are_dropped(tmp_path, data):
+    other = [{"role": "user", "content": "hi"}]
+    schema = pa.list_(pa.struct([(k, pa.string()) for k in ("from", "value", "role", "content")]))
+    table = pa.table({"ecg_path": ["a", "b"], "text": pa.array([TURNS, other], schema)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [r.text for r in load(data)] == [TURNS, other]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_several_ecgs_are_a_list_or_a_json_list(tmp_path, data, suffix):
+    names = (f"a.{suffix}",)
+    save(
+        tmp_path / names[0], [{"ecg_path": json.dumps(["x.npy", "y.npy"]), "text": "t", "patient_id": "2+1"}]
+    )
+    record = load(replace(data, names=names))[0]
+    assert record.ecg_paths == ("x.npy", "y.npy") and record.patient == "1+2"
+    save(tmp_path / f"b.{suffix}", [{"ecg_path": ["x.npy", "y.npy"], "text": "t"}])
+    assert load(replace(data, names=(f"b.{suffix}",)))[0].ecg_paths == ("x.npy", "y.npy")
+
+
+def test_a_folder_gives_splits_by_file_name_and_ids_that_differ(tmp_path, data):
+    folder = tmp_path / "mine" / "data"
+    folder.mkdir(parents=True)
+    save(folder / "train-00000-of-00002.parquet", rows(4))
+    save(folder / "train-00001-of-00002.parquet", rows(5))
+    save(folder / "test.jsonl", rows(2))
+    save(folder / "validation.json", rows(3))
+    data = replace(data, names=("mine",), val_fraction=0.3)
+    found = {split: load(data, split) for split in ("train", "val", "test")}
+    assert {split: len(r) for split, r in found.items()} == {"train": 9, "val": 3, "test": 2}
+    ids = [record.id for records in found.values() for record in records]
+    assert len(set(ids)) == 14
+
+
+def test_folds_are_chosen_by_name_or_column(tmp_path, data):
+    folder = tmp_path / "ecg-qa-ptbxl-250-2500"  # a local copy is preferred to the hub
+    folder.mkdir()
+    for fold, split in product((1, 2), ("train", "test")):
+        save(folder / f"fold{fold}_{split}-00000-of-00001.parquet", rows(fold * 10 + len(split)))
+    names = (folder.name,)
+    for fold in (1, 2):
+        assert len(load(replace(data, names=names, fold=fold))) == fold * 10 + 5
+        assert len(load(replace(data, names=names, fold=fold), "test")) == fold * 10 + 4
+    save(tmp_path / "a.parquet", rows(9, split=["fold1_train", "fold2_train", "fold2_test"]))
+    assert len(load(replace(data, fold=2), "test")) == 3
+    assert "no test records" in refusal(data, "test")
+
+
+def test_a_split_column_decides_and_its_names_are_checked(tmp_path, data):
+    save(tmp_path / "a.parquet", rows(10, split=["train", "valid", "test", "train", "dev"]))
+    assert [len(load(data, split)) for split in ("train", "val", "test")] == [4, 4, 2]
+    assert [record.id for record in load(data, "test")] == ["a.parquet:2", "a.parquet:7"]
+    save(tmp_path / "a.parquet", rows(2, split=["train", "holdout"]))
+    assert "split 'holdout'" in refusal(data)
+
+
+def test_without_any_sign_of_splits_all_is_train_and_test_says_what_to_do(tmp_path, data):
+    save(tmp_path / "a.parquet", rows())
+    assert len(load(data)) == 20
+    assert "add a column split" in refusal(data, "test")
+
+
+def test_a_saved_dataset_is_read(tmp_path, data):
+    import datasets
+
+    split = {"train": datasets.Dataset.from_list(rows(6)), "test": datasets.Dataset.from_list(rows(2))}
+    datasets.DatasetDict(split).save_to_disk(tmp_path / "saved")
+    split["train"].save_to_disk(tmp_path / "one")
+    assert len(load(replace(data, names=("saved",)), "test")) == 2
+    assert len(load(replace(data, names=("one",)))) == 6
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ('{"ecg_path": "a", "text": "t"}\n{"ecg_path": \n', "a.jsonl, line 2: found malformed JSON"),
+        ('{"ecg_path": "a", "text": "t"}\n\n{"ecg_path": "a"}\n', "a.jsonl, line 3: found no text"),
+        ("[1]\n", "a.jsonl, line 1: found a list"),
+        ("\n", "no records"),
+        ('{"ecg_path": "a", "text": "\ud800"}'.encode("utf-8", "surrogatepass"), "UTF-8"),
+        ('{"ecg_path": "", "text": "t"}', "record a.jsonl:0: found ecg_path ''"),
+        ('{"ecg_path": [], "text": "t"}', "record a.jsonl:0"),
+        ('{"ecg_path": null, "text": "t"}', "record a.jsonl:0"),
+        ('{"ecg_path": ["a", 1], "text": "t"}', "record a.jsonl:0"),
+    ],
+)
+def test_malformed_lines_are_named(tmp_path, data, content, says):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert says in refusal(replace(data, names=("a.jsonl",)))
+
+
+def test_other_bad_files_are_named(tmp_path, data):
+    (tmp_path / "a.json").write_text('[{"ecg_path": "a", "text": "t"},\n {]')
+    assert "a.json, line 2" in refusal(replace(data, names=("a.json",)))
+    (tmp_path / "a.json").write_text("{}")
+    assert "a list of records" in refusal(replace(data, names=("a.json",)))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
+    assert "a.parquet" in refusal(data) and "\n" not in refusal(data)
+    save(tmp_path / "a.parquet", [{"ecg_paths": "a", "text": "t"}])
+    assert "did you mean 'ecg_paths'" in refusal(data)
+    (tmp_path / "empty").mkdir()
+    assert "no records" in refusal(replace(data, names=("empty",)))
+
+
+# ---- names
+
+
+def test_unknown_names_say_what_is_meant(data):
+    assert "did you mean 'ecg-qa-ptbxl-250-2500'" in refusal(replace(data, names=("ecg-qa-ptbxl-250-250",)))
+    assert "did you mean 'demo'" in refusal(replace(data, names=("dem",)))
+    assert "no file or folder x/y.parquet" in refusal(replace(data, names=("x/y.parquet",)))
+    assert "each dataset once" in refusal(replace(data, names=("demo", "demo")))
+    assert "no dataset" in refusal(replace(data, names=()))
+
+
+def test_every_family_has_an_example_that_it_accepts(tmp_path):
+    for _, example in FAMILIES:
+        open_source(example, str(tmp_path), 1)
+
+
+class Hub:
+    """Stands for datasets.load_dataset."""
+
+    def __init__(self, owner=None, error=None):
+        self.owner, self.error, self.asked = owner, error, []
+
+    def __call__(self, name, split):
+        import datasets
+        from datasets.exceptions import DatasetNotFoundError
+
+        self.asked.append((name, split))
+        if self.error:
+            raise self.error
+        if not name.startswith(self.owner):
+            raise DatasetNotFoundError(name)
+        return datasets.Dataset.from_list(rows(5))
+
+
+def test_hub_names_try_both_owners_and_number_rows_per_split(data, monkeypatch):
+    hub = Hub("willxxy")
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    records = load(replace(data, names=("ecg-qa-cot",), fold=3), "test")
+    assert hub.asked == [("ELM-Research/ecg-qa-cot", "fold3_test"), ("willxxy/ecg-qa-cot", "fold3_test")]
+    assert records[4].id == "ecg-qa-cot:fold3_test:4"
+    assert "data.fold" in refusal(replace(data, names=("ecg-qa-cot",), fold=6))
+
+
+def test_without_the_hub_the_error_says_how_to_use_a_folder(data, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", Hub(error=ConnectionError("no network")))
+    said = refusal(replace(data, names=("ecg-qa-cot",)))
+    assert "no network" in said and "put its parquet files into the folder ecg-qa-cot under data.root" in said
+
+
+def test_the_demo_has_its_own_splits(data):
+    data = replace(data, names=("demo:train=8,val=2,test=3",), val_fraction=0.5)
+    found = {split: load(data, split) for split in ("train", "val", "test")}
+    ids = [record.id for records in found.values() for record in records]
+    assert len(ids) == len(set(ids)) and all(found.values())
+    assert found["test"][0].ecg_paths[0].startswith("demo:test:")
+
+
+# ---- patients, validation, subsets
+
+
+@pytest.mark.parametrize(
+    "path, patient",
+    [
+        ("../data/mimic_iv/preprocessed_2500/files_p1000_p10000032_s40689238_40689238_0.npy", "p10000032"),
+        ("/tmp1/files/p1000/p10000032/s40689238/40689238", "p10000032"),
+        ("data/ptb_xl/preprocessed_2500/records500_05000_05725_hr_0.npy", "05725"),
+        ("records100/05000/05725_lr", "05725"),
+        ("data/code15/preprocessed_500/1234_3.npy", "data/code15/preprocessed_500/1234"),
+        ("mine/rec_3.npy", "mine/rec_3.npy"),
+        ("noise", "set:7"),
+        ("flatline", "set:7"),
+    ],
+)
+def test_without_patient_id_the_path_tells(path, patient):
+    assert patient_of(path, "set:7") == patient
+
+
+def test_patient_numbers_read_as_floats_or_integers_are_the_same(tmp_path, data):
+    for value in (13243, 13243.0, "13243", "13243.0"):
+        save(tmp_path / "a.parquet", [{"ecg_path": "x", "text": "t", "patient_id": value}])
+        assert load(data)[0].patient == "13243"
+
+
+def test_validation_is_whole_patients_and_the_rest_is_train(tmp_path, data):
+    save(tmp_path / "a.parquet", rows(1000, patients=100))
+    data = replace(data, val_fraction=0.1)
+    train, val = load(data), load(data, "val")
+    assert len(val) == 100 and len(train) + len(val) == 1000
+    assert not {r.patient for r in train} & {r.patient for r in val}
+    assert {r.id for r in val} == {r.id for r in load(data, "val")}
+    assert {r.id for r in val} != {r.id for r in load(data, "val", seed=1)}
+
+
+def test_a_patient_is_on_one_side_in_all_datasets(tmp_path, data):
+    save(tmp_path / "a.parquet", rows(60, patients=30))
+    save(tmp_path / "b.jsonl", rows(90, patients=30))
+    data = replace(data, names=("a.parquet", "b.jsonl"), val_fraction=0.2)
+    train, val = load(data), load(data, "val")
+    assert not {r.patient for r in train} & {r.patient for r in val}
+    assert {r.dataset for r in train} == {r.dataset for r in val} == {0, 1}
+    assert [r.dataset for r in train] == sorted(r.dataset for r in train)
+
+
+def test_a_record_about_patients_of_both_sides_is_in_neither(tmp_path, data):
+    pairs = [{"ecg_path": json.dumps([f"{i}", f"{j}"]), "text": "t", "patient_id": f"{i}+{j}"}
+             for i in range(12) for j in range(12) if i != j]  # fmt: skip
+    save(tmp_path / "a.parquet", pairs)
+    data = replace(data, val_fraction=0.3)
+    people = [{p for r in load(data, s) for p in r.patient.split("+")} for s in ("train", "val")]
+    assert people[0] and people[1] and not people[0] & people[1]
+
+
+@pytest.mark.parametrize("patients, val", [(1, 0), (2, 10)])
+def test_train_is_never_emptied_by_validation(tmp_path, data, patients, val):
+    save(tmp_path / "a.parquet", rows(20, patients=patients))
+    data = replace(data, val_fraction=0.02)
+    assert len(load(data)) == 20 - val
+    if val == 0:
+        assert "no val records" in refusal(data, "val")
+
+
+def test_one_large_patient_stays_in_train(tmp_path, data):
+    save(tmp_path / "a.parquet", rows(500, patients=1) + rows(500, patients=500))
+    data = replace(data, val_fraction=0.05)
+    for seed in range(5):
+        sizes = Counter(r.patient for r in load(data, "val", seed))
+        assert sum(sizes.values()) == 50 and max(sizes.values()) == 1
+
+
+def test_noise_records_without_patients_are_divided_too(tmp_path, data):
+    save(tmp_path / "a.parquet", [{"ecg_path": "noise", "text": "t"}] * 100)
+    assert len(load(replace(data, val_fraction=0.1), "val")) == 10
+
+
+def test_a_subset_is_the_first_part_of_the_references_shuffle(tmp_path, data):
+    save(tmp_path / "a.parquet", rows(25))
+    records = load(replace(data, subset=0.3), seed=5)
+    order = np.random.default_rng(5).permutation(25)[:7]
+    assert sorted(r.id for r in records) == sorted(f"a.parquet:{i}" for i in order)
+    assert [r.id for r in records] == [f"a.parquet:{i}" for i in order]
+    assert "no train records" in refusal(replace(data, subset=0.01))
+
+
+def test_subset_keeps_to_train(tmp_path, data):
+    save(tmp_path / "a.parquet", rows(100, patients=50, split=["train", "train", "test"]))
+    whole, part = replace(data, val_fraction=0.1), replace(data, val_fraction=0.1, subset=0.5)
+    for split in ("val", "test"):
+        assert [r.id for r in load(whole, split)] == [r.id for r in load(part, split)]
+    assert len(load(part)) == len(load(whole)) // 2
+
+
+# ---- processes and imports
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_records_pickle(tmp_path, data, suffix):
+    save(tmp_path / f"a.{suffix}", rows(30))
+    records = load(replace(data, names=(f"a.{suffix}",), val_fraction=0.2))
+    again = pickle.loads(pickle.dumps(records))
+    assert list(again) == list(records)
+
+
+def test_a_parquet_source_pickles_by_reference(tmp_path, data):
+    save(tmp_path / "a.parquet", [{"ecg_path": f"{i}", "text": "x" * 1000 + str(i)} for i in range(3000)])
+    assert len(pickle.dumps(load(data))) < 200_000
+
+
+def test_the_data_modules_import_no_jax():
+    code = (
+        "import sys, elm_jax.data.sources, elm_jax.data.represent, elm_jax.data.tables, elm_jax.prepare;"
+        "assert not {'jax', 'wfdb', 'scipy', 'datasets', 'pandas'} & set(sys.modules), 'slow to import'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

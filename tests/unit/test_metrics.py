@@ -1,0 +1,142 @@
+"""Scores, intervals and baselines of generated answers."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elm_jax.evaluation.metrics import (
+    aggregate,
+    best_constant,
+    exact_match,
+    first_integer,
+    same_words,
+    signal_dependence,
+    split_response,
+    token_f1,
+    within_5_bpm,
+)
+
+
+def prediction(id, answer, truth, name="heart_rate", **more):
+    return {"id": str(id), "name": name, "answer": answer, "truth": truth, **more}
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "expected"),
+    [
+        ("72", "77", 1),
+        ("72", "78", 0),
+        ("about 72 bpm", "70", 1),
+        ("", "70", 0),
+        ("fast", "70", 0),
+        ("72.9", "67", 1),
+    ],
+)
+def test_heart_rate_is_the_first_number_and_may_be_five_off(answer, truth, expected):
+    assert within_5_bpm(answer, truth) == expected
+
+
+def test_first_integer_reads_ascii_digits_only():
+    assert first_integer("a 072b") == 72
+    assert first_integer("٧٢") is None
+
+
+@given(st.text(), st.text())
+def test_scores_are_symmetric_and_between_zero_and_one(a, b):
+    for metric in (exact_match, token_f1, same_words):
+        assert metric(a, b) == metric(b, a)
+        assert 0 <= metric(a, b) <= 1
+        assert metric(a, a) == 1
+
+
+def test_empty_answers_count_as_wrong_and_empty_truths_are_left_out():
+    result = aggregate([prediction(0, "", "70"), prediction(1, "70", "70"), prediction(2, "5", "")])
+    assert result["n"] == 2
+    assert result["metrics"]["exact_match"]["value"] == 0.5
+    assert result["metrics"]["heart_rate.within_5_bpm"]["value"] == 0.5
+
+
+def test_only_the_answer_part_is_scored():
+    result = aggregate([prediction(0, "<think>60, no</think><answer> 72 </answer>", "72")])
+    assert result["metrics"]["exact_match"]["value"] == 1
+    assert split_response("<think>60, no</think><answer> 72 </answer>") == ("60, no", "72")
+
+
+def test_named_metrics_score_their_own_questions():
+    rates = [prediction(i, "70", "70") for i in range(3)]
+    kinds = [prediction(f"k{i}", "Noise.", "noise", "signal_type") for i in range(2)]
+    other = [prediction("o", "no", "yes", "verify")]
+    result = aggregate(rates + kinds + other)
+    assert result["metrics"]["heart_rate.within_5_bpm"]["value"] == 1
+    assert result["metrics"]["signal_type.accuracy"]["value"] == 1
+    assert result["metrics"]["exact_match"]["value"] == pytest.approx(3 / 6)
+    levels = result["by"]["name"]
+    assert set(levels["heart_rate"]) == {"exact_match", "token_f1", "heart_rate.within_5_bpm"}
+    assert set(levels["verify"]) == {"exact_match", "token_f1"}
+    assert levels["signal_type"]["exact_match"] == {"value": 0.0, "ci95": [0.0, 0.0], "n": 2}
+
+
+def test_without_predictions_there_are_no_scores():
+    result = aggregate([])
+    assert result["n"] == 0
+    assert result["metrics"] == {}
+    assert result["baselines"] == {"constant": {}, "majority": {}}
+
+
+def test_best_constant_rate_is_the_strongest_number_even_one_that_never_occurs():
+    truths = ["60", "61", "69", "70", "120"]
+    answer, score = best_constant(truths, "heart_rate.within_5_bpm")
+    assert answer == "65"
+    assert score == 0.8
+    every = [np.mean([within_5_bpm(str(rate), truth) for truth in truths]) for rate in range(40, 151)]
+    assert score == max(every)
+
+
+def test_baselines_of_exact_match():
+    predictions = [prediction(i, "x", "60") for i in range(3)]
+    predictions += [prediction(f"k{i}", "x", "noise", "signal_type") for i in range(4)]
+    predictions += [prediction("last", "x", "ecg", "signal_type")]
+    baselines = aggregate(predictions)["baselines"]
+    assert baselines["constant"]["exact_match"] == 4 / 8
+    assert baselines["majority"]["exact_match"] == 7 / 8
+    assert baselines["constant"]["signal_type.accuracy"] == 4 / 5
+
+
+def test_interval_agrees_with_the_normal_approximation():
+    rng = np.random.default_rng(0)
+    answers = np.where(rng.random(2000) < 0.8, "70", "100")
+    score = aggregate(prediction(i, answer, "70") for i, answer in enumerate(answers))["metrics"][
+        "exact_match"
+    ]
+    half = 1.96 * np.sqrt(score["value"] * (1 - score["value"]) / 2000)
+    assert score["ci95"] == pytest.approx([score["value"] - half, score["value"] + half], abs=0.003)
+
+
+def test_questions_about_one_patient_are_not_independent():
+    answers = ["70" if i % 2 else "100" for i in range(50)]
+    alone = [prediction(f"{i}-{k}", answers[i], "70") for i in range(50) for k in range(8)]
+    together = [p | {"patient": p["id"].split("-")[0]} for p in alone]
+    widths = [np.ptp(aggregate(p)["metrics"]["exact_match"]["ci95"]) for p in (alone, together)]
+    assert widths[1] == pytest.approx(widths[0] * 8**0.5, rel=0.15)
+
+
+def test_intervals_are_reproducible():
+    predictions = [prediction(i, str(60 + i), "70") for i in range(40)]
+    assert aggregate(predictions) == aggregate(predictions)
+
+
+def test_signal_dependence_finds_a_difference_and_finds_none():
+    real = [prediction(i, "70", "70") for i in range(100)]
+    blind = [prediction(i, "70" if i % 2 else "80", "70") for i in range(100)]
+    found = signal_dependence(real, blind)
+    assert found["value"] == 0.5
+    assert found["ci95"][0] > 0.35
+    assert found["p"] < 0.01
+    none = signal_dependence(real, list(reversed(real)))
+    assert none == {"value": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
+
+
+def test_signal_dependence_needs_the_same_questions():
+    with pytest.raises(AssertionError, match="lacks predictions"):
+        signal_dependence([prediction(0, "70", "70")], [prediction(1, "70", "70")])
