@@ -27,7 +27,7 @@ from elm_jax.models.elm import ELM
 from elm_jax.models.encoders import build_encoder, from_published, read_checkpoint
 from elm_jax.models.families import chat_family, extended, scratch_config
 from elm_jax.models.functional import Arrays, Structure, initialise, structure_of
-from elm_jax.weights.load import load_llm_arrays, read_config, resolve_llm_folder
+from elm_jax.weights.load import load_llm_arrays, read_llm_config, resolve_llm_folder
 
 CONNECTORS = {"linear_llava": "linear", "mlp_llava": "mlp"}
 DEMO_LLM = "demo"  # llm.name of the embedded demo: a tokenizer trained on the demo's own text
@@ -61,7 +61,7 @@ def assemble(config: Config, tokenizer_folder: Path | None = None) -> Assembly:
     if folder is None:
         llm = scratch_config(config.llm.scratch or {}, len(tokenizer))
     else:
-        llm = extended(read_config(folder), len(tokenizer))
+        llm = extended(read_llm_config(folder), len(tokenizer))
     if config.data.max_len > llm.max_len:
         raise UserError(
             "data.max_len", str(config.data.max_len), f"at most the model's context, {llm.max_len}",
@@ -80,8 +80,8 @@ def make_arrays(assembly: Assembly, shardings: Mapping[str, Any]) -> Arrays:
     config, structure = assembly.config, assembly.structure
     loaded: Arrays = {}
     if assembly.llm_folder is not None:
-        of_llm = {n.removeprefix("llm."): leaf for n, leaf in structure.leaves.items() if n.startswith("llm.")}
-        arrays = load_llm_arrays(assembly.llm_folder, of_llm, lambda name, _: shardings[f"llm.{name}"])
+        dtype = _dtype(config, "llm")
+        arrays = load_llm_arrays(assembly.llm_folder, assembly.llm, dtype, lambda n, _: shardings[f"llm.{n}"])
         loaded |= {f"llm.{name}": x for name, x in arrays.items()}
     if config.encoder.checkpoint is not None:
         of_encoder = {n.removeprefix("encoder."): v for n, v in structure.leaves.items() if n.startswith("encoder.")}

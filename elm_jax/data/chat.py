@@ -93,7 +93,7 @@ def render(
     Raises UserError if there is nothing to learn or `max_len` cannot be kept.
     """
     style = _style(tokenizer, family, signal_tokens, phase, explicit_thinking, max_len, compat)
-    style, messages = _opened(style, conversation, system_prompt, n_ecgs)
+    style, messages = _opened(style, conversation, system_prompt, n_ecgs, phase)
     if phase == "pretrain":
         return _rendered(style, fitted_text(style, n_ecgs, _answers(messages)), n_ecgs)
     messages = messages if style.by_ids else answered(messages)
@@ -116,15 +116,17 @@ def render_prompts(
 
     Arguments as in `render`. With `explicit_thinking` each prompt ends in "<think>\\n" and the answer is what
     follows. A prompt holds the ECGs that came up until then. Nothing in it is supervised.
+
+    Raises UserError as `render`.
     """
     style = _style(tokenizer, family, signal_tokens, phase, explicit_thinking, max_len, compat)
-    style, messages = _opened(style, conversation, system_prompt, n_ecgs)
+    style, messages = _opened(style, conversation, system_prompt, n_ecgs, phase)
     if phase == "pretrain":
         return [(_rendered(style, text_draft(style, n_ecgs, None), n_ecgs), _answers(messages))]
-    prompts = []
+    messages, prompts = answered(messages), []
     for i, message in enumerate(messages):
-        if message.role == "assistant" and message.text:
-            draft = fitted_chat(style, without_empty_answers(messages[:i]), is_open=True)
+        if message.role == "assistant":
+            draft = fitted_chat(style, messages[:i], is_open=True)
             gold = message.text.removeprefix(THINK_PREFIX) if style.thinking else message.text
             prompts.append((_rendered(style, draft, n_ecgs), gold))
     return prompts
@@ -144,7 +146,7 @@ def render_prompt(
 ) -> Rendered:
     """The whole conversation and the header of the response that comes next. Arguments as in `render`."""
     style = _style(tokenizer, family, signal_tokens, phase, explicit_thinking, max_len, compat)
-    style, messages = _opened(style, conversation, system_prompt, n_ecgs)
+    style, messages = _opened(style, conversation, system_prompt, n_ecgs, phase)
     if phase == "pretrain":
         return _rendered(style, text_draft(style, n_ecgs, None), n_ecgs)
     return _rendered(style, fitted_chat(style, without_empty_answers(messages), is_open=True), n_ecgs)
@@ -210,7 +212,9 @@ def _style(
     )
 
 
-def _opened(style: Style, conversation: Any, prompt: str | None, n_ecgs: int) -> tuple[Style, list[Message]]:
+def _opened(
+    style: Style, conversation: Any, prompt: str | None, n_ecgs: int, phase: str
+) -> tuple[Style, list[Message]]:
     """The style with its system prompt and the conversation's messages with their ECGs."""
     form, turns = style.form, to_turns(decode_text(conversation))
     if style.by_ids:  # to the reference every speaker but the user is the assistant
@@ -221,7 +225,7 @@ def _opened(style: Style, conversation: Any, prompt: str | None, n_ecgs: int) ->
         raise UserError("text", "a later system turn", "at most one, at the start", "mend the record")
     prompt = form.default_system if prompt is None else prompt
     has_system = form.system is not None and (prompt or form.default_system is not None)
-    messages = place(turns, n_ecgs, style.clean_answers, form.strip)
+    messages = place(turns, n_ecgs, style.clean_answers, strip=form.strip and phase != "pretrain")
     if not style.signal_tokens:
         messages = [Message(message.role, (message.text,)) for message in messages]
     return replace(style, system=prompt if has_system else None), messages

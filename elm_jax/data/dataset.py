@@ -151,7 +151,8 @@ class Dataset:
         """
         path = cache / f"{self._fingerprint()}.parquet" if cache else None
         if path and path.is_file():
-            columns = {n: c.to_numpy() for n, c in zip((t := pq.read_table(path)).column_names, t.columns, strict=True)}
+            table = pq.read_table(path)
+            columns = {name: table[name].to_numpy() for name in table.column_names}
         else:
             columns = self._measure(max_bad, progress)
             if path:

@@ -67,12 +67,16 @@ def without_empty_answers(messages: list[Message]) -> list[Message]:
 
 
 def keep(messages: list[Message], indices: Iterable[int]) -> list[Message]:
-    """The messages of these (ascending) indices; ECGs of the others move before the first question kept."""
+    """The messages of these indices; ECGs of the others move before the first question that is kept.
+
+    Where none is kept an empty one comes first.
+    """
     chosen = set(indices)
     lost = sum(message.ecgs for i, message in enumerate(messages) if i not in chosen)
     kept = [message for i, message in enumerate(messages) if i in chosen]
-    first = next((i for i, message in enumerate(kept) if message.role == "user"), None)
-    assert first is not None, "the last question is never dropped"
+    if all(message.role == "assistant" for message in kept):
+        kept.insert(0, Message("user", ("",)))
+    first = next(i for i, message in enumerate(kept) if message.role == "user")
     kept[first] = Message("user", (None,) * lost + kept[first].parts)
     return kept
 

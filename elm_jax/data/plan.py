@@ -108,10 +108,21 @@ class Plan:
         return chosen + [()] * (self.batch_rows - len(chosen))
 
     def shape(self, rows: Sequence[PlannedRow]) -> BatchShape:
-        """The smallest bucket that holds all rows of a step; the same on every host."""
+        """The smallest bucket that holds all rows of a step; the same on every host.
+
+        Signals and targets are not cut finer than half of what the fullest row of the first epoch needs, so that
+        an epoch has a handful of shapes to compile at most.
+        """
         usage = [self._usage(row) for row in rows]
         tokens = next(t for t in token_buckets(self.max_len) if t >= max(u.tokens for u in usage))
-        return BatchShape(tokens, bucket(max(u.signals for u in usage)), bucket(max(u.targets for u in usage), 8))
+        signals = bucket(max(u.signals for u in usage), self._least.signals)
+        return BatchShape(tokens, signals, bucket(max(u.targets for u in usage), self._least.targets))
+
+    @functools.cached_property
+    def _least(self) -> _Usage:
+        usage = [self._usage(row) for row in self._rows_of_epoch(0)]
+        signals, targets = (max(getattr(u, name) for u in usage) for name in ("signals", "targets"))
+        return _Usage(signals=-(-bucket(signals) // 2), targets=-(-bucket(targets, 8) // 2))
 
     def _usage(self, row: PlannedRow) -> _Usage:
         tokens = signals = targets = 0
@@ -231,15 +242,8 @@ def _rng(seed: int, epoch: int, stream: int) -> np.random.Generator:
 
 
 def bucket(size: int, least: int = 1) -> int:
-    """The smallest of least·{1, 1.5, 2, 3, 4, 6, 8, ...} (rounded up) that is >= size: at most a third is waste."""
-    value = least
-    while value < size:
-        value = value * 3 // 2 if (value & (value - 1)) == 0 and value > 1 else _next_power_of_two(value)
-    return value
-
-
-def _next_power_of_two(value: int) -> int:
-    return 1 << value.bit_length()
+    """The smallest of least·{1, 2, 4, 8, ...} that is >= size."""
+    return least << max(0, (-(-size // least) - 1).bit_length())
 
 
 def token_buckets(max_len: int) -> list[int]:

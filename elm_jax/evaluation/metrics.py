@@ -205,11 +205,15 @@ def _by_patient(values: np.ndarray, pairs: Sequence[_Pair]) -> tuple[np.ndarray,
 
 
 def _ci95(sums: np.ndarray, counts: np.ndarray, seed: int) -> list[float]:
-    """Percentile bootstrap of the mean: patients drawn with replacement, RESAMPLES times."""
+    """Percentile bootstrap of the mean: patients drawn with replacement, RESAMPLES times.
+
+    Patients with the same sum and count are interchangeable, so only how many of each are drawn is drawn.
+    """
+    kinds, patients = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
     rng = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    rows = max(1, 2_000_000 // len(sums))  # bounds the memory
+    rows = max(1, 4_000_000 // len(kinds))  # bounds the memory
+    means = []
     for start in range(0, RESAMPLES, rows):
-        drawn = rng.integers(len(sums), size=(min(rows, RESAMPLES - start), len(sums)))
-        means[start : start + rows] = sums[drawn].sum(1) / counts[drawn].sum(1)
-    return [float(bound) for bound in np.percentile(means, (2.5, 97.5))]
+        drawn = rng.multinomial(len(sums), patients / len(sums), min(rows, RESAMPLES - start))
+        means.append(drawn @ kinds[:, 0] / (drawn @ kinds[:, 1]))
+    return [float(bound) for bound in np.percentile(np.concatenate(means), (2.5, 97.5))]

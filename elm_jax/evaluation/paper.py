@@ -103,11 +103,11 @@ def loss_plot(
     figure = Figure(figsize=(7, 4.2), facecolor="white", layout="constrained")
     ax = figure.add_subplot()
     values = np.asarray(loss, float)
-    span = max(1, len(values) // 40)
+    span = len(values) // 40 | 1  # odd: as many before as behind
     ax.plot(steps, values, color=_BLUE, alpha=0.3 if span > 1 else 1, linewidth=1, label="training loss")
     if span > 1:
         ax.plot(
-            steps, _running_mean(values, span), color=_BLUE, linewidth=1.8, label=f"mean of {span // 2 * 2 + 1} points"
+            steps, _running_mean(values, span), color=_BLUE, linewidth=1.8, label=f"mean of {span} points"
         )
     evaluated = [(step, value) for step, value in zip(steps, val_loss, strict=True) if value is not None]
     if evaluated:

@@ -21,7 +21,7 @@ ENDED = -1  # what fills a row after its end
 
 
 class _Loop(NamedTuple):
-    """What the loop carries: tokens drawn so far, the last ones (B,), output (B, new), rows done (B,), cache."""
+    """What the loop carries: tokens drawn, the last ones (B,), output (B, new), rows done (B,), the cache."""
 
     step: jax.Array
     last: jax.Array

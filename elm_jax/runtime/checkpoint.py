@@ -111,8 +111,8 @@ class Checkpoints:
         return found
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether all hosts have agreed to stop at this step (only after jax.distributed.initialize)."""
-        return self._manager.reached_preemption(step)
+        """Whether all of several hosts have agreed to stop at this step."""
+        return jax.process_count() > 1 and self._manager.reached_preemption(step)
 
     def wait(self) -> None:
         """Until what was begun is on disk."""

@@ -8,16 +8,20 @@ from types import FrameType
 
 
 class StopSignal:
-    """While entered, SIGTERM and SIGINT set `asked` instead of ending the process; a second one ends it."""
+    """While entered, SIGTERM and SIGINT set `asked` instead of ending the process; a second one ends it.
+
+    Not where several processes run (`active=False`): they must agree on the step, which the checkpoint manager
+    arranges (`Checkpoints.reached_preemption`).
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, active: bool = True) -> None:
+        self.asked, self.active = False, active
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
+        if self.active and threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
         return self
 

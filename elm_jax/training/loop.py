@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -78,14 +76,13 @@ class Trainer:
             self.total_steps, first, self.config.log.progress and jax.process_index() == 0
         )
         stopped_early = False
-        with StopSignal() as stop:
+        with StopSignal(active=jax.process_count() == 1) as stop:
             try:
                 for loaded in self._steps(first):
-                    self._one(loaded, progress)
                     done = loaded.step + 1
-                    if self._due(done, self.config.train.eval_every or self.config.train.save_every):
-                        self._validate(done)
-                        stopped_early = self.config.train.early_stopping and self._no_longer_improves()
+                    line = self._advance(loaded)
+                    progress.update(1, line)
+                    stopped_early = self.config.train.early_stopping and self._no_longer_improves()
                     stopping = stop.asked or self.checkpoints.reached_preemption(done)
                     if stopping or stopped_early or self._due(done, self.config.train.save_every):
                         self._save()
@@ -167,19 +164,23 @@ class Trainer:
         source = StepSource(self.dataset, self.plan, steps=self.total_steps, micro_batches=accum, **_hosts())
         return steps_from(source, first, self.config.data.workers)
 
-    def _one(self, loaded: Loaded, progress: telemetry.Progress) -> None:
+    def _advance(self, loaded: Loaded) -> dict[str, Any] | None:
+        """Take one step; validate, and log, where it is time. Returns the logged line, if any."""
         self._count_bad(loaded)
-        batch = self._on_devices(loaded.batch)
-        self.state, metrics = self.step(self.state, self.frozen, batch)
+        self.state, metrics = self.step(self.state, self.frozen, self._on_devices(loaded.batch))
         done = loaded.step + 1
-        if not self._due(done, self.config.train.log_every):
-            return progress.update(1)
+        validates = self.validation is not None and self._due(done, self._eval_every)
+        if not validates and not self._due(done, self.config.train.log_every):
+            return None
         line = self._line(loaded, jax.device_get(metrics))
+        if validates:
+            line["val_loss"] = self._validate(done)
+            self.watch.lap()  # validation is not part of a step's time
         self.metrics.write(line)
         for track in self.trackers:
             track(done, line)
-        progress.update(1, line)
         self._check_finite(bool(metrics["finite"]), done)
+        return line
 
     def _on_devices(self, batch: Batch) -> Batch:
         sharding = batch_sharding(self.mesh)
@@ -250,24 +251,25 @@ class Trainer:
     def _due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self.total_steps
 
-    def _validate(self, done: int) -> None:
-        if self.validation is None:
-            return
+    @property
+    def _eval_every(self) -> int:
+        return self.config.train.eval_every or self.config.train.save_every
+
+    def _validate(self, done: int) -> float:
+        """The loss on the validation part, in evaluation mode; remembers the best."""
+        assert self.validation is not None
         arrays = {**self.frozen, **self.state.trained, **self.state.statistics}
+        sharding = batch_sharding(self.mesh, micro_batches=False)
         total = count = 0.0
-        for loaded in steps_from(self.validation, 0, 0):
-            batch = jax.tree.map(lambda x: x[0], loaded.batch)
-            sharding = batch_sharding(self.mesh, micro_batches=False)
-            batch = jax.tree.map(lambda x, s=sharding: to_device(self.mesh, x, s, row_axis=0), batch)
+        for loaded in steps_from(self.validation, 0):
+            batch = jax.tree.map(lambda x: to_device(self.mesh, x[0], sharding, row_axis=0), loaded.batch)
             summed, tokens = jax.device_get(self.eval_step(arrays, batch))
             total, count = total + float(summed), count + float(tokens)
         loss = total / max(count, 1.0)
         self.history["val_losses"].append(loss)
         if self.history["best_val_loss"] is None or loss < self.history["best_val_loss"]:
             self.history |= {"best_val_loss": loss, "best_step": done}
-        self.metrics.write({"step": done, "val_loss": loss})
-        for track in self.trackers:
-            track(done, {"val_loss": loss})
+        return loss
 
     def _no_longer_improves(self) -> bool:
         """Whether none of the last `patience` validations beat the best before them by `patience_delta`."""
@@ -307,10 +309,10 @@ def plot_loss(folder: Path, lines: list[dict[str, Any]]) -> None:
     """Draw plots/loss.png from the lines of metrics.jsonl."""
     from elm_jax.evaluation.paper import loss_plot
 
-    losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    validation = [(line["step"], line["val_loss"]) for line in lines if line.get("val_loss") is not None]
+    logged = [line for line in lines if "loss" in line]
     (folder / "plots").mkdir(exist_ok=True)
-    loss_plot([s for s, _ in losses], [v for _, v in losses], validation, folder / "plots" / "loss.png")
+    columns = ([line.get(name) for line in logged] for name in ("step", "loss", "val_loss"))
+    loss_plot(*columns, folder / "plots" / "loss.png")
 
 
 def device_memory_gb() -> float | None:

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from elm_jax.errors import UserError
 from elm_jax.models.connectors import RULES, build_connector, splice
 from elm_jax.models.functional import structure_of
 from elm_jax.weights.rules import export
@@ -88,3 +89,47 @@ def slots(indices: np.ndarray, length: int) -> np.ndarray:
             if position >= 0:
                 slot[row, position] = k
     return slot
+
+
+def test_only_signal_places_send_gradients_to_the_signals() -> None:
+    text, signals = jnp.ones((1, 3, 2)), jnp.full((1, 2, 2), 5.0)
+    slot = jnp.array([[-1, 1, 1]], jnp.int32)
+    out, pull = jax.vjp(lambda text, signals: splice(text, signals, slot), text, signals)
+    to_text, to_signals = pull(jnp.ones_like(out))
+    np.testing.assert_array_equal(out[0, :, 0], [1, 5, 5])
+    np.testing.assert_array_equal(to_text[0, :, 0], [1, 0, 0])
+    np.testing.assert_array_equal(to_signals[0, :, 0], [0, 2])
+
+
+def test_a_row_without_signal_slots_is_text() -> None:
+    text = jnp.ones((2, 3, 4), jnp.bfloat16)
+    np.testing.assert_array_equal(splice(text, jnp.ones((2, 0, 4)), jnp.full((2, 3), -1)), text)
+
+
+def test_the_result_has_the_dtype_of_what_goes_in() -> None:
+    connector = build_connector("mlp", 8, 4, rngs=nnx.Rngs(0))
+    assert connector(jnp.ones((2, 1, 8), jnp.bfloat16)).dtype == jnp.bfloat16
+    assert splice(jnp.ones((1, 2, 4), jnp.bfloat16), jnp.ones((1, 1, 4)), jnp.zeros((1, 2), int)).dtype == (
+        jnp.bfloat16
+    )
+
+
+def test_initial_weights_are_uniform_within_one_over_the_root_of_the_inputs() -> None:
+    connector = build_connector("mlp", 400, 64, 100, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    for layer, inputs in ((connector.hidden, 400), (connector.projection, 100)):
+        for values in (layer.kernel[...], layer.bias[...]):
+            assert values.dtype == jnp.bfloat16
+            largest = float(jnp.abs(values).max()) * inputs**0.5
+            assert 0.9 < largest < 1.01, largest
+        assert float(jnp.std(layer.kernel[...].astype(jnp.float32))) == pytest.approx(
+            (3 * inputs) ** -0.5, rel=0.05
+        )
+
+
+def test_unknown_kinds_and_a_hidden_width_without_use_are_refused() -> None:
+    with pytest.raises(
+        UserError, match="connector: found 'mpl'; expected one of linear, mlp; did you mean 'mlp'?"
+    ):
+        build_connector("mpl", 8, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="connector.hidden: found 16; expected None for a linear connector"):
+        build_connector("linear", 8, 4, 16, rngs=nnx.Rngs(0))

@@ -9,6 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from elm_jax.data.demo import (
     SYSTEM_PROMPT,
@@ -21,6 +22,7 @@ from elm_jax.data.demo import (
 from elm_jax.data.ecg import LEADS
 from elm_jax.data.synthetic_ecg import RATE_RANGE, draw_rhythm, synthesize
 from elm_jax.errors import UserError
+from elm_jax.evaluation.paper import Example, draw_ecg, gallery, loss_plot
 
 PATHS = [f"demo:test:{i}" for i in range(200)]
 
@@ -34,7 +36,7 @@ def turns(record):
 
 
 def detected_beats(signal, sampling_rate):
-    """Times of the R peaks, found in the signal alone: energy of the slope over all leads, peaks above a threshold."""
+    """Times of the R peaks, found in the signal alone: where the slopes of all leads together are steep."""
     slope = np.gradient(signal, axis=1)
     energy = np.convolve(np.sum(slope**2, axis=0), np.ones(7) / 7, "same")
     threshold = 0.3 * np.percentile(energy, 99)
@@ -284,3 +286,44 @@ def test_recordings_need_no_jax_and_no_tokenizer_library():
         "assert not {'jax', 'transformers', 'tokenizers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_paper_is_to_scale():
+    ax = Figure().add_subplot()
+    signal = np.zeros((12, 1000))
+    signal[LEADS.index("II"), 100:400] = 2.0  # two millivolts from 1 s to 4 s
+    draw_ecg(signal, 100.0, ax=ax)
+    (strip,) = (line.get_xydata() for line in ax.lines if len(line.get_xydata()) == 1000)
+    assert strip[:, 1].max() - strip[:, 1].min() == pytest.approx(20)  # 10 mm/mV
+    assert strip[400, 0] - strip[100, 0] == pytest.approx(75)  # 25 mm/s
+    pulse = ax.lines[0].get_xydata()
+    assert np.ptp(pulse[:, 1]) == pytest.approx(10)
+    assert ax.get_aspect() == 1
+
+
+def test_paper_shows_every_lead_at_its_place():
+    ax = Figure().add_subplot()
+    signal = np.tile(np.arange(12.0)[:, None] / 20, (1, 1000)) * np.where(np.arange(1000) % 20 == 0, 1, 0)
+    draw_ecg(signal, 100.0, ax=ax)
+    parts = [line.get_xydata() for line in ax.lines if len(line.get_xydata()) == 250]
+    labels = {text.get_text(): np.array(text.get_position()) for text in ax.texts if text.get_text() in LEADS}
+    assert len(parts) == 12 and set(labels) == set(LEADS)
+    for part, (index, name) in zip(parts, enumerate(LEADS), strict=True):
+        assert np.ptp(part[:, 1]) == pytest.approx(index / 2)
+        if name != "II":  # its label is repeated at the rhythm strip
+            assert abs(labels[name][0] - part[0, 0]) < 2
+            assert 0 < labels[name][1] - part[:, 1].min() < 15
+
+
+def test_pictures_are_png_files(tmp_path):
+    signal = load_demo_ecg(PATHS[0])
+    draw_ecg(signal, 100.0, tmp_path / "ecg.png", title="How fast?", caption=("72", "71"))
+    noise = np.random.default_rng(0).standard_normal((12, 1000))
+    examples = [
+        Example(signal, "How fast?", "72", "71", True),
+        Example(noise, "What is it?", "", "noise", False),
+    ]
+    gallery(examples, 100.0, tmp_path / "gallery.png")
+    loss_plot([1, 2, 3], [3.0, float("nan"), 0.1], [None, None, 1.0], tmp_path / "loss.png")
+    for name in ("ecg.png", "gallery.png", "loss.png"):
+        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -1,6 +1,5 @@
 """MERL's parts: pooling, BatchNorm with weights, the encoder's shapes and dtypes, loading and its errors."""
 
-import functools
 import sys
 
 import jax
@@ -81,27 +80,27 @@ def test_the_variance_survives_a_large_mean(rng) -> None:
 # Weighted statistics, of a whole encoder on 4 signals
 
 
-@functools.cache
-def small_encoder():
-    """The structure and the arrays of a small encoder, with one signal token of width 32."""
-    structure = structure_of(lambda: build_encoder("merl", SMALL, 1, nnx.Rngs(0)))
-    return structure, structure.arrays(build_encoder("merl", SMALL, 1, nnx.Rngs(0)))
+STRUCTURE = structure_of(lambda: build_encoder("merl", SMALL, 1, nnx.Rngs(0)))  # D is 32
 
 
-def statistics(arrays) -> dict:
-    return {name: arrays[name] for name, leaf in small_encoder()[0].leaves.items() if leaf.statistic}
+@pytest.fixture(scope="module")
+def arrays() -> dict[str, jax.Array]:
+    return STRUCTURE.arrays(load_encoder("merl", **SMALL).module)
+
+
+def statistics(arrays) -> dict[str, jax.Array]:
+    return {name: arrays[name] for name, leaf in STRUCTURE.leaves.items() if leaf.statistic}
 
 
 @jax.jit
-def run(signals, weights, cotangent):
+def run(arrays, signals, weights, cotangent):
     """Embeddings, moved statistics and gradients (parameters, signals) of sum_b cotangent_b · embedding_b."""
-    structure, arrays = small_encoder()
-    params = {name: arrays[name] for name, leaf in structure.leaves.items() if not leaf.statistic}
+    params = {name: arrays[name] for name, leaf in STRUCTURE.leaves.items() if not leaf.statistic}
 
     def loss(params, signals):
-        encoder = structure.bind({**arrays, **params})
+        encoder = STRUCTURE.bind({**arrays, **params})
         embeddings = encoder(signals, weights, train=True)
-        return jnp.sum(embeddings * cotangent), (embeddings, statistics(structure.arrays(encoder)))
+        return jnp.sum(embeddings * cotangent), (embeddings, statistics(STRUCTURE.arrays(encoder)))
 
     with jax.default_matmul_precision("highest"):
         gradients, (embeddings, after) = jax.grad(loss, (0, 1), has_aux=True)(params, signals)
@@ -120,35 +119,34 @@ def assert_close_in_scale(ours, theirs, tolerance: float = 1e-4) -> None:
         assert np.abs(a - b).max() <= tolerance * np.abs(b).max() + 1e-7
 
 
-def test_a_weight_counts_like_repeating_the_signal(rng) -> None:
+def test_a_weight_counts_like_repeating_the_signal(rng, arrays) -> None:
     times = [2, 0, 1, 1]
     signals, weights, _ = draw(rng, times)
     cotangent = normal(rng, 4, 1, 32)
     repeat = np.repeat(np.arange(4), times)
-    weighted = run(signals, weights, cotangent * weights[:, None, None])
-    repeated = run(signals[repeat], np.ones(4, np.float32), cotangent[repeat])
+    weighted = run(arrays, signals, weights, cotangent * weights[:, None, None])
+    repeated = run(arrays, signals[repeat], np.ones(4, np.float32), cotangent[repeat])
     assert_close_in_scale(weighted[0][repeat], repeated[0])
     assert_close_in_scale(weighted[1:3], repeated[1:3])
     summed = np.stack([np.asarray(repeated[3])[repeat == i].sum(0) for i in range(4)])
     assert_close_in_scale(weighted[3], summed)
 
 
-def test_an_unused_slot_has_no_influence(rng) -> None:
+def test_an_unused_slot_has_no_influence(rng, arrays) -> None:
     signals, weights, cotangent = draw(rng, [1, 0, 1, 2])
     other, used = signals.copy(), np.array([0, 2, 3])
     other[1] = 100.0
-    first, second = run(signals, weights, cotangent), run(other, weights, cotangent)
+    first, second = run(arrays, signals, weights, cotangent), run(arrays, other, weights, cotangent)
     np.testing.assert_array_equal(first[0][used], second[0][used])
     for ours, theirs in zip(jax.tree.leaves(first[1:3]), jax.tree.leaves(second[1:3]), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert not np.asarray(first[3][1]).any()
 
 
-def test_a_batch_without_any_weight_changes_nothing_and_stays_finite(rng) -> None:
+def test_a_batch_without_any_weight_changes_nothing_and_stays_finite(rng, arrays) -> None:
     signals, weights, _ = draw(rng, [0, 0, 0, 0])
-    structure, arrays = small_encoder()
-    embeddings, after, gradients, _ = run(signals, weights, np.ones((4, 1, 32), np.float32))
-    evaluated = jax.jit(lambda signals: structure.bind(arrays)(signals))(signals)
+    embeddings, after, gradients, _ = run(arrays, signals, weights, np.ones((4, 1, 32), np.float32))
+    evaluated = jax.jit(lambda arrays: STRUCTURE.bind(arrays)(signals))(arrays)
     np.testing.assert_allclose(embeddings, evaluated, rtol=1e-4, atol=1e-6)
     for name, before in statistics(arrays).items():
         np.testing.assert_array_equal(after[name], before, err_msg=name)
@@ -156,10 +154,10 @@ def test_a_batch_without_any_weight_changes_nothing_and_stays_finite(rng) -> Non
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs several devices")
-def test_statistics_are_those_of_the_global_batch_however_it_is_sharded(rng) -> None:
+def test_statistics_are_those_of_the_global_batch_however_it_is_sharded(rng, arrays) -> None:
     batch = draw(rng, [1, 3, 0, 2])
     sharding = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data"))
-    assert_close_in_scale(run(*jax.device_put(batch, sharding)), run(*batch))
+    assert_close_in_scale(run(arrays, *jax.device_put(batch, sharding)), run(arrays, *batch))
 
 
 # The encoder
@@ -204,32 +202,30 @@ def test_batch_norm_of_bfloat16_is_computed_in_float32(rng) -> None:
 
 
 def test_every_array_names_its_axes() -> None:
-    leaves = structure_of(lambda: build_encoder("merl", SMALL, 1, nnx.Rngs(0))).leaves
+    leaves = STRUCTURE.leaves
     assert all(len(leaf.axes) == len(leaf.shape) for leaf in leaves.values())
     assert leaves["layer2.0.shortcut.0.kernel"].axes == (None, None, "conv_out")
     assert leaves["bn1.mean"].statistic and not leaves["bn1.scale"].statistic
 
 
-def test_other_leads_than_the_model_has_are_refused() -> None:
+def test_other_leads_than_the_model_has_are_refused(arrays) -> None:
+    signals = jax.ShapeDtypeStruct((1, 8, 96), jnp.float32)
     with pytest.raises(UserError, match=r"found shape \(1, 8, 96\); expected \(batch, 12 leads, samples\)"):
-        load_encoder("merl", **SMALL)(np.zeros((1, 8, 96), np.float32))
-    encoder = load_encoder("merl", num_leads=8, **SMALL)
-    assert encoder(np.zeros((1, 8, 96), np.float32)).shape == (1, 1, encoder.width)
+        jax.eval_shape(lambda arrays, x: STRUCTURE.bind(arrays)(x), arrays, signals)
+    encoder = nnx.eval_shape(lambda: build_encoder("merl", {**SMALL, "num_leads": 8}, 1, nnx.Rngs(0)))
+    assert jax.eval_shape(lambda e, x: e(x), encoder, signals).shape == (1, 1, 32)
 
 
 # Names, configs and checkpoints
 
 
 @pytest.fixture(scope="module")
-def published() -> dict[str, np.ndarray]:
-    encoder = build_encoder("merl", SMALL, 1, nnx.Rngs(7))
-    structure = structure_of(lambda: build_encoder("merl", SMALL, 1, nnx.Rngs(7)))
-    return to_published("merl", structure.arrays(encoder))
+def published(arrays) -> dict[str, np.ndarray]:
+    return to_published("merl", arrays)
 
 
 def weights_of(loaded) -> dict[str, np.ndarray]:
-    structure = structure_of(lambda: build_encoder("merl", SMALL, 1, nnx.Rngs(0)))
-    return to_published("merl", structure.arrays(loaded.module))
+    return to_published("merl", STRUCTURE.arrays(loaded.module))
 
 
 def assert_same_weights(ours, theirs) -> None:

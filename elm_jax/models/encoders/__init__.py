@@ -83,12 +83,16 @@ def load_encoder(
     Raises UserError for an unknown name or field, and for weights missing, unknown or of another shape.
     """
     behaviours.check(compat)
-    structure = structure_of(lambda: build_encoder(name, config, tokens, nnx.Rngs(0)))
+
+    def build() -> Encoder:
+        return build_encoder(name, config, tokens, nnx.Rngs(0))
+
+    structure = structure_of(build)
     if checkpoint is None:
-        return LoadedEncoder(build_encoder(name, config, tokens, nnx.Rngs(0)))
+        return LoadedEncoder(structure.bind(jax.jit(lambda: structure.arrays(build()))()))
     tensors, where = read_checkpoint(checkpoint)
     arrays = from_published(name, structure.leaves, tensors, where)
-    return LoadedEncoder(structure.bind({key: jnp.asarray(value) for key, value in arrays.items()}))
+    return LoadedEncoder(structure.bind(jax.device_put(arrays)))
 
 
 class LoadedEncoder:

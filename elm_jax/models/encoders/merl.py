@@ -69,8 +69,10 @@ class Conv(nnx.Module):
         self, cin: int, cout: int, size: int, stride: int = 1, *, rngs: nnx.Rngs, param_dtype: Any
     ) -> None:
         bound = (size * cin) ** -0.5  # torch's default for a convolution
-        kernel = jax.random.uniform(rngs.params(), (size, cin, cout), jnp.float32, -bound, bound)
-        self.kernel = nnx.Param(kernel.astype(param_dtype), axes=(None, None, "conv_out"))
+        # Drawn flat: compiling a draw of three dimensions takes XLA more than twice as long.
+        flat = jax.random.uniform(rngs.params(), (size * cin * cout,), jnp.float32, -bound, bound)
+        kernel = flat.reshape(size, cin, cout).astype(param_dtype)
+        self.kernel = nnx.Param(kernel, axes=(None, None, "conv_out"))
         self.stride = stride
 
     def __call__(self, x: jax.Array) -> jax.Array:

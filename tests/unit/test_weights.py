@@ -1,0 +1,374 @@
+"""Safetensors files, the rules between names and parameters, and loading into shards."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+from elm_jax.config import MeshConfig
+from elm_jax.errors import UserError
+from elm_jax.inference.generate import generate
+from elm_jax.models import hints
+from elm_jax.models.families import chat_family, extended, family_of, from_hf, scratch_config, to_hf
+from elm_jax.runtime.mesh import MeshPlacement, make_mesh, named_sharding
+from elm_jax.weights.load import (
+    load_llm,
+    load_llm_arrays,
+    open_checkpoint,
+    parameters,
+    read_llm_config,
+    resolve_llm_folder,
+)
+from elm_jax.weights.rules import Rule, export
+from elm_jax.weights.safetensors import DTYPES, Safetensors, save_safetensors
+
+SHARDED = "llm_llama_untied_sharded"
+
+
+def one_device(path, spec):
+    return SingleDeviceSharding(jax.devices()[0])
+
+
+@pytest.fixture
+def folder(golden, tmp_path) -> Path:
+    """A copy of the sharded Llama that a test may spoil."""
+    return writable_copy(golden(SHARDED), tmp_path / "model")
+
+
+def writable_copy(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in source.iterdir():
+        if file.suffix in (".safetensors", ".json"):
+            shutil.copyfile(file, target / file.name)
+    return target
+
+
+def rewrite(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Replace the folder's weights by one file of `tensors`."""
+    for file in folder.glob("model*"):
+        file.unlink()
+    save_safetensors(folder / "model.safetensors", tensors)
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# Files
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_every_dtype_survives_a_round_trip(tmp_path, dtype):
+    values = np.arange(12).reshape(3, 4).astype(dtype)
+    save_safetensors(tmp_path / "x.safetensors", {"x": values, "scalar": values[0, 1], "none": values[:0]})
+    found = Safetensors(tmp_path / "x.safetensors")
+    assert {name: (found[name].dtype, found[name].shape) for name in found} == {
+        "x": (dtype, (3, 4)),
+        "scalar": (dtype, ()),
+        "none": (dtype, (0, 4)),
+    }
+    assert np.array_equal(found["x"], values)
+
+
+def test_transposed_and_strided_arrays_are_written_as_they_read(tmp_path):
+    values = np.arange(24, dtype=np.float32).reshape(4, 6)
+    save_safetensors(tmp_path / "x.safetensors", {"t": values.T, "s": values[::2, ::3]}, {"format": "pt"})
+    found = Safetensors(tmp_path / "x.safetensors")
+    assert np.array_equal(found["t"], values.T) and np.array_equal(found["s"], values[::2, ::3])
+    assert found.metadata == {"format": "pt"}
+
+
+def test_files_are_exchanged_with_the_safetensors_library(tmp_path):
+    library = pytest.importorskip("safetensors.numpy")
+    values = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(5, ml_dtypes.bfloat16)}
+    save_safetensors(tmp_path / "ours.safetensors", values)
+    theirs = library.load_file(tmp_path / "ours.safetensors")
+    library.save_file(values, tmp_path / "theirs.safetensors")
+    ours = Safetensors(tmp_path / "theirs.safetensors")
+    for name, value in values.items():
+        assert np.array_equal(theirs[name], value) and np.array_equal(ours[name], value)
+
+
+def write_raw(path: Path, header, body: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    return path
+
+
+def entry(shape, begin, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+UNSOUND = {
+    "truncated": ({"x": entry([4], 0, 16)}, b"\0" * 8),
+    "trailing bytes": ({"x": entry([4], 0, 16)}, b"\0" * 24),
+    "overlap": ({"x": entry([4], 0, 16), "y": entry([4], 8, 24)}, b"\0" * 24),
+    "hole": ({"x": entry([2], 0, 8), "y": entry([2], 16, 24)}, b"\0" * 24),
+    "shape and bytes differ": ({"x": entry([5], 0, 16)}, b"\0" * 16),
+    "negative offset": ({"x": entry([4], -16, 0)}, b"\0" * 16),
+    "negative size": ({"x": entry([-4], 0, 16)}, b"\0" * 16),
+    "size that is no number": ({"x": entry(["4"], 0, 16)}, b"\0" * 16),
+    "unknown dtype": ({"x": entry([16], 0, 16, "F8_E4M3")}, b"\0" * 16),
+    "no offsets": ({"x": {"dtype": "F32", "shape": [4]}}, b"\0" * 16),
+    "no object": ([1, 2], b""),
+    "no JSON": (b"{x", b""),
+    "name twice": (b'{"x": {}, "x": {}}', b""),
+}
+
+
+@pytest.mark.parametrize("header, body", UNSOUND.values(), ids=UNSOUND)
+def test_an_unsound_file_is_an_error_that_names_it(tmp_path, header, body):
+    path = write_raw(tmp_path / "bad.safetensors", header, body)
+    with pytest.raises(UserError, match="bad.safetensors"):
+        Safetensors(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\1\2\3", (10**12).to_bytes(8, "little")])
+def test_a_file_without_a_header_is_an_error_that_names_it(tmp_path, content):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="bad.safetensors"):
+        Safetensors(path)
+
+
+# Rules
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_rule_is_inverted_by_restore(stacked, transpose):
+    rule = Rule("layer.{layer}.w" if stacked else "w", "w", transpose)
+    theirs = [np.random.default_rng(i).normal(size=(3, 5)) for i in range(4 if stacked else 1)]
+    ours = rule.arrange(theirs)
+    assert all(np.array_equal(a, b) for a, b in zip(rule.restore(ours), theirs, strict=True))
+    assert all(part.flags.c_contiguous for part in rule.restore(ours))
+    assert rule.their_shape(ours.shape) == (3, 5)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_slice_through_a_rule_is_the_slice_of_the_whole(transpose):
+    rule = Rule("layer.{layer}.w", "w", transpose)
+    theirs = [np.random.default_rng(i).normal(size=(6, 8)) for i in range(4)]
+    index = (slice(1, 3), slice(2, 6), slice(None, 4))
+    layers, each = rule.split(index)
+    assert np.array_equal(rule.arrange([part[each] for part in theirs[layers]]), rule.arrange(theirs)[index])
+
+
+@pytest.mark.parametrize("name", ["llm_llama_tied", SHARDED, "llm_qwen2_tied"])
+def test_export_gives_back_the_checkpoint_bit_for_bit(golden, name, tmp_path):
+    llm = load_llm(golden(name))
+    arrays = {path: np.asarray(v[...]) for path, v in parameters(nnx.state(llm)).items()}
+    exported = dict(export(family_of(llm.config.model_type).rules, arrays))
+    original = open_checkpoint(golden(name))
+    assert set(exported) == set(original)
+    assert all(np.array_equal(exported[n], original[n]) for n in original)
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(llm.config)))
+    save_safetensors(tmp_path / "model.safetensors", exported)
+    again = load_llm(tmp_path)
+    tokens = np.arange(1, 9)[None]
+    assert again.config == llm.config and np.array_equal(again(tokens), llm(tokens))
+
+
+# Loading
+
+
+def test_loading_into_shards_gives_the_same_parameters(golden):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    plain = parameters(nnx.state(load_llm(golden("llm_qwen2_tied"))))
+    sharded = parameters(nnx.state(load_llm(golden("llm_qwen2_tied"), mesh=mesh)))
+    for path, variable in sharded.items():
+        assert np.array_equal(variable[...], plain[path][...]), path
+    kernel = sharded["layers.attention.q.kernel"][...]
+    assert kernel.addressable_shards[0].data.shape == (3, 32, 32)
+
+
+def test_a_sharded_model_computes_and_generates_the_same(golden):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    tokens = np.arange(1, 33).reshape(4, 8)
+    plain, sharded = load_llm(golden("llm_qwen2_tied")), load_llm(golden("llm_qwen2_tied"), mesh=mesh)
+    for placement in (None, MeshPlacement(mesh)):
+        with hints.placed(placement):
+            assert np.allclose(sharded(tokens), plain(tokens), atol=1e-4), placement
+            found = generate(sharded, tokens, max_new_tokens=6)
+        assert np.array_equal(found, generate(plain, tokens, max_new_tokens=6)), placement
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_new_vocabulary_rows_are_the_mean_of_the_old(golden, tensor):
+    folder = golden(SHARDED)
+    base = read_llm_config(folder)
+    config = extended(base, base.vocab_size + 5)
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=tensor))
+    axes = {"embedding.table": ("vocab", "embed"), "head.kernel": ("embed", "vocab")}
+
+    def shardings(path, spec):
+        return named_sharding(mesh, axes.get(path, (None,) * len(spec.shape)), spec.shape, path)
+
+    arrays = load_llm_arrays(folder, config, "float32", shardings)
+    tensors = open_checkpoint(folder)
+    for path, name in (("embedding.table", "model.embed_tokens.weight"), ("head.kernel", "lm_head.weight")):
+        rows = np.asarray(arrays[path]) if path == "embedding.table" else np.asarray(arrays[path]).T
+        assert rows.shape[0] == 576 == config.vocab_size
+        assert np.array_equal(rows[: base.vocab_size], tensors[name])
+        assert np.allclose(rows[base.vocab_size :], tensors[name].mean(0), atol=1e-7)
+
+
+def test_a_padded_vocabulary_is_never_shrunk(golden):
+    base = read_llm_config(golden(SHARDED))
+    assert extended(base, base.vocab_size - 100) == base
+    assert extended(base, base.vocab_size) == base
+
+
+def test_bfloat16_files_are_read_as_they_are(folder):
+    halves = {name: t.astype(ml_dtypes.bfloat16) for name, t in open_checkpoint(folder).items()}
+    rewrite(folder, halves)
+    state = parameters(nnx.state(load_llm(folder, dtype="float32")))
+    assert state["norm.scale"].dtype == jnp.float32
+    assert np.array_equal(
+        state["embedding.table"][...], halves["model.embed_tokens.weight"].astype(np.float32)
+    )
+
+
+def test_missing_and_unexpected_tensors_are_named(folder):
+    tensors = dict(open_checkpoint(folder))
+    tensors["model.layers.9.extra"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    rewrite(folder, tensors)
+    with pytest.raises(
+        UserError, match="missing model.layers.1.mlp.up_proj.weight; unexpected model.layers.9.extra"
+    ):
+        load_llm(folder)
+
+
+def test_a_misshapen_tensor_is_named(folder):
+    edit_config(folder, intermediate_size=96)
+    with pytest.raises(UserError, match=r"mlp\.\w+_proj\.weight"):
+        load_llm(folder)
+
+
+def test_buffers_and_copies_of_tied_tables_are_passed_over(golden, tmp_path):
+    folder = writable_copy(golden("llm_llama_tied"), tmp_path / "model")
+    tensors = dict(open_checkpoint(folder))
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    rewrite(folder, tensors)
+    load_llm(folder)
+    tensors["lm_head.weight"][3, 3] += 1
+    rewrite(folder, tensors)
+    with pytest.raises(UserError, match="tie_word_embeddings"):
+        load_llm(folder)
+
+
+def test_an_index_may_not_lead_outside_its_folder(folder):
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = "../elsewhere.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="index.json"):
+        load_llm(folder)
+
+
+def test_an_index_must_fit_its_files(folder):
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = "model-00001-of-00005.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="model.norm.weight"):
+        load_llm(folder)
+
+
+def test_a_folder_without_weights_is_an_error(tmp_path, golden):
+    shutil.copyfile(golden(SHARDED) / "config.json", tmp_path / "config.json")
+    with pytest.raises(UserError, match="safetensors"):
+        load_llm(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b-instrukt", "nowhere/to/be/found", "~/no/such/folder"])
+def test_an_unknown_name_is_an_error(name):
+    with pytest.raises(UserError, match="llm.name"):
+        resolve_llm_folder(name)
+
+
+def test_a_model_that_cannot_be_downloaded_says_how_to_go_on():
+    with pytest.raises(UserError, match="set llm.name to that folder"):
+        resolve_llm_folder("nobody-at-all/no-such-model")
+
+
+# Families
+
+
+REFUSED = {
+    "unknown field": ({"logit_scale": 2.0}, "logit_scale"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act"),
+    "bias": ({"attention_bias": True}, "attention_bias"),
+    "rope type": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
+    "rope field": ({"rope_parameters": {"rope_theta": 1e4, "factor": 4.0}}, "factor"),
+    "rope value": ({"rope_parameters": {"rope_theta": -1}}, "rope_theta"),
+    "model type": ({"model_type": "mamba"}, "llama or qwen2"),
+    "size": ({"num_hidden_layers": 0}, "layers"),
+    "size that is no number": ({"hidden_size": "64"}, "hidden"),
+    "heads": ({"num_key_value_heads": 3}, "kv_heads"),
+    "missing": ({"vocab_size": None}, "vocab_size"),
+    "tied": ({"tie_word_embeddings": "yes"}, "tied"),
+}
+
+
+@pytest.mark.parametrize("changes, named", REFUSED.values(), ids=REFUSED)
+def test_what_the_decoder_does_not_compute_is_refused_by_name(golden, changes, named):
+    config = json.loads((golden(SHARDED) / "config.json").read_text())
+    with pytest.raises(UserError, match=named):
+        from_hf(config | changes, "config.json")
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"use_sliding_window": True}, "use_sliding_window"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+])  # fmt: skip
+def test_windows_of_qwen2_are_refused(golden, changes, named):
+    config = json.loads((golden("llm_qwen2_tied") / "config.json").read_text())
+    with pytest.raises(UserError, match=named):
+        from_hf(config | changes, "config.json")
+
+
+def test_the_configs_of_published_models_are_read():
+    qwen = {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 1536, "initializer_range": 0.02,
+        "intermediate_size": 8960, "max_position_embeddings": 32768, "max_window_layers": 21,
+        "model_type": "qwen2", "num_attention_heads": 12, "num_hidden_layers": 28, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "transformers_version": "4.43.1", "use_cache": True,
+        "use_sliding_window": False, "vocab_size": 151936,
+    }  # fmt: skip
+    config = from_hf(qwen, "config.json")
+    assert (config.head_dim, config.rope.theta, config.qkv_bias, config.tied) == (128, 1e6, True, True)
+    assert extended(config, 151_670) == config
+
+
+def test_scratch_sizes_make_a_config():
+    config = scratch_config({"hidden": 64, "layers": 2, "heads": 4, "mlp": 128, "family": "llama"}, 500)
+    assert (config.kv_heads, config.head_dim, config.vocab_size, config.qkv_bias) == (4, 16, 512, False)
+    with pytest.raises(UserError, match="did you mean 'layers'"):
+        scratch_config({"hidden": 64, "layer": 2, "heads": 4, "mlp": 128}, 500)
+    with pytest.raises(UserError, match="no mlp"):
+        scratch_config({"hidden": 64, "layers": 2, "heads": 4}, 500)
+
+
+def test_the_chat_form_follows_the_tokenizer():
+    assert chat_family("llama", {"<|start_header_id|>": 1}) == "llama3"
+    assert chat_family("qwen2", {"<|im_start|>": 1}) == "qwen2"
+    assert chat_family("llama", {"<|im_start|>": 1}) == "plain"
+
+
+def test_the_family_decides_its_biases(golden):
+    assert replace(read_llm_config(golden("llm_qwen2_tied")), qkv_bias=False).model_type == "qwen2"
+    paths = parameters(nnx.state(load_llm(golden("llm_qwen2_tied"))))
+    assert {path for path in paths if path.endswith("bias")} == {f"layers.attention.{n}.bias" for n in "qkv"}
