@@ -126,7 +126,10 @@ class ConfigFlags:
             raise UserError(
                 "--config", "no config file", "--config FILE", f"give one, such as {_packaged()[0]}"
             )
-        tree, name = read_config_file(self.path)
+        return self.over(*read_config_file(self.path))
+
+    def over(self, tree: dict[str, Any], name: str = "default") -> Config:
+        """The checked configuration `tree` with these flags in place of its values."""
         for key, value in self.values.items():
             *sections, leaf = key.split(".")
             place = tree

@@ -18,11 +18,11 @@ def main(config: Config) -> None:
     distributed.start()
     from elm_jax.training.loop import train
 
-    folder = train(config)
+    train(config)
     if config.eval.at_end:
         from elm_jax.evaluation.evaluator import evaluate
 
-        evaluate(folder, config.eval)
+        evaluate(config)
 
 
 main.__doc__ = __doc__

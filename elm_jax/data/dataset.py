@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from elm_jax.config import DataConfig
 from elm_jax.data.batch import Conversation
-from elm_jax.data.chat import Rendered, render
+from elm_jax.data.chat import Rendered, render, render_prompts
 from elm_jax.data.ecg import LEADS
 from elm_jax.data.plan import LengthIndex
-from elm_jax.data.represent import load_signal
+from elm_jax.data.represent import load_raw, load_signal
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 
@@ -55,7 +55,25 @@ class SignalSpec:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(C, L)."""
         return len(self.leads), self.length
+
+    def load(self, path: str, key: int) -> np.ndarray:
+        """The ECG as the model sees it, (C, L) float32; `key` seeds noise. See `represent.load_signal`."""
+        return load_signal(
+            path,
+            root=self.root,
+            leads=self.leads,
+            length=self.length,
+            sampling_rate=self.sampling_rate,
+            norm_eps=self.norm_eps,
+            perturb=self.perturb,
+            key=key,
+        )
+
+    def load_raw(self, path: str, key: int) -> np.ndarray:
+        """The ECG before normalisation, all 12 leads, for pictures."""
+        return load_raw(path, root=self.root, length=self.length, sampling_rate=self.sampling_rate, key=key)
 
 
 def signal_spec(data: DataConfig, seed: int) -> SignalSpec:
@@ -106,13 +124,22 @@ class Dataset:
         Raises:
             UserError: the record has no answer, or does not fit; names the record.
         """
-        record, spec = self.records[index], asdict(self.text)
-        family = spec.pop("family")
-        ecgs = len(record.ecg_paths) if self.text.signal_tokens else 0
+        record = self.records[index]
         try:
-            return render(record.text, self.tokenizer, family, n_ecgs=ecgs, **spec)
+            return render(record.text, self.tokenizer, n_ecgs=self._ecgs(record), **asdict(self.text))
         except UserError as error:
             raise UserError(f"record {record.id}", error.found, error.expected, error.fix) from error
+
+    def prompts(self, index: int) -> list[tuple[Rendered, str]]:
+        """For each answer of one record: the prompt up to it, with the true history, and the answer."""
+        record, spec = self.records[index], asdict(self.text) | {"max_len": None}
+        try:
+            return render_prompts(record.text, self.tokenizer, n_ecgs=self._ecgs(record), **spec)
+        except UserError as error:
+            raise UserError(f"record {record.id}", error.found, error.expected, error.fix) from error
+
+    def _ecgs(self, record: Record) -> int:
+        return len(record.ecg_paths) if self.text.signal_tokens else 0
 
     def signals(self, index: int) -> list[np.ndarray]:
         """The record's ECGs, each (C, L) float32.
@@ -122,21 +149,11 @@ class Dataset:
         """
         if not self.text.signal_tokens:
             return []
-        record, spec = self.records[index], self.signal
-        key = zlib.crc32(f"{spec.seed}:{record.id}".encode())
-        return [
-            load_signal(
-                path,
-                root=spec.root,
-                leads=spec.leads,
-                length=spec.length,
-                sampling_rate=spec.sampling_rate,
-                norm_eps=spec.norm_eps,
-                perturb=spec.perturb,
-                key=key,
-            )
-            for path in record.ecg_paths
-        ]
+        return [self.signal.load(path, self.key(index)) for path in self.records[index].ecg_paths]
+
+    def key(self, index: int) -> int:
+        """What a record's noise is drawn from."""
+        return zlib.crc32(f"{self.signal.seed}:{self.records[index].id}".encode())
 
     def conversation(self, index: int, signals: list[np.ndarray] | None) -> Conversation:
         """The record with given signals (None: a bad record, which keeps its place with weight 0)."""

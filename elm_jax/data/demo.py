@@ -32,7 +32,7 @@ SAMPLING_RATE, LENGTH = 100.0, 1000
 SYSTEM_PROMPT = "You read ECGs. Answer in one word."
 SPLITS = ("train", "val", "test")
 # One recording in so many is also asked for its kind of signal, and brings one of noise and one flat line.
-_SIGNAL_TYPE_EVERY = {"train": 4, "val": 4, "test": 1}
+_SIGNAL_TYPE_EVERY = {"train": 8, "val": 8, "test": 1}
 _SEED = 2003
 _END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -68,7 +68,7 @@ _RHYTHMS = ("irregular", "regular")
 
 @dataclass(frozen=True)
 class DemoSizes:
-    """Recordings per split. Conversations: 2.75 per recording for train and val, 5 for test."""
+    """Recordings per split. Conversations: 19 per 8 recordings for train and val, 5 per recording for test."""
 
     train: int = 6000
     val: int = 200

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elm_jax.data.ecg import normalize, read_recording, to_segment
+from elm_jax.data.ecg import LEADS, normalize, read_recording, to_segment
 from elm_jax.errors import UserError
 
 NOISE, FLATLINE, DEMO = "noise", "flatline", "demo:"
@@ -26,20 +26,27 @@ def load_signal(
 
     Returns (len(leads), length) float32 in [0, 1]. `leads` are indices into the canonical order. The paths
     "noise" and "flatline" stand for signals without a recording: standard normal samples drawn from
-    (key, path), and a constant; `perturb` puts the same in place of any recording. Paths that begin with
+    key, and a constant; `perturb` puts the same in place of any recording. Paths that begin with
     "demo:" are generated. Raises UserError for a recording that cannot be read or is too short.
     """
-    if perturb == "zeros" or ecg_path == FLATLINE:
-        return np.zeros((len(leads), length), np.float32)
-    if perturb == "noise" or ecg_path == NOISE:
-        return normalize(_noise(ecg_path, key, len(leads), length), norm_eps)
+    if perturb is not None:
+        ecg_path = {"zeros": FLATLINE, "noise": NOISE}[perturb]
+    signal = load_raw(ecg_path, root=root, length=length, sampling_rate=sampling_rate, key=key)
+    return normalize(signal[list(leads)], norm_eps)
+
+
+def load_raw(ecg_path: str, *, root: str, length: int, sampling_rate: float, key: int) -> np.ndarray:
+    """The 12 leads (12, length) before normalisation: in mV where the recording is. See `load_signal`."""
+    if ecg_path == FLATLINE:
+        return np.zeros((len(LEADS), length), np.float32)
+    if ecg_path == NOISE:
+        seed = np.array([key % 2**64, zlib.crc32(b"noise")], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=seed)).standard_normal((len(LEADS), length))
     if ecg_path.startswith(DEMO):
         from elm_jax.data.demo import load_demo_ecg
 
-        signal = load_demo_ecg(ecg_path, sampling_rate, length)
-    else:
-        signal = _from_file(Path(root, ecg_path), sampling_rate, length)
-    return normalize(signal[list(leads)], norm_eps)
+        return load_demo_ecg(ecg_path, sampling_rate, length)
+    return _from_file(Path(root, ecg_path), sampling_rate, length)
 
 
 def _from_file(path: Path, sampling_rate: float, length: int) -> np.ndarray:
@@ -48,8 +55,3 @@ def _from_file(path: Path, sampling_rate: float, length: int) -> np.ndarray:
         return to_segment(recording, sampling_rate, length)
     except UserError as error:
         raise UserError(str(path), error.found, error.expected, error.fix) from None
-
-
-def _noise(ecg_path: str, key: int, leads: int, length: int) -> np.ndarray:
-    seed = np.array([key % 2**64, zlib.crc32(ecg_path.encode())], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=seed)).standard_normal((leads, length))

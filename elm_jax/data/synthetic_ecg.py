@@ -143,7 +143,7 @@ def synthesize(key: Key, sampling_rate: float = 100.0, length: int = 1000) -> np
     breathing = 2 * math.pi * (rng.uniform(0.15, 0.4) * t + rng.random()).astype(np.float32)
     gain = rng.lognormal(0, 0.25) * (1 + rng.uniform(0, 0.1) * np.sin(breathing))
 
-    waves, dipoles = _waves(rng, rhythm, t), _dipoles(rng)
+    waves, dipoles = _waves(rng, rhythm, t, 1 / sampling_rate), _dipoles(rng)
     if not rhythm.regular:
         waves[_P], dipoles[_P] = _fibrillation(rng, t), rng.uniform(0.5, 1.5) * _FIBRILLATION_DIPOLE
     waves *= gain
@@ -155,8 +155,11 @@ def synthesize(key: Key, sampling_rate: float = 100.0, length: int = 1000) -> np
     return _ALL_LEADS @ leads
 
 
-def _waves(rng: np.random.Generator, rhythm: Rhythm, t: np.ndarray) -> np.ndarray:
-    """(6, L) float32: the Gaussians of P, Q, R, S and the two of T along the recording, each of height 1."""
+def _waves(rng: np.random.Generator, rhythm: Rhythm, t: np.ndarray, interval: float) -> np.ndarray:
+    """(6, L) float32: the Gaussians of P, Q, R, S and the two of T along the recording, of height 1.
+
+    A sample is the mean over its `interval` in seconds, which makes narrow waves lower and wider.
+    """
     peaks = rhythm.r_peaks
     stretch = np.cbrt(np.diff(peaks, prepend=2 * peaks[0] - peaks[1]))
     last = np.searchsorted(peaks, t, side="right") - 1
@@ -165,10 +168,13 @@ def _waves(rng: np.random.Generator, rhythm: Rhythm, t: np.ndarray) -> np.ndarra
     argument[_P] = until / stretch[last + 1]
     argument[_QRS] = np.where(since < -until, since, until)
     argument[_T] = since / stretch[last]
-    argument -= (_CENTRE * (1 + 0.06 * rng.standard_normal((6, 1)))).astype(np.float32)
-    argument /= (_WIDTH * np.exp(0.1 * rng.standard_normal((6, 1)))).astype(np.float32)
+    centre = _CENTRE * (1 + 0.06 * rng.standard_normal((6, 1)))
+    width = _WIDTH * np.exp(0.1 * rng.standard_normal((6, 1)))
+    sampled_width = np.sqrt(width**2 + interval**2 / 12)
+    argument -= centre.astype(np.float32)
+    argument /= sampled_width.astype(np.float32)
     square = np.minimum(argument * argument, 100)  # the bound keeps out denormal numbers, which are slow
-    return np.exp(-0.5 * square)
+    return (width / sampled_width).astype(np.float32) * np.exp(-0.5 * square)
 
 
 def _dipoles(rng: np.random.Generator) -> np.ndarray:
@@ -195,14 +201,12 @@ def _disturbances(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Baseline wander and mains hum: courses (W, L) float32, sizes in the independent leads (8, W) in mV.
 
-    Hum is left out where the sampling rate cannot hold it: an anti-aliasing filter has removed it there.
+    There is no hum where the sampling rate cannot hold it: an anti-aliasing filter has removed it.
     """
     turns = 2 * math.pi * t.astype(np.float32)
-    phases = [breathing, rng.uniform(0.03, 0.12) * turns]
-    sizes = [0.03 * rng.lognormal(0, 0.6), 0.05 * rng.lognormal(0, 0.6)]
-    mains, hum = (50, 60)[int(rng.integers(2))], rng.uniform(0, 0.012)
-    if mains < 0.45 * sampling_rate:
-        phases.append(mains * turns)
-        sizes.append(hum)
+    mains = (50, 60)[int(rng.integers(2))]
+    phases = [breathing, rng.uniform(0.03, 0.12) * turns, mains * turns]
+    hum = rng.uniform(0, 0.012) * (mains < 0.45 * sampling_rate)
+    sizes = [0.03 * rng.lognormal(0, 0.6), 0.05 * rng.lognormal(0, 0.6), hum]
     courses = np.concatenate([np.sin(phases), np.cos(phases)])
     return courses, rng.standard_normal((8, len(courses))) * (sizes * 2)

@@ -23,7 +23,8 @@ from elm_jax.models.functional import Arrays
 
 logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports each file it writes
 
-ITEMS = ("trained", "statistics", "optimizer")
+MODEL_ITEMS = ("trained", "statistics")  # flat dictionaries of the model's arrays
+ITEMS = (*MODEL_ITEMS, "optimizer")
 
 
 class Checkpoints:
@@ -42,13 +43,17 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(),
             options=ocp.CheckpointManagerOptions(preservation_policy=policy, read_only=read_only, create=not read_only),
-            item_names=(*ITEMS, "meta"),
+            item_handlers={
+                **{name: ocp.StandardCheckpointHandler() for name in ITEMS},
+                "meta": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def save(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any], val_loss: float | None) -> None:
         """Begin to save trees of arrays under names of ITEMS; returns once the arrays are copied from the devices."""
         saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if tree}
-        saves["meta"] = ocp.args.JsonSave({**meta, "step": step})
+        names = {name: sorted(items[name]) for name in MODEL_ITEMS if items.get(name)}
+        saves["meta"] = ocp.args.JsonSave({**meta, "step": step, "arrays": names})
         metrics = {"val_loss": val_loss if val_loss is not None else float("inf")}
         self._manager.save(step, args=ocp.args.Composite(**saves), metrics=metrics, force=True)
 
@@ -87,9 +92,8 @@ class Checkpoints:
 
     def restore_arrays(self, step: int, like: Mapping[str, Any]) -> Arrays:
         """Trained parameters and moving statistics among `like` (name -> array or struct with sharding)."""
-        saved = self.names(step)
         arrays: Arrays = {}
-        for item, names in saved.items():
+        for item, names in self.meta(step)["arrays"].items():
             wanted = {n: _abstract(like[n]) for n in names if n in like}
             if wanted:
                 if len(wanted) < len(names):
@@ -101,14 +105,6 @@ class Checkpoints:
                 with _named(self.folder / str(step)):
                     arrays.update(self._manager.restore(step, args=args)[item])
         return arrays
-
-    def names(self, step: int) -> dict[str, list[str]]:
-        """The array names of each item that holds model arrays."""
-        found = {}
-        for item in ITEMS[:2]:
-            if (self.folder / str(step) / item).is_dir():
-                found[item] = list(self._manager.item_metadata(step)[item].tree)
-        return found
 
     def reached_preemption(self, step: int) -> bool:
         """Whether all of several hosts have agreed to stop at this step."""

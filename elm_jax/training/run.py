@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config, differences, to_dict
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays
@@ -101,6 +102,31 @@ def start_from(source: str, arrays: Arrays, missing_ok: tuple[str, ...]) -> Arra
         )  # fmt: skip
     check_frozen(source, saved, arrays, lacking)
     return {**arrays, **restored}
+
+
+def config_of_run(checkpoint: str | None, flags: ConfigFlags) -> Config:
+    """The configuration that reads a trained run: of the folder `checkpoint` with what `flags` change of it, or of
+    the config file that `flags` name, which must then be that of the folder `workdir`.
+
+    What the model is made of cannot be changed; data.*, eval.*, mesh.* and log.* can. Without `mesh.*` each device
+    holds a whole copy.
+
+    Raises:
+        UserError: no run there, or a change of the model.
+    """
+    if checkpoint is None:
+        config = flags.load()
+        folder = run_folder(config.workdir, "config.workdir")
+    else:
+        folder = run_folder(checkpoint, "--checkpoint")
+        tree = read_json(folder / "config.json") | {"workdir": str(folder), "mesh": {}}
+        config = flags.over(tree)
+    changed = [name for name in differences(read_json(folder / "config.json"), config) if not name.startswith("data.")]
+    if changed:
+        raise UserError(
+            str(folder), f"a run with other {', '.join(changed)}", "the run's own model", "leave these keys as they are"
+        )
+    return config
 
 
 def run_folder(path: str, where: str) -> Path:

@@ -126,10 +126,13 @@ def test_a_recording_depends_on_its_path_alone():
     assert all(not np.array_equal(load_demo_ecg("demo:train:7"), load_demo_ecg(other)) for other in others)
 
 
-def test_other_sampling_rates_hold_the_same_beats():
-    fast, slow = load_demo_ecg(PATHS[1], 500.0, 5000), load_demo_ecg(PATHS[1])
-    assert fast.shape == (12, 5000)
-    assert len(detected_beats(fast[:, ::5], 100)) == len(detected_beats(slow, 100))
+@pytest.mark.parametrize("index", range(8))
+def test_other_sampling_rates_show_the_same_recording(index):
+    fine, coarse = load_demo_ecg(PATHS[index], 500.0, 5000), load_demo_ecg(PATHS[index], 50.0, 500)
+    assert fine.shape == (12, 5000) and coarse.shape == (12, 500)
+    around = fine[:, 5:-5].reshape(12, 499, 10).mean(-1)  # a sample is the mean over its interval
+    for name in ("II", "V2", "V5"):
+        assert np.corrcoef(lead(around, name), lead(coarse, name)[1:])[0, 1] > 0.9
 
 
 def test_generation_is_fast():
@@ -175,7 +178,7 @@ def test_signal_types_are_equally_frequent_and_the_test_split_asks_of_every_reco
     answers = Counter(turns(record)[1] for record in records if record["name"] == "signal_type")
     assert answers == {"ecg": 1000, "noise": 1000, "flatline": 1000}
     train = Counter(turns(r)[1] for r in demo_records("train", "demo:train=41") if r["name"] == "signal_type")
-    assert train == {"ecg": 11, "noise": 11, "flatline": 11}
+    assert train == {"ecg": 6, "noise": 6, "flatline": 6}
 
 
 def test_questions_about_a_recording_stand_together_and_share_its_patient():
@@ -195,7 +198,7 @@ def test_splits_share_no_recording():
 
 def test_records_are_a_lazy_sequence():
     records = demo_records("train", "demo:train=100000000")
-    assert len(records) == 275_000_000
+    assert len(records) == 237_500_000
     assert records[-1] == records[len(records) - 1]
     assert records[5:7] == [records[5], records[6]]
     assert isinstance(records[np.int64(3)]["name"], str)

@@ -1,0 +1,35 @@
+"""Evaluate a run: answers, scores, controls, pictures.
+
+    python -m elm_jax.evaluate --checkpoint runs/demo
+    python -m elm_jax.evaluate --config configs/demo.py --config.workdir=runs/demo
+    python -m elm_jax.evaluate --checkpoint runs/demo --split train --config.eval.limit=200
+
+--checkpoint W: the run's folder; --step latest, best (default) or a number; --split train, val or test.
+--config.eval.* say how; they default to the run's own. Results are in W/eval/<datasets>-<split>/.
+"""
+
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+
+from elm_jax import cli
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the arguments, evaluate the run."""
+    parser = cli.Parser(
+        prog="python -m elm_jax.evaluate", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", metavar="W", help="the run's folder")
+    parser.add_argument("--step", default="best", help="latest, best or a number")
+    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="train, val or test")
+    flags = cli.ConfigFlags.parse(argv)
+    options = parser.parse_args(flags.rest)
+    from elm_jax.evaluation.evaluator import evaluate
+    from elm_jax.training.run import config_of_run
+
+    evaluate(config_of_run(options.checkpoint, flags), options.split, options.step)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guard(main))
