@@ -68,7 +68,7 @@ _RHYTHMS = ("irregular", "regular")
 
 @dataclass(frozen=True)
 class DemoSizes:
-    """Recordings per split. Conversations: 19 per 8 recordings for train and val, 5 per recording for test."""
+    """Recordings per split. 8 recordings bring 19 conversations to train and val, 40 to test."""
 
     train: int = 6000
     val: int = 200
