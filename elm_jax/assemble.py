@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from elm_jax.data.sources import load_records
 from elm_jax.errors import UserError
 from elm_jax.models.attention import choose_attention
 from elm_jax.models.connectors import build_connector
-from elm_jax.models.decoder import Decoder, DecoderConfig
+from elm_jax.models.decoder import Decoder, DecoderConfig, Remat
 from elm_jax.models.elm import ELM
 from elm_jax.models.encoders import build_encoder, from_published, read_checkpoint
 from elm_jax.models.families import chat_family, extended, scratch_config
@@ -70,7 +70,9 @@ def assemble(config: Config, tokenizer_folder: Path | None = None) -> Assembly:
     family = chat_family(llm.model_type, tokenizer.get_vocab())
     text = text_spec(config.data, family, config.encoder.tokens, config.phase, config.compat)
     if config.encoder.name is None:
-        raise UserError("encoder.name", "None", f"an ECG encoder for elm={config.elm}", "set --config.encoder.name=merl")
+        raise UserError(
+            "encoder.name", "None", f"an ECG encoder for elm={config.elm}", "set --config.encoder.name=merl"
+        )
     structure = structure_of(lambda: _build(config, llm))
     return Assembly(config, tokenizer, text, llm, folder, structure)
 
@@ -84,8 +86,12 @@ def make_arrays(assembly: Assembly, shardings: Mapping[str, Any]) -> Arrays:
         arrays = load_llm_arrays(assembly.llm_folder, assembly.llm, dtype, lambda n, _: shardings[f"llm.{n}"])
         loaded |= {f"llm.{name}": x for name, x in arrays.items()}
     if config.encoder.checkpoint is not None:
-        of_encoder = {n.removeprefix("encoder."): v for n, v in structure.leaves.items() if n.startswith("encoder.")}
-        arrays = from_published(str(config.encoder.name), of_encoder, *read_checkpoint(config.encoder.checkpoint))
+        of_encoder = {
+            n.removeprefix("encoder."): v for n, v in structure.leaves.items() if n.startswith("encoder.")
+        }
+        arrays = from_published(
+            str(config.encoder.name), of_encoder, *read_checkpoint(config.encoder.checkpoint)
+        )
         loaded |= {f"encoder.{n}": jax.device_put(x, shardings[f"encoder.{n}"]) for n, x in arrays.items()}
     rest = {name: shardings[name] for name in structure.leaves if name not in loaded}
     if rest:
@@ -104,10 +110,11 @@ def _build(config: Config, llm: DecoderConfig) -> ELM:
         param_dtype=_dtype(config, "connector"),
     )  # fmt: skip
     decoder = Decoder(
-        llm, _rngs(config, "llm"), param_dtype=_dtype(config, "llm"), scan=config.llm.scan, remat=config.llm.remat,
+        llm, _rngs(config, "llm"), param_dtype=_dtype(config, "llm"), scan=config.llm.scan,
+        remat=cast(Remat, config.llm.remat),
         attention=choose_attention(config.llm.attention, llm.head_dim, compute),
     )  # fmt: skip
-    return ELM(encoder, connector, decoder, compute, config.compat)
+    return ELM(cast(nnx.Module, encoder), connector, decoder, compute, config.compat)
 
 
 def _dtype(config: Config, component: str) -> Any:

@@ -48,7 +48,9 @@ class RandomConversations:
     def recording(self, ecgs: int = 1) -> list[np.ndarray]:
         return [self.rng.random(SIGNAL_SHAPE).astype(np.float32) for _ in range(ecgs)]
 
-    def ask(self, signals: list[np.ndarray], question: int = 4, answer: int = 2, late_ecgs: int = 0) -> Conversation:
+    def ask(
+        self, signals: list[np.ndarray], question: int = 4, answer: int = 2, late_ecgs: int = 0
+    ) -> Conversation:
         """A conversation; `late_ecgs` of its ECGs stand after the question instead of before it."""
         placeholders = np.full(SIGNAL_TOKENS, 1, np.int32)
         early = len(signals) - late_ecgs
@@ -57,12 +59,16 @@ class RandomConversations:
         parts = [self.system, *[placeholders] * early, words, *[placeholders] * late_ecgs, words[:1], reply]
         ids = np.concatenate(parts)
         starts = [len(self.system) + SIGNAL_TOKENS * e for e in range(early)]
-        starts += [len(self.system) + SIGNAL_TOKENS * early + question + SIGNAL_TOKENS * e for e in range(late_ecgs)]
+        starts += [
+            len(self.system) + SIGNAL_TOKENS * early + question + SIGNAL_TOKENS * e for e in range(late_ecgs)
+        ]
         supervised = np.zeros(len(ids), bool)
         supervised[-answer:] = True
         positions = np.array([[s + n for n in range(SIGNAL_TOKENS)] for s in starts], np.int32)
         self.count += 1
-        return Conversation(self.count - 1, ids, supervised, positions.reshape(len(signals), SIGNAL_TOKENS), signals)
+        return Conversation(
+            self.count - 1, ids, supervised, positions.reshape(len(signals), SIGNAL_TOKENS), signals
+        )
 
 
 def batch_of(rows: Sequence[list[Group]], tokens: int = 64, signals: int = 8, targets: int = 24) -> Batch:

@@ -12,25 +12,27 @@ N signal tokens per ECG, M supervised slots of a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+Array = Any  # of NumPy on the host, of JAX on devices and in traced functions
 
 
 class Batch(NamedTuple):
     """One step's arrays; a pytree. In training every array has a leading micro-batch axis A."""
 
-    tokens: np.ndarray  # (B, T) int32
-    positions: np.ndarray  # (B, T) int32, counted within the conversation
-    group_ids: np.ndarray  # (B, T) int32, 0 = padding
-    branch_ids: np.ndarray  # (B, T) int32, 0 = the group's prefix
-    signals: np.ndarray  # (B, S, C, L) float32
-    signal_weights: np.ndarray  # (B, S) float32: conversations that read this signal; 0 = slot unused
-    signal_slot: np.ndarray  # (B, T) int32: index into the row's S·N signal embeddings, -1 for text
-    target_index: np.ndarray  # (B, M) int32: the position whose hidden state predicts the target
-    target_ids: np.ndarray  # (B, M) int32
-    target_weights: np.ndarray  # (B, M) float32, 0 = slot unused
-    sample_ids: np.ndarray  # (B, M) int32: the samples of the row, -1 = none (a row has at most M)
+    tokens: Array  # (B, T) int32
+    positions: Array  # (B, T) int32, counted within the conversation
+    group_ids: Array  # (B, T) int32, 0 = padding
+    branch_ids: Array  # (B, T) int32, 0 = the group's prefix
+    signals: Array  # (B, S, C, L) float32
+    signal_weights: Array  # (B, S) float32: conversations that read this signal; 0 = slot unused
+    signal_slot: Array  # (B, T) int32: index into the row's S·N signal embeddings, -1 for text
+    target_index: Array  # (B, M) int32: the position whose hidden state predicts the target
+    target_ids: Array  # (B, M) int32
+    target_weights: Array  # (B, M) float32, 0 = slot unused
+    sample_ids: Array  # (B, M) int32: the samples of the row, -1 = none (a row has at most M)
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,20 @@ class _RowWriter:
             self._place_tokens(first, 0, group.prefix, number, 0, shared_slots)
             for branch, conversation in enumerate(group.conversations, start=1):
                 own = self._place_signals(
-                    conversation, shared_ecgs, len(conversation.signal_positions), int(conversation.signals is not None)
+                    conversation,
+                    shared_ecgs,
+                    len(conversation.signal_positions),
+                    int(conversation.signals is not None),
                 )
                 offset = self.token - group.prefix  # row position of the conversation's token 0, were it here
                 length = len(conversation.ids)
                 self._place_tokens(
-                    conversation, group.prefix, length, number, branch if group.prefix else 0, {**shared_slots, **own}
+                    conversation,
+                    group.prefix,
+                    length,
+                    number,
+                    branch if group.prefix else 0,
+                    {**shared_slots, **own},
                 )
                 self._place_targets(conversation, group.prefix, start, offset)
             # Without a prefix a group holds one conversation, whose tokens are the prefix itself.
@@ -141,7 +151,9 @@ class _RowWriter:
         self.batch.sample_ids[self.row, self.sample] = c.sample
         self.sample += 1
         targets = np.flatnonzero(c.supervised)
-        assert not len(targets) or targets[0] >= max(prefix, 1), "a supervised token lies in the shared prefix"
+        assert not len(targets) or targets[0] >= max(prefix, 1), (
+            "a supervised token lies in the shared prefix"
+        )
         source = targets - 1
         slots = slice(self.target, self.target + len(targets))
         self.batch.target_index[self.row, slots] = np.where(source < prefix, start + source, offset + source)

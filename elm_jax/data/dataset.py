@@ -7,7 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,14 @@ class SignalSpec:
 def signal_spec(data: DataConfig, seed: int) -> SignalSpec:
     """What `data.*` says of the signals."""
     leads = tuple(LEADS.index(lead) if isinstance(lead, str) else lead for lead in data.leads)
-    return SignalSpec(data.root, leads, data.segment_len, data.sampling_rate, data.norm_eps, data.perturb, seed)
+    return SignalSpec(
+        data.root, leads, data.segment_len, data.sampling_rate, data.norm_eps, data.perturb, seed
+    )
 
 
-def text_spec(data: DataConfig, family: str, signal_tokens: int, phase: str, compat: tuple[str, ...]) -> TextSpec:
+def text_spec(
+    data: DataConfig, family: str, signal_tokens: int, phase: str, compat: tuple[str, ...]
+) -> TextSpec:
     """What `data.*` says of the text. `data.system_prompt` may be a text or a file."""
     return TextSpec(
         family,
@@ -105,7 +109,9 @@ def read_system_prompt(text_or_path: str | None) -> str | None:
         return text_or_path or None
     path = Path(text_or_path)
     if not path.is_file():
-        raise UserError("data.system_prompt", f"no file {path}", "a text, or a file that exists", "correct the path")
+        raise UserError(
+            "data.system_prompt", f"no file {path}", "a text, or a file that exists", "correct the path"
+        )
     return path.read_text(encoding="utf-8").strip()
 
 
@@ -132,7 +138,7 @@ class Dataset:
 
     def prompts(self, index: int) -> list[tuple[Rendered, str]]:
         """For each answer of one record: the prompt up to it, with the true history, and the answer."""
-        record, spec = self.records[index], asdict(self.text) | {"max_len": None}
+        record, spec = self.records[index], asdict(replace(self.text, max_len=None))
         try:
             return render_prompts(record.text, self.tokenizer, n_ecgs=self._ecgs(record), **spec)
         except UserError as error:
@@ -160,7 +166,9 @@ class Dataset:
         r = self.render(index)
         return Conversation(index, r.ids, r.supervised, r.signal_positions, signals)
 
-    def length_index(self, share: str, max_bad: float, cache: Path | None = None, progress: bool = False) -> LengthIndex:
+    def length_index(
+        self, share: str, max_bad: float, cache: Path | None = None, progress: bool = False
+    ) -> LengthIndex:
         """The length index for `data.share`, from the cache where it is there.
 
         Raises:
@@ -180,10 +188,21 @@ class Dataset:
         return _for_share(columns, share)
 
     def _measure(self, max_bad: float, progress: bool) -> dict[str, np.ndarray]:
-        names = ("length", "targets", "ecgs", "system_end", "signal_end", "system_key", "signal_key", "dataset")
+        names = (
+            "length",
+            "targets",
+            "ecgs",
+            "system_end",
+            "signal_end",
+            "system_key",
+            "signal_key",
+            "dataset",
+        )
         columns = {n: np.zeros(len(self), np.uint64 if n.endswith("key") else np.int32) for n in names}
         bad: list[UserError] = []
-        for i in tqdm(range(len(self)), desc="measuring conversations", disable=not progress, mininterval=1.0):
+        for i in tqdm(
+            range(len(self)), desc="measuring conversations", disable=not progress, mininterval=1.0
+        ):
             record = self.records[i]
             columns["dataset"][i] = record.dataset
             try:

@@ -43,7 +43,14 @@ class StepSource:
     """
 
     def __init__(
-        self, dataset: Dataset, plan: Plan, *, steps: int, micro_batches: int = 1, part: int = 0, parts: int = 1
+        self,
+        dataset: Dataset,
+        plan: Plan,
+        *,
+        steps: int,
+        micro_batches: int = 1,
+        part: int = 0,
+        parts: int = 1,
     ) -> None:
         rows = plan.batch_rows
         assert rows % (micro_batches * parts) == 0, (rows, micro_batches, parts)

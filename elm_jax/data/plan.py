@@ -80,7 +80,9 @@ class Plan:
         shuffle: bool = True,
     ) -> None:
         if not (index.length > 0).any():
-            raise UserError("data.names", "no usable sample", "at least one conversation", "check the dataset")
+            raise UserError(
+                "data.names", "no usable sample", "at least one conversation", "check the dataset"
+            )
         self.index, self.batch_rows, self.max_len, self.pack = index, rows, max_len, pack
         self.seed, self.weights, self.shuffle = seed, weights, shuffle
         self._epoch_ends: list[int] = []
@@ -149,7 +151,10 @@ class Plan:
         if self.weights is not None:
             parts = [usable[self.index.dataset[usable] == d] for d in range(len(self.weights))]
             usable = np.concatenate(
-                [_take_turns(p, w, epoch, self.seed, d) for d, (p, w) in enumerate(zip(parts, self.weights, strict=True))]
+                [
+                    _take_turns(p, w, epoch, self.seed, d)
+                    for d, (p, w) in enumerate(zip(parts, self.weights, strict=True))
+                ]
             )
         return _rng(self.seed, epoch, 0).permutation(usable) if self.shuffle else usable
 
@@ -163,7 +168,9 @@ class Plan:
         for i in order.tolist():
             prefix, key = int(self.index.prefix[i]), int(self.index.key[i])
             own = int(self.index.length[i]) - prefix
-            assert prefix + own <= self.max_len, "a sample is longer than a row: the index has another max_len"
+            assert prefix + own <= self.max_len, (
+                "a sample is longer than a row: the index has another max_len"
+            )
             bundle = latest.get(key) if prefix and self.index.prefix_ecgs[i] else None
             if bundle is None or prefix + bundle.own + own > self.max_len:
                 bundle = latest[key] = _Bundle(key, prefix, 0, [])
@@ -232,7 +239,9 @@ def _take_turns(samples: np.ndarray, weight: float, epoch: int, seed: int, datas
         return samples
     first, last = (round(weight * len(samples) * e) for e in (epoch, epoch + 1))
     passes = range(first // len(samples), -(-last // len(samples)))
-    series = np.concatenate([_rng(seed, p, 2 + dataset).permutation(samples) for p in passes] or [samples[:0]])
+    series = np.concatenate(
+        [_rng(seed, p, 2 + dataset).permutation(samples) for p in passes] or [samples[:0]]
+    )
     skip = first - (first // len(samples)) * len(samples)
     return series[skip : skip + last - first]
 

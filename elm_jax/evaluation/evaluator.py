@@ -73,12 +73,18 @@ def summary(results: Mapping[str, Any]) -> str:
     columns = {
         "score": results["metrics"],
         **results["controls"],
-        **{name: {m: {"value": v} for m, v in scores.items()} for name, scores in results["baselines"].items()},
+        **{
+            name: {m: {"value": v} for m, v in scores.items()}
+            for name, scores in results["baselines"].items()
+        },
     }
     width = max(len(name) for name in results["metrics"])
     lines = [" " * width + "".join(f"{name:>11}" for name in columns)]
     for metric in results["metrics"]:
-        cells = (f"{scores[metric]['value']:>11.3f}" if metric in scores else " " * 11 for scores in columns.values())
+        cells = (
+            f"{scores[metric]['value']:>11.3f}" if metric in scores else " " * 11
+            for scores in columns.values()
+        )
         lines.append(f"{metric:<{width}}" + "".join(cells))
     return "\n".join(lines)
 
@@ -109,11 +115,15 @@ def _predictions(
             answers = model.answers(prompts, options, options.batch_size, seed=number)
             seconds = (time.perf_counter() - begun) / len(batch)
             for i, prompt, answer in zip(batch, prompts, answers, strict=True):
-                predictions[int(i)] = _prediction(dataset, questions[i], prompt.rendered.prompt, answer, seconds)
+                predictions[int(i)] = _prediction(
+                    dataset, questions[i], prompt.rendered.prompt, answer, seconds
+                )
     return [predictions[i] for i in range(len(questions))]
 
 
-def _prediction(dataset: Dataset, question: Question, prompt: str, answer: str, seconds: float) -> dict[str, Any]:
+def _prediction(
+    dataset: Dataset, question: Question, prompt: str, answer: str, seconds: float
+) -> dict[str, Any]:
     record = dataset.records[question.record]
     return {
         "id": f"{record.id}#{question.turn}",
@@ -191,13 +201,21 @@ def _results(
 ) -> dict[str, Any]:
     results = aggregate(conditions["real"])
     controls = {name: aggregate(p)["metrics"] for name, p in conditions.items() if name != "real"}
-    result = {**results, "controls": controls, "split": split, "step": model.step, "seconds": round(seconds, 1)}
+    result = {
+        **results,
+        "controls": controls,
+        "split": split,
+        "step": model.step,
+        "seconds": round(seconds, 1),
+    }
     if "shuffled" in conditions:
         result["signal_dependence"] = signal_dependence(conditions["real"], conditions["shuffled"])
     return result
 
 
-def _draw(path: Path, dataset: Dataset, questions: Sequence[Question], predictions: Sequence[Mapping[str, Any]]) -> None:
+def _draw(
+    path: Path, dataset: Dataset, questions: Sequence[Question], predictions: Sequence[Mapping[str, Any]]
+) -> None:
     """A picture of questions with ECGs: every kind of question in turn, spread over the split."""
     by_name: dict[str, list[int]] = {}
     for i, prediction in enumerate(predictions):
@@ -217,4 +235,3 @@ def _draw(path: Path, dataset: Dataset, questions: Sequence[Question], predictio
         examples.append(Example(signal, text, prediction["answer"], prediction["truth"], right))
     if examples:
         gallery(examples, dataset.signal.sampling_rate, path)
-

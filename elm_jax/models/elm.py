@@ -27,12 +27,19 @@ class ELM(nnx.Module):
     """
 
     def __init__(
-        self, encoder: nnx.Module, connector: nnx.Module, llm: Decoder, dtype: jnp.dtype, compat: tuple[str, ...] = ()
+        self,
+        encoder: nnx.Module,
+        connector: nnx.Module,
+        llm: Decoder,
+        dtype: jnp.dtype,
+        compat: tuple[str, ...] = (),
     ) -> None:
         self.encoder, self.connector, self.llm = encoder, connector, llm
         self.dtype, self.compat = dtype, compat
 
-    def signal_embeddings(self, signals: jax.Array, weights: jax.Array, train_encoder: bool = False) -> jax.Array:
+    def signal_embeddings(
+        self, signals: jax.Array, weights: jax.Array, train_encoder: bool = False
+    ) -> jax.Array:
         """ECGs (B, S, C, L) as LLM inputs (B, S·N, D).
 
         `weights` (B, S) counts the conversations that read each signal; with `train_encoder` the encoder's

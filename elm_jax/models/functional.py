@@ -75,4 +75,3 @@ def initialise(build: Callable[[], Any], structure: Structure, shardings: Mappin
 
 def _name(path: Any) -> str:
     return ".".join(str(p) for p in path)
-

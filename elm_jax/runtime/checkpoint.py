@@ -42,16 +42,20 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(),
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy, read_only=read_only, create=not read_only),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, read_only=read_only, create=not read_only
+            ),
             item_handlers={
                 **{name: ocp.StandardCheckpointHandler() for name in ITEMS},
                 "meta": ocp.JsonCheckpointHandler(),
             },
         )
 
-    def save(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any], val_loss: float | None) -> None:
+    def save(
+        self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any], val_loss: float | None
+    ) -> None:
         """Begin to save trees of arrays under names of ITEMS; returns once the arrays are copied from the devices."""
-        saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if tree}
+        saves: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if tree}
         names = {name: sorted(items[name]) for name in MODEL_ITEMS if items.get(name)}
         saves["meta"] = ocp.args.JsonSave({**meta, "step": step, "arrays": names})
         metrics = {"val_loss": val_loss if val_loss is not None else float("inf")}
@@ -71,7 +75,9 @@ class Checkpoints:
         if which == "best":
             return self.meta(max(steps)).get("best_step") or max(steps)
         if not which.isdigit() or int(which) not in steps:
-            raise UserError("--step", repr(which), f"latest, best or one of {sorted(steps)}", "name one of these")
+            raise UserError(
+                "--step", repr(which), f"latest, best or one of {sorted(steps)}", "name one of these"
+            )
         return int(which)
 
     def meta(self, step: int) -> dict[str, Any]:
@@ -85,7 +91,9 @@ class Checkpoints:
         Raises:
             UserError: the saved trees have other names or shapes.
         """
-        args = {n: ocp.args.StandardRestore(jax.tree.map(_abstract, tree)) for n, tree in like.items() if tree}
+        args = {
+            n: ocp.args.StandardRestore(jax.tree.map(_abstract, tree)) for n, tree in like.items() if tree
+        }
         with _named(self.folder / str(step)):
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         return {name: restored[name] if tree else tree for name, tree in like.items()}

@@ -51,7 +51,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices) or -1 in sizes:
         raise UserError(
-            "mesh", asked, f"sizes whose product is the number of devices, {len(devices)}", "set --config.mesh.*"
+            "mesh",
+            asked,
+            f"sizes whose product is the number of devices, {len(devices)}",
+            "set --config.mesh.*",
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
@@ -83,7 +86,9 @@ def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int],
     return PartitionSpec(*spec)
 
 
-def named_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], name: str = "") -> NamedSharding:
+def named_sharding(
+    mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], name: str = ""
+) -> NamedSharding:
     """`partition_spec` on this mesh."""
     return NamedSharding(mesh, partition_spec(mesh, axes, shape, name))
 
@@ -94,7 +99,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh, micro_batches: bool = True) -> NamedSharding:
     """Rows over `data` and `fsdp`; a leading micro-batch axis is not divided."""
-    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES) if micro_batches else PartitionSpec(BATCH_AXES))
+    return NamedSharding(
+        mesh, PartitionSpec(None, BATCH_AXES) if micro_batches else PartitionSpec(BATCH_AXES)
+    )
 
 
 def batch_ways(mesh: Mesh) -> int:

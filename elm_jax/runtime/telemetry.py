@@ -33,7 +33,9 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name.lower() in device_kind.lower()), None)
 
 
-def step_flops(llm: Any, layer_parameters: int, trained: bool, tokens: int, supervised: int, pairs: int) -> float:
+def step_flops(
+    llm: Any, layer_parameters: int, trained: bool, tokens: int, supervised: int, pairs: int
+) -> float:
     """FLOPs of a step as MFU_FORMULA says. `llm` is the decoder's config."""
     products = layer_parameters * tokens + llm.hidden * llm.vocab_size * supervised
     attention = 2 * llm.layers * llm.heads * llm.head_dim * pairs
@@ -82,7 +84,13 @@ class Progress:
 
     def __init__(self, total: int, initial: int, shown: bool, file: TextIO | None = None) -> None:
         self._bar = tqdm(
-            total=total, initial=initial, disable=not shown, unit="step", dynamic_ncols=True, file=file, desc="train"
+            total=total,
+            initial=initial,
+            disable=not shown,
+            unit="step",
+            dynamic_ncols=True,
+            file=file,
+            desc="train",
         )
 
     def update(self, steps: int, line: Mapping[str, Any] | None = None) -> None:
@@ -120,7 +128,9 @@ def trackers(folder: Path, wandb: bool, tensorboard: bool, config: Mapping[str, 
     found: list[Tracker] = []
     if wandb:
         module = _needed("wandb", "log.wandb", "wandb")
-        run = module.init(project="elm_jax", dir=str(folder), name=folder.name, config=dict(config), resume="allow")
+        run = module.init(
+            project="elm_jax", dir=str(folder), name=folder.name, config=dict(config), resume="allow"
+        )
         found.append(lambda step, values: run.log(dict(values), step=step))
     if tensorboard:
         module = _needed("tensorboardX", "log.tensorboard", "tensorboard")

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from elm_jax.assemble import Assembly, assemble, make_arrays
+from elm_jax.assemble import assemble, make_arrays
 from elm_jax.config import Config, to_dict
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset
@@ -24,7 +24,7 @@ from elm_jax.runtime.checkpoint import Checkpoints
 from elm_jax.runtime.faults import StopSignal
 from elm_jax.runtime.mesh import batch_sharding, batch_ways, make_mesh, to_device
 from elm_jax.training import run
-from elm_jax.training.optim import learning_rate_multiplier, batch_scale, make_optimizer
+from elm_jax.training.optim import batch_scale, learning_rate_multiplier, make_optimizer
 from elm_jax.training.state import TrainState, array_shardings, new_state, split_names, state_shardings
 from elm_jax.training.step import make_eval_step, make_train_step
 
@@ -193,7 +193,9 @@ class Trainer:
         rows, length = loaded.batch.tokens.shape[1:]
         slots = rows * length * loaded.batch.tokens.shape[0] * jax.process_count()
         tokens, supervised = int(metrics["tokens"]), int(metrics["supervised_tokens"])
-        pairs, conversations = (n * jax.process_count() for n in (loaded.attention_pairs, loaded.conversations))
+        pairs, conversations = (
+            n * jax.process_count() for n in (loaded.attention_pairs, loaded.conversations)
+        )
         optim = self.config.optim
         rate = optim.lr * batch_scale(optim, self.config.train) * float(self.rate(loaded.step))
         return {
@@ -219,7 +221,9 @@ class Trainer:
         if peak is None:
             return None
         leaves = self.assembly.structure.leaves
-        layers = sum(int(np.prod(leaf.shape)) for name, leaf in leaves.items() if name.startswith("llm.layers."))
+        layers = sum(
+            int(np.prod(leaf.shape)) for name, leaf in leaves.items() if name.startswith("llm.layers.")
+        )
         flops = telemetry.step_flops(
             self.assembly.llm, layers, "llm" in self.config.update, tokens, supervised, pairs
         )
@@ -230,7 +234,9 @@ class Trainer:
         if not finite:
             self.metrics.write({"event": "non_finite", "step": done})
         if self.non_finite >= NON_FINITE_LIMIT:
-            raise RuntimeError(f"{NON_FINITE_LIMIT} logged steps in a row without a finite gradient, last {done}")
+            raise RuntimeError(
+                f"{NON_FINITE_LIMIT} logged steps in a row without a finite gradient, last {done}"
+            )
 
     def _count_bad(self, loaded: Loaded) -> None:
         """Name each bad record once; stop when there are too many."""
@@ -238,7 +244,9 @@ class Trainer:
             if bad.id in self.history["bad"]:
                 continue
             self.history["bad"].append(bad.id)
-            self.metrics.write({"event": "bad_record", "step": loaded.step + 1, "id": bad.id, "error": bad.error})
+            self.metrics.write(
+                {"event": "bad_record", "step": loaded.step + 1, "id": bad.id, "error": bad.error}
+            )
             allowed = self.config.data.max_bad_records * len(self.dataset)
             if len(self.history["bad"]) > allowed:
                 raise UserError(
@@ -287,7 +295,9 @@ class Trainer:
 
     def _announce(self, first: int) -> None:
         self.watch, self.logged_at = telemetry.Stopwatch(), first
-        self.metrics.write({"event": "resume" if first else "start", "step": first, "mfu_formula": telemetry.MFU_FORMULA})
+        self.metrics.write(
+            {"event": "resume" if first else "start", "step": first, "mfu_formula": telemetry.MFU_FORMULA}
+        )
         trained = sum(x.size for x in self.state.trained.values())
         frozen = sum(x.size for x in self.frozen.values())
         if jax.process_index() == 0:
@@ -309,10 +319,10 @@ def plot_loss(folder: Path, lines: list[dict[str, Any]]) -> None:
     """Draw plots/loss.png from the lines of metrics.jsonl."""
     from elm_jax.evaluation.paper import loss_plot
 
-    logged = [line for line in lines if "loss" in line]
+    logged = [line for line in lines if line.get("loss") is not None]
     (folder / "plots").mkdir(exist_ok=True)
-    columns = ([line.get(name) for line in logged] for name in ("step", "loss", "val_loss"))
-    loss_plot(*columns, folder / "plots" / "loss.png")
+    steps, losses = [line["step"] for line in logged], [line["loss"] for line in logged]
+    loss_plot(steps, losses, [line.get("val_loss") for line in logged], folder / "plots" / "loss.png")
 
 
 def device_memory_gb() -> float | None:

@@ -47,4 +47,8 @@ def summed_cross_entropy(llm: Decoder, hidden: jax.Array, batch: Batch) -> jax.A
 def _chunks(rows: int, targets: int, vocabulary: int) -> int:
     """The least number of equal parts of the M axis that keeps a part's logits within CHUNK."""
     least = -(-rows * targets * vocabulary // CHUNK)
-    return next(n for n in range(max(1, least), targets + 1) if targets % n == 0) if least <= targets else targets
+    return (
+        next(n for n in range(max(1, least), targets + 1) if targets % n == 0)
+        if least <= targets
+        else targets
+    )

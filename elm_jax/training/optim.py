@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ import optax
 from elm_jax.config import OptimConfig, TrainConfig
 
 
-def learning_rate_multiplier(config: OptimConfig, total_steps: int) -> optax.Schedule:
+def learning_rate_multiplier(
+    config: OptimConfig, total_steps: int
+) -> Callable[[jax.typing.ArrayLike], jax.Array]:
     """The factor on the peak learning rate at each step (from 0): linear warm-up, then the schedule.
 
     Warm-up takes int(total_steps · warmup_ratio) steps, the first of which already moves. After w steps of it:
@@ -19,8 +22,8 @@ def learning_rate_multiplier(config: OptimConfig, total_steps: int) -> optax.Sch
     """
     warmup = int(total_steps * config.warmup_ratio)
 
-    def multiplier(step: jax.Array) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
+    def multiplier(count: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(count, jnp.float32)
         if config.schedule == "cosine":
             progress = jnp.clip((step - warmup) / max(1, total_steps - warmup), 0.0, 1.0)
             low = config.min_lr_ratio
@@ -42,7 +45,10 @@ def batch_scale(optim: OptimConfig, train: TrainConfig) -> float:
 def weight_decay(optim: OptimConfig, train: TrainConfig) -> float:
     """The decay, scaled with the batch as `optim.weight_decay_scale` asks."""
     scale = batch_scale(optim, train)
-    return optim.weight_decay / {"none": 1.0, "inv_sqrt": math.sqrt(scale), "inv_linear": scale}[optim.weight_decay_scale]
+    return (
+        optim.weight_decay
+        / {"none": 1.0, "inv_sqrt": math.sqrt(scale), "inv_linear": scale}[optim.weight_decay_scale]
+    )
 
 
 def make_optimizer(optim: OptimConfig, train: TrainConfig, total_steps: int) -> optax.GradientTransformation:

@@ -58,7 +58,9 @@ def is_done(folder: Path, total_steps: int) -> bool:
 
 def write_done(folder: Path, steps: int, stopped_early: bool) -> None:
     """Mark the run as finished."""
-    (folder / "DONE").write_text(json.dumps({"steps": steps, "stopped_early": stopped_early}) + "\n", encoding="utf-8")
+    (folder / "DONE").write_text(
+        json.dumps({"steps": steps, "stopped_early": stopped_early}) + "\n", encoding="utf-8"
+    )
 
 
 def frozen_fingerprints(frozen: Arrays) -> dict[str, str]:
@@ -89,7 +91,9 @@ def start_from(source: str, arrays: Arrays, missing_ok: tuple[str, ...]) -> Arra
     checkpoints = Checkpoints(run_folder(source, "config.init_from"), read_only=True)
     step = checkpoints.find("best")
     if step is None:
-        raise UserError("config.init_from", f"{source} without a checkpoint", "a trained run", "train it first")
+        raise UserError(
+            "config.init_from", f"{source} without a checkpoint", "a trained run", "train it first"
+        )
     restored = checkpoints.restore_arrays(step, arrays)
     saved = checkpoints.meta(step).get("frozen", {})
     checkpoints.close()
@@ -121,10 +125,17 @@ def config_of_run(checkpoint: str | None, flags: ConfigFlags) -> Config:
         folder = run_folder(checkpoint, "--checkpoint")
         tree = read_json(folder / "config.json") | {"workdir": str(folder), "mesh": {}}
         config = flags.over(tree)
-    changed = [name for name in differences(read_json(folder / "config.json"), config) if not name.startswith("data.")]
+    changed = [
+        name
+        for name in differences(read_json(folder / "config.json"), config)
+        if not name.startswith("data.")
+    ]
     if changed:
         raise UserError(
-            str(folder), f"a run with other {', '.join(changed)}", "the run's own model", "leave these keys as they are"
+            str(folder),
+            f"a run with other {', '.join(changed)}",
+            "the run's own model",
+            "leave these keys as they are",
         )
     return config
 
@@ -133,5 +144,7 @@ def run_folder(path: str, where: str) -> Path:
     """A folder that holds a run. Raises UserError, naming `where`, otherwise."""
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        raise UserError(where, f"{path} without config.json", "a run folder", "give the workdir of a training run")
+        raise UserError(
+            where, f"{path} without config.json", "a run folder", "give the workdir of a training run"
+        )
     return folder

@@ -46,8 +46,14 @@ def state_shardings(state: TrainState, arrays: Mapping[str, NamedSharding], mesh
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def new_state(arrays: Arrays, trained: list[str], moving: list[str], tx: Any, mesh: Mesh,
-              shardings: Mapping[str, NamedSharding]) -> TrainState:
+def new_state(
+    arrays: Arrays,
+    trained: list[str],
+    moving: list[str],
+    tx: Any,
+    mesh: Mesh,
+    shardings: Mapping[str, NamedSharding],
+) -> TrainState:
     """The state before the first step, every array already in its shards."""
 
     def make(parameters: Arrays, statistics: Arrays) -> TrainState:

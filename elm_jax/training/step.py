@@ -57,7 +57,12 @@ def loss_and_gradients(
 
 
 def make_train_step(
-    structure: Structure, config: Config, tx: optax.GradientTransformation, mesh: Mesh, layout: TrainState, frozen: Any
+    structure: Structure,
+    config: Config,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    layout: TrainState,
+    frozen: Any,
 ) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, Metrics]]:
     """The jitted step (state, frozen, batch) -> (state, metrics); the state is donated.
 
@@ -78,7 +83,9 @@ def make_train_step(
         moved = (optax.apply_updates(state.trained, updates), statistics, optimizer)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), moved, (state.trained, state.statistics, state.optimizer)
+            lambda new, old: jnp.where(finite, new, old),
+            moved,
+            (state.trained, state.statistics, state.optimizer),
         )
         metrics = {
             "loss": loss,
@@ -90,7 +97,7 @@ def make_train_step(
         }
         return TrainState(state.step + 1, *kept), metrics
 
-    rows = jax.tree.map(lambda _: batch_sharding(mesh), Batch(*Batch._fields))
+    rows = Batch(*(batch_sharding(mesh) for _ in Batch._fields))
     return jax.jit(
         step,
         donate_argnums=0,
@@ -99,7 +106,9 @@ def make_train_step(
     )
 
 
-def make_eval_step(structure: Structure, mesh: Mesh) -> Callable[[Arrays, Batch], tuple[jax.Array, jax.Array]]:
+def make_eval_step(
+    structure: Structure, mesh: Mesh
+) -> Callable[[Arrays, Batch], tuple[jax.Array, jax.Array]]:
     """The jitted step (arrays, batch without micro-batch axis) -> (summed cross-entropy, supervised tokens)."""
 
     def step(arrays: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:

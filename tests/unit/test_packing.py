@@ -23,7 +23,10 @@ def layouts() -> dict[str, Batch]:
     """The same conversations, unevenly spread over recordings, laid out in four ways."""
     talk = RandomConversations()
     recordings = [talk.recording() for _ in range(3)] + [talk.recording(2)]
-    asked = [[talk.ask(r, 3 + n, 1 + n % 3) for n in range(count)] for r, count in zip(recordings, (5, 1, 2, 2), strict=True)]
+    asked = [
+        [talk.ask(r, 3 + n, 1 + n % 3) for n in range(count)]
+        for r, count in zip(recordings, (5, 1, 2, 2), strict=True)
+    ]
     late = talk.ask(talk.recording(2), 3, 2, late_ecgs=1)
     everything = [c for questions in asked for c in questions] + [late]
     system, first_ecg = 5, 5 + 2
@@ -55,7 +58,9 @@ def evaluate(batch: Batch, update: tuple[str, ...]) -> tuple[jax.Array, dict, di
         return step(trained, moving, batch)
 
 
-@pytest.mark.parametrize("update", [("connector", "llm"), ("encoder", "connector", "llm")], ids=["frozen", "trained"])
+@pytest.mark.parametrize(
+    "update", [("connector", "llm"), ("encoder", "connector", "llm")], ids=["frozen", "trained"]
+)
 @pytest.mark.parametrize("layout", ["packed", "system", "ecg"])
 def test_layouts_agree(layouts: dict[str, Batch], layout: str, update: tuple[str, ...]) -> None:
     expected = evaluate(layouts["single"], update)
@@ -108,7 +113,10 @@ def test_a_bad_record_weighs_nothing() -> None:
     marked = type(bad)(bad.sample, bad.ids, bad.supervised, bad.signal_positions, None)
     update = ("encoder", "connector", "llm")
     alone = evaluate(batch_of([[Group(0, [good])], *[[]] * (ROWS - 1)], tokens=128, signals=10), update)
-    both = evaluate(batch_of([[Group(0, [good])], [Group(0, [marked])], *[[]] * (ROWS - 2)], tokens=128, signals=10), update)
+    both = evaluate(
+        batch_of([[Group(0, [good])], [Group(0, [marked])], *[[]] * (ROWS - 2)], tokens=128, signals=10),
+        update,
+    )
     np.testing.assert_allclose(both[0], alone[0], rtol=1e-6)
     for name in alone[2]:
         np.testing.assert_allclose(both[2][name], alone[2][name], rtol=1e-5, err_msg=name)
