@@ -5,6 +5,7 @@ Train, evaluate and chat start here, so that a run is put together in one way.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -128,6 +129,7 @@ def _rngs(config: Config, component: str) -> nnx.Rngs:
 
 
 def _tokenizer(config: Config, own: Path | None) -> Any:
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch is no news here
     from transformers import AutoTokenizer
 
     if own is not None and (own / "tokenizer.json").is_file():

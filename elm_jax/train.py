@@ -13,9 +13,10 @@ from elm_jax.config import Config
 
 def main(config: Config) -> None:
     """Train, and evaluate if the config says so."""
-    from elm_jax.runtime import distributed
+    from elm_jax.runtime import compilation, distributed
 
     distributed.start()
+    compilation.keep_compiled()
     from elm_jax.training.loop import train
 
     train(config)

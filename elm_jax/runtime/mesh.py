@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
 SMALL = 2**14  # parameters below this many elements may be replicated where they do not divide
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices. One of the sizes may be -1: what is left.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays
 from elm_jax.runtime import telemetry
 from elm_jax.runtime.checkpoint import Checkpoints
+from elm_jax.runtime.compilation import cache_folder
 from elm_jax.runtime.faults import StopSignal
 from elm_jax.runtime.mesh import batch_sharding, batch_ways, make_mesh, to_device
 from elm_jax.training import run
@@ -110,7 +110,7 @@ class Trainer:
     def _plan(self, dataset: Dataset, seed: int, shuffle: bool) -> Plan:
         data = self.config.data
         shown = self.config.log.progress and jax.process_index() == 0
-        index = dataset.length_index(data.share, data.max_bad_records, cache_folder(), shown)
+        index = dataset.length_index(data.share, data.max_bad_records, cache_folder() / "index", shown)
         return Plan(
             index, rows=self.config.train.batch_size // (1 if shuffle else self.config.optim.accum_steps),
             max_len=data.max_len, pack=data.pack, seed=seed, weights=data.weights if shuffle else None, shuffle=shuffle,
@@ -302,7 +302,8 @@ class Trainer:
         frozen = sum(x.size for x in self.frozen.values())
         if jax.process_index() == 0:
             print(
-                f"{self.folder}: {trained:,} parameters trained, {frozen:,} frozen; {len(self.dataset):,} conversations;"
+                f"{self.folder}: {trained:,} parameters trained, {frozen:,} frozen; "
+                f"{len(self.dataset):,} conversations;"
                 f" steps {first} to {self.total_steps}; {self.mesh.size} {self.mesh.devices.flat[0].device_kind} as"
                 f" {dict(self.mesh.shape)}",
                 file=sys.stderr,
@@ -330,11 +331,6 @@ def device_memory_gb() -> float | None:
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     return None if peak is None else round(peak / 1e9, 3)
-
-
-def cache_folder() -> Path:
-    """Where length indices are kept: $ELM_JAX_CACHE, else the user's cache folder."""
-    return Path(os.environ.get("ELM_JAX_CACHE", Path.home() / ".cache" / "elm_jax")) / "index"
 
 
 def _hosts() -> dict[str, int]:
