@@ -15,6 +15,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={FAKE_DEVICES}"
 ).strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Compiled programs are shared between tests, between the processes they start, and with the next run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 # Properties promise results, not speed: on a busy machine a stall of 0.2 s in one example is no failure.
 settings.register_profile("elm_jax", deadline=None)

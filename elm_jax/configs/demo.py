@@ -18,27 +18,29 @@ def get_config() -> ConfigDict:
     config.update = ("encoder", "connector", "llm")
 
     config.llm.name = "demo"
-    config.llm.scratch = {"hidden": 96, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 192, "max_len": 256}
+    config.llm.scratch = {"hidden": 96, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 192, "max_len": 128}
     config.llm.compute_dtype = "float32"
     config.llm.remat = "none"
     config.encoder.name = "merl"
-    config.encoder.config = {"resnet_type": "resnet", "width": 8}
-    config.encoder.tokens = 4
+    config.encoder.config = {"resnet_type": "resnet18", "width": 12}
+    config.encoder.tokens = 1
 
     config.data.names = ("demo",)
     config.data.system_prompt = SYSTEM_PROMPT
-    config.data.sampling_rate = 100
-    config.data.segment_len = 1000
+    config.data.sampling_rate = 50
+    config.data.segment_len = 500
     config.data.share = "ecg"
-    config.data.max_len = 128
+    config.data.max_len = 64  # a row holds the questions about one recording
 
     config.optim.lr = 3e-3
     config.optim.schedule = "cosine"
+    config.optim.warmup_ratio = 0.05
+    config.optim.min_lr_ratio = 0.02
     config.optim.grad_clip = 1.0
     config.train.batch_size = 32
-    config.train.epochs = 4
+    config.train.epochs = 3
     config.train.log_every = 20
-    config.train.save_every = 400
+    config.train.save_every = 500
 
     config.eval.at_end = True
     config.eval.batch_size = 128

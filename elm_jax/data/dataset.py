@@ -178,6 +178,8 @@ class Dataset:
         if path and path.is_file():
             table = pq.read_table(path)
             columns = {name: table[name].to_numpy() for name in table.column_names}
+            for i in np.flatnonzero(columns["length"] == 0)[int(max_bad * len(self)) :]:
+                self.render(int(i))  # says what is wrong with the first that is too many
         else:
             columns = self._measure(max_bad, progress)
             if path:

@@ -28,9 +28,9 @@ class Loaded:
 
     step: int
     batch: Batch  # arrays with the leading micro-batch axis A
-    conversations: int
-    attention_pairs: int  # query-key pairs that the masks allow, in this host's rows
-    bad: tuple[BadRecord, ...]
+    conversations: int  # of the whole step, as are the pairs
+    attention_pairs: int  # query-key pairs that the masks allow
+    bad: tuple[BadRecord, ...]  # in this host's part
 
 
 class StepSource:
@@ -67,13 +67,14 @@ class StepSource:
         per_micro = len(rows) // self.micro_batches
         mine = per_micro // self.parts
         micro: list[Batch] = []
-        pairs = 0
         for m in range(self.micro_batches):
             first = m * per_micro + self.part * mine
             groups = [reader.row(row) for row in rows[first : first + mine]]
-            pairs += sum(_attention_pairs(group) for row in groups for group in row)
             micro.append(collate(groups, shape, self.dataset.signal.shape))
-        return Loaded(int(step), stack_micro_batches(micro), reader.conversations, pairs, tuple(reader.bad))
+        planned = [group for row in rows for group in row]
+        conversations = sum(len(group.samples) for group in planned)
+        pairs = sum(_attention_pairs(group, self.plan.index) for group in planned)
+        return Loaded(int(step), stack_micro_batches(micro), conversations, pairs, tuple(reader.bad))
 
 
 class _Reader:
@@ -82,34 +83,46 @@ class _Reader:
     def __init__(self, dataset: Dataset, index: LengthIndex) -> None:
         self.dataset, self.index = dataset, index
         self.bad: list[BadRecord] = []
-        self.conversations = 0
 
     def row(self, row: PlannedRow) -> list[Group]:
         return [self._group(group) for group in row]
 
     def _group(self, group: PlannedGroup) -> Group:
-        self.conversations += len(group.samples)
         shares_ecg = bool(group.prefix) and bool(self.index.prefix_ecgs[group.samples[0]])
         conversations: list[Conversation] = []
         signals: list[np.ndarray] | None = None
+        error = ""
         for n, sample in enumerate(group.samples):
             if n == 0 or not shares_ecg:
-                signals = self._signals(sample)
+                signals, error = self._signals(sample)
+            if signals is None:
+                self.bad.append(BadRecord(self.dataset.records[sample].id, error))
             conversations.append(self.dataset.conversation(sample, signals))
         return Group(group.prefix, conversations)
 
-    def _signals(self, sample: int) -> list[np.ndarray] | None:
+    def _signals(self, sample: int) -> tuple[list[np.ndarray] | None, str]:
+        """The sample's ECGs, or None and what is wrong with them."""
         try:
-            return self.dataset.signals(sample)
+            return self.dataset.signals(sample), ""
         except UserError as error:
-            self.bad.append(BadRecord(self.dataset.records[sample].id, str(error)))
-            return None
+            return None, str(error)
 
 
-def _attention_pairs(group: Group) -> int:
+def _attention_pairs(group: PlannedGroup, index: LengthIndex) -> int:
     p = group.prefix
-    own = [len(c.ids) - p for c in group.conversations]
+    own = [int(index.length[sample]) - p for sample in group.samples]
     return p * (p + 1) // 2 + sum(n * p + n * (n + 1) // 2 for n in own)
+
+
+def unusable(dataset: Dataset, index: LengthIndex) -> list[BadRecord]:
+    """The records that the plan leaves out, since no conversation can be made of them."""
+    found = []
+    for i in np.flatnonzero(index.length == 0).tolist():
+        try:
+            dataset.render(i)
+        except UserError as error:
+            found.append(BadRecord(dataset.records[i].id, str(error)))
+    return found
 
 
 def steps_from(source: StepSource, first: int, workers: int = 0) -> Iterator[Loaded]:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import bisect
 import functools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from elm_jax.data.batch import BatchShape
 from elm_jax.errors import UserError
 
+PLANNED_EPOCHS = 2  # epochs whose rows are kept: steps at the end of one are read ahead into the next
 OPEN_ROWS = 32  # rows that packing keeps open at a time: more packs tighter and plans slower
 
 
@@ -56,7 +59,7 @@ class _Usage:
 
 
 class Plan:
-    """Rows of every step.
+    """Rows of every step. Safe to use from several threads; a pickled copy plans anew.
 
     Args:
         index: the length index; samples of length 0 are left out.
@@ -86,14 +89,23 @@ class Plan:
         self.index, self.batch_rows, self.max_len, self.pack = index, rows, max_len, pack
         self.seed, self.weights, self.shuffle = seed, weights, shuffle
         self._epoch_ends: list[int] = []
-        self._rows_of_epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
+        self._planned: dict[int, list[PlannedRow]] = {}
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_planned": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def steps_before(self, epoch: int) -> int:
         """Number of steps in epochs 0 .. epoch - 1."""
-        while len(self._epoch_ends) < epoch:
-            rows = len(self._rows_of_epoch(len(self._epoch_ends)))
-            self._epoch_ends.append(self.steps_before(len(self._epoch_ends)) + -(-rows // self.batch_rows))
-        return self._epoch_ends[epoch - 1] if epoch else 0
+        with self._lock:
+            while len(self._epoch_ends) < epoch:
+                rows = len(self._rows_of_epoch(len(self._epoch_ends)))
+                before = self._epoch_ends[-1] if self._epoch_ends else 0
+                self._epoch_ends.append(before + -(-rows // self.batch_rows))
+            return self._epoch_ends[epoch - 1] if epoch else 0
 
     def epoch_of(self, step: int) -> int:
         """The epoch in which `step` (from 0) falls."""
@@ -135,6 +147,14 @@ class Plan:
             signals += shared + int((self.index.ecgs[chosen] - shared).sum())
             targets += int(self.index.targets[chosen].sum())
         return _Usage(tokens, signals, targets)
+
+    def _rows_of_epoch(self, epoch: int) -> list[PlannedRow]:
+        with self._lock:
+            if epoch not in self._planned:
+                while len(self._planned) >= PLANNED_EPOCHS:
+                    del self._planned[next(iter(self._planned))]
+                self._planned[epoch] = self._plan_epoch(epoch)
+            return self._planned[epoch]
 
     def _plan_epoch(self, epoch: int) -> list[PlannedRow]:
         order = self._order(epoch)
@@ -252,7 +272,7 @@ def _rng(seed: int, epoch: int, stream: int) -> np.random.Generator:
 
 def bucket(size: int, least: int = 1) -> int:
     """The smallest of least·{1, 2, 4, 8, ...} that is >= size."""
-    return least << max(0, (-(-size // least) - 1).bit_length())
+    return least << (max(1, -(-size // least)) - 1).bit_length()
 
 
 def token_buckets(max_len: int) -> list[int]:

@@ -7,8 +7,9 @@ refused.
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,16 @@ class Checkpoints:
 
     Args:
         folder: the run's folder.
-        count: how many of the latest are kept, the best by `val_loss` aside.
+        count: how many of the latest are kept, the best aside.
     """
 
     def __init__(self, folder: Path, count: int = 1, read_only: bool = False) -> None:
         self.folder = folder / "checkpoints"
-        policy = keep.AnyPreservationPolicy(
-            [keep.LatestN(count), keep.BestN(get_metric_fn=lambda m: -m["val_loss"], n=1)]
-        )
+        self._kept = _LatestAndBest(count)
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, read_only=read_only, create=not read_only
+                preservation_policy=self._kept, read_only=read_only, create=not read_only
             ),
             item_handlers={
                 **{name: ocp.StandardCheckpointHandler() for name in ITEMS},
@@ -52,14 +51,18 @@ class Checkpoints:
         )
 
     def save(
-        self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any], val_loss: float | None
+        self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any], best: int | None = None
     ) -> None:
-        """Begin to save trees of arrays under names of ITEMS; returns once the arrays are copied from the devices."""
+        """Begin to save trees of arrays under names of ITEMS; returns once they are copied from the devices.
+
+        `meta` is a JSON object; `best` is the best step so far, whose checkpoint is kept.
+        """
         saves: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if tree}
         names = {name: sorted(items[name]) for name in MODEL_ITEMS if items.get(name)}
-        saves["meta"] = ocp.args.JsonSave({**meta, "step": step, "arrays": names})
-        metrics = {"val_loss": val_loss if val_loss is not None else float("inf")}
-        self._manager.save(step, args=ocp.args.Composite(**saves), metrics=metrics, force=True)
+        facts = {**meta, "step": step, "best_step": best, "arrays": names}
+        saves["meta"] = ocp.args.JsonSave(copy.deepcopy(facts))  # written later, when the caller's has changed
+        self._kept.best = best
+        self._manager.save(step, args=ocp.args.Composite(**saves), force=True)
 
     def find(self, which: str = "latest") -> int | None:
         """The step of `latest`, `best` (else latest) or a number; None where the run has none.
@@ -73,7 +76,8 @@ class Checkpoints:
         if which == "latest":
             return max(steps)
         if which == "best":
-            return self.meta(max(steps)).get("best_step") or max(steps)
+            best = self.meta(max(steps)).get("best_step")
+            return best if best in steps else max(steps)
         if not which.isdigit() or int(which) not in steps:
             raise UserError(
                 "--step", repr(which), f"latest, best or one of {sorted(steps)}", "name one of these"
@@ -124,6 +128,18 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+class _LatestAndBest(keep.PreservationPolicy):
+    """Keeps the latest `count` checkpoints, and the best. (The library forgets metrics when it is reopened.)"""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        return [step in steps[-self.count :] or step == self.best for step in steps]
 
 
 def fingerprint(arrays: Mapping[str, jax.Array]) -> str:

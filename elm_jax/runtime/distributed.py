@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+from typing import Any
+
+import numpy as np
 
 from elm_jax.errors import UserError
 
@@ -26,6 +30,21 @@ def start() -> None:
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(os.environ[ADDRESS], count, index, initialization_timeout=300)
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON values that the processes bring, in their order. All of them must call it together."""
+    import jax
+    from jax.experimental.multihost_utils import process_allgather
+
+    if jax.process_count() == 1:
+        return [value]
+    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(process_allgather(np.asarray(len(own), np.int32)))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(own)] = own
+    rows = np.asarray(process_allgather(padded))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def _number(name: str) -> int:

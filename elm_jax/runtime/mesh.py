@@ -5,6 +5,7 @@ Mesh axes: `data` (replicas), `fsdp` (replicas that share the parameters), `tens
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,10 +111,31 @@ def batch_ways(mesh: Mesh) -> int:
     return _ways(mesh, BATCH_AXES)
 
 
+@functools.cache
+def host_part(mesh: Mesh) -> tuple[int, int]:
+    """(part, parts): this process's devices hold the part-th of `parts` equal runs of a batch's rows.
+
+    Processes whose devices differ in `tensor` only hold, and read, the same rows.
+
+    Raises:
+        UserError: the rows of a process are not one run.
+    """
+    ways = batch_ways(mesh)
+    devices = mesh.devices.reshape(ways, -1)
+    mine = [way for way in range(ways) if any(d.process_index == jax.process_index() for d in devices[way])]
+    part, rest = divmod(mine[0], len(mine))
+    if rest or ways % len(mine) or mine != list(range(mine[0], mine[-1] + 1)):
+        raise UserError(
+            "mesh", f"parts {mine} of {ways} of the rows on one process", "equal runs of rows on each process",
+            "choose data x fsdp as a multiple of the number of processes, or tensor as one of their devices",
+        )  # fmt: skip
+    return part, ways // len(mine)
+
+
 def to_device(mesh: Mesh, local: np.ndarray, sharding: NamedSharding, row_axis: int) -> jax.Array:
-    """A global array of which this process holds `local`: its part of the rows."""
+    """A global array of which this process holds `local`: its part of the rows (`host_part`)."""
     shape = list(local.shape)
-    shape[row_axis] *= jax.process_count()
+    shape[row_axis] *= host_part(mesh)[1]
     return jax.make_array_from_process_local_data(sharding, local, tuple(shape))
 
 

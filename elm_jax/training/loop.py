@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ from elm_jax.assemble import assemble, make_arrays
 from elm_jax.config import Config, to_dict
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset
-from elm_jax.data.loader import Loaded, StepSource, steps_from
+from elm_jax.data.loader import BadRecord, Loaded, StepSource, steps_from, unusable
 from elm_jax.data.plan import Plan
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays
-from elm_jax.runtime import telemetry
+from elm_jax.runtime import distributed, telemetry
 from elm_jax.runtime.checkpoint import Checkpoints
 from elm_jax.runtime.compilation import cache_folder
 from elm_jax.runtime.faults import StopSignal
-from elm_jax.runtime.mesh import batch_sharding, batch_ways, make_mesh, to_device
+from elm_jax.runtime.mesh import batch_sharding, batch_ways, host_part, make_mesh, to_device
 from elm_jax.training import run
 from elm_jax.training.optim import batch_scale, learning_rate_multiplier, make_optimizer
 from elm_jax.training.state import TrainState, array_shardings, new_state, split_names, state_shardings
@@ -54,8 +55,7 @@ class Trainer:
         self.mesh = make_mesh(config.mesh)
         self._check_rows()
         self.assembly = assemble(config, folder / "tokenizer")
-        if jax.process_index() == 0:
-            self.assembly.tokenizer.save_pretrained(folder / "tokenizer")
+        run.keep_tokenizer(folder, self.assembly.tokenizer)
         self.dataset = self.assembly.dataset("train")
         self.plan = self._plan(self.dataset, config.seed, shuffle=True)
         steps = config.train.steps
@@ -72,30 +72,35 @@ class Trainer:
             log = self.config.log
             self.trackers = telemetry.trackers(self.folder, log.wandb, log.tensorboard, to_dict(self.config))
         self._announce(first)
+        self._note_bad(first, unusable(self.dataset, self.plan.index))
+        self._report_bad()
         progress = telemetry.Progress(
             self.total_steps, first, self.config.log.progress and jax.process_index() == 0
         )
-        stopped_early = False
+        done = first
         with StopSignal(active=jax.process_count() == 1) as stop:
             try:
                 for loaded in self._steps(first):
                     done = loaded.step + 1
                     line = self._advance(loaded)
                     progress.update(1, line)
-                    stopped_early = self.config.train.early_stopping and self._no_longer_improves()
+                    validated = line is not None and "val_loss" in line
+                    improved = validated and self.history["best_step"] == done
+                    stopped_early = validated and self._stops_early()
                     stopping = stop.asked or self.checkpoints.reached_preemption(done)
-                    if stopping or stopped_early or self._due(done, self.config.train.save_every):
+                    if stopping or stopped_early or improved or self._due(done, self.config.train.save_every):
                         self._save()
                     if stopping:
                         self.checkpoints.wait()
-                        print(f"stopped after step {done}; run the same command to go on", file=sys.stderr)
+                        if jax.process_index() == 0:
+                            print(f"stopped after step {done}; run the same command to go on", file=sys.stderr)
                         raise SystemExit(143)
                     if stopped_early:
                         break
             finally:
                 progress.close()
                 self.checkpoints.wait()
-        self._finish(stopped_early)
+        self._finish(done)
 
     # -- building ---------------------------------------------------------------------------------------------
 
@@ -122,7 +127,8 @@ class Trainer:
         if self.config.data.val_fraction > 0:
             dataset = self.assembly.dataset("val")
             plan = self._plan(dataset, self.config.seed, shuffle=False)
-            self.validation = StepSource(dataset, plan, steps=plan.steps_before(1), **_hosts())
+            part, parts = host_part(self.mesh)
+            self.validation = StepSource(dataset, plan, steps=plan.steps_before(1), part=part, parts=parts)
 
     def _build(self) -> None:
         structure, config = self.assembly.structure, self.config
@@ -146,6 +152,7 @@ class Trainer:
         )
         self.eval_step = make_eval_step(structure, self.mesh)
         self.rate = learning_rate_multiplier(config.optim, self.total_steps)
+        self.found_bad: list[dict[str, Any]] = []  # not yet reported
         self.non_finite = 0
 
     def _restore(self, step: int) -> None:
@@ -161,12 +168,15 @@ class Trainer:
 
     def _steps(self, first: int) -> Iterator[Loaded]:
         accum = self.config.optim.accum_steps
-        source = StepSource(self.dataset, self.plan, steps=self.total_steps, micro_batches=accum, **_hosts())
+        part, parts = host_part(self.mesh)
+        source = StepSource(
+            self.dataset, self.plan, steps=self.total_steps, micro_batches=accum, part=part, parts=parts
+        )
         return steps_from(source, first, self.config.data.workers)
 
     def _advance(self, loaded: Loaded) -> dict[str, Any] | None:
         """Take one step; validate, and log, where it is time. Returns the logged line, if any."""
-        self._count_bad(loaded)
+        self._note_bad(loaded.step + 1, loaded.bad)
         self.state, metrics = self.step(self.state, self.frozen, self._on_devices(loaded.batch))
         done = loaded.step + 1
         validates = self.validation is not None and self._due(done, self._eval_every)
@@ -175,11 +185,13 @@ class Trainer:
         line = self._line(loaded, jax.device_get(metrics))
         if validates:
             line["val_loss"] = self._validate(done)
-            self.watch.lap()  # validation is not part of a step's time
+        self._report_bad()
         self.metrics.write(line)
         for track in self.trackers:
             track(done, line)
         self._check_finite(bool(metrics["finite"]), done)
+        if validates:
+            self.watch.lap()  # validation is not part of a step's time
         return line
 
     def _on_devices(self, batch: Batch) -> Batch:
@@ -191,11 +203,8 @@ class Trainer:
         seconds = self.watch.lap() / max(1, loaded.step + 1 - self.logged_at)
         self.logged_at = loaded.step + 1
         rows, length = loaded.batch.tokens.shape[1:]
-        slots = rows * length * loaded.batch.tokens.shape[0] * jax.process_count()
+        slots = rows * length * loaded.batch.tokens.shape[0] * host_part(self.mesh)[1]
         tokens, supervised = int(metrics["tokens"]), int(metrics["supervised_tokens"])
-        pairs, conversations = (
-            n * jax.process_count() for n in (loaded.attention_pairs, loaded.conversations)
-        )
         optim = self.config.optim
         rate = optim.lr * batch_scale(optim, self.config.train) * float(self.rate(loaded.step))
         return {
@@ -205,13 +214,13 @@ class Trainer:
             "grad_norm": float(metrics["grad_norm"]),
             "tokens": tokens,
             "supervised_tokens": supervised,
-            "conversations": conversations,
+            "conversations": loaded.conversations,
             "recordings": int(metrics["recordings"]),
             "padding_fraction": round(1 - tokens / slots, 6),
             "step_ms": round(1000 * seconds, 3),
             "tokens_per_s": round(tokens / seconds, 3),
-            "conversations_per_s": round(conversations / seconds, 3),
-            "mfu": self._mfu(tokens, supervised, pairs, seconds),
+            "conversations_per_s": round(loaded.conversations / seconds, 3),
+            "mfu": self._mfu(tokens, supervised, loaded.attention_pairs, seconds),
             "device_memory_gb": device_memory_gb(),
         }
 
@@ -238,19 +247,23 @@ class Trainer:
                 f"{NON_FINITE_LIMIT} logged steps in a row without a finite gradient, last {done}"
             )
 
-    def _count_bad(self, loaded: Loaded) -> None:
-        """Name each bad record once; stop when there are too many."""
-        for bad in loaded.bad:
-            if bad.id in self.history["bad"]:
+    def _note_bad(self, step: int, found: Iterable[BadRecord]) -> None:
+        self.found_bad += [{"step": step, "id": bad.id, "error": bad.error} for bad in found]
+
+    def _report_bad(self) -> None:
+        """Name each bad record once, whichever process met it; stop when there are too many."""
+        found = [bad for part in distributed.gather(self.found_bad) for bad in part]
+        self.found_bad = []
+        allowed = self.config.data.max_bad_records * len(self.dataset)
+        for bad in found:
+            if bad["id"] in self.history["bad"]:
                 continue
-            self.history["bad"].append(bad.id)
-            self.metrics.write(
-                {"event": "bad_record", "step": loaded.step + 1, "id": bad.id, "error": bad.error}
-            )
-            allowed = self.config.data.max_bad_records * len(self.dataset)
+            self.history["bad"].append(bad["id"])
+            self.metrics.write({"event": "bad_record", **bad})
             if len(self.history["bad"]) > allowed:
                 raise UserError(
-                    f"record {bad.id}", bad.error, f"at most {allowed:g} unreadable records (data.max_bad_records)",
+                    f"record {bad['id']}", bad["error"],
+                    f"at most {allowed:g} unreadable records (data.max_bad_records)",
                     "mend the data, or raise data.max_bad_records",
                 )  # fmt: skip
 
@@ -270,28 +283,30 @@ class Trainer:
         sharding = batch_sharding(self.mesh, micro_batches=False)
         total = count = 0.0
         for loaded in steps_from(self.validation, 0):
+            self._note_bad(done, loaded.bad)
             batch = jax.tree.map(lambda x: to_device(self.mesh, x[0], sharding, row_axis=0), loaded.batch)
             summed, tokens = jax.device_get(self.eval_step(arrays, batch))
             total, count = total + float(summed), count + float(tokens)
         loss = total / max(count, 1.0)
         self.history["val_losses"].append(loss)
-        if self.history["best_val_loss"] is None or loss < self.history["best_val_loss"]:
+        best = self.history["best_val_loss"]
+        if math.isfinite(loss) and (best is None or loss < best):
             self.history |= {"best_val_loss": loss, "best_step": done}
         return loss
 
-    def _no_longer_improves(self) -> bool:
+    def _stops_early(self) -> bool:
         """Whether none of the last `patience` validations beat the best before them by `patience_delta`."""
         losses, patience = self.history["val_losses"], self.config.train.patience
-        if len(losses) <= patience:
+        if not self.config.train.early_stopping or len(losses) <= patience:
             return False
         return min(losses[-patience:]) > min(losses[:-patience]) - self.config.train.patience_delta
 
     def _save(self) -> None:
+        self._report_bad()
         state = self.state
         items = {"trained": state.trained, "statistics": state.statistics, "optimizer": state.optimizer}
-        meta = {"frozen": self.fingerprints, "history": self.history, "best_step": self.history["best_step"]}
-        losses = self.history["val_losses"]
-        self.checkpoints.save(int(state.step), items, meta, losses[-1] if losses else None)
+        meta = {"frozen": self.fingerprints, "history": self.history}
+        self.checkpoints.save(int(state.step), items, meta, self.history["best_step"])
 
     def _announce(self, first: int) -> None:
         self.watch, self.logged_at = telemetry.Stopwatch(), first
@@ -309,10 +324,10 @@ class Trainer:
                 file=sys.stderr,
             )
 
-    def _finish(self, stopped_early: bool) -> None:
+    def _finish(self, done: int) -> None:
         if jax.process_index() == 0:
             plot_loss(self.folder, self.metrics.lines())
-            run.write_done(self.folder, int(self.state.step), stopped_early)
+            run.write_done(self.folder, done, self.total_steps)
         self.checkpoints.close()
 
 
@@ -331,7 +346,3 @@ def device_memory_gb() -> float | None:
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     return None if peak is None else round(peak / 1e9, 3)
-
-
-def _hosts() -> dict[str, int]:
-    return {"part": jax.process_index(), "parts": jax.process_count()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,31 @@ def open_folder(config: Config) -> Path:
     path = folder / "config.json"
     if path.is_file():
         changed = differences(read_json(path), config)
-        if changed and (folder / "checkpoints").is_dir():
+        if changed and any(child.name.isdigit() for child in folder.glob("checkpoints/*")):
             raise UserError(
                 str(folder), f"a run with other {', '.join(changed)}", "the same configuration, to resume",
                 "undo these changes, or choose another --config.workdir",
             )  # fmt: skip
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+        write_json(path, to_dict(config))
     return folder
+
+
+def keep_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Put the run's tokenizer into `folder` where it is not there yet; whole or not at all."""
+    target, fresh = folder / "tokenizer", folder / "tokenizer.tmp"
+    if jax.process_index() == 0 and not target.is_dir():
+        shutil.rmtree(fresh, ignore_errors=True)
+        tokenizer.save_pretrained(fresh)
+        fresh.rename(target)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object; who reads or is stopped meanwhile finds the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -48,19 +66,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_done(folder: Path, total_steps: int) -> bool:
-    """Whether the run in this folder has finished with at least `total_steps` steps, or stopped early."""
+    """Whether the run in this folder has finished, with at least `total_steps` to do."""
     path = folder / "DONE"
     if not path.is_file():
         return False
-    done = read_json(path)
-    return bool(done.get("stopped_early")) or int(done.get("steps", 0)) >= total_steps
+    return int(read_json(path).get("total_steps", 0)) >= total_steps
 
 
-def write_done(folder: Path, steps: int, stopped_early: bool) -> None:
-    """Mark the run as finished."""
-    (folder / "DONE").write_text(
-        json.dumps({"steps": steps, "stopped_early": stopped_early}) + "\n", encoding="utf-8"
-    )
+def write_done(folder: Path, steps: int, total_steps: int) -> None:
+    """Mark the run as finished after `steps` of `total_steps` steps: fewer where it stopped early."""
+    done = {"steps": steps, "total_steps": total_steps, "stopped_early": steps < total_steps}
+    write_json(folder / "DONE", done)
 
 
 def frozen_fingerprints(frozen: Arrays) -> dict[str, str]:

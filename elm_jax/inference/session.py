@@ -1,0 +1,223 @@
+"""A conversation with a trained model: turns, ECGs where they came up, and an answer to what is said next.
+
+C leads, L samples.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elm_jax.data.chat import Rendered, Turn, render, render_prompt
+from elm_jax.data.chat_write import THINK_PREFIX
+from elm_jax.data.dataset import SignalSpec, signal_spec
+from elm_jax.data.ecg import LEADS, Recording, read_recording
+from elm_jax.data.represent import DEMO, FLATLINE, NOISE
+from elm_jax.data.text import count_marks
+from elm_jax.errors import UserError
+from elm_jax.inference.model import Prompt, TrainedModel
+
+MARK = "<ecg>"
+MISFIT = 0.5  # of a lead's own size: limb leads that are further apart than this are not in the order named
+
+
+@dataclass(frozen=True, eq=False)
+class Ecg:
+    """An ECG as the model sees it, (C, L) float32, and in words: what was read of `path`."""
+
+    path: str
+    signal: np.ndarray
+    summary: str
+
+
+class Session:
+    """One conversation with `model`: `add_ecg`, then `say`, as often as one likes.
+
+    In phase "sft" what is said is a question, and its answer part of what follows. A single ECG stands before
+    the first question, as in training; several stand before the questions that they came up with, or at the
+    `<ecg>` markers in them. In phase "pretrain" there are no questions: what is said is the beginning of a text
+    about the ECGs, possibly empty, which the model goes on with, and nothing of it is kept.
+
+    Raises:
+        UserError: `eval.max_new_tokens` leaves no room for a prompt.
+    """
+
+    def __init__(self, model: TrainedModel) -> None:
+        self.model = model
+        self.spec = signal_spec(model.config.data, model.config.seed)
+        context, new = model.assembly.llm.max_len, model.config.eval.max_new_tokens
+        self.room = context - new
+        if self.room < 1:
+            raise UserError(
+                "eval.max_new_tokens", str(new), f"less than the model's context, {context}",
+                "lower --config.eval.max_new_tokens",
+            )  # fmt: skip
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all turns and ECGs."""
+        self.turns: list[Turn] = []
+        self.ecgs: list[Ecg] = []
+        self.shortened = False  # whether the last prompt had to be shortened to fit the context
+        self._new = 0  # ECGs that no question has come with yet
+        self._drawn = 0  # answers so far: where answers are drawn, each has a seed of its own
+
+    def add_ecg(self, path: str) -> Ecg:
+        """Read an ECG for the next question: `read_input`, which says what it raises."""
+        return self.attach(read_input(path, self.spec, len(self.ecgs)))
+
+    def attach(self, ecg: Ecg) -> Ecg:
+        """`add_ecg` for what is read already."""
+        self.ecgs.append(ecg)
+        self._new += 1
+        return ecg
+
+    def say(self, text: str) -> str:
+        """The model's answer to `text`. Where it raises, the conversation is as it was.
+
+        When the conversation outgrows the context, the oldest turns go first, never an ECG (see `data.chat`).
+
+        Raises:
+            UserError: not one marker for each new ECG, or even the shortest prompt does not fit.
+        """
+        if self.model.assembly.text.phase == "pretrain":
+            return self._answer(self._beginning(text))
+        turn = Turn("user", self._marked(text))
+        answer = self._answer(self._prompt([*self.turns, turn]))
+        prefix = THINK_PREFIX if self.model.assembly.text.explicit_thinking else ""
+        self.turns += [turn, Turn("assistant", prefix + answer)]
+        self._new = 0
+        return answer
+
+    def _answer(self, rendered: Rendered) -> str:
+        prompt = Prompt(rendered, [ecg.signal for ecg in self.ecgs])
+        answer = self.model.answers([prompt], self.model.config.eval, seed=self._drawn)[0]
+        self._drawn += 1
+        return answer
+
+    def _marked(self, text: str) -> str:
+        marks = count_marks(text)
+        if marks not in (0, self._new):
+            raise UserError(
+                "message", f"{marks} {MARK} markers for {self._new} new ECGs", "one for each, or none",
+                f"give the ECGs first, or leave {MARK} out",
+            )  # fmt: skip
+        return text if marks else MARK * self._new + text
+
+    def _prompt(self, turns: Sequence[Turn]) -> Rendered:
+        whole = render_prompt(turns, **self._options())
+        self.shortened = len(whole.ids) > self.room
+        if not self.shortened:
+            return whole
+        try:
+            return render_prompt(turns, **self._options(self.room))
+        except UserError as error:
+            raise self._too_long(error.expected) from error
+
+    def _beginning(self, text: str) -> Rendered:
+        """The prompt of a pretrained model: the ECGs, and the beginning of the text about them."""
+        if text:
+            whole = render([Turn("assistant", text)], **self._options())
+            end = np.isin(whole.ids, self.model.stops)[::-1].argmin()  # the end tokens after the text
+            kept = len(whole.ids) - int(end)
+            rendered = replace(whole, ids=whole.ids[:kept], supervised=whole.supervised[:kept])
+        elif self.ecgs:
+            rendered = render_prompt([Turn("user", "")], **self._options())
+        else:
+            raise UserError("message", "neither an ECG nor a text", "one of them", "give an ECG first")
+        if len(rendered.ids) > self.room:
+            raise self._too_long(f"at least {len(rendered.ids)} for these ECGs and this text")
+        return rendered
+
+    def _too_long(self, needed: str) -> UserError:
+        new = self.model.config.eval.max_new_tokens
+        return UserError(
+            "conversation", f"a context with room for {self.room} tokens beside {new} new ones", needed,
+            "begin anew with fewer ECGs or a shorter text, or lower --config.eval.max_new_tokens",
+        )  # fmt: skip
+
+    def _options(self, max_len: int | None = None) -> dict[str, Any]:
+        spec = asdict(self.model.assembly.text) | {"max_len": max_len}
+        return {"tokenizer": self.model.assembly.tokenizer, "n_ecgs": len(self.ecgs), **spec}
+
+
+def read_input(path: str, spec: SignalSpec, number: int = 0) -> Ecg:
+    """The ECG at `path`: a `.npy` file or WFDB record, `demo:<split>:<index>`, `noise` or `flatline`.
+
+    A relative path is relative to the current folder, not to `data.root`. `number` tells one `noise` from
+    another.
+
+    Raises:
+        UserError: whatever cannot be such an ECG; or the run leaves ECGs out.
+    """
+    if spec.perturb == "only_text":
+        raise UserError(
+            "data.perturb", "'only_text', which leaves ECGs out", "a run that sees ECGs",
+            "start the chat with --config.data.perturb=None",
+        )  # fmt: skip
+    key = zlib.crc32(f"{spec.seed}:{number}".encode())
+    if path in (NOISE, FLATLINE) or path.startswith(DEMO):
+        signal, facts = spec.load(path, key), ["generated", _amount(len(LEADS), spec.sampling_rate, spec.length)]
+    else:
+        file = str(Path(path).expanduser().absolute())
+        with _collected_notes(str(Path(file).parent)) as notes:
+            recording = read_recording(Path(file), bare_rate=spec.sampling_rate)
+        signal = spec.load(file, key)
+        amount = _amount(len(recording.leads), recording.sampling_rate, recording.signal.shape[1])
+        facts = [amount, *notes, *_remarks(recording, spec)]
+    if len(spec.leads) < len(LEADS):
+        facts.append(f"only {', '.join(LEADS[i] for i in spec.leads)} used")
+    if spec.perturb is not None:
+        facts.append(f"replaced by {spec.perturb} (data.perturb)")
+    return Ecg(path, signal, f"{path}: {'; '.join(facts)}")
+
+
+def _amount(leads: int, rate: float, samples: int) -> str:
+    return f"{leads} leads, {rate:g} Hz, {samples / rate:g} s"
+
+
+def _remarks(recording: Recording, spec: SignalSpec) -> Iterator[str]:
+    """What one may want to know of a recording before trusting an answer about it."""
+    seconds, used = recording.signal.shape[1] / recording.sampling_rate, spec.length / spec.sampling_rate
+    if recording.sampling_rate != spec.sampling_rate:
+        yield f"resampled to {spec.sampling_rate:g} Hz"
+    if seconds > used:
+        yield f"the first {used:g} s used"
+    flat = [name for name, lead in zip(recording.leads, recording.signal, strict=True) if np.ptp(lead) == 0]
+    if flat:
+        yield f"flat: {', '.join(flat)}"
+    elif not _limb_leads_fit(recording.signal):
+        yield "the limb leads contradict each other: check their order"
+
+
+def _limb_leads_fit(signal: np.ndarray) -> bool:
+    """Whether II = I + III and aVR = -(I + II) / 2, as electrodes on three limbs have it."""
+    one, two, three, avr = signal[:4] - signal[:4].mean(1, keepdims=True)
+    for lead, expected in ((two, one + three), (avr, -(one + two) / 2)):
+        if np.std(lead - expected) > MISFIT * max(np.std(lead), np.std(expected)):
+            return False
+    return True
+
+
+@contextmanager
+def _collected_notes(folder: str) -> Iterator[list[str]]:
+    """What reading says of `folder` in the log, where it says a thing once."""
+    notes: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: notes.append(record.getMessage().removeprefix(f"{folder}: "))
+    logger = logging.getLogger(read_recording.__module__)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield notes
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

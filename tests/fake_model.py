@@ -1,0 +1,58 @@
+"""A model that writes down what it is asked and answers from a list: for tests of what stands around a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from elm_jax.config import Config, resolve
+from elm_jax.data.chat import add_tokens, stop_ids
+from elm_jax.data.dataset import text_spec
+from elm_jax.data.demo import demo_tokenizer
+
+SECONDS, RATE = 10, 50
+
+
+def fake_config(**keys: Any) -> Config:
+    """A demo-like config with these dotted keys (dots as two underscores)."""
+    tree: dict[str, Any] = {
+        "workdir": "run",
+        "encoder": {"name": "merl", "tokens": 2},
+        "data": {"names": ["demo"], "sampling_rate": RATE, "segment_len": SECONDS * RATE, "system_prompt": "Be brief."},
+        "eval": {"max_new_tokens": 8},
+    }
+    for key, value in keys.items():
+        place = tree
+        *sections, leaf = key.split("__")
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
+    return resolve(tree)
+
+
+class FakeModel:
+    """Has of `TrainedModel` what a session uses; `prompts` and `seeds` are what it got."""
+
+    def __init__(self, config: Config, family: str = "qwen2", context: int = 256, answers: Sequence[str] = ()) -> None:
+        self.config, self.folder, self.step = config, config.workdir, 3
+        tokenizer = demo_tokenizer()
+        add_tokens(tokenizer, config.phase)
+        text = text_spec(config.data, family, config.encoder.tokens, config.phase, config.compat)
+        self.assembly = SimpleNamespace(text=text, tokenizer=tokenizer, llm=SimpleNamespace(max_len=context))
+        self.stops = stop_ids(tokenizer, family)
+        self.prompts: list[Any] = []
+        self.seeds: list[int] = []
+        self._answers = list(answers)
+
+    def answers(self, prompts: Sequence[Any], options: Any, size: int | None = None, seed: int = 0) -> list[str]:
+        assert options is self.config.eval and len(prompts) == 1
+        for prompt in prompts:
+            assert prompt.rendered.signal_positions.shape[0] == len(prompt.signals)
+            assert len(prompt.rendered.ids) + options.max_new_tokens <= self.assembly.llm.max_len
+        self.prompts += prompts
+        self.seeds.append(seed)
+        answer = self._answers.pop(0) if self._answers else "60"
+        if answer == "fail":
+            raise KeyboardInterrupt
+        return [answer]

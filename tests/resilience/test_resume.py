@@ -1,0 +1,236 @@
+"""A run that is stopped in any way and started again ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+from runs import SAVE_EVERY, STEPS, committed, logged, saved_arrays
+
+from elm_jax import cli
+from elm_jax import train as train_command
+from elm_jax.config import Config, resolve
+from elm_jax.data.batch import Batch
+from elm_jax.data.loader import Loaded
+from elm_jax.errors import UserError
+from elm_jax.models.encoders import build_encoder, merl, to_published
+from elm_jax.models.functional import structure_of
+from elm_jax.training.loop import Trainer, train
+from elm_jax.training.run import open_folder
+
+SEED = 2008
+EVERYWHERE = {"mesh__data": 8}  # for runs in this process, which has eight devices
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def unbroken(place: Path) -> Path:
+    folder = place / "unbroken"
+    runs.train(folder)
+    assert committed(folder) == [STEPS - SAVE_EVERY, STEPS]
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(merl.LAYOUTS, "tiny", (merl.basic, (1,)))
+    monkeypatch.setenv("ELM_JAX_CACHE", str(tmp_path / "cache"))
+
+
+def assert_same_end(found: Path, expected: Path) -> None:
+    """Bitwise the same arrays and logged values."""
+    assert (found / "DONE").read_text() == (expected / "DONE").read_text()
+    assert logged(found) == logged(expected)
+    mine, theirs = saved_arrays(found, STEPS), saved_arrays(expected, STEPS)
+    assert mine.keys() == theirs.keys() and len(mine) > 50
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(mine[name], value, err_msg=name)
+
+
+# -- stopped by a signal --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_at_random_steps(place: Path, unbroken: Path) -> None:
+    first, second = sorted(random.Random(SEED).sample(range(1, STEPS), 2))
+    folder = place / "killed"
+    runs.train(folder, -9, ask=f"KILL@step={first}")
+    assert not (folder / "DONE").exists() and max(logged(folder)) == first
+    runs.train(folder, -9, ask=f"KILL@step={second}")
+    runs.train(folder)
+    assert_same_end(folder, unbroken)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_saving(place: Path, unbroken: Path) -> None:
+    folder = place / "killed_saving"
+    runs.train(folder, -9, ask="KILL@rename=3")
+    assert committed(folder) == []
+    runs.train(folder, -9, ask="KILL@rename=6/optimizer")
+    assert committed(folder) == [3]
+    assert any("6.orbax" in path.name for path in (folder / "checkpoints").iterdir()), "no save was under way"
+    runs.train(folder)
+    assert_same_end(folder, unbroken)
+
+
+@pytest.mark.slow
+def test_terminated(place: Path, unbroken: Path) -> None:
+    folder, stopped_at = place / "terminated", 5
+    message = runs.train(folder, 143, ask=f"TERM@step={stopped_at}")
+    assert f"stopped after step {stopped_at}" in message
+    assert committed(folder) == [3, stopped_at] and not (folder / "DONE").exists()
+    runs.train(folder)
+    assert_same_end(folder, unbroken)
+
+
+# -- on another mesh ------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Loaded]]:
+    """The steps that runs in this process read."""
+    seen: list[Loaded] = []
+    advance = Trainer._advance
+
+    def record(self: Trainer, loaded: Loaded) -> Any:
+        seen.append(loaded)
+        return advance(self, loaded)
+
+    monkeypatch.setattr(Trainer, "_advance", record)
+    yield seen
+
+
+def config_of(folder: Path, **changes: Any) -> Config:
+    """The checked configuration of a tiny run in this process."""
+    parsed = cli.ConfigFlags.parse(runs.flags(folder, **{**EVERYWHERE, **changes}))
+    return parsed.load()
+
+
+def samples(steps: list[Loaded]) -> dict[int, np.ndarray]:
+    return {loaded.step: loaded.batch.sample_ids for loaded in steps}
+
+
+@pytest.mark.slow
+def test_resumed_on_another_mesh_reads_the_same_samples_and_agrees(
+    tmp_path: Path, read: list[Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, stop = 9, 4
+    train(config_of(tmp_path / "whole", train__steps=steps))
+    expected = samples(read)
+    read.clear()
+    with monkeypatch.context() as patch:
+        advance = Trainer._advance
+
+        def interrupt(self: Trainer, loaded: Loaded) -> Any:
+            if loaded.step == stop:
+                raise Interrupted
+            return advance(self, loaded)
+
+        patch.setattr(Trainer, "_advance", interrupt)
+        with pytest.raises(Interrupted):
+            train(config_of(tmp_path / "moved", train__steps=steps))
+    assert committed(tmp_path / "moved") == [SAVE_EVERY]
+    train(config_of(tmp_path / "moved", train__steps=steps, mesh__data=2, mesh__fsdp=2, mesh__tensor=2))
+    assert [loaded.step for loaded in read] == [*range(stop), *range(SAVE_EVERY, steps)]
+    for step, ids in samples(read).items():
+        np.testing.assert_array_equal(ids, expected[step])
+    whole, moved = logged(tmp_path / "whole"), logged(tmp_path / "moved")
+    assert whole.keys() == moved.keys() == set(range(1, steps + 1))
+    for step, values in whole.items():
+        assert values.keys() == moved[step].keys()
+        for name, value in values.items():
+            assert moved[step][name] == pytest.approx(value, rel=1e-4), f"{name} of step {step}"
+
+
+# -- what may change between two starts -----------------------------------------------------------------------
+
+
+def command(folder: Path, **changes: Any) -> int:
+    """The status of the train command in this process."""
+    with pytest.raises(SystemExit) as exit:
+        cli.run(train_command.main, runs.flags(folder, **{**EVERYWHERE, **changes}))
+    return int(exit.value.code or 0)
+
+
+@pytest.mark.slow
+def test_a_changed_key_is_refused_by_name(unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (unbroken / "config.json").read_text()
+    assert command(unbroken, optim__lr=1e-5, data__share="system") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ")
+    assert "optim.lr" in error and "data.share" in error and str(unbroken) in error
+    assert (unbroken / "config.json").read_text() == before
+
+
+@pytest.mark.slow
+def test_done_says_so_and_does_nothing(unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (unbroken / "metrics.jsonl").read_bytes()
+    assert command(unbroken) == 0
+    assert "is done" in capsys.readouterr().err
+    assert (unbroken / "metrics.jsonl").read_bytes() == before and committed(unbroken) == [9, 12]
+
+
+@pytest.mark.slow
+def test_more_steps_and_other_resumable_keys_go_on(unbroken: Path, tmp_path: Path) -> None:
+    """The folder itself may move, too."""
+    folder = tmp_path / "moved"
+    shutil.copytree(unbroken, folder)
+    changes = {"train__save_every": 1, "train__keep": 1, "eval__limit": 3, "data__workers": 0}
+    assert command(folder, train__steps=STEPS + 2, optim__schedule="cosine", **changes) == 0
+    assert sorted(logged(folder)) == list(range(1, STEPS + 3))
+    assert {step: values for step, values in logged(folder).items() if step <= STEPS} == logged(unbroken)
+    assert committed(folder)[-1] == STEPS + 2
+    assert [line["step"] for line in runs.lines(folder) if line.get("event") == "resume"] == [STEPS]
+
+
+def write_encoder(path: Path, seed: int) -> None:
+    """Published weights of the tiny encoder."""
+    from flax import nnx
+    from safetensors.numpy import save_file
+
+    def build() -> Any:
+        return build_encoder("merl", {"resnet_type": "tiny", "width": 8}, 4, nnx.Rngs(seed))
+
+    structure = structure_of(build)
+    arrays = {name: np.asarray(x) for name, x in structure.arrays(build()).items()}
+    save_file({n: np.ascontiguousarray(x) for n, x in to_published("merl", arrays).items()}, path)
+
+
+@pytest.mark.slow
+def test_other_frozen_weights_are_refused(tmp_path: Path) -> None:
+    weights, folder = tmp_path / "encoder.safetensors", tmp_path / "run"
+    changes = {"update": ["connector", "llm"], "encoder__checkpoint": str(weights), "data__val_fraction": 0.0}
+    write_encoder(weights, seed=1)
+    train(config_of(folder, train__steps=1, **changes))
+    write_encoder(weights, seed=2)
+    with pytest.raises(UserError, match="trained with other encoder weights"):
+        train(config_of(folder, train__steps=2, **changes))
+    write_encoder(weights, seed=1)
+    train(config_of(folder, train__steps=2, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, **changes))
+    assert sorted(logged(folder)) == [1, 2]
+
+
+@pytest.mark.slow
+def test_init_from_starts_with_the_arrays_of_another_run(unbroken: Path, tmp_path: Path) -> None:
+    config = config_of(tmp_path / "next", init_from=str(unbroken), optim__lr=1e-5)
+    trainer = Trainer(config, open_folder(config))
+    trainer._build()
+    saved = saved_arrays(unbroken, int(trainer.checkpoints.find("best") or STEPS))
+    assert int(trainer.state.step) == 0
+    for name, value in {**trainer.state.trained, **trainer.state.statistics}.items():
+        item = "trained" if name in trainer.state.trained else "statistics"
+        np.testing.assert_array_equal(np.asarray(value), saved[f"{item}['{name}']"], err_msg=name)

@@ -1,0 +1,156 @@
+"""Tiny runs of the demo in processes of their own, to stop, go on and compare.
+
+As a program this is the train command with one more ResNet layout, `tiny`, which compiles in a fraction of the
+time; and it sends itself the signal that TEST_SIGNAL asks for: `KILL@step=7` when the line of step 7 has been
+logged, `KILL@rename=6/optimizer` when that part of checkpoint 6 is about to be moved to its final name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, SAVE_EVERY = 12, 3
+# What two runs that do the same log alike; the others are times.
+VALUES = ("loss", "grad_norm", "val_loss", "learning_rate", "tokens", "supervised_tokens", "conversations",
+          "recordings", "padding_fraction")  # fmt: skip
+TINY: dict[str, Any] = {
+    "data.names": ["demo:train=64,val=8,test=8"],
+    "data.sampling_rate": 50,
+    "data.segment_len": 500,
+    "llm.scratch": {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 64, "max_len": 256},
+    "encoder.config": {"resnet_type": "tiny", "width": 8},
+    "train.batch_size": 8,
+    "train.steps": STEPS,
+    "train.save_every": SAVE_EVERY,
+    "train.log_every": 1,
+    "eval.at_end": False,
+    "log.progress": False,
+}
+
+
+def flags(workdir: Path, **changes: Any) -> list[str]:
+    """The command line of a tiny run; `changes` are keys with `__` for the dot."""
+    values = {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}, "workdir": str(workdir)}
+    return ["--config", "configs/demo.py", *(f"--config.{name}={_text(value)}" for name, value in values.items())]
+
+
+def start(
+    workdir: Path, *, ask: str = "", devices: int = 1, env: dict[str, str] | None = None, **changes: Any
+) -> subprocess.Popen[str]:
+    """Start a tiny run on `devices` fake devices; `ask` is TEST_SIGNAL."""
+    inherited = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "ELM_JAX_CACHE": str(workdir.parent / "cache"),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "TEST_SIGNAL": ask,
+    }
+    command = [sys.executable, __file__, *flags(workdir, **changes)]
+    return subprocess.Popen(
+        command, env={**inherited, **(env or {})}, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process: subprocess.Popen[str], expect: int = 0) -> str:
+    """Wait for a run that ends with status `expect`; its stderr."""
+    try:
+        _, errors = process.communicate(timeout=400)
+    finally:
+        process.kill()
+    assert process.returncode == expect, f"status {process.returncode}, expected {expect}:\n{errors[-4000:]}"
+    return errors
+
+
+def train(workdir: Path, expect: int = 0, **options: Any) -> str:
+    """A tiny run from start to its end with status `expect`; its stderr."""
+    return finish(start(workdir, **options), expect)
+
+
+def lines(workdir: Path) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def logged(workdir: Path) -> dict[int, dict[str, Any]]:
+    """What was logged of every step and does not depend on time; each step must be there once."""
+    steps = [line for line in lines(workdir) if "loss" in line]
+    found = {line["step"]: {name: line[name] for name in VALUES if name in line} for line in steps}
+    assert len(found) == len(steps), "a step was logged twice"
+    return found
+
+
+def committed(workdir: Path) -> list[int]:
+    """Steps of the checkpoints, in order."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def saved_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint as they are on disk: item and name -> array."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    found = {}
+    for item in ("trained", "statistics", "optimizer"):
+        path = workdir / "checkpoints" / str(step) / item
+        if path.is_dir():
+            with ocp.PyTreeCheckpointer() as reader:
+                tree = reader.metadata(path).item_metadata.tree
+                args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+                restored = reader.restore(path, ocp.args.PyTreeRestore(restore_args=args))
+            for key, leaf in jax.tree_util.tree_leaves_with_path(restored):
+                found[f"{item}{jax.tree_util.keystr(key)}"] = np.asarray(leaf)
+    return found
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, list | dict | bool) else str(value)
+
+
+def _arm(asked: str) -> None:
+    """Have this process send itself a signal at the moment asked for."""
+    name, kind, moment = re.fullmatch(r"(\w+)@(\w+)=(.+)", asked).groups()  # type: ignore[union-attr]
+    number = getattr(signal, f"SIG{name}")
+    if kind == "step":
+        from elm_jax.runtime.telemetry import MetricsFile
+
+        write = MetricsFile.write
+
+        def write_and_signal(self: MetricsFile, values: dict[str, Any]) -> None:
+            write(self, values)
+            if values.get("step") == int(moment) and "loss" in values:
+                os.kill(os.getpid(), number)
+
+        MetricsFile.write = write_and_signal  # type: ignore[method-assign, assignment]
+        return
+    assert kind == "rename", asked
+    step, _, item = moment.partition("/")
+    final = re.compile(rf"checkpoints/{step}(\.[^/]*/{item})?$" if item else rf"checkpoints/{step}$")
+    rename = os.rename
+
+    def rename_or_signal(source: Any, target: Any, **kwargs: Any) -> None:
+        if final.search(str(target)) and str(target).endswith(item or step):
+            os.kill(os.getpid(), number)
+        rename(source, target, **kwargs)
+
+    os.rename = rename_or_signal  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    import elm_jax.train
+    from elm_jax import cli
+    from elm_jax.models.encoders import merl
+
+    merl.LAYOUTS["tiny"] = (merl.basic, (1,))
+    if os.environ.get("TEST_SIGNAL"):
+        _arm(os.environ["TEST_SIGNAL"])
+    cli.run(elm_jax.train.main)
