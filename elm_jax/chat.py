@@ -47,8 +47,10 @@ def main(argv: Sequence[str]) -> None:
     from elm_jax.data.dataset import signal_spec
     from elm_jax.inference.model import TrainedModel
     from elm_jax.inference.session import Session, read_input
+    from elm_jax.runtime.compilation import keep_compiled
     from elm_jax.training.run import config_of_run
 
+    keep_compiled()
     config = config_of_run(options.checkpoint, flags)
     spec = signal_spec(config.data, config.seed)
     ecgs = [read_input(path, spec, i) for i, path in enumerate(options.ecg)]  # before the model, which is slow

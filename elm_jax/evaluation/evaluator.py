@@ -23,11 +23,11 @@ from elm_jax.config import Config, EvalConfig
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.represent import FLATLINE, NOISE
 from elm_jax.data.text import to_turns
-from elm_jax.evaluation.metrics import METRICS, aggregate, signal_dependence
+from elm_jax.evaluation.metrics import aggregate, is_right, signal_dependence
 from elm_jax.evaluation.paper import Example, gallery
 from elm_jax.inference.model import Prompt, TrainedModel
 
-EXAMPLES = 8  # ECGs in the picture
+EXAMPLES = 6  # ECGs in the picture
 
 
 @dataclass(frozen=True)
@@ -221,17 +221,19 @@ def _draw(
     for i, prediction in enumerate(predictions):
         if dataset.records[questions[i].record].ecg_paths:
             by_name.setdefault(prediction["name"], []).append(i)
-    spread = [[group[(len(group) * k) // EXAMPLES] for group in by_name.values()] for k in range(EXAMPLES)]
-    chosen = list(dict.fromkeys(i for turn in spread for i in turn))[:EXAMPLES]
+    if not by_name:
+        return
+    chosen: list[int] = []
+    for place in range(EXAMPLES):  # the kinds take turns, each moving on through the split
+        group = list(by_name.values())[place % len(by_name)]
+        chosen.append(group[place * len(group) // EXAMPLES])
     examples = []
-    for i in chosen:
+    for i in dict.fromkeys(chosen):
         question, record = questions[i], dataset.records[questions[i].record]
         prediction = predictions[i]
         asked = [turn.text for turn in to_turns(record.text) if turn.role == "user"]
-        score = METRICS["heart_rate.within_5_bpm" if record.name == "heart_rate" else "signal_type.accuracy"]
         signal = dataset.signal.load_raw(record.ecg_paths[0], dataset.key(question.record))
-        right = bool(score(prediction["answer"], prediction["truth"]))
+        right = is_right(record.name, prediction["answer"], prediction["truth"])
         text = asked[min(question.turn, len(asked) - 1)] if asked else ""
         examples.append(Example(signal, text, prediction["answer"], prediction["truth"], right))
-    if examples:
-        gallery(examples, dataset.signal.sampling_rate, path)
+    gallery(examples, dataset.signal.sampling_rate, path)

@@ -77,6 +77,13 @@ METRICS: dict[str, Callable[[str, str], float]] = {
 ASKED_BY = {"signal_type.accuracy": "signal_type", "heart_rate.within_5_bpm": "heart_rate"}
 
 
+def is_right(name: str, answer: str, truth: str) -> bool:
+    """Whether an answer to a question called `name` counts as right: by its own metric, else by its words."""
+    metric = next((metric for metric, asked in ASKED_BY.items() if asked == name), None)
+    score = METRICS[metric] if metric else same_words
+    return bool(score(split_response(answer)[1], split_response(truth)[1]))
+
+
 @dataclass(frozen=True)
 class _Pair:
     id: str

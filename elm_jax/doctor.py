@@ -1,0 +1,69 @@
+"""Say what works here, what does not, and the command that mends it.
+
+    python -m elm_jax.doctor
+    python -m elm_jax.doctor --json findings.json
+
+Each line is the result of a test made just then: `ok`, `note` (worth knowing) or `FAIL`, with a command that
+mends it below. It takes about half a minute. Exit status: 0 if nothing failed, else 1.
+"""
+
+# Imports nothing but Python's own modules: it must be able to say that the others are missing.
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import NoReturn
+
+from elm_jax.errors import UserError
+from elm_jax.runtime import checks, trials
+from elm_jax.runtime.checks import FAIL, NOTE, Finding
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError("command line", message, "--json FILE or nothing", f"run {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, print, write the JSON file if asked for; the exit status."""
+    parser = _Parser(
+        prog="python -m elm_jax.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the findings to a file too")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
+    try:
+        options = parser.parse_args(argv)
+        if options.json and not options.json.absolute().parent.is_dir():
+            raise UserError("--json", f"no folder {options.json.parent}", "a file in a folder that exists", "make it")
+        return report(chain(checks.examine(), trials.examine()), options.json)
+    except UserError as error:
+        if "--debug" in (sys.argv[1:] if argv is None else argv):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def report(findings: Iterable[Finding], path: Path | None) -> int:
+    """Print the findings as they come, and write them to `path`: 1 if one of them is FAIL, else 0.
+
+    The file holds `{"ok": bool, "findings": [{"check", "status", "text", "mend"}]}`.
+    """
+    found = []
+    for finding in findings:
+        print(finding, flush=True)
+        found.append(finding)
+    failed = [finding for finding in found if finding.status == FAIL]
+    if path:
+        content = {"ok": not failed, "findings": [asdict(finding) for finding in found]}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    notes = sum(finding.status == NOTE for finding in found)
+    print(f"\n{len(found)} checks: {len(failed)} failed, {notes} with a note")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

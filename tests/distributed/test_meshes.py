@@ -1,0 +1,222 @@
+"""Every mesh trains the same model, and what the rules divide is divided."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+from flax import nnx
+from support import LEADS, SIGNAL_SHAPE, SIGNAL_TOKENS, RandomConversations
+
+from elm_jax import cli
+from elm_jax.config import Config, MeshConfig, resolve
+from elm_jax.data.batch import Batch, BatchShape, Group, collate, stack_micro_batches
+from elm_jax.models.connectors import build_connector
+from elm_jax.models.decoder import Decoder
+from elm_jax.models.elm import ELM
+from elm_jax.models.encoders import build_encoder, merl
+from elm_jax.models.families import scratch_config
+from elm_jax.models.functional import Structure, structure_of
+from elm_jax.runtime.mesh import SMALL, batch_sharding, make_mesh, to_device
+from elm_jax.training import loop
+from elm_jax.training.optim import make_optimizer
+from elm_jax.training.state import TrainState, array_shardings, new_state, split_names, state_shardings
+from elm_jax.training.step import make_train_step
+
+STEPS, ROWS = 20, 8
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+FROZEN, TRAINED = ("connector", "llm"), ("encoder", "connector", "llm")
+HIDDEN, VOCABULARY = 128, 256  # so that every kind of matrix has SMALL elements or more
+
+Sizes = tuple[int, int, int]
+
+
+def build(dtype: Any = jnp.float32) -> ELM:
+    rngs = nnx.Rngs(0)
+    sizes = {"hidden": HIDDEN, "layers": 2, "heads": 8, "kv_heads": 8, "mlp": 2 * HIDDEN, "max_len": 128}
+    encoder = build_encoder("merl", {"resnet_type": "tiny", "width": 128, "num_leads": LEADS}, SIGNAL_TOKENS, rngs)
+    connector = build_connector("mlp", encoder.width, HIDDEN, rngs=rngs)
+    llm = Decoder(scratch_config(sizes, VOCABULARY), rngs, remat="dots")
+    return ELM(encoder, connector, llm, jnp.dtype(dtype))
+
+
+@functools.cache
+def structure(dtype: Any = jnp.float32) -> Structure:
+    merl.LAYOUTS["tiny"] = (merl.basic, (1,))
+    try:
+        return structure_of(functools.partial(build, dtype))
+    finally:
+        del merl.LAYOUTS["tiny"]
+
+
+@functools.cache
+def initial() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for name, leaf in structure().leaves.items():
+        fan_in = leaf.shape[-2] if len(leaf.shape) > 1 else 1
+        ones = name.endswith((".scale", ".var"))
+        drawn = rng.standard_normal(leaf.shape) * fan_in**-0.5 * (0.0 if name.endswith(".mean") else 1.0)
+        arrays[name] = (np.ones(leaf.shape) if ones else drawn * (0.3 if "embedding" in name else 1.0)).astype(np.float32)
+    return arrays
+
+
+@functools.cache
+def batches(micro: int) -> list[Batch]:
+    """Steps of shared, plain and empty rows; the rows of a step divide over `micro` micro-batches."""
+    talk = RandomConversations(1)
+    found = []
+    for _ in range(4):
+        rows = []
+        for r in range(ROWS - 1):
+            recording = talk.recording()
+            asked = [talk.ask(recording, 3 + n, 1 + n % 2) for n in range(1 + r % 3)]
+            rows.append([Group(5 + SIGNAL_TOKENS, asked), Group(0, [talk.ask(talk.recording(2), 3, 2, late_ecgs=1)])])
+        rows.append([])
+        each = ROWS // micro
+        parts = [rows[m * each : (m + 1) * each] for m in range(micro)]
+        found.append(stack_micro_batches([collate(part, BatchShape(64, 4, 16), SIGNAL_SHAPE) for part in parts]))
+    return found
+
+
+class Trained(NamedTuple):
+    losses: list[float]
+    norms: list[float]
+    state: TrainState
+
+
+def config(micro: int = 1) -> Config:
+    return resolve(
+        {
+            "optim": {"lr": 3e-3, "accum_steps": micro, "grad_clip": 1.0, "schedule": "cosine"},
+            "train": {"batch_size": ROWS, "steps": STEPS},
+        }
+    )
+
+
+def train(sizes: Sizes, update: tuple[str, ...], micro: int = 1) -> Trained:
+    settings = config(micro)
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    shardings = array_shardings(structure(), mesh)
+    arrays = {name: jax.device_put(x, shardings[name]) for name, x in initial().items()}
+    trained, moving, frozen = split_names(structure(), update)
+    tx = make_optimizer(settings.optim, settings.train, STEPS)
+    state = new_state(arrays, trained, moving, tx, mesh, shardings)
+    layout = state_shardings(state, shardings, mesh)
+    step = make_train_step(structure(), settings, tx, mesh, layout, {n: shardings[n] for n in frozen})
+    kept = {n: arrays[n] for n in frozen}
+    losses, norms = [], []
+    for k in range(STEPS):
+        batch = batches(micro)[k % len(batches(micro))]
+        placed = jax.tree.map(lambda x: to_device(mesh, x, batch_sharding(mesh), row_axis=1), batch)
+        state, metrics = step(state, kept, placed)
+        losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["grad_norm"]))
+    assert step._cache_size() == 1, "the step was compiled again: its output is laid out differently from its input"
+    return Trained(losses, norms, state)
+
+
+@functools.cache
+def alone(update: tuple[str, ...], micro: int = 1) -> Trained:
+    return train((1, 1, 1), update, micro)
+
+
+def assert_divided(state: TrainState, sizes: Sizes) -> None:
+    """Weights of the LLM and the connector lie over fsdp x tensor, kernels of the encoder over fsdp."""
+    _, fsdp, tensor = sizes
+    large = 0
+    for path, array in jax.tree_util.tree_leaves_with_path(state):
+        if array.size < SMALL:
+            continue
+        large += 1
+        name = jax.tree_util.keystr(path)
+        ways = fsdp if "encoder." in name else fsdp * tensor
+        shapes = {shard.data.shape for shard in array.addressable_shards}
+        assert len(array.addressable_shards) == 8 and len(shapes) == 1, name
+        assert np.prod(shapes.pop()) * ways == array.size, f"{name} {array.shape} is not in {ways} parts"
+    # q, k, v, o, gate, up, down, embedding, head or not, two of the connector; and two moments of each.
+    assert large >= 3 * 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("update", [FROZEN, TRAINED], ids=["frozen", "trained"])
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_every_mesh_has_the_losses_of_one_device(sizes: Sizes, update: tuple[str, ...]) -> None:
+    expected, found = alone(update), train(sizes, update)
+    assert expected.losses[-1] < 0.8 * expected.losses[0], "nothing was learnt, so nothing was compared"
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-3)
+    for name, value in expected.state.statistics.items():
+        np.testing.assert_allclose(found.state.statistics[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+    assert bool(expected.state.statistics) == (update == TRAINED)
+    assert_divided(found.state, sizes)
+
+
+@pytest.mark.slow
+def test_micro_batches_on_a_mesh_have_the_losses_of_one_device() -> None:
+    expected, found = alone(TRAINED, 2), train((2, 2, 2), TRAINED, 2)
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_frozen_micro_batches_have_the_losses_of_one_batch() -> None:
+    """Without batch statistics, accumulation changes nothing at all."""
+    np.testing.assert_allclose(alone(FROZEN, 2).losses, alone(FROZEN).losses, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_trainer_on_a_mesh_has_the_losses_of_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(merl.LAYOUTS, "tiny", (merl.basic, (1,)))
+    monkeypatch.setenv("ELM_JAX_CACHE", str(tmp_path / "cache"))
+
+    def run(name: str, **mesh: int) -> dict[int, dict[str, Any]]:
+        loop.train(cli.ConfigFlags.parse(runs.flags(tmp_path / name, train__steps=6, **mesh)).load())
+        return runs.logged(tmp_path / name)
+
+    found = run("mesh", mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    monkeypatch.setattr(loop, "make_mesh", lambda _: make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
+    expected = run("alone")
+    assert found.keys() == expected.keys() == set(range(1, 7))
+    for step, values in expected.items():
+        assert found[step] == pytest.approx(values, rel=1e-4), f"step {step}"
+
+
+def lowered(dtype: Any) -> Any:
+    """The step on an fsdp mesh, in a compute dtype."""
+    settings = config()
+    mesh = make_mesh(MeshConfig(1, 8, 1))
+    shape = structure(dtype)
+    shardings = array_shardings(shape, mesh)
+    arrays = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[n]) for n, x in initial().items()}
+    trained, moving, _ = split_names(shape, TRAINED)
+    tx = make_optimizer(settings.optim, settings.train, STEPS)
+    parts = {n: arrays[n] for n in trained}, {n: arrays[n] for n in moving}
+    state = jax.eval_shape(lambda p, s: TrainState(jnp.zeros((), jnp.int32), p, s, tx.init(p)), *parts)
+    layout = state_shardings(state, shardings, mesh)
+    step = make_train_step(shape, settings, tx, mesh, layout, {})
+    return step.lower(state, {}, batches(1)[0])
+
+
+@pytest.mark.slow
+def test_weights_are_cast_before_they_are_gathered() -> None:
+    """The collectives of CPU widen bfloat16, so this reads the constraints that decide what travels."""
+    text = lowered(jnp.bfloat16).as_text()
+    constrained = re.findall(r"sharding_constraint [^\n]*: tensor<(\d+x\d+)x(\w+)>", text)
+    of_weights = [kind for shape, kind in constrained if shape in (f"{HIDDEN}x{2 * HIDDEN}", f"{2 * HIDDEN}x{HIDDEN}")]
+    assert len(of_weights) >= 6 and set(of_weights) == {"bf16"}
+
+
+@pytest.mark.slow
+def test_layers_are_gathered_one_at_a_time() -> None:
+    text = lowered(jnp.float32).compile().as_text()
+    gathered = re.findall(r"= \w+\[([\d,]*)\][^=]* all-gather(?:-start)?\(", text)
+    assert f"{HIDDEN},{2 * HIDDEN}" in gathered, "no layer's weights are gathered"
+    stacked = [shape for shape in gathered if shape.startswith("2,") and shape.count(",") == 2 and "128" in shape]
+    assert not stacked, f"all layers are gathered at once: {stacked}"
