@@ -154,7 +154,9 @@ def test_every_mesh_has_the_losses_of_one_device(sizes: Sizes, update: tuple[str
     np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=1e-4)
     np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-3)
     for name, value in expected.state.statistics.items():
-        np.testing.assert_allclose(found.state.statistics[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+        # Adam turns rounding of gradients near zero into steps of the kernels, which these statistics follow.
+        scale = float(jnp.abs(value).max())
+        np.testing.assert_allclose(found.state.statistics[name], value, rtol=0, atol=2e-3 * scale, err_msg=name)
     assert bool(expected.state.statistics) == (update == TRAINED)
     assert_divided(found.state, sizes)
 

@@ -1,0 +1,207 @@
+"""Checkpoints come back as they were, on any mesh; fingerprints tell weights apart; what fits a run is checked."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+from elm_jax.config import Config, MeshConfig, to_dict
+from elm_jax.errors import UserError
+from elm_jax.runtime.checkpoint import Checkpoints, fingerprint
+from elm_jax.runtime.mesh import make_mesh
+from elm_jax.training import run
+
+SPECS = [PartitionSpec(), PartitionSpec("fsdp"), PartitionSpec("fsdp", "tensor"), PartitionSpec(None, ("data", "fsdp"))]
+
+
+@functools.cache
+def mesh() -> jax.sharding.Mesh:
+    return make_mesh(MeshConfig(2, 2, 2))
+
+
+def arrays(seed: int = 0, spec: PartitionSpec = SPECS[0]) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    values = {"llm.w": rng.normal(size=(8, 16)), "connector.w": rng.normal(size=(16, 8))}
+    return {n: jax.device_put(x.astype(np.float32), NamedSharding(mesh(), spec)) for n, x in values.items()}
+
+
+def items(seed: int = 0, spec: PartitionSpec = SPECS[0]) -> dict[str, Any]:
+    trained = arrays(seed, spec)
+    moments = jax.tree.map(lambda x: (2 * x).astype(jnp.bfloat16), trained)
+    return {"trained": trained, "statistics": {}, "optimizer": (jnp.int32(seed), moments)}
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
+    opened = Checkpoints(tmp_path, 2)
+    yield opened
+    opened.close()
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert mine.dtype == theirs.dtype
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_restored_on_another_mesh_bit_by_bit(checkpoints: Checkpoints) -> None:
+    checkpoints.save(3, items(1, SPECS[1]), {"history": {}})
+    checkpoints.wait()
+    like = items(0, SPECS[2])
+    restored = checkpoints.restore(3, like)
+    assert_equal(restored, items(1))
+    for name, array in restored["trained"].items():
+        assert array.sharding == like["trained"][name].sharding
+    assert_equal(checkpoints.restore_arrays(3, arrays()), arrays(1))
+
+
+def test_the_latest_and_the_best_are_kept_also_by_the_next_start(tmp_path: Path) -> None:
+    opened = Checkpoints(tmp_path, 2)
+    for step in range(1, 5):
+        opened.save(step, items(step), {}, best=1)
+    opened.close()
+    again = Checkpoints(tmp_path, 2)
+    assert (again.find("latest"), again.find("best"), again.find("3")) == (4, 1, 3)
+    again.save(5, items(5), {}, best=1)
+    again.save(6, items(6), {}, best=6)
+    again.save(7, items(7), {}, best=6)
+    again.close()
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["6", "7"]
+
+
+def test_steps_that_are_not_there(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    assert checkpoints.find("latest") is None and checkpoints.find("best") is None
+    checkpoints.save(2, items(), {}, best=1)  # the best one was never saved
+    checkpoints.wait()
+    (tmp_path / "checkpoints" / "10").mkdir()  # left by something else: not a checkpoint
+    reader = Checkpoints(tmp_path, read_only=True)
+    assert reader.find("latest") == reader.find("best") == 2
+    for which in ("3", "last"):
+        with pytest.raises(UserError, match=r"--step.*latest, best or one of \[2\]"):
+            reader.find(which)
+    reader.close()
+
+
+def test_meta_is_that_of_the_moment_of_saving(checkpoints: Checkpoints) -> None:
+    history = {"val_losses": [1.0]}
+    checkpoints.save(1, items(), {"history": history})
+    history["val_losses"].append(2.0)
+    checkpoints.wait()
+    assert checkpoints.meta(1)["history"] == {"val_losses": [1.0]} and checkpoints.meta(1)["step"] == 1
+
+
+def test_another_models_checkpoint_is_refused_by_folder(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    checkpoints.save(1, items(), {})
+    checkpoints.wait()
+    larger = items()
+    larger["trained"] = {n: jnp.zeros((32, 32)) for n in larger["trained"]}
+    other_names = items()
+    other_names["trained"] = {f"{n}2": x for n, x in other_names["trained"].items()}
+    for like in (larger, other_names):
+        with pytest.raises(UserError, match="checkpoints/1"):
+            checkpoints.restore(1, like)
+    with pytest.raises(UserError, match="unknown to this model"):
+        checkpoints.restore_arrays(1, {"llm.w": arrays()["llm.w"]})
+
+
+# -- fingerprints ---------------------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_is_the_same_on_every_mesh() -> None:
+    plain = {name: jnp.asarray(np.asarray(x)) for name, x in arrays().items()}
+    assert {fingerprint(arrays(0, spec)) for spec in SPECS} == {fingerprint(plain)}
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 127), st.integers(0, 31), st.sampled_from(["float32", "bfloat16"]))
+def test_a_flipped_bit_changes_the_fingerprint(place: int, bit: int, dtype: str) -> None:
+    original = np.asarray(jnp.asarray(arrays()["llm.w"], dtype))
+    words = original.copy().view(np.uint32 if dtype == "float32" else np.uint16)
+    words.reshape(-1)[place] ^= np.array(1 << (bit % (8 * words.itemsize)), words.dtype)
+    flipped = words.view(original.dtype)
+    assert fingerprint({"w": jnp.asarray(original)}) != fingerprint({"w": jnp.asarray(flipped)})
+
+
+def test_names_shapes_and_order_of_values_count() -> None:
+    x = jnp.arange(1.0, 7.0)
+    prints = [fingerprint(a) for a in ({"a": x}, {"b": x}, {"a": x.reshape(2, 3)}, {"a": x[::-1]}, {"a": x, "b": x})]
+    assert len(set(prints)) == len(prints)
+    assert fingerprint({"b": x, "a": x}) == prints[-1] and fingerprint({}) == ""
+
+
+# -- what a run starts from -----------------------------------------------------------------------------------
+
+
+def a_run(folder: Path, frozen: dict[str, str]) -> str:
+    """A run folder that trained `llm` and `connector`, beside the frozen parts that it names."""
+    folder.mkdir()
+    run.write_json(folder / "config.json", to_dict(Config(workdir=str(folder))))
+    saved = Checkpoints(folder)
+    saved.save(5, items(1), {"frozen": frozen})
+    saved.close()
+    return str(folder)
+
+
+def model() -> dict[str, jax.Array]:
+    return {**arrays(0), "encoder.w": jnp.ones((4, 4))}
+
+
+def test_init_from_takes_what_was_trained_and_checks_what_was_not(tmp_path: Path) -> None:
+    encoder = {"encoder": fingerprint({"encoder.w": model()["encoder.w"]})}
+    started = run.start_from(a_run(tmp_path / "same", encoder), model(), ())
+    assert_equal({n: started[n] for n in arrays()}, arrays(1))
+    assert_equal(started["encoder.w"], model()["encoder.w"])
+    other = a_run(tmp_path / "other", {"encoder": "00000000"})
+    with pytest.raises(UserError, match="trained with other encoder weights"):
+        run.start_from(other, model(), ())
+    assert_equal(run.start_from(other, model(), ("encoder",))["llm.w"], arrays(1)["llm.w"])
+
+
+def test_init_from_names_what_is_missing(tmp_path: Path) -> None:
+    source = a_run(tmp_path / "partial", {})
+    with pytest.raises(UserError, match=r"no encoder in .*partial.*--config.init_missing_ok=encoder"):
+        run.start_from(source, model(), ())
+    assert_equal(run.start_from(source, model(), ("encoder",))["connector.w"], arrays(1)["connector.w"])
+
+
+def test_init_from_a_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="config.init_from"):
+        run.start_from(str(tmp_path), model(), ())
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="without a checkpoint"):
+        run.start_from(str(tmp_path), model(), ())
+
+
+# -- the run's folder -----------------------------------------------------------------------------------------
+
+
+def test_only_a_committed_checkpoint_binds_the_configuration(tmp_path: Path) -> None:
+    config = Config(workdir=str(tmp_path / "run"))
+    folder = run.open_folder(config)
+    (folder / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+    changed = Config(workdir=str(folder), seed=7)
+    assert run.open_folder(changed) == folder and run.read_json(folder / "config.json")["seed"] == 7
+    (folder / "checkpoints" / "3").mkdir()
+    with pytest.raises(UserError, match="other seed"):
+        run.open_folder(config)
+
+
+def test_done_until_there_is_more_to_do(tmp_path: Path) -> None:
+    assert not run.is_done(tmp_path, 10)
+    run.write_done(tmp_path, 10, 10)
+    assert run.is_done(tmp_path, 10) and not run.is_done(tmp_path, 11)
+    run.write_done(tmp_path, 6, 10)  # stopped early
+    assert run.read_json(tmp_path / "DONE")["stopped_early"] and run.is_done(tmp_path, 10)
+    assert not run.is_done(tmp_path, 20)

@@ -1,0 +1,75 @@
+"""metrics.jsonl survives a kill and a resume; MFU counts what its formula says."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from elm_jax.models.families import scratch_config
+from elm_jax.runtime import telemetry
+from elm_jax.runtime.telemetry import MetricsFile, Progress, peak_flops, step_flops
+
+
+def test_lines_after_the_restored_step_are_cut(tmp_path: Path) -> None:
+    first = MetricsFile(tmp_path, 0, writes=True)
+    first.write({"event": "start", "step": 0})
+    for step in range(1, 6):
+        first.write({"step": step, "loss": 1.0 / step})
+    first.write({"event": "bad_record", "step": 5, "id": "x"})
+    with first.path.open("a") as file:
+        file.write('{"step": 6, "lo')  # killed while writing
+    again = MetricsFile(tmp_path, 3, writes=True)
+    again.write({"step": 4, "loss": 0.25})
+    assert [line["step"] for line in again.lines()] == [0, 1, 2, 3, 4]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_line_is_on_disk_at_once_and_strict_json(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path, 0, writes=True)
+    file.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "mfu": None})
+
+    def refuse(name: str) -> float:
+        raise AssertionError(f"{name} is no JSON")
+
+    line = json.loads(file.path.read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "loss": None, "grad_norm": None, "mfu": None}
+
+
+def test_only_the_first_process_writes(tmp_path: Path) -> None:
+    other = MetricsFile(tmp_path, 0, writes=False)
+    other.write({"step": 1})
+    assert not other.path.exists() and other.lines() == []
+
+
+def test_flops_of_a_step() -> None:
+    """By hand: a layer's matrices for every token, the head for the supervised ones, and attention as masked."""
+    llm = scratch_config({"hidden": 8, "layers": 2, "heads": 2, "kv_heads": 1, "mlp": 16, "max_len": 32}, 32)
+    matrices = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
+    tokens, supervised, pairs = 10, 3, 55
+    products = matrices * tokens + 8 * llm.vocab_size * supervised
+    attention = 2 * 2 * 2 * 4 * pairs  # scores and their use, layers, heads, head size
+    assert step_flops(llm, matrices, True, tokens, supervised, pairs) == 6 * (products + attention)
+    assert step_flops(llm, matrices, False, tokens, supervised, pairs) == 4 * (products + attention)
+
+
+@pytest.mark.parametrize(("kind", "peak"), [("NVIDIA H200", 989e12), ("TPU v5 lite", 197e12), ("cpu", None)])
+def test_peaks(kind: str, peak: float | None) -> None:
+    assert peak_flops(kind) == peak
+
+
+def test_the_bar_counts_from_where_the_run_resumes() -> None:
+    shown = io.StringIO()
+    bar = Progress(20, 10, shown=True, file=shown)
+    bar.update(1, {"loss": 1.25, "tokens_per_s": 1000.0, "mfu": 0.5})
+    bar.close()
+    assert "11/20" in shown.getvalue() and "loss=1.2500" in shown.getvalue() and "mfu=50.0%" in shown.getvalue()
+
+
+def test_a_tracker_without_its_package_is_the_users_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"config.log.wandb.*pip install"):
+        telemetry.trackers(tmp_path, wandb=True, tensorboard=False, config={})
