@@ -8,11 +8,11 @@ refused.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,6 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays
 
-logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports each file it writes
 
 MODEL_ITEMS = ("trained", "statistics")  # flat dictionaries of the model's arrays
 ITEMS = (*MODEL_ITEMS, "optimizer")
@@ -37,6 +36,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, count: int = 1, read_only: bool = False) -> None:
+        absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax reports each file, and that read-only is read-only
         self.folder = folder / "checkpoints"
         self._kept = _LatestAndBest(count)
         self._manager = ocp.CheckpointManager(

@@ -1,0 +1,261 @@
+"""The plan: every sample once an epoch, in rows that fit, as a pure function of seed and step."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import threading
+import time
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elm_jax.data.plan import LengthIndex, Plan, PlannedRow, bucket, token_buckets
+from elm_jax.errors import UserError
+
+SYSTEM, SIGNAL = 6, 4  # tokens of the system prompt, and of an ECG
+
+
+def index_of(
+    own: list[int], recordings: list[int], share: str = "none", datasets: list[int] | None = None, targets: int = 2
+) -> LengthIndex:
+    """Conversations of a system prompt, one ECG and `own` more tokens; own = 0 marks one that is unusable."""
+    count = len(own)
+    prefix = {"none": 0, "system": SYSTEM, "ecg": SYSTEM + SIGNAL}[share]
+    usable = np.array(own) > 0
+    key = np.array(recordings, np.uint64) + np.uint64(100) if share == "ecg" else np.full(count, 7, np.uint64)
+    ones = np.ones(count, np.int32)
+    return LengthIndex(
+        length=np.where(usable, SYSTEM + SIGNAL + np.array(own), 0).astype(np.int32),
+        targets=(targets * usable).astype(np.int32),
+        ecgs=ones,
+        prefix=np.full(count, prefix, np.int32),
+        key=key,
+        prefix_ecgs=ones * (share == "ecg"),
+        dataset=np.array(datasets or [0] * count, np.int32),
+    )
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[LengthIndex, dict]:
+    count = draw(st.integers(1, 60))
+    own = draw(st.lists(st.integers(0, 40), min_size=count, max_size=count))
+    own[draw(st.integers(0, count - 1))] = 5  # one at least is usable
+    recordings = draw(st.lists(st.integers(0, 8), min_size=count, max_size=count))
+    index = index_of(own, recordings, draw(st.sampled_from(["none", "system", "ecg"])))
+    settings = {
+        "rows": draw(st.sampled_from([1, 2, 4, 8])),
+        "max_len": draw(st.integers(50, 130)),
+        "pack": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**32)),
+        "shuffle": draw(st.booleans()),
+    }
+    return index, settings
+
+
+def epoch_rows(plan: Plan, epoch: int) -> list[PlannedRow]:
+    return [row for step in range(plan.steps_before(epoch), plan.steps_before(epoch + 1)) for row in plan.rows(step)]
+
+
+def samples(rows: list[PlannedRow]) -> list[int]:
+    return [sample for row in rows for group in row for sample in group.samples]
+
+
+def tokens(row: PlannedRow, index: LengthIndex) -> int:
+    return sum(g.prefix + sum(int(index.length[s]) - g.prefix for s in g.samples) for g in row)
+
+
+@given(plans())
+def test_every_usable_sample_once_an_epoch_in_rows_that_fit(case: tuple[LengthIndex, dict]) -> None:
+    index, settings = case
+    plan = Plan(index, **settings)
+    for epoch in range(3):
+        rows = epoch_rows(plan, epoch)
+        assert sorted(samples(rows)) == np.flatnonzero(index.length > 0).tolist()
+        assert len(rows) % plan.batch_rows == 0
+        assert max(tokens(row, index) for row in rows) <= plan.max_len
+
+
+@given(plans())
+def test_a_group_shares_what_is_equal_and_nothing_else(case: tuple[LengthIndex, dict]) -> None:
+    index, settings = case
+    for row in epoch_rows(Plan(index, **settings), 0):
+        for group in row:
+            chosen = list(group.samples)
+            if len(chosen) > 1:
+                assert group.prefix > 0 and settings["pack"]
+            if group.prefix:
+                assert len({int(k) for k in index.key[chosen]}) == 1
+                assert set(index.prefix[chosen].tolist()) == {group.prefix}
+                assert len(set(index.prefix_ecgs[chosen].tolist())) == 1
+        keys = [int(index.key[g.samples[0]]) for g in row if g.prefix]
+        assert len(keys) == len(set(keys)), "one prefix stands twice in a row"
+
+
+@given(plans(), st.randoms(use_true_random=False))
+def test_rows_do_not_depend_on_what_was_asked_before(case: tuple[LengthIndex, dict], order: random.Random) -> None:
+    index, settings = case
+    plan = Plan(index, **settings)
+    in_order = [plan.rows(step) for step in range(plan.steps_before(4))]
+    again = Plan(index, **settings)
+    steps = list(range(len(in_order)))
+    order.shuffle(steps)
+    for step in steps:
+        assert again.rows(step) == in_order[step]
+    copy = pickle.loads(pickle.dumps(plan))
+    assert [copy.rows(step) for step in steps] == [in_order[step] for step in steps]
+    assert [plan.epoch_of(step) for step in range(len(in_order))] == sorted(map(plan.epoch_of, range(len(in_order))))
+
+
+@given(plans())
+def test_every_row_of_a_step_fits_its_shape_and_shapes_are_few(case: tuple[LengthIndex, dict]) -> None:
+    index, settings = case
+    plan = Plan(index, **settings)
+    shapes = set()
+    for step in range(plan.steps_before(5)):
+        rows = plan.rows(step)
+        shape = plan.shape(rows)
+        shapes.add(shape)
+        for row in rows:
+            assert tokens(row, index) <= shape.tokens
+            assert sum(int(index.targets[s]) for g in row for s in g.samples) <= shape.targets
+            ecgs = sum(1 if index.prefix_ecgs[g.samples[0]] and g.prefix else len(g.samples) for g in row)
+            assert ecgs <= shape.signals
+        assert shape.tokens <= -(-plan.max_len // 8) * 8
+    assert len(shapes) <= 12
+
+
+def test_another_seed_or_epoch_is_another_order() -> None:
+    index = index_of([5] * 40, list(range(40)))
+    orders = [samples(epoch_rows(Plan(index, rows=2, max_len=64, pack=True, seed=s), e)) for s in (0, 1) for e in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_without_shuffling_samples_keep_their_order() -> None:
+    index = index_of([5, 0, 9, 2], [0, 1, 2, 3])
+    plan = Plan(index, rows=2, max_len=64, pack=False, seed=0, shuffle=False)
+    assert samples(epoch_rows(plan, 0)) == [0, 2, 3] and samples(epoch_rows(plan, 1)) == [0, 2, 3]
+
+
+def test_the_last_step_of_an_epoch_is_filled_up_with_empty_rows() -> None:
+    plan = Plan(index_of([5] * 5, [0] * 5), rows=4, max_len=64, pack=False, seed=0)
+    assert plan.steps_before(1) == 2 and [len(row) for row in plan.rows(1)] == [1, 0, 0, 0]
+
+
+def test_questions_about_a_recording_stand_behind_it_together() -> None:
+    index = index_of([4] * 30, [i % 3 for i in range(30)], "ecg")
+    rows = epoch_rows(Plan(index, rows=1, max_len=10 + 40, pack=True, seed=3), 0)
+    assert len(rows) == 3 and all(len(row) == 1 and len(row[0].samples) == 10 for row in rows)
+
+
+def test_the_system_prompt_stands_once_in_a_row() -> None:
+    index = index_of([4] * 12, list(range(12)), "system")
+    rows = epoch_rows(Plan(index, rows=1, max_len=6 + 6 * 8, pack=True, seed=3), 0)
+    assert len(rows) == 2 and all(len(row) == 1 and row[0].prefix == SYSTEM for row in rows)
+
+
+# -- weights --------------------------------------------------------------------------------------------------
+
+
+def seen(weights: tuple[float, ...], sizes: tuple[int, ...], epochs: int) -> list[Counter[int]]:
+    datasets = [d for d, size in enumerate(sizes) for _ in range(size)]
+    index = index_of([5] * len(datasets), [0] * len(datasets), datasets=datasets)
+    plan = Plan(index, rows=3, max_len=64, pack=True, seed=1, weights=weights)
+    return [Counter(samples(epoch_rows(plan, epoch))) for epoch in range(epochs)]
+
+
+def test_a_weight_is_how_often_an_epoch_sees_a_dataset() -> None:
+    for epoch in seen((1.0, 3.0), (7, 5), 2):
+        assert [epoch[i] for i in range(7)] == [1] * 7
+        assert [epoch[i] for i in range(7, 12)] == [3] * 5
+
+
+def test_a_fraction_takes_turns() -> None:
+    epochs = seen((1.0, 0.5), (4, 10), 4)
+    for first, second in (epochs[:2], epochs[2:]):
+        assert all(sum(epoch[i] for i in range(4, 14)) == 5 for epoch in (first, second))
+        assert all(first[i] + second[i] == 1 for i in range(4, 14))
+
+
+@given(st.floats(0.05, 4.0), st.integers(1, 30))
+def test_over_the_epochs_no_sample_is_seen_twice_more_than_another(weight: float, size: int) -> None:
+    epochs = seen((1.0, weight), (3, size), 5)
+    total = Counter[int]()
+    for epoch in epochs:
+        total.update({i: epoch[i] for i in range(3, 3 + size)})
+    counts = [total[i] for i in range(3, 3 + size)]
+    assert max(counts) - min(counts) <= 1
+    assert sum(counts) == pytest.approx(5 * weight * size, abs=1)
+
+
+# -- edges ----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_usable_is_the_users_error() -> None:
+    with pytest.raises(UserError, match="no usable sample"):
+        Plan(index_of([0, 0], [0, 0]), rows=1, max_len=64, pack=True, seed=0)
+
+
+def test_an_index_of_longer_samples_is_our_fault() -> None:
+    plan = Plan(index_of([60], [0]), rows=1, max_len=32, pack=True, seed=0)
+    with pytest.raises(AssertionError, match="max_len"):
+        plan.rows(0)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 300))
+def test_a_bucket_holds_its_size_and_half_of_it_does_not(size: int, least: int) -> None:
+    found = bucket(size, least)
+    assert found >= max(size, least) and (found == least or found // 2 < size)
+    assert (found // least).bit_count() == 1 and found % least == 0
+
+
+@given(st.integers(1, 10_000))
+def test_row_lengths_end_with_the_longest_row(max_len: int) -> None:
+    buckets = token_buckets(max_len)
+    assert max_len <= buckets[-1] < max_len + 8 and all(a <= b and a % 8 == 0 for a, b in pairwise(buckets))
+
+
+def test_threads_that_meet_at_the_end_of_an_epoch_see_the_same_plan() -> None:
+    """Steps are read ahead by threads, so two of them may be the first to plan an epoch."""
+    index = index_of([5] * 200, [0] * 200)
+    make = {"rows": 4, "max_len": 64, "pack": True, "seed": 0}
+    expected = Plan(index, **make)
+    for _ in range(20):
+        plan, found = Plan(index, **make), {}
+        barrier = threading.Barrier(4)
+
+        def read(first: int, plan: Plan = plan, found: dict = found, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            for step in range(first, 60, 4):
+                found[step] = plan.rows(step)
+
+        threads = [threading.Thread(target=read, args=(first,)) for first in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == {step: expected.rows(step) for step in range(60)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", ["none", "system", "ecg"])
+def test_three_hundred_thousand_samples_are_planned_in_seconds(share: str) -> None:
+    count = 300_000
+    rng = np.random.default_rng(0)
+    own, recordings = rng.integers(20, 120, count).tolist(), (np.arange(count) // 14).tolist()
+    index = index_of(own, recordings, share)
+    begin = time.process_time()
+    plan = Plan(index, rows=8, max_len=2048, pack=True, seed=0)
+    plan.shape(plan.rows(0))
+    assert time.process_time() - begin < 20  # measured: 1 to 4
+    begin = time.process_time()
+    for step in range(1, 50):
+        plan.shape(plan.rows(step))
+    assert (time.process_time() - begin) / 49 < 0.05
+    fill = sum(tokens(row, index) for row in epoch_rows(plan, 0)) / (plan.steps_before(1) * 8 * 2048)
+    assert fill > 0.75
+    assert sum(column.nbytes for column in vars(index).values()) <= 40 * count
