@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import grain.python as grain
 import numpy as np
+from absl import flags
 
 from elm_jax.data.batch import Batch, Conversation, Group, collate, stack_micro_batches
 from elm_jax.data.dataset import Dataset
@@ -131,5 +132,7 @@ def steps_from(source: StepSource, first: int, workers: int = 0) -> Iterator[Loa
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     dataset = steps.to_iter_dataset(options)
     if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS(["elm_jax"])  # Grain reads flags of its own in the processes that it starts
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     yield from dataset

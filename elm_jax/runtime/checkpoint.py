@@ -22,7 +22,6 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays
 
-
 MODEL_ITEMS = ("trained", "statistics")  # flat dictionaries of the model's arrays
 ITEMS = (*MODEL_ITEMS, "optimizer")
 

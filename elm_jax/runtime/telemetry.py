@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 from tqdm import tqdm
 
 # Peak dense bfloat16 FLOP/s of one device, by a part of its `device_kind` (vendors' data sheets).
@@ -102,6 +103,29 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+class Profiler:
+    """Writes an XLA profile of the steps a to b - 1 (`log.profile_steps` "a:b") into `profile/` of a run's folder."""
+
+    def __init__(self, folder: Path, steps: str | None) -> None:
+        self.folder = folder / "profile"
+        self.first, self.last = (int(part) for part in steps.split(":")) if steps else (-1, -1)
+        self.active = False
+
+    def before(self, step: int) -> None:
+        """Call before each step (counted from 0), so that the profile begins and ends between steps."""
+        if step == self.first:
+            jax.profiler.start_trace(str(self.folder))
+            self.active = True
+        elif step == self.last:
+            self.close()
+
+    def close(self) -> None:
+        """End the profile, if one has begun."""
+        if self.active:
+            jax.profiler.stop_trace()
+            self.active = False
 
 
 class Stopwatch:

@@ -77,11 +77,13 @@ class Trainer:
         progress = telemetry.Progress(
             self.total_steps, first, self.config.log.progress and jax.process_index() == 0
         )
+        profiler = telemetry.Profiler(self.folder, self.config.log.profile_steps)
         done = first
         with StopSignal(active=jax.process_count() == 1) as stop:
             try:
                 for loaded in self._steps(first):
                     done = loaded.step + 1
+                    profiler.before(loaded.step)
                     line = self._advance(loaded)
                     progress.update(1, line)
                     validated = line is not None and "val_loss" in line
@@ -98,6 +100,7 @@ class Trainer:
                     if stopped_early:
                         break
             finally:
+                profiler.close()
                 progress.close()
                 self.checkpoints.wait()
         self._finish(done)

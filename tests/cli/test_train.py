@@ -104,3 +104,10 @@ def test_evaluate_refuses_what_is_not_the_run(trained: Path, tmp_path: Path) -> 
     assert str(tmp_path) in nowhere.stderr
     step = run("evaluate", "--checkpoint", str(trained), "--step", "7777", status=2)
     assert "7777" in step.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_profile_of_the_steps_asked_for_is_written(tmp_path: Path) -> None:
+    flags = ["--config.train.steps=4", "--config.log.profile_steps=1:3", "--noconfig.eval.at_end"]
+    run("train", *TINY, *flags, f"--config.workdir={tmp_path}")
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))

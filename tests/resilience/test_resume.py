@@ -189,7 +189,7 @@ def test_more_steps_and_other_resumable_keys_go_on(unbroken: Path, tmp_path: Pat
     """The folder itself may move, too."""
     folder = tmp_path / "moved"
     shutil.copytree(unbroken, folder)
-    changes = {"train__save_every": 1, "train__keep": 1, "eval__limit": 3, "data__workers": 0}
+    changes = {"train__save_every": 1, "train__keep": 1, "eval__limit": 3, "data__workers": 1}
     assert command(folder, train__steps=STEPS + 2, optim__schedule="cosine", **changes) == 0
     assert sorted(logged(folder)) == list(range(1, STEPS + 3))
     assert {step: values for step, values in logged(folder).items() if step <= STEPS} == logged(unbroken)

@@ -1,0 +1,237 @@
+"""The length index: what it says, when it is made again, and what it does about records that cannot be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elm_jax.config import DataConfig
+from elm_jax.data.chat import add_tokens
+from elm_jax.data.dataset import Dataset, TextSpec, read_system_prompt, signal_spec, text_spec
+from elm_jax.data.demo import demo_tokenizer
+from elm_jax.data.sources import load_records
+from elm_jax.errors import UserError
+
+ANSWERED = [{"from": "human", "value": "Is this normal?"}, {"from": "gpt", "value": "yes"}]
+UNANSWERED = ANSWERED[:1]
+
+
+@functools.cache
+def tokenizer() -> Any:
+    made = demo_tokenizer()
+    add_tokens(made, "sft")
+    return made
+
+
+def records(folder: Path, texts: list[Any], paths: list[Any] | None = None) -> None:
+    paths = paths or [f"ecg_{i // 2}.npy" for i in range(len(texts))]
+    rows = [{"ecg_path": p, "text": t, "name": "x", "patient_id": str(i)} for i, (p, t) in enumerate(zip(paths, texts, strict=True))]
+    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def dataset(folder: Path, using: Any = None, **changes: Any) -> Dataset:
+    data = DataConfig(
+        names=("records.jsonl",), root=str(folder), max_len=256, val_fraction=0.0, system_prompt="You read ECGs."
+    )
+    text = dataclasses.replace(text_spec(data, "qwen2", 4, "sft", ()), **changes)
+    return Dataset(load_records(data, "train", 0), using or tokenizer(), text, signal_spec(data, 0))
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Records that were rendered."""
+    seen: list[int] = []
+    render = Dataset.render
+
+    def count(self: Dataset, index: int) -> Any:
+        seen.append(index)
+        return render(self, index)
+
+    monkeypatch.setattr(Dataset, "render", count)
+    return seen
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    for name, column in vars(expected).items():
+        np.testing.assert_array_equal(getattr(found, name), column, err_msg=name)
+        assert getattr(found, name).dtype == column.dtype
+
+
+# -- what it says ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", ["none", "system", "ecg"])
+def test_the_index_says_what_rendering_gives(tmp_path: Path, share: str) -> None:
+    late = [{"from": "human", "value": "From <ecg> to <ecg>: worse?"}, {"from": "gpt", "value": "no"}]
+    paths = ["a.npy", "a.npy", "b.npy", ["a.npy", "b.npy"], ["a.npy", "b.npy"], "noise", "noise"]
+    records(tmp_path, [ANSWERED, ANSWERED, ANSWERED, late, ANSWERED, ANSWERED, ANSWERED], paths)
+    made = dataset(tmp_path)
+    index = made.length_index(share, 0.0)
+    for i in range(len(made)):
+        rendered = made.render(i)
+        assert index.length[i] == len(rendered.ids) and index.targets[i] == rendered.supervised.sum() > 0
+        assert index.ecgs[i] == len(rendered.signal_positions)
+        assert index.prefix[i] <= np.argmax(rendered.supervised)
+        inside = (rendered.signal_positions < index.prefix[i]).all(axis=1).sum()
+        assert index.prefix_ecgs[i] == (inside if share == "ecg" and rendered.signal_end else 0)
+    for i in range(len(made)):
+        for j in range(i):
+            if index.prefix[i] and index.key[i] == index.key[j]:
+                assert index.prefix[i] == index.prefix[j]
+                shared = slice(0, int(index.prefix[i]))
+                np.testing.assert_array_equal(made.render(i).ids[shared], made.render(j).ids[shared])
+    keys = index.key.tolist()
+    assert (index.prefix > 0).all() == (share != "none")
+    if share == "ecg":
+        assert keys[0] == keys[1] != keys[2] and keys[4] not in keys[:4]
+        assert index.prefix_ecgs.tolist() == [1, 1, 1, 0, 2, 1, 1], "ECGs within the question are not shared"
+        assert keys[5] != keys[6], "each record's noise is its own"
+
+
+def test_a_record_takes_few_bytes(tmp_path: Path) -> None:
+    records(tmp_path, [ANSWERED] * 100)
+    index = dataset(tmp_path).length_index("ecg", 0.0)
+    assert sum(column.nbytes for column in vars(index).values()) <= 40 * 100
+
+
+# -- when it is made again ------------------------------------------------------------------------------------
+
+
+def test_the_second_time_it_is_read(tmp_path: Path, measured: list[int]) -> None:
+    records(tmp_path, [ANSWERED] * 6)
+    first = dataset(tmp_path).length_index("ecg", 0.0, tmp_path / "cache")
+    assert measured == list(range(6))
+    measured.clear()
+    assert_same(dataset(tmp_path).length_index("ecg", 0.0, tmp_path / "cache"), first)
+    assert_same(dataset(tmp_path).length_index("none", 0.0, tmp_path / "cache"), dataset(tmp_path).length_index("none", 0.0))
+    assert measured == list(range(6)), "another share needs no measuring; without a cache it is made anew"
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def larger_tokenizer() -> Any:
+    made = demo_tokenizer()
+    add_tokens(made, "sft")
+    made.add_tokens(["normal"])
+    return made
+
+
+def rewritten(folder: Path) -> None:
+    records(folder, [*[ANSWERED] * 5, [*ANSWERED[:1], {"from": "gpt", "value": "no"}]])
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (None, {"system_prompt": "Another."}),
+        (None, {"signal_tokens": 5}),
+        (None, {"max_len": 200}),
+        (None, {"family": "plain"}),
+        (None, {"explicit_thinking": True}),
+        (None, {"using": larger_tokenizer}),
+        (rewritten, {}),
+        (lambda folder: records(folder, [ANSWERED] * 6, ["other.npy"] * 6), {}),
+        (lambda folder: records(folder, [ANSWERED] * 5), {}),
+    ],
+    ids=["prompt", "signal_tokens", "max_len", "family", "thinking", "tokenizer", "text", "paths", "fewer"],
+)
+def test_what_may_change_a_length_makes_it_anew(
+    tmp_path: Path, measured: list[int], change: Callable[[Path], None] | None, options: dict[str, Any]
+) -> None:
+    records(tmp_path, [ANSWERED] * 6)
+    dataset(tmp_path).length_index("ecg", 0.0, tmp_path / "cache")
+    measured.clear()
+    if change:
+        change(tmp_path)
+    if "using" in options:
+        options = {"using": options["using"]()}
+    changed = dataset(tmp_path, **options)
+    changed.length_index("ecg", 0.0, tmp_path / "cache")
+    assert measured == list(range(len(changed)))
+
+
+def test_a_saved_tokenizer_makes_the_same_index(tmp_path: Path, measured: list[int]) -> None:
+    """A run keeps its tokenizer, and reads that one when it goes on."""
+    from transformers import AutoTokenizer
+
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    records(tmp_path, [ANSWERED] * 4)
+    first = dataset(tmp_path).length_index("ecg", 0.0, tmp_path / "cache")
+    again = dataset(tmp_path, using=AutoTokenizer.from_pretrained(tmp_path / "tokenizer"))
+    measured.clear()
+    assert_same(again.length_index("ecg", 0.0, tmp_path / "cache"), first)
+    assert measured == []
+
+
+# -- records that cannot be used ------------------------------------------------------------------------------
+
+
+def test_a_record_without_an_answer_is_named(tmp_path: Path) -> None:
+    records(tmp_path, [ANSWERED, UNANSWERED, ANSWERED])
+    with pytest.raises(UserError, match=r"record records.jsonl:1: .*answer"):
+        dataset(tmp_path).length_index("ecg", 0.0)
+
+
+def test_few_are_left_out_and_the_limit_holds_for_the_cache_too(tmp_path: Path) -> None:
+    records(tmp_path, [ANSWERED, UNANSWERED, ANSWERED, UNANSWERED])
+    made = dataset(tmp_path)
+    index = made.length_index("ecg", 0.5, tmp_path / "cache")
+    assert (index.length > 0).tolist() == [True, False, True, False]
+    with pytest.raises(UserError, match=r"record records.jsonl:3: "):
+        made.length_index("ecg", 0.25, tmp_path / "cache")
+    with pytest.raises(UserError, match=r"record records.jsonl:3: "):
+        made.length_index("ecg", 0.25)
+
+
+# -- the specs ------------------------------------------------------------------------------------------------
+
+
+def test_text_only_has_no_signals(tmp_path: Path) -> None:
+    records(tmp_path, [ANSWERED])
+    made = dataset(tmp_path, signal_tokens=0)
+    assert made.signals(0) == [] and made.length_index("ecg", 0.0).ecgs.tolist() == [0]
+    assert text_spec(DataConfig(perturb="only_text"), "qwen2", 4, "sft", ()).signal_tokens == 0
+
+
+def test_noise_is_a_records_own_and_depends_on_the_seed(tmp_path: Path) -> None:
+    records(tmp_path, [ANSWERED, ANSWERED], ["noise", "noise"])
+    made = dataset(tmp_path)
+    other = Dataset(made.records, made.tokenizer, made.text, dataclasses.replace(made.signal, seed=1))
+    first, again, second, reseeded = made.signals(0)[0], made.signals(0)[0], made.signals(1)[0], other.signals(0)[0]
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, second) and not np.array_equal(first, reseeded)
+    assert first.shape == made.signal.shape == (12, 2500) and first.dtype == np.float32
+
+
+def test_a_system_prompt_may_be_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text("Read the ECG.\n")
+    assert read_system_prompt(str(path)) == "Read the ECG."
+    assert read_system_prompt("Read it.") == "Read it." and read_system_prompt("") is read_system_prompt(None) is None
+    with pytest.raises(UserError, match="data.system_prompt"):
+        read_system_prompt(str(tmp_path / "gone.md"))
+
+
+@pytest.mark.slow
+def test_looking_up_a_cached_index_costs_little_beside_making_it(tmp_path: Path) -> None:
+    texts = [[{"from": "human", "value": f"Question {i}?"}, {"from": "gpt", "value": f"{i}"}] for i in range(5000)]
+    records(tmp_path, texts)
+    made, spent = dataset(tmp_path), []
+    for _ in range(2):
+        begin = time.process_time()
+        made.length_index("ecg", 0.0, tmp_path / "cache")
+        spent.append((time.process_time() - begin) / len(made))
+    print(f"seconds a record: {spent[0]:.1e} to make, {spent[1]:.1e} to look up")
+    assert spent[0] < 2e-3 and spent[1] < spent[0] and spent[1] < 4e-4
+
+
+def test_specs_are_plain_values() -> None:
+    """They are part of the index's fingerprint and cross processes."""
+    assert json.dumps(dataclasses.asdict(TextSpec("qwen2", 4)))
