@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -78,26 +78,27 @@ def assemble(config: Config, tokenizer_folder: Path | None = None) -> Assembly:
     return Assembly(config, tokenizer, text, llm, folder, structure)
 
 
-def make_arrays(assembly: Assembly, shardings: Mapping[str, Any]) -> Arrays:
-    """The model's arrays in their shards: loaded where there is a checkpoint, else drawn from the seed."""
-    config, structure = assembly.config, assembly.structure
-    loaded: Arrays = {}
-    if assembly.llm_folder is not None:
+def make_arrays(assembly: Assembly, shardings: Mapping[str, Any], known: Collection[str] = ()) -> Arrays:
+    """The model's arrays in their shards: loaded where there is a checkpoint, else drawn from the seed.
+
+    Those that are `known`, from a run's own checkpoint, are left out.
+    """
+    config, leaves = assembly.config, assembly.structure.leaves
+    wanted = [name for name in leaves if name not in known]
+    components = {name.split(".")[0] for name in wanted}
+    made: Arrays = {}
+    if assembly.llm_folder is not None and "llm" in components:
         dtype = _dtype(config, "llm")
         arrays = load_llm_arrays(assembly.llm_folder, assembly.llm, dtype, lambda n, _: shardings[f"llm.{n}"])
-        loaded |= {f"llm.{name}": x for name, x in arrays.items()}
-    if config.encoder.checkpoint is not None:
-        of_encoder = {
-            n.removeprefix("encoder."): v for n, v in structure.leaves.items() if n.startswith("encoder.")
-        }
-        arrays = from_published(
-            str(config.encoder.name), of_encoder, *read_checkpoint(config.encoder.checkpoint)
-        )
-        loaded |= {f"encoder.{n}": jax.device_put(x, shardings[f"encoder.{n}"]) for n, x in arrays.items()}
-    rest = {name: shardings[name] for name in structure.leaves if name not in loaded}
+        made |= {f"llm.{name}": x for name, x in arrays.items()}
+    if config.encoder.checkpoint is not None and "encoder" in components:
+        mine = {n.removeprefix("encoder."): leaf for n, leaf in leaves.items() if n.startswith("encoder.")}
+        arrays = from_published(str(config.encoder.name), mine, *read_checkpoint(config.encoder.checkpoint))
+        made |= {f"encoder.{n}": jax.device_put(x, shardings[f"encoder.{n}"]) for n, x in arrays.items()}
+    rest = {name: shardings[name] for name in wanted if name not in made}
     if rest:
-        loaded |= initialise(lambda: _build(config, assembly.llm), structure, rest)
-    return {name: loaded[name] for name in structure.leaves}
+        made |= initialise(lambda: _build(config, assembly.llm), assembly.structure, rest)
+    return {name: made[name] for name in wanted}
 
 
 def _build(config: Config, llm: DecoderConfig) -> ELM:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -44,21 +45,44 @@ def flags(workdir: Path, **changes: Any) -> list[str]:
     return ["--config", "configs/demo.py", *(f"--config.{name}={_text(value)}" for name, value in values.items())]
 
 
+def start_command(command: list[str], devices: int, env: dict[str, str]) -> subprocess.Popen[str]:
+    """Start a command on `devices` fake devices, with `env` beside what is inherited."""
+    devices_flag = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": devices_flag, **env}
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
 def start(
     workdir: Path, *, ask: str = "", devices: int = 1, env: dict[str, str] | None = None, **changes: Any
 ) -> subprocess.Popen[str]:
     """Start a tiny run on `devices` fake devices; `ask` is TEST_SIGNAL."""
-    inherited = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "ELM_JAX_CACHE": str(workdir.parent / "cache"),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "TEST_SIGNAL": ask,
-    }
-    command = [sys.executable, __file__, *flags(workdir, **changes)]
-    return subprocess.Popen(
-        command, env={**inherited, **(env or {})}, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    own = {"ELM_JAX_CACHE": str(workdir.parent / "cache"), "TEST_SIGNAL": ask, **(env or {})}
+    return start_command([sys.executable, __file__, *flags(workdir, **changes)], devices, own)
+
+
+def two() -> list[dict[str, str]]:
+    """The environments of two processes that belong together."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [{**together, "JAX_PROCESS_ID": str(i)} for i in range(2)]
+
+
+def start_two(workdir: Path, **options: Any) -> list[subprocess.Popen[str]]:
+    """Start a tiny run as two processes of four devices each."""
+    return [start(workdir, devices=4, env=env, **options) for env in two()]
+
+
+def finish_all(processes: list[subprocess.Popen[str]], expect: int = 0) -> list[str]:
+    """`finish` for each; none is left behind."""
+    try:
+        return [finish(process, expect) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def finish(process: subprocess.Popen[str], expect: int = 0) -> str:

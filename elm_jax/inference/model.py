@@ -117,13 +117,14 @@ class TrainedModel:
         step = checkpoints.find(which)
         if step is None:
             raise UserError(str(self.folder), "no checkpoint", "a trained run", "train it first")
-        arrays = make_arrays(self.assembly, array_shardings(self.assembly.structure, self.mesh))
-        restored = checkpoints.restore_arrays(step, arrays)
+        structure = self.assembly.structure
+        shardings = array_shardings(structure, self.mesh)
+        restored = checkpoints.restore_arrays(step, structure.abstract(shardings))
         saved = checkpoints.meta(step)["frozen"]
         checkpoints.close()
-        frozen = {n: x for n, x in arrays.items() if n not in restored}
+        frozen = make_arrays(self.assembly, shardings, known=restored)
         run.check_frozen(str(self.folder), saved, frozen, set(saved))
         compute = jnp.dtype(self.config.llm.compute_dtype)
         # What is multiplied in the compute dtype is kept in it; norms and statistics stay as they are.
         cast = {n: x.astype(compute) if n.endswith((".kernel", ".table")) else x for n, x in restored.items()}
-        return step, {**arrays, **cast}
+        return step, {**frozen, **cast}

@@ -40,6 +40,10 @@ class Structure:
         state = jax.tree.unflatten(self.treedef, [arrays[name] for name in self.leaves])
         return nnx.merge(self.graphdef, state)
 
+    def abstract(self, shardings: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Each array's shape, dtype and place, before it exists."""
+        return {n: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shardings[n]) for n, v in self.leaves.items()}
+
     def arrays(self, module: Any) -> Arrays:
         """The arrays of a module of this structure."""
         return dict(zip(self.leaves, jax.tree.leaves(nnx.split(module)[1]), strict=True))

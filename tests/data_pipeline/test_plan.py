@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elm_jax.data.plan import LengthIndex, Plan, PlannedRow, bucket, token_buckets
@@ -131,7 +131,8 @@ def test_every_row_of_a_step_fits_its_shape_and_shapes_are_few(case: tuple[Lengt
 
 def test_another_seed_or_epoch_is_another_order() -> None:
     index = index_of([5] * 40, list(range(40)))
-    orders = [samples(epoch_rows(Plan(index, rows=2, max_len=64, pack=True, seed=s), e)) for s in (0, 1) for e in (0, 1)]
+    plans = [Plan(index, rows=2, max_len=64, pack=True, seed=seed) for seed in (0, 1)]
+    orders = [samples(epoch_rows(plan, epoch)) for plan in plans for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
 
 
@@ -219,13 +220,22 @@ def test_row_lengths_end_with_the_longest_row(max_len: int) -> None:
     assert max_len <= buckets[-1] < max_len + 8 and all(a <= b and a % 8 == 0 for a, b in pairwise(buckets))
 
 
+class SlowPlan(Plan):
+    """Gives other threads time to come in between."""
+
+    def _plan_epoch(self, epoch: int) -> list[PlannedRow]:
+        time.sleep(0.002)
+        return super()._plan_epoch(epoch)
+
+
 def test_threads_that_meet_at_the_end_of_an_epoch_see_the_same_plan() -> None:
     """Steps are read ahead by threads, so two of them may be the first to plan an epoch."""
-    index = index_of([5] * 200, [0] * 200)
-    make = {"rows": 4, "max_len": 64, "pack": True, "seed": 0}
+    index = index_of([1 + 7 * i % 40 for i in range(40)], [0] * 40)
+    make = {"rows": 1, "max_len": 80, "pack": True, "seed": 0}
     expected = Plan(index, **make)
+    assert len({expected.steps_before(e + 1) - expected.steps_before(e) for e in range(4)}) > 1
     for _ in range(20):
-        plan, found = Plan(index, **make), {}
+        plan, found = SlowPlan(index, **make), {}
         barrier = threading.Barrier(4)
 
         def read(first: int, plan: Plan = plan, found: dict = found, barrier: threading.Barrier = barrier) -> None:

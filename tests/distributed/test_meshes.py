@@ -31,6 +31,7 @@ from elm_jax.training.state import TrainState, array_shardings, new_state, split
 from elm_jax.training.step import make_train_step
 
 STEPS, ROWS = 20, 8
+TOLERANCE = 2e-5  # nats; 1e-4 is promised, 7e-6 was the worst seen
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 FROZEN, TRAINED = ("connector", "llm"), ("encoder", "connector", "llm")
 HIDDEN, VOCABULARY = 128, 256  # so that every kind of matrix has SMALL elements or more
@@ -62,9 +63,10 @@ def initial() -> dict[str, np.ndarray]:
     arrays = {}
     for name, leaf in structure().leaves.items():
         fan_in = leaf.shape[-2] if len(leaf.shape) > 1 else 1
-        ones = name.endswith((".scale", ".var"))
-        drawn = rng.standard_normal(leaf.shape) * fan_in**-0.5 * (0.0 if name.endswith(".mean") else 1.0)
-        arrays[name] = (np.ones(leaf.shape) if ones else drawn * (0.3 if "embedding" in name else 1.0)).astype(np.float32)
+        scale = 0.0 if name.endswith(".mean") else 0.3 if "embedding" in name else 1.0
+        drawn = scale * fan_in**-0.5 * rng.standard_normal(leaf.shape)
+        value = np.ones(leaf.shape) if name.endswith((".scale", ".var")) else drawn
+        arrays[name] = value.astype(np.float32)
     return arrays
 
 
@@ -151,8 +153,8 @@ def assert_divided(state: TrainState, sizes: Sizes) -> None:
 def test_every_mesh_has_the_losses_of_one_device(sizes: Sizes, update: tuple[str, ...]) -> None:
     expected, found = alone(update), train(sizes, update)
     assert expected.losses[-1] < 0.8 * expected.losses[0], "nothing was learnt, so nothing was compared"
-    np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-3)
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-4)
     for name, value in expected.state.statistics.items():
         # Adam turns rounding of gradients near zero into steps of the kernels, which these statistics follow.
         scale = float(jnp.abs(value).max())
@@ -164,13 +166,13 @@ def test_every_mesh_has_the_losses_of_one_device(sizes: Sizes, update: tuple[str
 @pytest.mark.slow
 def test_micro_batches_on_a_mesh_have_the_losses_of_one_device() -> None:
     expected, found = alone(TRAINED, 2), train((2, 2, 2), TRAINED, 2)
-    np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.slow
 def test_frozen_micro_batches_have_the_losses_of_one_batch() -> None:
     """Without batch statistics, accumulation changes nothing at all."""
-    np.testing.assert_allclose(alone(FROZEN, 2).losses, alone(FROZEN).losses, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(alone(FROZEN, 2).losses, alone(FROZEN).losses, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.slow

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import time
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +12,11 @@ import runs
 
 # A constant rate, so that a run that is later made longer is the same run.
 MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "optim__schedule": "constant"}
-STEPS = 8
+DATA = {**MESH, "mesh__data": 8, "mesh__fsdp": 1, "mesh__tensor": 1}
+TENSOR = {**MESH, "mesh__data": 1, "mesh__fsdp": 1, "mesh__tensor": 8}
+STEPS = 9
 
-
-def processes(folder: Path, **changes: Any) -> list[Any]:
-    """Start a tiny run as two processes of four devices."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    return [
-        runs.start(folder, devices=4, env={**env, "JAX_PROCESS_ID": str(i)}, **{**MESH, **changes}) for i in range(2)
-    ]
-
-
-def wait(started: list[Any], expect: int = 0) -> list[str]:
-    try:
-        return [runs.finish(process, expect) for process in started]
-    finally:
-        for process in started:
-            process.kill()
+Logged = dict[int, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +30,12 @@ def one(place: Path) -> Path:
     return place / "one"
 
 
-def assert_agree(found: Path, expected: Path) -> None:
-    mine, theirs = runs.logged(found), runs.logged(expected)
-    assert mine.keys() == theirs.keys()
-    for step, values in theirs.items():
-        assert mine[step].keys() == values.keys()
+def assert_agree(found: Logged, expected: Logged) -> None:
+    assert found.keys() == expected.keys() == set(range(1, STEPS + 1))
+    for step, values in expected.items():
+        assert found[step].keys() == values.keys()
         for name, value in values.items():
-            assert mine[step][name] == pytest.approx(value, rel=1e-5), f"{name} of step {step}"
+            assert found[step][name] == pytest.approx(value, rel=1e-5), f"{name} of step {step}"
 
 
 def files(folder: Path) -> set[str]:
@@ -62,40 +44,54 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_one_goes_on(place: Path, one: Path) -> None:
-    folder = place / "two"
-    wait(processes(folder, train__steps=STEPS - 2))
-    assert runs.committed(folder) == [3, 6]
-    runs.train(folder, devices=8, train__steps=STEPS, **{**MESH, "mesh__data": 8, "mesh__fsdp": 1, "mesh__tensor": 1})
-    assert_agree(folder, one)
+def test_one_process_begins_and_two_end_it(place: Path, one: Path) -> None:
+    """On a mesh whose every row lies on both processes, too."""
+    folder = place / "grown"
+    runs.train(folder, devices=8, train__steps=3, **DATA)
+    runs.finish_all(runs.start_two(folder, train__steps=STEPS, **TENSOR))
+    assert [line["step"] for line in runs.lines(folder) if line.get("event") == "resume"] == [3]
+    assert_agree(runs.logged(folder), runs.logged(one))
     assert files(folder) == files(one)
 
 
 @pytest.mark.slow
-def test_one_process_begins_and_two_go_on(place: Path, one: Path) -> None:
-    folder = place / "grown"
-    runs.train(folder, devices=8, train__steps=3, **MESH)
-    wait(processes(folder, train__steps=STEPS, mesh__data=1, mesh__fsdp=1, mesh__tensor=8))
-    assert [line["step"] for line in runs.lines(folder) if line.get("event") == "resume"] == [3]
-    assert_agree(folder, one)
+def test_one_process_is_terminated_and_both_stop_at_the_same_step(place: Path, one: Path) -> None:
+    """And one process goes on."""
+    folder = place / "terminated"
+    asks = ["", f"TERM@step={STEPS}"]
+    endless = {**MESH, "train__steps": 100_000}
+    started = [
+        runs.start(folder, devices=4, env=env, ask=ask, **endless) for env, ask in zip(runs.two(), asks, strict=True)
+    ]
+    messages = runs.finish_all(started, 143)
+    stopped_at = max(runs.logged(folder))
+    assert runs.committed(folder)[-1] == stopped_at and f"stopped after step {stopped_at}" in messages[0]
+    steps = {step: values for step, values in runs.logged(folder).items() if step <= STEPS}
+    assert_agree(steps, runs.logged(one))
+    runs.train(folder, devices=8, **{**MESH, "train__steps": stopped_at + 1})
+    assert sorted(runs.logged(folder)) == list(range(1, stopped_at + 2))
 
 
 @pytest.mark.slow
-def test_both_processes_stop_at_the_same_step_when_one_is_terminated(place: Path) -> None:
-    folder = place / "terminated"
-    started = processes(folder, train__steps=100_000, train__save_every=50_000)
-    deadline = time.monotonic() + 300
-    while not ((folder / "metrics.jsonl").is_file() and runs.logged(folder)):
-        assert time.monotonic() < deadline and all(process.poll() is None for process in started)
-        time.sleep(0.05)
-    os.kill(started[1].pid, signal.SIGTERM)
-    messages = wait(started, expect=143)
-    stopped_at = max(runs.logged(folder))
-    assert runs.committed(folder) == [stopped_at]
-    assert f"stopped after step {stopped_at}" in messages[0]
+def test_every_process_gathers_what_each_of_them_brings() -> None:
+    """Of any length: this is how the processes agree on the bad records that they met."""
+    code = (
+        "import sys, json\n"
+        "from elm_jax.runtime import distributed\n"
+        "distributed.start()\n"
+        "own = json.loads(sys.argv[1])\n"
+        "print(json.dumps([distributed.gather(own), distributed.gather([])]))\n"
+    )
+    brought = [[{"id": "records:7", "error": "dåmaged"}], []]
+    commands = [[sys.executable, "-c", code, json.dumps(own)] for own in brought]
+    started = [runs.start_command(c, devices=1, env=env) for c, env in zip(commands, runs.two(), strict=True)]
+    for process in started:
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert json.loads(out.splitlines()[-1]) == [brought, [[], []]]
 
 
 @pytest.mark.slow
 def test_a_wrong_config_stops_every_process_with_status_2(place: Path) -> None:
-    for error in wait(processes(place / "wrong", train__batch_size=6), expect=2):
+    for error in runs.finish_all(runs.start_two(place / "wrong", **MESH, train__batch_size=6), 2):
         assert "error: train.batch_size" in error

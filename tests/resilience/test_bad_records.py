@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import runs
 
 from elm_jax import cli
+from elm_jax import train as train_command
 from elm_jax.models.encoders import merl
 from elm_jax.training.loop import Trainer, train
 
@@ -90,33 +92,11 @@ def test_few_bad_records_are_named_once_and_the_steps_stay_the_same(
 def test_too_many_end_the_run_and_one_is_named(
     tmp_path: Path, data: dict[str, Any], limit: float, who: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from elm_jax import train as command
-
     with pytest.raises(SystemExit) as exit:
-        cli.run(command.main, runs.flags(tmp_path / "run", **{**data, "data__max_bad_records": limit}))
+        cli.run(train_command.main, runs.flags(tmp_path / "run", **{**data, "data__max_bad_records": limit}))
     assert exit.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: record ")
-    import re
-
     assert re.search(who, error) and (limit == 0.0 or "data.max_bad_records" in error)
     if limit:
         assert len(named(tmp_path / "run")) == int(limit * RECORDS) + 1
-
-
-@pytest.mark.slow
-def test_a_process_names_what_another_one_met(tmp_path: Path, data: dict[str, Any]) -> None:
-    """Too many for both: each process ends with the same message and status."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    options = {**data, "data__max_bad_records": 0.1}
-    started = [
-        runs.start(tmp_path / "run", devices=4, env={**env, "JAX_PROCESS_ID": str(i)}, **options) for i in range(2)
-    ]
-    errors = [runs.finish(process, 2).strip().splitlines()[-1] for process in started]
-    assert errors[0] == errors[1] and "data.max_bad_records" in errors[0]
-    assert len(named(tmp_path / "run")) == int(0.1 * RECORDS) + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from runs import SAVE_EVERY, STEPS, committed, logged, saved_arrays
 
 from elm_jax import cli
 from elm_jax import train as train_command
-from elm_jax.config import Config, resolve
-from elm_jax.data.batch import Batch
+from elm_jax.config import Config
 from elm_jax.data.loader import Loaded
 from elm_jax.errors import UserError
 from elm_jax.models.encoders import build_encoder, merl, to_published
 from elm_jax.models.functional import structure_of
+from elm_jax.runtime.checkpoint import Checkpoints
 from elm_jax.training.loop import Trainer, train
-from elm_jax.training.run import open_folder
+from elm_jax.training.run import open_folder, read_json
 
 SEED = 2008
 EVERYWHERE = {"mesh__data": 8}  # for runs in this process, which has eight devices
@@ -47,10 +47,18 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ELM_JAX_CACHE", str(tmp_path / "cache"))
 
 
+def meta(folder: Path) -> dict[str, Any]:
+    reader = Checkpoints(folder, read_only=True)
+    found = reader.meta(STEPS)
+    reader.close()
+    return found
+
+
 def assert_same_end(found: Path, expected: Path) -> None:
-    """Bitwise the same arrays and logged values."""
+    """Bitwise the same arrays and logged values, and the same history."""
     assert (found / "DONE").read_text() == (expected / "DONE").read_text()
     assert logged(found) == logged(expected)
+    assert meta(found) == meta(expected)
     mine, theirs = saved_arrays(found, STEPS), saved_arrays(expected, STEPS)
     assert mine.keys() == theirs.keys() and len(mine) > 50
     for name, value in theirs.items():
@@ -234,3 +242,34 @@ def test_init_from_starts_with_the_arrays_of_another_run(unbroken: Path, tmp_pat
     for name, value in {**trainer.state.trained, **trainer.state.statistics}.items():
         item = "trained" if name in trainer.state.trained else "statistics"
         np.testing.assert_array_equal(np.asarray(value), saved[f"{item}['{name}']"], err_msg=name)
+
+
+# -- validation decides ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_best_step_has_a_checkpoint_wherever_it_lies(tmp_path: Path) -> None:
+    """Validation comes more often than checkpoints; a rising loss makes an early step the best."""
+    folder = tmp_path / "run"
+    changes = {"optim__lr": 0.3, "optim__schedule": "constant", "train__eval_every": 1, "train__save_every": 5}
+    train(config_of(folder, train__steps=4, **changes))
+    losses = {step: values["val_loss"] for step, values in logged(folder).items()}
+    best = min(losses, key=losses.__getitem__)
+    reader = Checkpoints(folder, read_only=True)
+    assert reader.find("best") == best and committed(folder) == [best, 4]
+    reader.close()
+    assert len(losses) == 4 and best < 4, "pick a rate at which the loss rises again"
+
+
+@pytest.mark.slow
+def test_an_early_stop_is_an_end_until_there_is_more_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    stops = {"train__early_stopping": True, "train__patience": 1, "train__patience_delta": 100.0}
+    stops |= {"train__eval_every": 2, "optim__schedule": "constant"}
+    train(config_of(folder, train__steps=10, **stops))
+    assert read_json(folder / "DONE") == {"steps": 4, "total_steps": 10, "stopped_early": True}
+    assert committed(folder)[-1] == 4
+    train(config_of(folder, train__steps=10, **stops))
+    assert "is done" in capsys.readouterr().err and max(logged(folder)) == 4
+    train(config_of(folder, train__steps=11, **stops))
+    assert read_json(folder / "DONE") == {"steps": 6, "total_steps": 11, "stopped_early": True}

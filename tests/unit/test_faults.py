@@ -56,7 +56,6 @@ def test_the_second_signal_ends_the_process() -> None:
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('not reached', flush=True)\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert ended.returncode == -signal.SIGTERM and ended.stdout.split() == ["True"]

@@ -71,6 +71,10 @@ def test_clipping(golden: Golden) -> None:
             np.testing.assert_allclose(value * coefficient, stored[f"{n}/{g.replace('g', 'c')}"], rtol=ROUNDING)
 
 
+def test_clipping_keeps_away_from_zero_as_torch_does() -> None:
+    assert float(clip_coefficient(jnp.float32(1e-6), 1e-7)) == pytest.approx(0.05, rel=1e-5)
+
+
 def test_a_limit_of_zero_clips_nothing() -> None:
     assert float(clip_coefficient(jnp.float32(1e6), 0.0)) == 1.0
 
