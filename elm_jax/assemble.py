@@ -20,7 +20,7 @@ from elm_jax.config import Config
 from elm_jax.data.chat import add_tokens
 from elm_jax.data.dataset import Dataset, TextSpec, signal_spec, text_spec
 from elm_jax.data.sources import load_records
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, one_line
 from elm_jax.models.attention import choose_attention
 from elm_jax.models.connectors import build_connector
 from elm_jax.models.decoder import Decoder, DecoderConfig, Remat
@@ -140,6 +140,11 @@ def _tokenizer(config: Config, own: Path | None) -> Any:
 
         tokenizer = demo_tokenizer()
     else:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_llm_folder(config.llm.name))
+        folder = resolve_llm_folder(config.llm.name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            found = f"{folder} without a tokenizer that can be read ({one_line(str(error))[:120]})"
+            raise UserError("llm.name", found, "a folder with tokenizer.json", "add the tokenizer") from error
     add_tokens(tokenizer, config.phase)
     return tokenizer

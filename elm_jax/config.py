@@ -30,7 +30,8 @@ class DataConfig:
     root: str = key(".", "folder that the datasets and their ecg_path are relative to")
     fold: int = key(1, "which of the dataset's folds", limit="at least 1")
     val_fraction: float = key(
-        0.02, "part of the training patients kept for validation", limit="at least 0 and below 1"
+        0.02, "part of the training patients kept for validation; 0 is no validation at all",
+        limit="at least 0 and below 1"
     )
     representation: str = key(
         "signal", "what the model sees of an ECG", choices=("signal",), later=("symbolic", "stacked", "rgb")
@@ -52,7 +53,9 @@ class DataConfig:
     perturb: str | None = key(None, "replace the ECG, as a control", choices=("noise", "zeros", "only_text"))
     system_prompt: str | None = key(None, "the system prompt: its text, or the path of a text file")
     ecg_tokenizer: str | None = key(None, "file of the symbolic tokenizer", unbuilt="the symbolic path")
-    min_ecg_tokens: int = key(512, "symbolic tokens of an ECG that truncation keeps", limit="at least 0")
+    min_ecg_tokens: int = key(
+        512, "symbolic tokens of an ECG that truncation keeps", limit="at least 0", unbuilt="the symbolic path"
+    )
     explicit_thinking: bool = key(False, "answers begin with a think tag that is given, not generated")
     pack: bool = key(True, "several conversations in a row")
     share: str = key("system", "what conversations of a row compute once", choices=("none", "system", "ecg"))
@@ -66,9 +69,11 @@ class DataConfig:
 @dataclass(frozen=True)
 class LoraConfig:
     rank: int = key(0, "rank of the LoRA matrices; 0 is no LoRA", unbuilt="LoRA")
-    alpha: float = key(32.0, "LoRA's scale is alpha / rank", limit="above 0")
-    dropout: float = key(0.0, "dropout before the LoRA matrices", limit="at least 0 and below 1")
-    targets: str = key("all", "which linear layers have LoRA")
+    alpha: float = key(32.0, "LoRA's scale is alpha / rank", limit="above 0", unbuilt="LoRA")
+    dropout: float = key(
+        0.0, "dropout before the LoRA matrices", limit="at least 0 and below 1", unbuilt="LoRA"
+    )
+    targets: str = key("all", "which linear layers have LoRA", unbuilt="LoRA")
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,9 @@ class ConnectorConfig:
 
 @dataclass(frozen=True)
 class MuonConfig:
-    momentum: float = key(0.95, "momentum", limit="at least 0 and below 1")
-    ns_steps: int = key(5, "Newton-Schulz iterations", limit="at least 1")
-    adamw_lr_ratio: float = key(0.015, "learning rate of what AdamW has, by optim.lr", limit="above 0")
+    momentum: float = key(0.95, "momentum", limit="at least 0 and below 1", unbuilt="Muon")
+    ns_steps: int = key(5, "Newton-Schulz iterations", limit="at least 1", unbuilt="Muon")
+    adamw_lr_ratio: float = key(0.015, "learning rate of what AdamW has, by optim.lr", limit="above 0", unbuilt="Muon")
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ class EvalConfig:
     )  # fmt: skip
     folds: tuple[int, ...] | None = key(None, "folds to average over", unbuilt="averaging over folds")
     seeds: tuple[int, ...] | None = key(None, "seeds to average over", unbuilt="averaging over seeds")
-    limit: int | None = key(None, "evaluate only the first so many conversations", limit="at least 1")
+    limit: int | None = key(None, "evaluate only the first so many questions", limit="at least 1")
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,7 @@ class LogConfig:
 class Config:
     """A checked configuration. Made by `resolve`; leads are names, aliases of `elm` are replaced."""
 
-    seed: int = key(0, "seed of everything random", limit="at least 0")
+    seed: int = key(0, "seed of everything random", limit="from 0 to 4294967295")
     workdir: str = key("runs/<name>", "the run's folder; <name> is the config file's name")
     phase: str = key("sft", "pretrain or supervised fine-tuning", choices=("pretrain", "sft"), later=("rl",))
     elm: str = key(

@@ -26,9 +26,11 @@ def main(argv: Sequence[str]) -> None:
     flags = cli.ConfigFlags.parse(argv)
     options = parser.parse_args(flags.rest)
     from elm_jax.evaluation.evaluator import evaluate
+    from elm_jax.runtime import distributed
     from elm_jax.runtime.compilation import keep_compiled
     from elm_jax.training.run import config_of_run
 
+    distributed.start()
     keep_compiled()
     evaluate(config_of_run(options.checkpoint, flags), options.split, options.step)
 

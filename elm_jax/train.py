@@ -19,11 +19,12 @@ def main(config: Config) -> None:
     compilation.keep_compiled()
     from elm_jax.training.loop import train
 
-    train(config)
+    trained = train(config)
     if config.eval.at_end:
-        from elm_jax.evaluation.evaluator import evaluate
+        from elm_jax.evaluation.evaluator import evaluate, results_folder
 
-        evaluate(config)
+        if trained or not (results_folder(config, "test") / "metrics.json").is_file():
+            evaluate(config)
 
 
 main.__doc__ = __doc__

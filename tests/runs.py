@@ -28,7 +28,7 @@ TINY: dict[str, Any] = {
     "data.names": ["demo:train=64,val=8,test=8"],
     "data.sampling_rate": 50,
     "data.segment_len": 500,
-    "llm.scratch": {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 64, "max_len": 256},
+    "llm.scratch": {"hidden": 32, "layers": 2, "heads": 8, "kv_heads": 8, "mlp": 64, "max_len": 256},
     "encoder.config": {"resnet_type": "tiny", "width": 8},
     "train.batch_size": 8,
     "train.steps": STEPS,

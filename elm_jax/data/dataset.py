@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import socket
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -112,7 +114,10 @@ def read_system_prompt(text_or_path: str | None) -> str | None:
         raise UserError(
             "data.system_prompt", f"no file {path}", "a text, or a file that exists", "correct the path"
         )
-    return path.read_text(encoding="utf-8").strip()
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("data.system_prompt", f"{path}: {error}", "a text file in UTF-8", "convert it") from error
 
 
 class Dataset:
@@ -155,11 +160,12 @@ class Dataset:
         """
         if not self.text.signal_tokens:
             return []
-        return [self.signal.load(path, self.key(index)) for path in self.records[index].ecg_paths]
+        paths = self.records[index].ecg_paths
+        return [self.signal.load(path, self.key(index, place)) for place, path in enumerate(paths)]
 
-    def key(self, index: int) -> int:
-        """What a record's noise is drawn from."""
-        return zlib.crc32(f"{self.signal.seed}:{self.records[index].id}".encode())
+    def key(self, index: int, place: int = 0) -> int:
+        """What noise in the place of a record's ECG number `place` is drawn from."""
+        return zlib.crc32(f"{self.signal.seed}:{self.records[index].id}:{place}".encode())
 
     def conversation(self, index: int, signals: list[np.ndarray] | None) -> Conversation:
         """The record with given signals (None: a bad record, which keeps its place with weight 0)."""
@@ -174,7 +180,7 @@ class Dataset:
         Raises:
             UserError: more than the fraction `max_bad` of the records cannot be rendered; names the first.
         """
-        path = cache / f"{self._fingerprint()}.parquet" if cache else None
+        path = cache / f"{self.fingerprint}.parquet" if cache else None
         if path and path.is_file():
             table = pq.read_table(path)
             columns = {name: table[name].to_numpy() for name in table.column_names}
@@ -184,7 +190,7 @@ class Dataset:
             columns = self._measure(max_bad, progress)
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_suffix(f".{os.getpid()}.tmp")
+                temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
                 pq.write_table(pa.table(columns), temporary)
                 temporary.replace(path)
         return _for_share(columns, share)
@@ -217,7 +223,8 @@ class Dataset:
             _fill(columns, i, rendered, record)
         return columns
 
-    def _fingerprint(self) -> str:
+    @functools.cached_property
+    def fingerprint(self) -> str:
         """Changes with anything that may change a length: records, tokenizer, text spec."""
         digest = hashlib.sha256(json.dumps([INDEX_VERSION, asdict(self.text)], sort_keys=True).encode())
         digest.update(self.tokenizer.backend_tokenizer.to_str().encode())

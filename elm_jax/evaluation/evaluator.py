@@ -48,8 +48,7 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         UserError: no checkpoint, no such split, or a context too short.
     """
     model, options = TrainedModel(config, which), config.eval
-    names = "_".join(Path(name.partition(":")[0]).stem for name in model.config.data.names)
-    out = model.folder / "eval" / f"{names}-{split}"
+    out = results_folder(config, split)
     started = time.perf_counter()
     dataset = model.assembly.dataset(split)
     questions = list(_questions(dataset))[: options.limit]
@@ -66,6 +65,12 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         print(summary(results), file=sys.stderr)
         print(f"results are in {out}", file=sys.stderr)
     return out
+
+
+def results_folder(config: Config, split: str) -> Path:
+    """Where the evaluation of a split of `data.names` is: `eval/<datasets>-<split>` in the run's folder."""
+    names = "_".join(Path(name.partition(":")[0]).stem for name in config.data.names)
+    return Path(config.workdir) / "eval" / f"{names}-{split}"
 
 
 def summary(results: Mapping[str, Any]) -> str:
@@ -172,27 +177,33 @@ class _Source:
             return []
         if self.other is not None:
             return self.other[record]
-        return [(path, self.dataset.key(record)) for path in self.dataset.records[record].ecg_paths]
+        paths = self.dataset.records[record].ecg_paths
+        return [(path, self.dataset.key(record, place)) for place, path in enumerate(paths)]
 
 
 def shuffled_recordings(dataset: Dataset, seed: int = 0) -> dict[int, list[tuple[str, int]]]:
-    """Record -> the recordings (path, noise key) that it is asked about instead.
+    """Record -> the recordings (path, noise key) that it is asked about instead: those of another patient.
 
-    Within records of one `name` and number of ECGs the recordings change places in one random cycle, so that no
-    question keeps its own where there is another, and answers of each kind are as frequent as before.
+    Within records of one `name` and number of ECGs, patients are put in random order and all recordings move on by as
+    many places as the patient with the most has. So each recording is given away once, answers of each kind stay as
+    frequent as they were, and a question keeps its patient only where one patient has half of the recordings.
     """
-    kinds: dict[tuple[str, int], dict[Any, list[int]]] = {}
+    kinds: dict[tuple[str, int], dict[str, dict[Any, list[int]]]] = {}
     for i, record in enumerate(dataset.records):
         blank = any(path in (NOISE, FLATLINE) for path in record.ecg_paths)
         recording = (record.ecg_paths, record.id if blank else "")
-        kinds.setdefault((record.name, len(record.ecg_paths)), {}).setdefault(recording, []).append(i)
+        patients = kinds.setdefault((record.name, len(record.ecg_paths)), {})
+        patients.setdefault(record.patient, {}).setdefault(recording, []).append(i)
     rng = np.random.default_rng(seed)
     given: dict[int, list[tuple[str, int]]] = {}
-    for recordings in kinds.values():
-        cycle = [list(recordings)[i] for i in rng.permutation(len(recordings))]
-        for mine, theirs in zip(cycle, cycle[1:] + cycle[:1], strict=True):
-            key = dataset.key(recordings[theirs][0])
-            given |= {i: [(path, key) for path in theirs[0]] for i in recordings[mine]}
+    for patients in kinds.values():
+        people = [list(patients.values())[i] for i in rng.permutation(len(patients))]
+        places = [(recording, asked) for recordings in people for recording, asked in recordings.items()]
+        step = max(len(recordings) for recordings in people)
+        for place, (_, asked) in enumerate(places):
+            (paths, _), source = places[(place + step) % len(places)]
+            instead = [(path, dataset.key(source[0], n)) for n, path in enumerate(paths)]
+            given |= dict.fromkeys(asked, instead)
     return given
 
 

@@ -21,7 +21,7 @@ from elm_jax.errors import UserError
 from elm_jax.inference.generate import bucket, generate
 from elm_jax.models.hints import placed
 from elm_jax.runtime.checkpoint import Checkpoints
-from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways, make_mesh, replicated
+from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways, check_heads, make_mesh, replicated
 from elm_jax.training import run
 from elm_jax.training.state import array_shardings
 
@@ -47,6 +47,7 @@ class TrainedModel:
         self.config, self.folder = config, Path(config.workdir)
         self.mesh = make_mesh(config.mesh)
         self.assembly: Assembly = assemble(config, self.folder / "tokenizer")
+        check_heads(self.mesh, self.assembly.llm)
         self.step, arrays = self._load(which)
         self.arrays = arrays
         self.stops = stop_ids(self.assembly.tokenizer, self.assembly.text.family)
@@ -119,10 +120,11 @@ class TrainedModel:
             raise UserError(str(self.folder), "no checkpoint", "a trained run", "train it first")
         structure = self.assembly.structure
         shardings = array_shardings(structure, self.mesh)
-        restored = checkpoints.restore_arrays(step, structure.abstract(shardings))
+        like = structure.abstract(shardings)
+        restored, inherited = checkpoints.restore_arrays(step, like), run.inherited(self.folder, like)
         saved = checkpoints.meta(step)["frozen"]
         checkpoints.close()
-        frozen = make_arrays(self.assembly, shardings, known=restored)
+        frozen = inherited | make_arrays(self.assembly, shardings, known={*restored, *inherited})
         run.check_frozen(str(self.folder), saved, frozen, set(saved))
         compute = jnp.dtype(self.config.llm.compute_dtype)
         # What is multiplied in the compute dtype is kept in it; norms and statistics stay as they are.

@@ -141,6 +141,20 @@ class _LatestAndBest(keep.PreservationPolicy):
         return [step in steps[-self.count :] or step == self.best for step in steps]
 
 
+def save_arrays(folder: Path, arrays: Arrays) -> None:
+    """Save arrays once, in a folder of their own that must not exist; whole or not at all."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), arrays)
+
+
+def load_arrays(folder: Path, like: Mapping[str, Any]) -> Arrays:
+    """What `save_arrays` left in `folder`, laid out as the entries of `like` that have its names."""
+    with ocp.StandardCheckpointer() as checkpointer, _named(folder):
+        names = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        wanted = {name: _abstract(like[name]) for name in names}
+        return checkpointer.restore(folder.absolute(), wanted)
+
+
 def fingerprint(arrays: Mapping[str, jax.Array]) -> str:
     """32 bits that change with the bytes, names or shapes of these arrays; equal on every mesh. Empty if none."""
     if not arrays:

@@ -61,6 +61,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def check_heads(mesh: Mesh, llm: Any) -> None:
+    """Raise UserError unless the heads of the decoder with the config `llm` divide over `tensor`."""
+    ways = mesh.shape["tensor"]
+    for what, count in (("heads", llm.heads), ("key/value heads", llm.kv_heads)):
+        if count % ways:
+            fits = [n for n in range(1, ways) if llm.heads % n == 0 and llm.kv_heads % n == 0]
+            raise UserError(
+                "mesh.tensor", f"{ways} for {count} {what}", f"a size that divides {llm.heads} and {llm.kv_heads}",
+                f"set --config.mesh.tensor={max(fits)}, and mesh.fsdp for the rest",
+            )  # fmt: skip
+
+
 def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], name: str) -> PartitionSpec:
     """The layout of an array whose trailing dimensions have these logical axes.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -87,7 +88,8 @@ class Progress:
         self._bar = tqdm(
             total=total,
             initial=initial,
-            disable=not shown,
+            disable=None if shown else True,  # None: shown on a terminal only
+           
             unit="step",
             dynamic_ncols=True,
             file=file,
@@ -153,8 +155,9 @@ def trackers(folder: Path, wandb: bool, tensorboard: bool, config: Mapping[str, 
     if wandb:
         module = _needed("wandb", "log.wandb", "wandb")
         run = module.init(
-            project="elm_jax", dir=str(folder), name=folder.name, config=dict(config), resume="allow"
-        )
+            project="elm_jax", dir=str(folder), name=folder.name, config=dict(config),
+            id=f"{zlib.crc32(str(folder.absolute()).encode()):08x}", resume="allow",
+        )  # fmt: skip
         found.append(lambda step, values: run.log(dict(values), step=step))
     if tensorboard:
         module = _needed("tensorboardX", "log.tensorboard", "tensorboard")

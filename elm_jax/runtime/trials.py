@@ -242,7 +242,8 @@ def train_one_step(folder: Path) -> tuple[float, bool]:
     tree["train"] |= {"steps": 1, "batch_size": rows, "log_every": 1}
     tree["eval"]["at_end"] = False
     tree["log"]["progress"] = False
-    run = train(resolve(tree))
+    train(resolve(tree))
+    run = folder / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     return float(losses[-1] if losses and losses[-1] is not None else "nan"), (run / "checkpoints" / "1").is_dir()

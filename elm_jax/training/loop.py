@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,18 @@ from elm_jax.runtime import distributed, telemetry
 from elm_jax.runtime.checkpoint import Checkpoints
 from elm_jax.runtime.compilation import cache_folder
 from elm_jax.runtime.faults import StopSignal
-from elm_jax.runtime.mesh import batch_sharding, batch_ways, host_part, make_mesh, to_device
+from elm_jax.runtime.mesh import batch_sharding, batch_ways, check_heads, host_part, make_mesh, to_device
 from elm_jax.training import run
 from elm_jax.training.optim import batch_scale, learning_rate_multiplier, make_optimizer
-from elm_jax.training.state import TrainState, array_shardings, new_state, split_names, state_shardings
+from elm_jax.training.state import TrainState, abstract_state, array_shardings, new_state, split_names
 from elm_jax.training.step import make_eval_step, make_train_step
 
 NON_FINITE_LIMIT = 10  # steps in a row without a finite gradient after which the run stops
 
 
-def train(config: Config) -> Path:
-    """Train to the end, or to a stop signal (then SystemExit 143 after a checkpoint). Returns the run's folder.
+def train(config: Config) -> bool:
+    """Train to the end, or to a stop signal (then SystemExit 143 after a checkpoint). Returns whether there was
+    anything left to train.
 
     Raises:
         UserError: the config, the data or the folder does not fit.
@@ -42,9 +43,9 @@ def train(config: Config) -> Path:
     trainer = Trainer(config, folder)
     if run.is_done(folder, trainer.total_steps):
         print(f"{folder} is done: raise train.steps or train.epochs to go on", file=sys.stderr)
-        return folder
+        return False
     trainer.run()
-    return folder
+    return True
 
 
 class Trainer:
@@ -55,6 +56,8 @@ class Trainer:
         self.mesh = make_mesh(config.mesh)
         self._check_rows()
         self.assembly = assemble(config, folder / "tokenizer")
+        check_heads(self.mesh, self.assembly.llm)
+        self._warn_of_random_parts()
         run.keep_tokenizer(folder, self.assembly.tokenizer)
         self.dataset = self.assembly.dataset("train")
         self.plan = self._plan(self.dataset, config.seed, shuffle=True)
@@ -115,6 +118,14 @@ class Trainer:
                 "change train.batch_size, optim.accum_steps or mesh.*",
             )  # fmt: skip
 
+    def _warn_of_random_parts(self) -> None:
+        """A part that is neither trained nor loaded is noise: rarely what was meant."""
+        config, loaded = self.config, {"llm": self.assembly.llm_folder, "encoder": self.config.encoder.checkpoint}
+        for part in ("encoder", "connector", "llm"):
+            if part not in config.update and not config.init_from and loaded.get(part) is None:
+                where = {"encoder": "encoder.checkpoint", "llm": "llm.name without llm.scratch"}.get(part, "init_from")
+                print(f"warning: the {part} stays as it is drawn: not in update, and no {where}", file=sys.stderr)
+
     def _plan(self, dataset: Dataset, seed: int, shuffle: bool) -> Plan:
         data = self.config.data
         shown = self.config.log.progress and jax.process_index() == 0
@@ -136,36 +147,56 @@ class Trainer:
     def _build(self) -> None:
         structure, config = self.assembly.structure, self.config
         shardings = array_shardings(structure, self.mesh)
-        arrays = make_arrays(self.assembly, shardings)
-        self.checkpoints = Checkpoints(self.folder, config.train.keep)
-        latest = self.checkpoints.find("latest")
-        if config.init_from and latest is None:
-            arrays = run.start_from(config.init_from, arrays, config.init_missing_ok)
         trained, moving, frozen = split_names(structure, config.update)
-        self.frozen: Arrays = {n: arrays[n] for n in frozen}
         tx = make_optimizer(config.optim, config.train, self.total_steps)
-        self.state = new_state(arrays, trained, moving, tx, self.mesh, shardings)
-        layout = state_shardings(self.state, shardings, self.mesh)
+        like = abstract_state(structure, trained, moving, tx, self.mesh, shardings)
+        self.checkpoints = Checkpoints(self.folder, config.train.keep)
         self.history: dict[str, Any] = {"best_step": None, "best_val_loss": None, "val_losses": [], "bad": []}
-        self.fingerprints = run.frozen_fingerprints(self.frozen)
-        if latest is not None:
-            self._restore(latest)
+        latest = self.checkpoints.find("latest")
+        if latest is None:
+            arrays = self._first_arrays(shardings, frozen)
+            self.state = new_state(arrays, like, tx)
+            self.frozen: Arrays = {n: arrays[n] for n in frozen}
+            self.fingerprints = run.frozen_fingerprints(self.frozen)
+        else:
+            known = run.inherited(self.folder, structure.abstract(shardings))
+            rest = make_arrays(self.assembly, shardings, known={*trained, *moving, *known})
+            self.frozen = {**known, **rest}
+            self.fingerprints = run.frozen_fingerprints(self.frozen)
+            self._restore(latest, like)
         self.step = make_train_step(
-            structure, config, tx, self.mesh, layout, {n: shardings[n] for n in frozen}
-        )
+            structure, config, tx, self.mesh, jax.tree.map(lambda x: x.sharding, like),
+            {n: shardings[n] for n in frozen},
+        )  # fmt: skip
         self.eval_step = make_eval_step(structure, self.mesh)
         self.rate = learning_rate_multiplier(config.optim, self.total_steps)
         self.found_bad: list[dict[str, Any]] = []  # not yet reported
+        self.finite: list[jax.Array] = []  # of the steps since the last log
         self.non_finite = 0
 
-    def _restore(self, step: int) -> None:
+    def _first_arrays(self, shardings: Mapping[str, Any], frozen: list[str]) -> Arrays:
+        """The arrays of a new run: of `init_from`, of checkpoints, drawn from the seed."""
+        source, structure = self.config.init_from, self.assembly.structure
+        if source is None:
+            return make_arrays(self.assembly, shardings)
+        known = run.start_from(source, structure, shardings)
+        made = make_arrays(self.assembly, shardings, known=known)
+        run.check_start(source, structure, known, made, self.config.init_missing_ok)
+        run.keep_inherited(self.folder, {n: known[n] for n in frozen if n in known})
+        return {**made, **known}
+
+    def _restore(self, step: int, like: TrainState) -> None:
         meta = self.checkpoints.meta(step)
         run.check_frozen(str(self.folder), meta["frozen"], self.frozen, set(self.fingerprints))
+        if meta["data"] != self.dataset.fingerprint:
+            raise UserError(
+                str(self.folder), "a checkpoint of other data: records, tokenizer or system prompt have changed",
+                "the data that the run began with", "restore it, or start a new run with init_from",
+            )  # fmt: skip
         self.history = meta["history"]
-        state = self.state
-        like = {"trained": state.trained, "statistics": state.statistics, "optimizer": state.optimizer}
-        count = jax.device_put(np.asarray(step, np.int32), state.step.sharding)
-        self.state = TrainState(step=count, **self.checkpoints.restore(step, like))
+        items = {"trained": like.trained, "statistics": like.statistics, "optimizer": like.optimizer}
+        count = jax.device_put(np.asarray(step, np.int32), like.step.sharding)
+        self.state = TrainState(step=count, **self.checkpoints.restore(step, items))
 
     # -- one step ---------------------------------------------------------------------------------------------
 
@@ -181,6 +212,7 @@ class Trainer:
         """Take one step; validate, and log, where it is time. Returns the logged line, if any."""
         self._note_bad(loaded.step + 1, loaded.bad)
         self.state, metrics = self.step(self.state, self.frozen, self._on_devices(loaded.batch))
+        self.finite.append(metrics["finite"])
         done = loaded.step + 1
         validates = self.validation is not None and self._due(done, self._eval_every)
         if not validates and not self._due(done, self.config.train.log_every):
@@ -192,7 +224,7 @@ class Trainer:
         self.metrics.write(line)
         for track in self.trackers:
             track(done, line)
-        self._check_finite(bool(metrics["finite"]), done)
+        self._check_finite(done)
         if validates:
             self.watch.lap()  # validation is not part of a step's time
         return line
@@ -241,14 +273,18 @@ class Trainer:
         )
         return flops / seconds / (peak * self.mesh.size)
 
-    def _check_finite(self, finite: bool, done: int) -> None:
-        self.non_finite = 0 if finite else self.non_finite + 1
-        if not finite:
-            self.metrics.write({"event": "non_finite", "step": done})
-        if self.non_finite >= NON_FINITE_LIMIT:
-            raise RuntimeError(
-                f"{NON_FINITE_LIMIT} logged steps in a row without a finite gradient, last {done}"
-            )
+    def _check_finite(self, done: int) -> None:
+        """Look at all steps since the last log; stop where the run no longer learns."""
+        for finite in jax.device_get(self.finite):
+            self.non_finite = 0 if finite else self.non_finite + 1
+        self.finite = []
+        if self.non_finite:
+            self.metrics.write({"event": "non_finite", "step": done, "steps_in_a_row": self.non_finite})
+        if self.non_finite >= NON_FINITE_LIMIT or (self.non_finite and done == self.total_steps):
+            raise UserError(
+                "optim.lr", f"{self.non_finite} steps in a row without a finite gradient, last step {done}",
+                "a loss that stays finite", "lower optim.lr, set optim.grad_clip, or use float32",
+            )  # fmt: skip
 
     def _note_bad(self, step: int, found: Iterable[BadRecord]) -> None:
         self.found_bad += [{"step": step, "id": bad.id, "error": bad.error} for bad in found]
@@ -308,7 +344,9 @@ class Trainer:
         self._report_bad()
         state = self.state
         items = {"trained": state.trained, "statistics": state.statistics, "optimizer": state.optimizer}
-        meta = {"frozen": self.fingerprints, "history": self.history}
+        ids = {"llm": self.config.llm.name, "encoder": self.config.encoder.checkpoint}
+        frozen = {"frozen": self.fingerprints, "frozen_ids": {c: ids.get(c) for c in self.fingerprints}}
+        meta = {**frozen, "data": self.dataset.fingerprint, "history": self.history}
         self.checkpoints.save(int(state.step), items, meta, self.history["best_step"])
 
     def _announce(self, first: int) -> None:

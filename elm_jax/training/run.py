@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config, differences, to_dict
 from elm_jax.errors import UserError
-from elm_jax.models.functional import Arrays
-from elm_jax.runtime.checkpoint import Checkpoints, fingerprint
+from elm_jax.models.functional import Arrays, Structure
+from elm_jax.runtime import distributed
+from elm_jax.runtime.checkpoint import Checkpoints, fingerprint, load_arrays, save_arrays
+
+INHERITED = "inherited"  # folder of the frozen arrays that came from `init_from`
 
 
 def open_folder(config: Config) -> Path:
@@ -32,9 +36,21 @@ def open_folder(config: Config) -> Path:
                 str(folder), f"a run with other {', '.join(changed)}", "the same configuration, to resume",
                 "undo these changes, or choose another --config.workdir",
             )  # fmt: skip
+    else:
+        changed = []
+    problem = ""
     if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, to_dict(config))
+        try:
+            if changed:  # nothing has been trained yet: what is left of the other configuration goes
+                shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+                shutil.rmtree(folder / INHERITED, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, to_dict(config))
+        except OSError as error:
+            problem = str(error)
+    problem = distributed.gather(problem)[0]  # the others wait here, and end as the first one does
+    if problem:
+        raise UserError("config.workdir", problem, "a folder that can be written", "name another")
     return folder
 
 
@@ -96,32 +112,60 @@ def check_frozen(where: str, saved: dict[str, str], frozen: Arrays, components: 
             )  # fmt: skip
 
 
-def start_from(source: str, arrays: Arrays, missing_ok: tuple[str, ...]) -> Arrays:
-    """`arrays` with what the run folder `source` trained in their place.
-
-    A part that `source` did not train must be the one it was trained with, or be named in `init_missing_ok`.
+def start_from(source: str, structure: Structure, shardings: Mapping[str, Any]) -> Arrays:
+    """What the run folder `source` knows of a model of this structure: what it trained, and what it inherited.
 
     Raises:
-        UserError: no checkpoint, arrays of another model, or a part that is missing.
+        UserError: no checkpoint, or arrays of another model.
     """
-    checkpoints = Checkpoints(run_folder(source, "config.init_from"), read_only=True)
+    folder = run_folder(source, "config.init_from")
+    checkpoints = Checkpoints(folder, read_only=True)
     step = checkpoints.find("best")
     if step is None:
         raise UserError(
             "config.init_from", f"{source} without a checkpoint", "a trained run", "train it first"
         )
-    restored = checkpoints.restore_arrays(step, arrays)
-    saved = checkpoints.meta(step).get("frozen", {})
+    like = structure.abstract(shardings)
+    known = {**inherited(folder, like), **checkpoints.restore_arrays(step, like)}
     checkpoints.close()
-    lacking = {n.split(".")[0] for n in arrays if n not in restored} - set(missing_ok)
+    return known
+
+
+def check_start(
+    source: str, structure: Structure, known: Collection[str], made: Arrays, missing_ok: tuple[str, ...]
+) -> None:
+    """Check what `start_from` left to be `made`: each part must be the one that `source` was trained with, frozen,
+    or be named in `init_missing_ok`.
+
+    Raises:
+        UserError: a part is missing or another one.
+    """
+    folder = run_folder(source, "config.init_from")
+    checkpoints = Checkpoints(folder, read_only=True)
+    saved = checkpoints.meta(checkpoints.find("best") or 0).get("frozen", {})
+    checkpoints.close()
+    lacking = {name.split(".")[0] for name in structure.leaves if name not in known} - set(missing_ok)
     without = sorted(lacking - set(saved))
     if without:
         raise UserError(
             "config.init_from", f"no {', '.join(without)} in {source}", "all parts of the model",
             f"name what may start afresh: --config.init_missing_ok={','.join(without)}",
         )  # fmt: skip
-    check_frozen(source, saved, arrays, lacking)
-    return {**arrays, **restored}
+    # There it was frozen, in the dtype that run computes in; here it may be trained, in another.
+    frozen_in = jnp.dtype(read_json(folder / "config.json")["llm"]["compute_dtype"])
+    there = {n: x if structure.leaves[n].statistic else x.astype(frozen_in) for n, x in made.items()}
+    check_frozen(source, saved, there, lacking)
+
+
+def keep_inherited(folder: Path, frozen: Arrays) -> None:
+    """Save, once, the frozen arrays that came from another run: nothing else would have them later."""
+    if frozen and not (folder / INHERITED).is_dir():
+        save_arrays(folder / INHERITED, frozen)
+
+
+def inherited(folder: Path, like: Mapping[str, Any]) -> Arrays:
+    """The frozen arrays that the run in `folder` took from another run."""
+    return load_arrays(folder / INHERITED, like) if (folder / INHERITED).is_dir() else {}
 
 
 def config_of_run(checkpoint: str | None, flags: ConfigFlags) -> Config:

@@ -46,19 +46,24 @@ def state_shardings(state: TrainState, arrays: Mapping[str, NamedSharding], mesh
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def new_state(
-    arrays: Arrays,
-    trained: list[str],
-    moving: list[str],
-    tx: Any,
-    mesh: Mesh,
+def abstract_state(
+    structure: Structure, trained: list[str], moving: list[str], tx: Any, mesh: Mesh,
     shardings: Mapping[str, NamedSharding],
-) -> TrainState:
-    """The state before the first step, every array already in its shards."""
+) -> TrainState:  # fmt: skip
+    """Shapes, dtypes and places of a state, before any of its arrays exists."""
+    like = structure.abstract(shardings)
+    parts = {n: like[n] for n in trained}, {n: like[n] for n in moving}
+    state = jax.eval_shape(lambda *parts: _initial(tx, *parts), *parts)
+    layout = state_shardings(state, shardings, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
 
-    def make(parameters: Arrays, statistics: Arrays) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), parameters, statistics, tx.init(parameters))
 
-    parts = {n: arrays[n] for n in trained}, {n: arrays[n] for n in moving}
-    out = state_shardings(jax.eval_shape(make, *parts), shardings, mesh)
-    return jax.jit(make, out_shardings=out)(*parts)
+def new_state(arrays: Arrays, like: TrainState, tx: Any) -> TrainState:
+    """The state before the first step, laid out as `like`; the buffers of its arrays are taken over."""
+    parts = {n: arrays[n] for n in like.trained}, {n: arrays[n] for n in like.statistics}
+    out = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(lambda *parts: _initial(tx, *parts), out_shardings=out, donate_argnums=(0, 1))(*parts)
+
+
+def _initial(tx: Any, trained: Arrays, statistics: Arrays) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), trained, statistics, tx.init(trained))

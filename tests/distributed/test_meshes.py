@@ -27,7 +27,7 @@ from elm_jax.models.functional import Structure, structure_of
 from elm_jax.runtime.mesh import SMALL, batch_sharding, make_mesh, to_device
 from elm_jax.training import loop
 from elm_jax.training.optim import make_optimizer
-from elm_jax.training.state import TrainState, array_shardings, new_state, split_names, state_shardings
+from elm_jax.training.state import TrainState, abstract_state, array_shardings, new_state, split_names
 from elm_jax.training.step import make_train_step
 
 STEPS, ROWS = 20, 8
@@ -110,10 +110,11 @@ def train(sizes: Sizes, update: tuple[str, ...], micro: int = 1) -> Trained:
     arrays = {name: jax.device_put(x, shardings[name]) for name, x in initial().items()}
     trained, moving, frozen = split_names(structure(), update)
     tx = make_optimizer(settings.optim, settings.train, STEPS)
-    state = new_state(arrays, trained, moving, tx, mesh, shardings)
-    layout = state_shardings(state, shardings, mesh)
-    step = make_train_step(structure(), settings, tx, mesh, layout, {n: shardings[n] for n in frozen})
     kept = {n: arrays[n] for n in frozen}
+    like = abstract_state(structure(), trained, moving, tx, mesh, shardings)
+    state = new_state(arrays, like, tx)
+    layout = jax.tree.map(lambda x: x.sharding, like)
+    step = make_train_step(structure(), settings, tx, mesh, layout, {n: shardings[n] for n in frozen})
     losses, norms = [], []
     for k in range(STEPS):
         batch = batches(micro)[k % len(batches(micro))]
@@ -198,13 +199,10 @@ def lowered(dtype: Any) -> Any:
     mesh = make_mesh(MeshConfig(1, 8, 1))
     shape = structure(dtype)
     shardings = array_shardings(shape, mesh)
-    arrays = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[n]) for n, x in initial().items()}
     trained, moving, _ = split_names(shape, TRAINED)
     tx = make_optimizer(settings.optim, settings.train, STEPS)
-    parts = {n: arrays[n] for n in trained}, {n: arrays[n] for n in moving}
-    state = jax.eval_shape(lambda p, s: TrainState(jnp.zeros((), jnp.int32), p, s, tx.init(p)), *parts)
-    layout = state_shardings(state, shardings, mesh)
-    step = make_train_step(shape, settings, tx, mesh, layout, {})
+    state = abstract_state(shape, trained, moving, tx, mesh, shardings)
+    step = make_train_step(shape, settings, tx, mesh, jax.tree.map(lambda x: x.sharding, state), {})
     return step.lower(state, {}, batches(1)[0])
 
 

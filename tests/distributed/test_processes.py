@@ -11,9 +11,10 @@ import pytest
 import runs
 
 # A constant rate, so that a run that is later made longer is the same run.
-MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "optim__schedule": "constant"}
+MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+MESH |= {"optim__schedule": "constant", "optim__warmup_ratio": 0.0}
 DATA = {**MESH, "mesh__data": 8, "mesh__fsdp": 1, "mesh__tensor": 1}
-TENSOR = {**MESH, "mesh__data": 1, "mesh__fsdp": 1, "mesh__tensor": 8}
+TENSOR = {**MESH, "mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2}
 STEPS = 9
 
 Logged = dict[int, dict[str, Any]]

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from elm_jax.config import Config, MeshConfig, to_dict
 from elm_jax.errors import UserError
+from elm_jax.models.functional import Leaf, Structure
 from elm_jax.runtime.checkpoint import Checkpoints, fingerprint
 from elm_jax.runtime.mesh import make_mesh
 from elm_jax.training import run
@@ -160,34 +161,56 @@ def a_run(folder: Path, frozen: dict[str, str]) -> str:
     return str(folder)
 
 
-def model() -> dict[str, jax.Array]:
-    return {**arrays(0), "encoder.w": jnp.ones((4, 4))}
+def model(dtype: str = "float32") -> dict[str, jax.Array]:
+    return {**arrays(0), "encoder.w": jnp.ones((4, 4), dtype) / 3}
+
+
+def start(source: str, missing_ok: tuple[str, ...] = (), dtype: str = "float32") -> dict[str, jax.Array]:
+    """As a new run does: what `source` knows, the rest made anew, and checked."""
+    leaves = {n: Leaf(x.shape, x.dtype, (), False) for n, x in model(dtype).items()}
+    structure = Structure(None, None, leaves)  # type: ignore[arg-type]
+    known = run.start_from(source, structure, {n: x.sharding for n, x in model().items()})
+    made = {n: x for n, x in model(dtype).items() if n not in known}
+    run.check_start(source, structure, known, made, missing_ok)
+    return {**made, **known}
+
+
+def encoder_fingerprint(dtype: str) -> dict[str, str]:
+    return {"encoder": fingerprint({"encoder.w": model("float32")["encoder.w"].astype(dtype)})}
 
 
 def test_init_from_takes_what_was_trained_and_checks_what_was_not(tmp_path: Path) -> None:
-    encoder = {"encoder": fingerprint({"encoder.w": model()["encoder.w"]})}
-    started = run.start_from(a_run(tmp_path / "same", encoder), model(), ())
+    # The source computed in bfloat16, the default, and kept its frozen parts in it.
+    started = start(a_run(tmp_path / "same", encoder_fingerprint("bfloat16")))
     assert_equal({n: started[n] for n in arrays()}, arrays(1))
     assert_equal(started["encoder.w"], model()["encoder.w"])
     other = a_run(tmp_path / "other", {"encoder": "00000000"})
     with pytest.raises(UserError, match="trained with other encoder weights"):
-        run.start_from(other, model(), ())
-    assert_equal(run.start_from(other, model(), ("encoder",))["llm.w"], arrays(1)["llm.w"])
+        start(other)
+    assert_equal(start(other, ("encoder",))["llm.w"], arrays(1)["llm.w"])
+
+
+def test_init_from_takes_what_the_source_itself_inherited(tmp_path: Path) -> None:
+    source = a_run(tmp_path / "heir", {"encoder": "whatever"})
+    inherited = {"encoder.w": jnp.full((4, 4), 7.0)}
+    run.keep_inherited(Path(source), inherited)
+    run.keep_inherited(Path(source), {"encoder.w": jnp.zeros((4, 4))})  # once is once
+    assert_equal(start(source)["encoder.w"], inherited["encoder.w"])
 
 
 def test_init_from_names_what_is_missing(tmp_path: Path) -> None:
     source = a_run(tmp_path / "partial", {})
     with pytest.raises(UserError, match=r"no encoder in .*partial.*--config.init_missing_ok=encoder"):
-        run.start_from(source, model(), ())
-    assert_equal(run.start_from(source, model(), ("encoder",))["connector.w"], arrays(1)["connector.w"])
+        start(source)
+    assert_equal(start(source, ("encoder",))["connector.w"], arrays(1)["connector.w"])
 
 
 def test_init_from_a_folder_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="config.init_from"):
-        run.start_from(str(tmp_path), model(), ())
+        start(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="without a checkpoint"):
-        run.start_from(str(tmp_path), model(), ())
+        start(str(tmp_path))
 
 
 # -- the run's folder -----------------------------------------------------------------------------------------
