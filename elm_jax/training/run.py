@@ -29,15 +29,12 @@ def open_folder(config: Config) -> Path:
     """
     folder = Path(config.workdir)
     path = folder / "config.json"
-    if path.is_file():
-        changed = differences(read_json(path), config)
-        if changed and any(child.name.isdigit() for child in folder.glob("checkpoints/*")):
-            raise UserError(
-                str(folder), f"a run with other {', '.join(changed)}", "the same configuration, to resume",
-                "undo these changes, or choose another --config.workdir",
-            )  # fmt: skip
-    else:
-        changed = []
+    changed = differences(read_json(path), config) if path.is_file() else []
+    if changed and any(child.name.isdigit() for child in folder.glob("checkpoints/*")):
+        raise UserError(
+            str(folder), f"a run with other {', '.join(changed)}", "the same configuration, to resume",
+            "undo these changes, or choose another --config.workdir",
+        )  # fmt: skip
     problem = ""
     if jax.process_index() == 0:
         try:

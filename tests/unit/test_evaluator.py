@@ -14,27 +14,30 @@ from elm_jax.evaluation.metrics import aggregate, is_right
 
 
 def dataset_of(records: list[Record]) -> Any:
-    return SimpleNamespace(records=records, key=lambda i: 1000 + i)
+    return SimpleNamespace(records=records, key=lambda i, place=0: (1000 + i, place))
 
 
-def record(i: int, *paths: str, name: str = "kind") -> Record:
-    return Record(paths, None, name, f"p{i}", f"set:{i}", 0)
+def record(i: int, *paths: str, name: str = "kind", patient: str | None = None) -> Record:
+    return Record(paths, None, name, patient or f"p{i}", f"set:{i}", 0)
 
 
-def test_shuffling_gives_every_question_another_recording_of_its_kind() -> None:
-    records = [record(i, f"{i // 3}.npy") for i in range(12)]
-    records += [record(i, f"{i}.npy", name="other") for i in range(12, 20)]
-    records += [record(i, f"{i}a.npy", f"{i}b.npy") for i in range(20, 24)]
+def test_shuffling_gives_every_question_the_recording_of_another_patient() -> None:
+    # Three questions a recording; patients have one recording or two.
+    records = [record(i, f"{i // 3}.npy", patient=f"p{min(i // 3, 4)}") for i in range(18)]
+    records += [record(i, f"{i}.npy", name="other") for i in range(18, 26)]
+    records += [record(i, f"{i}a.npy", f"{i}b.npy") for i in range(26, 30)]
+    owner = {r.ecg_paths: (r.patient, r.name) for r in records}
     given = shuffled_recordings(dataset_of(records))
     assert sorted(given) == list(range(len(records)))
     for i, recordings in given.items():
         paths = tuple(path for path, _ in recordings)
-        assert paths != records[i].ecg_paths
-        assert paths in {r.ecg_paths for r in records if r.name == records[i].name}
+        patient, name = owner[paths]
+        assert patient != records[i].patient and name == records[i].name
         assert len(paths) == len(records[i].ecg_paths)
     # Questions about one recording get one other recording, and each is given as often as it was asked about.
     assert len({given[i][0] for i in (0, 1, 2)}) == 1
-    assert set(Counter(given[i][0][0] for i in range(12)).values()) == {3}
+    assert set(Counter(given[i][0][0] for i in range(18)).values()) == {3}
+    assert [place for _, (_, place) in given[26]] == [0, 1]
 
 
 def test_shuffling_keeps_how_frequent_noise_and_flat_lines_are() -> None:
@@ -48,7 +51,7 @@ def test_shuffling_keeps_how_frequent_noise_and_flat_lines_are() -> None:
 
 
 def test_one_recording_alone_stays_as_it_is() -> None:
-    assert shuffled_recordings(dataset_of([record(0, "a.npy")])) == {0: [("a.npy", 1000)]}
+    assert shuffled_recordings(dataset_of([record(0, "a.npy")])) == {0: [("a.npy", (1000, 0))]}
 
 
 def test_a_summary_has_a_column_for_each_control_and_baseline() -> None:

@@ -62,11 +62,17 @@ def test_peaks(kind: str, peak: float | None) -> None:
 
 
 def test_the_bar_counts_from_where_the_run_resumes() -> None:
-    shown = io.StringIO()
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown, piped = Terminal(), io.StringIO()
     bar = Progress(20, 10, shown=True, file=shown)
+    Progress(20, 10, shown=True, file=piped).close()
     bar.update(1, {"loss": 1.25, "tokens_per_s": 1000.0, "mfu": 0.5})
     bar.close()
     assert "11/20" in shown.getvalue() and "loss=1.2500" in shown.getvalue() and "mfu=50.0%" in shown.getvalue()
+    assert not piped.getvalue()  # a log file is not filled with bars
 
 
 def test_a_tracker_without_its_package_is_the_users_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
