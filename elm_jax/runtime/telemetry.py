@@ -89,7 +89,6 @@ class Progress:
             total=total,
             initial=initial,
             disable=None if shown else True,  # None: shown on a terminal only
-           
             unit="step",
             dynamic_ncols=True,
             file=file,
