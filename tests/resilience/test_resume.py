@@ -253,7 +253,8 @@ def test_the_best_step_has_a_checkpoint_wherever_it_lies(tmp_path: Path, monkeyp
     """Validation comes more often than checkpoints; here its second loss is the lowest."""
     folder, losses = tmp_path / "run", iter([3.0, 1.0, 2.0, 4.0])
     monkeypatch.setattr(loop, "make_eval_step", lambda *_: lambda *_: (next(losses), 1.0))
-    changes = {"train__steps": 4, "train__eval_every": 1, "train__save_every": 5}
+    changes = {"data__names": ["demo:train=64,val=4,test=8"], "train__steps": 4}  # one step validates
+    changes |= {"train__eval_every": 1, "train__save_every": 5}
     train(config_of(folder, **changes))
     assert {step: values["val_loss"] for step, values in logged(folder).items()} == {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0}
     reader = Checkpoints(folder, read_only=True)
