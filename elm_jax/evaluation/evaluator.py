@@ -27,6 +27,7 @@ from elm_jax.evaluation.metrics import aggregate, is_right, signal_dependence
 from elm_jax.evaluation.paper import Example, gallery
 from elm_jax.inference.model import Prompt, TrainedModel
 
+SHUFFLES = 3  # ways to give each question another recording: one draw alone is a coarse estimate
 EXAMPLES = 6  # ECGs in the picture
 
 
@@ -54,7 +55,10 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
     questions = list(_questions(dataset))[: options.limit]
     conditions: dict[str, list[dict[str, Any]]] = {}
     for name in ("real", *options.controls):
-        conditions[name] = _predictions(model, dataset, questions, name, options, config.log.progress)
+        draws = range(SHUFFLES if name == "shuffled" else 1)
+        sources = [_Source(dataset, name, seed) for seed in draws]
+        answered = [_predictions(model, source, questions, options, config.log.progress) for source in sources]
+        conditions[name] = [prediction for predictions in answered for prediction in predictions]
     results = _results(conditions, model, split, time.perf_counter() - started)
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -101,18 +105,16 @@ def _questions(dataset: Dataset) -> Iterator[Question]:
 
 
 def _predictions(
-    model: TrainedModel, dataset: Dataset, questions: Sequence[Question], condition: str, options: EvalConfig,
-    progress: bool,
-) -> list[dict[str, Any]]:  # fmt: skip
+    model: TrainedModel, source: _Source, questions: Sequence[Question], options: EvalConfig, progress: bool
+) -> list[dict[str, Any]]:
     """One object per question, in order: id, name, patient, prompt, answer, truth, seconds."""
-    source = _Source(dataset, condition)
     lengths = [len(source.prompt(q).ids) for q in questions]
     order = np.argsort(lengths, kind="stable")  # like lengths together: less padding, few shapes
     batches = [order[i : i + options.batch_size] for i in range(0, len(order), options.batch_size)]
     predictions: dict[int, dict[str, Any]] = {}
     with ThreadPoolExecutor(1) as reader:  # reads the next batch while the model answers this one
         pending = reader.submit(source.load, [questions[i] for i in batches[0]])
-        for number, batch in enumerate(tqdm(batches, desc=condition, disable=not progress, unit="batch")):
+        for number, batch in enumerate(tqdm(batches, desc=source.condition, disable=not progress, unit="batch")):
             prompts = pending.result()
             if number + 1 < len(batches):
                 pending = reader.submit(source.load, [questions[i] for i in batches[number + 1]])
@@ -121,7 +123,7 @@ def _predictions(
             seconds = (time.perf_counter() - begun) / len(batch)
             for i, prompt, answer in zip(batch, prompts, answers, strict=True):
                 predictions[int(i)] = _prediction(
-                    dataset, questions[i], prompt.rendered.prompt, answer, seconds
+                    source.dataset, questions[i], prompt.rendered.prompt, answer, seconds
                 )
     return [predictions[i] for i in range(len(questions))]
 
@@ -144,7 +146,7 @@ def _prediction(
 class _Source:
     """Prompts with ECGs under one condition: `real` or a control."""
 
-    def __init__(self, dataset: Dataset, condition: str) -> None:
+    def __init__(self, dataset: Dataset, condition: str, seed: int = 0) -> None:
         self.condition = condition
         text, signal = dataset.text, dataset.signal
         if condition == "text_only":
@@ -152,7 +154,7 @@ class _Source:
         elif condition in ("zeros", "noise"):
             signal = replace(signal, perturb=condition)
         self.dataset = Dataset(dataset.records, dataset.tokenizer, text, signal)
-        self.other = shuffled_recordings(dataset) if condition == "shuffled" else None
+        self.other = shuffled_recordings(dataset, seed) if condition == "shuffled" else None
 
     def prompt(self, question: Question) -> Any:
         return self.dataset.prompts(question.record)[question.turn][0]

@@ -151,13 +151,17 @@ def signal_dependence(
 ) -> dict[str, Any]:
     """How many exact matches hang on the signal: {"value", "ci95", "p"} of real minus control, paired by id.
 
-    `control` holds the predictions for the same questions under a control. `p` is two-sided, from flipping
-    the sign of each patient's difference at random; it is at least 1 / (RESAMPLES + 1).
+    `control` holds the predictions for the same questions under a control, once or several times each.
+    `p` is two-sided, from flipping the sign of each patient's difference at random; it is at least
+    1 / (RESAMPLES + 1).
     """
-    pairs, others = _pairs(real), {pair.id: pair for pair in _pairs(control)}
-    missing = [pair.id for pair in pairs if pair.id not in others]
+    pairs, others = _pairs(real), _pairs(control)
+    scores: dict[str, list[float]] = {}
+    for other, value in zip(others, _values(others, "exact_match"), strict=True):
+        scores.setdefault(other.id, []).append(float(value))
+    missing = [pair.id for pair in pairs if pair.id not in scores]
     assert pairs and not missing, f"the control lacks predictions: {missing[:3]}"
-    values = _values(pairs, "exact_match") - _values([others[pair.id] for pair in pairs], "exact_match")
+    values = _values(pairs, "exact_match") - np.array([np.mean(scores[pair.id]) for pair in pairs])
     sums, counts = _by_patient(values, pairs)
     rng = np.random.default_rng(seed)
     flipped = [abs(rng.choice((-1.0, 1.0), len(sums)) @ sums) for _ in range(RESAMPLES)]
