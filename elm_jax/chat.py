@@ -22,6 +22,7 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--ecg", metavar="F", action="append", default=[], help="begin with this ECG; may be repeated")
     flags = cli.ConfigFlags.parse(argv)
     options = parser.parse_args(flags.rest)
-    from elm_jax.data.dataset import signal_spec
+    from elm_jax.data.represent import signal_spec
     from elm_jax.inference.model import TrainedModel
     from elm_jax.inference.session import Session, read_input
     from elm_jax.runtime.compilation import keep_compiled
@@ -52,15 +53,16 @@ def main(argv: Sequence[str]) -> None:
 
     keep_compiled()
     config = config_of_run(options.checkpoint, flags)
-    spec = signal_spec(config.data, config.seed)
-    ecgs = [read_input(path, spec, i) for i, path in enumerate(options.ecg)]  # before the model, which is slow
+    waveforms = replace(signal_spec(config.data, config.seed), representation="signal")
+    for path in options.ecg:  # what cannot be read is said before the model is loaded, which is slow
+        read_input(path, waveforms)
     session = Session(TrainedModel(config, options.step))
     print(_banner(session), file=sys.stderr)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):  # what is no text in the terminal's encoding is no reason to stop
             stream.reconfigure(errors="replace")
-    for ecg in ecgs:
-        _show(session, session.attach(ecg))
+    for path in options.ecg:
+        _show(session, session.add_ecg(path))
     talk(session, is_terminal=sys.stdin.isatty() and sys.stdout.isatty())
 
 

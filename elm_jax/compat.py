@@ -13,10 +13,20 @@ BEHAVIOURS: dict[str, str] = {
     "response_by_ids": "find what is supervised by searching the token ids for the response header",
     "special_tokens_in_text": "read special tokens written in a message as special tokens, not as text",
     "skip_zero_signals": "leave the text embedding of <signal> where a signal embedding is exactly zero",
+    "signal_token_order": "add the ECG-Byte tokens to the LLM's in the order of the file, which is not sorted",
+    "rgb_250_dpi": "draw the ECG paper of rgb at 250 dots per inch before it is resized",
+    "muon_by_name": "choose the matrices that Muon moves by words in their published names",
+    "micro_batch_mean_loss": "average the loss over micro-batches, each the mean over its own tokens",
+    "st_mem_train_positions": "train the position embedding of the st_mem encoder with its other weights",
+    "vit_random_mask": "hide 75 % of the patches of an image from the vit encoder, at random",
+    "clip_centre_crop": "show CLIP the middle of an image only, as its own processor does, not all of it",
+    "scale_signal_embeddings": "scale Gemma's signal embeddings as its token embeddings, as transformers 4 did",
     "dequantize_by_25": "read an ECG-Byte symbol q as q/25 instead of the middle of its bin, (q+0.5)/26",
+    "gpt2_positions": "count the positions of a GPT-2 prompt from its padding, as transformers' forward() does",
 }
 
-_BOTH = tuple(BEHAVIOURS)
+# Both were measured with transformers 5.
+_BOTH = tuple(name for name in BEHAVIOURS if name != "scale_signal_embeddings")
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "elm-2026-04": _BOTH,

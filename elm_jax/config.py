@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from elm_jax import compat, schema
+from elm_jax.data.chat_forms import CHAT_FORMS
 from elm_jax.data.ecg import LEADS
 from elm_jax.errors import UserError, closest
 from elm_jax.schema import key
@@ -34,7 +35,7 @@ class DataConfig:
         limit="at least 0 and below 1"
     )
     representation: str = key(
-        "signal", "what the model sees of an ECG", choices=("signal",), later=("symbolic", "stacked", "rgb")
+        "signal", "what the model sees of an ECG", choices=("signal", "symbolic", "stacked_signal", "rgb")
     )
     segment_len: int = key(2500, "samples of an ECG after resampling", limit="at least 1")
     sampling_rate: int = key(250, "samples per second after resampling", limit="at least 1")
@@ -48,14 +49,12 @@ class DataConfig:
     weights: tuple[float, ...] | None = key(
         None, "how often an epoch sees each of data.names; 1 is every sample once", limit="above 0"
     )
-    augment_ecg: bool = key(False, "random changes to training signals", unbuilt="augmentation")
-    augment_rgb: bool = key(False, "random changes to training images", unbuilt="augmentation")
+    augment_ecg: bool = key(False, "random changes to training signals: noise, baseline wander")
+    augment_rgb: bool = key(False, "random changes to training images: rotation, blur, colours")
     perturb: str | None = key(None, "replace the ECG, as a control", choices=("noise", "zeros", "only_text"))
     system_prompt: str | None = key(None, "the system prompt: its text, or the path of a text file")
-    ecg_tokenizer: str | None = key(None, "file of the symbolic tokenizer", unbuilt="the symbolic path")
-    min_ecg_tokens: int = key(
-        512, "symbolic tokens of an ECG that truncation keeps", limit="at least 0", unbuilt="the symbolic path"
-    )
+    ecg_tokenizer: str | None = key(None, "file of the symbolic tokenizer: .json or the reference's .pkl")
+    min_ecg_tokens: int = key(512, "symbolic tokens of an ECG that truncation keeps", limit="at least 0")
     explicit_thinking: bool = key(False, "answers begin with a think tag that is given, not generated")
     pack: bool = key(True, "several conversations in a row")
     share: str = key("system", "what conversations of a row compute once", choices=("none", "system", "ecg"))
@@ -68,12 +67,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    rank: int = key(0, "rank of the LoRA matrices; 0 is no LoRA", unbuilt="LoRA")
-    alpha: float = key(32.0, "LoRA's scale is alpha / rank", limit="above 0", unbuilt="LoRA")
-    dropout: float = key(
-        0.0, "dropout before the LoRA matrices", limit="at least 0 and below 1", unbuilt="LoRA"
-    )
-    targets: str = key("all", "which linear layers have LoRA", unbuilt="LoRA")
+    rank: int = key(0, "rank of the LoRA matrices; 0 is no LoRA", limit="at least 0")
+    alpha: float = key(32.0, "LoRA's scale is alpha / rank", limit="above 0")
+    dropout: float = key(0.0, "dropout before the LoRA matrices", limit="at least 0 and below 1")
+    targets: str = key("all", "layers with LoRA: all, peft (the choice of PEFT), or names as q_proj,v_proj")
+    adapter: str | None = key(None, "a PEFT adapter folder to start from")
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,8 @@ class LlmConfig:
     param_dtype: str = key("float32", "of trained weights", choices=("bfloat16", "float32"))
     scan: bool = key(True, "compile one layer and scan over them")
     remat: str = key("dots", "what the backward pass recomputes", choices=("none", "full", "dots"))
+    dropout: float = key(0.0, "dropout after embeddings and before each residual sum", limit="at least 0 and below 1")
+    chat: str | None = key(None, "chat form; None is that of the tokenizer", choices=tuple(CHAT_FORMS))
     attention: str = key("auto", "attention kernel", choices=("auto", "xla", "cudnn"))
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -104,14 +104,14 @@ class ConnectorConfig:
 
 @dataclass(frozen=True)
 class MuonConfig:
-    momentum: float = key(0.95, "momentum", limit="at least 0 and below 1", unbuilt="Muon")
-    ns_steps: int = key(5, "Newton-Schulz iterations", limit="at least 1", unbuilt="Muon")
-    adamw_lr_ratio: float = key(0.015, "learning rate of what AdamW has, by optim.lr", limit="above 0", unbuilt="Muon")
+    momentum: float = key(0.95, "momentum", limit="at least 0 and below 1")
+    ns_steps: int = key(5, "Newton-Schulz iterations", limit="at least 1")
+    adamw_lr_ratio: float = key(0.015, "learning rate of what AdamW has, by optim.lr", limit="above 0")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: str = key("adamw", "the optimizer", choices=("adam", "adamw"), later=("muon",))
+    name: str = key("adamw", "the optimizer", choices=("adam", "adamw", "muon"))
     lr: float = key(1e-4, "peak learning rate", limit="above 0")
     schedule: str = key("constant", "learning rate after warm-up", choices=("constant", "cosine", "inv_sqrt"))
     warmup_ratio: float = key(0.1, "part of the steps that warms up linearly", limit="from 0 to 1")
@@ -186,8 +186,8 @@ class Config:
     workdir: str = key("runs/<name>", "the run's folder; <name> is the config file's name")
     phase: str = key("sft", "pretrain or supervised fine-tuning", choices=("pretrain", "sft"), later=("rl",))
     elm: str = key(
-        "mlp_llava", "how an ECG enters the LLM", choices=("linear_llava", "mlp_llava"),
-        later=("base_elf", "patch_elf", "conv_elf", "ecg_byte"),
+        "mlp_llava", "how an ECG enters the LLM", 
+        choices=("linear_llava", "mlp_llava", "base_elf", "patch_elf", "conv_elf", "ecg_byte"),
     )  # fmt: skip
     update: tuple[str, ...] = key(
         ("connector", "llm"), "the parts that are trained", choices=("encoder", "connector", "llm")

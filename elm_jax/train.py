@@ -21,9 +21,9 @@ def main(config: Config) -> None:
 
     trained = train(config)
     if config.eval.at_end:
-        from elm_jax.evaluation.evaluator import evaluate, results_folder
+        from elm_jax.evaluation.evaluator import evaluate, is_evaluated
 
-        if trained or not (results_folder(config, "test") / "metrics.json").is_file():
+        if trained or not is_evaluated(config, "test"):
             evaluate(config)
 
 

@@ -10,6 +10,7 @@ from elm_jax.config import Config, resolve
 from elm_jax.data.chat import add_tokens, stop_ids
 from elm_jax.data.dataset import text_spec
 from elm_jax.data.demo import demo_tokenizer
+from elm_jax.data.represent import signal_spec
 
 SECONDS, RATE = 10, 50
 
@@ -39,7 +40,8 @@ class FakeModel:
         tokenizer = demo_tokenizer()
         add_tokens(tokenizer, config.phase)
         text = text_spec(config.data, family, config.encoder.tokens, config.phase, config.compat)
-        self.assembly = SimpleNamespace(text=text, tokenizer=tokenizer, llm=SimpleNamespace(max_len=context))
+        signal, llm = signal_spec(config.data, config.seed), SimpleNamespace(max_len=context)
+        self.assembly = SimpleNamespace(text=text, signal=signal, tokenizer=tokenizer, llm=llm)
         self.stops = stop_ids(tokenizer, family)
         self.prompts: list[Any] = []
         self.seeds: list[int] = []

@@ -15,9 +15,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from elm_jax.cli import ConfigFlags
+from elm_jax.config import Config
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, SAVE_EVERY = 12, 3
@@ -43,6 +49,19 @@ def flags(workdir: Path, **changes: Any) -> list[str]:
     """The command line of a tiny run; `changes` are keys with `__` for the dot."""
     values = {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}, "workdir": str(workdir)}
     return ["--config", "configs/demo.py", *(f"--config.{name}={_text(value)}" for name, value in values.items())]
+
+
+def config(workdir: Path, **changes: Any) -> Config:
+    """The checked configuration of a tiny run, to run in this process: see `prepare`."""
+    return ConfigFlags.parse(flags(workdir, **changes)).load()
+
+
+def prepare(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Let this process know the layout `tiny` and use a cache of its own, as long as the test runs."""
+    from elm_jax.models.encoders import merl
+
+    monkeypatch.setitem(merl.LAYOUTS, "tiny", (merl.basic, (1,)))
+    monkeypatch.setenv("ELM_JAX_CACHE", str(cache))
 
 
 def start_command(command: list[str], devices: int, env: dict[str, str]) -> subprocess.Popen[str]:

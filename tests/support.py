@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from elm_jax.data.batch import Batch, BatchShape, Conversation, Group, collate, stack_micro_batches
+from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Conversation, Group, collate, stack_micro_batches
 from elm_jax.models.connectors import build_connector
 from elm_jax.models.decoder import Decoder
 from elm_jax.models.elm import ELM
@@ -20,6 +20,7 @@ from elm_jax.models.functional import Arrays, Structure, structure_of
 
 LEADS, SAMPLES, SIGNAL_TOKENS, VOCABULARY = 3, 64, 2, 64
 SIGNAL_SHAPE = (LEADS, SAMPLES)
+SIGNAL_LAYOUT = ArraySpec(SIGNAL_SHAPE)
 
 
 def tiny_elm(heads: int = 2, hidden: int = 32, layers: int = 2, seed: int = 0) -> tuple[Structure, Arrays]:
@@ -75,4 +76,4 @@ class RandomConversations:
 
 def batch_of(rows: Sequence[list[Group]], tokens: int = 64, signals: int = 8, targets: int = 24) -> Batch:
     """One micro-batch of these rows."""
-    return stack_micro_batches([collate(list(rows), BatchShape(tokens, signals, targets), SIGNAL_SHAPE)])
+    return stack_micro_batches([collate(list(rows), BatchShape(tokens, signals, targets), SIGNAL_LAYOUT)])

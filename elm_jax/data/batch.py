@@ -5,18 +5,47 @@ group, prefix first, branches one after the other. A token sees those before it 
 belong to the prefix or to its own branch, and positions continue from the prefix, so each branch computes
 what it would compute alone behind its prefix.
 
-Dimension letters: A micro-batches, B rows, T tokens, S signal slots of a row, C leads, L samples,
-N signal tokens per ECG, M supervised slots of a row.
+Dimension letters: A micro-batches, B rows, T tokens, S signal slots of a row, N signal tokens per ECG,
+M supervised slots of a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 Array = Any  # of NumPy on the host, of JAX on devices and in traced functions
+Signal = np.ndarray | dict[str, np.ndarray]  # one ECG as a model sees it: an array, or several by name
+
+
+class ArraySpec(NamedTuple):
+    """The shape and dtype of an array."""
+
+    shape: tuple[int, ...]
+    dtype: Any = np.float32
+
+
+Layout = ArraySpec | Mapping[str, ArraySpec]  # of a Signal
+
+
+def empty_signals(layout: Layout, *leading: int) -> Signal:
+    """Zeros for `leading` signals of this layout."""
+    if isinstance(layout, ArraySpec):
+        return np.zeros((*leading, *layout.shape), layout.dtype)
+    return {name: np.zeros((*leading, *spec.shape), spec.dtype) for name, spec in layout.items()}
+
+
+def put_signal(signals: Signal, place: tuple[int, ...], signal: Signal) -> None:
+    """Write one signal into its place among `signals`."""
+    if isinstance(signals, dict):
+        assert isinstance(signal, dict) and signals.keys() == signal.keys()
+        for name, array in signals.items():
+            array[place] = signal[name]
+    else:
+        signals[place] = signal
 
 
 class Batch(NamedTuple):
@@ -26,7 +55,7 @@ class Batch(NamedTuple):
     positions: Array  # (B, T) int32, counted within the conversation
     group_ids: Array  # (B, T) int32, 0 = padding
     branch_ids: Array  # (B, T) int32, 0 = the group's prefix
-    signals: Array  # (B, S, C, L) float32
+    signals: Any  # leaves (B, S, ...): the signals, an array or a dictionary of arrays
     signal_weights: Array  # (B, S) float32: conversations that read this signal; 0 = slot unused
     signal_slot: Array  # (B, T) int32: index into the row's S·N signal embeddings, -1 for text
     target_index: Array  # (B, M) int32: the position whose hidden state predicts the target
@@ -52,7 +81,7 @@ class Conversation:
     ids: np.ndarray  # (T,) int32
     supervised: np.ndarray  # (T,) bool
     signal_positions: np.ndarray  # (n_ecgs, N) int32
-    signals: list[np.ndarray] | None  # n_ecgs arrays (C, L) float32
+    signals: list[Signal] | None  # n_ecgs of them
 
 
 @dataclass(frozen=True)
@@ -63,15 +92,15 @@ class Group:
     conversations: list[Conversation]
 
 
-def collate(rows: list[list[Group]], shape: BatchShape, signal_shape: tuple[int, int]) -> Batch:
+def collate(rows: list[list[Group]], shape: BatchShape, layout: Layout) -> Batch:
     """Lay rows of groups out as arrays (no micro-batch axis). A row that does not fit is our own fault."""
-    count, leads, samples = len(rows), *signal_shape
+    count = len(rows)
     batch = Batch(
         tokens=np.zeros((count, shape.tokens), np.int32),
         positions=np.zeros((count, shape.tokens), np.int32),
         group_ids=np.zeros((count, shape.tokens), np.int32),
         branch_ids=np.zeros((count, shape.tokens), np.int32),
-        signals=np.zeros((count, shape.signals, leads, samples), np.float32),
+        signals=empty_signals(layout, count, shape.signals),
         signal_weights=np.zeros((count, shape.signals), np.float32),
         signal_slot=np.full((count, shape.tokens), -1, np.int32),
         target_index=np.zeros((count, shape.targets), np.int32),
@@ -125,7 +154,7 @@ class _RowWriter:
         slots: dict[int, int] = {}
         for ecg in range(first, last):
             if c.signals is not None:
-                self.batch.signals[self.row, self.signal] = c.signals[ecg]
+                put_signal(self.batch.signals, (self.row, self.signal), c.signals[ecg])
                 self.batch.signal_weights[self.row, self.signal] = readers
             width = c.signal_positions.shape[1]
             slots.update((int(p), self.signal * width + n) for n, p in enumerate(c.signal_positions[ecg]))
@@ -171,4 +200,10 @@ def _ecgs_before(c: Conversation, prefix: int) -> int:
 
 def stack_micro_batches(batches: list[Batch]) -> Batch:
     """Stack A micro-batches of equal shape: every array gets the leading axis A."""
-    return Batch(*(np.stack(arrays) for arrays in zip(*batches, strict=True)))
+    return Batch(*(_stacked(parts) for parts in zip(*batches, strict=True)))
+
+
+def _stacked(parts: tuple[Any, ...]) -> Any:
+    if isinstance(parts[0], dict):
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+    return np.stack(parts)

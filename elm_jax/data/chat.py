@@ -26,7 +26,7 @@ from elm_jax import compat as behaviours
 from elm_jax.data.chat_forms import CHAT_FORMS, ChatForm
 from elm_jax.data.chat_write import THINK_PREFIX, Draft, Style, fitted_chat, fitted_text, text_draft
 from elm_jax.data.messages import Message, answered, place, without_empty_answers
-from elm_jax.data.text import Turn, clean_text, decode_text, to_turns
+from elm_jax.data.text import Turn, clean_text, count_marks, decode_text, to_turns
 from elm_jax.data.vocabulary import SIGNAL_TOKEN, THINK_TOKENS, backend_of, vocabulary
 from elm_jax.errors import UserError, nearest
 
@@ -80,24 +80,25 @@ def render(
     explicit_thinking: bool = False,
     max_len: int | None = None,
     compat: Iterable[str] = (),
-    n_ecgs: int = 1,
+    n_ecgs: int | None = None,
 ) -> Rendered:
     """The conversation (one of the four forms, or JSON of one) as training tokens; every answer is learnt.
 
-    `signal_tokens` N placeholders stand for each of `n_ecgs` ECGs; with 0 the ECGs are left out. Several ECGs
-    go where the user's `<ecg>` markers are, without markers all before the first question. `system_prompt`
-    None is the family's default; a system turn at the start replaces it. A string answers an empty question.
-    Phase "pretrain" learns the answers as one text without a chat form. With `explicit_thinking` a "<think>"
-    and newline at the start of an answer belong to the prompt. What follows the last answer is left out.
+    `signal_tokens` N placeholders stand for each of `n_ecgs` ECGs (None: as many as the user's `<ecg>` markers, at
+    least one); with 0 the ECGs are left out. Several ECGs go where the markers are, without markers all before the
+    first question. `system_prompt` None is the family's default; a system turn at the start replaces it. A string
+    answers an empty question. Phase "pretrain" learns the answers as one text without a chat form. With
+    `explicit_thinking` a "<think>" and newline at the start of an answer belong to the prompt. What follows the last
+    answer is left out.
 
     Raises UserError if there is nothing to learn or `max_len` cannot be kept.
     """
     style = _style(tokenizer, family, signal_tokens, phase, explicit_thinking, max_len, compat)
-    style, messages = _opened(style, conversation, system_prompt, n_ecgs, phase)
+    style, messages, n_ecgs = _opened(style, conversation, system_prompt, n_ecgs, phase)
     if phase == "pretrain":
         return _rendered(style, fitted_text(style, n_ecgs, _answers(messages)), n_ecgs)
     messages = messages if style.by_ids else answered(messages)
-    return _rendered(style, fitted_chat(style, messages, is_open=False), n_ecgs)
+    return _rendered(style, fitted_chat(style, messages), n_ecgs)
 
 
 def render_prompts(
@@ -110,25 +111,25 @@ def render_prompts(
     explicit_thinking: bool = False,
     max_len: int | None = None,
     compat: Iterable[str] = (),
-    n_ecgs: int = 1,
+    n_ecgs: int | None = None,
 ) -> list[tuple[Rendered, str]]:
     """For each non-empty answer: the true history with the header of the response, and the answer.
 
-    Arguments as in `render`. With `explicit_thinking` each prompt ends in "<think>\\n" and the answer is what
-    follows. A prompt holds the ECGs that came up until then. Nothing in it is supervised.
+    Arguments as in `render`. With `explicit_thinking` a prompt ends in "<think>\\n" where its answer begins so, and
+    the answer is what follows. A prompt holds the ECGs that came up until then. Nothing in it is supervised.
 
     Raises UserError as `render`.
     """
     style = _style(tokenizer, family, signal_tokens, phase, explicit_thinking, max_len, compat)
-    style, messages = _opened(style, conversation, system_prompt, n_ecgs, phase)
+    style, messages, n_ecgs = _opened(style, conversation, system_prompt, n_ecgs, phase)
     if phase == "pretrain":
         return [(_rendered(style, text_draft(style, n_ecgs, None), n_ecgs), _answers(messages))]
     messages, prompts = answered(messages), []
     for i, message in enumerate(messages):
         if message.role == "assistant":
-            draft = fitted_chat(style, messages[:i], is_open=True)
-            gold = message.text.removeprefix(THINK_PREFIX) if style.thinking else message.text
-            prompts.append((_rendered(style, draft, n_ecgs), gold))
+            given = THINK_PREFIX if style.thinking and message.text.startswith(THINK_PREFIX) else ""
+            draft = fitted_chat(style, messages[:i], given)
+            prompts.append((_rendered(style, draft, n_ecgs), message.text.removeprefix(given)))
     return prompts
 
 
@@ -142,14 +143,18 @@ def render_prompt(
     explicit_thinking: bool = False,
     max_len: int | None = None,
     compat: Iterable[str] = (),
-    n_ecgs: int = 1,
+    n_ecgs: int | None = None,
 ) -> Rendered:
-    """The whole conversation and the header of the response that comes next. Arguments as in `render`."""
+    """The whole conversation and the header of the response that comes next. Arguments as in `render`.
+
+    With `explicit_thinking` the response is given its "<think>\\n".
+    """
     style = _style(tokenizer, family, signal_tokens, phase, explicit_thinking, max_len, compat)
-    style, messages = _opened(style, conversation, system_prompt, n_ecgs, phase)
+    style, messages, n_ecgs = _opened(style, conversation, system_prompt, n_ecgs, phase)
     if phase == "pretrain":
         return _rendered(style, text_draft(style, n_ecgs, None), n_ecgs)
-    return _rendered(style, fitted_chat(style, without_empty_answers(messages), is_open=True), n_ecgs)
+    opening = THINK_PREFIX if style.thinking else ""
+    return _rendered(style, fitted_chat(style, without_empty_answers(messages), opening), n_ecgs)
 
 
 def add_tokens(tokenizer: Any, phase: str = "sft") -> list[str]:
@@ -174,10 +179,11 @@ def stop_ids(tokenizer: Any, family: str) -> tuple[int, ...]:
 
 def decode(ids: Sequence[int] | np.ndarray, tokenizer: Any, family: str) -> str:
     """The answer that generated ids spell, up to the first end token or negative id; tags stay."""
-    stops = set(stop_ids(tokenizer, family))
+    stops, words = set(stop_ids(tokenizer, family)), vocabulary(tokenizer)
     answer = [int(token) for token in ids]
     end = next((i for i, token in enumerate(answer) if token < 0 or token in stops), len(answer))
-    return vocabulary(tokenizer).text(answer[:end])
+    text, ending = words.text(answer[:end]), _form(family).answer[1]
+    return text.removesuffix(" ") if ending.startswith(" ") else text
 
 
 def _style(
@@ -213,9 +219,9 @@ def _style(
 
 
 def _opened(
-    style: Style, conversation: Any, prompt: str | None, n_ecgs: int, phase: str
-) -> tuple[Style, list[Message]]:
-    """The style with its system prompt and the conversation's messages with their ECGs."""
+    style: Style, conversation: Any, prompt: str | None, n_ecgs: int | None, phase: str
+) -> tuple[Style, list[Message], int]:
+    """The style with its system prompt, the conversation's messages with their ECGs, and how many these are."""
     form, turns = style.form, to_turns(decode_text(conversation))
     if style.by_ids:  # to the reference every speaker but the user is the assistant
         turns = [turn._replace(role="assistant") if turn.role == "system" else turn for turn in turns]
@@ -225,10 +231,12 @@ def _opened(
         raise UserError("text", "a later system turn", "at most one, at the start", "mend the record")
     prompt = form.default_system if prompt is None else prompt
     has_system = form.system is not None and (prompt or form.default_system is not None)
+    if n_ecgs is None:
+        n_ecgs = max(1, sum(count_marks(turn.text) for turn in turns if turn.role == "user"))
     messages = place(turns, n_ecgs, style.clean_answers, strip=form.strip and phase != "pretrain")
     if not style.signal_tokens:
         messages = [Message(message.role, (message.text,)) for message in messages]
-    return replace(style, system=prompt if has_system else None), messages
+    return replace(style, system=prompt if has_system else None), messages, n_ecgs
 
 
 def _answers(messages: list[Message]) -> str:

@@ -18,6 +18,7 @@ class ChatForm:
     between: str = ""  # before every user turn but the first
     final: str = ""  # after everything, learnt
     strip: bool = False  # whether messages lose white space at both ends
+    system_in_user: bool = False  # whether the system turn stands inside the first user turn, after its opening
     reference_start: str | None = None  # what the reference searches for; None: it has no such family
 
 
@@ -69,6 +70,29 @@ CHAT_FORMS: dict[str, ChatForm] = {
         final="<eos>",
         reference_start="<end_of_turn>\n<start_of_turn>model\n",
     ),
-    "gpt2": _PLAIN,
+    "llama2": ChatForm(
+        tokens=("<s>", "</s>"),
+        bos="<s>",
+        system=("<<SYS>>\n", "\n<</SYS>>\n\n"),
+        system_in_user=True,
+        default_system=None,
+        user=("[INST] ", " [/INST]"),
+        answer=(" ", " </s>", ""),
+        between="<s>",
+        pretrain=("<s>", "</s>"),
+        stops=("</s>",),
+        strip=True,
+    ),
+    # Ours, for models that never had one (GPT-2, OPT): every turn ends with their end-of-text token.
+    "gpt2": ChatForm(
+        tokens=("{bos}", "{eos}"),
+        bos="{bos}",
+        system=("", "{eos}\n"),
+        default_system=None,
+        user=("User:\n", "{eos}\n"),
+        answer=("Assistant:\n", "{eos}", "\n"),
+        pretrain=("{bos}", "{eos}"),
+        stops=(),
+    ),
     "plain": _PLAIN,
 }

@@ -93,9 +93,13 @@ class Writer:
         self.segments.append(Segment(SIGNAL_TOKEN * count, (signal,) * count, False))
         self.ecgs += 1
 
-    def system(self) -> None:
+    def begin(self) -> None:
+        self.template(self.style.form.bos)
+        if not self.style.form.system_in_user:
+            self._system()
+
+    def _system(self) -> None:
         form, prompt = self.style.form, self.style.system
-        self.template(form.bos)
         if prompt is None or form.system is None:
             return
         self.template(form.system[0])
@@ -105,10 +109,12 @@ class Writer:
         added = range(before, len(self.segments))
         self.system_segments = max((i + 1 for i in added if self.segments[i].ids is not None), default=0)
 
-    def user(self, message: Message, leading: bool) -> None:
-        """`leading`: no message comes before, and all ECGs of the conversation are in this one."""
+    def user(self, message: Message, first: bool, leading: bool) -> None:
+        """`first`: of the user; `leading`: of all, with all ECGs of the conversation in it."""
         form, pieces, end = self.style.form, runs(message, self.style.form.strip), 0
         self.template(form.user[0])
+        if first and form.system_in_user:
+            self._system()
         for piece in pieces:
             if piece is None:
                 self.ecg()
@@ -122,7 +128,7 @@ class Writer:
 
     def assistant(self, text: str) -> None:
         form, thought = self.style.form, self.style.thinking and text.startswith(THINK_PREFIX)
-        self.template(form.answer[0], edge=True)
+        self._header()
         if not text:  # only with compat: the reference leaves the header of an empty answer open
             return
         if thought:
@@ -131,10 +137,16 @@ class Writer:
         self.template(form.answer[1], learn=True)
         self.template(form.answer[2])
 
-    def next_header(self) -> None:
-        self.template(self.style.form.answer[0], edge=True)
-        if self.style.thinking:
-            self.tagged(THINK_PREFIX, edge=True)
+    def next_header(self, opening: str) -> None:
+        self._header()
+        self.tagged(opening, edge=True)
+
+    def _header(self) -> None:
+        header, words = self.style.form.answer[0], self.style.words
+        bare = header.removesuffix(" ") if words.spaces_runs else header
+        self.template(bare, edge=True)
+        if bare != header:  # the answer, a run of its own, brings its space
+            self.segments.append(Segment(" ", (), False))
 
     def draft(self) -> Draft:
         words, specials = self.style.words, self.style.specials
@@ -147,22 +159,24 @@ class Writer:
             learn += [learnt] * len(found)
             ends.append(len(ids))
         prompt = "".join(segment.text for segment in self.segments)
+        learn[:1] = [False] * len(learn[:1])  # nothing predicts the first token: a text without bos begins with it
         return Draft(prompt, ids, learn, ends[self.system_segments], ends[self.signal_segments], self.ecgs)
 
 
-def chat_draft(style: Style, messages: Sequence[Message], is_open: bool) -> Draft:
-    """The whole conversation; `is_open`: and the header of the next response, with nothing to learn."""
+def chat_draft(style: Style, messages: Sequence[Message], opening: str | None = None) -> Draft:
+    """The whole conversation; with `opening`: and the next response's header and first words, and nothing to learn."""
     writer, ecgs = Writer(style), sum(message.ecgs for message in messages)
-    writer.system()
+    writer.begin()
+    first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
     for i, message in enumerate(messages):
         if message.role == "assistant":
             writer.assistant(message.text)
             continue
         if i:
             writer.template(style.form.between)
-        writer.user(message, leading=i == 0 and message.ecgs == ecgs)
-    if is_open:
-        writer.next_header()
+        writer.user(message, first=i == first, leading=i == 0 and message.ecgs == ecgs)
+    if opening is not None:
+        writer.next_header(opening)
         draft = writer.draft()
         return draft._replace(learn=[False] * len(draft.ids))
     writer.template(style.form.final, learn=True)
@@ -188,9 +202,9 @@ def text_draft(style: Style, ecgs: int, text: str | None) -> Draft:
     return draft
 
 
-def fitted_chat(style: Style, messages: list[Message], is_open: bool) -> Draft:
-    """The draft, shortened to `style.max_len` in the order that chat.py sets out."""
-    draft, limit = chat_draft(style, messages, is_open), style.max_len
+def fitted_chat(style: Style, messages: list[Message], opening: str | None = None) -> Draft:
+    """The draft (`chat_draft`), shortened to `style.max_len` in the order that chat.py sets out."""
+    draft, limit, is_open = chat_draft(style, messages, opening), style.max_len, opening is not None
     if limit is None or len(draft.ids) <= limit:
         return draft
     if style.by_tokens and not is_open:
@@ -203,16 +217,16 @@ def fitted_chat(style: Style, messages: list[Message], is_open: bool) -> Draft:
             style = replace(style, system=None)
         else:
             messages = shorter
-        draft = chat_draft(style, messages, is_open)
+        draft = chat_draft(style, messages, opening)
     if _needed(draft, is_open) <= limit:
         return _cut(style, draft, limit)
 
     def fits(length: int) -> bool:
-        return _needed(chat_draft(style, trimmed(messages, length), is_open), is_open) <= limit
+        return _needed(chat_draft(style, trimmed(messages, length), opening), is_open) <= limit
 
     question = next(message.text for message in messages if message.role == "user")
     length = bisect_left(range(len(question) + 1), True, key=fits)
-    return _cut(style, chat_draft(style, trimmed(messages, length), is_open), limit, is_open)
+    return _cut(style, chat_draft(style, trimmed(messages, length), opening), limit, is_open)
 
 
 def fitted_text(style: Style, ecgs: int, text: str) -> Draft:

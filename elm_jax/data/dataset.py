@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from elm_jax import compat as behaviours
 from elm_jax.config import DataConfig
-from elm_jax.data.batch import Conversation
+from elm_jax.data.batch import Conversation, Signal
 from elm_jax.data.chat import Rendered, render, render_prompts
-from elm_jax.data.ecg import LEADS
+from elm_jax.data.ecg_tokens import EcgTokens, cut_ecgs, kept_as_reference, reserved, write_ecgs
 from elm_jax.data.plan import LengthIndex
-from elm_jax.data.represent import load_raw, load_signal
+from elm_jax.data.represent import SignalSpec
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -41,49 +42,6 @@ class TextSpec:
     explicit_thinking: bool = False
     max_len: int | None = None
     compat: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class SignalSpec:
-    """All that decides how an ECG path becomes an array (C, L)."""
-
-    root: str
-    leads: tuple[int, ...]
-    length: int
-    sampling_rate: float
-    norm_eps: float
-    perturb: str | None
-    seed: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(C, L)."""
-        return len(self.leads), self.length
-
-    def load(self, path: str, key: int) -> np.ndarray:
-        """The ECG as the model sees it, (C, L) float32; `key` seeds noise. See `represent.load_signal`."""
-        return load_signal(
-            path,
-            root=self.root,
-            leads=self.leads,
-            length=self.length,
-            sampling_rate=self.sampling_rate,
-            norm_eps=self.norm_eps,
-            perturb=self.perturb,
-            key=key,
-        )
-
-    def load_raw(self, path: str, key: int) -> np.ndarray:
-        """The ECG before normalisation, all 12 leads, for pictures."""
-        return load_raw(path, root=self.root, length=self.length, sampling_rate=self.sampling_rate, key=key)
-
-
-def signal_spec(data: DataConfig, seed: int) -> SignalSpec:
-    """What `data.*` says of the signals."""
-    leads = tuple(LEADS.index(lead) if isinstance(lead, str) else lead for lead in data.leads)
-    return SignalSpec(
-        data.root, leads, data.segment_len, data.sampling_rate, data.norm_eps, data.perturb, seed
-    )
 
 
 def text_spec(
@@ -121,28 +79,64 @@ def read_system_prompt(text_or_path: str | None) -> str | None:
 
 
 class Dataset:
-    """Records with the tokenizer and the two specs. Picklable, so that worker processes can hold it."""
+    """Records with the tokenizer and the two specs. Picklable, so that worker processes can hold it.
 
-    def __init__(self, records: Sequence[Record], tokenizer: Any, text: TextSpec, signal: SignalSpec) -> None:
+    `augments`: whether ECGs change from epoch to epoch, as `data.augment_*` ask; only training's do.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], tokenizer: Any, text: TextSpec, signal: SignalSpec, augments: bool = False
+    ) -> None:
         self.records, self.tokenizer, self.text, self.signal = records, tokenizer, text, signal
+        self.augments = augments
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def render(self, index: int) -> Rendered:
-        """The tokens of one record.
+    def render(self, index: int, ecgs: Sequence[Signal] | None = None) -> Rendered:
+        """The tokens of one record. Where ECGs are symbols they are written into them: `ecgs`, or those of the files.
 
         Raises:
             UserError: the record has no answer, or does not fit; names the record.
         """
-        record = self.records[index]
+        record, options = self.records[index], asdict(self.text)
         try:
-            return render(record.text, self.tokenizer, n_ecgs=self._ecgs(record), **asdict(self.text))
+            if self._symbols is None:
+                return render(record.text, self.tokenizer, n_ecgs=self._ecgs(record), **options)
+            symbols = self.signals(index) if ecgs is None else ecgs
+            return self._with_symbols(symbols, lambda limit: self._rendered(record, limit))
         except UserError as error:
             raise UserError(f"record {record.id}", error.found, error.expected, error.fix) from error
 
+    def _rendered(self, record: Record, max_len: int | None) -> Rendered:
+        options = asdict(replace(self.text, max_len=max_len))
+        return render(record.text, self.tokenizer, n_ecgs=self._ecgs(record), **options)
+
+    def _with_symbols(self, ecgs: Sequence[Any], write: Callable[[int | None], Rendered]) -> Rendered:
+        """What `write` renders within a limit, with symbols in place of its ECGs, all within `text.max_len`.
+
+        Text gives way as everywhere, but each ECG keeps `data.min_ecg_tokens`; ECGs take the room that is left.
+        """
+        limit = self.text.max_len
+        if limit is None or not ecgs:
+            return write_ecgs(write(limit), ecgs) if ecgs else write(limit)
+        assert self._symbols is not None
+        least = self._symbols.least
+        if behaviours.enabled("truncate_tokens", self.text.compat):
+            return _cut_as_reference(write(None), ecgs, limit, least)
+        rendered = write(limit - reserved(ecgs, least))
+        shown = ecgs[: len(rendered.signal_positions)]
+        return write_ecgs(rendered, cut_ecgs(shown, limit - len(rendered.ids) + len(shown)))
+
+    @property
+    def _symbols(self) -> EcgTokens | None:
+        return self.signal.tokens if self.text.signal_tokens else None
+
     def prompts(self, index: int) -> list[tuple[Rendered, str]]:
-        """For each answer of one record: the prompt up to it, with the true history, and the answer."""
+        """For each answer of one record: the prompt up to it, with the true history, and the answer.
+
+        Where ECGs are symbols, one placeholder stands for each: `ecg_tokens.write_prompt` puts them in.
+        """
         record, spec = self.records[index], asdict(replace(self.text, max_len=None))
         try:
             return render_prompts(record.text, self.tokenizer, n_ecgs=self._ecgs(record), **spec)
@@ -150,27 +144,33 @@ class Dataset:
             raise UserError(f"record {record.id}", error.found, error.expected, error.fix) from error
 
     def _ecgs(self, record: Record) -> int:
+        if record.problem is not None:
+            raise record.problem
         return len(record.ecg_paths) if self.text.signal_tokens else 0
 
-    def signals(self, index: int) -> list[np.ndarray]:
-        """The record's ECGs, each (C, L) float32.
+    def signals(self, index: int, epoch: int | None = None) -> list[Signal]:
+        """The record's ECGs as the model sees them, in `epoch` where they are augmented.
 
         Raises:
             UserError: a file is missing, damaged or of the wrong shape; names it.
         """
         if not self.text.signal_tokens:
             return []
-        paths = self.records[index].ecg_paths
-        return [self.signal.load(path, self.key(index, place)) for place, path in enumerate(paths)]
+        paths, epoch = self.records[index].ecg_paths, epoch if self.augments else None
+        return [self.signal.load(path, self.key(index, place), epoch) for place, path in enumerate(paths)]
 
     def key(self, index: int, place: int = 0) -> int:
         """What noise in the place of a record's ECG number `place` is drawn from."""
         return zlib.crc32(f"{self.signal.seed}:{self.records[index].id}:{place}".encode())
 
-    def conversation(self, index: int, signals: list[np.ndarray] | None) -> Conversation:
-        """The record with given signals (None: a bad record, which keeps its place with weight 0)."""
-        r = self.render(index)
-        return Conversation(index, r.ids, r.supervised, r.signal_positions, signals)
+    def conversation(self, index: int, signals: list[Signal] | None, length: int) -> Conversation:
+        """The record with given signals (None: a bad record, which keeps its place of `length` with weight 0)."""
+        if signals is None and self._symbols is not None:
+            nothing = np.zeros(length, np.int32)
+            return Conversation(index, nothing, nothing.astype(bool), np.zeros((0, 0), np.int32), None)
+        r = self.render(index, signals)
+        shown = signals if signals is None or self._symbols is None else []
+        return Conversation(index, r.ids, r.supervised, r.signal_positions, shown)
 
     def length_index(
         self, share: str, max_bad: float, cache: Path | None = None, progress: bool = False
@@ -193,7 +193,12 @@ class Dataset:
                 temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
                 pq.write_table(pa.table(columns), temporary)
                 temporary.replace(path)
-        return _for_share(columns, share)
+        # An ECG of which every epoch has other symbols is part of no prefix of a known length.
+        return _for_share(columns, "system" if share == "ecg" and self._varies else share)
+
+    @property
+    def _varies(self) -> bool:
+        return self.augments and self.signal.varies and self._symbols is not None
 
     def _measure(self, max_bad: float, progress: bool) -> dict[str, np.ndarray]:
         names = (
@@ -214,7 +219,7 @@ class Dataset:
             record = self.records[i]
             columns["dataset"][i] = record.dataset
             try:
-                rendered = self.render(i)
+                rendered = self._longest(i) if self._varies else self.render(i)
             except UserError as error:
                 bad.append(error)
                 if len(bad) > max_bad * len(self):
@@ -223,20 +228,40 @@ class Dataset:
             _fill(columns, i, rendered, record)
         return columns
 
+    def _longest(self, index: int) -> Rendered:
+        """The record with as many symbols in each ECG as it has samples: no epoch has more."""
+        samples = np.zeros(int(np.prod(self.signal.shape)), np.int32)
+        return self.render(index, [samples] * len(self.records[index].ecg_paths))
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Changes with anything that may change a length: records, tokenizer, text spec."""
         digest = hashlib.sha256(json.dumps([INDEX_VERSION, asdict(self.text)], sort_keys=True).encode())
         digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
+        if self._symbols is not None:  # the length of a conversation then depends on the signal
+            digest.update(repr(replace(self.signal, tokens=None)).encode() + self._symbols.coder.fingerprint.encode())
+            digest.update(repr(self.augments).encode())
         for record in self.records:
             digest.update(repr((record.id, record.ecg_paths, record.text, record.dataset)).encode())
         return digest.hexdigest()[:32]
 
 
+def _cut_as_reference(rendered: Rendered, ecgs: Sequence[Any], limit: int, least: int) -> Rendered:
+    """The first ECG's symbols in place, cut as the reference cuts them and the text behind them."""
+    place, length = int(rendered.signal_positions[0, 0]), len(rendered.ids)
+    kept, after = kept_as_reference(place, len(ecgs[0]), length - place - 1, limit, least)
+    end = place + 1 + after
+    cut = replace(
+        rendered, ids=rendered.ids[:end], supervised=rendered.supervised[:end],
+        signal_positions=rendered.signal_positions[:1],
+    )  # fmt: skip
+    return write_ecgs(cut, [ecgs[0][:kept]])
+
+
 def _fill(columns: dict[str, np.ndarray], i: int, rendered: Rendered, record: Record) -> None:
     columns["length"][i] = len(rendered.ids)
     columns["targets"][i] = int(rendered.supervised.sum())
-    columns["ecgs"][i] = len(rendered.signal_positions)
+    columns["ecgs"][i] = len(rendered.signal_positions)  # symbols take no slots
     first = int(np.argmax(rendered.supervised))
     # A prefix holds nothing supervised: its tokens stand once for many conversations.
     columns["system_end"][i] = rendered.system_end if rendered.system_end <= first else 0
@@ -266,5 +291,6 @@ def _for_share(columns: dict[str, np.ndarray], share: str) -> LengthIndex:
         prefix=prefix,
         key=np.where(with_ecg, columns["signal_key"], columns["system_key"]),
         prefix_ecgs=np.where(with_ecg, columns["ecgs"], nothing),
+        shares_ecg=with_ecg,
         dataset=columns["dataset"],
     )

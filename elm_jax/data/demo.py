@@ -1,6 +1,6 @@
 """The embedded demo: questions about synthetic ECGs, and a tokenizer for them. No download, no file.
 
-The data set `demo` (or `demo:train=12000,val=200,test=1000`, counts of recordings) asks every recording for
+The data set `demo` (or `demo:train=14400,val=200,test=1000`, counts of recordings) asks every recording for
 its heart rate and whether its rhythm is regular, and some of them what kind of signal they are, beside as
 many of noise and flat lines. Recordings come from `synthetic_ecg` and depend on their path alone, which is
 `demo:<split>:<index>`.
@@ -70,7 +70,7 @@ _RHYTHMS = ("irregular", "regular")
 class DemoSizes:
     """Recordings per split. 8 recordings bring 19 conversations to train and val, 40 to test."""
 
-    train: int = 12000
+    train: int = 14400
     val: int = 200
     test: int = 1000
 
@@ -78,7 +78,7 @@ class DemoSizes:
 def parse_sizes(dataset: str) -> DemoSizes:
     """The sizes that a data set's name states: "demo" or "demo:train=20000,test=1200". Raises UserError."""
     name, colon, options = dataset.partition(":")
-    where, fix = f"data.names '{dataset}'", "write it like demo:train=12000,val=200,test=1000"
+    where, fix = f"data.names '{dataset}'", "write it like demo:train=14400,val=200,test=1000"
     if name != "demo":
         raise UserError(where, repr(name), "demo", fix)
     sizes: dict[str, int] = {}

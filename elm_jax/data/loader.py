@@ -9,7 +9,7 @@ import grain.python as grain
 import numpy as np
 from absl import flags
 
-from elm_jax.data.batch import Batch, Conversation, Group, collate, stack_micro_batches
+from elm_jax.data.batch import Batch, Conversation, Group, Signal, collate, stack_micro_batches
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.plan import LengthIndex, Plan, PlannedGroup, PlannedRow
 from elm_jax.errors import UserError
@@ -64,14 +64,14 @@ class StepSource:
     def __getitem__(self, step: int) -> Loaded:
         rows = self.plan.rows(int(step))
         shape = self.plan.shape(rows)
-        reader = _Reader(self.dataset, self.plan.index)
+        reader = _Reader(self.dataset, self.plan.index, self.plan.epoch_of(int(step)))
         per_micro = len(rows) // self.micro_batches
         mine = per_micro // self.parts
         micro: list[Batch] = []
         for m in range(self.micro_batches):
             first = m * per_micro + self.part * mine
             groups = [reader.row(row) for row in rows[first : first + mine]]
-            micro.append(collate(groups, shape, self.dataset.signal.shape))
+            micro.append(collate(groups, shape, self.dataset.signal.layout))
         planned = [group for row in rows for group in row]
         conversations = sum(len(group.samples) for group in planned)
         pairs = sum(_attention_pairs(group, self.plan.index) for group in planned)
@@ -81,30 +81,30 @@ class StepSource:
 class _Reader:
     """Reads the conversations of a step; a recording that several of them ask about is read once."""
 
-    def __init__(self, dataset: Dataset, index: LengthIndex) -> None:
-        self.dataset, self.index = dataset, index
+    def __init__(self, dataset: Dataset, index: LengthIndex, epoch: int) -> None:
+        self.dataset, self.index, self.epoch = dataset, index, epoch
         self.bad: list[BadRecord] = []
 
     def row(self, row: PlannedRow) -> list[Group]:
         return [self._group(group) for group in row]
 
     def _group(self, group: PlannedGroup) -> Group:
-        shares_ecg = bool(group.prefix) and bool(self.index.prefix_ecgs[group.samples[0]])
+        shares_ecg = bool(group.prefix) and bool(self.index.shares_ecg[group.samples[0]])
         conversations: list[Conversation] = []
-        signals: list[np.ndarray] | None = None
+        signals: list[Signal] | None = None
         error = ""
         for n, sample in enumerate(group.samples):
             if n == 0 or not shares_ecg:
                 signals, error = self._signals(sample)
             if signals is None:
                 self.bad.append(BadRecord(self.dataset.records[sample].id, error))
-            conversations.append(self.dataset.conversation(sample, signals))
+            conversations.append(self.dataset.conversation(sample, signals, int(self.index.length[sample])))
         return Group(group.prefix, conversations)
 
-    def _signals(self, sample: int) -> tuple[list[np.ndarray] | None, str]:
+    def _signals(self, sample: int) -> tuple[list[Signal] | None, str]:
         """The sample's ECGs, or None and what is wrong with them."""
         try:
-            return self.dataset.signals(sample), ""
+            return self.dataset.signals(sample, self.epoch), ""
         except UserError as error:
             return None, str(error)
 

@@ -28,10 +28,11 @@ class LengthIndex:
 
     length: np.ndarray  # int32, tokens after truncation; 0 marks a sample that cannot be rendered
     targets: np.ndarray  # int32, supervised tokens
-    ecgs: np.ndarray  # int32
+    ecgs: np.ndarray  # int32, signal slots that they take: none where ECGs are symbols
     prefix: np.ndarray  # int32, tokens that may be shared with samples of the same key; 0 = none
     key: np.ndarray  # uint64, equal for samples whose prefixes are the same, ECGs included
-    prefix_ecgs: np.ndarray  # int32, ECGs inside the prefix
+    prefix_ecgs: np.ndarray  # int32, signal slots inside the prefix
+    shares_ecg: np.ndarray  # bool, whether the prefix holds the ECG
     dataset: np.ndarray  # int32, index into data.names
 
     def __len__(self) -> int:
@@ -191,7 +192,7 @@ class Plan:
             assert prefix + own <= self.max_len, (
                 "a sample is longer than a row: the index has another max_len"
             )
-            bundle = latest.get(key) if prefix and self.index.prefix_ecgs[i] else None
+            bundle = latest.get(key) if prefix and self.index.shares_ecg[i] else None
             if bundle is None or prefix + bundle.own + own > self.max_len:
                 bundle = latest[key] = _Bundle(key, prefix, 0, [])
                 bundles.append(bundle)

@@ -1,53 +1,144 @@
-"""From the path in a record to the normalised array that a model takes."""
+"""From the path in a record to what a model is given of the ECG: an array, an image, or tokens."""
 
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from elm_jax.data.ecg import LEADS, normalize, read_recording, to_segment
+from elm_jax.config import DataConfig
+from elm_jax.data.augment import augment_ecg, augment_image, noise_ecg
+from elm_jax.data.batch import ArraySpec, Layout, Signal
+from elm_jax.data.ecg import LEADS, min_max, normalize, read_recording, to_segment
+from elm_jax.data.ecg_tokens import EcgTokens
+from elm_jax.data.images import Processing, process, stacked
+from elm_jax.data.rasterize import DPI, draw
 from elm_jax.errors import UserError
 
 NOISE, FLATLINE, DEMO = "noise", "flatline", "demo:"
 
 
-def load_signal(
-    ecg_path: str,
-    *,
-    root: str,
-    leads: tuple[int, ...],
-    length: int,
-    sampling_rate: float,
-    norm_eps: float,
-    perturb: str | None,
-    key: int,
-) -> np.ndarray:
-    """The signal at `ecg_path` (relative to `root`) as the model sees it.
+@dataclass(frozen=True)
+class SignalSpec:
+    """All that decides what becomes of an ECG path, by `representation`:
 
-    Returns (len(leads), length) float32 in [0, 1]. `leads` are indices into the canonical order. The paths
-    "noise" and "flatline" stand for signals without a recording: standard normal samples drawn from
-    key, and a constant; `perturb` puts the same in place of any recording. Paths that begin with
-    "demo:" are generated. Raises UserError for a recording that cannot be read or is too short.
+    signal: the leads (C, L) float32, scaled to [0, 1].
+    stacked_signal: those as the grey levels of an image of C x L pixels; rgb: the leads on ECG paper. Both are then
+        resized as `processing` says: (H, W, 3) uint8, or patches with their mask and grid shape (see `images`).
+    symbolic: the ids (n,) int32 that `tokens` has for it in the language model.
+
+    Paths are relative to `root`; `leads` are indices into the canonical order, `length` L samples at
+    `sampling_rate` Hz. `augment_*` hold where an epoch is given.
     """
-    if perturb == "noise":
-        key = zlib.crc32(ecg_path.encode(), key & 0xFFFFFFFF)  # recordings of one record differ
-    ecg_path = {"zeros": FLATLINE, "noise": NOISE}.get(perturb or "", ecg_path)
-    signal = load_raw(ecg_path, root=root, length=length, sampling_rate=sampling_rate, key=key)
-    return normalize(signal[list(leads)], norm_eps)
+
+    root: str
+    leads: tuple[int, ...]
+    length: int
+    sampling_rate: float
+    norm_eps: float
+    perturb: str | None
+    seed: int
+    representation: str = "signal"
+    processing: Processing | None = None
+    tokens: EcgTokens | None = None
+    augment_ecg: bool = False
+    augment_rgb: bool = False
+    dpi: int | None = None  # of the paper; None is the rasteriser's own
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(C, L)."""
+        return len(self.leads), self.length
+
+    @property
+    def layout(self) -> Layout:
+        """The shapes and dtypes of what `load` returns and a batch holds; symbols are held by its tokens."""
+        if self.representation == "symbolic":
+            return ArraySpec((0,))
+        return ArraySpec(self.shape) if self.processing is None else _image_layout(self.processing)
+
+    @property
+    def varies(self) -> bool:
+        """Whether the number of tokens of an ECG is another in every epoch."""
+        return self.representation == "symbolic" and self.augment_ecg
+
+    def load(self, path: str, key: int, epoch: int | None = None) -> Signal:
+        """The ECG at `path` as the model sees it.
+
+        The paths "noise" and "flatline" stand for signals without a recording: standard normal samples drawn from
+        `key`, and a constant; `perturb` puts the same in place of any recording. Paths that begin with "demo:" are
+        generated. Augmentation is drawn from the seed, `epoch` and the path, and leaves what is no recording alone.
+        Raises UserError for a recording that cannot be read or is too short.
+        """
+        if self.perturb == "noise":
+            key = zlib.crc32(path.encode(), key & 0xFFFFFFFF)  # recordings of one record differ
+        path = {"zeros": FLATLINE, "noise": NOISE}.get(self.perturb or "", path)
+        raw = self.load_raw(path, key)[list(self.leads)]
+        drawn = None if epoch is None or path in (NOISE, FLATLINE) else _generator(self.seed, epoch, path)
+        if drawn is not None and self.augment_ecg:
+            raw = augment_ecg(raw, drawn)
+        if self.representation == "rgb":
+            names = tuple(LEADS[i] for i in self.leads)
+            return self._image(draw(raw, self.sampling_rate, names, self.dpi or DPI), drawn)
+        if self.representation == "stacked_signal":
+            return self._image(stacked(min_max(raw, self.norm_eps)), drawn)
+        unit = normalize(raw, self.norm_eps)
+        if self.representation == "symbolic":
+            assert self.tokens is not None
+            return self.tokens.encode(unit)
+        return unit
+
+    def load_raw(self, path: str, key: int) -> np.ndarray:
+        """The 12 leads (12, L) before normalisation: in mV where the recording is. See `load`."""
+        if path == FLATLINE:
+            return np.zeros((len(LEADS), self.length), np.float32)
+        if path == NOISE:
+            seed = np.array([key % 2**64, zlib.crc32(b"noise")], dtype=np.uint64)
+            return noise_ecg((len(LEADS), self.length), np.random.Generator(np.random.Philox(key=seed)))
+        if path.startswith(DEMO):
+            from elm_jax.data.demo import load_demo_ecg
+
+            return load_demo_ecg(path, self.sampling_rate, self.length)
+        return _from_file(Path(self.root, path), self.sampling_rate, self.length)
+
+    def _image(self, image: np.ndarray, drawn: np.random.Generator | None) -> Signal:
+        assert self.processing is not None
+        if drawn is not None and self.augment_rgb:
+            image = augment_image(image, drawn)
+        return process(image, self.processing)
 
 
-def load_raw(ecg_path: str, *, root: str, length: int, sampling_rate: float, key: int) -> np.ndarray:
-    """The 12 leads (12, length) before normalisation: in mV where the recording is. See `load_signal`."""
-    if ecg_path == FLATLINE:
-        return np.zeros((len(LEADS), length), np.float32)
-    if ecg_path == NOISE:
-        seed = np.array([key % 2**64, zlib.crc32(b"noise")], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=seed)).standard_normal((len(LEADS), length))
-    if ecg_path.startswith(DEMO):
-        from elm_jax.data.demo import load_demo_ecg
+def signal_spec(
+    data: DataConfig,
+    seed: int,
+    processing: Processing | None = None,
+    tokens: EcgTokens | None = None,
+    dpi: int | None = None,
+) -> SignalSpec:
+    """What `data.*` says of the signals; the images of an encoder need its `processing`, symbols their `tokens`."""
+    leads = tuple(LEADS.index(lead) if isinstance(lead, str) else lead for lead in data.leads)
+    return SignalSpec(
+        data.root, leads, data.segment_len, data.sampling_rate, data.norm_eps, data.perturb, seed, data.representation,
+        processing, tokens, data.augment_ecg, data.augment_rgb, dpi,
+    )  # fmt: skip
 
-        return load_demo_ecg(ecg_path, sampling_rate, length)
-    return _from_file(Path(root, ecg_path), sampling_rate, length)
+
+def _image_layout(processing: Processing) -> Layout:
+    """Of what `images.process` returns."""
+    if processing.patch is None:
+        assert processing.size is not None
+        return ArraySpec((*processing.size, 3), np.uint8)
+    patches, width = processing.max_patches, 3 * processing.patch**2
+    return {
+        "patches": ArraySpec((patches, width), np.uint8),
+        "mask": ArraySpec((patches,), np.bool_),
+        "shape": ArraySpec((2,), np.int32),
+    }
+
+
+def _generator(seed: int, epoch: int, path: str) -> np.random.Generator:
+    key = np.array([zlib.crc32(path.encode()) << 32 | epoch, seed << 32 | zlib.crc32(b"augment")], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 def _from_file(path: Path, sampling_rate: float, length: int) -> np.ndarray:

@@ -26,7 +26,8 @@ class Record:
     """One conversation: its ECGs' paths in order, its decoded text, and where it comes from.
 
     patient: who it is about ("a+b" for ECGs of two); id: "<dataset>:<row>", or "<dataset>:<split>:<row>"
-    where rows are numbered per split; dataset: index into data.names.
+    where rows are numbered per split; dataset: index into data.names; problem: what is wrong with the record
+    itself, where no conversation can be made of it.
     """
 
     ecg_paths: tuple[str, ...]
@@ -35,6 +36,7 @@ class Record:
     patient: str
     id: str
     dataset: int
+    problem: UserError | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class _Rows:
     def record(self, index: int) -> Record:
         row = self.part.table[int(self.part.rows[index])]
         row_id = self.row_id(index)
-        paths = _ecg_paths(row["ecg_path"], row_id)
+        paths, problem = _ecg_paths(row["ecg_path"], row_id)
         return Record(
             paths,
             decode_text(_without_nulls(row["text"])),
@@ -63,6 +65,7 @@ class _Rows:
             "+".join(_patients(row.get("patient_id"), paths, row_id)),
             row_id,
             self.dataset,
+            problem,
         )
 
     def patients(self) -> list[tuple[str, ...]]:
@@ -70,7 +73,8 @@ class _Rows:
         people = []
         for index, (ecg_path, patient_id) in enumerate(identities(self.part)):
             row_id = self.row_id(index)
-            people.append(_patients(patient_id, _ecg_paths(ecg_path, row_id), row_id))
+            paths, _ = _ecg_paths(ecg_path, row_id)
+            people.append(_patients(patient_id, paths, row_id))
         return people
 
 
@@ -213,7 +217,8 @@ def _subset(rows: list[_Rows], subset: float | None, seed: int) -> list[_Rows]:
     return kept
 
 
-def _ecg_paths(value: Any, row_id: str) -> tuple[str, ...]:
+def _ecg_paths(value: Any, row_id: str) -> tuple[tuple[str, ...], UserError | None]:
+    """The paths of an ecg_path, or none and what is wrong with it."""
     paths = value
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -222,10 +227,9 @@ def _ecg_paths(value: Any, row_id: str) -> tuple[str, ...]:
             paths = value
     paths = [paths] if isinstance(paths, str) else paths
     if not isinstance(paths, list) or not paths or not all(isinstance(p, str) and p for p in paths):
-        raise UserError(
-            f"record {row_id}", f"ecg_path {value!r}", "a path or a list of paths", "correct the record"
-        )
-    return tuple(paths)
+        expected = "a path or a list of paths"
+        return (), UserError(f"record {row_id}", f"ecg_path {value!r}", expected, "correct the record")
+    return tuple(paths), None
 
 
 def _without_nulls(value: Any) -> Any:
@@ -243,7 +247,7 @@ _SEGMENT = re.compile(r"_\d+\.npy$")
 def _patients(patient_id: Any, paths: tuple[str, ...], row_id: str) -> tuple[str, ...]:
     """The patients of a record: its patient_id ("a+b" for several ECGs), else what the paths tell."""
     if patient_id is None or patient_id == "":
-        return tuple(sorted({patient_of(path, row_id) for path in paths}))
+        return tuple(sorted({patient_of(path, row_id) for path in paths})) or (row_id,)
     who = str(patient_id).removesuffix(".0")  # tables often hold the number as a float
     return tuple(sorted(set(who.split("+")))) if len(paths) > 1 else (who,)
 

@@ -131,7 +131,18 @@ class EcgByte:
             found = f"{np.count_nonzero(~np.isfinite(signal))} samples that are not finite"
             raise UserError("EcgByte.encode", found, "finite samples", "mend the recording or leave it out")
         low, high = signal.min(), signal.max()
-        unit = (signal - low) / (high - low + NORM_EPS)
+        return self._spelt((signal - low) / (high - low + NORM_EPS))
+
+    def encode_unit(self, unit: np.ndarray) -> np.ndarray:
+        """The ids int32 (N,) of a signal (C, L) that is scaled to [0, 1] already. See `encode`."""
+        return self.encode_symbols(self._spelt(unit))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the symbols and the merges."""
+        return hashlib.sha256(b"\0".join((self.symbols.encode(), *self.merges))).hexdigest()[:32]
+
+    def _spelt(self, unit: np.ndarray) -> bytes:
         return self._byte_of_level[self.quantize(unit)].tobytes()
 
     def quantize(self, unit: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ THINK_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 
 _CACHED_TEXTS = 1024  # headers and system prompts always; questions and answers as often as they repeat
 _FORM_FIX = 'use the family of the model, or "plain" for a base model (it needs an eos token)'
+_ECG_TOKEN = re.compile(r"signal_\d+")  # of the symbolic representation: in a message it is text
 _KNOWN: weakref.WeakKeyDictionary[Any, "Vocabulary"] = weakref.WeakKeyDictionary()
 
 
@@ -36,6 +37,8 @@ def vocabulary(tokenizer: Any) -> "Vocabulary":
 class Vocabulary:
     """`bos`, `eos`: the tokenizer's own, None where it has none; `size`: how many tokens it had.
 
+    `spaces_runs`: whether it puts a space before every run of text, as Llama 2's does.
+
     Raises UserError for a tokenizer without a `tokenizers` backend.
     """
 
@@ -47,7 +50,8 @@ class Vocabulary:
         spec = json.loads(backend.to_str())
         for token in spec["added_tokens"]:
             # Qwen3 has <think> as an ordinary added token; in a user's message it is text all the same.
-            token["special"] |= token["content"] in (SIGNAL_TOKEN, *THINK_TOKENS)
+            content = token["content"]
+            token["special"] |= content in (SIGNAL_TOKEN, *THINK_TOKENS) or bool(_ECG_TOKEN.fullmatch(content))
         spec["truncation"] = spec["padding"] = None
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._plain.encode_special_tokens = True
@@ -56,6 +60,7 @@ class Vocabulary:
         special.pop(tokenizer.unk_token, None)
         self._control_ids = frozenset(special.values())
         self._controls = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self.spaces_runs = "".join(self._plain.encode("a", add_special_tokens=False).tokens).startswith("\u2581")
         ids = {tag: self.id(tag) for tag in THINK_TOKENS}
         self.tags = {tag: token for tag, token in ids.items() if token is not None}
         self.encode = functools.lru_cache(_CACHED_TEXTS)(self._encode)

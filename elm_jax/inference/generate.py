@@ -14,8 +14,8 @@ from flax import nnx
 
 from elm_jax.errors import UserError
 from elm_jax.models import hints
-from elm_jax.models.attention import attend, padding_mask, positions_from_mask
-from elm_jax.models.decoder import Decoder, Layer, as_prompt
+from elm_jax.models.attention import padding_mask, positions_from_mask
+from elm_jax.models.decoder import Decoder, Layer, Window, as_prompt
 
 ENDED = -1  # what fills a row after its end
 
@@ -31,11 +31,12 @@ class _Loop(NamedTuple):
 
 
 class _Cache(NamedTuple):
-    """Keys and values (L, B, S, K, d), and which slots hold something (B, S)."""
+    """Keys and values (L, B, S, K, d), which slots hold something, and the positions of these (both B, S)."""
 
     keys: jax.Array
     values: jax.Array
     filled: jax.Array
+    positions: jax.Array
 
 
 def generate(
@@ -59,10 +60,11 @@ def generate(
         key: of `jax.random`, needed where temperature is above 0.
     Prompts are padded to a few lengths, so that compilations stay few; the other arguments, max_new_tokens
     and the number of eos_ids excepted, compile nothing anew.
-    Raises UserError for values out of range.
+    Raises UserError for values out of range, and where the learned positions of a model do not suffice.
     """
     _check(max_new_tokens, temperature, top_p, key)
     prompt, valid = as_prompt(tokens, inputs_embeds, attention_mask)
+    llm.check_length(positions_from_mask(valid), max_new_tokens)
     spare = bucket(prompt.shape[1]) - prompt.shape[1]
     prompt = jnp.pad(prompt, ((0, 0), (0, spare)) + ((0, 0),) * (prompt.ndim - 2))
     valid = jnp.pad(valid.astype(bool), ((0, 0), (0, spare)))
@@ -131,16 +133,19 @@ def generate_from_prompt(
 
 def _prefill(llm: Decoder, prompt: jax.Array, valid: jax.Array, new: int) -> tuple[jax.Array, _Cache]:
     """Logits (B, V) at the last real token of each prompt, and the cache with room for `new` tokens."""
-    x = llm.embed_prompt(prompt)
-    rotary, mask = llm.rotary(positions_from_mask(valid)), padding_mask(valid)
+    positions = positions_from_mask(valid)
+    x, rotary = llm.placed(llm.embed_prompt(prompt), positions), llm.rotary(positions)
+    masks = llm.masks(padding_mask(valid), positions, positions)
 
-    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def body(
+        layer: Layer, window: Window, x: jax.Array, _: None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         q, k, v = layer.project(x, rotary)
-        return layer.combine(x, attend(q, k, v, mask, llm.attention_scale, llm.attention)), (k, v)
+        return layer.combine(x, llm.attend(q, k, v, masks[window])), (k, v)
 
     x, (keys, values) = llm.scan_layers(body, x)
-    room = ((0, 0), (0, 0), (0, new), (0, 0), (0, 0))
-    cache = _Cache(jnp.pad(keys, room), jnp.pad(values, room), jnp.pad(valid, ((0, 0), (0, new))))
+    room, after = ((0, 0), (0, 0), (0, new), (0, 0), (0, 0)), ((0, 0), (0, new))
+    cache = _Cache(jnp.pad(keys, room), jnp.pad(values, room), jnp.pad(valid, after), jnp.pad(positions, after))
     index = jnp.arange(valid.shape[1])
     last = jnp.max(jnp.where(valid, index, 0), axis=-1)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)
@@ -151,11 +156,12 @@ def _decode(
     llm: Decoder, x: jax.Array, positions: jax.Array, slot: jax.Array, cache: _Cache
 ) -> tuple[jax.Array, _Cache]:
     """One token (B, 1, D) at `positions` (B, 1), kept in `slot` of the cache -> logits (B, V), the cache."""
-    filled = cache.filled.at[:, slot].set(True)
-    rotary, mask = llm.rotary(positions), filled[:, None, None, :]
+    filled, cached = cache.filled.at[:, slot].set(True), cache.positions.at[:, slot].set(positions[:, 0])
+    x, rotary = llm.placed(x, positions), llm.rotary(positions)
+    masks = llm.masks(filled[:, None, None, :], positions, cached)
 
     def body(
-        layer: Layer, carry: tuple[jax.Array, jax.Array, jax.Array], index: jax.Array
+        layer: Layer, window: Window, carry: tuple[jax.Array, jax.Array, jax.Array], index: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
         # The caches travel in the carry, where they are written in place; as inputs and outputs of the scan
         # they would be copied whole for every token.
@@ -164,12 +170,12 @@ def _decode(
         at = (index, 0, slot, 0, 0)
         keys = jax.lax.dynamic_update_slice(keys, k[None], at)
         values = jax.lax.dynamic_update_slice(values, v[None], at)
-        attended = attend(q, keys[index], values[index], mask, llm.attention_scale, "xla")
+        attended = llm.attend(q, keys[index], values[index], masks[window], "xla")
         return (layer.combine(x, attended), keys, values), None
 
     layers = jnp.arange(llm.config.layers)
     (x, keys, values), _ = llm.scan_layers(body, (x, cache.keys, cache.values), layers)
-    return llm.logits(llm.norm(x))[:, 0], _Cache(keys, values, filled)
+    return llm.logits(llm.norm(x))[:, 0], _Cache(keys, values, filled, cached)
 
 
 def _sample(logits: jax.Array, temperature: jax.Array, top_p: jax.Array, key: jax.Array) -> jax.Array:

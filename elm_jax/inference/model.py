@@ -1,6 +1,6 @@
 """A trained model, ready to answer: a run folder's weights on a mesh, and batched generation from prompts.
 
-Dimension letters: B prompts, P prompt tokens, S signal slots, C leads, L samples.
+Dimension letters: B prompts, P prompt tokens, S signal slots.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,9 @@ import numpy as np
 
 from elm_jax.assemble import Assembly, assemble, make_arrays
 from elm_jax.config import Config, EvalConfig
+from elm_jax.data.batch import Signal, empty_signals, put_signal
 from elm_jax.data.chat import Rendered, decode, stop_ids
+from elm_jax.data.ecg_tokens import write_prompt
 from elm_jax.errors import UserError
 from elm_jax.inference.generate import bucket, generate
 from elm_jax.models.hints import placed
@@ -28,10 +30,10 @@ from elm_jax.training.state import array_shardings
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered prompt with its ECGs, each (C, L) float32."""
+    """A rendered prompt with its ECGs as the run's `SignalSpec` loads them."""
 
     rendered: Rendered
-    signals: Sequence[np.ndarray]
+    signals: Sequence[Signal]
 
 
 class TrainedModel:
@@ -58,15 +60,25 @@ class TrainedModel:
         self, prompts: Sequence[Prompt], options: EvalConfig, size: int | None = None, seed: int = 0
     ) -> list[str]:
         """The model's answers, one per prompt. `size`: prompts are filled up to so many, so that shapes recur."""
+        prompts = [self._written(prompt, options.max_new_tokens) for prompt in prompts]
         size = -(-max(size or 0, len(prompts)) // batch_ways(self.mesh)) * batch_ways(self.mesh)
         ids = self._generate(prompts, size, options, seed)
         return [
             decode(row, self.assembly.tokenizer, self.assembly.text.family) for row in ids[: len(prompts)]
         ]
 
+    def _written(self, prompt: Prompt, new: int) -> Prompt:
+        """The prompt with its ECGs in the text, where ECGs are symbols."""
+        tokens = self.assembly.signal.tokens
+        if tokens is None or not prompt.signals:
+            return prompt
+        limit = min(self.config.data.max_len, self.assembly.llm.max_len - new)
+        ecgs = cast(Sequence[np.ndarray], prompt.signals)
+        return Prompt(write_prompt(prompt.rendered, ecgs, tokens.least, limit), [])
+
     def _generate(self, prompts: Sequence[Prompt], size: int, options: EvalConfig, seed: int) -> np.ndarray:
         arrays = self._arrays(prompts, size, options.max_new_tokens)
-        on_devices = [jax.device_put(x, self._rows) for x in arrays]
+        on_devices = [jax.tree.map(lambda leaf: jax.device_put(leaf, self._rows), x) for x in arrays]
         with placed(MeshPlacement(self.mesh)):
             embeddings = self._embed(self.arrays, *on_devices[1:])
             ids = generate(
@@ -76,8 +88,8 @@ class TrainedModel:
             )  # fmt: skip
         return np.asarray(jax.device_put(ids, replicated(self.mesh)))
 
-    def _arrays(self, prompts: Sequence[Prompt], size: int, new: int) -> tuple[np.ndarray, ...]:
-        """Mask, tokens, slots (B, P), signals (B, S, C, L), their weights (B, S); left-padded."""
+    def _arrays(self, prompts: Sequence[Prompt], size: int, new: int) -> tuple[Any, ...]:
+        """Mask, tokens, slots (B, P), signals (leaves (B, S, ...)), their weights (B, S); left-padded."""
         longest = max(len(p.rendered.ids) for p in prompts)
         if longest + new > self.assembly.llm.max_len:
             raise UserError(
@@ -87,17 +99,18 @@ class TrainedModel:
             )  # fmt: skip
         width = bucket(longest)
         slots = max(1, max(len(p.signals) for p in prompts))
-        shape = self._signal_shape
         mask, tokens = np.zeros((size, width), np.int32), np.zeros((size, width), np.int32)
         signal_slot = np.full((size, width), -1, np.int32)
-        signals, weights = np.zeros((size, slots, *shape), np.float32), np.zeros((size, slots), np.float32)
+        signals = empty_signals(self.assembly.signal.layout, size, slots)
+        weights = np.zeros((size, slots), np.float32)
         for row, prompt in enumerate(prompts):
             ids, positions = prompt.rendered.ids, prompt.rendered.signal_positions
             start = width - len(ids)
             mask[row, start:], tokens[row, start:] = 1, ids
             signal_slot[row, start + positions.reshape(-1)] = np.arange(positions.size)
             for slot, signal in enumerate(prompt.signals):
-                signals[row, slot], weights[row, slot] = signal, 1
+                put_signal(signals, (row, slot), signal)
+                weights[row, slot] = 1
         return mask, tokens, signal_slot, signals, weights
 
     def _inputs(self, arrays: Any, tokens: Any, slot: Any, signals: Any, weights: Any) -> jax.Array:
@@ -108,10 +121,6 @@ class TrainedModel:
     @property
     def _rows(self) -> jax.sharding.NamedSharding:
         return batch_sharding(self.mesh, micro_batches=False)
-
-    @property
-    def _signal_shape(self) -> tuple[int, int]:
-        return len(self.config.data.leads), self.config.data.segment_len
 
     def _load(self, which: str) -> tuple[int, dict[str, jax.Array]]:
         checkpoints = Checkpoints(self.folder, read_only=True)

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from elm_jax.data.batch import Signal
 from elm_jax.data.chat import Rendered, Turn, render, render_prompt
 from elm_jax.data.chat_write import THINK_PREFIX
-from elm_jax.data.dataset import SignalSpec, signal_spec
 from elm_jax.data.ecg import LEADS, Recording, read_recording
-from elm_jax.data.represent import DEMO, FLATLINE, NOISE
+from elm_jax.data.represent import DEMO, FLATLINE, NOISE, SignalSpec
 from elm_jax.data.text import count_marks
 from elm_jax.errors import UserError
 from elm_jax.inference.model import Prompt, TrainedModel
@@ -30,10 +30,10 @@ MISFIT = 0.5  # of a lead's own size: limb leads that are further apart than thi
 
 @dataclass(frozen=True, eq=False)
 class Ecg:
-    """An ECG as the model sees it, (C, L) float32, and in words: what was read of `path`."""
+    """An ECG as the model sees it, and in words: what was read of `path`."""
 
     path: str
-    signal: np.ndarray
+    signal: Signal
     summary: str
 
 
@@ -51,7 +51,7 @@ class Session:
 
     def __init__(self, model: TrainedModel) -> None:
         self.model = model
-        self.spec = signal_spec(model.config.data, model.config.seed)
+        self.spec = model.assembly.signal
         context, new = model.assembly.llm.max_len, model.config.eval.max_new_tokens
         self.room = context - new
         if self.room < 1:
@@ -71,10 +71,7 @@ class Session:
 
     def add_ecg(self, path: str) -> Ecg:
         """Read an ECG for the next question: `read_input`, which says what it raises."""
-        return self.attach(read_input(path, self.spec, len(self.ecgs)))
-
-    def attach(self, ecg: Ecg) -> Ecg:
-        """`add_ecg` for what is read already."""
+        ecg = read_input(path, self.spec, len(self.ecgs))
         self.ecgs.append(ecg)
         self._new += 1
         return ecg

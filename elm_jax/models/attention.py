@@ -17,25 +17,34 @@ _GPU = ("gpu", "cuda")
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, implementation: Implementation
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    scale: float,
+    implementation: Implementation,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Grouped-query attention: q (B,T,H,d), k and v (B,S,K,d), mask broadcastable to (B,1,T,S) -> (B,T,H,d).
 
-    Head h reads key/value head h // (H / K). The softmax is in float32. What the mask hides has weight
-    exactly zero, and a row that sees nothing gives zeros ("xla") or something finite ("cudnn").
-    Raises UserError where "cudnn" cannot run (see `check_cudnn`).
+    Head h reads key/value head h // (H / K). Scores are `scale` q·k, with a `softcap` c bent to c tanh(score / c).
+    The softmax is in float32. What the mask hides has weight exactly zero, and a row that sees nothing gives
+    zeros ("xla") or something finite ("cudnn"). Raises UserError where "cudnn" cannot run (see `check_cudnn`).
     """
     if implementation == "cudnn":
-        check_cudnn(q.shape[-1], q.dtype, hints.platform())
+        check_cudnn(q.shape[-1], q.dtype, hints.platform(), softcap)
         full = jnp.broadcast_to(mask, (q.shape[0], 1, q.shape[1], k.shape[1]))  # it takes no broadcast masks
         return jax.nn.dot_product_attention(q, k, v, mask=full, scale=scale, implementation="cudnn")
-    return _reference(q, k, v, mask, scale)
+    return _reference(q, k, v, mask, scale, softcap)
 
 
-def _reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
+def _reference(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, softcap: float | None
+) -> jax.Array:
     batch, queries, heads, dim = q.shape
     grouped = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
     seen = mask[:, :, None]  # (B, 1, 1, T, S)
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     weights = jnp.where(seen, jax.nn.softmax(scores, axis=-1), 0.0)
@@ -44,37 +53,50 @@ def _reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale:
 
 
 def choose_attention(
-    name: str, head_dim: int, dtype: jax.typing.DTypeLike, platform: str | None = None
+    name: str,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    platform: str | None = None,
+    softcap: float | None = None,
 ) -> Implementation:
     """The implementation behind `llm.attention`: "auto" takes cuDNN where it runs, else the plain one.
 
-    `platform` is that of the devices the program is for (default: this process's). Raises UserError for an
-    unknown name, or for "cudnn" where it cannot run.
+    `platform` is that of the devices the program is for (default: this process's), `softcap` that of the model's
+    scores. Raises UserError for an unknown name, or for "cudnn" where it cannot run.
     """
     where = hints.platform() if platform is None else platform
     if name == "auto":
-        return "xla" if _cudnn_obstacle(head_dim, dtype, where) else "cudnn"
+        return "xla" if _cudnn_obstacle(head_dim, dtype, where, softcap) else "cudnn"
     if name == "cudnn":
-        check_cudnn(head_dim, dtype, where)
+        check_cudnn(head_dim, dtype, where, softcap)
         return "cudnn"
     if name == "xla":
         return "xla"
     raise UserError("llm.attention", f"'{name}'", "auto, xla or cudnn", "set llm.attention=auto")
 
 
-def check_cudnn(head_dim: int, dtype: jax.typing.DTypeLike, platform: str) -> None:
-    """Raise UserError unless cuDNN's fused attention takes this head size and dtype on this platform."""
-    obstacle = _cudnn_obstacle(head_dim, dtype, platform)
+def check_cudnn(
+    head_dim: int, dtype: jax.typing.DTypeLike, platform: str, softcap: float | None = None
+) -> None:
+    """Raise UserError unless cuDNN's fused attention takes this head size, dtype and soft cap on this platform.
+
+    Windows reach it through the mask; soft caps it does not have.
+    """
+    obstacle = _cudnn_obstacle(head_dim, dtype, platform, softcap)
     if obstacle:
         raise UserError(
             "llm.attention=cudnn",
             obstacle,
-            "an NVIDIA GPU, bfloat16 or float16, and a head size divisible by 8 up to 256",
+            "an NVIDIA GPU, bfloat16 or float16, a head size divisible by 8 up to 256, and no soft cap",
             "set llm.attention=xla, or llm.compute_dtype=bfloat16 on a GPU",
         )
 
 
-def _cudnn_obstacle(head_dim: int, dtype: jax.typing.DTypeLike, platform: str) -> str:
+def _cudnn_obstacle(
+    head_dim: int, dtype: jax.typing.DTypeLike, platform: str, softcap: float | None
+) -> str:
+    if softcap is not None:
+        return f"a model that caps its scores at {softcap:g}"
     if platform not in _GPU:
         return f"platform {platform}"
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
@@ -102,6 +124,19 @@ def packed_mask(group_ids: jax.Array, branch_ids: jax.Array) -> jax.Array:
     same_group = (group_ids[:, :, None] == group_ids[:, None, :]) & (group_ids > 0)[:, :, None]
     in_reach = (branch_ids[:, None, :] == 0) | (branch_ids[:, :, None] == branch_ids[:, None, :])
     return ((same_group & in_reach & causal) | itself)[:, None]
+
+
+def windowed(
+    mask: jax.Array, queries: jax.Array, keys: jax.Array, window: int | None
+) -> jax.Array:
+    """`mask` (B,1,T,S) without the keys that lie `window` positions or more before the query.
+
+    queries (B,T) and keys (B,S) are positions counted within a conversation, so that padding, packing and shared
+    prefixes do not shift the window. None: the mask as it is.
+    """
+    if window is None:
+        return mask
+    return mask & (queries[:, None, :, None] - keys[:, None, None, :] < window)
 
 
 def positions_from_mask(attention_mask: jax.Array) -> jax.Array:

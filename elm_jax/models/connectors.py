@@ -1,6 +1,7 @@
-"""From the encoder's width to the LLM's, and into the LLM's input.
+"""From an encoder's features, or from the signal itself, to the LLM's width, and into the LLM's input.
 
-Dimension letters: B rows, T tokens, S signal slots, N signal tokens per ECG, E encoder width, D model width.
+Dimension letters: B rows, T tokens, S signal slots, C leads, L samples, N signal tokens per ECG, P samples of a
+patch, E encoder width, D model width.
 """
 
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from flax import nnx
 
 from elm_jax import compat as behaviours
 from elm_jax.errors import UserError, nearest
+from elm_jax.models.hints import weight
 from elm_jax.models.layers import Axes, Linear
 from elm_jax.weights.rules import Rule
 
@@ -51,7 +53,71 @@ class MlpConnector(nnx.Module):
         return self.projection(jax.nn.gelu(self.hidden(x), approximate=False))
 
 
-# The published weights of each kind.
+class PatchConnector(nnx.Module):
+    """Signals (B, C, L) -> N patches in time, each flattened lead by lead -> (B, N, D), in the dtype of the input."""
+
+    def __init__(
+        self,
+        leads: int,
+        samples: int,
+        tokens: int,
+        out_width: int,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> None:
+        self.shape, self.tokens = (leads, samples), tokens
+        self.projection = _linear(leads * samples // tokens, out_width, ("signal", "embed"), rngs, param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        patches = _patches(x, self.shape, self.tokens)  # (B, N, C, P)
+        return self.projection(patches.reshape(*patches.shape[:2], -1))
+
+
+CONV_CHANNELS, CONV_KERNELS = (64, 128), (3, 7)
+
+
+class ConvConnector(nnx.Module):
+    """Signals (B, C, L) -> N patches in time, each through two convolutions and a mean over time -> (B, N, D)."""
+
+    def __init__(
+        self,
+        leads: int,
+        samples: int,
+        tokens: int,
+        out_width: int,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> None:
+        self.shape, self.tokens = (leads, samples), tokens
+        self.conv1 = _Conv(leads, CONV_CHANNELS[0], CONV_KERNELS[0], rngs, param_dtype)
+        self.conv2 = _Conv(*CONV_CHANNELS, CONV_KERNELS[1], rngs, param_dtype)
+        self.projection = _linear(CONV_CHANNELS[1], out_width, ("signal", "embed"), rngs, param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        patches = _patches(x, self.shape, self.tokens).swapaxes(2, 3)  # (B, N, P, C)
+        flat = patches.reshape(-1, *patches.shape[2:])
+        features = jax.nn.relu(self.conv2(jax.nn.relu(self.conv1(flat))))
+        mean = features.astype(jnp.float32).mean(1).astype(x.dtype)
+        return self.projection(mean.reshape(*patches.shape[:2], -1))
+
+
+class _Conv(nnx.Module):
+    """(B, P, I) -> (B, P, O) along time, the ends padded with zeros."""
+
+    def __init__(self, cin: int, cout: int, size: int, rngs: nnx.Rngs, param_dtype: jax.typing.DTypeLike) -> None:
+        bound = (cin * size) ** -0.5
+        self.kernel = _uniform((size, cin, cout), bound, (None, None, "conv_out"), rngs, param_dtype)
+        self.bias = _uniform((cout,), bound, ("conv_out",), rngs, param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = weight(self.kernel, x.dtype)
+        y = jax.lax.conv_general_dilated(x, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+        return y + weight(self.bias, x.dtype)
+
+
+# The published weights of each kind; PyTorch's convolutions keep (out, in, time).
 RULES: dict[str, tuple[Rule, ...]] = {
     "linear": (
         Rule("projection.weight", "projection.kernel", transpose=True),
@@ -63,7 +129,20 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("projection.2.weight", "projection.kernel", transpose=True),
         Rule("projection.2.bias", "projection.bias"),
     ),
+    "patch": (
+        Rule("projection.weight", "projection.kernel", transpose=True),
+        Rule("projection.bias", "projection.bias"),
+    ),
+    "conv": (
+        Rule("conv1.weight", "conv1.kernel", transpose=True),
+        Rule("conv1.bias", "conv1.bias"),
+        Rule("conv2.weight", "conv2.kernel", transpose=True),
+        Rule("conv2.bias", "conv2.bias"),
+        Rule("fc.weight", "projection.kernel", transpose=True),
+        Rule("fc.bias", "projection.bias"),
+    ),
 }
+SIGNAL_KINDS = {"patch": PatchConnector, "conv": ConvConnector}  # those that read the signal itself
 
 
 def build_connector(
@@ -75,7 +154,7 @@ def build_connector(
     rngs: nnx.Rngs,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> LinearConnector | MlpConnector:
-    """A freshly initialised connector; `hidden` (of "mlp") defaults to `out_width`.
+    """A freshly initialised connector behind an encoder; `hidden` (of "mlp") defaults to `out_width`.
 
     Raises UserError for a kind that does not exist and for `hidden` with a kind that has none.
     """
@@ -83,12 +162,36 @@ def build_connector(
         inner = out_width if hidden is None else hidden
         return MlpConnector(in_width, out_width, inner, rngs=rngs, param_dtype=param_dtype)
     if kind != "linear":
-        fix = nearest(kind, RULES) or "choose one of them"
-        raise UserError("connector", repr(kind), f"one of {', '.join(RULES)}", fix)
+        fix = nearest(kind, ("linear", "mlp")) or "choose one of them"
+        raise UserError("connector", repr(kind), "linear or mlp", fix)
     if hidden is not None:
         fix = "remove it or choose a model with an MLP connector"
         raise UserError("connector.hidden", str(hidden), "None for a linear connector", fix)
     return LinearConnector(in_width, out_width, rngs=rngs, param_dtype=param_dtype)
+
+
+def build_signal_connector(
+    kind: str,
+    leads: int,
+    samples: int,
+    tokens: int,
+    out_width: int,
+    *,
+    rngs: nnx.Rngs,
+    param_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> PatchConnector | ConvConnector:
+    """A freshly initialised connector that reads signals (B, C, L) itself: "patch" or "conv".
+
+    Raises UserError where the samples do not divide into `tokens` patches.
+    """
+    if samples % tokens:
+        fitting = [n for n in range(1, 129) if samples % n == 0]
+        near = min(fitting, key=lambda n: abs(n - tokens))
+        raise UserError(
+            "encoder.tokens", str(tokens), f"a number that divides data.segment_len={samples}",
+            f"set for example --config.encoder.tokens={near}",
+        )  # fmt: skip
+    return SIGNAL_KINDS[kind](leads, samples, tokens, out_width, rngs=rngs, param_dtype=param_dtype)
 
 
 def splice(text: jax.Array, signals: jax.Array, slot: jax.Array, compat: Iterable[str] = ()) -> jax.Array:
@@ -106,14 +209,25 @@ def splice(text: jax.Array, signals: jax.Array, slot: jax.Array, compat: Iterabl
     return jnp.where(used[..., None], chosen.astype(text.dtype), text)
 
 
+def _patches(x: jax.Array, shape: tuple[int, int], tokens: int) -> jax.Array:
+    """Signals (B, C, L) -> (B, N, C, P). UserError for signals of another shape."""
+    if x.shape[1:] != shape:
+        found, expected = f"signals of shape {x.shape}", f"(batch, {shape[0]} leads, {shape[1]} samples)"
+        raise UserError("connector input", found, expected, "give signals of the model's leads and length")
+    return x.reshape(x.shape[0], shape[0], tokens, -1).swapaxes(1, 2)
+
+
 def _linear(
     in_width: int, out_width: int, axes: Axes, rngs: nnx.Rngs, param_dtype: jax.typing.DTypeLike
 ) -> Linear:
     """A Linear with torch's default initialisation: kernel and bias uniform within 1/sqrt(in_width)."""
     layer = Linear(in_width, out_width, axes, rngs, bias=True, param_dtype=param_dtype)
-    bound = in_width**-0.5
-    for param in (layer.kernel, layer.bias):
-        assert param is not None
-        value = jax.random.uniform(rngs.params(), param.shape, jnp.float32, -bound, bound)
-        param.set_value(value.astype(param_dtype))
+    layer.kernel = _uniform((in_width, out_width), in_width**-0.5, axes, rngs, param_dtype)
+    layer.bias = _uniform((out_width,), in_width**-0.5, axes[1:], rngs, param_dtype)
     return layer
+
+
+def _uniform(
+    shape: tuple[int, ...], bound: float, axes: Axes, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike
+) -> nnx.Param:
+    return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound).astype(dtype), axes=axes)

@@ -6,90 +6,27 @@ has no KV cache: `generate` brings its own, through `project`, `combine` and `sc
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
+from elm_jax.errors import UserError
 from elm_jax.models import hints
-from elm_jax.models.attention import Implementation, attend, padding_mask, positions_from_mask
+from elm_jax.models.attention import Implementation, attend, padding_mask, positions_from_mask, windowed
+from elm_jax.models.decoder_layer import DecoderConfig, Layer, Rotary, Window, make_norm
 from elm_jax.models.hints import hint, weight
-from elm_jax.models.layers import Embedding, GatedMlp, Linear, RMSNorm, Rope, rotate
+from elm_jax.models.layers import Embedding, LearnedPositions, Linear
+from elm_jax.models.noise import drawing, dropout
+
+__all__ = ["Decoder", "DecoderConfig", "Layer", "Remat", "Window", "as_prompt"]
 
 Remat = Literal["none", "dots", "full"]
-Rotary = tuple[jax.Array, jax.Array]
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """What distinguishes one decoder from another.
-
-    hidden is D, mlp the width of the gated MLP, max_len the longest context it was made for, qkv_bias whether
-    the query, key and value projections have one, tied whether the embedding table is the output projection.
-    """
-
-    model_type: str
-    vocab_size: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    max_len: int
-    norm_eps: float
-    rope: Rope
-    qkv_bias: bool
-    tied: bool
-
-
-class Attention(nnx.Module):
-    """The four projections of self-attention."""
-
-    def __init__(
-        self, config: DecoderConfig, rngs: nnx.Rngs, out_std: float, param_dtype: jax.typing.DTypeLike
-    ) -> None:
-        width, inner, kv = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
-        linear = partial(Linear, rngs=rngs, param_dtype=param_dtype)
-        self.q = linear(width, inner, ("embed", "heads"), bias=config.qkv_bias)
-        self.k = linear(width, kv, ("embed", "kv_heads"), bias=config.qkv_bias)
-        self.v = linear(width, kv, ("embed", "kv_heads"), bias=config.qkv_bias)
-        self.o = linear(inner, width, ("heads", "embed"), std=out_std)
-
-
-class Layer(nnx.Module):
-    """One transformer layer, cut where attention happens: `combine(x, attend(*project(x)))`."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, param_dtype: jax.typing.DTypeLike) -> None:
-        # What writes to the residual stream starts smaller, so that its variance does not grow with L.
-        shrink = (2 * config.layers) ** -0.5
-        attention_std = shrink * (config.heads * config.head_dim) ** -0.5
-        mlp_std = shrink * config.mlp**-0.5
-        self.head_dim = config.head_dim
-        self.attention_norm = RMSNorm(config.hidden, config.norm_eps, param_dtype)
-        self.attention = Attention(config, rngs, attention_std, param_dtype)
-        self.mlp_norm = RMSNorm(config.hidden, config.norm_eps, param_dtype)
-        self.mlp = GatedMlp(config.hidden, config.mlp, rngs, out_std=mlp_std, param_dtype=param_dtype)
-
-    def project(self, x: jax.Array, rotary: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x (B,T,D) -> q (B,T,H,d), k and v (B,T,K,d); q and k are turned to their positions."""
-        normed = self.attention_norm(hint(x, "batch", None, None))
-        q = hint(self._heads(self.attention.q(normed)), "batch", None, "heads", None)
-        k = hint(self._heads(self.attention.k(normed)), "batch", None, "kv_heads", None)
-        v = hint(self._heads(self.attention.v(normed)), "batch", None, "kv_heads", None)
-        return rotate(q, rotary), rotate(k, rotary), v
-
-    def combine(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-        """x (B,T,D) and what its tokens attended to (B,T,H,d) -> the layer's output (B,T,D)."""
-        x = x + self.attention.o(attended.reshape(*x.shape[:2], -1))
-        x = x + self.mlp(self.mlp_norm(x))
-        return hint(x, "batch", None, None)
-
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], -1, self.head_dim)
+Body = Callable[[Layer, Window, Any, Any], tuple[Any, Any]]
 
 
 class Decoder(nnx.Module):
@@ -97,6 +34,7 @@ class Decoder(nnx.Module):
 
     scan=False unrolls the same layer code over the same stacked parameters. remat: what the backward pass
     recomputes ("dots" keeps the results of the matrix products, "full" keeps only each layer's input).
+    dropout: the rate after the embeddings and before each residual sum, where `hidden` has a key.
     """
 
     def __init__(
@@ -108,38 +46,95 @@ class Decoder(nnx.Module):
         scan: bool = True,
         remat: Remat = "none",
         attention: Implementation = "xla",
+        dropout: float = 0.0,
     ) -> None:
-        self.config, self.scan = config, scan
+        self.config, self.scan, self.dropout = config, scan, dropout
         self.remat: Remat = remat
         self.attention: Implementation = attention
+        self.positions_count_padding = False  # compat gpt2_positions, of `__call__` and `all_hidden`
 
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def stacked(layer_rngs: nnx.Rngs) -> Layer:
-            return Layer(config, layer_rngs, param_dtype)
+            return Layer(config, layer_rngs, param_dtype, dropout)
 
         self.embedding = Embedding(config.vocab_size, config.hidden, rngs, param_dtype)
+        self.positions = (
+            LearnedPositions(config.max_len, config.position_offset, config.hidden, rngs, param_dtype)
+            if config.rope is None
+            else None
+        )
         self.layers = stacked(rngs)
-        self.norm = RMSNorm(config.hidden, config.norm_eps, param_dtype)
+        self.norm = make_norm(config, config.hidden, param_dtype)
         self.head = (
             None
             if config.tied
             else Linear(config.hidden, config.vocab_size, ("embed", "vocab"), rngs, param_dtype=param_dtype)
         )
 
+    @property
+    def embedding_scale(self) -> float:
+        """What token embeddings are multiplied by; embeddings that are given instead of tokens are not."""
+        return self.config.hidden**0.5 if self.config.scale_embeddings else 1.0
+
     def embed(self, tokens: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-        """(B, T) ids -> (B, T, D) in `dtype` (default: that of the parameters)."""
-        return hint(self.embedding(tokens, dtype), "batch", None, None)
+        """(B, T) ids -> (B, T, D) in `dtype` (default: that of the parameters), as `hidden` takes them."""
+        x = hint(self.embedding(tokens, dtype), "batch", None, None)
+        return x * jnp.asarray(self.embedding_scale, x.dtype) if self.config.scale_embeddings else x
 
-    def hidden(self, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
-        """Embeddings (B,T,D), positions (B,T), mask (B,1,T,T) True = sees -> final-normed states (B,T,D)."""
-        rotary = self.rotary(positions)
+    def placed(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Embeddings (B,T,D) with the learned positions (B,T), if there are any: the input of the first layer."""
+        return x if self.positions is None else x + self.positions(positions, x.dtype)
 
-        def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return self._layer(layer, x, rotary, mask), None
+    def hidden(
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Embeddings (B,T,D), positions (B,T), mask (B,1,T,T) True = sees -> final-normed states (B,T,D).
 
-        x, _ = self.scan_layers(body, x)
+        With a `key` there is dropout, drawn anew in every layer; without one nothing drops.
+        """
+
+        def noise(index: jax.Array | int) -> AbstractContextManager[None]:
+            return drawing(None if key is None else jax.random.fold_in(key, index))
+
+        run = self.layer_of(positions, mask)
+
+        def body(layer: Layer, window: Window, x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+            with noise(index):
+                return run(layer, window, x), None
+
+        with noise(self.config.layers):
+            x = dropout(self.placed(x, positions), self.dropout)
+        x, _ = self.scan_layers(body, x, jnp.arange(self.config.layers))
         return self.norm(x)
+
+    def layer_of(
+        self, positions: jax.Array, mask: jax.Array
+    ) -> Callable[[Layer, Window, jax.Array], jax.Array]:
+        """(layer, window, x) -> the layer's output, for tokens at `positions` (B,T) that see `mask` (B,1,T,T)."""
+        rotary, masks = self.rotary(positions), self.masks(mask, positions, positions)
+
+        def run(layer: Layer, window: Window, x: jax.Array) -> jax.Array:
+            return layer.combine(x, self.attend(*layer.project(x, rotary), masks[window]))
+
+        return run
+
+    def masks(self, mask: jax.Array, queries: jax.Array, keys: jax.Array) -> dict[Window, jax.Array]:
+        """For each window of this decoder, `mask` (B,1,T,S) within it; positions queries (B,T), keys (B,S)."""
+        return {window: windowed(mask, queries, keys, window) for window in set(self.config.windows)}
+
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: jax.Array,
+        implementation: Implementation | None = None,
+    ) -> jax.Array:
+        """`attention.attend` with this decoder's scale and soft cap."""
+        config = self.config
+        scale = (config.head_dim if config.query_scalar is None else config.query_scalar) ** -0.5
+        return attend(q, k, v, mask, scale, implementation or self.attention, config.attention_cap)
 
     def output_weight(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The vocabulary projection, (D, V), in `dtype`: take it once where logits are computed in chunks."""
@@ -151,38 +146,55 @@ class Decoder(nnx.Module):
         """Normed states (..., D) -> logits (..., V) in float32."""
         projection = self.output_weight(h.dtype) if output_weight is None else output_weight
         logits = jnp.matmul(h, projection, preferred_element_type=jnp.float32)
+        cap = self.config.logit_cap
+        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
         return hint(logits, "batch", *(None,) * (logits.ndim - 2), "vocab") if logits.ndim > 1 else logits
 
-    def rotary(self, positions: jax.Array) -> Rotary:
+    def rotary(self, positions: jax.Array) -> Rotary | None:
         """(B, T) positions -> what `Layer.project` needs to know of them."""
-        return self.config.rope.angles(positions, self.config.head_dim)
+        rope = self.config.rope
+        return None if rope is None else rope.angles(positions, self.config.head_dim)
 
-    @property
-    def attention_scale(self) -> float:
-        """What attention scores are multiplied by."""
-        return self.config.head_dim**-0.5
+    def scan_layers(self, body: Body, carry: Any, xs: Any = None) -> tuple[Any, Any]:
+        """Run `body(layer, window, carry, x) -> (carry, y)` through the layers; (last carry, stacked ys).
 
-    def scan_layers(
-        self, body: Callable[[Layer, Any, Any], tuple[Any, Any]], carry: Any, xs: Any = None
-    ) -> tuple[Any, Any]:
-        """Run `body(layer, carry, x) -> (carry, y)` through the layers; (last carry, stacked ys).
-
-        `xs` is a pytree of arrays with a leading axis of L. The body is rematerialised as the model says.
+        `xs` is a pytree of arrays with a leading axis of L. A step of the scan runs one period of layers, each
+        with its own window, known when the step is traced. The body is rematerialised, layer by layer, as the
+        model says.
         """
         graph, state = nnx.split(self.layers)
+        windows = self.config.windows
+        period = len(windows)
 
-        def step(carry: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
-            layer_state, x = inputs
-            return body(nnx.merge(graph, layer_state), carry, x)
+        def layer_step(window: Window) -> Callable[[Any, Any], tuple[Any, Any]]:
+            def step(carry: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
+                layer_state, x = inputs
+                return body(nnx.merge(graph, layer_state), window, carry, x)
 
-        step = _rematerialised(step, self.remat, in_scan=self.scan)
+            return _rematerialised(step, self.remat, in_scan=self.scan)
+
+        steps = [layer_step(window) for window in windows]
+
+        def run(carry: Any, inputs: Any) -> tuple[Any, Any]:
+            ys = []
+            for place, step in enumerate(steps):
+                carry, y = step(carry, jax.tree.map(lambda leaf, i=place: leaf[i], inputs))
+                ys.append(y)
+            return carry, _stacked(ys)
+
+        def fold(leaf: jax.Array) -> jax.Array:
+            return leaf.reshape(-1, period, *leaf.shape[1:])
+
+        inputs, groups = jax.tree.map(fold, (state, xs)), self.config.layers // period
         if self.scan:
-            return jax.lax.scan(step, carry, (state, xs), length=self.config.layers)
-        ys = []
-        for index in range(self.config.layers):
-            carry, y = step(carry, jax.tree.map(lambda leaf, i=index: leaf[i], (state, xs)))
-            ys.append(y)
-        return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *ys)
+            carry, ys = jax.lax.scan(run, carry, inputs, length=groups)
+        else:
+            parts = []
+            for group in range(groups):
+                carry, part = run(carry, jax.tree.map(lambda leaf, i=group: leaf[i], inputs))
+                parts.append(part)
+            ys = _stacked(parts)
+        return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
 
     def __call__(
         self,
@@ -193,10 +205,11 @@ class Decoder(nnx.Module):
         """Logits (B, T, V) float32 of ids (B, T) or embeddings (B, T, D), padded on either side.
 
         attention_mask (B, T) of 0/1, default all ones. Positions count from the first real token; what stands
-        at padding means nothing.
+        at padding means nothing. Raises UserError for a prompt beyond the learned positions.
         """
         graph, state = nnx.split(self)
         prompt, valid = as_prompt(tokens, inputs_embeds, attention_mask)
+        self.check_length(self.prompt_positions(valid))
         return _logits(graph, state, prompt, valid, hints.current())
 
     def all_hidden(
@@ -207,11 +220,12 @@ class Decoder(nnx.Module):
     ) -> jax.Array:
         """(L+1, B, T, D): the embeddings, then each layer's output, the last one after the final norm."""
         prompt, valid = as_prompt(tokens, inputs_embeds, attention_mask)
-        x = self.embed_prompt(prompt)
-        rotary, mask = self.rotary(positions_from_mask(valid)), padding_mask(valid)
+        positions = self.prompt_positions(valid)
+        self.check_length(positions)
+        x, run = self.placed(self.embed_prompt(prompt), positions), self.layer_of(positions, padding_mask(valid))
 
-        def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-            x = self._layer(layer, x, rotary, mask)
+        def body(layer: Layer, window: Window, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+            x = run(layer, window, x)
             return x, x
 
         last, outputs = self.scan_layers(body, x)
@@ -221,9 +235,24 @@ class Decoder(nnx.Module):
         """Ids (B, T) or embeddings (B, T, D) -> embeddings."""
         return self.embed(prompt) if prompt.ndim == 2 else hint(prompt, "batch", None, None)
 
-    def _layer(self, layer: Layer, x: jax.Array, rotary: Rotary, mask: jax.Array) -> jax.Array:
-        q, k, v = layer.project(x, rotary)
-        return layer.combine(x, attend(q, k, v, mask, self.attention_scale, self.attention))
+    def prompt_positions(self, valid: jax.Array) -> jax.Array:
+        """Positions (B, T) of a prompt's tokens, for `__call__` and `all_hidden`."""
+        if self.positions_count_padding:
+            return jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape)
+        return positions_from_mask(valid)
+
+    def check_length(self, positions: jax.Array, new: int = 0) -> None:
+        """Raise UserError if the learned positions do not reach to `new` tokens after a prompt's (B, T).
+
+        Inside a traced function nothing can be raised: a position beyond the table gives NaN there.
+        """
+        if self.positions is None or isinstance(positions, Tracer):
+            return
+        longest = int(positions.max()) + 1
+        if longest + new > self.config.max_len:
+            found = f"{longest} tokens" + (f" and {new} to generate" if new else "")
+            expected = f"at most {self.config.max_len}, the model's learned positions"
+            raise UserError("the prompt", found, expected, "shorten the prompt or generate less")
 
 
 def as_prompt(
@@ -252,7 +281,7 @@ def _logits(
 ) -> jax.Array:
     with hints.placed(placement):
         model = nnx.merge(graph, state)
-        h = model.hidden(model.embed_prompt(prompt), positions_from_mask(valid), padding_mask(valid))
+        h = model.hidden(model.embed_prompt(prompt), model.prompt_positions(valid), padding_mask(valid))
         return model.logits(h)
 
 
@@ -262,3 +291,7 @@ def _rematerialised(step: Callable, remat: Remat, in_scan: bool) -> Callable:
     policies = jax.checkpoint_policies
     policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.nothing_saveable
     return jax.checkpoint(step, policy=policy, prevent_cse=not in_scan)
+
+
+def _stacked(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -1,139 +1,52 @@
-"""The language model families as data: configuration fields, weight names, chat forms, names in the registry.
+"""Hugging Face's configuration of a model <-> ours, by the table of families (`family_table.py`).
 
-Everything that a Hugging Face `config.json` says is accounted for here by name. A field that is not known, or
-has a value that this decoder does not compute, is an error: never a model that runs but is another one.
+A field that is not known, or has a value that this decoder does not compute, is an error: never a model that runs
+but is another one.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from elm_jax.errors import UserError, nearest
 from elm_jax.models.decoder import DecoderConfig
+from elm_jax.models.family_table import ALIASES, FAMILIES, Family
 from elm_jax.models.layers import Llama3Scaling, Rope
-from elm_jax.weights.rules import Rule
 
-# Short names of the checkpoints that the project is used with.
-ALIASES: Mapping[str, str] = {
-    "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
-    "qwen2.5-1.5b-instruct": "Qwen/Qwen2.5-1.5B-Instruct",
-    "qwen2.5-3b-instruct": "Qwen/Qwen2.5-3B-Instruct",
-    "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
-    "llama-3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
-    "llama-3.2-3b-instruct": "meta-llama/Llama-3.2-3B-Instruct",
-}
+__all__ = [
+    "ALIASES",
+    "FAMILIES",
+    "Family",
+    "chat_family",
+    "extended",
+    "family_of",
+    "from_hf",
+    "scratch_config",
+    "to_hf",
+]
 
-# Hugging Face field -> ours, for the sizes.
-_SIZES: Mapping[str, str] = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "mlp",
-    "max_position_embeddings": "max_len",
-}
-_DERIVED = ("kv_heads", "head_dim")  # from the others, where a file does not say
-_READ = frozenset(
-    {*_SIZES, "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters"}
-)
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
+_WINDOWS = ("sliding_window", "layer_types")
+_KINDS = ("sliding_attention", "full_attention")
 
 # Fields that say nothing about what the model computes from given tokens.
 _IRRELEVANT = frozenset(
     {
         *("model_type", "architectures", "transformers_version", "_name_or_path", "_from_model_config"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "initializer_range"),
-        *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+        *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing"),
+        # Of generation, from the time when these were kept in the same file.
+        *("max_length", "do_sample", "temperature", "top_p", "prefix", "task_specific_params"),
     }
 )
 _LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
+_SIZES = ("vocab_size", "hidden", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_len")
+_NUMBERS = ("norm_eps", "query_scalar", "attention_cap", "logit_cap")
+
 _SCRATCH_REQUIRED = ("hidden", "layers", "heads", "mlp")
-_SCRATCH_DEFAULTS: Mapping[str, Any] = {
-    "family": "qwen2",
-    "kv_heads": None,
-    "head_dim": None,
-    "max_len": 2048,
-    "norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tied": True,
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """One `model_type`.
-
-    constants: parts of our configuration that the family decides and its files do not say.
-    only: field by field, the values for which this decoder is right (first: the usual one).
-    irrelevant: fields that do not matter then, besides the common ones.
-    rules: which tensor is which parameter.
-    chat: (a token, the chat form of a model whose tokenizer has it).
-    """
-
-    model_type: str
-    architecture: str
-    constants: Mapping[str, Any]
-    only: Mapping[str, tuple[Any, ...]]
-    rules: tuple[Rule, ...]
-    chat: tuple[str, str]
-    irrelevant: frozenset[str] = frozenset()
-
-
-def _llama_layout(biased: str) -> tuple[Rule, ...]:
-    """The tensors of Llama, and of the families that differ from it by biases of the projections `biased`."""
-    theirs, ours = "model.layers.{layer}", "layers"
-    attention = [
-        Rule(f"{theirs}.self_attn.{n}_proj.weight", f"{ours}.attention.{n}.kernel", True) for n in "qkvo"
-    ]
-    biases = [Rule(f"{theirs}.self_attn.{n}_proj.bias", f"{ours}.attention.{n}.bias") for n in biased]
-    mlp = [
-        Rule(f"{theirs}.mlp.{n}_proj.weight", f"{ours}.mlp.{n}.kernel", True) for n in ("gate", "up", "down")
-    ]
-    return (
-        Rule("model.embed_tokens.weight", "embedding.table"),
-        Rule(f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.scale"),
-        *attention,
-        *biases,
-        Rule(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.scale"),
-        *mlp,
-        Rule("model.norm.weight", "norm.scale"),
-        Rule("lm_head.weight", "head.kernel", True),
-    )
-
-
-_LLAMA = Family(
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    constants={"qkv_bias": False},
-    only={
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "attention_dropout": (0.0,),
-        "pretraining_tp": (1,),
-        "layer_types": (None,),
-    },
-    rules=_llama_layout(biased=""),
-    chat=("<|start_header_id|>", "llama3"),
-)
-_QWEN2 = Family(
-    model_type="qwen2",
-    architecture="Qwen2ForCausalLM",
-    constants={"qkv_bias": True},
-    only={
-        "hidden_act": ("silu",),
-        "use_sliding_window": (False,),
-        "use_mrope": (False,),
-        "attention_dropout": (0.0,),
-        "layer_types": (None, "full_attention"),
-    },
-    rules=_llama_layout(biased="qkv"),
-    chat=("<|im_start|>", "qwen2"),
-    irrelevant=frozenset({"sliding_window", "max_window_layers"}),  # of the windows that are switched off
-)
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (_LLAMA, _QWEN2)}
+_SCRATCH_FAMILY = "qwen2"
+_SCRATCH_DEFAULTS: Mapping[str, Any] = {"kv_heads": None, "head_dim": None, "max_len": 2048, "norm_eps": 1e-6}
 
 
 def family_of(model_type: str, where: str = "llm") -> Family:
@@ -151,20 +64,12 @@ def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
     """
     family = family_of(config.get("model_type", ""), where)
     _refuse_unknown(config, family, where)
-    sizes = {ours: config.get(theirs) for theirs, ours in _SIZES.items()}
-    missing = [theirs for theirs, ours in _SIZES.items() if sizes[ours] is None and ours not in _DERIVED]
-    missing += [name for name in ("rms_norm_eps",) if name not in config]
-    if missing:
-        raise UserError(
-            where, f"no {', '.join(missing)}", "these fields", "use the checkpoint's own config.json"
-        )
-    others = {
-        "model_type": family.model_type,
-        "norm_eps": config["rms_norm_eps"],
-        "rope": _rope(config, where),
-        "tied": config.get("tie_word_embeddings", False),
-    }
-    return _checked(where, {**sizes, **others, **family.constants})
+    values = _read_fields(config, family, where)
+    values |= {"tied": config.get("tie_word_embeddings", family.tied), "model_type": family.model_type}
+    if family.rotary:
+        values["rope"] = _rope(config, where)
+    ours = _checked(where, {**values, **family.constants})
+    return replace(ours, windows=_windows(config, where, ours.layers)) if family.windows else ours
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -173,36 +78,49 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     written = {
         "architectures": [family.architecture],
         "model_type": config.model_type,
-        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
+        **{theirs: getattr(config, ours) for theirs, ours in family.fields.items()},
         **{name: allowed[0] for name, allowed in family.only.items() if allowed[0] is not None},
-        "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
-        "rope_theta": config.rope.theta,
     }
-    if config.rope.llama3 is not None:
+    if config.rope is not None:
+        written["rope_theta"] = config.rope.theta
+    if config.rope is not None and config.rope.llama3 is not None:
         s = config.rope.llama3
         numbers = (s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_len)
         written["rope_scaling"] = {"rope_type": "llama3", **dict(zip(_LLAMA3_FIELDS, numbers, strict=True))}
+    if family.windows:
+        windows = config.windows * (config.layers // len(config.windows))
+        written["sliding_window"] = next((window for window in windows if window is not None), None)
+        written["layer_types"] = [_KINDS[window is None] for window in windows]
     return written
 
 
 def scratch_config(sizes: Mapping[str, Any], vocab_size: int) -> DecoderConfig:
     """The configuration of a model that is to be trained from nothing, from `llm.scratch`.
 
-    Keys: hidden, layers, heads, mlp; optional kv_heads (default: heads), head_dim (hidden / heads), max_len,
-    family, norm_eps, rope_theta, tied. `vocab_size` is rounded up as in `extended`. Raises UserError.
+    Keys: hidden, layers, heads, mlp; optional family, max_len, tied, norm_eps, and as the family has them kv_heads
+    (default: heads), head_dim (hidden / heads), rope_theta, and for gemma2 window (of every other layer),
+    attention_cap, logit_cap, query_scalar. `vocab_size` is rounded up as in `extended`. Raises UserError.
     """
-    where, known = "llm.scratch", (*_SCRATCH_REQUIRED, *_SCRATCH_DEFAULTS)
+    where = "llm.scratch"
+    family = family_of(sizes.get("family", _SCRATCH_FAMILY), where)
+    own = {name: value for name, value in _SCRATCH_DEFAULTS.items() if name in family.fields.values()}
+    defaults = {**own, "tied": True, **({"rope_theta": 10000.0} if family.rotary else {}), **family.scratch}
+    known = ("family", *_SCRATCH_REQUIRED, *defaults)
     for name in sizes:
         if name not in known:
-            raise UserError(where, f"'{name}'", ", ".join(known), nearest(name, known) or "remove it")
+            fix = nearest(name, known) or "remove it"
+            raise UserError(where, f"'{name}'", f"{', '.join(known)} (of {family.model_type})", fix)
     missing = [name for name in _SCRATCH_REQUIRED if name not in sizes]
     if missing:
         raise UserError(where, f"no {', '.join(missing)}", ", ".join(_SCRATCH_REQUIRED), "give these sizes")
-    values = {**_SCRATCH_DEFAULTS, **sizes, "vocab_size": _rounded(vocab_size)}
-    family = family_of(values.pop("family"), where)
-    rope = _rope({"rope_theta": values.pop("rope_theta")}, where)
-    return _checked(where, {**values, "model_type": family.model_type, "rope": rope, **family.constants})
+    values = {**defaults, **sizes, "vocab_size": _rounded(vocab_size), "model_type": family.model_type}
+    values.pop("family", None)
+    if family.rotary:
+        values["rope"] = _rope({"rope_theta": values.pop("rope_theta")}, where)
+    window = values.pop("window", None)
+    ours = _checked(where, {**values, **family.constants})
+    return replace(ours, windows=_windows({"sliding_window": window}, where, ours.layers)) if family.windows else ours
 
 
 def extended(config: DecoderConfig, needed: int) -> DecoderConfig:
@@ -215,13 +133,14 @@ def extended(config: DecoderConfig, needed: int) -> DecoderConfig:
     return config if needed <= config.vocab_size else replace(config, vocab_size=_rounded(needed))
 
 
-def chat_family(model_type: str, vocabulary: Mapping[str, int]) -> str:
-    """The chat form of a model, by what its tokenizer can say: "llama3", "qwen2" or "plain".
+def chat_family(model_type: str, vocabulary: Mapping[str, int], template: str = "") -> str:
+    """The chat form of a model, by what its tokenizer can say: a key of CHAT_FORMS, "plain" where none fits.
 
-    `vocabulary` is the tokenizer's token -> id (its `get_vocab()`).
+    `vocabulary` is the tokenizer's token -> id (its `get_vocab()`), `template` its own chat template: marks that are no
+    tokens, as Llama 2's, are found there.
     """
-    token, form = family_of(model_type).chat
-    return form if token in vocabulary else "plain"
+    forms = family_of(model_type).chat
+    return next((form for mark, form in forms if mark in vocabulary or mark in template), "plain")
 
 
 def _rounded(rows: int) -> int:
@@ -229,7 +148,9 @@ def _rounded(rows: int) -> int:
 
 
 def _refuse_unknown(config: Mapping[str, Any], family: Family, where: str) -> None:
-    unknown = sorted(set(config) - _READ - _IRRELEVANT - family.irrelevant - set(family.only))
+    known = {*family.fields, *family.only, "tie_word_embeddings", *_IRRELEVANT, *family.irrelevant}
+    known |= {*(_ROPE if family.rotary else ()), *(_WINDOWS if family.windows else ())}
+    unknown = sorted(set(config) - known)
     if unknown:
         found, expected = f"unknown field {', '.join(unknown)}", f"only known fields of {family.model_type}"
         raise UserError(
@@ -241,6 +162,41 @@ def _refuse_unknown(config: Mapping[str, Any], family: Family, where: str) -> No
             if each not in allowed:
                 expected = " or ".join(str(option) for option in allowed)
                 raise UserError(where, f"{name} = {each}", expected, "this variant is not supported")
+
+
+def _read_fields(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """Our values of the family's fields; those that are derived may be None."""
+    values: dict[str, Any] = {}
+    missing = []
+    for theirs, ours in family.fields.items():
+        value = config.get(theirs)
+        if ours in values:
+            if value not in (None, values[ours]):
+                found, expected = f"{theirs} = {value}", f"{values[ours]}, as the other sizes say"
+                raise UserError(where, found, expected, "this variant is not supported")
+            continue
+        values[ours] = value
+        given = theirs in config if ours in family.nullable else value is not None
+        missing += [] if given or ours in family.derived else [theirs]
+    if missing:
+        raise UserError(
+            where, f"no {', '.join(missing)}", "these fields", "use the checkpoint's own config.json"
+        )
+    return values
+
+
+def _windows(config: Mapping[str, Any], where: str, layers: int) -> tuple[int | None, ...]:
+    """One period of the layers' windows; without `layer_types` every other layer has one, from the first."""
+    kinds = config.get("layer_types") or [_KINDS[i % 2] for i in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in _KINDS for kind in kinds):
+        found = f"layer_types = {kinds}"
+        raise UserError(where, found, f"{layers} times {' or '.join(_KINDS)}", "correct it")
+    window = config.get("sliding_window")
+    if _KINDS[0] in kinds and (not isinstance(window, int) or not _is_number(window)):
+        raise UserError(where, f"sliding_window = {window!r}", "a whole number above 0", "correct it")
+    windows = tuple(window if kind == _KINDS[0] else None for kind in kinds)
+    periods = (n for n in range(1, layers + 1) if layers % n == 0)
+    return next(windows[:n] for n in periods if windows[:n] * (layers // n) == windows)
 
 
 def _rope(config: Mapping[str, Any], where: str) -> Rope:
@@ -266,15 +222,15 @@ def _rope(config: Mapping[str, Any], where: str) -> Rope:
 
 def _checked(where: str, values: dict[str, Any]) -> DecoderConfig:
     """A DecoderConfig of these values, its derived sizes filled in, if they are sound and fit each other."""
-    if values["kv_heads"] is None:
-        values["kv_heads"] = values["heads"]
-    for name in _SIZES.values():
-        if not isinstance(values[name], int) or not _is_number(values[name]):
-            if name == "head_dim" and values[name] is None:
-                continue
-            raise UserError(where, f"{name} = {values[name]!r}", "a whole number above 0", "correct it")
-    hidden, heads, kv_heads = values["hidden"], values["heads"], values["kv_heads"]
-    if values["head_dim"] is None:
+    for name in _SIZES:
+        value = values.get(name)
+        optional = value is None and name in ("kv_heads", "head_dim", "mlp")
+        if not optional and not (isinstance(value, int) and _is_number(value)):
+            raise UserError(where, f"{name} = {value!r}", "a whole number above 0", "correct it")
+    hidden, heads = values["hidden"], values["heads"]
+    kv_heads = values["kv_heads"] = values.get("kv_heads") or heads
+    values["mlp"] = values["mlp"] or 4 * hidden
+    if not values.get("head_dim"):
         if hidden % heads:
             raise UserError(
                 where, f"hidden {hidden} and {heads} heads", "a multiple of the heads", "give head_dim"
@@ -284,11 +240,16 @@ def _checked(where: str, values: dict[str, Any]) -> DecoderConfig:
         raise UserError(
             where, f"{heads} heads, {kv_heads} kv_heads", "kv_heads that divide heads", "correct them"
         )
-    if values["head_dim"] % 2:
+    if values["head_dim"] % 2 and values["rope"] is not None:
         raise UserError(where, f"head_dim {values['head_dim']}", "an even number", "correct it")
-    if not _is_number(values["norm_eps"]) or not isinstance(values["tied"], bool):
-        found = f"norm eps {values['norm_eps']!r}, tied embeddings {values['tied']!r}"
-        raise UserError(where, found, "a number above 0 and true or false", "correct them")
+    if "query_scalar" in values and values["query_scalar"] is None:
+        values["query_scalar"] = values["head_dim"]
+    for name in _NUMBERS:
+        optional = name != "norm_eps" and values.get(name) is None
+        if not optional and not _is_number(values[name]):
+            raise UserError(where, f"{name} = {values[name]!r}", "a number above 0", "correct it")
+    if not isinstance(values["tied"], bool):
+        raise UserError(where, f"tied embeddings {values['tied']!r}", "true or false", "correct it")
     return DecoderConfig(**values)
 
 

@@ -1,11 +1,14 @@
-"""The small pieces every decoder is made of: Linear, RMSNorm, Embedding, rotary positions, gated MLP.
+"""The small pieces every model is made of: Linear, norms, Embedding, rotary positions, the MLP of a decoder.
 
 Weights are cast to the dtype of the input; norms and rotary angles are computed in float32.
 Every parameter carries `axes`, the logical names of its trailing dimensions.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,23 +41,42 @@ class Linear(nnx.Module):
         kernel = scale * jax.random.normal(rngs.params(), (in_dim, out_dim), jnp.float32)
         self.kernel = nnx.Param(kernel.astype(param_dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out_dim,), param_dtype), axes=axes[1:]) if bias else None
+        self.lora: Callable[[jax.Array], jax.Array] | None = nnx.data(None)  # see `elm_jax.models.lora`
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ weight(self.kernel, x.dtype)
-        return y if self.bias is None else y + weight(self.bias, x.dtype)
+        y = y if self.bias is None else y + weight(self.bias, x.dtype)
+        return y if self.lora is None else y + self.lora(x)
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, returned in the dtype of x."""
+    """x / sqrt(mean(x^2) + eps) * (offset + scale) over the last axis, in float32, returned in the dtype of x."""
 
-    def __init__(self, dim: int, eps: float, param_dtype: jax.typing.DTypeLike = jnp.float32) -> None:
-        self.scale = nnx.Param(jnp.ones((dim,), param_dtype), axes=(None,))
-        self.eps = eps
+    def __init__(
+        self, dim: int, eps: float, param_dtype: jax.typing.DTypeLike = jnp.float32, offset: float = 0.0
+    ) -> None:
+        self.scale = nnx.Param(jnp.full((dim,), 1 - offset, param_dtype), axes=(None,))
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         unit = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (unit * weight(self.scale, jnp.float32)).astype(x.dtype)
+        return (unit * (self.offset + weight(self.scale, jnp.float32))).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, in float32, returned in the dtype of x."""
+
+    def __init__(self, dim: int, eps: float, param_dtype: jax.typing.DTypeLike = jnp.float32) -> None:
+        self.scale = nnx.Param(jnp.ones((dim,), param_dtype), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros((dim,), param_dtype), axes=(None,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        unit = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        return (unit * weight(self.scale, jnp.float32) + weight(self.bias, jnp.float32)).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -63,13 +85,35 @@ class Embedding(nnx.Module):
     def __init__(
         self, vocab_size: int, dim: int, rngs: nnx.Rngs, param_dtype: jax.typing.DTypeLike = jnp.float32
     ) -> None:
-        table = 0.02 * jax.random.normal(rngs.params(), (vocab_size, dim), jnp.float32)
-        self.table = nnx.Param(table.astype(param_dtype), axes=("vocab", "embed"))
+        self.table = _table(vocab_size, dim, ("vocab", "embed"), rngs, param_dtype)
 
     def __call__(self, tokens: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
         # Gathered along D only before the look-up; otherwise the partitioner replicates all of it.
         table = hint(weight(self.table, dtype or self.table[...].dtype), "vocab", None)
         return jnp.take(table, tokens, axis=0, mode="clip")
+
+
+class LearnedPositions(nnx.Module):
+    """Positions (B, T) -> rows of table (offset + P, D), position 0 having row `offset`.
+
+    A position beyond the table gives NaN: callers that know the lengths refuse them first.
+    """
+
+    def __init__(
+        self, length: int, offset: int, dim: int, rngs: nnx.Rngs, param_dtype: jax.typing.DTypeLike = jnp.float32
+    ) -> None:
+        self.table = _table(length + offset, dim, (None, "embed"), rngs, param_dtype)
+        self.offset = offset
+
+    def __call__(self, positions: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        return jnp.take(weight(self.table, dtype), positions + self.offset, axis=0, mode="fill")
+
+
+def _table(
+    rows: int, dim: int, axes: Axes, rngs: nnx.Rngs, param_dtype: jax.typing.DTypeLike
+) -> nnx.Param[jax.Array]:
+    table = 0.02 * jax.random.normal(rngs.params(), (rows, dim), jnp.float32)
+    return nnx.Param(table.astype(param_dtype), axes=axes)
 
 
 @dataclass(frozen=True)
@@ -116,8 +160,16 @@ def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
     return turned.astype(x.dtype)
 
 
-class GatedMlp(nnx.Module):
-    """down(silu(gate(x)) * up(x)), (..., D) -> (..., D)."""
+Activation = Literal["silu", "gelu_tanh", "relu"]
+ACTIVATIONS: Mapping[Activation, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Mlp(nnx.Module):
+    """down(activation(gate(x)) * up(x)), or without a gate down(activation(up(x))); (..., D) -> (..., D)."""
 
     def __init__(
         self,
@@ -125,13 +177,19 @@ class GatedMlp(nnx.Module):
         inner: int,
         rngs: nnx.Rngs,
         *,
+        activation: Activation,
+        gated: bool,
+        bias: bool,
         out_std: float,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> None:
-        self.gate = Linear(dim, inner, ("embed", "mlp"), rngs, param_dtype=param_dtype)
-        self.up = Linear(dim, inner, ("embed", "mlp"), rngs, param_dtype=param_dtype)
-        self.down = Linear(inner, dim, ("mlp", "embed"), rngs, std=out_std, param_dtype=param_dtype)
+        linear = partial(Linear, rngs=rngs, bias=bias, param_dtype=param_dtype)
+        self.gate = linear(dim, inner, ("embed", "mlp")) if gated else None
+        self.up = linear(dim, inner, ("embed", "mlp"))
+        self.down = linear(inner, dim, ("mlp", "embed"), std=out_std)
+        self.activation: Activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        inner = jax.nn.silu(self.gate(x)) * self.up(x)
+        act = ACTIVATIONS[self.activation]
+        inner = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
         return self.down(hint(inner, "batch", None, "mlp"))

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from elm_jax.assemble import assemble, make_arrays
+from elm_jax import compat as behaviours
+from elm_jax.assemble import CONNECTORS, assemble, make_arrays
 from elm_jax.config import Config, to_dict
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset
@@ -25,9 +26,11 @@ from elm_jax.runtime.compilation import cache_folder
 from elm_jax.runtime.faults import StopSignal
 from elm_jax.runtime.mesh import batch_sharding, batch_ways, check_heads, host_part, make_mesh, to_device
 from elm_jax.training import run
+from elm_jax.training.muon import matrices, matrices_by_name
 from elm_jax.training.optim import batch_scale, learning_rate_multiplier, make_optimizer
 from elm_jax.training.state import TrainState, abstract_state, array_shardings, new_state, split_names
 from elm_jax.training.step import make_eval_step, make_train_step
+from elm_jax.weights.published import published_rules
 
 NON_FINITE_LIMIT = 10  # steps in a row without a finite gradient after which the run stops
 
@@ -148,7 +151,7 @@ class Trainer:
         structure, config = self.assembly.structure, self.config
         shardings = array_shardings(structure, self.mesh)
         trained, moving, frozen = split_names(structure, config.update)
-        tx = make_optimizer(config.optim, config.train, self.total_steps)
+        tx = make_optimizer(config.optim, config.train, self.total_steps, self._matrices())
         like = abstract_state(structure, trained, moving, tx, self.mesh, shardings)
         self.checkpoints = Checkpoints(self.folder, config.train.keep)
         self.history: dict[str, Any] = {"best_step": None, "best_val_loss": None, "val_losses": [], "bad": []}
@@ -173,6 +176,14 @@ class Trainer:
         self.found_bad: list[dict[str, Any]] = []  # not yet reported
         self.finite: list[jax.Array] = []  # of the steps since the last log
         self.non_finite = 0
+
+    def _matrices(self) -> dict[str, int]:
+        """What Muon moves, where it is the optimizer."""
+        leaves, config = self.assembly.structure.leaves, self.config
+        if not behaviours.enabled("muon_by_name", config.compat):
+            return matrices(leaves)
+        parts = self.assembly.llm.model_type, config.encoder.name, CONNECTORS[config.elm]
+        return matrices_by_name(leaves, published_rules(leaves, *parts))
 
     def _first_arrays(self, shardings: Mapping[str, Any], frozen: list[str]) -> Arrays:
         """The arrays of a new run: of `init_from`, of checkpoints, drawn from the seed."""

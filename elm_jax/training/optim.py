@@ -1,15 +1,16 @@
-"""Optimizers and schedules: Adam (L2 in the gradient, as the reference) and AdamW (decoupled decay)."""
+"""Optimizers and schedules: Adam (L2 in the gradient, as the reference), AdamW and Muon (decoupled decay)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from elm_jax.config import OptimConfig, TrainConfig
+from elm_jax.training.muon import divided, scale_by_muon
 
 
 def learning_rate_multiplier(
@@ -51,14 +52,31 @@ def weight_decay(optim: OptimConfig, train: TrainConfig) -> float:
     )
 
 
-def make_optimizer(optim: OptimConfig, train: TrainConfig, total_steps: int) -> optax.GradientTransformation:
-    """The optimizer of a flat dictionary of float32 parameters; its state has their shapes."""
+def make_optimizer(
+    optim: OptimConfig, train: TrainConfig, total_steps: int, matrices: Mapping[str, int] | None = None
+) -> optax.GradientTransformation:
+    """The optimizer of a flat dictionary of float32 parameters; its state has their shapes.
+
+    `matrices` (`muon.matrices`) are those that Muon moves; AdamW has the others, at a rate of its own.
+    """
     multiplier = learning_rate_multiplier(optim, total_steps)
     peak = optim.lr * batch_scale(optim, train)
     decay = optax.add_decayed_weights(weight_decay(optim, train))
+
+    def rate(ratio: float = 1.0) -> optax.GradientTransformation:
+        return optax.scale_by_learning_rate(lambda step: ratio * peak * multiplier(step))
+
     adam = optax.scale_by_adam(optim.beta1, optim.beta2, optim.eps)
-    rate = optax.scale_by_learning_rate(lambda step: peak * multiplier(step))
-    return optax.chain(decay, adam, rate) if optim.name == "adam" else optax.chain(adam, decay, rate)
+    if optim.name == "adam":
+        return optax.chain(decay, adam, rate())
+    if optim.name == "adamw":
+        return optax.chain(adam, decay, rate())
+    assert matrices is not None, "Muon has to know what is a matrix"
+    muon = optim.muon
+    directions = scale_by_muon(muon.momentum, muon.ns_steps, matrices)
+    return divided(
+        matrices, optax.chain(directions, decay, rate()), optax.chain(adam, decay, rate(muon.adamw_lr_ratio))
+    )
 
 
 def clip_coefficient(norm: jax.Array, limit: float) -> jax.Array:

@@ -15,6 +15,7 @@ from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config, differences, to_dict
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays, Structure
+from elm_jax.models.lora import is_lora
 from elm_jax.runtime import distributed
 from elm_jax.runtime.checkpoint import Checkpoints, fingerprint, load_arrays, save_arrays
 
@@ -141,7 +142,9 @@ def check_start(
     checkpoints = Checkpoints(folder, read_only=True)
     saved = checkpoints.meta(checkpoints.find("best") or 0).get("frozen", {})
     checkpoints.close()
-    lacking = {name.split(".")[0] for name in structure.leaves if name not in known} - set(missing_ok)
+    # A new adapter changes nothing until it is trained: no run need have it.
+    missing = [name for name in structure.leaves if name not in known and not is_lora(name)]
+    lacking = {name.split(".")[0] for name in missing} - set(missing_ok)
     without = sorted(lacking - set(saved))
     if without:
         raise UserError(
@@ -150,7 +153,7 @@ def check_start(
         )  # fmt: skip
     # There it was frozen, in the dtype that run computes in; here it may be trained, in another.
     frozen_in = jnp.dtype(read_json(folder / "config.json")["llm"]["compute_dtype"])
-    there = {n: x if structure.leaves[n].statistic else x.astype(frozen_in) for n, x in made.items()}
+    there = {n: x if structure.leaves[n].statistic else x.astype(frozen_in) for n, x in made.items() if not is_lora(n)}
     check_frozen(source, saved, there, lacking)
 
 

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from elm_jax.models.functional import Arrays, Structure
+from elm_jax.models.lora import is_lora
 from elm_jax.runtime.mesh import named_sharding, replicated
 
 
@@ -24,11 +25,23 @@ class TrainState(NamedTuple):
 
 
 def split_names(structure: Structure, update: tuple[str, ...]) -> tuple[list[str], list[str], list[str]]:
-    """(trained parameters, moving statistics, frozen arrays): what belongs to the components of `update`."""
-    mine = [name for name in structure.leaves if name.split(".")[0] in update]
+    """(trained parameters, moving statistics, frozen arrays): what belongs to the components of `update`.
+
+    A component that has LoRA is trained in nothing else.
+    """
+    adapted = {_component(name) for name in structure.leaves if is_lora(name)}
+    mine = [
+        name
+        for name in structure.leaves
+        if _component(name) in update and (is_lora(name) or _component(name) not in adapted)
+    ]
     trained = [name for name in mine if not structure.leaves[name].statistic]
     moving = [name for name in mine if structure.leaves[name].statistic]
     return trained, moving, [name for name in structure.leaves if name not in set(mine)]
+
+
+def _component(name: str) -> str:
+    return name.split(".")[0]
 
 
 def array_shardings(structure: Structure, mesh: Mesh) -> dict[str, NamedSharding]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from elm_jax import compat as behaviours
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.models.functional import Arrays, Structure
@@ -26,33 +27,46 @@ Metrics = dict[str, jax.Array]
 
 
 def loss_and_gradients(
-    structure: Structure, trained: Arrays, statistics: Arrays, frozen: Arrays, batch: Batch
+    structure: Structure,
+    trained: Arrays,
+    statistics: Arrays,
+    frozen: Arrays,
+    batch: Batch,
+    key: jax.Array | None = None,
+    mean_of_means: bool = False,
 ) -> tuple[jax.Array, Arrays, Arrays]:
     """The loss of one step, its gradients and the running statistics after it.
 
     The loss is the sum of the cross-entropies over the supervised tokens of all micro-batches (leading axis A)
-    divided by their number. Batch statistics are those of a micro-batch.
+    divided by their number. Batch statistics are those of a micro-batch. `key` is what dropout draws from; without
+    it nothing is dropped. With `mean_of_means` the loss is instead the mean over the micro-batches of the mean over
+    each one's tokens (compat "micro_batch_mean_loss").
     """
     total = jnp.maximum(batch.target_weights.sum(), 1.0)
 
-    def micro_loss(trained: Arrays, statistics: Arrays, micro: Batch) -> tuple[jax.Array, Arrays]:
+    def micro_loss(
+        trained: Arrays, statistics: Arrays, micro: Batch, number: jax.typing.ArrayLike
+    ) -> tuple[jax.Array, Arrays]:
         elm = structure.bind({**frozen, **statistics, **trained})
-        hidden = elm.hidden(micro, train_encoder=_trains_encoder(trained))
+        own_key = None if key is None else jax.random.fold_in(key, number)
+        hidden = elm.hidden(micro, train_encoder=_trains_encoder(trained), key=own_key)
         after = structure.arrays(elm)
-        return summed_cross_entropy(elm.llm, hidden, micro) / total, {n: after[n] for n in statistics}
+        own_total = jnp.maximum(micro.target_weights.sum(), 1.0) * batch.tokens.shape[0]
+        divisor = own_total if mean_of_means else total
+        return summed_cross_entropy(elm.llm, hidden, micro) / divisor, {n: after[n] for n in statistics}
 
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
     if batch.tokens.shape[0] == 1:
-        (loss, statistics), gradients = gradient(trained, statistics, jax.tree.map(lambda x: x[0], batch))
+        (loss, statistics), gradients = gradient(trained, statistics, jax.tree.map(lambda x: x[0], batch), 0)
         return loss, gradients, statistics
 
-    def accumulate(carry: tuple[jax.Array, Arrays, Arrays], micro: Batch) -> tuple[Any, None]:
+    def accumulate(carry: tuple[jax.Array, Arrays, Arrays], part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         loss, gradients, statistics = carry
-        (part, statistics), more = gradient(trained, statistics, micro)
-        return (loss + part, jax.tree.map(jnp.add, gradients, more), statistics), None
+        (more_loss, statistics), more = gradient(trained, statistics, *part)
+        return (loss + more_loss, jax.tree.map(jnp.add, gradients, more), statistics), None
 
     zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained), statistics
-    (loss, gradients, statistics), _ = jax.lax.scan(accumulate, zero, batch)
+    (loss, gradients, statistics), _ = jax.lax.scan(accumulate, zero, (batch, jnp.arange(batch.tokens.shape[0])))
     return loss, gradients, statistics
 
 
@@ -72,10 +86,13 @@ def make_train_step(
         layout: the shardings of the state; frozen: those of the frozen arrays.
     """
 
+    mean_of_means = behaviours.enabled("micro_batch_mean_loss", config.compat)
+
     def step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if _drops(config) else None
         with placed(MeshPlacement(mesh)):
             loss, gradients, statistics = loss_and_gradients(
-                structure, state.trained, state.statistics, frozen, batch
+                structure, state.trained, state.statistics, frozen, batch, key, mean_of_means
             )
         norm = optax.tree.norm(gradients)
         gradients = jax.tree.map(lambda g: g * clip_coefficient(norm, config.optim.grad_clip), gradients)
@@ -117,6 +134,12 @@ def make_eval_step(
             return summed_cross_entropy(elm.llm, elm.hidden(batch), batch), batch.target_weights.sum()
 
     return jax.jit(step, out_shardings=replicated(mesh))
+
+
+def _drops(config: Config) -> bool:
+    """Whether anything is dropped: only in an LLM that is trained."""
+    llm = config.llm
+    return "llm" in config.update and (llm.dropout > 0 or (llm.lora.rank > 0 and llm.lora.dropout > 0))
 
 
 def _trains_encoder(trained: Arrays) -> bool:

@@ -17,15 +17,14 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from elm_jax import compat as behaviours
 from elm_jax.errors import UserError, nearest
 from elm_jax.models.decoder import Decoder, DecoderConfig
-from elm_jax.models.families import ALIASES, family_of, from_hf
+from elm_jax.models.families import ALIASES, Family, family_of, from_hf
 from elm_jax.weights.rules import Index, Rule
 from elm_jax.weights.safetensors import Safetensors
 
 Shardings = Callable[[str, jax.ShapeDtypeStruct], Sharding]
 
-# What a checkpoint may hold beyond its parameters: buffers that old exports saved and nobody reads.
-_BUFFERS = ("rotary_emb.inv_freq",)
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HEAD = "lm_head.weight"  # where the tied ones have a copy of the embedding table
 _LISTED = 6  # names in an error
 
 
@@ -60,7 +59,10 @@ def load_llm(
     arrays = load_llm_arrays(path, config, dtype, shardings)
     for name, variable in parameters(state).items():
         variable.set_value(arrays[name])
-    return nnx.merge(graph, state)
+    llm = nnx.merge(graph, state)
+    # RoPE does not see the shift, and OPT's positions follow the mask: only GPT-2 is another with it.
+    llm.positions_count_padding = config.model_type == "gpt2" and behaviours.enabled("gpt2_positions", compat)
+    return llm
 
 
 def load_llm_arrays(
@@ -76,9 +78,10 @@ def load_llm_arrays(
     folder = Path(folder)
     base = read_llm_config(folder)
     assert replace(base, vocab_size=config.vocab_size) == config and config.vocab_size >= base.vocab_size
+    family = family_of(config.model_type)
     shapes = {name: v.shape for name, v in parameters(nnx.state(abstract_decoder(base))).items()}
-    rules = [rule for rule in family_of(config.model_type).rules if rule.ours in shapes]
-    tensors = open_checkpoint(folder)
+    rules = [rule for rule in family.rules if rule.ours in shapes]
+    tensors = _with_prefix(open_checkpoint(folder), family)
     _check_tensors(folder, tensors, rules, shapes, base)
     wanted = parameters(nnx.state(abstract_decoder(config, param_dtype=dtype)))
     assert set(wanted) == {rule.ours for rule in rules}, "the rules and the parameters differ"
@@ -103,7 +106,7 @@ def parameters(state: nnx.State) -> dict[str, nnx.Variable]:
 def read_llm_config(folder: str | Path) -> DecoderConfig:
     """The configuration in a local folder's `config.json`; UserError if it is not one of ours."""
     path = Path(folder) / "config.json"
-    return from_hf(_read_json(path), str(path))
+    return from_hf(read_json(path), str(path))
 
 
 def resolve_llm_folder(name: str | Path) -> Path:
@@ -141,7 +144,7 @@ def open_checkpoint(folder: str | Path) -> dict[str, np.ndarray]:
     if not index.is_file():
         fix = "save the model with safe_serialization" if list(folder.glob("*.bin")) else "check the folder"
         raise UserError(str(folder), "no safetensors", f"{single.name} or {index.name}", fix)
-    where = _read_json(index).get("weight_map")
+    where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or any(Path(str(file)).name != file for file in where.values()):
         raise UserError(
             str(index), "no sound weight_map", "tensor names with files beside it", "download it again"
@@ -154,7 +157,8 @@ def open_checkpoint(folder: str | Path) -> dict[str, np.ndarray]:
     return {name: files[file][name] for name, file in where.items()}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -168,6 +172,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _with_prefix(tensors: dict[str, np.ndarray], family: Family) -> dict[str, np.ndarray]:
+    """The tensors under the names of the causal model, where a checkpoint is of the bare model inside it."""
+    table = family.rules[0].theirs
+    prefix = table.split(".")[0] + "."
+    if table in tensors or table.removeprefix(prefix) not in tensors:
+        return tensors
+    return {name if name.startswith("lm_head.") else prefix + name: tensor for name, tensor in tensors.items()}
+
+
 def _check_tensors(
     folder: Path,
     tensors: Mapping[str, np.ndarray],
@@ -178,10 +191,11 @@ def _check_tensors(
     """UserError unless the checkpoint holds the tensors of the rules in their shapes, and no others."""
     expected = {n: rule.their_shape(shapes[rule.ours]) for rule in rules for n in rule.names(config.layers)}
     missing = [name for name in expected if name not in tensors]
-    extra = [name for name in tensors if name not in expected and not name.endswith(_BUFFERS)]
-    if config.tied and "lm_head.weight" in extra:
-        _check_copy(folder, tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight"))
-        extra.remove("lm_head.weight")
+    family = family_of(config.model_type)
+    extra = [name for name in tensors if name not in expected and not name.endswith(family.buffers)]
+    if config.tied and _HEAD in extra:
+        _check_copy(folder, tensors, family.rules[0].theirs)
+        extra.remove(_HEAD)
     if missing or extra:
         found = "; ".join(
             f"{what} {_some(n)}" for what, n in (("missing", missing), ("unexpected", extra)) if n
@@ -195,9 +209,10 @@ def _check_tensors(
             raise UserError(str(folder), found, f"floating {list(shape)}", "check that config.json fits")
 
 
-def _check_copy(folder: Path, head: np.ndarray, table: np.ndarray | None) -> None:
-    if table is not None and not np.array_equal(head.view(np.uint8), table.view(np.uint8)):
-        found = "lm_head.weight that differs from model.embed_tokens.weight"
+def _check_copy(folder: Path, tensors: Mapping[str, np.ndarray], table: str) -> None:
+    head = tensors[_HEAD]
+    if table in tensors and not np.array_equal(head.view(np.uint8), tensors[table].view(np.uint8)):
+        found = f"{_HEAD} that differs from {table}"
         raise UserError(
             str(folder), found, "a copy, as tie_word_embeddings says", "set tie_word_embeddings to false"
         )

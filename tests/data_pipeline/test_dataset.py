@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable
@@ -12,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from texts import chat_tokenizer, write_records
 
 from elm_jax.config import DataConfig
 from elm_jax.data.chat import add_tokens
-from elm_jax.data.dataset import Dataset, TextSpec, read_system_prompt, signal_spec, text_spec
+from elm_jax.data.dataset import Dataset, TextSpec, read_system_prompt, text_spec
 from elm_jax.data.demo import demo_tokenizer
+from elm_jax.data.loader import unusable
+from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
 from elm_jax.errors import UserError
 
@@ -24,28 +26,12 @@ ANSWERED = [{"from": "human", "value": "Is this normal?"}, {"from": "gpt", "valu
 UNANSWERED = ANSWERED[:1]
 
 
-@functools.cache
-def tokenizer() -> Any:
-    made = demo_tokenizer()
-    add_tokens(made, "sft")
-    return made
-
-
-def records(folder: Path, texts: list[Any], paths: list[Any] | None = None) -> None:
-    paths = paths or [f"ecg_{i // 2}.npy" for i in range(len(texts))]
-    rows = [
-        {"ecg_path": path, "text": text, "name": "x", "patient_id": str(i)}
-        for i, (path, text) in enumerate(zip(paths, texts, strict=True))
-    ]
-    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def dataset(folder: Path, using: Any = None, **changes: Any) -> Dataset:
     data = DataConfig(
         names=("records.jsonl",), root=str(folder), max_len=256, val_fraction=0.0, system_prompt="You read ECGs."
     )
     text = dataclasses.replace(text_spec(data, "qwen2", 4, "sft", ()), **changes)
-    return Dataset(load_records(data, "train", 0), using or tokenizer(), text, signal_spec(data, 0))
+    return Dataset(load_records(data, "train", 0), using or chat_tokenizer(), text, signal_spec(data, 0))
 
 
 @pytest.fixture
@@ -54,9 +40,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     render = Dataset.render
 
-    def count(self: Dataset, index: int) -> Any:
+    def count(self: Dataset, index: int, ecgs: Any = None) -> Any:
         seen.append(index)
-        return render(self, index)
+        return render(self, index, ecgs)
 
     monkeypatch.setattr(Dataset, "render", count)
     return seen
@@ -75,7 +61,7 @@ def assert_same(found: Any, expected: Any) -> None:
 def test_the_index_says_what_rendering_gives(tmp_path: Path, share: str) -> None:
     late = [{"from": "human", "value": "From <ecg> to <ecg>: worse?"}, {"from": "gpt", "value": "no"}]
     paths = ["a.npy", "a.npy", "b.npy", ["a.npy", "b.npy"], ["a.npy", "b.npy"], "noise", "noise"]
-    records(tmp_path, [ANSWERED, ANSWERED, ANSWERED, late, ANSWERED, ANSWERED, ANSWERED], paths)
+    write_records(tmp_path, [ANSWERED, ANSWERED, ANSWERED, late, ANSWERED, ANSWERED, ANSWERED], paths)
     made = dataset(tmp_path)
     index = made.length_index(share, 0.0)
     for i in range(len(made)):
@@ -100,7 +86,7 @@ def test_the_index_says_what_rendering_gives(tmp_path: Path, share: str) -> None
 
 
 def test_a_record_takes_few_bytes(tmp_path: Path) -> None:
-    records(tmp_path, [ANSWERED] * 100)
+    write_records(tmp_path, [ANSWERED] * 100)
     index = dataset(tmp_path).length_index("ecg", 0.0)
     assert sum(column.nbytes for column in vars(index).values()) <= 40 * 100
 
@@ -109,7 +95,7 @@ def test_a_record_takes_few_bytes(tmp_path: Path) -> None:
 
 
 def test_the_second_time_it_is_read(tmp_path: Path, measured: list[int]) -> None:
-    records(tmp_path, [ANSWERED] * 6)
+    write_records(tmp_path, [ANSWERED] * 6)
     first = dataset(tmp_path).length_index("ecg", 0.0, tmp_path / "cache")
     assert measured == list(range(6))
     measured.clear()
@@ -129,7 +115,7 @@ def larger_tokenizer() -> Any:
 
 
 def rewritten(folder: Path) -> None:
-    records(folder, [*[ANSWERED] * 5, [*ANSWERED[:1], {"from": "gpt", "value": "no"}]])
+    write_records(folder, [*[ANSWERED] * 5, [*ANSWERED[:1], {"from": "gpt", "value": "no"}]])
 
 
 @pytest.mark.parametrize(
@@ -142,15 +128,15 @@ def rewritten(folder: Path) -> None:
         (None, {"explicit_thinking": True}),
         (None, {"using": larger_tokenizer}),
         (rewritten, {}),
-        (lambda folder: records(folder, [ANSWERED] * 6, ["other.npy"] * 6), {}),
-        (lambda folder: records(folder, [ANSWERED] * 5), {}),
+        (lambda folder: write_records(folder, [ANSWERED] * 6, ["other.npy"] * 6), {}),
+        (lambda folder: write_records(folder, [ANSWERED] * 5), {}),
     ],
     ids=["prompt", "signal_tokens", "max_len", "family", "thinking", "tokenizer", "text", "paths", "fewer"],
 )
 def test_what_may_change_a_length_makes_it_anew(
     tmp_path: Path, measured: list[int], change: Callable[[Path], None] | None, options: dict[str, Any]
 ) -> None:
-    records(tmp_path, [ANSWERED] * 6)
+    write_records(tmp_path, [ANSWERED] * 6)
     dataset(tmp_path).length_index("ecg", 0.0, tmp_path / "cache")
     measured.clear()
     if change:
@@ -166,8 +152,8 @@ def test_a_saved_tokenizer_makes_the_same_index(tmp_path: Path, measured: list[i
     """A run keeps its tokenizer, and reads that one when it goes on."""
     from transformers import AutoTokenizer
 
-    tokenizer().save_pretrained(tmp_path / "tokenizer")
-    records(tmp_path, [ANSWERED] * 4)
+    chat_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    write_records(tmp_path, [ANSWERED] * 4)
     first = dataset(tmp_path).length_index("ecg", 0.0, tmp_path / "cache")
     again = dataset(tmp_path, using=AutoTokenizer.from_pretrained(tmp_path / "tokenizer"))
     measured.clear()
@@ -179,13 +165,13 @@ def test_a_saved_tokenizer_makes_the_same_index(tmp_path: Path, measured: list[i
 
 
 def test_a_record_without_an_answer_is_named(tmp_path: Path) -> None:
-    records(tmp_path, [ANSWERED, UNANSWERED, ANSWERED])
+    write_records(tmp_path, [ANSWERED, UNANSWERED, ANSWERED])
     with pytest.raises(UserError, match=r"record records.jsonl:1: .*answer"):
         dataset(tmp_path).length_index("ecg", 0.0)
 
 
 def test_few_are_left_out_and_the_limit_holds_for_the_cache_too(tmp_path: Path) -> None:
-    records(tmp_path, [ANSWERED, UNANSWERED, ANSWERED, UNANSWERED])
+    write_records(tmp_path, [ANSWERED, UNANSWERED, ANSWERED, UNANSWERED])
     made = dataset(tmp_path)
     index = made.length_index("ecg", 0.5, tmp_path / "cache")
     assert (index.length > 0).tolist() == [True, False, True, False]
@@ -195,18 +181,30 @@ def test_few_are_left_out_and_the_limit_holds_for_the_cache_too(tmp_path: Path) 
         made.length_index("ecg", 0.25)
 
 
+@pytest.mark.parametrize("path", ["", [], None, ["ecg_0.npy", 1]], ids=["empty", "none", "null", "number"])
+def test_a_malformed_path_is_a_bad_record(tmp_path: Path, path: Any) -> None:
+    write_records(tmp_path, [ANSWERED] * 3, ["ecg_0.npy", path, "ecg_0.npy"])
+    made = dataset(tmp_path)
+    assert (made.length_index("ecg", 0.5, tmp_path / "cache").length > 0).tolist() == [True, False, True]
+    with pytest.raises(UserError, match=r"record records.jsonl:1: .*ecg_path"):
+        made.length_index("ecg", 0.1, tmp_path / "cache")
+    assert [bad.id for bad in unusable(made, made.length_index("ecg", 0.5))] == ["records.jsonl:1"]
+    with pytest.raises(UserError, match=r"record records.jsonl:1: .*ecg_path"):
+        made.prompts(1)
+
+
 # -- the specs ------------------------------------------------------------------------------------------------
 
 
 def test_text_only_has_no_signals(tmp_path: Path) -> None:
-    records(tmp_path, [ANSWERED])
+    write_records(tmp_path, [ANSWERED])
     made = dataset(tmp_path, signal_tokens=0)
     assert made.signals(0) == [] and made.length_index("ecg", 0.0).ecgs.tolist() == [0]
     assert text_spec(DataConfig(perturb="only_text"), "qwen2", 4, "sft", ()).signal_tokens == 0
 
 
 def test_noise_is_a_records_own_and_depends_on_the_seed(tmp_path: Path) -> None:
-    records(tmp_path, [ANSWERED, ANSWERED], ["noise", "noise"])
+    write_records(tmp_path, [ANSWERED, ANSWERED], ["noise", "noise"])
     made = dataset(tmp_path)
     other = Dataset(made.records, made.tokenizer, made.text, dataclasses.replace(made.signal, seed=1))
     first, again, second, reseeded = made.signals(0)[0], made.signals(0)[0], made.signals(1)[0], other.signals(0)[0]
@@ -227,7 +225,7 @@ def test_a_system_prompt_may_be_a_file(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_looking_up_a_cached_index_costs_little_beside_making_it(tmp_path: Path) -> None:
     texts = [[{"from": "human", "value": f"Question {i}?"}, {"from": "gpt", "value": f"{i}"}] for i in range(5000)]
-    records(tmp_path, texts)
+    write_records(tmp_path, texts)
     made, spent = dataset(tmp_path), []
     for _ in range(2):
         begin = time.process_time()

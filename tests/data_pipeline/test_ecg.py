@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from parity_log import compare
 
 from elm_jax.data.ecg import (
     AVL_FIRST,
@@ -327,7 +328,7 @@ def test_resampling_equals_the_golden(golden):
     for key in keys:
         rate, new_rate = map(float, key.split("to"))
         ours = resample(cases[f"{key}/in"].T, rate, new_rate)
-        np.testing.assert_allclose(ours.T, cases[f"{key}/out"], rtol=0, atol=1e-8, err_msg=key)
+        compare("ecg_resample", key, ours.T, cases[f"{key}/out"], 1e-8)
 
 
 def test_normalisation_equals_the_golden_in_both_dtypes(golden):
@@ -336,9 +337,9 @@ def test_normalisation_equals_the_golden_in_both_dtypes(golden):
     assert len(keys) >= 10
     for key in keys:
         signal, eps, wanted = cases[f"{key}/in"], float(key.rsplit("eps")[-1]), cases[f"{key}/out"]
-        atol = 1e-12 if signal.dtype == np.float64 else 1e-6
-        np.testing.assert_allclose(min_max(signal, eps), wanted, rtol=0, atol=atol, err_msg=key)
-        np.testing.assert_allclose(normalize(signal, eps), wanted, rtol=0, atol=1e-6, err_msg=key)
+        bound = 1e-12 if signal.dtype == np.float64 else 1e-6
+        compare("ecg_normalize", f"{key}, {signal.dtype}", min_max(signal, eps), wanted, bound)
+        compare("ecg_normalize", f"{key}, as the models take it", normalize(signal, eps), wanted, 1e-6)
         assert normalize(signal, eps).dtype == np.float32
 
 

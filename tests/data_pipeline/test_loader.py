@@ -13,18 +13,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from texts import chat_tokenizer
 
 from elm_jax.config import DataConfig
-from elm_jax.data.batch import Batch, BatchShape, Conversation, Group, collate
-from elm_jax.data.chat import add_tokens
-from elm_jax.data.dataset import Dataset, signal_spec, text_spec
-from elm_jax.data.demo import demo_tokenizer
+from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Conversation, Group, collate
+from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.loader import Loaded, StepSource, steps_from, unusable
 from elm_jax.data.plan import LengthIndex, Plan
+from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
 from elm_jax.models.attention import packed_mask
 
 N, SIGNAL_SHAPE = 3, (2, 5)
+SIGNAL_LAYOUT = ArraySpec(SIGNAL_SHAPE)
 
 
 # -- laying out rows ------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def places_of(batch: Batch, r: int, group: int, branch: int) -> np.ndarray:
 
 @given(rows_of_groups())
 def test_each_conversation_is_in_its_row_token_by_token(rows: list[list[Group]]) -> None:
-    batch = collate(rows, SHAPE, SIGNAL_SHAPE)
+    batch = collate(rows, SHAPE, SIGNAL_LAYOUT)
     mask = np.asarray(packed_mask(batch.group_ids, batch.branch_ids))[:, 0]
     for r, row in enumerate(rows):
         used = 0
@@ -105,7 +106,7 @@ def test_each_conversation_is_in_its_row_token_by_token(rows: list[list[Group]])
 
 @given(rows_of_groups())
 def test_a_target_is_predicted_by_the_token_before_it(rows: list[list[Group]]) -> None:
-    batch = collate(rows, SHAPE, SIGNAL_SHAPE)
+    batch = collate(rows, SHAPE, SIGNAL_LAYOUT)
     for r, row in enumerate(rows):
         slot = 0
         for g, b, _, c in conversations(row):
@@ -121,7 +122,7 @@ def test_a_target_is_predicted_by_the_token_before_it(rows: list[list[Group]]) -
 
 @given(rows_of_groups())
 def test_a_signal_token_takes_its_own_embedding(rows: list[list[Group]]) -> None:
-    batch = collate(rows, SHAPE, SIGNAL_SHAPE)
+    batch = collate(rows, SHAPE, SIGNAL_LAYOUT)
     for r, row in enumerate(rows):
         readers = np.zeros(SHAPE.signals)
         signal_places = set()
@@ -148,7 +149,7 @@ def test_a_bad_record_keeps_its_place(rows: list[list[Group]]) -> None:
         return Conversation(c.sample, c.ids, c.supervised, c.signal_positions, c.signals or signals)
 
     good = [[Group(g.prefix, [mended(c) for c in g.conversations]) for g in row] for row in rows]
-    found, expected = collate(rows, SHAPE, SIGNAL_SHAPE), collate(good, SHAPE, SIGNAL_SHAPE)
+    found, expected = collate(rows, SHAPE, SIGNAL_LAYOUT), collate(good, SHAPE, SIGNAL_LAYOUT)
     for name in Batch._fields:
         if name not in ("signals", "signal_weights", "target_weights"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
@@ -158,20 +159,13 @@ def test_a_bad_record_keeps_its_place(rows: list[list[Group]]) -> None:
 
 
 @functools.cache
-def tokenizer() -> Any:
-    made = demo_tokenizer()
-    add_tokens(made, "sft")
-    return made
-
-
-@functools.cache
 def demo(share: str) -> tuple[Dataset, LengthIndex]:
     data = DataConfig(
         names=("demo:train=24,val=8,test=8",), sampling_rate=50, segment_len=500, max_len=128, share=share,
         val_fraction=0.0, system_prompt="You read ECGs.",
     )  # fmt: skip
     dataset = Dataset(
-        load_records(data, "train", 0), tokenizer(), text_spec(data, "qwen2", 4, "sft", ()), signal_spec(data, 0)
+        load_records(data, "train", 0), chat_tokenizer(), text_spec(data, "qwen2", 4, "sft", ()), signal_spec(data, 0)
     )
     return dataset, dataset.length_index(share, 0.0)
 
@@ -263,7 +257,7 @@ def broken(tmp_path: Path) -> Dataset:
         names=("records.jsonl",), root=str(tmp_path), sampling_rate=50, segment_len=500, max_len=128, val_fraction=0.0
     )
     return Dataset(
-        load_records(data, "train", 0), tokenizer(), text_spec(data, "qwen2", 4, "sft", ()), signal_spec(data, 0)
+        load_records(data, "train", 0), chat_tokenizer(), text_spec(data, "qwen2", 4, "sft", ()), signal_spec(data, 0)
     )
 
 

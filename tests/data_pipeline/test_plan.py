@@ -36,6 +36,7 @@ def index_of(
         prefix=np.full(count, prefix, np.int32),
         key=key,
         prefix_ecgs=ones * (share == "ecg"),
+        shares_ecg=(ones * (share == "ecg")).astype(bool),
         dataset=np.array(datasets or [0] * count, np.int32),
     )
 

@@ -17,7 +17,7 @@ from elm_jax.data.prepare.ecg_qa import Settings, prepare_ecg_qa
 from elm_jax.data.prepare.output import write_atomic
 from elm_jax.data.prepare.ptb_xl import prepare_ptb_xl, read_index
 from elm_jax.data.prepare.splits import leaks, split_of
-from elm_jax.data.represent import load_signal
+from elm_jax.data.represent import SignalSpec
 from elm_jax.data.sources import load_records
 from elm_jax.errors import UserError
 
@@ -116,8 +116,8 @@ def test_the_tables_load_and_split_by_the_official_folds(raw, tmp_path):
     )
     plain = load_records(replace(data, names=("ptb_xl_pretrain.parquet",)), "val", 0)
     assert plain[0].text == "befund nr. 1, größe"
-    spec = dict(leads=tuple(range(12)), length=200, sampling_rate=250, norm_eps=1e-6, perturb=None, key=0)
-    assert load_signal(records[0].ecg_paths[0], root=str(tmp_path), **spec).shape == (12, 200)
+    spec = SignalSpec(str(tmp_path), tuple(range(12)), 200, 250, 1e-6, None, 0)
+    assert spec.load(records[0].ecg_paths[0], key=0).shape == (12, 200)
 
 
 def test_a_second_run_keeps_what_is_complete_and_mends_the_rest(raw, tmp_path):

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import runs
 from flax import nnx
-from support import LEADS, SIGNAL_SHAPE, SIGNAL_TOKENS, RandomConversations
+from support import LEADS, SIGNAL_LAYOUT, SIGNAL_TOKENS, RandomConversations
 
-from elm_jax import cli
 from elm_jax.config import Config, MeshConfig, resolve
 from elm_jax.data.batch import Batch, BatchShape, Group, collate, stack_micro_batches
 from elm_jax.models.connectors import build_connector
@@ -84,7 +83,7 @@ def batches(micro: int) -> list[Batch]:
         rows.append([])
         each = ROWS // micro
         parts = [rows[m * each : (m + 1) * each] for m in range(micro)]
-        found.append(stack_micro_batches([collate(part, BatchShape(64, 4, 16), SIGNAL_SHAPE) for part in parts]))
+        found.append(stack_micro_batches([collate(part, BatchShape(64, 4, 16), SIGNAL_LAYOUT) for part in parts]))
     return found
 
 
@@ -178,11 +177,10 @@ def test_frozen_micro_batches_have_the_losses_of_one_batch() -> None:
 
 @pytest.mark.slow
 def test_the_trainer_on_a_mesh_has_the_losses_of_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(merl.LAYOUTS, "tiny", (merl.basic, (1,)))
-    monkeypatch.setenv("ELM_JAX_CACHE", str(tmp_path / "cache"))
+    runs.prepare(monkeypatch, tmp_path / "cache")
 
     def run(name: str, **mesh: int) -> dict[int, dict[str, Any]]:
-        loop.train(cli.ConfigFlags.parse(runs.flags(tmp_path / name, train__steps=6, **mesh)).load())
+        loop.train(runs.config(tmp_path / name, train__steps=6, **mesh))
         return runs.logged(tmp_path / name)
 
     found = run("mesh", mesh__data=2, mesh__fsdp=2, mesh__tensor=2)

@@ -3,16 +3,18 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from parity_log import compare, record
 from safetensors.numpy import load_file
 
 from elm_jax.errors import UserError
-from elm_jax.models.connectors import RULES, build_connector, splice
+from elm_jax.models.connectors import RULES, SIGNAL_KINDS, build_connector, build_signal_connector, splice
 from elm_jax.models.functional import structure_of
 from elm_jax.weights.rules import export
 
@@ -22,40 +24,55 @@ CASES = {
     "connector_linear_2d": ("linear", None),
     "connector_mlp": ("mlp", None),
     "connector_mlp_hidden96": ("mlp", 96),
+    "connector_base_elf": ("patch", 1),
+    "connector_patch_elf": ("patch", 10),
+    "connector_conv_elf": ("conv", 10),
 }
 
 
-def close_in_scale(ours, theirs, tolerance: float) -> bool:
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    return ours.shape == theirs.shape and np.abs(ours - theirs).max() < tolerance * np.abs(theirs).max()
+def build(kind: str, number: int | None, config: dict[str, Any]) -> nnx.Module:
+    """`number`: the hidden width behind an encoder, the tokens of a connector that reads signals."""
+    width = config["llm_hidden"]
+    if kind in SIGNAL_KINDS:
+        assert number is not None
+        return build_signal_connector(
+            kind, config["num_leads"], config["segment_len"], number, width, rngs=nnx.Rngs(0)
+        )
+    return build_connector(kind, config["in_dim"], width, number, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_connector_output_loss_and_gradients(golden: GoldenFolder, case: str) -> None:
-    folder, (kind, hidden) = golden(case), CASES[case]
+    folder, (kind, number) = golden(case), CASES[case]
     config = json.loads((folder / "config.json").read_text())
     weights = load_file(folder / "model.safetensors")
     inputs, expected = np.load(folder / "inputs.npz"), np.load(folder / "outputs.npz")
-    structure = structure_of(
-        lambda: build_connector(kind, config["in_dim"], config["llm_hidden"], hidden, rngs=nnx.Rngs(0))
-    )
+    structure = structure_of(lambda: build(kind, number, config))
     assert {rule.theirs for rule in RULES[kind]} == set(weights)
     params = {rule.ours: jnp.asarray(rule.arrange([weights[rule.theirs]])) for rule in RULES[kind]}
     assert {name: p.shape for name, p in params.items()} == {
         n: leaf.shape for n, leaf in structure.leaves.items()
     }
 
+    signals = inputs["signal_embeds"] if "signal_embeds" in inputs else inputs["ecg_signal"]
+    if kind in SIGNAL_KINDS:  # the reference flattens base_elf's before
+        signals = signals.reshape(len(signals), config["num_leads"], config["segment_len"])
+
     def loss(params):
-        out = structure.bind(params)(inputs["signal_embeds"])
+        out = structure.bind(params)(signals).reshape(expected["out"].shape)
         return jnp.sum(out * inputs["loss_weight"]), out
 
     with jax.default_matmul_precision("highest"):
         (value, out), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-    assert close_in_scale(out, expected["out"], 1e-5)
+    compare(case, "output", out, expected["out"], 1e-5)
     # The loss is a sum of terms that cancel, so its own size is no measure of the rounding in it.
-    assert abs(value - expected["loss"]) < 1e-6 * np.abs(expected["out"] * inputs["loss_weight"]).sum()
+    size = np.abs(expected["out"] * inputs["loss_weight"]).sum()
+    record(case, "loss", abs(value - expected["loss"]) / size, 1e-6)
     for key, gradient in export(RULES[kind], gradients):
-        assert close_in_scale(gradient, expected[f"grad_{key}"], 1e-4), key
+        name, part = f"grad_{key}", gradient
+        if name not in expected:  # of the largest, the first columns are stored
+            name, part = f"{name}[:, :300]", gradient[:, :300]
+        compare(case, f"gradient of {key}", part, expected[name], 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +87,8 @@ def test_splice_equals_the_reference_injection(golden: GoldenFolder, case: str) 
     slot = slots(cases[f"{case}/indices"].reshape(signals.shape[:2]), text.shape[1])
     if case == "only_text":  # the reference was told to inject nothing, whatever the positions
         slot[:] = -1
-    skipping = ("skip_zero_signals",)
-    np.testing.assert_array_equal(splice(text, signals, slot, skipping), expected)
+    theirs = splice(text, signals, slot, ("skip_zero_signals",))
+    record("connector_injection", f"{case}: differing values", float(np.sum(np.asarray(theirs) != expected)), 0)
     ours = np.asarray(splice(text, signals, slot))
     if case == "zero_rows_skipped":
         zero = (slot >= 0) & ~np.take_along_axis(signals, np.maximum(slot, 0)[..., None], 1).any(-1)
@@ -127,9 +144,25 @@ def test_initial_weights_are_uniform_within_one_over_the_root_of_the_inputs() ->
 
 
 def test_unknown_kinds_and_a_hidden_width_without_use_are_refused() -> None:
-    with pytest.raises(
-        UserError, match="connector: found 'mpl'; expected one of linear, mlp; did you mean 'mlp'?"
-    ):
+    with pytest.raises(UserError, match="connector: found 'mpl'; expected linear or mlp; did you mean 'mlp'?"):
         build_connector("mpl", 8, 4, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="connector.hidden: found 16; expected None for a linear connector"):
         build_connector("linear", 8, 4, 16, rngs=nnx.Rngs(0))
+
+
+def test_patches_must_divide_the_samples_and_fit_the_signals() -> None:
+    with pytest.raises(UserError, match=r"encoder.tokens: found 7; expected a number that divides .*500; .*tokens=5"):
+        build_signal_connector("patch", 12, 500, 7, 8, rngs=nnx.Rngs(0))
+    for kind in SIGNAL_KINDS:
+        connector = build_signal_connector(kind, 3, 20, 5, 8, rngs=nnx.Rngs(0))
+        assert connector(jnp.ones((2, 3, 20), jnp.bfloat16)).dtype == jnp.bfloat16
+        with pytest.raises(UserError, match=r"connector input: found signals of shape \(2, 3, 40\)"):
+            connector(jnp.ones((2, 3, 40)))
+
+
+@pytest.mark.parametrize("kind", SIGNAL_KINDS)
+def test_a_token_depends_on_its_own_patch_alone(kind: str) -> None:
+    connector = build_signal_connector(kind, 3, 40, 4, 8, rngs=nnx.Rngs(0))
+    signals = jax.random.normal(jax.random.key(0), (1, 3, 40))
+    changed = connector(signals.at[:, :, 10:20].add(1.0)) != connector(signals)
+    np.testing.assert_array_equal(changed.any(-1)[0], [False, True, False, False])

@@ -1,7 +1,6 @@
 """The decoder against transformers' own numbers: the llm_* goldens, and a real pretrained Llama."""
 
 import json
-import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from parity_log import compare, record
 
 from elm_jax.inference.generate import generate
 from elm_jax.models.decoder import Decoder
@@ -18,22 +18,41 @@ from elm_jax.models.families import family_of, from_hf, to_hf
 from elm_jax.weights.load import load_llm, parameters
 from elm_jax.weights.rules import export
 
-NAMES = ("llm_llama_tied", "llm_llama_untied_sharded", "llm_qwen2_tied")
+NAMES = (
+    *("llm_llama_tied", "llm_llama_untied_sharded", "llm_qwen2_tied", "llm_qwen3", "llm_gemma2"),
+    *("llm_gpt2", "llm_opt"),
+)
 FORWARD, GRADIENT = 1e-5, 1e-4  # largest difference, as a part of the largest reference value
+# The softmax does not see a key's bias where positions do not turn it (OPT): its gradient is rounding alone, in
+# the reference too, and is compared with zero at the scale of the others.
+NO_GRADIENT = 1e-6
 
 
 @dataclass(frozen=True)
 class Case:
+    """`llm` counts positions from the first real token, as transformers' generate() does; `forward_llm` as its
+    forward() does, which for GPT-2 with left padding is another model (and is all that most numbers here are of)."""
+
     folder: Path
     llm: Decoder
+    forward_llm: Decoder
     tokens: np.ndarray
     mask: np.ndarray
     labels: np.ndarray
     expected: dict[str, np.ndarray]
 
     @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
     def valid(self) -> np.ndarray:
         return self.mask == 1
+
+    @property
+    def logits(self) -> np.ndarray:
+        """Those of `llm`."""
+        return self.expected.get("logits_position_ids_from_mask", self.expected["logits"])
 
 
 @cache
@@ -41,20 +60,12 @@ def load_case(folder: Path) -> Case:
     inputs = np.load(folder / "inputs.npz")
     expected = dict(np.load(folder / "outputs.npz"))
     arrays = (inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
-    return Case(folder, load_llm(folder), *arrays, expected)
+    return Case(folder, load_llm(folder), load_llm(folder, compat=("gpt2_positions",)), *arrays, expected)
 
 
 @pytest.fixture(params=NAMES)
 def case(request, golden) -> Case:
     return load_case(golden(request.param))
-
-
-def assert_within(found, expected, tolerance: float, what: str) -> None:
-    """The largest difference is at most `tolerance` of the largest expected value."""
-    found, expected = np.asarray(found), np.asarray(expected)
-    assert found.shape == expected.shape, what
-    ratio = np.abs(found - expected).max() / np.abs(expected).max()
-    assert ratio <= tolerance, f"{what}: off by {ratio:.1e} of the scale, allowed {tolerance:.0e}"
 
 
 def to_right_padding(rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -64,21 +75,26 @@ def to_right_padding(rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def test_logits_match_whether_layers_are_scanned_or_unrolled(case):
     for scan in (True, False):
-        graph, state = nnx.split(case.llm)
+        graph, state = nnx.split(case.forward_llm)
         llm = nnx.merge(graph, state)
         llm.scan = scan
         logits = llm(case.tokens, case.mask)
         assert logits.dtype == jnp.float32
         what = f"logits with scan={scan}"
-        assert_within(logits[case.valid], case.expected["logits"][case.valid], FORWARD, what)
+        compare(case.name, what, logits[case.valid], case.expected["logits"][case.valid], FORWARD)
+
+
+def test_logits_on_positions_from_the_mask_match(case):
+    logits = case.llm(case.tokens, case.mask)
+    compare(case.name, "logits, positions from the mask", logits[case.valid], case.logits[case.valid], FORWARD)
 
 
 def test_logits_of_right_padded_and_of_unpadded_prompts_match(case):
     tokens, mask = to_right_padding(case.tokens, case.mask), to_right_padding(case.mask, case.mask)
     logits = case.llm(tokens, mask)
-    assert_within(logits[mask == 1], case.expected["logits"][case.valid], FORWARD, "right padding")
+    compare(case.name, "logits, right padding", logits[mask == 1], case.logits[case.valid], FORWARD)
     alone = case.llm(case.tokens[1:2, case.valid[1]])
-    assert_within(alone, case.expected["logits_row1_unpadded_nomask"], FORWARD, "one row without padding")
+    compare(case.name, "logits, no padding", alone, case.expected["logits_row1_unpadded_nomask"], FORWARD)
 
 
 def test_padding_is_finite_and_its_tokens_do_not_matter(case):
@@ -89,9 +105,10 @@ def test_padding_is_finite_and_its_tokens_do_not_matter(case):
 
 
 def test_hidden_states_of_every_layer_match(case):
-    found = np.asarray(case.llm.all_hidden(case.tokens, case.mask))
+    found = np.asarray(case.forward_llm.all_hidden(case.tokens, case.mask))
+    assert len(found) == len(case.expected["hidden_states"])
     for layer, expected in enumerate(case.expected["hidden_states"]):
-        assert_within(found[layer][case.valid], expected[case.valid], FORWARD, f"hidden state {layer}")
+        compare(case.name, f"hidden state {layer}", found[layer][case.valid], expected[case.valid], FORWARD)
 
 
 def test_embeddings_in_place_of_tokens_give_the_same_logits(case):
@@ -110,7 +127,7 @@ def loss_of(llm: Decoder, prompt: dict, case: Case) -> jax.Array:
 
 def loss_and_gradients(case: Case, remat: str = "none") -> tuple[jax.Array, nnx.State, jax.Array]:
     """The loss, its gradients by the parameters, and by the embeddings of the tokens."""
-    graph, state = nnx.split(case.llm)
+    graph, state = nnx.split(case.forward_llm)
 
     def loss(state, change):
         llm = nnx.merge(graph, state)
@@ -124,18 +141,30 @@ def loss_and_gradients(case: Case, remat: str = "none") -> tuple[jax.Array, nnx.
 
 def test_loss_and_gradients_match(case):
     value, gradients, by_embeddings = loss_and_gradients(case)
-    assert math.isclose(value, float(case.expected["loss"]), rel_tol=FORWARD)
+    compare(case.name, "loss", value, case.expected["loss"], FORWARD)
     expected = case.expected["grad_inputs_embeds"][case.valid]
-    assert_within(by_embeddings[case.valid], expected, GRADIENT, "gradient of inputs_embeds")
+    compare(case.name, "gradient of inputs_embeds", by_embeddings[case.valid], expected, GRADIENT)
 
     arrays = {path: variable[...] for path, variable in parameters(gradients).items()}
     theirs = dict(export(family_of(case.llm.config.model_type).rules, arrays))
-    for name, expected in np.load(case.folder / "grads.npz").items():
-        assert_within(theirs[name], expected, GRADIENT, f"gradient of {name}")
     norms = json.loads((case.folder / "grad_norms.json").read_text())
     assert set(norms) == set(theirs)
-    for name in theirs:
-        assert math.isclose(np.linalg.norm(theirs[name]), norms[name], rel_tol=GRADIENT), name
+    largest = max(norms.values())
+    for name, expected in np.load(case.folder / "grads.npz").items():
+        if norms[name] < NO_GRADIENT * largest:
+            record(case.name, f"gradient of {name}", float(np.abs(theirs[name]).max()) / largest, NO_GRADIENT)
+        else:
+            compare(case.name, f"gradient of {name}", theirs[name], expected, GRADIENT)
+    some = [name for name in norms if norms[name] >= NO_GRADIENT * largest]
+    assert len(some) == len(norms) - (case.llm.config.layers if case.name == "llm_opt" else 0)
+    errors = [abs(np.linalg.norm(theirs[name]) / norms[name] - 1) for name in some]
+    record(case.name, "norms of all gradients", float(max(errors)), GRADIENT)
+
+
+def test_the_loss_on_positions_from_the_mask_matches(case):
+    value = loss_of(case.llm, {"tokens": case.tokens}, case)
+    expected = case.expected["loss_position_ids_from_mask"]
+    compare(case.name, "loss, positions from the mask", value, expected, FORWARD)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
@@ -144,7 +173,8 @@ def test_rematerialisation_changes_no_gradient(golden, remat):
     _, expected, _ = loss_and_gradients(case)
     _, found, _ = loss_and_gradients(case, remat)
     for path, variable in parameters(found).items():
-        assert_within(variable[...], parameters(expected)[path][...], FORWARD, f"{path} with remat={remat}")
+        scale = np.abs(parameters(expected)[path][...]).max()
+        assert np.abs(variable[...] - parameters(expected)[path][...]).max() <= FORWARD * scale, path
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -154,9 +184,10 @@ def test_greedy_tokens_are_identical(case, side):
         tokens, mask = to_right_padding(tokens, mask), to_right_padding(mask, mask)
     new = case.expected["gen_embeds"]
     assert np.array_equal(case.expected["gen_ids"][:, tokens.shape[1] :], new)
-    assert np.array_equal(generate(case.llm, tokens, attention_mask=mask), new)
     embeddings = case.llm.embed(jnp.asarray(tokens))
-    assert np.array_equal(generate(case.llm, inputs_embeds=embeddings, attention_mask=mask), new)
+    for what, prompt in (("tokens", {"tokens": tokens}), ("embeddings", {"inputs_embeds": embeddings})):
+        found = np.asarray(generate(case.llm, attention_mask=mask, **prompt))
+        record(case.name, f"greedy tokens from {what}, {side} padding", int((found != new).sum()), 0)
 
 
 def test_greedy_rows_end_with_their_end_token(case):
@@ -167,7 +198,9 @@ def test_greedy_rows_end_with_their_end_token(case):
         if len(ends):
             row[ends[0] + 1 :] = -1
     assert (expected == -1).any(), "the golden does not test anything"
-    assert np.array_equal(generate(case.llm, case.tokens, attention_mask=case.mask, eos_ids=(eos,)), expected)
+    found = generate(case.llm, case.tokens, attention_mask=case.mask, eos_ids=(eos,))
+    found = np.asarray(found)[:, : expected.shape[1]]  # theirs is as long as the longest row
+    record(case.name, "greedy tokens up to the end token", int((found != expected).sum()), 0)
 
 
 def test_both_styles_of_config_mean_the_same(case):
@@ -177,17 +210,28 @@ def test_both_styles_of_config_mean_the_same(case):
     assert from_hf(to_hf(config), "config.json") == config
 
 
+def test_a_written_config_says_what_the_original_says(case):
+    written = to_hf(case.llm.config)
+    for file in ("config.json", "config_hub_style.json"):
+        original = json.loads((case.folder / file).read_text())
+        original |= {"rope_theta": original.get("rope_parameters", original).get("rope_theta")}
+        original |= {"n_inner": 4 * original["n_embd"]} if "n_embd" in original else {}  # null means this
+        shared = [name for name in written if name in original and name != "rope_scaling"]
+        assert len(shared) > 10 and {n: written[n] for n in shared} == {n: original[n] for n in shared}
+
+
 def test_bfloat16_stays_near_float32(golden):
     case = load_case(golden("llm_llama_untied_sharded"))
     logits = load_llm(case.folder, dtype="bfloat16")(case.tokens, case.mask)
     assert logits.dtype == jnp.float32
-    assert_within(logits[case.valid], case.expected["logits"][case.valid], 0.05, "bfloat16 logits")
+    compare(case.name, "logits in bfloat16", logits[case.valid], case.expected["logits"][case.valid], 0.05)
 
 
 def test_a_real_llama_tells_its_story(shared):
     folder = shared / "real" / "models" / "stories260K"
     expected = json.loads((folder / "golden.json").read_text())
     llm, prompt = load_llm(folder), np.array([expected["input_ids"]])
-    assert_within(llm(prompt)[0, -1], np.array(expected["logits_last"]), FORWARD, "last logits")
+    compare("stories260K", "last logits", llm(prompt)[0, -1], np.array(expected["logits_last"]), FORWARD)
     story = generate(llm, prompt, max_new_tokens=120)[0].tolist()
-    assert expected["input_ids"] + story == expected["greedy_120"]
+    wrong = sum(a != b for a, b in zip(expected["input_ids"] + story, expected["greedy_120"], strict=True))
+    record("stories260K", "greedy tokens", wrong, 0)

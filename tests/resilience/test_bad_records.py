@@ -13,18 +13,11 @@ import runs
 
 from elm_jax import cli
 from elm_jax import train as train_command
-from elm_jax.models.encoders import merl
 from elm_jax.training.loop import Trainer, train
 
 PATIENTS, QUESTIONS = 12, 3
 RECORDS = PATIENTS * QUESTIONS
 BAD = (2, 7)  # patients whose recording is damaged or gone
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(merl.LAYOUTS, "tiny", (merl.basic, (1,)))
-    monkeypatch.setenv("ELM_JAX_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -49,7 +42,7 @@ def data(tmp_path: Path) -> dict[str, Any]:
 
 
 def start(folder: Path, **changes: Any) -> None:
-    train(cli.ConfigFlags.parse(runs.flags(folder, **changes)).load())
+    train(runs.config(folder, **changes))
 
 
 def named(folder: Path) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from elm_jax import train as train_command
 from elm_jax.config import Config
 from elm_jax.data.loader import Loaded
 from elm_jax.errors import UserError
-from elm_jax.models.encoders import build_encoder, merl, to_published
+from elm_jax.models.encoders import build_encoder, to_published
 from elm_jax.models.functional import structure_of
 from elm_jax.runtime.checkpoint import Checkpoints
 from elm_jax.training import loop
@@ -40,12 +40,6 @@ def unbroken(place: Path) -> Path:
     runs.train(folder)
     assert committed(folder) == [STEPS - SAVE_EVERY, STEPS]
     return folder
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(merl.LAYOUTS, "tiny", (merl.basic, (1,)))
-    monkeypatch.setenv("ELM_JAX_CACHE", str(tmp_path / "cache"))
 
 
 def meta(folder: Path) -> dict[str, Any]:
@@ -125,8 +119,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Loaded]]:
 
 def config_of(folder: Path, **changes: Any) -> Config:
     """The checked configuration of a tiny run in this process."""
-    parsed = cli.ConfigFlags.parse(runs.flags(folder, **{**EVERYWHERE, **changes}))
-    return parsed.load()
+    return runs.config(folder, **{**EVERYWHERE, **changes})
 
 
 def samples(steps: list[Loaded]) -> dict[int, np.ndarray]:

@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from texts import learnt
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from elm_jax.data.chat import (
@@ -45,11 +46,6 @@ def tokenizer(family: str) -> Any:
 def asked(*texts: str) -> list[dict[str, str]]:
     """Turns of user and assistant in alternation."""
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-
-
-def learnt(rendered: Rendered) -> list[list[int]]:
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], rendered.supervised, [False]]).astype(int)))
-    return [rendered.ids[start:end].tolist() for start, end in edges.reshape(-1, 2)]
 
 
 def answers(rendered: Rendered, family: str) -> list[str]:
@@ -108,7 +104,7 @@ def conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 def test_exactly_the_answers_are_learnt(
     family: str, turns: list[tuple[str, str]], system: str | None, n: int, thinking: bool
 ) -> None:
-    options = {"system_prompt": system, "signal_tokens": n, "explicit_thinking": thinking}
+    options = {"system_prompt": system, "signal_tokens": n, "explicit_thinking": thinking, "n_ecgs": 1}
     if not said(turns, family):
         with pytest.raises(UserError, match="without an answer"):
             render(conversation(turns), tokenizer(family), family, **options)
@@ -181,9 +177,8 @@ def test_prompts_are_beginnings_of_what_is_trained(
     assert len(prompts) == len(said(turns, family))
     for (prompt, gold), text in zip(prompts, said(turns, family), strict=True):
         assert not prompt.supervised.any()
-        if not thinking or text.startswith("<think>\n"):
-            assert prompt.ids.tolist() == trained.ids[: len(prompt.ids)].tolist()
-            assert not trained.supervised[len(prompt.ids) - 1] and trained.supervised[len(prompt.ids)]
+        assert prompt.ids.tolist() == trained.ids[: len(prompt.ids)].tolist()
+        assert not trained.supervised[len(prompt.ids) - 1] and trained.supervised[len(prompt.ids)]
         assert gold == (text.removeprefix("<think>\n") if thinking else text)
 
 
@@ -354,6 +349,34 @@ def test_explicit_thinking_opens_every_response() -> None:
     )
     assert newline.ids[: len(chat.ids)].tolist() == chat.ids.tolist(), "oddity 3: also before another newline"
     assert answers(newline, "qwen2") == ["\nHm.</think>"]
+
+
+def test_an_answer_without_a_thought_is_asked_for_as_it_is_learnt() -> None:
+    said = asked("Rate?", "<think>\nBeats.</think> 61", "Sure?", "Yes")
+    prompts = render_prompts(said, tokenizer("qwen2"), "qwen2", explicit_thinking=True)
+    assert [gold for _, gold in prompts] == ["Beats.</think> 61", "Yes"]
+    assert prompts[0][0].prompt.endswith("<|im_start|>assistant\n<think>\n")
+    assert prompts[1][0].prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_nothing_predicts_the_first_token_of_a_text_without_bos() -> None:
+    tok = tokenizer("plain")
+    assert tok.bos_token is None
+    alone = render("72 bpm", tok, "plain", signal_tokens=0, phase="pretrain")
+    assert alone.supervised.tolist() == [False] + [True] * (len(alone.ids) - 1)
+    behind = render("72 bpm", tok, "plain", signal_tokens=1, phase="pretrain")
+    assert learnt(behind)[0] == alone.ids.tolist()
+
+
+def test_markers_say_how_many_ecgs_there_are_where_nobody_does() -> None:
+    two = asked("From <ecg> to <ecg>: worse?", "no", "And from that <ecg>?", "yes")
+    for write, ecgs in ((render, 3), (render_prompt, 3)):
+        found = write(two, tokenizer("qwen2"), "qwen2", signal_tokens=2)
+        assert found.signal_positions.shape == (ecgs, 2)
+        assert found.ids.tolist() == write(two, tokenizer("qwen2"), "qwen2", signal_tokens=2, n_ecgs=3).ids.tolist()
+    assert render(asked("Normal?", "no"), tokenizer("qwen2"), "qwen2").signal_positions.shape == (1, 1)
+    first, second = (p for p, _ in render_prompts(two, tokenizer("qwen2"), "qwen2", signal_tokens=2))
+    assert first.signal_positions.shape == (2, 2) and second.signal_positions.shape == (3, 2)
 
 
 def test_a_long_chat_forgets_its_oldest_turns() -> None:

@@ -1,15 +1,25 @@
-"""The controls and the blind baselines that stand beside a score."""
+"""The controls and the blind baselines that stand beside a score, and records that cannot be evaluated."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
+from fake_model import RATE, SECONDS, FakeModel, fake_config
+from texts import write_records
 
-from elm_jax.data.sources import Record
-from elm_jax.evaluation.evaluator import shuffled_recordings, summary
+from elm_jax.config import Config
+from elm_jax.data.dataset import Dataset
+from elm_jax.data.sources import Record, load_records
+from elm_jax.errors import UserError
+from elm_jax.evaluation import evaluator
+from elm_jax.evaluation.evaluator import evaluate, is_evaluated, results_folder, shuffled_recordings, summary
 from elm_jax.evaluation.metrics import aggregate, is_right
 
 
@@ -65,6 +75,101 @@ def test_a_summary_has_a_column_for_each_control_and_baseline() -> None:
     assert lines[0].split() == ["score", "zeros", "constant", "majority"]
     exact = next(line for line in lines if line.startswith("exact_match")).split()
     assert exact == ["exact_match", "0.500", "0.250", "0.500", "0.500"]
+
+
+def test_only_some_records_may_take_part_in_shuffling() -> None:
+    records = [record(i, f"{i}.npy") for i in range(12)]
+    given = shuffled_recordings(dataset_of(records), among=range(0, 12, 2))
+    assert sorted(given) == list(range(0, 12, 2))
+    assert {path for (path, _), in given.values()} == {f"{i}.npy" for i in range(0, 12, 2)}
+
+
+class Asked(FakeModel):
+    """A `FakeModel` that answers every prompt of a batch with yes."""
+
+    def __init__(self, config: Config, context: int) -> None:
+        super().__init__(config, context=context)
+        self.assembly.dataset = self.dataset
+
+    def dataset(self, split: Any) -> Dataset:
+        records = load_records(self.config.data, split, 0)
+        return Dataset(records, self.assembly.tokenizer, self.assembly.text, self.assembly.signal)
+
+    def answers(self, prompts: Sequence[Any], options: Any, size: int | None = None, seed: int = 0) -> list[str]:
+        for prompt in prompts:
+            assert 0 < len(prompt.rendered.ids) <= self.assembly.llm.max_len - options.max_new_tokens
+        self.prompts += prompts
+        return ["yes"] * len(prompts)
+
+
+Ask = Callable[..., Asked]
+
+
+@pytest.fixture
+def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """ask(context, ...): the model and its questions, one each about eight recordings; ecg_5 is damaged."""
+    for i in range(8):
+        np.save(tmp_path / f"ecg_{i}.npy", np.random.default_rng(i).normal(size=(12, SECONDS * RATE)))
+    (tmp_path / "ecg_5.npy").write_bytes(b"no array")
+    texts: list[Any] = [["x", "Is the rhythm regular?", ["yes" if i % 2 else "no"]] for i in range(8)]
+    texts[2] = ["x", "Is it? " * 80, ["yes"]]
+    write_records(tmp_path, texts, [f"ecg_{i}.npy" for i in range(8)], split="test")
+
+    def make(context: int = 512, **keys: Any) -> Asked:
+        data = {"data__names": ["records.jsonl"], "data__root": str(tmp_path), "log__progress": False}
+        config = fake_config(**{**data, "workdir": str(tmp_path / "run"), "eval__batch_size": 3, **keys})
+        model = Asked(config, context)
+        monkeypatch.setattr(evaluator, "TrainedModel", lambda *_: model)
+        return model
+
+    return make
+
+
+def results(config: Config) -> dict[str, Any]:
+    return json.loads((results_folder(config, "test") / "metrics.json").read_text())
+
+
+def test_bad_records_are_named_counted_and_left_out_of_every_score(
+    ask: Ask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ask(context=128, data__max_bad_records=0.3)
+    evaluate(model.config)
+    found = results(model.config)
+    assert found["bad"] == 2 and found["n"] == 6 and found["metrics"]["exact_match"]["value"] == 3 / 6
+    assert set(found["controls"]) == {"zeros", "noise", "text_only", "shuffled"} and is_evaluated(model.config, "test")
+    errors = capsys.readouterr().err
+    assert "left out: record records.jsonl:2: found a prompt of " in errors
+    assert "left out: record records.jsonl:5: " in errors and "ecg_5.npy" in errors
+    assert len(model.prompts) == 6 * (1 + 3 + evaluator.SHUFFLES)
+
+
+@pytest.mark.parametrize(
+    ("context", "who", "why"), [(128, 2, "eval.max_new_tokens"), (1024, 5, "ecg_5.npy")], ids=["length", "recording"]
+)
+def test_one_bad_record_too_many_is_an_error(ask: Ask, context: int, who: int, why: str) -> None:
+    model = ask(context)
+    with pytest.raises(UserError, match=rf"record records.jsonl:{who}: .*data.max_bad_records") as caught:
+        evaluate(model.config)
+    assert why in str(caught.value)
+    assert who == 5 or not model.prompts, "lengths are known before anything is generated"
+    assert not results_folder(model.config, "test").exists()
+
+
+def test_scores_are_there_before_the_controls_are_run(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ask(data__max_bad_records=0.3)
+    monkeypatch.setattr(evaluator, "shuffled_recordings", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model.config)
+    assert results(model.config)["metrics"]["exact_match"]["value"] == 4 / 7
+    assert (results_folder(model.config, "test") / "examples.png").is_file()
+    assert not is_evaluated(model.config, "test"), "a restart runs it again"
+
+
+def test_nothing_to_ask_is_an_error(ask: Ask) -> None:
+    model = ask(data__max_bad_records=0.3, eval__limit=1)
+    Path(model.config.data.root, "ecg_0.npy").unlink()
+    with pytest.raises(UserError, match="no question"):
+        evaluate(model.config)
 
 
 def test_what_counts_as_right_depends_on_the_question() -> None:

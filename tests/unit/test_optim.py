@@ -12,8 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from parity_log import compare, record
+from support import VOCABULARY, RandomConversations, batch_of, tiny_elm
 
-from elm_jax.config import OptimConfig, TrainConfig
+from elm_jax.config import MuonConfig, OptimConfig, TrainConfig
+from elm_jax.data.batch import Group
+from elm_jax.models.decoder import Decoder
+from elm_jax.models.elm import ELM
+from elm_jax.models.families import scratch_config
+from elm_jax.models.functional import Leaf, structure_of
+from elm_jax.training.muon import is_matrix_by_name, matrices, matrices_by_name, orthogonalised
 from elm_jax.training.optim import (
     batch_scale,
     clip_coefficient,
@@ -21,6 +30,8 @@ from elm_jax.training.optim import (
     make_optimizer,
     weight_decay,
 )
+from elm_jax.training.step import loss_and_gradients
+from elm_jax.weights.rules import Rule
 
 ROUNDING = 1e-6  # some units in the last place of float32
 Golden = Callable[[str], Path]
@@ -40,7 +51,7 @@ def test_multipliers(cases: dict[str, Any]) -> None:
         )
         multiplier = learning_rate_multiplier(config, case["max_steps"])
         found = [float(multiplier(step)) for step in range(len(case["multipliers"]))]
-        np.testing.assert_allclose(found, case["multipliers"], rtol=ROUNDING, atol=ROUNDING, err_msg=str(case))
+        compare("optim_schedule", f"multipliers of {case['schedule']}", found, case["multipliers"], ROUNDING)
 
 
 def test_scaling_with_the_batch(cases: dict[str, Any]) -> None:
@@ -52,9 +63,10 @@ def test_scaling_with_the_batch(cases: dict[str, Any]) -> None:
         )  # fmt: skip
         train = TrainConfig(batch_size=case["batch_size"] * case["grad_accum_steps"])
         assert train.batch_size == case["eff_bs"]
-        assert batch_scale(optim, train) == pytest.approx(case["scale"], rel=1e-12)
-        assert optim.lr * batch_scale(optim, train) == pytest.approx(case["peak_lr"], rel=1e-12)
-        assert weight_decay(optim, train) == pytest.approx(case["effective_wd"], rel=1e-12)
+        scale = batch_scale(optim, train)
+        compare("optim_schedule", "batch scale", scale, case["scale"], 1e-12)
+        compare("optim_schedule", "peak rate", optim.lr * scale, case["peak_lr"], 1e-12)
+        compare("optim_schedule", "weight decay", weight_decay(optim, train), case["effective_wd"], 1e-12)
 
 
 def test_clipping(golden: Golden) -> None:
@@ -65,10 +77,10 @@ def test_clipping(golden: Golden) -> None:
     for n in numbers:
         gradients = {g: jnp.asarray(stored[f"{n}/{g}"]) for g in ("g0", "g1")}
         norm = optax.tree.norm(gradients)
-        assert float(norm) == pytest.approx(float(stored[f"{n}/norm"]), rel=ROUNDING)
+        compare("optim_clip", "norm", norm, stored[f"{n}/norm"], ROUNDING)
         coefficient = clip_coefficient(norm, float(stored[f"{n}/max_norm"]))
         for g, value in gradients.items():
-            np.testing.assert_allclose(value * coefficient, stored[f"{n}/{g.replace('g', 'c')}"], rtol=ROUNDING)
+            compare("optim_clip", "clipped", value * coefficient, stored[f"{n}/{g.replace('g', 'c')}"], ROUNDING)
 
 
 def test_clipping_keeps_away_from_zero_as_torch_does() -> None:
@@ -96,7 +108,137 @@ def test_updates(golden: Golden) -> None:
         for gradient, expected in zip(stored[f"{name}/grads"], stored[f"{name}/w"], strict=True):
             updates, state = jax.jit(tx.update)({"w": jnp.asarray(gradient)}, state, weights)
             weights = optax.apply_updates(weights, updates)
-            np.testing.assert_allclose(weights["w"], expected, rtol=ROUNDING, atol=ROUNDING, err_msg=name)
+            compare("optim_updates", name, weights["w"], expected, ROUNDING)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["small", "all"])
+def test_muon_updates(golden: Golden, request: pytest.FixtureRequest, whole: bool) -> None:
+    """Three steps. Ours keep (in, out), theirs (out, in); PyTorch iterates in bfloat16, which costs it digits."""
+    folder = request.getfixturevalue("shared") / "golden/optim_updates" if whole else golden("optim_updates")
+    with np.load(folder / "cases.npz") as file:
+        stored = {name: file[name] for name in file.files if name.startswith("muon")}
+    noise: dict[str, float] = {}
+    for part in json.loads((folder / "muon_bf16_vs_f32.json").read_text()):
+        noise |= part
+    names = sorted({name.split("/")[0] for name in stored})
+    assert set(names) <= set(noise) and len(names) >= 8
+    for name in names:
+        decay = float(name.split("_wd")[1])
+        optim = OptimConfig(name="muon", lr=1e-2, weight_decay=decay, warmup_ratio=0.0)
+        tx = make_optimizer(optim, TrainConfig(), 3, {"w": -1})
+        weights = {"w": jnp.asarray(stored[f"{name}/w0"].T)}
+        state = tx.init(weights)
+        exact, rounded = stored[f"{name}/w_float32_newton_schulz"], stored[f"{name}/w"]
+        for step, gradient in enumerate(stored[f"{name}/grads"]):
+            updates, state = jax.jit(tx.update)({"w": jnp.asarray(gradient.T)}, state, weights)
+            weights = optax.apply_updates(weights, updates)
+            compare("optim_updates", f"{name}, float32", weights["w"].T, exact[step], 1e-5)
+            off = float(np.abs(weights["w"].T - rounded[step]).max())
+            record("optim_updates", f"{name}, against PyTorch's bfloat16", off, noise[name] + 1e-5)
+
+
+def test_muon_takes_stacked_layers_apart() -> None:
+    """Each layer of a stack moves as it does alone; the first step has no noise of the other layers in it."""
+    rng = np.random.default_rng(0)
+    gradients = rng.standard_normal((3, 6, 4)).astype(np.float32) * [[[1]], [[100]], [[1e-3]]]
+    optim = OptimConfig(name="muon", weight_decay=0.1)
+    tx = make_optimizer(optim, TrainConfig(), 10, {"w": -1})
+    stack = jnp.asarray(rng.standard_normal((3, 6, 4)), jnp.float32)
+    together, _ = tx.update({"w": jnp.asarray(gradients, jnp.float32)}, tx.init({"w": stack}), {"w": stack})
+    for layer in range(3):
+        weights = {"w": stack[layer]}
+        alone, _ = tx.update({"w": jnp.asarray(gradients[layer], jnp.float32)}, tx.init(weights), weights)
+        np.testing.assert_allclose(together["w"][layer], alone["w"], rtol=1e-5, atol=1e-9)
+
+
+def test_orthogonalised_has_singular_values_near_one() -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 24, 10))
+    values = np.linalg.svd(np.asarray(orthogonalised(x, 5)), compute_uv=False)
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert not np.any(np.asarray(orthogonalised(jnp.zeros((3, 3)), 5)))
+
+
+def test_what_is_no_matrix_is_moved_by_adamw_at_its_own_rate() -> None:
+    """And rates and decay of both follow the batch."""
+    optim = OptimConfig(
+        name="muon", lr=1e-2, weight_decay=0.5, weight_decay_scale="inv_sqrt", ref_batch=2, warmup_ratio=0.0,
+        muon=MuonConfig(adamw_lr_ratio=0.1),
+    )  # fmt: skip
+    train = TrainConfig(batch_size=8)
+    params = {"kernel": jnp.eye(4), "bias": jnp.full((4,), 2.0)}
+    gradients = {"kernel": jnp.eye(4), "bias": jnp.ones(4)}
+    tx = make_optimizer(optim, train, 1, {"kernel": -1})
+    updates, state = tx.update(gradients, tx.init(params), params)
+    rate, decay = 1e-2 * 4, 0.5 / 2
+    np.testing.assert_allclose(updates["bias"], -rate * 0.1 * (1 + decay * 2), rtol=1e-5)
+    expected = -rate * (orthogonalised(jnp.eye(4), 5) + decay * jnp.eye(4))
+    np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5, atol=1e-8)
+    shapes = sorted(x.shape for x in jax.tree.leaves(state) if x.ndim)
+    assert shapes == [(4,), (4,), (4, 4)]  # two moments of the bias, one momentum of the kernel
+
+
+def test_matrices_are_found_by_their_role() -> None:
+    structure, _ = tiny_elm()
+    found = matrices(structure.leaves)
+    projections = {f"llm.layers.attention.{n}.kernel" for n in "qkvo"}
+    projections |= {f"llm.layers.mlp.{n}.kernel" for n in ("gate", "up", "down")}
+    assert {name for name in found if name.startswith("llm.")} == projections
+    assert {name for name in found if name.startswith("connector.")} == {
+        "connector.hidden.kernel", "connector.projection.kernel"
+    }  # fmt: skip
+    assert not any(".conv" in name or "norm" in name or name.endswith("bias") for name in found)
+
+
+def test_the_reference_chooses_matrices_by_name(golden: Golden) -> None:
+    cases = json.loads((golden("optim_muon_split") / "cases.json").read_text())
+    entries = [entry for case in cases.values() for entry in case.items()]
+    assert len(entries) > 300
+    wrong = [name for name, (shape, muon) in entries if is_matrix_by_name(name, len(shape)) != muon]
+    record("optim_muon_split", f"wrong of {len(entries)} names", len(wrong), 0)
+
+
+def test_by_name_embeddings_of_another_name_are_matrices_and_stacks_are_not_counted_as_one_dimension_more() -> None:
+    leaves = {
+        "llm.table": Leaf((100, 8), jnp.float32, ("vocab", "embed"), False),
+        "llm.layers.q.kernel": Leaf((2, 8, 8), jnp.float32, ("embed", "heads"), False),
+        "llm.layers.q.bias": Leaf((2, 8), jnp.float32, ("heads",), False),
+        "llm.layers.q.lora.a": Leaf((2, 8, 4), jnp.float32, ("embed", None), False),
+        "encoder.stem.kernel": Leaf((3, 12, 8), jnp.float32, (None, None, "conv_out"), False),
+        "encoder.to_patch_embedding.kernel": Leaf((9, 8), jnp.float32, ("signal", None), False),
+    }
+    rules = {
+        "llm.table": Rule("wte.weight", "table"),
+        "llm.layers.q.kernel": Rule("h.{layer}.q.weight", "layers.q.kernel"),
+        "llm.layers.q.bias": Rule("h.{layer}.q.bias", "layers.q.bias"),
+        "encoder.stem.kernel": Rule("stem.weight", "stem.kernel", transpose=True),
+        "encoder.to_patch_embedding.kernel": Rule("to_patch_embedding.weight", "x", transpose=True),
+    }
+    assert matrices_by_name(leaves, rules) == {
+        "llm.table": -2, "llm.layers.q.kernel": -2, "llm.layers.q.lora.a": -1
+    }  # fmt: skip
+
+
+def test_micro_batches_can_count_alike_whatever_their_tokens() -> None:
+    """The mean over micro-batches of their own means, where by default each token counts alike."""
+    sizes = {"hidden": 16, "layers": 1, "heads": 2, "mlp": 16, "max_len": 64}
+
+    def build() -> ELM:
+        return ELM(None, None, Decoder(scratch_config(sizes, VOCABULARY), nnx.Rngs(0)), jnp.dtype(jnp.float32))
+
+    structure = structure_of(build)
+    arrays = jax.jit(lambda: structure.arrays(build()))()
+    talk = RandomConversations(2)
+    batches = [batch_of([[Group(0, [talk.ask([], answer=n)])]], 32, 0, 8) for n in (1, 6)]
+    both = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+    run = jax.jit(lambda batch, alike: loss_and_gradients(structure, arrays, {}, {}, batch, None, alike)[:2],
+                  static_argnums=1)  # fmt: skip
+    (first, first_gradients), (second, second_gradients) = (run(batch, True) for batch in batches)
+    loss, gradients = run(both, True)
+    np.testing.assert_allclose(loss, (first + second) / 2, rtol=1e-5)
+    for name, gradient in gradients.items():
+        expected = (first_gradients[name] + second_gradients[name]) / 2
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7, err_msg=name)
+    np.testing.assert_allclose(run(both, False)[0], (first + 6 * second) / 7, rtol=1e-5)
 
 
 def test_the_rate_follows_the_schedule_and_the_batch() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from parity_log import compare, record
 
 from elm_jax.data.symbolic import EcgByte
 from elm_jax.errors import UserError
@@ -43,24 +44,27 @@ def test_every_golden_signal_gives_the_reference_symbols_and_ids(reference, case
         signal = signals[case["signal"]]
         assert reference.to_symbols(signal) == case["symbols"].encode(), case["signal"]
         ids = reference.encode(signal)
-        assert ids.dtype == np.int32 and ids.tolist() == case["ids"], case["signal"]
+        assert ids.dtype == np.int32
+        record("ecg_byte_encode", f"ids of {case['signal']}", _differences(ids.tolist(), case["ids"]), 0)
         checked += 1
     assert checked == len(signals)
 
 
 def test_golden_symbol_strings_give_the_reference_ids_and_spell_them_back(reference, cases):
+    different = 0
     for case in cases:
         symbols = case["symbols"].encode()
-        assert reference.encode_symbols(symbols).tolist() == case["ids"]
+        different += _differences(reference.encode_symbols(symbols).tolist(), case["ids"])
         assert reference.spell(case["ids"]) == symbols
+    record("ecg_byte_encode", f"ids of {len(cases)} symbol strings", different, 0)
 
 
 def test_levels_and_their_values_are_those_of_the_golden(reference, golden):
     with np.load(golden("ecg_byte_encode") / "quantize.npz") as file:
-        np.testing.assert_array_equal(reference.quantize(file["x"]), file["q"])
+        record("ecg_byte_encode", "levels", np.count_nonzero(reference.quantize(file["x"]) != file["q"]), 0)
         letters = np.arange(97, 97 + 26)
         faithful = reference.decode(letters, (1, 26), 0.0, 1.0, compat=("dequantize_by_25",))
-        np.testing.assert_allclose(faithful[0], file["dequant"], rtol=0, atol=1e-15)
+        compare("ecg_byte_encode", "values of levels (dequantize_by_25)", faithful[0], file["dequant"], 1e-15)
 
 
 def test_facts_of_the_shipped_pickle_survive_loading(reference, golden):
@@ -352,6 +356,10 @@ def test_saving_under_a_name_that_cannot_be_loaded_is_refused(tmp_path):
     with pytest.raises(UserError, match="json"):
         EcgByte(MERGES).save(tmp_path / "tok.pkl")
     assert not list(tmp_path.iterdir())
+
+
+def _differences(found, expected):
+    return abs(len(found) - len(expected)) + sum(a != b for a, b in zip(found, expected, strict=False))
 
 
 def _state(tok):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -17,7 +16,7 @@ from elm_jax.config import MeshConfig
 from elm_jax.errors import UserError
 from elm_jax.inference.generate import generate
 from elm_jax.models import hints
-from elm_jax.models.families import chat_family, extended, family_of, from_hf, scratch_config, to_hf
+from elm_jax.models.families import extended, family_of, to_hf
 from elm_jax.runtime.mesh import MeshPlacement, make_mesh, named_sharding
 from elm_jax.weights.load import (
     load_llm,
@@ -163,7 +162,10 @@ def test_a_slice_through_a_rule_is_the_slice_of_the_whole(transpose):
     assert np.array_equal(rule.arrange([part[each] for part in theirs[layers]]), rule.arrange(theirs)[index])
 
 
-@pytest.mark.parametrize("name", ["llm_llama_tied", SHARDED, "llm_qwen2_tied"])
+GOLDENS = ("llm_llama_tied", SHARDED, "llm_qwen2_tied", "llm_qwen3", "llm_gemma2", "llm_gpt2", "llm_opt")
+
+
+@pytest.mark.parametrize("name", GOLDENS)
 def test_export_gives_back_the_checkpoint_bit_for_bit(golden, name, tmp_path):
     llm = load_llm(golden(name))
     arrays = {path: np.asarray(v[...]) for path, v in parameters(nnx.state(llm)).items()}
@@ -191,14 +193,17 @@ def test_loading_into_shards_gives_the_same_parameters(golden):
     assert kernel.addressable_shards[0].data.shape == (3, 32, 32)
 
 
-def test_a_sharded_model_computes_and_generates_the_same(golden):
+@pytest.mark.parametrize(
+    "name", ["llm_qwen2_tied", *(pytest.param(name, marks=pytest.mark.slow) for name in GOLDENS[3:])]
+)
+def test_a_sharded_model_computes_and_generates_the_same(golden, name):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    tokens = np.arange(1, 33).reshape(4, 8)
-    plain, sharded = load_llm(golden("llm_qwen2_tied")), load_llm(golden("llm_qwen2_tied"), mesh=mesh)
+    tokens = np.arange(1, 49).reshape(4, 12)
+    plain, sharded = load_llm(golden(name)), load_llm(golden(name), mesh=mesh)
     logits, text = plain(tokens), generate(plain, tokens, max_new_tokens=6)
     for placement in (None, MeshPlacement(mesh)):
         with hints.placed(placement):
-            assert np.allclose(sharded(tokens), logits, atol=1e-4), placement
+            assert np.allclose(sharded(tokens), logits, atol=1e-5 * np.abs(logits).max()), placement
             assert np.array_equal(generate(sharded, tokens, max_new_tokens=6), text), placement
 
 
@@ -300,75 +305,3 @@ def test_an_unknown_name_is_an_error(name):
 def test_a_model_that_cannot_be_downloaded_says_how_to_go_on():
     with pytest.raises(UserError, match="set llm.name to that folder"):
         resolve_llm_folder("nobody-at-all/no-such-model")
-
-
-# Families
-
-
-REFUSED = {
-    "unknown field": ({"logit_scale": 2.0}, "logit_scale"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act"),
-    "bias": ({"attention_bias": True}, "attention_bias"),
-    "rope type": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
-    "rope field": ({"rope_parameters": {"rope_theta": 1e4, "factor": 4.0}}, "factor"),
-    "rope value": ({"rope_parameters": {"rope_theta": -1}}, "rope_theta"),
-    "model type": ({"model_type": "mamba"}, "llama or qwen2"),
-    "size": ({"num_hidden_layers": 0}, "layers"),
-    "size that is no number": ({"hidden_size": "64"}, "hidden"),
-    "heads": ({"num_key_value_heads": 3}, "kv_heads"),
-    "missing": ({"vocab_size": None}, "vocab_size"),
-    "tied": ({"tie_word_embeddings": "yes"}, "tied"),
-}
-
-
-@pytest.mark.parametrize("changes, named", REFUSED.values(), ids=REFUSED)
-def test_what_the_decoder_does_not_compute_is_refused_by_name(golden, changes, named):
-    config = json.loads((golden(SHARDED) / "config.json").read_text())
-    with pytest.raises(UserError, match=named):
-        from_hf(config | changes, "config.json")
-
-
-@pytest.mark.parametrize("changes, named", [
-    ({"use_sliding_window": True}, "use_sliding_window"),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-])  # fmt: skip
-def test_windows_of_qwen2_are_refused(golden, changes, named):
-    config = json.loads((golden("llm_qwen2_tied") / "config.json").read_text())
-    with pytest.raises(UserError, match=named):
-        from_hf(config | changes, "config.json")
-
-
-def test_the_configs_of_published_models_are_read():
-    qwen = {
-        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
-        "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 1536, "initializer_range": 0.02,
-        "intermediate_size": 8960, "max_position_embeddings": 32768, "max_window_layers": 21,
-        "model_type": "qwen2", "num_attention_heads": 12, "num_hidden_layers": 28, "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16", "transformers_version": "4.43.1", "use_cache": True,
-        "use_sliding_window": False, "vocab_size": 151936,
-    }  # fmt: skip
-    config = from_hf(qwen, "config.json")
-    assert (config.head_dim, config.rope.theta, config.qkv_bias, config.tied) == (128, 1e6, True, True)
-    assert extended(config, 151_670) == config
-
-
-def test_scratch_sizes_make_a_config():
-    config = scratch_config({"hidden": 64, "layers": 2, "heads": 4, "mlp": 128, "family": "llama"}, 500)
-    assert (config.kv_heads, config.head_dim, config.vocab_size, config.qkv_bias) == (4, 16, 512, False)
-    with pytest.raises(UserError, match="did you mean 'layers'"):
-        scratch_config({"hidden": 64, "layer": 2, "heads": 4, "mlp": 128}, 500)
-    with pytest.raises(UserError, match="no mlp"):
-        scratch_config({"hidden": 64, "layers": 2, "heads": 4}, 500)
-
-
-def test_the_chat_form_follows_the_tokenizer():
-    assert chat_family("llama", {"<|start_header_id|>": 1}) == "llama3"
-    assert chat_family("qwen2", {"<|im_start|>": 1}) == "qwen2"
-    assert chat_family("llama", {"<|im_start|>": 1}) == "plain"
-
-
-def test_the_family_decides_its_biases(golden):
-    assert replace(read_llm_config(golden("llm_qwen2_tied")), qkv_bias=False).model_type == "qwen2"
-    paths = parameters(nnx.state(load_llm(golden("llm_qwen2_tied"))))
-    assert {path for path in paths if path.endswith("bias")} == {f"layers.attention.{n}.bias" for n in "qkv"}

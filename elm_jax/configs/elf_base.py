@@ -1,0 +1,11 @@
+"""No encoder: the whole signal, flattened, through one linear layer into one signal token (ECG-QA)."""
+
+from ml_collections import ConfigDict
+
+from elm_jax.configs import ecg_qa
+
+
+def get_config() -> ConfigDict:
+    config = ecg_qa.get_config()
+    config.elm = "base_elf"
+    return config

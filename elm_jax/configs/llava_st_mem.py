@@ -1,0 +1,16 @@
+"""An ST-MEM encoder, pooled to 50 signal tokens, and an MLP connector on ECG-QA.
+
+Give the encoder's weights with --config.encoder.checkpoint.
+"""
+
+from ml_collections import ConfigDict
+
+from elm_jax.configs import ecg_qa
+
+
+def get_config() -> ConfigDict:
+    config = ecg_qa.get_config()
+    config.elm = "mlp_llava"
+    config.encoder.name = "st_mem"
+    config.encoder.tokens = 50
+    return config

@@ -1,0 +1,103 @@
+"""Where an encoder's weights come from: a dict, a file, a Hugging Face folder, or an id of its hub."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from elm_jax.data.images import Processing
+from elm_jax.errors import UserError
+from elm_jax.weights.load import open_checkpoint, read_json
+from elm_jax.weights.safetensors import Safetensors
+
+WHERE = "encoder.checkpoint"
+TORCH_FILES = (".pt", ".pth")
+FOLDER_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
+TORCH_IN_FOLDER = "pytorch_model.bin"  # of old repositories, which have no safetensors
+
+
+def read_checkpoint(checkpoint: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """Tensors by name and what to call their source in errors.
+
+    checkpoint: a dict, maybe with the tensors under model_state_dict; a .safetensors, .pt or .pth file; a folder
+        with model.safetensors (or an index and its files), else pytorch_model.bin; an id of the Hugging Face hub.
+    Raises UserError for what cannot be read; files of PyTorch need the torch extra.
+    """
+    if isinstance(checkpoint, Mapping):
+        return checkpoint.get("model_state_dict", checkpoint), WHERE
+    path = resolve(checkpoint)
+    if path.is_dir():
+        old = path / TORCH_IN_FOLDER
+        return (_read_torch(old), str(old)) if _only_torch(path) else (open_checkpoint(path), str(path))
+    if path.suffix == ".safetensors":
+        return Safetensors(path), str(path)
+    if path.suffix in TORCH_FILES:
+        return _read_torch(path), str(path)
+    fix = "convert it to .safetensors"
+    raise UserError(WHERE, str(path), "a folder, or a file ending in .pt, .pth or .safetensors", fix)
+
+
+def read_config(checkpoint: str | Path | Mapping[str, Any] | None, processing: Processing | None) -> dict[str, Any]:
+    """The `config.json` of a checkpoint that is a folder or in the hub; empty for others.
+
+    Raises UserError if its images are normalised unlike `processing`, which is how ours are.
+    """
+    if checkpoint is None or isinstance(checkpoint, Mapping):
+        return {}
+    path = resolve(checkpoint)
+    if not path.is_dir():
+        return {}
+    images = path / "preprocessor_config.json"
+    if processing is not None and images.is_file():
+        told = read_json(images)
+        for name, ours in (("image_mean", processing.mean), ("image_std", processing.std)):
+            if list(told.get(name) or ours) != list(ours):
+                fix = "use a checkpoint that was trained on such images"
+                raise UserError(f"{images} {name}", str(told[name]), str(list(ours)), fix)
+    return read_json(path / "config.json")
+
+
+def resolve(checkpoint: str | Path) -> Path:
+    """The file or folder of a checkpoint, downloaded if it is an id of the hub; UserError if it is neither."""
+    path = Path(checkpoint).expanduser()
+    if path.exists():
+        return path
+    parts = str(checkpoint).split("/")
+    is_file = path.suffix in (".safetensors", ".bin", *TORCH_FILES)
+    if is_file or len(parts) != 2 or parts[0] in ("", ".", "..", "~") or not parts[1]:
+        expected = "an existing file or folder, or owner/name of the Hugging Face hub"
+        raise UserError(WHERE, str(path), expected, "correct the path")
+    try:
+        folder = Path(snapshot_download(str(checkpoint), allow_patterns=FOLDER_FILES))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(str(checkpoint), allow_patterns=[*FOLDER_FILES, TORCH_IN_FOLDER]))
+        return folder
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        found = f"'{checkpoint}', which the Hugging Face hub did not give ({type(error).__name__}: {str(error)[:200]})"
+        fix = f"download {checkpoint} on a connected machine and set {WHERE} to that folder"
+        raise UserError(WHERE, found, "a file, a folder or a model that can be downloaded", fix) from None
+
+
+def _only_torch(folder: Path) -> bool:
+    return (folder / TORCH_IN_FOLDER).is_file() and not list(folder.glob("*.safetensors"))
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        fix = "install it with `pip install elm-jax[torch]`, or convert the file to .safetensors"
+        raise UserError(str(path), "no PyTorch", "PyTorch, to read a .pt file", fix) from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or unsafe file
+        fix = "save its state dict with torch.save"
+        raise UserError(str(path), f"{type(error).__name__}", "a file of tensors only", fix) from error
+    tensors = content.get("model_state_dict", content) if isinstance(content, Mapping) else {}
+    if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        fix = "save its state dict with torch.save"
+        raise UserError(str(path), "no tensors by name", "a state dict, or one under model_state_dict", fix)
+    return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}

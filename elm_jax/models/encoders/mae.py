@@ -1,0 +1,355 @@
+"""The ECG encoders trained as masked autoencoders: ST-MEM (Na et al. 2024, arXiv 2402.09450), MTAE and MLAE.
+
+Flow: (B, C, L) signals -> patches -> a transformer -> (B, N, D). They differ in what a patch is: p samples of
+one lead (ST-MEM), p samples of all leads (MTAE, masked in time), all samples of one lead (MLAE, masked by lead).
+Nothing is masked here. The embedding of ST-MEM is the encoder's output, that of the others the decoder's last
+latents. All parameters of a checkpoint are held, so that it comes out as it went in; where no embedding depends
+on one of them (the mask token, the decoder's last norm and head), its gradient is zero.
+Dimension letters: B signals, C leads, L samples, p samples of a patch, n patches (of a lead for ST-MEM),
+P values of a patch, D and E widths of encoder and decoder, N signal tokens.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from elm_jax.errors import UserError, nearest
+from elm_jax.models.encoders.merl import WRAPPER_PREFIXES
+from elm_jax.models.encoders.transformer import Transformer, TransformerConfig, XavierLinear
+from elm_jax.models.hints import weight
+from elm_jax.models.layers import LayerNorm
+from elm_jax.models.pooling import adaptive_average_pool
+from elm_jax.weights.rules import Rule
+
+HEAD_DIM = 64  # whatever the width
+NORM_EPS, DECODER_NORM_EPS = 1e-5, 1e-6
+TOKEN_STD = 0.02  # of initial special tokens and lead embeddings
+
+# Fields of the published configs that say how to pretrain, or repeat another; N is the argument `tokens`.
+IGNORED_FIELDS = frozenset(("norm_pix_loss", "d_model", "num_encoder_tokens"))
+
+
+def calculate_patch_size(length: int) -> int:
+    """Samples of a patch for signals of `length`: the divisor that gives closest to 32 patches, from 16 to 64.
+
+    Where none gives 16 to 64, the divisor closest to sqrt(length / 32). The smaller one of two that tie.
+    """
+    divisors = [p for p in range(1, length + 1) if length % p == 0]
+    fitting = [p for p in divisors if 16 <= length // p <= 64]
+    if fitting:
+        return min(fitting, key=lambda p: abs(length // p - 32))
+    return min(divisors, key=lambda p: abs(p - int((length / 32) ** 0.5)))
+
+
+def sincos_positions(length: int, width: int) -> np.ndarray:
+    """(length, width) float32 position embedding: the sines of position / 10000^(2i/width), then the cosines."""
+    frequencies = 10000.0 ** (-2 * np.arange(width // 2) / width)
+    angles = np.arange(length)[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], 1).astype(np.float32)
+
+
+def by_lead_and_time(signals: Any, p: int) -> Any:
+    """(B, C, L) -> (B, C, n, p)."""
+    return signals.reshape(*signals.shape[:2], -1, p)
+
+
+def by_time(signals: Any, p: int) -> Any:
+    """(B, C, L) -> (B, n, p C), all leads of a sample side by side."""
+    batch, leads, _ = signals.shape
+    return signals.reshape(batch, leads, -1, p).transpose(0, 2, 3, 1).reshape(batch, -1, p * leads)
+
+
+def by_lead(signals: Any, p: int) -> Any:
+    """(B, C, L) as it is; a patch is one lead."""
+    assert p == 1
+    return signals
+
+
+@dataclass(frozen=True)
+class Patching:
+    """What a patch is. cut: signals (B, C, L) and p -> patches (..., n, P); size: p for a given L."""
+
+    cut: Callable[[Any, int], Any]
+    size: Callable[[int], int] = calculate_patch_size
+
+
+PATCHINGS = {
+    "st_mem": Patching(by_lead_and_time),
+    "mtae": Patching(by_time),
+    "mlae": Patching(by_lead, lambda length: 1),
+}
+
+
+@dataclass(frozen=True)
+class MaeConfig:
+    """Sizes of the encoder `name`: seq_len is L, num_leads C, patch_size p (for MLAE 1, a lead), embed_dim D.
+
+    train_positions: the position embeddings are parameters, as the reference has them in ST-MEM.
+    """
+
+    name: str
+    seq_len: int = 2500
+    patch_size: int = 0
+    num_leads: int = 12
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    decoder_embed_dim: int = 256
+    decoder_depth: int = 4
+    decoder_num_heads: int = 4
+    mlp_ratio: float = 4
+    qkv_bias: bool = True
+    train_positions: bool = False
+
+    @classmethod
+    def from_fields(cls, name: str, config: Mapping[str, Any]) -> "MaeConfig":
+        """Read `encoder.config` for st_mem, mtae or mlae; without a patch_size it is chosen for the seq_len.
+
+        UserError for an unknown field or value. IGNORED_FIELDS are let pass.
+        """
+        known = [field.name for field in fields(cls) if field.name != "name"]
+        for key, value in config.items():
+            if key in known:
+                _check_value(key, value)
+            elif key not in IGNORED_FIELDS:
+                fix = nearest(key, known) or "remove it"
+                raise UserError(f"encoder.config.{key}", "an unknown field", f"one of {', '.join(known)}", fix)
+        given = {key: value for key, value in config.items() if key in known and value is not None}
+        length = given.setdefault("seq_len", cls.seq_len)
+        chosen = PATCHINGS[name].size(length)
+        p = given.setdefault("patch_size", chosen)
+        if length % p or (name == "mlae" and p != 1):
+            expected = "1, a lead" if name == "mlae" else f"a divisor of seq_len, {length}"
+            raise UserError("encoder.config.patch_size", str(p), expected, f"leave it out, or set it to {chosen}")
+        for key in ("embed_dim", "decoder_embed_dim"):
+            if given.get(key, 0) % 2:
+                fix = "add or take one"
+                raise UserError(f"encoder.config.{key}", str(given[key]), "an even number, for sines and cosines", fix)
+        return cls(name, **given)
+
+    def cut(self, signals: jax.Array) -> jax.Array:
+        """(B, C, L) -> patches (..., n, P). UserError unless the signals have this config's C and L."""
+        if signals.ndim != 3 or signals.shape[1:] != (self.num_leads, self.seq_len):
+            expected = f"(batch, {self.num_leads} leads, {self.seq_len} samples)"
+            fix = "give such signals, or set encoder.config.num_leads and seq_len as your checkpoint has them"
+            raise UserError("encoder input", f"shape {signals.shape}", expected, fix)
+        return PATCHINGS[self.name].cut(signals, self.patch_size)
+
+    @property
+    def patches(self) -> tuple[int, int]:
+        """n and P."""
+        nothing = np.broadcast_to(np.float32(0), (1, self.num_leads, self.seq_len))
+        return PATCHINGS[self.name].cut(nothing, self.patch_size).shape[-2:]
+
+    @property
+    def encoder(self) -> TransformerConfig:
+        """Of the encoder's blocks."""
+        return self._blocks(self.embed_dim, self.depth, self.num_heads)
+
+    @property
+    def decoder(self) -> TransformerConfig:
+        """Of the decoder's blocks."""
+        return self._blocks(self.decoder_embed_dim, self.decoder_depth, self.decoder_num_heads)
+
+    def _blocks(self, width: int, depth: int, heads: int) -> TransformerConfig:
+        alone = heads == 1 and width == HEAD_DIM  # a single head as wide as its input is not projected
+        return TransformerConfig(
+            width, depth, heads, int(self.mlp_ratio * width), HEAD_DIM, norm_eps=NORM_EPS, fused_qkv=True,
+            qkv_bias=self.qkv_bias, out=not alone, linear=XavierLinear,
+        )  # fmt: skip
+
+
+class Position(nnx.Variable):
+    """A position embedding that is part of a checkpoint and never trained."""
+
+
+class PatchEmbedding(nnx.Module):
+    """(..., P) -> (..., D): LayerNorm, in float32 whatever `dtype` is, then Linear and LayerNorm."""
+
+    def __init__(self, size: int, width: int, rngs: nnx.Rngs, dtype: Any, param_dtype: Any) -> None:
+        self.norm = LayerNorm(size, NORM_EPS, param_dtype)
+        self.linear = XavierLinear(size, width, (None, "embed"), rngs, bias=True, param_dtype=param_dtype)
+        self.out_norm = LayerNorm(width, NORM_EPS, param_dtype)
+        self.dtype = dtype
+
+    def __call__(self, patches: jax.Array) -> jax.Array:
+        return self.out_norm(self.linear(self.norm(patches.astype(jnp.float32)).astype(self.dtype)))
+
+
+class StMem(nnx.Module):
+    """ST-MEM: every patch of every lead is a token, and a SEP token stands at both ends of each lead."""
+
+    def __init__(
+        self,
+        config: MaeConfig,
+        tokens: int = 1,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+    ) -> None:
+        self.config, self.tokens, self.width = config, tokens, config.embed_dim
+        (patches, size), width = config.patches, config.embed_dim
+        self.patch = PatchEmbedding(size, width, rngs, jnp.dtype(dtype), param_dtype)
+        self.position = _position(config, 1, patches, 1, width)
+        self.sep = _token(rngs, param_dtype, width)
+        self.lead = _token(rngs, param_dtype, config.num_leads, width)
+        self.transformer = Transformer(config.encoder, rngs, param_dtype)
+        self.norm = LayerNorm(width, NORM_EPS, param_dtype)
+
+    def __call__(self, signals: jax.Array, weights: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """(B, C, L) signals -> (B, N, D) float32, computed in `dtype`; N bins of the patches, lead after lead.
+
+        weights, train: without effect, as nothing here depends on the batch.
+        Raises UserError for signals of another shape than the config's.
+        """
+        latent = self.encode(signals)
+        return adaptive_average_pool(latent.reshape(latent.shape[0], -1, self.width), self.tokens)
+
+    def encode(self, signals: jax.Array) -> jax.Array:
+        """(B, C, L) -> (B, C, n, D) in `dtype`, after the last norm, without SEP tokens."""
+        x = self.patch(self.config.cut(signals))
+        batch, leads, patches, width = x.shape
+        sep = jnp.broadcast_to(weight(self.sep, x.dtype), (batch, leads, 1, width))
+        place = self.position[...].astype(x.dtype) + weight(self.lead, x.dtype)[:, None]  # (C, n + 2, D)
+        x = jnp.concatenate([sep, x, sep], 2) + place
+        x = self.transformer(x.reshape(batch, -1, width)).reshape(batch, leads, patches + 2, width)
+        return self.norm(x[:, :, 1:-1])
+
+
+class MaskedAutoencoder(nnx.Module):
+    """MTAE and MLAE: a CLS token and the patches, through encoder and decoder."""
+
+    def __init__(
+        self,
+        config: MaeConfig,
+        tokens: int = 1,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+    ) -> None:
+        self.config, self.tokens, self.width = config, tokens, config.decoder_embed_dim
+        (patches, size), inner = config.patches, config.embed_dim
+        self.patch = PatchEmbedding(size, inner, rngs, jnp.dtype(dtype), param_dtype)
+        self.position = _position(config, 1, patches, 0, inner)
+        self.cls = _token(rngs, param_dtype, inner)
+        self.transformer = Transformer(config.encoder, rngs, param_dtype)
+        self.norm = LayerNorm(inner, NORM_EPS, param_dtype)
+        linear = {"rngs": rngs, "bias": True, "param_dtype": param_dtype}
+        self.to_decoder = XavierLinear(inner, self.width, ("embed", None), **linear)
+        self.mask = _token(rngs, param_dtype, 1, 1, self.width)
+        self.decoder_position = _position(config, 1, patches, 0, self.width)
+        self.decoder = Transformer(config.decoder, rngs, param_dtype)
+        self.decoder_norm = LayerNorm(self.width, DECODER_NORM_EPS, param_dtype)
+        self.head = XavierLinear(self.width, size, ("embed", None), **linear)
+
+    def __call__(self, signals: jax.Array, weights: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """(B, C, L) signals -> (B, N, E) float32, computed in `dtype`; N bins of CLS and patches.
+
+        weights, train: without effect, as nothing here depends on the batch.
+        Raises UserError for signals of another shape than the config's.
+        """
+        return adaptive_average_pool(self.decode(self.encode(signals)), self.tokens)
+
+    def encode(self, signals: jax.Array) -> jax.Array:
+        """(B, C, L) -> (B, 1 + n, D) in `dtype`: CLS and the patches, after the encoder's last norm."""
+        x = self.patch(self.config.cut(signals))
+        cls = jnp.broadcast_to(weight(self.cls, x.dtype), (x.shape[0], 1, x.shape[2]))
+        x = jnp.concatenate([cls, x], 1) + self.position[...].astype(x.dtype)
+        return self.norm(self.transformer(x))
+
+    def decode(self, latent: jax.Array) -> jax.Array:
+        """(B, 1 + n, D) -> (B, 1 + n, E): the output of the decoder's blocks, before its norm."""
+        x = self.to_decoder(latent)
+        return self.decoder(x + self.decoder_position[...].astype(x.dtype))
+
+    def reconstruct(self, signals: jax.Array) -> jax.Array:
+        """(B, C, L) -> (B, n, P), the decoder's patches."""
+        return self.head(self.decoder_norm(self.decode(self.encode(signals))))[:, 1:]
+
+
+def _token(rngs: nnx.Rngs, param_dtype: Any, *shape: int) -> nnx.Param:
+    values = TOKEN_STD * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(values.astype(param_dtype), axes=(None,) * len(shape))
+
+
+def _position(config: MaeConfig, before: int, patches: int, after: int, width: int) -> nnx.Variable:
+    """(1, before + patches + after, width) float32; the special tokens before and after have zeros."""
+    values = jnp.pad(sincos_positions(patches, width), ((before, after), (0, 0)))[None]
+    kind = nnx.Param if config.train_positions else Position
+    return kind(values, axes=(None, None, None))
+
+
+def _check_value(name: str, value: Any) -> None:
+    if name in ("qkv_bias", "train_positions"):
+        fits, expected = isinstance(value, bool), "True or False"
+    elif name == "mlp_ratio":
+        fits, expected = isinstance(value, int | float) and value > 0, "a positive number"
+    else:
+        fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        fits, expected = fits or (name == "patch_size" and value is None), "a positive integer"
+    if not fits:
+        raise UserError(f"encoder.config.{name}", repr(value), expected, "set it to one")
+
+
+# Our module or array -> the published one; `{layer}` stands for the first of the stacked ones.
+NAMES = {
+    "patch.norm": "encoder.to_patch_embedding.1",
+    "patch.linear": "encoder.to_patch_embedding.2",
+    "patch.out_norm": "encoder.to_patch_embedding.3",
+    "position": "encoder.pos_embedding",
+    "sep": "encoder.sep_embedding",
+    "cls": "encoder.cls_embedding",
+    "lead": "encoder.lead_embeddings.{layer}",
+    "transformer.blocks": "encoder.block{layer}",
+    "norm": "encoder.norm",
+    "to_decoder": "to_decoder_embedding",
+    "mask": "mask_embedding",
+    "decoder_position": "decoder_pos_embed",
+    "decoder.blocks": "decoder_blocks.{layer}",
+    "decoder_norm": "decoder_norm",
+    "head": "decoder_head",
+}
+BLOCK_NAMES = {
+    "norm1": "attn.norm",
+    "attention.qkv": "attn.fn.to_qkv",
+    "attention.o": "attn.fn.to_out.0",
+    "norm2": "ff.norm",
+    "mlp.fc1": "ff.fn.net.0",
+    "mlp.fc2": "ff.fn.net.3",
+}
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+# Checkpoints of MTAE and MLAE hold the patch embedding under two names.
+ALIAS = ("to_patch_embedding.", "encoder.to_patch_embedding.")
+# Parts of a pretrained ST-MEM that no embedding depends on, and that its published encoders leave out.
+ST_MEM_PRETRAINING = ("mask_embedding", "to_patch_embedding.", "to_decoder_embedding.", "decoder_")
+
+
+def weight_rule(name: str) -> Rule:
+    """The rule of our array `name`, such as transformer.blocks.mlp.fc1.kernel."""
+    if name in NAMES:
+        return Rule(NAMES[name], name)
+    module, _, leaf = name.rpartition(".")
+    stack, inside, module_of_block = module.partition(".blocks.")
+    theirs = f"{NAMES[f'{stack}.blocks']}.{BLOCK_NAMES[module_of_block]}" if inside else NAMES[module]
+    return Rule(f"{theirs}.{LEAVES[leaf]}", name, transpose=leaf == "kernel")
+
+
+def published_name(name: str) -> str:
+    """A checkpoint's key without wrapper prefixes."""
+    for prefix in WRAPPER_PREFIXES * 2:  # either may be outermost
+        name = name.removeprefix(prefix)
+    return name
+
+
+def st_mem_published_name(name: str) -> str | None:
+    """`published_name`; None for what only the pretraining of ST-MEM uses."""
+    name = published_name(name)
+    return None if name.startswith(ST_MEM_PRETRAINING) else name

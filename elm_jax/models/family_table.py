@@ -1,0 +1,308 @@
+"""The language model families as data: configuration fields, weight names, chat forms, names in the registry.
+
+One `Family` per Hugging Face `model_type`; `families.py` reads the table in both directions. Everything that a
+`config.json` may say is accounted for here by name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from elm_jax.weights.rules import Rule
+
+# Short names of the checkpoints that the project is used with.
+ALIASES: Mapping[str, str] = {
+    "llama-3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b-instruct": "meta-llama/Llama-3.2-3B-Instruct",
+    "biomedgpt-lm-7b": "PharMolix/BioMedGPT-LM-7B",
+    "vicuna-7b-v1.5": "lmsys/vicuna-7b-v1.5",
+    "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-1.5b-instruct": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen2.5-3b-instruct": "Qwen/Qwen2.5-3B-Instruct",
+    "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-0.6b-base": "Qwen/Qwen3-0.6B-Base",
+    "qwen3-1.7b-base": "Qwen/Qwen3-1.7B-Base",
+    "qwen3-4b-base": "Qwen/Qwen3-4B-Base",
+    "qwen3-8b-base": "Qwen/Qwen3-8B-Base",
+    "gemma-2-2b-it": "google/gemma-2-2b-it",
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "opt-125m": "facebook/opt-125m",
+    "opt-1.3b": "facebook/opt-1.3b",
+    "opt-2.7b": "facebook/opt-2.7b",
+    "opt-6.7b": "facebook/opt-6.7b",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`.
+
+    rules: which tensor is which parameter, the embedding table first.
+    fields: Hugging Face field -> ours; two fields of theirs for one of ours must agree.
+    constants: parts of our configuration that the family decides and its files do not say.
+    only: field by field, the values for which this decoder is right (first: the one that is written).
+    irrelevant: fields that do not matter then, besides the common ones.
+    derived: parts of ours that follow from the others where a file does not say.
+    nullable: parts of ours that a file must say, and may say to be null.
+    tied: what `tie_word_embeddings` is where a file does not say.
+    windows: whether layers have windows, by `sliding_window` and `layer_types` (absent: every other layer).
+    chat: (a token, the chat form of a model whose tokenizer has it), the first that fits.
+    scratch: `llm.scratch` keys of this family, or other defaults than the common ones.
+    buffers: ends of the names of tensors that are no parameters, which old exports saved and nobody reads.
+    """
+
+    model_type: str
+    architecture: str
+    rules: tuple[Rule, ...]
+    fields: Mapping[str, str]
+    constants: Mapping[str, Any]
+    only: Mapping[str, tuple[Any, ...]]
+    chat: tuple[tuple[str, str], ...]
+    derived: frozenset[str] = frozenset()
+    nullable: frozenset[str] = frozenset()
+    irrelevant: frozenset[str] = frozenset()
+    tied: bool = False
+    windows: bool = False
+    scratch: Mapping[str, Any] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+    @property
+    def rotary(self) -> bool:
+        """Whether its positions are rotary (else the constants say so)."""
+        return "rope" not in self.constants
+
+
+def _rules(table: Mapping[str, str], biased: str = "", transpose: bool = True) -> tuple[Rule, ...]:
+    """Rules of modules: their name -> ours.
+
+    `biased`: our names, after `layers.`, of what has a bias (* of everything). transpose: whether their linear
+    layers keep (out, in), as PyTorch's do; GPT-2's keep (in, out).
+    """
+    found = []
+    for theirs, ours in table.items():
+        is_table, is_norm = ours in ("embedding", "positions"), ours.endswith("norm")
+        leaf = "table" if is_table else "scale" if is_norm else "kernel"
+        turned = leaf == "kernel" and (transpose or ours == "head")
+        found.append(Rule(f"{theirs}.weight", f"{ours}.{leaf}", turned))
+        everything = biased == "*" and not is_table and ours != "head"
+        if everything or ours.removeprefix("layers.") in biased.split():
+            found.append(Rule(f"{theirs}.bias", f"{ours}.bias"))
+    return tuple(found)
+
+
+def _llama_layout(
+    norms: tuple[str, ...] = ("attention_norm", "mlp_norm"), biased: str = "", qk_norm: bool = False
+) -> tuple[Rule, ...]:
+    """The tensors of Llama and its relatives; `norms` are ours for theirs, in the order of _LLAMA_NORMS."""
+    layer, ours = "model.layers.{layer}", "layers"
+    heads = {f"{layer}.self_attn.{n}_norm": f"{ours}.attention.{n}_norm" for n in ("qk" if qk_norm else "")}
+    table = {
+        "model.embed_tokens": "embedding",
+        **{f"{layer}.{n}": f"{ours}.{norm}" for n, norm in zip(_LLAMA_NORMS, norms, strict=False)},
+        **{f"{layer}.self_attn.{n}_proj": f"{ours}.attention.{n}" for n in "qkvo"},
+        **heads,
+        **{f"{layer}.mlp.{n}_proj": f"{ours}.mlp.{n}" for n in ("gate", "up", "down")},
+        "model.norm": "norm",
+        "lm_head": "head",
+    }
+    return _rules(table, biased)
+
+
+_LLAMA_NORMS = (
+    *("input_layernorm", "post_attention_layernorm"),
+    *("pre_feedforward_layernorm", "post_feedforward_layernorm"),  # Gemma's
+)
+_LLAMA_FIELDS: Mapping[str, str] = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "mlp",
+    "max_position_embeddings": "max_len",
+    "rms_norm_eps": "norm_eps",
+}
+
+_LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    rules=_llama_layout(),
+    fields=_LLAMA_FIELDS,
+    constants={},
+    derived=frozenset({"kv_heads", "head_dim"}),
+    only={
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "attention_dropout": (0.0,),
+        "pretraining_tp": (1,),
+        "layer_types": (None,),
+    },
+    chat=(("<|start_header_id|>", "llama3"), ("[INST]", "llama2")),
+)
+_QWEN_ONLY = {
+    "hidden_act": ("silu",),
+    "use_sliding_window": (False,),
+    "attention_dropout": (0.0,),
+    "layer_types": (None, "full_attention"),
+}
+_QWEN2 = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    rules=_llama_layout(biased="attention.q attention.k attention.v"),
+    fields=_LLAMA_FIELDS,
+    constants={"qkv_bias": True},
+    derived=frozenset({"kv_heads", "head_dim"}),
+    only={**_QWEN_ONLY, "use_mrope": (False,)},
+    chat=(("<|im_start|>", "qwen2"),),
+    irrelevant=frozenset({"sliding_window", "max_window_layers"}),  # of the windows that are switched off
+)
+_QWEN3 = Family(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    rules=_llama_layout(qk_norm=True),
+    fields=_LLAMA_FIELDS,
+    constants={"qk_norm": True},
+    only={**_QWEN_ONLY, "attention_bias": (False,)},
+    chat=(("<|im_start|>", "qwen2"),),
+    irrelevant=frozenset({"sliding_window", "max_window_layers"}),
+)
+_GEMMA2 = Family(
+    model_type="gemma2",
+    architecture="Gemma2ForCausalLM",
+    rules=_llama_layout(norms=("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")),
+    fields={
+        **_LLAMA_FIELDS,
+        "query_pre_attn_scalar": "query_scalar",
+        "attn_logit_softcapping": "attention_cap",
+        "final_logit_softcapping": "logit_cap",
+    },
+    constants={
+        "norm": "rms_offset",
+        "post_norms": True,
+        "activation": "gelu_tanh",
+        "scale_embeddings": True,
+    },
+    nullable=frozenset({"attention_cap", "logit_cap"}),
+    only={
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "attention_bias": (False,),
+        "attention_dropout": (0.0,),
+        "use_bidirectional_attention": (None, False),
+        "hidden_act": (None, "gelu_pytorch_tanh"),
+    },
+    chat=(("<start_of_turn>", "gemma2"),),
+    irrelevant=frozenset({"cache_implementation", "sliding_window_size"}),
+    tied=True,
+    windows=True,
+    scratch={"window": 4096, "attention_cap": 50.0, "logit_cap": 30.0, "query_scalar": None},
+)
+
+_LEARNED = {  # of GPT-2 and OPT
+    "rope": None,
+    "norm": "layer",
+    "qkv_bias": True,
+    "out_bias": True,
+    "mlp_bias": True,
+    "gated": False,
+}
+_GPT2 = Family(
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    rules=_rules(
+        {
+            "transformer.wte": "embedding",
+            "transformer.wpe": "positions",
+            "transformer.h.{layer}.ln_1": "layers.attention_norm",
+            "transformer.h.{layer}.attn.c_attn": "layers.attention.qkv",
+            "transformer.h.{layer}.attn.c_proj": "layers.attention.o",
+            "transformer.h.{layer}.ln_2": "layers.mlp_norm",
+            "transformer.h.{layer}.mlp.c_fc": "layers.mlp.up",
+            "transformer.h.{layer}.mlp.c_proj": "layers.mlp.down",
+            "transformer.ln_f": "norm",
+            "lm_head": "head",
+        },
+        biased="*",
+        transpose=False,
+    ),
+    fields={
+        "vocab_size": "vocab_size",
+        "n_embd": "hidden",
+        "n_layer": "layers",
+        "n_head": "heads",
+        "n_inner": "mlp",
+        "n_positions": "max_len",
+        "layer_norm_epsilon": "norm_eps",
+    },
+    constants={**_LEARNED, "fused_qkv": True, "activation": "gelu_tanh"},
+    derived=frozenset({"mlp"}),
+    only={
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+    chat=(("<|endoftext|>", "gpt2"),),
+    irrelevant=frozenset(
+        {
+            *("attn_pdrop", "embd_pdrop", "resid_pdrop", "reorder_and_upcast_attn", "n_ctx"),
+            *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type"),
+            "summary_use_proj",
+        }
+    ),
+    tied=True,
+    scratch={"norm_eps": 1e-5, "max_len": 1024},
+    buffers=(".attn.bias", ".attn.masked_bias"),  # the causal mask
+)
+_OPT = Family(
+    model_type="opt",
+    architecture="OPTForCausalLM",
+    rules=_rules(
+        {
+            "model.decoder.embed_tokens": "embedding",
+            "model.decoder.embed_positions": "positions",
+            "model.decoder.layers.{layer}.self_attn_layer_norm": "layers.attention_norm",
+            **{f"model.decoder.layers.{{layer}}.self_attn.{n}_proj": f"layers.attention.{n}" for n in "qkv"},
+            "model.decoder.layers.{layer}.self_attn.out_proj": "layers.attention.o",
+            "model.decoder.layers.{layer}.final_layer_norm": "layers.mlp_norm",
+            "model.decoder.layers.{layer}.fc1": "layers.mlp.up",
+            "model.decoder.layers.{layer}.fc2": "layers.mlp.down",
+            "model.decoder.final_layer_norm": "norm",
+            "lm_head": "head",
+        },
+        biased="*",
+    ),
+    fields={
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden",
+        "word_embed_proj_dim": "hidden",
+        "num_hidden_layers": "layers",
+        "num_attention_heads": "heads",
+        "ffn_dim": "mlp",
+        "max_position_embeddings": "max_len",
+    },
+    constants={**_LEARNED, "activation": "relu", "norm_eps": 1e-5, "position_offset": 2},
+    only={
+        "activation_function": ("relu",),
+        "do_layer_norm_before": (True,),
+        "_remove_final_layer_norm": (False,),
+        "enable_bias": (True,),
+        "layer_norm_elementwise_affine": (True,),
+    },
+    chat=(("</s>", "gpt2"),),
+    irrelevant=frozenset({"dropout", "attention_dropout", "activation_dropout", "layerdrop", "init_std"}),
+    tied=True,
+    buffers=(),
+)
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family for family in (_LLAMA, _QWEN2, _QWEN3, _GEMMA2, _GPT2, _OPT)
+}

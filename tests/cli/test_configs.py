@@ -1,0 +1,164 @@
+"""Every shipped config, its models made small and its data real: it learns, evaluates, checkpoints and goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "elm_jax" / "configs"
+SHARED_SETTINGS = ("base", "ecg_qa")  # no experiments of their own
+STAGES = [f"st_mem_full_training/stage{n}" for n in (1, 2, 3, 4)]
+QUICK = ("elf_conv", "ecg_byte")  # the others are slow tests
+COMPILING = "--xla_backend_optimization_level=0"  # half the time to compile; such small models run fast anyway
+STEPS = 24
+LLM = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "mlp": 64, "max_len": 1024}
+IMAGES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+MAE = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+SMALL: dict[str, dict[str, Any]] = {
+    "llava_merl": {"resnet_type": "resnet18", "width": 8},
+    "llava_st_mem": MAE,
+    "llava_mtae": MAE | DECODER,
+    "llava_mlae": MAE | DECODER,
+    "llava_clip": IMAGES | {"image_size": 64, "patch_size": 16, "projection_dim": 16},
+    "llava_vit": IMAGES | {"image_size": 64},
+    "llava_siglip2": IMAGES | {"num_patches": 64},
+    "llava_siglip_ecg": IMAGES | {"patch_size": 25},
+    **dict.fromkeys(STAGES, MAE),
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "llava_siglip_ecg": {"encoder.tokens": 20},
+    "elf_patch": {"encoder.tokens": 20},
+    "elf_conv": {"encoder.tokens": 20},
+    "ecg_byte": {"data.min_ecg_tokens": 64, "data.ecg_tokenizer": "real/ecg_byte/ecg_byte_tokenizer_10000.pkl"},
+    # What is trained without the LLM has little to learn with; images of an ECG are alike to a random encoder.
+    STAGES[0]: {"update": "connector,llm"},
+}
+
+Command = Callable[..., Any]
+
+
+def all_configs() -> list[str]:
+    names = [str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.py")]
+    return sorted(name for name in names if name not in (*SHARED_SETTINGS, "demo"))
+
+
+def test_each_config_is_short() -> None:
+    for name in (*all_configs(), *SHARED_SETTINGS, "demo"):
+        assert len((CONFIGS / f"{name}.py").read_text().splitlines()) < 60, name
+    assert {*SMALL, *OTHERS} <= set(all_configs())
+
+
+@pytest.fixture(scope="session")
+def records(shared: Path, tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
+    """2-second segments of 24 real recordings, some of them of the test folds, with their reports."""
+    raw, out = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("records")
+    source = shared / "real" / "ecg" / "ptbxl"
+    with (source / "ptbxl_database.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows, fields = list(reader), list(reader.fieldnames or ())
+    test = [row for row in rows if float(row["strat_fold"]) == 10][:4]
+    chosen = [row for row in rows if float(row["strat_fold"]) < 9][:20] + test
+    with (raw / "ptbxl_database.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(chosen)
+    for folder in source.iterdir():
+        if folder.is_dir():
+            (raw / folder.name).symlink_to(folder)
+    arguments = "--segment-len=500", "--report-language=as-is"
+    done = command("prepare", "ptb_xl", "--raw", str(raw), "--out", str(out), *arguments)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def flags(name: str, shared: Path, records: Path, workdir: Path, **changes: Any) -> list[str]:
+    """A command line that makes the config small and quick, and leaves the type of each of its parts."""
+    values: dict[str, Any] = {
+        "llm.name": str(shared / "golden" / "text_tokenizer_qwen"),
+        "llm.scratch": LLM,
+        "llm.remat": "none",
+        "data.root": str(records),
+        "data.names": "ptb_xl_pretrain.parquet" if name in STAGES[:2] else "ptb_xl_reports.parquet",
+        "data.segment_len": 500,
+        "data.max_len": 1024 if name == "ecg_byte" else 128,
+        "data.pack": False,
+        "data.val_fraction": 0.0,
+        "optim.lr": 0.02,
+        "optim.accum_steps": 1,
+        "train.batch_size": 4,
+        "train.steps": STEPS,
+        "train.log_every": 1,
+        "train.save_every": STEPS // 2,
+        "train.eval_every": STEPS,
+        "eval.limit": 2,
+        "eval.max_new_tokens": 4,
+        "eval.batch_size": 2,
+        "eval.controls": "zeros",
+        "eval.at_end": True,
+        "log.progress": False,
+        "workdir": str(workdir),
+        **OTHERS.get(name, {}),
+    }
+    if name in SMALL:
+        values |= {"encoder.config": SMALL[name], "encoder.checkpoint": None}
+    if "data.ecg_tokenizer" in values:
+        values["data.ecg_tokenizer"] = str(shared / values["data.ecg_tokenizer"])
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"--config=configs/{name}.py", *(f"--config.{key}={text(value)}" for key, value in values.items())]
+
+
+def text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | bool) else str(value)
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def run(command: Command, name: str, *arguments: str) -> None:
+    done = command(name, *arguments, XLA_FLAGS=COMPILING)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def marked(name: str) -> Any:
+    return pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("name", map(marked, all_configs()))
+def test_a_config_learns_evaluates_and_goes_on(
+    name: str, shared: Path, records: Path, tmp_path: Path, command: Command
+) -> None:
+    workdir = tmp_path / "run"
+    alone = {"init_from": None}  # the stages' chain has a test of its own
+    run(command, "train", *flags(name, shared, records, workdir, **alone))
+    first = losses(workdir)
+    assert list(first) == list(range(1, STEPS + 1))
+    assert min(list(first.values())[-4:]) < first[1] * 2 / 3, (first[1], first[STEPS])
+    (folder,) = (workdir / "eval").iterdir()
+    results = json.loads((folder / "metrics.json").read_text())
+    assert results["n"] == 2 and set(results["controls"]) == {"zeros"} and results["step"] == STEPS
+    run(command, "train", *flags(name, shared, records, workdir, train__steps=STEPS + 2, **alone))
+    after = losses(workdir)
+    assert list(after) == list(range(1, STEPS + 3)) and {n: after[n] for n in first} == first
+
+
+@pytest.mark.slow
+def test_the_stages_of_the_full_recipe_start_from_each_other(
+    shared: Path, records: Path, tmp_path: Path, command: Command
+) -> None:
+    previous = None
+    for name in STAGES:
+        workdir = tmp_path / Path(name).name
+        start = {} if previous is None else {"init_from": str(previous)}
+        run(command, "train", *flags(name, shared, records, workdir, train__steps=4, train__save_every=4, **start))
+        config = json.loads((workdir / "config.json").read_text())
+        assert config["init_from"] == (None if previous is None else str(previous))
+        previous = workdir

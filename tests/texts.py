@@ -1,0 +1,37 @@
+"""What tests of text and records share: a tokenizer, records in a file, and what a rendered conversation learns."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elm_jax.data.chat import Rendered, add_tokens
+from elm_jax.data.demo import demo_tokenizer
+
+
+@functools.cache
+def chat_tokenizer() -> Any:
+    """The demo's tokenizer with the tokens of phase sft."""
+    made = demo_tokenizer()
+    add_tokens(made, "sft")
+    return made
+
+
+def write_records(folder: Path, texts: list[Any], paths: list[Any] | None = None, **columns: Any) -> None:
+    """`records.jsonl`: one record a text, each of a patient of its own; two records share a recording by default."""
+    paths = paths or [f"ecg_{i // 2}.npy" for i in range(len(texts))]
+    rows = [
+        {"ecg_path": path, "text": text, "name": "x", "patient_id": str(i), **columns}
+        for i, (path, text) in enumerate(zip(paths, texts, strict=True))
+    ]
+    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def learnt(rendered: Rendered) -> list[list[int]]:
+    """The runs of supervised ids."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], rendered.supervised, [False]]).astype(int)))
+    return [rendered.ids[start:end].tolist() for start, end in edges.reshape(-1, 2)]

@@ -1,0 +1,41 @@
+"""A tiny random decoder of each family, different enough in every part that a mistake shows."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from elm_jax.models.decoder import Decoder, DecoderConfig
+from elm_jax.models.families import scratch_config
+
+WINDOW, VOCABULARY = 4, 64
+_SIZES = {"hidden": 32, "layers": 2, "heads": 4, "mlp": 48, "max_len": 64, "tied": False}
+_GROUPED = {"kv_heads": 2, "head_dim": 12}
+
+TINY: Mapping[str, Mapping[str, Any]] = {
+    "llama": _SIZES | _GROUPED,
+    "qwen2": _SIZES | _GROUPED,
+    "qwen3": _SIZES | _GROUPED,
+    "gemma2": _SIZES
+    | _GROUPED
+    | {"layers": 4, "window": WINDOW, "attention_cap": 2.0, "logit_cap": 5.0, "query_scalar": 9.0},
+    "gpt2": _SIZES,
+    "opt": _SIZES,
+}
+
+
+def tiny_config(family: str, **changes: Any) -> DecoderConfig:
+    return scratch_config({**TINY[family], "family": family, **changes}, VOCABULARY)
+
+
+@functools.cache
+def tiny_llm(family: str) -> Decoder:
+    """With random norms and biases too. Untied: tied and untrained, it would only repeat its last token."""
+    graph, state = nnx.split(Decoder(tiny_config(family), nnx.Rngs(3)))
+    leaves, tree = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    noise = [0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    moved = [leaf + change for leaf, change in zip(leaves, noise, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, moved))

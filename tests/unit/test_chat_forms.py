@@ -1,0 +1,97 @@
+"""The forms that the reference has not: Llama 2's, and ours for GPT-2 and OPT. And where answers end."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from elm_jax.data.chat import add_tokens, decode, render, render_prompts, stop_ids
+
+TALK = [
+    {"from": "system", "value": "Be brief."},
+    {"from": "human", "value": "Once <ecg> upon\n"},
+    {"from": "gpt", "value": " a time "},
+    {"from": "human", "value": "more"},
+    {"from": "gpt", "value": "the end"},
+]
+# As the model's own published template writes it.
+LLAMA2 = (
+    "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<signal>\nOnce upon [/INST] a time </s>"
+    "<s>[INST] more [/INST] the end </s>"
+)
+GPT2 = (
+    "<|endoftext|>Be brief.<|endoftext|>\nUser:\n<signal>\nOnce upon\n<|endoftext|>\nAssistant:\n a time "
+    "<|endoftext|>\nUser:\nmore<|endoftext|>\nAssistant:\nthe end<|endoftext|>\n"
+)
+
+
+@cache
+def tokenizer(folder: Path) -> Any:
+    tok = AutoTokenizer.from_pretrained(folder)
+    add_tokens(tok)
+    return tok
+
+
+@pytest.fixture
+def llama2(shared: Path) -> Any:
+    """A SentencePiece tokenizer that puts a space before every run of text, as Llama 2's."""
+    return tokenizer(shared / "real" / "models" / "stories260K")
+
+
+@pytest.fixture
+def gpt2(shared: Path) -> Any:
+    return tokenizer(shared / "real" / "tokenizers" / "gpt2")
+
+
+def learnt(rendered: Any, tok: Any, family: str) -> list[str]:
+    """The answers that are learnt, each without its end token."""
+    answers, run = [], []
+    for token, supervised in zip(rendered.ids.tolist(), rendered.supervised, strict=True):
+        if supervised:
+            run.append(token)
+        elif run:
+            answers, run = [*answers, run], []
+    answers += [run] if run else []
+    assert all(run[-1] in stop_ids(tok, family) for run in answers)
+    return [decode(run, tok, family) for run in answers]
+
+
+def test_llama2_has_its_system_prompt_in_the_first_question_and_the_ids_of_the_whole_text(llama2):
+    rendered = render(TALK, llama2, "llama2")
+    assert rendered.prompt == LLAMA2
+    assert rendered.ids.tolist() == llama2(LLAMA2, add_special_tokens=False)["input_ids"]
+    assert learnt(rendered, llama2, "llama2") == ["a time", "the end"]
+    assert rendered.signal_end == rendered.signal_positions[0, 0] + 1
+
+
+def test_llama2_without_a_system_prompt_begins_with_the_question(llama2):
+    assert render(TALK[1:], llama2, "llama2").prompt.startswith("<s>[INST] <signal>\nOnce upon [/INST]")
+    opened = [TALK[0], {"from": "gpt", "value": "Hello."}, *TALK[1:3]]
+    expected = "<s> Hello. </s><s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<signal>\nOnce upon [/INST]"
+    assert render(opened, llama2, "llama2").prompt.startswith(expected), "in the first question, wherever that is"
+
+
+@pytest.mark.parametrize("family", ["llama2", "gpt2"])
+def test_prompts_are_the_beginnings_of_what_is_learnt(family, request):
+    tok = request.getfixturevalue(family)
+    whole = render(TALK, tok, family).ids.tolist()
+    prompts = render_prompts(TALK, tok, family)
+    assert [gold.strip() for _, gold in prompts] == ["a time", "the end"]
+    for prompt, _ in prompts:
+        assert prompt.ids.tolist() == whole[: len(prompt.ids)]
+
+
+def test_gpt2_ends_every_turn_with_its_end_of_text_token(gpt2):
+    rendered = render(TALK, gpt2, "gpt2")
+    assert rendered.prompt == GPT2
+    assert learnt(rendered, gpt2, "gpt2") == [" a time ", "the end"]
+    assert rendered.system_end == 5 and rendered.ids[4] == gpt2.eos_token_id, "the system prompt can be shared"
+    assert stop_ids(gpt2, "gpt2") == (gpt2.eos_token_id,)
+
+
+def test_a_base_model_stops_at_the_end_of_a_turn_and_at_its_own_end_token(shared: Path):
+    tok = AutoTokenizer.from_pretrained(shared / "real" / "tokenizers" / "qwen2.5")
+    tok.eos_token = "<|endoftext|>"  # as the base models have it, though turns end with <|im_end|>
+    assert set(stop_ids(tok, "qwen2")) == set(tok.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))

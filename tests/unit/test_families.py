@@ -1,0 +1,231 @@
+"""Configurations of the families, Hugging Face's and ours: what is read, refused, written; odd checkpoints."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_llms import TINY, tiny_config, tiny_llm
+
+from elm_jax.data.chat_forms import CHAT_FORMS
+from elm_jax.errors import UserError
+from elm_jax.models.families import ALIASES, FAMILIES, chat_family, extended, family_of, from_hf, scratch_config, to_hf
+from elm_jax.weights.load import load_llm, open_checkpoint, parameters, read_llm_config
+from elm_jax.weights.rules import export
+from elm_jax.weights.safetensors import save_safetensors
+
+SHARDED = "llm_llama_untied_sharded"
+
+REFUSED = {
+    "unknown field": ({"logit_scale": 2.0}, "logit_scale"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act"),
+    "bias": ({"attention_bias": True}, "attention_bias"),
+    "rope type": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
+    "rope field": ({"rope_parameters": {"rope_theta": 1e4, "factor": 4.0}}, "factor"),
+    "rope value": ({"rope_parameters": {"rope_theta": -1}}, "rope_theta"),
+    "model type": ({"model_type": "mamba"}, "llama or qwen2 or qwen3 or gemma2 or gpt2 or opt"),
+    "size": ({"num_hidden_layers": 0}, "layers"),
+    "size that is no number": ({"hidden_size": "64"}, "hidden"),
+    "heads": ({"num_key_value_heads": 3}, "kv_heads"),
+    "missing": ({"vocab_size": None}, "vocab_size"),
+    "tied": ({"tie_word_embeddings": "yes"}, "tied"),
+}
+
+
+@pytest.mark.parametrize("changes, named", REFUSED.values(), ids=REFUSED)
+def test_what_the_decoder_does_not_compute_is_refused_by_name(golden, changes, named):
+    config = json.loads((golden(SHARDED) / "config.json").read_text())
+    with pytest.raises(UserError, match=named):
+        from_hf(config | changes, "config.json")
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"use_sliding_window": True}, "use_sliding_window"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+])  # fmt: skip
+def test_windows_of_qwen2_are_refused(golden, changes, named):
+    config = json.loads((golden("llm_qwen2_tied") / "config.json").read_text())
+    with pytest.raises(UserError, match=named):
+        from_hf(config | changes, "config.json")
+
+
+def test_the_configs_of_published_models_are_read():
+    qwen = {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 1536, "initializer_range": 0.02,
+        "intermediate_size": 8960, "max_position_embeddings": 32768, "max_window_layers": 21,
+        "model_type": "qwen2", "num_attention_heads": 12, "num_hidden_layers": 28, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "transformers_version": "4.43.1", "use_cache": True,
+        "use_sliding_window": False, "vocab_size": 151936,
+    }  # fmt: skip
+    config = from_hf(qwen, "config.json")
+    assert (config.head_dim, config.rope.theta, config.qkv_bias, config.tied) == (128, 1e6, True, True)
+    assert extended(config, 151_670) == config
+
+
+def test_scratch_sizes_make_a_config():
+    config = scratch_config({"hidden": 64, "layers": 2, "heads": 4, "mlp": 128, "family": "llama"}, 500)
+    assert (config.kv_heads, config.head_dim, config.vocab_size, config.qkv_bias) == (4, 16, 512, False)
+    with pytest.raises(UserError, match="did you mean 'layers'"):
+        scratch_config({"hidden": 64, "layer": 2, "heads": 4, "mlp": 128}, 500)
+    with pytest.raises(UserError, match="no mlp"):
+        scratch_config({"hidden": 64, "layers": 2, "heads": 4}, 500)
+
+
+def test_the_chat_form_follows_the_tokenizer():
+    assert chat_family("llama", {"<|start_header_id|>": 1, "<s>": 2}) == "llama3"
+    assert chat_family("llama", {"<s>": 1}, "{{ '[INST] ' + content }}") == "llama2"
+    assert chat_family("llama", {"<s>": 1}) == "plain", "a base model has no chat form"
+    assert chat_family("qwen3", {"<|im_start|>": 1}) == "qwen2"
+    assert chat_family("gemma2", {"<start_of_turn>": 1}) == "gemma2"
+    assert chat_family("gpt2", {"<|endoftext|>": 1}) == chat_family("opt", {"</s>": 1}) == "gpt2"
+    assert {form for family in FAMILIES.values() for _, form in family.chat} <= set(CHAT_FORMS)
+    assert chat_family("qwen2", {"<|im_start|>": 1}) == "qwen2"
+    assert chat_family("llama", {"<|im_start|>": 1}) == "plain"
+
+
+def test_the_family_decides_its_biases(golden):
+    assert replace(read_llm_config(golden("llm_qwen2_tied")), qkv_bias=False).model_type == "qwen2"
+    paths = parameters(nnx.state(load_llm(golden("llm_qwen2_tied"))))
+    assert {path for path in paths if path.endswith("bias")} == {f"layers.attention.{n}.bias" for n in "qkv"}
+
+
+# The other families
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_scratch_configs_are_written_and_read_again(family):
+    config = tiny_config(family)
+    assert config.model_type == family
+    assert from_hf(to_hf(config), "config.json") == config
+    least = scratch_config({"hidden": 32, "layers": 2, "heads": 4, "mlp": 64, "family": family}, 100)
+    assert from_hf(to_hf(least), "config.json") == least
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_rules_and_parameters_fit_in_every_family(family, tmp_path):
+    llm = tiny_llm(family)
+    arrays = {path: np.asarray(v[...]) for path, v in parameters(nnx.state(llm)).items()}
+    assert set(arrays) == {rule.ours for rule in family_of(family).rules}
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(llm.config)))
+    save_safetensors(tmp_path / "model.safetensors", dict(export(family_of(family).rules, arrays)))
+    again = parameters(nnx.state(load_llm(tmp_path)))
+    assert all(np.array_equal(again[path][...], array) for path, array in arrays.items())
+
+
+def test_scratch_keys_are_those_of_the_family():
+    sizes = {"hidden": 32, "layers": 2, "heads": 4, "mlp": 64}
+    for family, key in (("gpt2", "kv_heads"), ("opt", "rope_theta"), ("llama", "window"), ("opt", "norm_eps")):
+        with pytest.raises(UserError, match=f"llm.scratch: found '{key}'"):
+            scratch_config(sizes | {"family": family, key: 1}, 64)
+    gemma = scratch_config(sizes | {"family": "gemma2"}, 64)
+    assert (gemma.windows, gemma.attention_cap, gemma.logit_cap, gemma.query_scalar) == ((4096, None), 50, 30, 8)
+    with pytest.raises(UserError, match="sliding_window = 0"):
+        scratch_config(sizes | {"family": "gemma2", "window": 0}, 64)
+
+
+REFUSED_BY_FAMILY = {
+    "gemma2 without caps": ("llm_gemma2", {"attn_logit_softcapping": ...}, "attn_logit_softcapping"),
+    "gemma2 layer types": ("llm_gemma2", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+    "gemma2 chunks": ("llm_gemma2", {"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
+    "gemma2 window": ("llm_gemma2", {"sliding_window": None}, "sliding_window"),
+    "gemma2 activation": ("llm_gemma2", {"hidden_activation": "gelu"}, "hidden_activation"),
+    "gemma2 both ways": ("llm_gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    "qwen3 windows": ("llm_qwen3", {"use_sliding_window": True}, "use_sliding_window"),
+    "qwen3 without head_dim": ("llm_qwen3", {"head_dim": None}, "head_dim"),
+    "gpt2 scaling": ("llm_gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    "gpt2 rope": ("llm_gpt2", {"rope_theta": 1e4}, "unknown field rope_theta"),
+    "opt-350m": ("llm_opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False"),
+    "opt projection": ("llm_opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim = 32"),
+    "galactica": ("llm_opt", {"activation_function": "gelu"}, "activation_function"),
+}
+
+
+@pytest.mark.parametrize("name, changes, named", REFUSED_BY_FAMILY.values(), ids=REFUSED_BY_FAMILY)
+def test_variants_of_a_family_are_refused_by_name(golden, name, changes, named):
+    config = json.loads((golden(name) / "config.json").read_text()) | changes
+    with pytest.raises(UserError, match=named):
+        from_hf({key: value for key, value in config.items() if value is not ...}, "config.json")
+
+
+PUBLISHED = {
+    "gemma-2-2b-it": (
+        {
+            "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+            "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid",
+            "eos_token_id": [1, 107], "final_logit_softcapping": 30.0, "head_dim": 256,
+            "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304,
+            "initializer_range": 0.02, "intermediate_size": 9216, "max_position_embeddings": 8192,
+            "model_type": "gemma2", "num_attention_heads": 8, "num_hidden_layers": 26, "num_key_value_heads": 4,
+            "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
+            "sliding_window": 4096, "torch_dtype": "bfloat16", "transformers_version": "4.42.4", "use_cache": True,
+            "vocab_size": 256000,
+        },
+        {"windows": (4096, None), "tied": True, "scale_embeddings": True},
+    ),
+    "gpt2": (
+        {
+            "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+            "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+            "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12,
+            "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None,
+            "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
+            "summary_use_proj": True, "vocab_size": 50257,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        },
+        {"mlp": 3072, "head_dim": 64, "tied": True, "rope": None},
+    ),
+    "opt-125m": (
+        {
+            "_name_or_path": "facebook/opt-125m", "_remove_final_layer_norm": False, "activation_dropout": 0.0,
+            "activation_function": "relu", "architectures": ["OPTForCausalLM"], "attention_dropout": 0.0,
+            "bos_token_id": 2, "do_layer_norm_before": True, "dropout": 0.1, "eos_token_id": 2, "ffn_dim": 3072,
+            "hidden_size": 768, "init_std": 0.02, "layerdrop": 0.0, "max_position_embeddings": 2048,
+            "model_type": "opt", "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 1,
+            "prefix": "</s>", "torch_dtype": "float16", "transformers_version": "4.21.0.dev0", "use_cache": True,
+            "vocab_size": 50272, "word_embed_proj_dim": 768,
+        },
+        {"position_offset": 2, "tied": True, "activation": "relu"},
+    ),
+    "vicuna-7b-v1.5": (
+        {
+            "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+            "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008,
+            "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32,
+            "num_hidden_layers": 32, "num_key_value_heads": 32, "pad_token_id": 0, "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
+            "transformers_version": "4.31.0", "use_cache": True, "vocab_size": 32000,
+        },
+        {"kv_heads": 32, "head_dim": 128, "tied": False},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("published, parts", PUBLISHED.values(), ids=PUBLISHED)
+def test_the_configs_of_other_published_models_are_read(published, parts):
+    config = from_hf(published, "config.json")
+    assert {name: getattr(config, name) for name in parts} == parts
+    assert from_hf(to_hf(config), "config.json") == config
+
+
+def test_a_checkpoint_of_the_bare_model_with_its_buffers_is_read(golden, tmp_path):
+    """As the Hub has GPT-2: without the prefix `transformer.`, and with the causal mask of every layer."""
+    source = golden("llm_gpt2")
+    shutil.copyfile(source / "config.json", tmp_path / "config.json")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in open_checkpoint(source).items()}
+    tensors |= {f"h.{i}.attn.bias": np.ones((1, 1, 4, 4), np.float32) for i in range(2)}
+    save_safetensors(tmp_path / "model.safetensors", tensors)
+    expected = parameters(nnx.state(load_llm(source)))
+    for path, variable in parameters(nnx.state(load_llm(tmp_path))).items():
+        assert np.array_equal(variable[...], expected[path][...]), path
+    save_safetensors(tmp_path / "model.safetensors", tensors | {"h.0.extra.bias": tensors["h.0.attn.bias"]})
+    with pytest.raises(UserError, match="unexpected transformer.h.0.extra.bias"):
+        load_llm(tmp_path)
+
+
+def test_short_names_are_those_of_published_models():
+    assert all(name == name.lower() and repo.count("/") == 1 for name, repo in ALIASES.items())
+    assert ALIASES["biomedgpt-lm-7b"] == "PharMolix/BioMedGPT-LM-7B"

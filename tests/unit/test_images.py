@@ -1,0 +1,193 @@
+"""Images as models take them, against the image processors of transformers, bit by bit."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from elm_jax.data.images import (
+    BICUBIC,
+    BILINEAR,
+    PROCESSING,
+    Processing,
+    naflex_shape,
+    normalized,
+    process,
+    stacked,
+)
+from elm_jax.data.rasterize import draw
+from elm_jax.data.synthetic_ecg import synthesize
+from elm_jax.errors import UserError
+
+THEIRS = {"clip": CLIPImageProcessorPil, "vit": ViTImageProcessorPil, "siglip2": Siglip2ImageProcessorPil}
+SHAPES = [(12, 2500), (12, 1250), (3, 500), (1, 64), (224, 224), (300, 217), (40, 39), (640, 480)]
+
+
+def random_image(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def assert_equals_theirs(image, name, theirs=None, processing=None):
+    processing = processing or PROCESSING[name]
+    expected = (theirs or THEIRS[name]())(image, input_data_format="channels_last", return_tensors="np")
+    ours = process(image, processing)
+    values = normalized(ours, processing)
+    assert values.dtype == np.float32
+    if isinstance(ours, dict):
+        assert ours["patches"].dtype == np.uint8 and ours["mask"].dtype == bool and ours["shape"].dtype == np.int32
+        np.testing.assert_array_equal(ours["mask"], expected["pixel_attention_mask"][0])
+        np.testing.assert_array_equal(ours["shape"], expected["spatial_shapes"][0])
+        np.testing.assert_array_equal(values, expected["pixel_values"][0])
+        assert not ours["patches"][~ours["mask"]].any()
+    else:
+        assert ours.dtype == np.uint8
+        np.testing.assert_array_equal(values, expected["pixel_values"][0].transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_images_of_any_shape_equal_transformers(name, shape):
+    assert_equals_theirs(random_image(*shape), name)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_page_and_a_stacked_signal_equal_transformers(name):
+    ecg = synthesize((4, 2), 250.0, 2500)
+    assert_equals_theirs(draw(ecg, 250.0, tuple(f"lead {i}" for i in range(12))), name)
+    assert_equals_theirs(stacked((ecg - ecg.min()) / (ecg.max() - ecg.min())), name)
+
+
+@given(st.integers(20, 3000), st.integers(20, 3000), st.sampled_from([14, 16, 32]), st.sampled_from([64, 256, 1024]))
+def test_naflex_uses_no_more_patches_than_it_may_and_nearly_all(height, width, patch, most):
+    rows, columns = naflex_shape(height, width, patch, most)
+    assert rows >= 1 and columns >= 1 and rows * columns <= most
+    if max(height, width) < 4 * min(height, width):
+        assert rows * columns > 0.6 * most
+
+
+def test_patches_are_the_image_row_by_row():
+    image = random_image(256, 256)
+    found = process(image, PROCESSING["siglip2"])
+    assert isinstance(found, dict) and found["shape"].tolist() == [16, 16] and found["mask"].all()
+    np.testing.assert_array_equal(found["patches"][17].reshape(16, 16, 3), image[16:32, 16:32])
+
+
+def test_the_crop_sees_twelve_samples_of_a_stacked_signal_and_whole_sees_all():
+    unit = np.zeros((12, 2500))
+    unit[:, :1240] = unit[:, 1260:] = 1.0
+    image = stacked(unit)
+    assert not process(image, PROCESSING["clip"]).any()
+    whole = PROCESSING["clip"].whole()
+    found = process(image, whole)
+    assert found.shape == (224, 224, 3) and found.mean() > 240
+    np.testing.assert_array_equal(
+        normalized(found, whole),
+        THEIRS["clip"](size={"height": 224, "width": 224})(image, input_data_format="channels_last")["pixel_values"][0]
+        .transpose(1, 2, 0),
+    )  # fmt: skip
+
+
+def test_processing_does_not_change_its_input():
+    for name, processing in PROCESSING.items():
+        image = random_image(30, 50)
+        before = image.copy()
+        process(image, processing)
+        np.testing.assert_array_equal(image, before, err_msg=name)
+        image.flags.writeable = False
+        process(image, processing)
+
+
+# ---- stacked signals
+
+
+def test_a_stacked_signal_is_cut_not_rounded():
+    unit = np.array([[0.0, 0.5, 1.0, 254.999 / 255]])
+    image = stacked(unit)
+    assert image.shape == (1, 4, 3) and image.dtype == np.uint8
+    np.testing.assert_array_equal(image[0], np.repeat([[0], [127], [255], [254]], 3, axis=1))
+
+
+# ---- preprocessor_config.json
+
+CLIP_OLD = {
+    "crop_size": 224,
+    "do_center_crop": True,
+    "do_normalize": True,
+    "do_resize": True,
+    "feature_extractor_type": "CLIPFeatureExtractor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "size": 224,
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_what_transformers_saves_is_what_we_have(name, tmp_path):
+    THEIRS[name]().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert Processing.from_hf(config) == PROCESSING[name]
+
+
+def test_the_files_that_the_models_were_published_with_are_what_we_have():
+    assert Processing.from_hf(CLIP_OLD) == PROCESSING["clip"]
+    vit = {"image_processor_type": "ViTImageProcessor", "size": 224, "resample": 2, "image_mean": [0.5] * 3}
+    assert Processing.from_hf(vit | {"image_std": [0.5] * 3, "do_normalize": True}) == PROCESSING["vit"]
+    siglip2 = {"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 256, "patch_size": 16}
+    assert Processing.from_hf(siglip2 | {"resample": 2, "data_format": None, "size": None}) == PROCESSING["siglip2"]
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("clip", {"size": {"shortest_edge": 40}, "crop_size": {"height": 30, "width": 36}}),
+        ("clip", {"size": {"height": 30, "width": 36}, "crop_size": {"height": 30, "width": 36}}),
+        ("vit", {"size": {"height": 30, "width": 36}, "resample": 3, "image_mean": [0.1, 0.2, 0.3]}),
+        ("vit", {"image_std": [0.1, 0.2, 0.3], "rescale_factor": 1 / 127.5}),
+        ("siglip2", {"patch_size": 14, "max_num_patches": 49}),
+    ],
+)
+def test_other_numbers_are_followed_as_transformers_does(name, change):
+    theirs = THEIRS[name](**change)
+    processing = Processing.from_hf(theirs.to_dict())
+    for shape in ((50, 70), (70, 50)):
+        assert_equals_theirs(random_image(*shape), name, theirs, processing)
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        ({"image_processor_type": "BeitImageProcessor"}, "BeitImageProcessor; expected CLIPImageProcessor"),
+        ({"image_processor_type": None}, "no image_processor_type"),
+        ({"do_resize": False}, "do_resize = False"),
+        ({"do_center_crop": False}, "do_center_crop = False"),
+        ({"do_pad": True}, "do_pad = True"),
+        ({"do_reduce_labels": True}, "the key do_reduce_labels"),
+        ({"image_meen": [1, 2, 3]}, "did you mean 'image_mean'"),
+        ({"image_mean": [0.5]}, r"image_mean = \[0.5\]; expected three numbers"),
+        ({"image_std": 0.5}, "image_std = 0.5"),
+        ({"resample": 9}, "resample = 9"),
+        ({"resample": "bicubic"}, "resample = bicubic"),
+        ({"size": {"longest_edge": 224}}, "size = .*expected height and width"),
+        ({"size": {"shortest_edge": 100}}, "a crop"),
+        ({"size": {"shortest_edge": "224"}}, "size.shortest_edge = 224"),
+        ({"size": {"height": 100, "width": 100}}, "size .100, 100. and crop_size"),
+        ({"crop_size": {"height": 0, "width": 9}}, "crop_size.height = 0"),
+        ({"rescale_factor": -1}, "rescale_factor = -1"),
+    ],
+)
+def test_what_we_do_not_know_is_refused_by_name(change, what):
+    config = CLIPImageProcessorPil().to_dict() | change
+    with pytest.raises(UserError, match=what) as error:
+        Processing.from_hf(config, "models/x/preprocessor_config.json")
+    assert str(error.value).startswith("models/x/preprocessor_config.json: ")
+
+
+def test_the_filters_are_those_of_the_published_files():
+    assert (BILINEAR, BICUBIC) == (2, 3)
+    assert [PROCESSING[name].resample for name in ("clip", "vit", "siglip2")] == [BICUBIC, BILINEAR, BILINEAR]

@@ -1,0 +1,252 @@
+"""ST-MEM, MTAE and MLAE without reference data: patches, initial values, any number of leads, errors."""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from elm_jax.errors import UserError
+from elm_jax.models.encoders import build_encoder, from_published, load_encoder, to_published
+from elm_jax.models.encoders.mae import MaeConfig, calculate_patch_size
+from elm_jax.models.functional import Structure, structure_of
+from elm_jax.models.pooling import adaptive_average_pool
+from elm_jax.runtime.mesh import make_mesh, named_sharding
+
+NAMES = ("st_mem", "mtae", "mlae")
+SMALL = {
+    "seq_len": 40, "num_leads": 3, "embed_dim": 16, "depth": 2, "num_heads": 2, "decoder_embed_dim": 8,
+    "decoder_depth": 1, "decoder_num_heads": 1,
+}  # fmt: skip
+TIME = {"patch_size": 5}  # for st_mem and mtae
+
+
+@cache
+def initial(name: str) -> dict[str, jax.Array]:
+    """The arrays of a fresh encoder."""
+    return structure(name).arrays(load_encoder(name, **config_for(name)).module)
+
+
+@pytest.fixture(scope="module")
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def config_for(name: str, **changes: Any) -> dict[str, Any]:
+    return SMALL | ({} if name == "mlae" else TIME) | changes
+
+
+def structure(name: str, tokens: int = 1, **changes: Any) -> Structure:
+    return structure_of(lambda: build_encoder(name, config_for(name, **changes), tokens, nnx.Rngs(0)))
+
+
+def published(name: str, rng: np.random.Generator, **changes: Any) -> dict[str, np.ndarray]:
+    """Random tensors under published names."""
+    leaves = structure(name, **changes).leaves
+    return to_published(
+        name, {key: 0.3 * rng.standard_normal(leaf.shape, dtype=np.float32) for key, leaf in leaves.items()}
+    )
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+# Patches
+
+
+def test_ties_of_the_patch_size_rule_go_to_the_smaller() -> None:
+    assert calculate_patch_size(252) == 7  # 36 patches; 9 samples give 28, as far from 32
+
+
+def test_patches_hold_the_samples_they_should(rng) -> None:
+    x = normal(rng, 2, 3, 40)
+    cut = {name: MaeConfig.from_fields(name, config_for(name)).cut(x) for name in NAMES}
+    assert [cut[name].shape for name in NAMES] == [(2, 3, 8, 5), (2, 8, 15), (2, 3, 40)]
+    for patch in range(8):
+        span = slice(5 * patch, 5 * patch + 5)
+        np.testing.assert_array_equal(cut["st_mem"][:, :, patch], x[:, :, span])
+        np.testing.assert_array_equal(cut["mtae"][:, patch], x[:, :, span].transpose(0, 2, 1).reshape(2, 15))
+    np.testing.assert_array_equal(cut["mlae"], x)
+
+
+@pytest.mark.parametrize(("name", "count"), [("st_mem", 24), ("mtae", 9), ("mlae", 4)])
+def test_tokens_are_bins_of_all_latents(rng, name: str, count: int) -> None:
+    """As many tokens as latents: the latents themselves, lead after lead for ST-MEM, CLS first for the others."""
+
+    @jax.jit
+    def run(arrays, x):
+        several, one = structure(name, count).bind(arrays), structure(name, 2).bind(arrays)
+        latents = one.encode(x) if name == "st_mem" else one.decode(one.encode(x))
+        return latents, several(x), one(x)
+
+    latents, several, pooled = run(initial(name), normal(rng, 2, 3, 40))
+    np.testing.assert_allclose(several, latents.reshape(several.shape), atol=1e-5)
+    np.testing.assert_allclose(pooled, adaptive_average_pool(several, 2), atol=1e-5)
+
+
+# Positions and other initial values
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_positions_are_sines_that_nothing_trains(name: str) -> None:
+    form = structure(name)
+    positions = {key for key, leaf in form.leaves.items() if leaf.statistic}
+    assert positions == ({"position"} if name == "st_mem" else {"position", "decoder_position"})
+    table = np.asarray(initial(name)["position"])[0]
+    patches = 3 if name == "mlae" else 8
+    assert len(table) == patches + (2 if name == "st_mem" else 1)
+    assert not table[0].any() and (name != "st_mem" or not table[-1].any())
+    at = np.arange(patches)[:, None] / 10000 ** (np.arange(8) / 8)
+    np.testing.assert_allclose(table[1 : patches + 1], np.concatenate([np.sin(at), np.cos(at)], 1), atol=1e-6)
+
+
+def test_the_reference_trains_the_positions_of_st_mem() -> None:
+    compat = ("st_mem_train_positions",)
+    form = structure_of(lambda: build_encoder("st_mem", config_for("st_mem"), 1, nnx.Rngs(0), compat=compat))
+    assert not any(leaf.statistic for leaf in form.leaves.values())
+
+
+def test_positions_stay_in_float32_where_weights_are_bfloat16() -> None:
+    form = structure_of(lambda: build_encoder("mtae", config_for("mtae"), 1, nnx.Rngs(0), param_dtype=jnp.bfloat16))
+    assert {leaf.dtype for leaf in form.leaves.values() if leaf.statistic} == {np.dtype(np.float32)}
+    assert {leaf.dtype for leaf in form.leaves.values() if not leaf.statistic} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_initial_weights_are_xavier_uniform(name: str) -> None:
+    for key, array in initial(name).items():
+        values = np.asarray(array)
+        if key.endswith("kernel"):
+            bound = (6 / sum(values.shape[-2:])) ** 0.5
+            assert 0.8 * bound < np.abs(values).max() <= bound, key
+            assert values.std() == pytest.approx(bound / 3**0.5, rel=0.15), key
+        elif key.endswith("bias"):
+            assert not values.any(), key
+        elif key in ("cls", "sep", "lead", "mask"):
+            assert 0.005 < values.std() < 0.04, key
+
+
+# Leads and dtypes
+
+
+@pytest.mark.parametrize("leads", [1, 8, 15])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_of_any_number_of_leads_is_used(rng, name: str, leads: int) -> None:
+    tensors = published(name, rng, num_leads=leads)
+    if name == "st_mem":
+        assert sum(key.startswith("encoder.lead_embeddings.") for key in tensors) == leads
+    encoder = load_encoder(name, tensors, tokens=2, **config_for(name, num_leads=leads))
+    signals = np.repeat(normal(rng, 1, leads, 40), 1 + leads, 0)
+    for lead in range(leads):
+        signals[1 + lead, lead] = normal(rng, 40)
+    out = np.asarray(encoder(signals))
+    assert (out.shape, out.dtype) == ((1 + leads, 2, encoder.width), np.float32)
+    assert (np.abs(out[1:] - out[0]).max((1, 2)) > 1e-4).all()  # each lead is seen
+
+
+def test_lead_embeddings_keep_their_order(rng) -> None:
+    """Of 12 and more, where the order of names as text would put 10 before 2."""
+    tensors = published("st_mem", rng, num_leads=12)
+    arrays = from_published("st_mem", structure("st_mem", num_leads=12).leaves, tensors)
+    for lead in range(12):
+        np.testing.assert_array_equal(arrays["lead"][lead], tensors[f"encoder.lead_embeddings.{lead}"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_computes_close_to_float32(rng, name: str) -> None:
+    config = config_for(name)
+    rounded = structure_of(lambda: build_encoder(name, config, 2, nnx.Rngs(0), dtype=jnp.bfloat16))
+
+    @jax.jit
+    def run(arrays, x):
+        return rounded.bind(arrays)(x), structure(name, 2).bind(arrays)(x)
+
+    found, expected = run(initial(name), normal(rng, 2, 3, 40))
+    assert found.dtype == jnp.float32
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert 1e-4 < error < 0.03  # bfloat16 has 8 bits, so it is not float32 that ran
+
+
+def test_what_no_embedding_depends_on_has_a_gradient_of_zero(rng) -> None:
+    form, signals = structure("mtae"), normal(rng, 2, 3, 40)
+    gradients = jax.jit(jax.grad(lambda arrays: jnp.sum(form.bind(arrays)(signals) ** 2)))(initial("mtae"))
+    unused = {key for key, gradient in gradients.items() if not np.asarray(gradient).any()}
+    assert unused == {"mask", "decoder_norm.scale", "decoder_norm.bias", "head.kernel", "head.bias"}
+
+
+@pytest.mark.parametrize("mesh", [{"data": 1, "fsdp": 8}, {"data": 1, "fsdp": 2, "tensor": 4}])
+@pytest.mark.parametrize("name", NAMES)
+def test_full_size_weights_can_be_laid_out_on_a_mesh(name: str, mesh: dict[str, int]) -> None:
+    from elm_jax.config import MeshConfig
+
+    devices = make_mesh(MeshConfig(**mesh))
+    leaves = structure_of(lambda: build_encoder(name, {}, 1, nnx.Rngs(0))).leaves
+    for key, leaf in leaves.items():
+        spread = not named_sharding(devices, leaf.axes, leaf.shape, key).is_fully_replicated
+        assert spread or np.prod(leaf.shape) < 1e5, key
+
+
+# Configs, shapes and checkpoints that do not fit
+
+
+def test_the_published_sizes_are_the_default() -> None:
+    st_mem = MaeConfig.from_fields("st_mem", {"norm_pix_loss": False, "d_model": 768, "num_encoder_tokens": 1})
+    assert (st_mem.seq_len, st_mem.patch_size, st_mem.embed_dim, st_mem.depth) == (2500, 100, 768, 12)
+    assert MaeConfig.from_fields("mtae", {"seq_len": 1250}).patch_size == 50
+    assert MaeConfig.from_fields("mlae", {"seq_len": 1250}).patch_size == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("st_mem", {"num_lead": 8}, r"config.num_lead: found an unknown field.*did you mean 'num_leads'\?"),
+        ("mtae", {"depth": 0}, "config.depth: found 0; expected a positive integer"),
+        ("mtae", {"embed_dim": 63}, "config.embed_dim: found 63; expected an even number"),
+        ("mtae", {"mlp_ratio": "4"}, "config.mlp_ratio: found '4'; expected a positive number"),
+        ("mtae", {"qkv_bias": 1}, "config.qkv_bias: found 1; expected True or False"),
+        ("st_mem", {"patch_size": 99}, "config.patch_size: found 99; expected a divisor of seq_len, 2500.*to 100"),
+        ("mlae", {"patch_size": 2}, "config.patch_size: found 2; expected 1, a lead"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(name: str, config: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_encoder(name, config, 1, nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 40), (2, 3, 45), (3, 40)])
+@pytest.mark.parametrize("name", NAMES)
+def test_signals_of_another_shape_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    encoder = nnx.eval_shape(lambda: build_encoder(name, config_for(name), 1, nnx.Rngs(0)))
+    with pytest.raises(UserError, match=r"expected \(batch, 3 leads, 40 samples\)"):
+        jax.eval_shape(lambda e, x: e(x), encoder, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def test_a_second_name_is_optional_but_must_agree(rng) -> None:
+    tensors, leaves = published("mtae", rng), structure("mtae").leaves
+    second = {key: tensors[key] for key in tensors if key.startswith("to_patch_embedding.")}
+    assert len(second) == 6
+    for key, tensor in second.items():
+        np.testing.assert_array_equal(tensor, tensors[f"encoder.{key}"])
+    once = {key: tensor for key, tensor in tensors.items() if key not in second}
+    arrays = from_published("mtae", leaves, once)
+    np.testing.assert_array_equal(arrays["patch.linear.kernel"].T, tensors["to_patch_embedding.2.weight"])
+    with pytest.raises(UserError, match="found to_patch_embedding.1.bias unlike encoder.to_patch_embedding.1.bias"):
+        from_published("mtae", leaves, {**tensors, "to_patch_embedding.1.bias": np.ones(15, np.float32)})
+
+
+def test_a_training_checkpoint_of_st_mem_is_read_without_its_decoder(rng) -> None:
+    tensors, leaves = published("st_mem", rng), structure("st_mem").leaves
+    more = {
+        "module.mask_embedding": np.zeros(3),
+        "module.to_patch_embedding.1.bias": np.zeros(3),
+        "module.decoder_blocks.0.attn.norm.bias": np.zeros(3),
+    }
+    wrapped = {f"module.{key}": tensor for key, tensor in tensors.items()}
+    arrays = from_published("st_mem", leaves, wrapped | more)
+    np.testing.assert_array_equal(arrays["sep"], tensors["encoder.sep_embedding"])
+    with pytest.raises(UserError, match="found unknown weights encoder.cls_embedding"):
+        from_published("st_mem", leaves, {**tensors, "encoder.cls_embedding": np.zeros(16, np.float32)})
