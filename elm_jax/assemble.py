@@ -33,7 +33,9 @@ from elm_jax.models.elm import ELM
 from elm_jax.models.encoders import ENCODERS, build_encoder, encoder_config, from_published, read_checkpoint
 from elm_jax.models.families import chat_family, extended, scratch_config
 from elm_jax.models.functional import Arrays, Structure, initialise, structure_of
+from elm_jax.models.lora import add_lora, is_lora
 from elm_jax.weights.load import load_llm_arrays, read_llm_config, resolve_llm_folder
+from elm_jax.weights.peft import load_adapter, spec_of
 
 # elm -> the kind of its connector; None: ECGs are symbols in the text.
 CONNECTORS = {
@@ -107,10 +109,16 @@ def make_arrays(assembly: Assembly, shardings: Mapping[str, Any], known: Collect
     wanted = [name for name in leaves if name not in known]
     components = {name.split(".")[0] for name in wanted}
     made: Arrays = {}
-    if assembly.llm_folder is not None and "llm" in components:
-        dtype = _dtype(config, "llm")
+    if assembly.llm_folder is not None and any(n.startswith("llm.") and not is_lora(n) for n in wanted):
+        dtype = _llm_dtype(config)
         arrays = load_llm_arrays(assembly.llm_folder, assembly.llm, dtype, lambda n, _: shardings[f"llm.{n}"])
         made |= {f"llm.{name}": x for name, x in arrays.items()}
+    adapted = [name for name in wanted if is_lora(name)]
+    if config.llm.lora.adapter is not None and adapted:
+        _, adapter = load_adapter(config.llm.lora.adapter, assembly.llm)
+        for name in adapted:
+            array = adapter[name.removeprefix("llm.")].astype(leaves[name].dtype)
+            made[name] = jax.device_put(array, shardings[name])
     if config.encoder.checkpoint is not None and "encoder" in components:
         mine = {n.removeprefix("encoder."): leaf for n, leaf in leaves.items() if n.startswith("encoder.")}
         arrays = from_published(str(config.encoder.name), mine, *read_checkpoint(config.encoder.checkpoint))
@@ -125,11 +133,14 @@ def _build(config: Config, llm: DecoderConfig, encoder_fields: Mapping[str, Any]
     compute = jnp.dtype(config.llm.compute_dtype)
     encoder, connector = _signal_path(config, encoder_fields, llm.hidden, compute)
     decoder = Decoder(
-        llm, _rngs(config, "llm"), param_dtype=_dtype(config, "llm"), scan=config.llm.scan,
+        llm, _rngs(config, "llm"), param_dtype=_llm_dtype(config), scan=config.llm.scan,
         remat=cast(Remat, config.llm.remat),
         attention=choose_attention(config.llm.attention, llm.head_dim, compute, softcap=llm.attention_cap),
         dropout=config.llm.dropout,
     )  # fmt: skip
+    adapter = spec_of(config.llm.lora)
+    if adapter is not None:
+        add_lora(decoder, adapter, _rngs(config, "lora"), _dtype(config, "llm"))
     return ELM(encoder, connector, decoder, compute, config.compat)
 
 
@@ -211,6 +222,11 @@ def _dtype(config: Config, component: str) -> Any:
     return jnp.dtype(config.llm.param_dtype if component in config.update else config.llm.compute_dtype)
 
 
+def _llm_dtype(config: Config) -> Any:
+    """Of the LLM's own weights, which are frozen beneath LoRA."""
+    return jnp.dtype(config.llm.compute_dtype) if spec_of(config.llm.lora) else _dtype(config, "llm")
+
+
 def _rngs(config: Config, component: str) -> nnx.Rngs:
     """Each component draws from its own stream, whatever else is drawn or loaded."""
     return nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(component.encode())))
@@ -227,7 +243,7 @@ def _tokenizer(config: Config, own: Path | None) -> Any:
 
         tokenizer = demo_tokenizer()
     else:
-        folder = resolve_llm_folder(config.llm.name)
+        folder = resolve_llm_folder(config.llm.name, weights=config.llm.scratch is None)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:

@@ -20,6 +20,7 @@ from elm_jax.data.loader import BadRecord, Loaded, StepSource, steps_from, unusa
 from elm_jax.data.plan import Plan
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays
+from elm_jax.models.lora import is_lora
 from elm_jax.runtime import distributed, telemetry
 from elm_jax.runtime.checkpoint import Checkpoints
 from elm_jax.runtime.compilation import cache_folder
@@ -277,10 +278,13 @@ class Trainer:
             return None
         leaves = self.assembly.structure.leaves
         layers = sum(
-            int(np.prod(leaf.shape)) for name, leaf in leaves.items() if name.startswith("llm.layers.")
+            int(np.prod(leaf.shape))
+            for name, leaf in leaves.items()
+            if name.startswith("llm.layers.") and not is_lora(name)
         )
         flops = telemetry.step_flops(
-            self.assembly.llm, layers, "llm" in self.config.update, tokens, supervised, pairs
+            self.assembly.llm, layers, any(n.startswith("llm.layers.") and not is_lora(n) for n in self.state.trained),
+            tokens, supervised, pairs,
         )
         return flops / seconds / (peak * self.mesh.size)
 

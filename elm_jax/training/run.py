@@ -123,6 +123,12 @@ def start_from(source: str, structure: Structure, shardings: Mapping[str, Any]) 
         raise UserError(
             "config.init_from", f"{source} without a checkpoint", "a trained run", "train it first"
         )
+    lora = read_json(folder / "config.json").get("llm", {}).get("lora", {})
+    if (lora.get("rank") or lora.get("adapter")) and not any(is_lora(name) for name in structure.leaves):
+        raise UserError(
+            "llm.lora", f"none, but {source} was trained with it", "the same llm.lora as there",
+            f"set --config.llm.lora.* as in {folder / 'config.json'}",
+        )  # fmt: skip
     like = structure.abstract(shardings)
     known = {**inherited(folder, like), **checkpoints.restore_arrays(step, like)}
     checkpoints.close()

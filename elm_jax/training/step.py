@@ -139,7 +139,7 @@ def make_eval_step(
 def _drops(config: Config) -> bool:
     """Whether anything is dropped: only in an LLM that is trained."""
     llm = config.llm
-    return "llm" in config.update and (llm.dropout > 0 or (llm.lora.rank > 0 and llm.lora.dropout > 0))
+    return "llm" in config.update and (llm.dropout > 0 or llm.lora.dropout > 0)
 
 
 def _trains_encoder(trained: Arrays) -> bool:

@@ -23,7 +23,8 @@ from elm_jax.weights.safetensors import Safetensors
 
 Shardings = Callable[[str, jax.ShapeDtypeStruct], Sharding]
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_HUB_FILES = [*_TOKENIZER_FILES, "*.safetensors"]
 _HEAD = "lm_head.weight"  # where the tied ones have a copy of the embedding table
 _LISTED = 6  # names in an error
 
@@ -109,8 +110,10 @@ def read_llm_config(folder: str | Path) -> DecoderConfig:
     return from_hf(read_json(path), str(path))
 
 
-def resolve_llm_folder(name: str | Path) -> Path:
+def resolve_llm_folder(name: str | Path, weights: bool = True) -> Path:
     """The local folder of a model: a folder as it is; a short name or Hugging Face id, downloaded if need be.
+
+    Without `weights` only configuration and tokenizer are downloaded.
 
     Raises UserError if it is neither, or cannot be had.
     """
@@ -126,7 +129,7 @@ def resolve_llm_folder(name: str | Path) -> Path:
         )
         raise UserError("llm.name", f"'{name}', which is no folder", "a folder or a known name", fix)
     try:
-        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES if weights else _TOKENIZER_FILES))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = (
             f"'{name}', which the Hugging Face hub did not give ({type(error).__name__}: {str(error)[:200]})"

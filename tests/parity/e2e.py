@@ -122,7 +122,7 @@ def _build(kind: str, llm: Any, tokens: int, golden: Any) -> ELM:
         bridge = build_signal_connector(connector, LEADS, SAMPLES, tokens, llm.hidden, rngs=rngs)
         return ELM(None, bridge, decoder, jnp.dtype(jnp.float32))
     config = json.loads((golden(ENCODER_FOLDER) / "config.json").read_text())
-    encoder = build_encoder(ENCODER, config, tokens, rngs)
+    encoder = build_encoder(ENCODER, config, tokens, rngs, compat=("st_mem_train_positions",))
     bridge = build_connector(connector, encoder.width, llm.hidden, rngs=rngs)
     return ELM(encoder, bridge, decoder, jnp.dtype(jnp.float32))
 
@@ -156,7 +156,6 @@ class Replayed:
     rates: list[float]
     lengths: list[float]  # L2 norm of what is trained, after the step
     arrays: Arrays  # of the whole model, at the end
-    fixed: list[str]  # what we keep as it is in parts that are trained: the position tables of an encoder
 
 
 def settings_of(trace: Mapping[str, Any]) -> Config:
@@ -220,7 +219,7 @@ def replay(case: Case, trace: Mapping[str, Any]) -> Replayed:
         norms.append(float(metrics["grad_norm"]))
         squares = [np.sum(np.square(np.asarray(x, np.float64))) for x in state.trained.values()]
         lengths.append(float(np.sqrt(np.sum(squares))))
-    return Replayed(losses, norms, rates, lengths, {**kept, **state.trained, **state.statistics}, moving)
+    return Replayed(losses, norms, rates, lengths, {**kept, **state.trained, **state.statistics})
 
 
 def windows(trace: Mapping[str, Any]) -> list[list[int]]:
