@@ -18,13 +18,13 @@ from flax import nnx
 
 from elm_jax import compat as behaviours
 from elm_jax.config import Config
-from elm_jax.data.chat import add_tokens
+from elm_jax.data.chat import THINK_TOKENS, add_tokens
 from elm_jax.data.dataset import Dataset, TextSpec, text_spec
 from elm_jax.data.ecg_tokens import EcgTokens, add_ecg_tokens
 from elm_jax.data.images import PROCESSING, Processing
-from elm_jax.data.rasterize import REFERENCE_DPI
 from elm_jax.data.represent import SignalSpec, signal_spec
 from elm_jax.data.sources import load_records
+from elm_jax.data.symbolic import EcgByte
 from elm_jax.errors import UserError, one_line
 from elm_jax.models.attention import choose_attention
 from elm_jax.models.connectors import SIGNAL_KINDS, build_connector, build_signal_connector
@@ -34,6 +34,7 @@ from elm_jax.models.encoders import ENCODERS, build_encoder, encoder_config, fro
 from elm_jax.models.families import chat_family, extended, scratch_config
 from elm_jax.models.functional import Arrays, Structure, initialise, structure_of
 from elm_jax.models.lora import add_lora, is_lora
+from elm_jax.training import run
 from elm_jax.weights.load import load_llm_arrays, read_llm_config, resolve_llm_folder
 from elm_jax.weights.peft import load_adapter, spec_of
 
@@ -72,17 +73,19 @@ class Assembly:
 def assemble(config: Config, tokenizer_folder: Path | None = None) -> Assembly:
     """The parts of a run. `tokenizer_folder`: where the run keeps its own tokenizer, used where it exists.
 
+    A new run with `init_from` begins from the tokenizer of that run, so that the tokens both have keep their ids.
+
     Raises:
         UserError: a name or size in the config does not fit; names the key.
     """
     _check_parts(config)
     folder = None if config.llm.scratch else resolve_llm_folder(config.llm.name)
     tokenizer = _tokenizer(config, tokenizer_folder)
-    symbols = _symbols(config, tokenizer)
-    if folder is None:
-        llm = scratch_config(config.llm.scratch or {}, len(tokenizer))
-    else:
-        llm = extended(read_llm_config(folder), len(tokenizer))
+    symbols = _symbols(config, tokenizer, tokenizer_folder)
+    # A pretrained model has room for the tags of fine-tuning too, so that this can start from it as it is.
+    rows = len({*tokenizer.get_vocab(), *THINK_TOKENS})
+    sizes = config.llm.scratch or {}
+    llm = scratch_config(sizes, rows) if folder is None else extended(read_llm_config(folder), rows)
     if config.data.max_len > llm.max_len:
         raise UserError(
             "data.max_len", str(config.data.max_len), f"at most the model's context, {llm.max_len}",
@@ -94,8 +97,7 @@ def assemble(config: Config, tokenizer_folder: Path | None = None) -> Assembly:
     text = text_spec(config.data, family, config.encoder.tokens, config.phase, config.compat)
     encoder = _encoder_fields(config)
     processing = _processing(config.encoder.name, encoder, config.compat)
-    dpi = REFERENCE_DPI if behaviours.enabled("rgb_250_dpi", config.compat) else None
-    signal = signal_spec(config.data, config.seed, processing, symbols, dpi)
+    signal = signal_spec(config.data, config.seed, processing, symbols, config.compat)
     structure = structure_of(lambda: _build(config, llm, encoder))
     return Assembly(config, tokenizer, text, signal, llm, folder, encoder, structure)
 
@@ -192,9 +194,11 @@ def _check_parts(config: Config) -> None:
     if encoded and name is None:
         known = ", ".join(ENCODERS)
         raise UserError("encoder.name", "None", f"an ECG encoder for elm={elm}: {known}", "set --config.encoder.name")
-    if not encoded and (name is not None or "encoder" in config.update):
-        where = "encoder.name" if name is not None else "update"
-        raise UserError(where, str(name or "encoder"), f"no encoder with elm={elm}", "leave it out, or choose a LLaVA")
+    if not encoded and name is not None:
+        raise UserError("encoder.name", name, f"no encoder with elm={elm}", "leave it out, or choose a LLaVA")
+    for part, exists in (("encoder", encoded), ("connector", kind is not None)):
+        if part in config.update and not exists:
+            raise UserError("update", part, f"no {part} with elm={elm}", "leave it out, or choose another elm")
     fitting = ("symbolic",) if kind is None else ("rgb", "stacked_signal") if name in PROCESSING else ("signal",)
     if representation not in fitting:
         what = f"encoder.name={name}" if encoded else f"elm={elm}"
@@ -202,19 +206,49 @@ def _check_parts(config: Config) -> None:
             "data.representation", representation, f"{' or '.join(fitting)} for {what}",
             f"set --config.data.representation={fitting[0]}",
         )  # fmt: skip
-    if elm == "base_elf" and config.encoder.tokens != 1:
-        fix = "set --config.encoder.tokens=1, or elm=patch_elf"
-        raise UserError("encoder.tokens", str(config.encoder.tokens), "1 for elm=base_elf", fix)
     if kind is None and config.data.ecg_tokenizer is None:
         fix = "set --config.data.ecg_tokenizer to an ECG-Byte file (.json or .pkl)"
         raise UserError("data.ecg_tokenizer", "None", "a symbolic tokenizer for elm=ecg_byte", fix)
+    # Holds, then the key, what is found, and where it has a meaning: elsewhere it would be ignored without a word.
+    lora, data = config.llm.lora, config.data
+    adapts = lora.rank > 0 and lora.adapter is None and config.init_from is None
+    used = [
+        ("llm" in config.update or not adapts, "llm.lora.rank", lora.rank, "0 where update leaves the LLM out"),
+        (encoded or config.encoder.checkpoint is None, "encoder.checkpoint", config.encoder.checkpoint,
+         f"None for elm={elm}"),
+        (encoded or not config.encoder.config, "encoder.config", config.encoder.config, f"nothing for elm={elm}"),
+        (elm not in ("base_elf", "ecg_byte") or config.encoder.tokens == 1, "encoder.tokens", config.encoder.tokens,
+         f"1 for elm={elm}"),
+        (kind is None or data.ecg_tokenizer is None, "data.ecg_tokenizer", data.ecg_tokenizer,
+         "None but for elm=ecg_byte"),
+        (name in PROCESSING or not data.augment_rgb, "data.augment_rgb", True,
+         "false without an encoder of images"),
+        (kind == "mlp" or config.connector.hidden is None, "connector.hidden", config.connector.hidden,
+         "None but for elm=mlp_llava"),
+    ]  # fmt: skip
+    for holds, key, found, expected in used:
+        if not holds:
+            raise UserError(key, str(found), expected, f"leave --config.{key} out")
 
 
-def _symbols(config: Config, tokenizer: Any) -> EcgTokens | None:
-    """The ECG's symbols in the tokenizer, which gets them here, where ECGs are symbols."""
+def _symbols(config: Config, tokenizer: Any, own: Path | None) -> EcgTokens | None:
+    """The ECG's symbols in the tokenizer, which gets them here, where ECGs are symbols.
+
+    Its tokens mean nothing with another ECG-Byte than the one they were learnt with: a run keeps its own, and what is
+    given must be the same. (The file that a run began with need not be there any more.)
+    """
     if CONNECTORS[config.elm] is not None:
         return None
-    return add_ecg_tokens(tokenizer, str(config.data.ecg_tokenizer), config.data.min_ecg_tokens, config.compat)
+    given, options = Path(str(config.data.ecg_tokenizer)), (config.data.min_ecg_tokens, config.compat)
+    began_with = _began_with(config, own)
+    kept = None if began_with is None else began_with / run.ECG_BYTE
+    if kept is None or not kept.is_file():
+        return add_ecg_tokens(tokenizer, given, *options)
+    symbols = add_ecg_tokens(tokenizer, kept, *options)
+    if (given.exists() or began_with != own) and EcgByte.load(given).fingerprint != symbols.coder.fingerprint:
+        fix = "give the file that the run began with, or start a new run without init_from"
+        raise UserError("data.ecg_tokenizer", str(given), f"the same ECG-Byte as {kept}", fix)
+    return symbols
 
 
 def _dtype(config: Config, component: str) -> Any:
@@ -232,22 +266,52 @@ def _rngs(config: Config, component: str) -> nnx.Rngs:
     return nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(component.encode())))
 
 
+def _began_with(config: Config, own: Path | None) -> Path | None:
+    """The folder of the tokenizer that the run has, else of the run that it starts from."""
+    if own is not None and (own / "tokenizer.json").is_file():
+        return own
+    return None if config.init_from is None else run.tokenizer_of(config.init_from)
+
+
 def _tokenizer(config: Config, own: Path | None) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch is no news here
-    from transformers import AutoTokenizer
-
-    if own is not None and (own / "tokenizer.json").is_file():
-        return AutoTokenizer.from_pretrained(own)
-    if config.llm.name == DEMO_LLM:
-        from elm_jax.data.demo import demo_tokenizer
-
-        tokenizer = demo_tokenizer()
-    else:
-        folder = resolve_llm_folder(config.llm.name, weights=config.llm.scratch is None)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            found = f"{folder} without a tokenizer that can be read ({one_line(str(error))[:120]})"
-            raise UserError("llm.name", found, "a folder with tokenizer.json", "add the tokenizer") from error
+    folder = _began_with(config, own)
+    tokenizer = _published_tokenizer(config.llm.name, config.llm.scratch is None) if folder is None else _read(folder)
+    if folder is not None and folder != own:
+        _check_llm(config, tokenizer)
     add_tokens(tokenizer, config.phase)
     return tokenizer
+
+
+def _check_llm(config: Config, tokenizer: Any) -> None:
+    """Raise UserError where the tokenizer of `init_from` is not that of `llm.name` with some tokens more."""
+    there = run.read_json(run.run_folder(str(config.init_from), "config.init_from") / "config.json")["llm"]["name"]
+    if there == config.llm.name:
+        return
+    ours = _published_tokenizer(config.llm.name, config.llm.scratch is None)
+    same_ends = (ours.bos_token, ours.eos_token) == (tokenizer.bos_token, tokenizer.eos_token)
+    if not (ours.get_vocab().items() <= tokenizer.get_vocab().items() and same_ends):
+        raise UserError(
+            "llm.name", f"{config.llm.name}, whose tokenizer is not that of {config.init_from}", there,
+            f"set --config.llm.name={there}",
+        )  # fmt: skip
+
+
+def _published_tokenizer(name: str, weights: bool) -> Any:
+    """The tokenizer of `llm.name` as it is published. `weights`: the model's are needed too."""
+    if name == DEMO_LLM:
+        from elm_jax.data.demo import demo_tokenizer
+
+        return demo_tokenizer()
+    folder = resolve_llm_folder(name, weights)
+    try:
+        return _read(folder)
+    except (OSError, ValueError) as error:
+        found = f"{folder} without a tokenizer that can be read ({one_line(str(error))[:120]})"
+        raise UserError("llm.name", found, "a folder with tokenizer.json", "add the tokenizer") from error
+
+
+def _read(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)

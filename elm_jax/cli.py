@@ -152,8 +152,8 @@ class ConfigFlags:
 def read_config_file(argument: str) -> tuple[dict[str, Any], str]:
     """What get_config of `FILE` or `FILE:ARGUMENT` returns, as a dict, and the run's name that it implies.
 
-    A file `configs/X.py` that is not there is taken from the package. Whatever the file raises is a UserError
-    that names its line.
+    A file `configs/X.py` or `configs/FOLDER/X.py` that is not there is taken from the package. Whatever the file
+    raises is a UserError that names its line.
     """
     named, _, text = argument.partition(":")
     path = _find(named)
@@ -186,15 +186,17 @@ def _find(named: str) -> Path:
     path = Path(named)
     if path.is_file():
         return path
-    if str(path.parent) in ("configs", ".") and (PACKAGED / path.name).is_file():
-        return PACKAGED / path.name
     known = _packaged()
+    for name in (path.as_posix(), f"configs/{path.as_posix()}"):
+        if name in known:
+            return PACKAGED.parent / name
     fix = nearest(named, known) or f"give the path of one, or {' or '.join(known)}"
     raise UserError("--config", f"no file {named}", "a Python file with get_config()", fix)
 
 
 def _packaged() -> list[str]:
-    return sorted(f"configs/{file.name}" for file in PACKAGED.glob("[!_]*.py"))
+    """The package's config files, as `--config` takes them from anywhere."""
+    return sorted(file.relative_to(PACKAGED.parent).as_posix() for file in PACKAGED.rglob("[!_]*.py"))
 
 
 def _line(error: Exception, path: Path) -> str:

@@ -35,6 +35,13 @@ def closest(name: str, choices: Iterable[str]) -> str:
     return folded[found[0]] if found else ""
 
 
+def some(names: Iterable[str], most: int = 4) -> str:
+    """The first `most` of `names`, joined by commas, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def one_line(text: str) -> str:
     """`text` with every run of whitespace, line breaks included, as one space."""
     return " ".join(str(text).split())

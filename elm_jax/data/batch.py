@@ -123,7 +123,8 @@ class _RowWriter:
     def write(self, groups: list[Group]) -> None:
         for number, group in enumerate(groups, start=1):
             start = self.token
-            first = group.conversations[0]
+            # Of a bad record nothing may be known; what is shared comes from a good one where there is any.
+            first = next((c for c in group.conversations if c.signals is not None), group.conversations[0])
             shared_ecgs = _ecgs_before(first, group.prefix)
             readers = sum(c.signals is not None for c in group.conversations)
             shared_slots = self._place_signals(first, 0, shared_ecgs, readers)

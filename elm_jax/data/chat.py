@@ -55,7 +55,8 @@ PHASES = ("pretrain", "sft", "rl")
 class Rendered:
     """A rendered conversation of T tokens.
 
-    prompt: the text of the ids (with compat `truncate_tokens`, the text before truncation).
+    prompt: the text of the ids (with compat `truncate_tokens`, the text before truncation; where an ECG's symbols
+    stand in the ids, its placeholder stands here).
     ids: int32 (T,). supervised: bool (T,), what is learnt.
     signal_positions: int32 (n_ecgs, N), where the placeholders of each ECG are.
     system_end: tokens [0, system_end) end with the special token after the system prompt; 0 without one.

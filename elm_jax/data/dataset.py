@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from elm_jax.data.batch import Conversation, Signal
 from elm_jax.data.chat import Rendered, render, render_prompts
 from elm_jax.data.ecg_tokens import EcgTokens, cut_ecgs, kept_as_reference, reserved, write_ecgs
 from elm_jax.data.plan import LengthIndex
-from elm_jax.data.represent import SignalSpec
+from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
+SPARE = 1.25  # of an ECG's symbols are planned for where augmentation varies them
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,22 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.records)
 
-    def render(self, index: int, ecgs: Sequence[Signal] | None = None) -> Rendered:
+    def render(
+        self, index: int, ecgs: Sequence[Signal] | None = None, length: int | None = None
+    ) -> Rendered:
         """The tokens of one record. Where ECGs are symbols they are written into them: `ecgs`, or those of the files.
+
+        `length`: the most tokens that the record may have, where that is less than `text.max_len`; symbols that
+        exceed it are cut.
 
         Raises:
             UserError: the record has no answer, or does not fit; names the record.
         """
-        record, options = self.records[index], asdict(self.text)
+        record = self.records[index]
         try:
             if self._symbols is None:
-                return render(record.text, self.tokenizer, n_ecgs=self._ecgs(record), **options)
-            symbols = self.signals(index) if ecgs is None else ecgs
-            return self._with_symbols(symbols, lambda limit: self._rendered(record, limit))
+                return self._rendered(record, self.text.max_len)
+            return self._with_symbols(record, self.signals(index) if ecgs is None else ecgs, length)
         except UserError as error:
             raise UserError(f"record {record.id}", error.found, error.expected, error.fix) from error
 
@@ -112,21 +117,31 @@ class Dataset:
         options = asdict(replace(self.text, max_len=max_len))
         return render(record.text, self.tokenizer, n_ecgs=self._ecgs(record), **options)
 
-    def _with_symbols(self, ecgs: Sequence[Any], write: Callable[[int | None], Rendered]) -> Rendered:
-        """What `write` renders within a limit, with symbols in place of its ECGs, all within `text.max_len`.
+    def _with_symbols(self, record: Record, ecgs: Sequence[Any], length: int | None) -> Rendered:
+        """The tokens of a record with symbols in place of its ECGs, within `text.max_len` and `length`.
 
-        Text gives way as everywhere, but each ECG keeps `data.min_ecg_tokens`; ECGs take the room that is left.
+        The ECGs take the room that the text leaves, but each keeps `data.min_ecg_tokens`: for these text gives way.
         """
         limit = self.text.max_len
         if limit is None or not ecgs:
-            return write_ecgs(write(limit), ecgs) if ecgs else write(limit)
+            rendered = self._rendered(record, limit)
+            return write_ecgs(rendered, ecgs) if ecgs else rendered
         assert self._symbols is not None
         least = self._symbols.least
-        if behaviours.enabled("truncate_tokens", self.text.compat):
-            return _cut_as_reference(write(None), ecgs, limit, least)
-        rendered = write(limit - reserved(ecgs, least))
-        shown = ecgs[: len(rendered.signal_positions)]
-        return write_ecgs(rendered, cut_ecgs(shown, limit - len(rendered.ids) + len(shown)))
+        if len(ecgs) == 1 and behaviours.enabled("truncate_tokens", self.text.compat):
+            return _cut_as_reference(self._rendered(record, None), ecgs[0], limit, least)
+        # Where the symbols vary the text does not: it makes room as if each ECG had at least `least` of them.
+        kept = len(ecgs) * max(least - 1, 0) if self._varies else reserved(ecgs, least)
+        try:
+            rendered = self._rendered(record, limit - kept)
+        except UserError as error:
+            if error.where != "data.max_len":
+                raise
+            found = f"{limit} tokens, {kept + len(ecgs)} of them for ECGs (data.min_ecg_tokens)"
+            fix = "raise data.max_len or lower data.min_ecg_tokens"
+            raise UserError(error.where, found, "room for the text beside the ECGs", fix) from error
+        room = min(limit, length or limit) - len(rendered.ids) + len(ecgs)
+        return write_ecgs(rendered, cut_ecgs(ecgs, room))
 
     @property
     def _symbols(self) -> EcgTokens | None:
@@ -164,13 +179,23 @@ class Dataset:
         return zlib.crc32(f"{self.signal.seed}:{self.records[index].id}:{place}".encode())
 
     def conversation(self, index: int, signals: list[Signal] | None, length: int) -> Conversation:
-        """The record with given signals (None: a bad record, which keeps its place of `length` with weight 0)."""
-        if signals is None and self._symbols is not None:
+        """The record with given signals (None: a bad record, which keeps its place of `length` with weight 0).
+
+        Raises:
+            UserError: an ECG has other symbols than when `length` was measured; names the record.
+        """
+        if self._symbols is None:
+            r = self.render(index)
+            return Conversation(index, r.ids, r.supervised, r.signal_positions, signals)
+        nowhere = np.zeros((0, 0), np.int32)
+        if signals is None:
             nothing = np.zeros(length, np.int32)
-            return Conversation(index, nothing, nothing.astype(bool), np.zeros((0, 0), np.int32), None)
-        r = self.render(index, signals)
-        shown = signals if signals is None or self._symbols is None else []
-        return Conversation(index, r.ids, r.supervised, r.signal_positions, shown)
+            return Conversation(index, nothing, nothing.astype(bool), nowhere, None)
+        r = self.render(index, signals, length)
+        if len(r.ids) != length and not self._varies:
+            found = f"{len(r.ids)} tokens where the run's plan has {length}: its ECG has changed"
+            raise UserError(f"record {self.records[index].id}", found, "the ECG as it was", "start the run again")
+        return Conversation(index, r.ids, r.supervised, nowhere, [])
 
     def length_index(
         self, share: str, max_bad: float, cache: Path | None = None, progress: bool = False
@@ -188,7 +213,8 @@ class Dataset:
                 self.render(int(i))  # says what is wrong with the first that is too many
         else:
             columns = self._measure(max_bad, progress)
-            if path:
+            # An ECG that could not be read may be mended: the next start looks again.
+            if path and (self._symbols is None or columns["length"].all()):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
                 pq.write_table(pa.table(columns), temporary)
@@ -198,7 +224,8 @@ class Dataset:
 
     @property
     def _varies(self) -> bool:
-        return self.augments and self.signal.varies and self._symbols is not None
+        """Whether an ECG has other symbols in every epoch."""
+        return self.augments and self.signal.augment_ecg and self._symbols is not None
 
     def _measure(self, max_bad: float, progress: bool) -> dict[str, np.ndarray]:
         names = (
@@ -219,7 +246,7 @@ class Dataset:
             record = self.records[i]
             columns["dataset"][i] = record.dataset
             try:
-                rendered = self._longest(i) if self._varies else self.render(i)
+                rendered = self._planned(i) if self._varies else self.render(i)
             except UserError as error:
                 bad.append(error)
                 if len(bad) > max_bad * len(self):
@@ -228,34 +255,39 @@ class Dataset:
             _fill(columns, i, rendered, record)
         return columns
 
-    def _longest(self, index: int) -> Rendered:
-        """The record with as many symbols in each ECG as it has samples: no epoch has more."""
-        samples = np.zeros(int(np.prod(self.signal.shape)), np.int32)
-        return self.render(index, [samples] * len(self.records[index].ecg_paths))
+    def _planned(self, index: int) -> Rendered:
+        """The record with room for what augmentation adds to its symbols; what exceeds it will be cut."""
+        return self.render(index, [np.zeros(int(SPARE * len(ecg)), np.int32) for ecg in self.signals(index)])
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes with anything that may change a length: records, tokenizer, text spec."""
-        digest = hashlib.sha256(json.dumps([INDEX_VERSION, asdict(self.text)], sort_keys=True).encode())
-        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
-        if self._symbols is not None:  # the length of a conversation then depends on the signal
-            digest.update(repr(replace(self.signal, tokens=None)).encode() + self._symbols.coder.fingerprint.encode())
-            digest.update(repr(self.augments).encode())
+        """Changes with anything that may change a length: records, tokenizer, text spec; signals that are symbols."""
+        words = self.tokenizer
+        told = [INDEX_VERSION, asdict(self.text), words.bos_token, words.eos_token]
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        digest.update(words.backend_tokenizer.to_str().encode())
+        if self._symbols is not None:
+            told = replace(self.signal, root=str(Path(self.signal.root).absolute()), tokens=None)
+            digest.update(repr((told, self._symbols.fingerprint, self.augments)).encode())
         for record in self.records:
             digest.update(repr((record.id, record.ecg_paths, record.text, record.dataset)).encode())
+            if self._symbols is not None:
+                digest.update(repr([self.signal.stamp(path) for path in record.ecg_paths]).encode())
         return digest.hexdigest()[:32]
 
 
-def _cut_as_reference(rendered: Rendered, ecgs: Sequence[Any], limit: int, least: int) -> Rendered:
-    """The first ECG's symbols in place, cut as the reference cuts them and the text behind them."""
+def _cut_as_reference(rendered: Rendered, ecg: np.ndarray, limit: int, least: int) -> Rendered:
+    """The ECG's symbols in place, cut as the reference cuts them and the text behind them."""
     place, length = int(rendered.signal_positions[0, 0]), len(rendered.ids)
-    kept, after = kept_as_reference(place, len(ecgs[0]), length - place - 1, limit, least)
+    kept, after = kept_as_reference(place, len(ecg), length - place - 1, limit, least)
     end = place + 1 + after
-    cut = replace(
-        rendered, ids=rendered.ids[:end], supervised=rendered.supervised[:end],
-        signal_positions=rendered.signal_positions[:1],
-    )  # fmt: skip
-    return write_ecgs(cut, [ecgs[0][:kept]])
+    if not rendered.supervised[:end].any():
+        raise UserError(
+            "data.max_len", str(limit), "room for a token of the answer behind the ECG",
+            "raise it, lower data.min_ecg_tokens, or leave truncate_tokens out of compat",
+        )  # fmt: skip
+    cut = replace(rendered, ids=rendered.ids[:end], supervised=rendered.supervised[:end])
+    return write_ecgs(cut, [ecg[:kept]])
 
 
 def _fill(columns: dict[str, np.ndarray], i: int, rendered: Rendered, record: Record) -> None:
@@ -272,7 +304,7 @@ def _fill(columns: dict[str, np.ndarray], i: int, rendered: Rendered, record: Re
 
 def _recordings(record: Record) -> tuple[str, ...]:
     """What tells recordings apart. Each record's `noise` is its own; so is its place in the batch."""
-    return tuple(f"{p}:{record.id}" if p in ("noise", "flatline") else p for p in record.ecg_paths)
+    return tuple(f"{p}:{record.id}" if p in (NOISE, FLATLINE) else p for p in record.ecg_paths)
 
 
 def _key(ids: np.ndarray, *parts: str) -> int:

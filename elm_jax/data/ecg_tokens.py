@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from elm_jax import compat as behaviours
+from elm_jax.data.batch import Signal
 from elm_jax.data.chat import Rendered
 from elm_jax.data.symbolic import EcgByte
 from elm_jax.errors import UserError
@@ -25,6 +26,11 @@ class EcgTokens:
     coder: EcgByte
     llm_ids: np.ndarray  # (len(coder),) int32
     least: int  # tokens of an ECG that truncation keeps
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with all that decides how many tokens an ECG has."""
+        return f"{self.coder.fingerprint}:{self.least}"
 
     def encode(self, unit: np.ndarray) -> np.ndarray:
         """A signal (C, L) in [0, 1] -> its tokens (n,) int32. Raises UserError where the extension is missing."""
@@ -81,7 +87,7 @@ def write_prompt(rendered: Rendered, ecgs: Sequence[np.ndarray], least: int, lim
     return write_ecgs(rendered, cut_ecgs(ecgs, max(room, reserved(ecgs, least) + len(ecgs))))
 
 
-def reserved(ecgs: Sequence[np.ndarray], least: int) -> int:
+def reserved(ecgs: Sequence[Signal], least: int) -> int:
     """Tokens beyond their placeholders that ECGs keep, whatever is truncated."""
     return sum(min(len(tokens), max(least, 1)) - 1 for tokens in ecgs)
 

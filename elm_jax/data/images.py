@@ -9,14 +9,10 @@ Dimension letters: C leads, L samples, H x W pixels, P patches, p pixels a side 
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from PIL import Image
-
-from elm_jax.errors import UserError, nearest
 
 BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
 Patches = dict[str, np.ndarray]
@@ -39,11 +35,6 @@ class Processing:
     patch: int | None = None
     max_patches: int = 256
     rescale: float = 1 / 255
-
-    @staticmethod
-    def from_hf(config: Mapping[str, Any], where: str = "preprocessor_config.json") -> "Processing":
-        """What a model folder's preprocessor_config.json says; UserError (`where`) for what is not known here."""
-        return _from_hf(config, where)
 
     def whole(self) -> "Processing":
         """The same without the crop: the image is stretched to `size`, and all of it is seen.
@@ -87,16 +78,6 @@ def process(image: np.ndarray, processing: Processing) -> np.ndarray | Patches:
     if processing.shortest_edge is None:
         return np.asarray(_resized(Image.fromarray(image), *processing.size, processing.resample))
     return _resized_and_cropped(image, processing.shortest_edge, processing.size, processing.resample)
-
-
-def normalized(processed: np.ndarray | Patches, processing: Processing) -> np.ndarray:
-    """What the encoder makes of `process`: (H', W', 3) or (P, p * p * 3) float32, zero in patches that are none."""
-    pixels = processed["patches"] if isinstance(processed, dict) else processed
-    by_channel = pixels.reshape(*pixels.shape[:-1], -1, 3)
-    scaled = (by_channel.astype(np.float64) * processing.rescale).astype(np.float32)
-    mean, std = np.array(processing.mean, np.float32), np.array(processing.std, np.float32)
-    values = ((scaled - mean) / std).reshape(pixels.shape)
-    return values * processed["mask"][:, None] if isinstance(processed, dict) else values
 
 
 # --- resizing ------------------------------------------------------------------------------------------------
@@ -150,102 +131,3 @@ def naflex_shape(height: int, width: int, patch: int, most: int, precision: floa
         rows, columns = grid(middle)
         low, high = (middle, high) if rows * columns <= most else (low, middle)
     return grid(low)
-
-
-# --- preprocessor_config.json --------------------------------------------------------------------------------
-
-_KINDS = {"CLIP": "clip", "ViT": "vit", "Siglip2": "siglip2"}
-_TYPE_KEYS = ("image_processor_type", "feature_extractor_type")
-_NO_EFFECT = {*_TYPE_KEYS, "processor_class", "do_convert_rgb", "data_format", "default_to_square"}
-_VALUES = {
-    "image_mean",
-    "image_std",
-    "resample",
-    "size",
-    "crop_size",
-    "patch_size",
-    "max_num_patches",
-    "rescale_factor",
-}
-
-
-def _from_hf(config: Mapping[str, Any], where: str) -> Processing:
-    told = {key: value for key, value in config.items() if value is not None}
-    kind = _kind(told, where)
-    fixed = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_pad": False}
-    fixed["do_center_crop"] = kind == "clip"
-    for key, value in told.items():
-        if key not in _NO_EFFECT | _VALUES | fixed.keys():
-            hint = nearest(key, _VALUES | fixed.keys()) or "remove it if it changes nothing"
-            raise UserError(where, f"the key {key}", "keys of an image processor", hint)
-        if key in fixed and value != fixed[key]:
-            raise UserError(where, f"{key} = {value}", str(fixed[key]), "use a folder of a model that we have")
-    default = PROCESSING[kind]
-    processing = replace(
-        default,
-        mean=_three(told.get("image_mean", default.mean), where, "image_mean"),
-        std=_three(told.get("image_std", default.std), where, "image_std"),
-        resample=_one_of(told.get("resample", default.resample), range(6), where, "resample"),
-        rescale=_positive(told.get("rescale_factor", default.rescale), where, "rescale_factor", (int, float)),
-    )
-    if kind == "siglip2":
-        patch = _positive(told.get("patch_size", default.patch), where, "patch_size")
-        most = _positive(told.get("max_num_patches", default.max_patches), where, "max_num_patches")
-        return replace(processing, patch=patch, max_patches=most)
-    return _with_size(processing, told, where)
-
-
-def _with_size(processing: Processing, told: Mapping[str, Any], where: str) -> Processing:
-    size, crops = told.get("size"), processing.shortest_edge is not None
-    if isinstance(size, int):  # as older files have it
-        size = {"shortest_edge": size} if crops else {"height": size, "width": size}
-    crop = told.get("crop_size") if crops else None
-    if isinstance(crop, int):
-        crop = {"height": crop, "width": crop}
-    shape = _height_width(crop, where, "crop_size") if crop is not None else processing.size
-    if size is None:
-        return replace(processing, size=shape)
-    if crops and isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
-        edge = _positive(size["shortest_edge"], where, "size.shortest_edge")
-        assert shape is not None
-        if edge < max(shape):
-            raise UserError(where, f"a crop {shape} of an edge of {edge}", "a crop within the image", "correct size")
-        return replace(processing, size=shape, shortest_edge=edge)
-    stretched = _height_width(size, where, "size")
-    if crops and stretched != shape:
-        raise UserError(where, f"size {stretched} and crop_size {shape}", "the same", "give a shortest_edge")
-    return replace(processing, size=stretched, shortest_edge=None)
-
-
-def _kind(told: Mapping[str, Any], where: str) -> str:
-    name = next((str(told[key]) for key in _TYPE_KEYS if key in told), "no image_processor_type")
-    stem = name.removesuffix("Fast").removesuffix("Pil")
-    stem = stem.removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
-    if stem not in _KINDS:
-        expected = ", ".join(f"{kind}ImageProcessor" for kind in _KINDS)
-        raise UserError(where, name, expected, "use a folder of one of these models")
-    return _KINDS[stem]
-
-
-def _three(value: Any, where: str, key: str) -> tuple[float, float, float]:
-    if not (isinstance(value, (list, tuple)) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)):
-        raise UserError(where, f"{key} = {value}", "three numbers", "correct it")
-    return float(value[0]), float(value[1]), float(value[2])
-
-
-def _one_of(value: Any, choices: range, where: str, key: str) -> int:
-    if not isinstance(value, int) or value not in choices:
-        raise UserError(where, f"{key} = {value}", f"one of {', '.join(map(str, choices))}", "correct it")
-    return value
-
-
-def _positive(value: Any, where: str, key: str, kinds: type | tuple[type, ...] = int) -> Any:
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
-        raise UserError(where, f"{key} = {value}", "a positive number", "correct it")
-    return value
-
-
-def _height_width(value: Any, where: str, key: str) -> tuple[int, int]:
-    if not (isinstance(value, Mapping) and set(value) == {"height", "width"}):
-        raise UserError(where, f"{key} = {value}", "height and width", "correct it")
-    return _positive(value["height"], where, f"{key}.height"), _positive(value["width"], where, f"{key}.width")

@@ -13,15 +13,3 @@ THINK = f"""{DEFAULT}
 Follow the form of answer that the conversation asks for. If your answer begins with <think>, reason there first and \
 close it with </think>; then give the final answer between <answer> and </answer>. Otherwise answer plainly, without \
 tags."""
-
-_KINDS = {
-    "ecg": "an ECG, with P waves, QRS complexes and T waves",
-    "noise": "noise: random, not physiological",
-    "flatline": "a flat line: constant, without any variation",
-}
-
-
-def classes(*kinds: str) -> str:
-    """The prompt of a task that tells kinds of signals apart ("ecg", "noise", "flatline"), lettered in this order."""
-    options = "\n".join(f"{chr(ord('A') + i)}: {_KINDS[kind]}" for i, kind in enumerate(kinds))
-    return f"You tell kinds of physiological signals apart:\n{options}\nReply with one letter and nothing else."

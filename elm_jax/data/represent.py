@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from elm_jax import compat as behaviours
 from elm_jax.config import DataConfig
 from elm_jax.data.augment import augment_ecg, augment_image, noise_ecg
 from elm_jax.data.batch import ArraySpec, Layout, Signal
 from elm_jax.data.ecg import LEADS, min_max, normalize, read_recording, to_segment
 from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.images import Processing, process, stacked
-from elm_jax.data.rasterize import DPI, draw
+from elm_jax.data.rasterize import DPI, REFERENCE_DPI, draw
 from elm_jax.errors import UserError
 
 NOISE, FLATLINE, DEMO = "noise", "flatline", "demo:"
@@ -43,7 +44,8 @@ class SignalSpec:
     tokens: EcgTokens | None = None
     augment_ecg: bool = False
     augment_rgb: bool = False
-    dpi: int | None = None  # of the paper; None is the rasteriser's own
+    dpi: int = DPI  # of the paper
+    rows_as_stored: bool = False  # whatever leads a file says its rows are
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,21 +59,17 @@ class SignalSpec:
             return ArraySpec((0,))
         return ArraySpec(self.shape) if self.processing is None else _image_layout(self.processing)
 
-    @property
-    def varies(self) -> bool:
-        """Whether the number of tokens of an ECG is another in every epoch."""
-        return self.representation == "symbolic" and self.augment_ecg
-
     def load(self, path: str, key: int, epoch: int | None = None) -> Signal:
         """The ECG at `path` as the model sees it.
 
         The paths "noise" and "flatline" stand for signals without a recording: standard normal samples drawn from
-        `key`, and a constant; `perturb` puts the same in place of any recording. Paths that begin with "demo:" are
-        generated. Augmentation is drawn from the seed, `epoch` and the path, and leaves what is no recording alone.
+        `key`, and a constant; `perturb` puts the same in place of any recording, drawn from the seed and the path.
+        Paths that begin with "demo:" are generated. Augmentation is drawn from the seed, `epoch` and the path, and
+        leaves what is no recording alone.
         Raises UserError for a recording that cannot be read or is too short.
         """
-        if self.perturb == "noise":
-            key = zlib.crc32(path.encode(), key & 0xFFFFFFFF)  # recordings of one record differ
+        if self.perturb == "noise" and path not in (NOISE, FLATLINE):
+            key = zlib.crc32(path.encode(), self.seed)  # all that is asked of a recording is asked of one noise
         path = {"zeros": FLATLINE, "noise": NOISE}.get(self.perturb or "", path)
         raw = self.load_raw(path, key)[list(self.leads)]
         drawn = None if epoch is None or path in (NOISE, FLATLINE) else _generator(self.seed, epoch, path)
@@ -79,7 +77,7 @@ class SignalSpec:
             raw = augment_ecg(raw, drawn)
         if self.representation == "rgb":
             names = tuple(LEADS[i] for i in self.leads)
-            return self._image(draw(raw, self.sampling_rate, names, self.dpi or DPI), drawn)
+            return self._image(draw(raw, self.sampling_rate, names, self.dpi), drawn)
         if self.representation == "stacked_signal":
             return self._image(stacked(min_max(raw, self.norm_eps)), drawn)
         unit = normalize(raw, self.norm_eps)
@@ -87,6 +85,16 @@ class SignalSpec:
             assert self.tokens is not None
             return self.tokens.encode(unit)
         return unit
+
+    def stamp(self, path: str) -> tuple[int, int] | None:
+        """Size and time of the file at `path` (of a WFDB record, of its header); None for what is no file."""
+        for suffix in ("", ".hea"):
+            try:
+                found = Path(self.root, f"{path}{suffix}").stat()
+                return found.st_size, found.st_mtime_ns
+            except OSError:
+                continue
+        return None
 
     def load_raw(self, path: str, key: int) -> np.ndarray:
         """The 12 leads (12, L) before normalisation: in mV where the recording is. See `load`."""
@@ -99,7 +107,15 @@ class SignalSpec:
             from elm_jax.data.demo import load_demo_ecg
 
             return load_demo_ecg(path, self.sampling_rate, self.length)
-        return _from_file(Path(self.root, path), self.sampling_rate, self.length)
+        return self._from_file(Path(self.root, path))
+
+    def _from_file(self, path: Path) -> np.ndarray:
+        order = LEADS if self.rows_as_stored else None
+        recording = read_recording(path, order, bare_rate=self.sampling_rate)
+        try:
+            return to_segment(recording, self.sampling_rate, self.length)
+        except UserError as error:
+            raise UserError(str(path), error.found, error.expected, error.fix) from None
 
     def _image(self, image: np.ndarray, drawn: np.random.Generator | None) -> Signal:
         assert self.processing is not None
@@ -113,14 +129,25 @@ def signal_spec(
     seed: int,
     processing: Processing | None = None,
     tokens: EcgTokens | None = None,
-    dpi: int | None = None,
+    compat: tuple[str, ...] = (),
 ) -> SignalSpec:
     """What `data.*` says of the signals; the images of an encoder need its `processing`, symbols their `tokens`."""
-    leads = tuple(LEADS.index(lead) if isinstance(lead, str) else lead for lead in data.leads)
     return SignalSpec(
-        data.root, leads, data.segment_len, data.sampling_rate, data.norm_eps, data.perturb, seed, data.representation,
-        processing, tokens, data.augment_ecg, data.augment_rgb, dpi,
-    )  # fmt: skip
+        root=data.root,
+        leads=tuple(LEADS.index(lead) if isinstance(lead, str) else lead for lead in data.leads),
+        length=data.segment_len,
+        sampling_rate=data.sampling_rate,
+        norm_eps=data.norm_eps,
+        perturb=data.perturb,
+        seed=seed,
+        representation=data.representation,
+        processing=processing,
+        tokens=tokens,
+        augment_ecg=data.augment_ecg,
+        augment_rgb=data.augment_rgb,
+        dpi=REFERENCE_DPI if behaviours.enabled("rgb_250_dpi", compat) else DPI,
+        rows_as_stored=behaviours.enabled("lead_order", compat),
+    )
 
 
 def _image_layout(processing: Processing) -> Layout:
@@ -139,11 +166,3 @@ def _image_layout(processing: Processing) -> Layout:
 def _generator(seed: int, epoch: int, path: str) -> np.random.Generator:
     key = np.array([zlib.crc32(path.encode()) << 32 | epoch, seed << 32 | zlib.crc32(b"augment")], np.uint64)
     return np.random.Generator(np.random.Philox(key=key))
-
-
-def _from_file(path: Path, sampling_rate: float, length: int) -> np.ndarray:
-    recording = read_recording(path, bare_rate=sampling_rate)
-    try:
-        return to_segment(recording, sampling_rate, length)
-    except UserError as error:
-        raise UserError(str(path), error.found, error.expected, error.fix) from None

@@ -186,7 +186,13 @@ def _predictions(
     batches = [[questions[i] for i in order[start : start + options.batch_size]] for start in starts]
     predictions: dict[Question, dict[str, Any]] = {}
     shown = tqdm(_read_ahead(source, batches), source.condition, len(batches), disable=not progress, unit="batch")
-    for number, (prompts, unread) in enumerate(shown):
+    for number, (loaded, unread) in enumerate(shown):
+        prompts: dict[Question, Prompt] = {}
+        for question, prompt in loaded.items():
+            try:
+                prompts[question] = model.written(prompt, options.max_new_tokens)
+            except UserError as error:
+                unread[question.record] = error
         for record, error in unread.items():
             if bad is None:
                 raise error
@@ -261,7 +267,7 @@ class _Source:
         return prompts, unread
 
     def _signal(self, path: str, key: int, read: dict[tuple[str, int], Any]) -> Any:
-        at = (path, key if path in (NOISE, FLATLINE) or self.dataset.signal.perturb == "noise" else 0)
+        at = (path, key if path in (NOISE, FLATLINE) else 0)
         if at not in read:
             read[at] = self.dataset.signal.load(path, key)
         return read[at]
@@ -327,15 +333,16 @@ def _results(
 def _draw(
     path: Path, dataset: Dataset, questions: Sequence[Question], predictions: Sequence[Mapping[str, Any]]
 ) -> None:
-    """A picture of questions with ECGs: every kind of question in turn, spread over the split."""
+    """A picture of questions with ECGs: every kind of question in turn, spread over the split.
+
+    The ECGs are drawn as recorded, whatever the model was shown; one that cannot be read is left out.
+    """
     by_name: dict[str, list[int]] = {}
     for i, prediction in enumerate(predictions):
         if dataset.records[questions[i].record].ecg_paths:
             by_name.setdefault(prediction["name"], []).append(i)
-    if not by_name:
-        return
     chosen: list[int] = []
-    for place in range(EXAMPLES):  # the kinds take turns, each moving on through the split
+    for place in range(EXAMPLES if by_name else 0):  # the kinds take turns, each moving on through the split
         group = list(by_name.values())[place % len(by_name)]
         chosen.append(group[place * len(group) // EXAMPLES])
     examples = []
@@ -343,8 +350,12 @@ def _draw(
         question, record = questions[i], dataset.records[questions[i].record]
         prediction = predictions[i]
         asked = [turn.text for turn in to_turns(record.text) if turn.role == "user"]
-        signal = dataset.signal.load_raw(record.ecg_paths[0], dataset.key(question.record))
+        try:
+            signal = dataset.signal.load_raw(record.ecg_paths[0], dataset.key(question.record))
+        except UserError:  # with data.perturb nothing has read it before
+            continue
         right = is_right(record.name, prediction["answer"], prediction["truth"])
         text = asked[min(question.turn, len(asked) - 1)] if asked else ""
         examples.append(Example(signal, text, prediction["answer"], prediction["truth"], right))
-    gallery(examples, dataset.signal.sampling_rate, path)
+    if examples:
+        gallery(examples, dataset.signal.sampling_rate, path)

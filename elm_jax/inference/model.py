@@ -60,21 +60,31 @@ class TrainedModel:
         self, prompts: Sequence[Prompt], options: EvalConfig, size: int | None = None, seed: int = 0
     ) -> list[str]:
         """The model's answers, one per prompt. `size`: prompts are filled up to so many, so that shapes recur."""
-        prompts = [self._written(prompt, options.max_new_tokens) for prompt in prompts]
+        prompts = [self.written(prompt, options.max_new_tokens) for prompt in prompts]
         size = -(-max(size or 0, len(prompts)) // batch_ways(self.mesh)) * batch_ways(self.mesh)
         ids = self._generate(prompts, size, options, seed)
         return [
             decode(row, self.assembly.tokenizer, self.assembly.text.family) for row in ids[: len(prompts)]
         ]
 
-    def _written(self, prompt: Prompt, new: int) -> Prompt:
-        """The prompt with its ECGs in the text, where ECGs are symbols."""
-        tokens = self.assembly.signal.tokens
+    def written(self, prompt: Prompt, new: int) -> Prompt:
+        """The prompt with its ECGs in the text, where ECGs are symbols.
+
+        Raises:
+            UserError: it does not fit the context beside `new` tokens, however its ECGs are cut.
+        """
+        tokens, room = self.assembly.signal.tokens, self.assembly.llm.max_len - new
         if tokens is None or not prompt.signals:
             return prompt
-        limit = min(self.config.data.max_len, self.assembly.llm.max_len - new)
         ecgs = cast(Sequence[np.ndarray], prompt.signals)
-        return Prompt(write_prompt(prompt.rendered, ecgs, tokens.least, limit), [])
+        rendered = write_prompt(prompt.rendered, ecgs, tokens.least, min(self.config.data.max_len, room))
+        if len(rendered.ids) > room:
+            raise UserError(
+                "eval.max_new_tokens", f"{new} beyond a prompt of {len(rendered.ids)} tokens",
+                f"at most the model's context, {self.assembly.llm.max_len}, together",
+                "shorten the text, or lower --config.eval.max_new_tokens or --config.data.min_ecg_tokens",
+            )  # fmt: skip
+        return Prompt(rendered, [])
 
     def _generate(self, prompts: Sequence[Prompt], size: int, options: EvalConfig, seed: int) -> np.ndarray:
         arrays = self._arrays(prompts, size, options.max_new_tokens)

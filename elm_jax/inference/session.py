@@ -19,6 +19,7 @@ from elm_jax.data.batch import Signal
 from elm_jax.data.chat import Rendered, Turn, render, render_prompt
 from elm_jax.data.chat_write import THINK_PREFIX
 from elm_jax.data.ecg import LEADS, Recording, read_recording
+from elm_jax.data.ecg_tokens import reserved
 from elm_jax.data.represent import DEMO, FLATLINE, NOISE, SignalSpec
 from elm_jax.data.text import count_marks
 from elm_jax.errors import UserError
@@ -109,12 +110,12 @@ class Session:
         return text if marks else MARK * self._new + text
 
     def _prompt(self, turns: Sequence[Turn]) -> Rendered:
-        whole = render_prompt(turns, **self._options())
-        self.shortened = len(whole.ids) > self.room
+        whole, room = render_prompt(turns, **self._options()), self._room_for_text
+        self.shortened = len(whole.ids) > room
         if not self.shortened:
             return whole
         try:
-            return render_prompt(turns, **self._options(self.room))
+            return render_prompt(turns, **self._options(room))
         except UserError as error:
             raise self._too_long(error.expected) from error
 
@@ -129,9 +130,15 @@ class Session:
             rendered = render_prompt([Turn("user", "")], **self._options())
         else:
             raise UserError("message", "neither an ECG nor a text", "one of them", "give an ECG first")
-        if len(rendered.ids) > self.room:
+        if len(rendered.ids) > self._room_for_text:
             raise self._too_long(f"at least {len(rendered.ids)} for these ECGs and this text")
         return rendered
+
+    @property
+    def _room_for_text(self) -> int:
+        """The tokens that text and placeholders may have: the ECGs' symbols, cut short, need the others."""
+        tokens = self.spec.tokens
+        return self.room - (reserved([ecg.signal for ecg in self.ecgs], tokens.least) if tokens else 0)
 
     def _too_long(self, needed: str) -> UserError:
         new = self.model.config.eval.max_new_tokens

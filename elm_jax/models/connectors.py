@@ -13,7 +13,7 @@ from flax import nnx
 from elm_jax import compat as behaviours
 from elm_jax.errors import UserError, nearest
 from elm_jax.models.hints import weight
-from elm_jax.models.layers import Axes, Linear
+from elm_jax.models.layers import Axes, Linear, uniform
 from elm_jax.weights.rules import Rule
 
 
@@ -221,13 +221,13 @@ def _linear(
     in_width: int, out_width: int, axes: Axes, rngs: nnx.Rngs, param_dtype: jax.typing.DTypeLike
 ) -> Linear:
     """A Linear with torch's default initialisation: kernel and bias uniform within 1/sqrt(in_width)."""
-    layer = Linear(in_width, out_width, axes, rngs, bias=True, param_dtype=param_dtype)
-    layer.kernel = _uniform((in_width, out_width), in_width**-0.5, axes, rngs, param_dtype)
-    layer.bias = _uniform((out_width,), in_width**-0.5, axes[1:], rngs, param_dtype)
+    bound = in_width**-0.5
+    layer = Linear(in_width, out_width, axes, rngs, bias=True, init=uniform(bound), param_dtype=param_dtype)
+    layer.bias = _uniform((out_width,), bound, axes[1:], rngs, param_dtype)
     return layer
 
 
 def _uniform(
     shape: tuple[int, ...], bound: float, axes: Axes, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike
 ) -> nnx.Param:
-    return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound).astype(dtype), axes=axes)
+    return nnx.Param(uniform(bound)(rngs.params(), shape, jnp.float32).astype(dtype), axes=axes)

@@ -8,7 +8,7 @@ has no KV cache: `generate` brings its own, through `project`, `combine` and `sc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,10 @@ from elm_jax.models.decoder_layer import DecoderConfig, Layer, Rotary, Window, m
 from elm_jax.models.hints import hint, weight
 from elm_jax.models.layers import Embedding, LearnedPositions, Linear
 from elm_jax.models.noise import drawing, dropout
+from elm_jax.models.remat import Remat, rematerialised
 
 __all__ = ["Decoder", "DecoderConfig", "Layer", "Remat", "Window", "as_prompt"]
 
-Remat = Literal["none", "dots", "full"]
 Body = Callable[[Layer, Window, Any, Any], tuple[Any, Any]]
 
 
@@ -35,6 +35,8 @@ class Decoder(nnx.Module):
     scan=False unrolls the same layer code over the same stacked parameters. remat: what the backward pass
     recomputes ("dots" keeps the results of the matrix products, "full" keeps only each layer's input).
     dropout: the rate after the embeddings and before each residual sum, where `hidden` has a key.
+    positions_count_padding: whether padding has positions, too, in `__call__` and `all_hidden` (compat
+    gpt2_positions).
     """
 
     def __init__(
@@ -47,11 +49,12 @@ class Decoder(nnx.Module):
         remat: Remat = "none",
         attention: Implementation = "xla",
         dropout: float = 0.0,
+        positions_count_padding: bool = False,
     ) -> None:
         self.config, self.scan, self.dropout = config, scan, dropout
         self.remat: Remat = remat
         self.attention: Implementation = attention
-        self.positions_count_padding = False  # compat gpt2_positions, of `__call__` and `all_hidden`
+        self.positions_count_padding = positions_count_padding
 
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -171,7 +174,7 @@ class Decoder(nnx.Module):
                 layer_state, x = inputs
                 return body(nnx.merge(graph, layer_state), window, carry, x)
 
-            return _rematerialised(step, self.remat, in_scan=self.scan)
+            return rematerialised(step, self.remat, in_scan=self.scan)
 
         steps = [layer_step(window) for window in windows]
 
@@ -283,14 +286,6 @@ def _logits(
         model = nnx.merge(graph, state)
         h = model.hidden(model.embed_prompt(prompt), model.prompt_positions(valid), padding_mask(valid))
         return model.logits(h)
-
-
-def _rematerialised(step: Callable, remat: Remat, in_scan: bool) -> Callable:
-    if remat == "none":
-        return step
-    policies = jax.checkpoint_policies
-    policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.nothing_saveable
-    return jax.checkpoint(step, policy=policy, prevent_cse=not in_scan)
 
 
 def _stacked(trees: list[Any]) -> Any:

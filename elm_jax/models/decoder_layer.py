@@ -90,7 +90,8 @@ class Attention(nnx.Module):
             self.q = linear(width, inner, ("embed", "heads"), bias=config.qkv_bias)
             self.k = linear(width, kv, ("embed", "kv_heads"), bias=config.qkv_bias)
             self.v = linear(width, kv, ("embed", "kv_heads"), bias=config.qkv_bias)
-        self.o = linear(inner, width, ("heads", "embed"), bias=config.out_bias, std=out_std)
+        init = jax.nn.initializers.normal(out_std)
+        self.o = linear(inner, width, ("heads", "embed"), bias=config.out_bias, init=init)
         self.q_norm = make_norm(config, config.head_dim, param_dtype) if config.qk_norm else None
         self.k_norm = make_norm(config, config.head_dim, param_dtype) if config.qk_norm else None
 

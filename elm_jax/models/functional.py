@@ -24,7 +24,7 @@ class Leaf:
     shape: tuple[int, ...]
     dtype: Any
     axes: tuple[str | None, ...]  # logical names of the trailing dimensions
-    statistic: bool  # a running statistic rather than a parameter
+    statistic: bool  # no parameter: no gradient moves it (running statistics, and what is `layers.Held`)
 
 
 @dataclass(frozen=True)

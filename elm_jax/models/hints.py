@@ -61,7 +61,7 @@ def hint(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if placement is None else placement.activation(x, axes)
 
 
-def weight(param: nnx.Param, dtype: jax.typing.DTypeLike) -> jax.Array:
+def weight(param: nnx.Variable, dtype: jax.typing.DTypeLike) -> jax.Array:
     """A parameter ready for use: cast to `dtype` and gathered from its shards."""
     placement = _placement.get()
     if placement is None:

@@ -18,12 +18,39 @@ from flax import nnx
 from elm_jax.models.hints import hint, weight
 
 Axes = tuple[str | None, ...]
+Init = Callable[..., jax.Array]  # key, shape, dtype -> initial values, as in jax.nn.initializers
+
+
+class Held(nnx.Variable):
+    """A part of a checkpoint that is kept, saved and laid out as the others are, and never trained.
+
+    It is float32 whatever the parameters are, so that a run that trains the others holds what one that freezes them
+    does.
+    """
+
+
+def held(param: nnx.Param) -> Held:
+    """The values of `param` (float32), never trained."""
+    assert param[...].dtype == jnp.float32
+    return Held(param[...], axes=param.axes)
+
+
+def hold(module: nnx.Module) -> None:
+    """Turn the parameters of `module` itself, not of modules inside it, into `Held`."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, nnx.Param):
+            setattr(module, name, held(value))
+
+
+def uniform(bound: float) -> Init:
+    """Values uniform within ±bound."""
+    return partial(jax.random.uniform, minval=-bound, maxval=bound)
 
 
 class Linear(nnx.Module):
     """(..., I) -> (..., O): x @ kernel (I, O), plus a bias (O,) if there is one.
 
-    `std` is that of the initial kernel (default 1/sqrt(I)).
+    `init` draws the kernel in float32 (default: normal, of standard deviation 1/sqrt(I)); the bias starts at zero.
     """
 
     def __init__(
@@ -34,11 +61,11 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         *,
         bias: bool = False,
-        std: float | None = None,
+        init: Init | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> None:
-        scale = in_dim**-0.5 if std is None else std
-        kernel = scale * jax.random.normal(rngs.params(), (in_dim, out_dim), jnp.float32)
+        init = init or jax.nn.initializers.normal(in_dim**-0.5)
+        kernel = init(rngs.params(), (in_dim, out_dim), jnp.float32)
         self.kernel = nnx.Param(kernel.astype(param_dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out_dim,), param_dtype), axes=axes[1:]) if bias else None
         self.lora: Callable[[jax.Array], jax.Array] | None = nnx.data(None)  # see `elm_jax.models.lora`
@@ -160,11 +187,13 @@ def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
     return turned.astype(x.dtype)
 
 
-Activation = Literal["silu", "gelu_tanh", "relu"]
+Activation = Literal["silu", "relu", "gelu", "gelu_tanh", "quick_gelu"]
 ACTIVATIONS: Mapping[Activation, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
 
@@ -186,7 +215,7 @@ class Mlp(nnx.Module):
         linear = partial(Linear, rngs=rngs, bias=bias, param_dtype=param_dtype)
         self.gate = linear(dim, inner, ("embed", "mlp")) if gated else None
         self.up = linear(dim, inner, ("embed", "mlp"))
-        self.down = linear(inner, dim, ("mlp", "embed"), std=out_std)
+        self.down = linear(inner, dim, ("mlp", "embed"), init=jax.nn.initializers.normal(out_std))
         self.activation: Activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -59,10 +59,10 @@ class Trainer:
         self.config, self.folder = config, folder
         self.mesh = make_mesh(config.mesh)
         self._check_rows()
-        self.assembly = assemble(config, folder / "tokenizer")
+        self.assembly = assemble(config, folder / run.TOKENIZER)
         check_heads(self.mesh, self.assembly.llm)
         self._warn_of_random_parts()
-        run.keep_tokenizer(folder, self.assembly.tokenizer)
+        run.keep_tokenizer(folder, self.assembly.tokenizer, self.assembly.signal.tokens)
         self.dataset = self.assembly.dataset("train")
         self.plan = self._plan(self.dataset, config.seed, shuffle=True)
         steps = config.train.steps
@@ -125,7 +125,7 @@ class Trainer:
     def _warn_of_random_parts(self) -> None:
         """A part that is neither trained nor loaded is noise: rarely what was meant."""
         config, loaded = self.config, {"llm": self.assembly.llm_folder, "encoder": self.config.encoder.checkpoint}
-        for part in ("encoder", "connector", "llm"):
+        for part in dict.fromkeys(name.split(".")[0] for name in self.assembly.structure.leaves):
             if part not in config.update and not config.init_from and loaded.get(part) is None:
                 where = {"encoder": "encoder.checkpoint", "llm": "llm.name without llm.scratch"}.get(part, "init_from")
                 print(f"warning: the {part} stays as it is drawn: not in update, and no {where}", file=sys.stderr)
@@ -191,7 +191,7 @@ class Trainer:
         source, structure = self.config.init_from, self.assembly.structure
         if source is None:
             return make_arrays(self.assembly, shardings)
-        known = run.start_from(source, structure, shardings)
+        known = run.start_from(source, structure, shardings, self.config.llm.lora)
         made = make_arrays(self.assembly, shardings, known=known)
         run.check_start(source, structure, known, made, self.config.init_missing_ok)
         run.keep_inherited(self.folder, {n: known[n] for n in frozen if n in known})
@@ -381,6 +381,7 @@ class Trainer:
             )
 
     def _finish(self, done: int) -> None:
+        run.keep_adapter(self.folder, self.config, self.assembly.llm, self.state.trained, self.mesh)
         if jax.process_index() == 0:
             plot_loss(self.folder, self.metrics.lines())
             run.write_done(self.folder, done, self.total_steps)

@@ -7,6 +7,7 @@ optax differs from both: it corrects the bias of its momentum.)
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -36,8 +37,8 @@ def orthogonalised(x: jax.Array, steps: int) -> jax.Array:
     y /= jnp.maximum(jnp.linalg.norm(y, axis=(-2, -1), keepdims=True), LEAST_NORM)
     a, b, c = COEFFICIENTS
     for _ in range(steps):
-        square = y @ y.swapaxes(-2, -1)
-        y = a * y + (b * square + c * square @ square) @ y
+        square = _product(y, y.swapaxes(-2, -1))
+        y = a * y + _product(b * square + _product(c * square, square), y)
     return y if wide else y.swapaxes(-2, -1)
 
 
@@ -123,6 +124,10 @@ def matrices_by_name(leaves: Mapping[str, Leaf], rules: Mapping[str, Rule]) -> d
 def is_matrix_by_name(published: str, dimensions: int) -> bool:
     """The reference's rule: of two dimensions, and none of some words in the name."""
     return dimensions == 2 and not any(word in published.lower() for word in _EXCLUDED)
+
+
+# Of float32 on every device: the default is TF32 on NVIDIA's and bfloat16 on TPUs.
+_product = partial(jnp.matmul, precision="highest")
 
 
 def _stretch(shape: tuple[int, ...], rows: int) -> float:

@@ -5,21 +5,29 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 from elm_jax.cli import ConfigFlags
-from elm_jax.config import Config, differences, to_dict
+from elm_jax.config import Config, LoraConfig, differences, to_dict
+from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.errors import UserError
+from elm_jax.models.decoder import DecoderConfig
 from elm_jax.models.functional import Arrays, Structure
 from elm_jax.models.lora import is_lora
 from elm_jax.runtime import distributed
 from elm_jax.runtime.checkpoint import Checkpoints, fingerprint, load_arrays, save_arrays
+from elm_jax.runtime.mesh import replicated
+from elm_jax.weights.peft import save_adapter, spec_of
 
 INHERITED = "inherited"  # folder of the frozen arrays that came from `init_from`
+TOKENIZER, ECG_BYTE = "tokenizer", "ecg_byte.json"  # the run's own; the second, if the run has it, lies in the first
 
 
 def open_folder(config: Config) -> Path:
@@ -40,7 +48,7 @@ def open_folder(config: Config) -> Path:
     if jax.process_index() == 0:
         try:
             if changed:  # nothing has been trained yet: what is left of the other configuration goes
-                shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+                shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
                 shutil.rmtree(folder / INHERITED, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
             write_json(path, to_dict(config))
@@ -52,13 +60,28 @@ def open_folder(config: Config) -> Path:
     return folder
 
 
-def keep_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Put the run's tokenizer into `folder` where it is not there yet; whole or not at all."""
-    target, fresh = folder / "tokenizer", folder / "tokenizer.tmp"
+def keep_tokenizer(folder: Path, tokenizer: Any, symbols: EcgTokens | None = None) -> None:
+    """Put the run's tokenizer, and its ECG-Byte, into `folder` where they are not there yet; whole or not at all."""
+    target, fresh = folder / TOKENIZER, folder / f"{TOKENIZER}.tmp"
     if jax.process_index() == 0 and not target.is_dir():
         shutil.rmtree(fresh, ignore_errors=True)
         tokenizer.save_pretrained(fresh)
+        if symbols is not None:
+            symbols.coder.save(fresh / ECG_BYTE)
         fresh.rename(target)
+
+
+def tokenizer_of(source: str) -> Path:
+    """The folder of the tokenizer of the run folder `source`, which another run starts from.
+
+    Raises:
+        UserError: no run there, or one without a tokenizer.
+    """
+    folder = run_folder(source, "config.init_from") / TOKENIZER
+    if not (folder / "tokenizer.json").is_file():
+        found = f"{source} without {TOKENIZER}/tokenizer.json"
+        raise UserError("config.init_from", found, "a trained run", "restore its tokenizer, or train it again")
+    return folder
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -79,6 +102,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def keep_adapter(folder: Path, config: Config, llm: DecoderConfig, trained: Arrays, mesh: Mesh) -> None:
+    """Leave the adapter, if one was trained, as a folder that PEFT opens: `adapter/`."""
+    spec = spec_of(config.llm.lora)
+    mine = {name: x for name, x in trained.items() if is_lora(name)}
+    if spec is None or not mine:
+        return
+    whole = {n.removeprefix("llm."): np.asarray(jax.device_put(x, replicated(mesh))) for n, x in mine.items()}
+    if jax.process_index() == 0:
+        save_adapter(folder / "adapter", whole, spec, llm, config.llm.name)
+
+
 def is_done(folder: Path, total_steps: int) -> bool:
     """Whether the run in this folder has finished, with at least `total_steps` to do."""
     path = folder / "DONE"
@@ -93,28 +127,34 @@ def write_done(folder: Path, steps: int, total_steps: int) -> None:
     write_json(folder / "DONE", done)
 
 
+def part_of(name: str) -> str:
+    """The part of the model that an array belongs to: its component, or the adapter of one ("llm.lora")."""
+    component = name.split(".")[0]
+    return f"{component}.lora" if is_lora(name) else component
+
+
 def frozen_fingerprints(frozen: Arrays) -> dict[str, str]:
-    """Component -> fingerprint of what is frozen of it."""
-    components = sorted({name.split(".")[0] for name in frozen})
-    return {c: fingerprint({n: x for n, x in frozen.items() if n.startswith(f"{c}.")}) for c in components}
+    """Part -> fingerprint of what is frozen of it."""
+    parts = sorted({part_of(name) for name in frozen})
+    return {part: fingerprint({n: x for n, x in frozen.items() if part_of(n) == part}) for part in parts}
 
 
-def check_frozen(where: str, saved: dict[str, str], frozen: Arrays, components: set[str]) -> None:
+def check_frozen(where: str, saved: dict[str, str], frozen: Arrays, parts: set[str]) -> None:
     """Raise UserError where a frozen part is not the one that the checkpoint was trained with."""
-    now = frozen_fingerprints({n: x for n, x in frozen.items() if n.split(".")[0] in components})
-    for component in sorted(components & set(saved)):
-        if now.get(component) != saved[component]:
+    now = frozen_fingerprints({n: x for n, x in frozen.items() if part_of(n) in parts})
+    for part in sorted(parts & set(saved)):
+        if now.get(part) != saved[part]:
             raise UserError(
-                where, f"a checkpoint trained with other {component} weights", "the frozen weights of that run",
-                f"use the same weights for the {component}, or start a new run",
+                where, f"a checkpoint trained with other {part} weights", "the frozen weights of that run",
+                f"use the same weights for the {part}, or start a new run",
             )  # fmt: skip
 
 
-def start_from(source: str, structure: Structure, shardings: Mapping[str, Any]) -> Arrays:
+def start_from(source: str, structure: Structure, shardings: Mapping[str, Any], lora: LoraConfig) -> Arrays:
     """What the run folder `source` knows of a model of this structure: what it trained, and what it inherited.
 
     Raises:
-        UserError: no checkpoint, or arrays of another model.
+        UserError: no checkpoint, or arrays of another model, or an adapter that would mean something else here.
     """
     folder = run_folder(source, "config.init_from")
     checkpoints = Checkpoints(folder, read_only=True)
@@ -123,16 +163,24 @@ def start_from(source: str, structure: Structure, shardings: Mapping[str, Any]) 
         raise UserError(
             "config.init_from", f"{source} without a checkpoint", "a trained run", "train it first"
         )
-    lora = read_json(folder / "config.json").get("llm", {}).get("lora", {})
-    if (lora.get("rank") or lora.get("adapter")) and not any(is_lora(name) for name in structure.leaves):
-        raise UserError(
-            "llm.lora", f"none, but {source} was trained with it", "the same llm.lora as there",
-            f"set --config.llm.lora.* as in {folder / 'config.json'}",
-        )  # fmt: skip
+    _check_adapter(folder, lora)
     like = structure.abstract(shardings)
     known = {**inherited(folder, like), **checkpoints.restore_arrays(step, like)}
     checkpoints.close()
     return known
+
+
+def _check_adapter(folder: Path, lora: LoraConfig) -> None:
+    """Raise UserError unless the adapter of the run in `folder`, where it has one, means the same under `lora`."""
+    there = spec_of(LoraConfig(**read_json(folder / "config.json").get("llm", {}).get("lora", {})))
+    if there is None:
+        return
+    here = None if lora.adapter is not None and lora.rank == 0 else spec_of(replace(lora, adapter=None))
+    if here is None or (here.rank, here.alpha, here.targets) != (there.rank, there.alpha, there.targets):
+        found = "none" if here is None else f"rank {here.rank}, alpha {here.alpha:g}, targets {here.targets}"
+        expected = f"that of {folder}: rank {there.rank}, alpha {there.alpha:g}, targets {there.targets}"
+        fix = "set llm.lora.rank, alpha and targets so, without llm.lora.adapter"
+        raise UserError("llm.lora", found, expected, fix)
 
 
 def check_start(
@@ -148,9 +196,10 @@ def check_start(
     checkpoints = Checkpoints(folder, read_only=True)
     saved = checkpoints.meta(checkpoints.find("best") or 0).get("frozen", {})
     checkpoints.close()
-    # A new adapter changes nothing until it is trained: no run need have it.
-    missing = [name for name in structure.leaves if name not in known and not is_lora(name)]
-    lacking = {name.split(".")[0] for name in missing} - set(missing_ok)
+    missing = {part_of(name) for name in structure.leaves if name not in known}
+    if "llm.lora" not in saved:  # a new adapter changes nothing until it is trained: no run need have it
+        missing.discard("llm.lora")
+    lacking = {part for part in missing if part.split(".")[0] not in missing_ok}
     without = sorted(lacking - set(saved))
     if without:
         raise UserError(
@@ -159,7 +208,7 @@ def check_start(
         )  # fmt: skip
     # There it was frozen, in the dtype that run computes in; here it may be trained, in another.
     frozen_in = jnp.dtype(read_json(folder / "config.json")["llm"]["compute_dtype"])
-    there = {n: x if structure.leaves[n].statistic else x.astype(frozen_in) for n, x in made.items() if not is_lora(n)}
+    there = {n: x if structure.leaves[n].statistic else x.astype(frozen_in) for n, x in made.items()}
     check_frozen(source, saved, there, lacking)
 
 

@@ -1,8 +1,10 @@
 """Language model weights: a Hugging Face folder -> parameters, straight into their shards."""
 
+import fnmatch
+import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from elm_jax import compat as behaviours
-from elm_jax.errors import UserError, nearest
+from elm_jax.errors import UserError, nearest, some
 from elm_jax.models.decoder import Decoder, DecoderConfig
 from elm_jax.models.families import ALIASES, Family, family_of, from_hf
 from elm_jax.weights.rules import Index, Rule
@@ -26,7 +28,12 @@ Shardings = Callable[[str, jax.ShapeDtypeStruct], Sharding]
 _TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _HUB_FILES = [*_TOKENIZER_FILES, "*.safetensors"]
 _HEAD = "lm_head.weight"  # where the tied ones have a copy of the embedding table
-_LISTED = 6  # names in an error
+_TORCH = "pytorch_model*.bin"  # of old repositories
+# New rows differ by this much of the old ones' spread. As inputs to a network that does not learn they must be told
+# apart: its first norm makes of this a good part of the length of the mean row. As outputs they must not push out the
+# old ones: where the logits of a position spread by s, noise of a tenth raises the new tokens' share by
+# exp((s / 10)^2 / 2), 13% for s = 5, and noise of the whole spread by exp(s^2 / 2).
+_NOISE = 0.1
 
 
 def load_llm(
@@ -46,7 +53,9 @@ def load_llm(
     config = read_llm_config(path)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError("dtype", f"'{dtype}'", "float32, bfloat16 or float16", "choose one of these")
-    model = abstract_decoder(config, param_dtype=dtype)
+    # RoPE does not see the shift, and OPT's positions follow the mask: only GPT-2 is another with it.
+    padding = config.model_type == "gpt2" and behaviours.enabled("gpt2_positions", compat)
+    model = abstract_decoder(config, param_dtype=dtype, positions_count_padding=padding)
     graph, state = nnx.split(model)
     axes = {name: variable.axes for name, variable in parameters(state).items()}
 
@@ -60,10 +69,7 @@ def load_llm(
     arrays = load_llm_arrays(path, config, dtype, shardings)
     for name, variable in parameters(state).items():
         variable.set_value(arrays[name])
-    llm = nnx.merge(graph, state)
-    # RoPE does not see the shift, and OPT's positions follow the mask: only GPT-2 is another with it.
-    llm.positions_count_padding = config.model_type == "gpt2" and behaviours.enabled("gpt2_positions", compat)
-    return llm
+    return nnx.merge(graph, state)
 
 
 def load_llm_arrays(
@@ -71,8 +77,8 @@ def load_llm_arrays(
 ) -> dict[str, jax.Array]:
     """The parameters of `config` out of a folder: path ("layers.attention.q.kernel") -> array.
 
-    `config` is the folder's own (`read_llm_config`), possibly `extended`: the rows of a larger vocabulary
-    become the mean (in float32) of the folder's rows. Each process reads what its own devices hold, one
+    `config` is the folder's own (`read_llm_config`), possibly `extended`: the rows of a larger vocabulary, in the
+    embedding and in an untied head, are `NewRows` of the folder's. Each process reads what its own devices hold, one
     parameter at a time; no host ever holds the model. `shardings` is asked with the path and the shape.
     Raises UserError for missing, unexpected or misshapen tensors, by name.
     """
@@ -129,13 +135,18 @@ def resolve_llm_folder(name: str | Path, weights: bool = True) -> Path:
         )
         raise UserError("llm.name", f"'{name}', which is no folder", "a folder or a known name", fix)
     try:
-        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES if weights else _TOKENIZER_FILES))
+        folder = Path(snapshot_download(repo, allow_patterns=_HUB_FILES if weights else _TOKENIZER_FILES))
+        old = weights and not list(folder.glob("*.safetensors")) and fnmatch.filter(list_repo_files(repo), _TORCH)
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = (
             f"'{name}', which the Hugging Face hub did not give ({type(error).__name__}: {str(error)[:200]})"
         )
         fix = f"download {repo} on a connected machine and set llm.name to that folder"
         raise UserError("llm.name", reason, "a folder or a model that can be downloaded", fix) from None
+    if old:
+        found = f"'{repo}', which has {some(old)} only"
+        raise UserError("llm.name", found, "safetensors", _conversion(repo, "llm.name"))
+    return folder
 
 
 def open_checkpoint(folder: str | Path) -> dict[str, np.ndarray]:
@@ -145,8 +156,10 @@ def open_checkpoint(folder: str | Path) -> dict[str, np.ndarray]:
     if single.is_file():
         return dict(Safetensors(single))
     if not index.is_file():
-        fix = "save the model with safe_serialization" if list(folder.glob("*.bin")) else "check the folder"
-        raise UserError(str(folder), "no safetensors", f"{single.name} or {index.name}", fix)
+        old = sorted(file.name for file in folder.glob(_TORCH))
+        found = f"{some(old)} only" if old else "no safetensors"
+        fix = _conversion(str(folder), "the path") if old else "check the folder"
+        raise UserError(str(folder), found, f"{single.name} or {index.name}", fix)
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or any(Path(str(file)).name != file for file in where.values()):
         raise UserError(
@@ -155,7 +168,7 @@ def open_checkpoint(folder: str | Path) -> dict[str, np.ndarray]:
     files = {file: Safetensors(folder / file) for file in sorted(set(where.values()))}
     absent = [name for name, file in where.items() if name not in files[file]]
     if absent:
-        found = f"{_some(absent)} not in the file that it names"
+        found = f"{some(absent)} not in the file that it names"
         raise UserError(str(index), found, "an index that fits its files", "download the folder again")
     return {name: files[file][name] for name, file in where.items()}
 
@@ -173,6 +186,15 @@ def read_json(path: Path) -> dict[str, Any]:
             str(path), type(content).__name__, "a JSON object", "use the folder of a Hugging Face model"
         )
     return content
+
+
+def _conversion(source: str, setting: str) -> str:
+    """What to do about a language model of which there are PyTorch's files only: those are not read."""
+    return (
+        f"convert it where PyTorch is installed: transformers.AutoModelForCausalLM.from_pretrained('{source}')"
+        f".save_pretrained(folder, safe_serialization=True), its tokenizer likewise, and set {setting} "
+        "to that folder"
+    )
 
 
 def _with_prefix(tensors: dict[str, np.ndarray], family: Family) -> dict[str, np.ndarray]:
@@ -200,9 +222,7 @@ def _check_tensors(
         _check_copy(folder, tensors, family.rules[0].theirs)
         extra.remove(_HEAD)
     if missing or extra:
-        found = "; ".join(
-            f"{what} {_some(n)}" for what, n in (("missing", missing), ("unexpected", extra)) if n
-        )
+        found = "; ".join(f"{what} {some(n)}" for what, n in (("missing", missing), ("unexpected", extra)) if n)
         raise UserError(
             str(folder), found, f"the tensors of {config.model_type}", "check that config.json fits"
         )
@@ -221,16 +241,47 @@ def _check_copy(folder: Path, tensors: Mapping[str, np.ndarray], table: str) -> 
         )
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+@dataclass(frozen=True)
+class NewRows:
+    """Rows for tokens that a vocabulary table (V, D) did not have: its mean row, and noise by which they differ.
+
+    The noise is normal, `_NOISE` times each column's standard deviation, and a function of the tensor's name and the
+    row alone: every process and mesh draws the same. mean, noise: (D,) float32.
+    """
+
+    name: str
+    mean: np.ndarray
+    noise: np.ndarray
+
+    @classmethod
+    def like(cls, name: str, table: np.ndarray) -> "NewRows":
+        """Those of the tensor `name`; sums are taken in pieces, so that no whole copy is made."""
+        total, squares = np.zeros((2, table.shape[1]), np.float64)
+        for begin in range(0, len(table), 4096):
+            piece = table[begin : begin + 4096].astype(np.float64)
+            total += piece.sum(0)
+            squares += np.square(piece).sum(0)
+        mean = total / len(table)
+        deviation = np.sqrt(np.maximum(squares / len(table) - mean**2, 0))
+        return cls(name, mean.astype(np.float32), (_NOISE * deviation).astype(np.float32))
+
+    def draw(self, start: int, stop: int, columns: slice) -> np.ndarray:
+        """Rows `start` to `stop` of the table, of these columns: float32."""
+        key = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:16], "little")
+        rows = np.empty((stop - start, len(self.mean[columns])), np.float32)
+        for row in range(start, stop):
+            stream = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, row]))
+            drawn = stream.standard_normal(len(self.mean), np.float32)
+            rows[row - start] = (self.mean + self.noise * drawn)[columns]
+        return rows
 
 
 def _to_devices(
     rule: Rule, parts: list[np.ndarray], spec: jax.ShapeDtypeStruct, sharding: Sharding
 ) -> jax.Array:
     their_shape = rule.their_shape(spec.shape)
-    mean = _mean_row(parts[0]) if parts[0].shape != their_shape else None  # only a vocabulary can be shorter
+    shorter = parts[0].shape != their_shape  # only a vocabulary can be
+    new = NewRows.like(rule.theirs, parts[0]) if shorter else None
     read: dict[tuple, np.ndarray] = {}  # devices that hold the same shard share one reading of it
 
     def shard(index: Index | None) -> np.ndarray:
@@ -238,26 +289,18 @@ def _to_devices(
         key = tuple((s.start, s.stop) for s in index)
         if key not in read:
             layers, each = rule.split(index)
-            pieces = [_slice(part, each, their_shape, mean) for part in parts[layers]]
+            pieces = [_slice(part, each, their_shape, new) for part in parts[layers]]
             read[key] = rule.arrange(pieces).astype(spec.dtype, copy=False)
         return read[key]
 
     return jax.make_array_from_callback(spec.shape, sharding, shard)
 
 
-def _slice(part: np.ndarray, index: Index, shape: tuple[int, ...], mean: np.ndarray | None) -> np.ndarray:
-    """A slice of `part` as if it had `shape`: rows beyond its end are its mean row."""
+def _slice(part: np.ndarray, index: Index, shape: tuple[int, ...], new: NewRows | None) -> np.ndarray:
+    """A slice of `part` as if it had `shape`: the rows beyond its end are new."""
     rows = part[index]
     start, stop, _ = index[0].indices(shape[0])
-    beyond = stop - start - len(rows)
-    if mean is None or not beyond:
+    first = max(start, len(part))
+    if new is None or first >= stop:
         return rows
-    return np.concatenate([rows.astype(np.float32), np.tile(mean[index[1]], (beyond, 1))])
-
-
-def _mean_row(table: np.ndarray) -> np.ndarray:
-    """(V, D) -> (D,) float32, summed in pieces so that no whole copy is made."""
-    total = np.zeros(table.shape[1], np.float64)
-    for begin in range(0, len(table), 4096):
-        total += table[begin : begin + 4096].astype(np.float32).sum(0, dtype=np.float64)
-    return (total / len(table)).astype(np.float32)
+    return np.concatenate([rows.astype(np.float32), new.draw(first, stop, index[1])])

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from elm_jax.config import LoraConfig
-from elm_jax.errors import UserError, nearest
+from elm_jax.errors import UserError, nearest, some
 from elm_jax.models.decoder import Decoder, DecoderConfig
 from elm_jax.models.lora import LoraSpec, add_lora, is_lora, target_modules, their_module
 from elm_jax.weights.load import parameters
@@ -26,7 +26,6 @@ from elm_jax.weights.safetensors import Safetensors, save_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # before the base model's own names
-_LISTED = 4  # names in an error
 
 _READ = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 # Fields that say nothing about what the adapter computes. `fan_in_fan_out` is the layout of the base kernels.
@@ -94,7 +93,7 @@ def load_adapter(folder: str | Path, config: DecoderConfig) -> tuple[LoraSpec, d
     expected = {name for rule in rules for name in rule.names(config.layers)}
     for what, names in (("no", expected - set(tensors)), ("unexpected", set(tensors) - expected)):
         if names:
-            found = f"{what} {', '.join(sorted(names)[:_LISTED])}"
+            found = f"{what} {some(sorted(names))}"
             raise UserError(where, found, f"the {len(expected)} tensors of {spec.targets}", fix)
     shapes, arrays = _shapes(config, spec), {}
     for rule in rules:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Index = tuple[slice, ...]
+_WRAPPERS = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ class Rule:
         """The inverse of `arrange`: contiguous arrays in the checkpoint's layout."""
         parts = list(ours) if self.stacked else [ours]
         return [np.ascontiguousarray(part.T if self.transpose else part) for part in parts]
+
+
+def bare_name(name: str) -> str:
+    """A tensor's name without the prefixes of PyTorch's wrappers."""
+    for prefix in _WRAPPERS * 2:  # either may be outermost
+        name = name.removeprefix(prefix)
+    return name
 
 
 def export(rules: Iterable[Rule], arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:

@@ -98,6 +98,23 @@ def test_a_packaged_config_is_found_from_anywhere(tmp_path: Path, monkeypatch: p
     for named in ("configs/base.py", "base.py"):
         status, config = command(["--config", named])
         assert status == 0 and config is not None and config.workdir == "runs/base"
+    for named in ("configs/st_mem_full_training/stage1.py", "st_mem_full_training/stage1.py"):
+        status, config = command(["--config", named])
+        assert status == 0 and config is not None and config.workdir == "runs/st_mem_full_training/stage1"
+
+
+def test_every_packaged_config_is_listed_and_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = error_line(capsys, "--config=/0")
+    for file in (ROOT / "elm_jax" / "configs").rglob("*.py"):
+        named = file.relative_to(ROOT / "elm_jax").as_posix()
+        assert named in line
+        cli.read_config_file(named)
+    assert "did you mean 'configs/st_mem_full_training/stage1.py'?" in error_line(
+        capsys, "--config=configs/st_mem_full_training/stage11.py"
+    )
 
 
 def test_a_file_of_the_users_comes_before_the_packaged_one(

@@ -100,8 +100,7 @@ def test_logits_match(case):
 
 
 def test_merged_logits_match(case):
-    bare = Decoder(case.llm.config, nnx.Rngs(0))
-    bare.positions_count_padding = case.llm.positions_count_padding
+    bare = Decoder(case.llm.config, nnx.Rngs(0), positions_count_padding=case.llm.positions_count_padding)
     with_values(bare, merged(arrays_of(case.llm), case.spec.scale))
     logits = bare(case.inputs["input_ids"], case.inputs["attention_mask"])
     compare(case.name, "merged logits", logits[case.picked], case.expected["logits_merged_valid_every4"], FORWARD)

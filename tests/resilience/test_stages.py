@@ -69,3 +69,44 @@ def test_a_run_that_diverges_is_no_success(first: Path) -> None:
     assert "optim.lr" in errors[0] and not (folder / "DONE").exists()
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert any(event.get("event") == "non_finite" for event in events)
+
+
+LORA = {"llm__lora__rank": 4, "llm__lora__alpha": 8.0}
+
+
+@pytest.mark.slow
+def test_an_adapter_goes_from_stage_to_stage_and_in_and_out_of_a_folder(first: Path) -> None:
+    one, two, three = (first.parent / f"adapter_{n}" for n in (1, 2, 3))
+    train(one, update="connector,llm", init_from=str(first), llm__lora__dropout=0.1, **LORA)
+    train(two, update="connector", init_from=str(one), **LORA)  # the adapter is frozen now, and kept
+    train(three, update="connector,llm", init_from=str(two), **LORA)
+    frozen = Checkpoints(two, read_only=True).meta(3)["frozen"]
+    assert set(frozen) == {"encoder", "llm", "llm.lora"}
+    assert set(Checkpoints(three, read_only=True).meta(3)["frozen"]) == {"encoder", "llm"}
+    assert not (two / "adapter").exists(), "what is not trained is not written"
+    fields = json.loads((one / "adapter" / "adapter_config.json").read_text())
+    assert fields["r"] == 4 and fields["lora_alpha"] == 8
+    fourth = first.parent / "adapter_4"
+    train(fourth, update="connector,llm", init_from=str(first), llm__lora__adapter=str(one / "adapter"))
+    trained = Checkpoints(fourth, read_only=True)
+    assert any("lora" in name for name in runs.saved_arrays(fourth, 3)) and trained.find("latest") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"llm__lora__rank": 4, "llm__lora__alpha": 1.0}, "llm.lora: found rank 4, alpha 1, targets all; expected"),
+        ({}, "llm.lora: found none; expected that of"),
+        ({"llm__lora__rank": 4, "update": "connector"}, ""),
+    ],
+)
+def test_an_adapter_that_would_mean_something_else_is_refused(first: Path, changes: dict, says: str) -> None:
+    source = first.parent / "adapted"
+    if not source.exists():
+        train(source, update="connector,llm", init_from=str(first), **LORA)
+    options = {**HALF, "update": "connector,llm", "init_from": str(source), **changes}
+    if not says:  # an adapter that nothing trains and nothing brings
+        options["init_from"], says = "None", "llm.lora.rank: found 4; expected 0 where update leaves the LLM out"
+    (errors,) = runs.finish_all([runs.start(first.parent / f"refused_{len(changes)}", **options)], expect=2)
+    assert says in errors

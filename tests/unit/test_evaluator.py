@@ -95,6 +95,9 @@ class Asked(FakeModel):
         records = load_records(self.config.data, split, 0)
         return Dataset(records, self.assembly.tokenizer, self.assembly.text, self.assembly.signal)
 
+    def written(self, prompt: Any, new: int) -> Any:
+        return prompt
+
     def answers(self, prompts: Sequence[Any], options: Any, size: int | None = None, seed: int = 0) -> list[str]:
         for prompt in prompts:
             assert 0 < len(prompt.rendered.ids) <= self.assembly.llm.max_len - options.max_new_tokens

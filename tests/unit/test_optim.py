@@ -151,6 +151,14 @@ def test_muon_takes_stacked_layers_apart() -> None:
         np.testing.assert_allclose(together["w"][layer], alone["w"], rtol=1e-5, atol=1e-9)
 
 
+def test_orthogonalised_multiplies_in_float32_on_every_device() -> None:
+    steps = jax.make_jaxpr(lambda x: orthogonalised(x, 5))(jnp.ones((6, 4))).jaxpr.eqns
+    inner = [eqn for step in steps for eqn in (step.params["jaxpr"].eqns if "jaxpr" in step.params else [step])]
+    products = [eqn for eqn in inner if eqn.primitive.name == "dot_general"]
+    assert len(products) == 15
+    assert all(eqn.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2 for eqn in products)
+
+
 def test_orthogonalised_has_singular_values_near_one() -> None:
     x = jax.random.normal(jax.random.key(0), (2, 24, 10))
     values = np.linalg.svd(np.asarray(orthogonalised(x, 5)), compute_uv=False)

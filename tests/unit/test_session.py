@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from elm_jax.data.chat import render, render_prompt
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.demo import load_demo_ecg
 from elm_jax.data.ecg import LEADS
+from elm_jax.data.ecg_tokens import add_ecg_tokens
 from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
+from elm_jax.data.symbolic import EcgByte
 from elm_jax.errors import UserError
 from elm_jax.inference.session import Session, read_input
 
@@ -311,3 +314,18 @@ def test_relative_and_home_paths_are_the_users(tmp_path: Path, monkeypatch: pyte
     for path in ("a.npy", "~/a.npy"):
         ecg = read_input(path, elsewhere)
         assert ecg.path == path and ecg.signal.shape == (len(LEADS), 500)
+
+
+def test_where_ecgs_are_symbols_old_turns_make_room_for_them(tmp_path: Path) -> None:
+    EcgByte([b"aa"]).save(tmp_path / "bpe.json")
+    talk = session(context=200, encoder__tokens=1)
+    tokens = add_ecg_tokens(talk.model.assembly.tokenizer, tmp_path / "bpe.json", 60)
+    talk.spec = replace(talk.spec, representation="symbolic", leads=(1,), tokens=tokens)
+    ecg = talk.add_ecg("noise")
+    assert isinstance(ecg.signal, np.ndarray) and ecg.signal.shape[0] > 300
+    for question in range(8):
+        talk.say(f"Question {question}, and a little more of it?")
+        (*_, prompt) = talk.model.prompts  # type: ignore[attr-defined]
+        text = len(prompt.rendered.ids) - 1
+        assert text + 60 <= 200 - talk.model.config.eval.max_new_tokens
+    assert talk.shortened and len(talk.turns) == 16

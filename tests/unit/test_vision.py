@@ -182,6 +182,22 @@ def test_vit_masks_nothing_unless_asked() -> None:
         np.testing.assert_allclose(masked(images), plain(given), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_every_parameter_that_is_trained_has_a_gradient(name: str) -> None:
+    structure, arrays = tiny(name)
+    given = inputs(name)
+    gradients = jax.jit(jax.grad(lambda arrays: jnp.sum(structure.bind(arrays)(given)[..., 0])))(arrays)
+    unused = {key for key, gradient in gradients.items() if not np.asarray(gradient).any()}
+    held = {key for key, leaf in structure.leaves.items() if leaf.statistic}
+    assert unused == held == ({"mask_token"} if name == "vit" else set())
+
+
+def test_vit_trains_its_mask_token_where_it_masks() -> None:
+    compat = ("vit_random_mask",)
+    structure = structure_of(lambda: build_encoder("vit", CONFIGS["vit"], 1, nnx.Rngs(0), compat=compat))
+    assert not any(leaf.statistic for leaf in structure.leaves.values())
+
+
 def test_masks_differ_from_image_to_image_and_hide_three_quarters() -> None:
     images = inputs("vit", batch=200)
     masks = np.asarray(mask_of(images, 196, 0.75))

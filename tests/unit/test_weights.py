@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from elm_jax.models import hints
 from elm_jax.models.families import extended, family_of, to_hf
 from elm_jax.runtime.mesh import MeshPlacement, make_mesh, named_sharding
 from elm_jax.weights.load import (
+    NewRows,
     load_llm,
     load_llm_arrays,
     open_checkpoint,
@@ -26,7 +28,7 @@ from elm_jax.weights.load import (
     read_llm_config,
     resolve_llm_folder,
 )
-from elm_jax.weights.rules import Rule, export
+from elm_jax.weights.rules import Rule, bare_name, export
 from elm_jax.weights.safetensors import DTYPES, Safetensors, save_safetensors
 
 SHARDED = "llm_llama_untied_sharded"
@@ -162,6 +164,10 @@ def test_a_slice_through_a_rule_is_the_slice_of_the_whole(transpose):
     assert np.array_equal(rule.arrange([part[each] for part in theirs[layers]]), rule.arrange(theirs)[index])
 
 
+def test_wrappers_leave_no_trace_in_names():
+    assert bare_name("module._orig_mod.a.module.b") == bare_name("_orig_mod.module.a.module.b") == "a.module.b"
+
+
 GOLDENS = ("llm_llama_tied", SHARDED, "llm_qwen2_tied", "llm_qwen3", "llm_gemma2", "llm_gpt2", "llm_opt")
 
 
@@ -207,24 +213,60 @@ def test_a_sharded_model_computes_and_generates_the_same(golden, name):
             assert np.array_equal(generate(sharded, tokens, max_new_tokens=6), text), placement
 
 
+TABLES = {"embedding.table": "model.embed_tokens.weight", "head.kernel": "lm_head.weight"}
+
+
+def new_rows(folder, config, base, shardings=one_device) -> dict[str, np.ndarray]:
+    """The rows (new, D) of both tables after the folder's own, which must be as they were."""
+    arrays, tensors, found = load_llm_arrays(folder, config, "float32", shardings), open_checkpoint(folder), {}
+    for path, name in TABLES.items():
+        rows = np.asarray(arrays[path] if path == "embedding.table" else arrays[path].T)
+        assert len(rows) == config.vocab_size and np.array_equal(rows[: base.vocab_size], tensors[name])
+        found[name] = rows[base.vocab_size :]
+    return found
+
+
+def test_new_vocabulary_rows_lie_around_the_mean_and_can_be_told_apart(golden):
+    folder = golden(SHARDED)
+    base = read_llm_config(folder)
+    tensors, found = open_checkpoint(folder), new_rows(folder, extended(base, base.vocab_size + 5), base)
+    noises = {}
+    for name, rows in found.items():
+        assert len(rows) == 64  # padded to a multiple of it
+        mean, deviation = tensors[name].mean(0), tensors[name].std(0)
+        noises[name] = (rows - mean) / deviation
+        assert noises[name].std() == pytest.approx(0.1, rel=0.05) and abs(noises[name].mean()) < 0.01
+        distances = np.linalg.norm(rows[:, None] - rows, axis=-1) + np.eye(64) * 1e9
+        assert distances.min() > 0.05 * np.linalg.norm(deviation)
+    # Those of the head have nothing to do with those of the embedding.
+    one, other = noises.values()
+    assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.1
+
+
+def test_a_new_row_depends_on_its_table_and_number_alone():
+    table = np.random.default_rng(0).normal(size=(10_000, 6)).astype(np.float32)
+    rows = NewRows.like("w", table)
+    assert np.allclose(rows.mean, table.mean(0), atol=1e-6) and np.allclose(rows.noise, 0.1 * table.std(0), rtol=1e-4)
+    whole = rows.draw(10_000, 10_020, slice(None))
+    assert np.array_equal(whole[5:9, 2:4], rows.draw(10_005, 10_009, slice(2, 4)))
+    assert not any(np.allclose(a, b, atol=1e-4) for a, b in pairwise(whole))
+    assert not np.allclose(whole, NewRows.like("v", table).draw(10_000, 10_020, slice(None)), atol=1e-4)
+
+
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_new_vocabulary_rows_are_the_mean_of_the_old(golden, tensor):
+def test_new_vocabulary_rows_are_the_same_on_every_mesh(golden, tensor):
     folder = golden(SHARDED)
     base = read_llm_config(folder)
     config = extended(base, base.vocab_size + 5)
+    plain = new_rows(folder, config, base)
     mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=tensor))
     axes = {"embedding.table": ("vocab", "embed"), "head.kernel": ("embed", "vocab")}
 
     def shardings(path, spec):
         return named_sharding(mesh, axes.get(path, (None,) * len(spec.shape)), spec.shape, path)
 
-    arrays = load_llm_arrays(folder, config, "float32", shardings)
-    tensors = open_checkpoint(folder)
-    for path, name in (("embedding.table", "model.embed_tokens.weight"), ("head.kernel", "lm_head.weight")):
-        rows = np.asarray(arrays[path]) if path == "embedding.table" else np.asarray(arrays[path]).T
-        assert rows.shape[0] == 576 == config.vocab_size
-        assert np.array_equal(rows[: base.vocab_size], tensors[name])
-        assert np.allclose(rows[base.vocab_size :], tensors[name].mean(0), atol=1e-7)
+    for name, rows in new_rows(folder, config, base, shardings).items():
+        assert np.array_equal(rows, plain[name]), name
 
 
 def test_a_padded_vocabulary_is_never_shrunk(golden):
@@ -294,6 +336,31 @@ def test_a_folder_without_weights_is_an_error(tmp_path, golden):
     shutil.copyfile(golden(SHARDED) / "config.json", tmp_path / "config.json")
     with pytest.raises(UserError, match="safetensors"):
         load_llm(tmp_path)
+
+
+def test_files_of_pytorch_are_to_be_converted(tmp_path, golden):
+    shutil.copyfile(golden(SHARDED) / "config.json", tmp_path / "config.json")
+    (tmp_path / "training_args.bin").touch()
+    with pytest.raises(UserError, match="found no safetensors.*check the folder"):
+        load_llm(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match=r"found pytorch_model.bin only.*save_pretrained\(.*safe_serialization=True"):
+        load_llm(tmp_path)
+
+
+@pytest.mark.parametrize("files", [["pytorch_model.bin", "config.json"], ["model.safetensors"], ["config.json"]])
+def test_a_repository_of_pytorch_files_is_to_be_converted(tmp_path, monkeypatch, files):
+    if "model.safetensors" in files:
+        (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr("elm_jax.weights.load.snapshot_download", lambda repo, allow_patterns: str(tmp_path))
+    monkeypatch.setattr("elm_jax.weights.load.list_repo_files", lambda repo: files)
+    assert resolve_llm_folder("opt-125m", weights=False) == tmp_path
+    if "pytorch_model.bin" not in files:
+        assert resolve_llm_folder("opt-125m") == tmp_path
+        return
+    advice = r"'facebook/opt-125m', which has pytorch_model.bin only.*from_pretrained\('facebook/opt-125m'\)"
+    with pytest.raises(UserError, match=advice):
+        resolve_llm_folder("opt-125m")
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b-instrukt", "nowhere/to/be/found", "~/no/such/folder"])

@@ -20,12 +20,12 @@ from flax import nnx
 
 from elm_jax import compat as behaviours
 from elm_jax.data.images import PROCESSING
-from elm_jax.errors import UserError, nearest
+from elm_jax.errors import UserError, nearest, some
 from elm_jax.models.encoders import mae, merl, siglip, vision
 from elm_jax.models.encoders import vision_config as sizes
 from elm_jax.models.encoders.checkpoint import read_checkpoint, read_config
 from elm_jax.models.functional import Leaf, initialise, structure_of
-from elm_jax.weights.rules import Rule, export
+from elm_jax.weights.rules import Rule, bare_name, export
 
 
 class Encoder(Protocol):
@@ -72,7 +72,7 @@ ENCODERS: dict[str, Kind] = {
     ),  # fmt: skip
     **{
         name: Kind(
-            partial(mae.MaeConfig.from_fields, name), mae.MaskedAutoencoder, mae.weight_rule, mae.published_name,
+            partial(mae.MaeConfig.from_fields, name), mae.MaskedAutoencoder, mae.weight_rule, bare_name,
             mae.ALIAS,
         )  # fmt: skip
         for name in ("mtae", "mlae")
@@ -186,9 +186,9 @@ def from_published(
     fix = "check encoder.config and that the file is of this encoder"
     absent = [theirs for theirs in kind.absent(tensors.keys()) if theirs not in given]
     if missing := [theirs for theirs in expected if theirs not in given and theirs not in absent]:
-        raise UserError(where, f"no weights {_some(missing)}", f"the {len(expected)} weights of {name}", fix)
+        raise UserError(where, f"no weights {some(missing)}", f"the {len(expected)} weights of {name}", fix)
     if extra := sorted(set(given) - set(expected)):
-        raise UserError(where, f"unknown weights {_some(extra)}", f"only the weights of {name}", fix)
+        raise UserError(where, f"unknown weights {some(extra)}", f"only the weights of {name}", fix)
     arrays = {}
     for ours, rule in wanted.items():
         if rule.theirs in absent:
@@ -218,7 +218,3 @@ def _kind(name: str) -> Kind:
         fix = nearest(str(name), ENCODERS) or "choose one of them"
         raise UserError("encoder.name", repr(name), f"one of {', '.join(ENCODERS)}", fix)
     return ENCODERS[name]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -43,7 +43,7 @@ def read_checkpoint(checkpoint: str | Path | Mapping[str, Any]) -> tuple[Mapping
 def read_config(checkpoint: str | Path | Mapping[str, Any] | None, processing: Processing | None) -> dict[str, Any]:
     """The `config.json` of a checkpoint that is a folder or in the hub; empty for others.
 
-    Raises UserError if its images are normalised unlike `processing`, which is how ours are.
+    Raises UserError if its images were made unlike `processing`, which is how ours are.
     """
     if checkpoint is None or isinstance(checkpoint, Mapping):
         return {}
@@ -52,11 +52,7 @@ def read_config(checkpoint: str | Path | Mapping[str, Any] | None, processing: P
         return {}
     images = path / "preprocessor_config.json"
     if processing is not None and images.is_file():
-        told = read_json(images)
-        for name, ours in (("image_mean", processing.mean), ("image_std", processing.std)):
-            if list(told.get(name) or ours) != list(ours):
-                fix = "use a checkpoint that was trained on such images"
-                raise UserError(f"{images} {name}", str(told[name]), str(list(ours)), fix)
+        _check_images(images, processing)
     return read_json(path / "config.json")
 
 
@@ -79,6 +75,25 @@ def resolve(checkpoint: str | Path) -> Path:
         found = f"'{checkpoint}', which the Hugging Face hub did not give ({type(error).__name__}: {str(error)[:200]})"
         fix = f"download {checkpoint} on a connected machine and set {WHERE} to that folder"
         raise UserError(WHERE, found, "a file, a folder or a model that can be downloaded", fix) from None
+
+
+def _check_images(file: Path, ours: Processing) -> None:
+    """Raise UserError where a preprocessor_config.json says a number that is not that of our images.
+
+    What it leaves out, as old files do, is the model's usual. Image and patch size are those of config.json, which the
+    weights have to fit; whether CLIP's crop is made is decided elsewhere.
+    """
+    expected: dict[str, Any] = {
+        "do_resize": True, "do_rescale": True, "do_normalize": True, "image_mean": list(ours.mean),
+        "image_std": list(ours.std), "resample": ours.resample, "rescale_factor": ours.rescale,
+    }  # fmt: skip
+    if ours.patch is not None:
+        expected["max_num_patches"] = ours.max_patches
+    told = read_json(file)
+    for name, value in expected.items():
+        if told.get(name, value) not in (value, None):
+            fix = "use a checkpoint that was trained on such images"
+            raise UserError(f"{file} {name}", str(told[name]), str(value), fix)
 
 
 def _only_torch(folder: Path) -> bool:

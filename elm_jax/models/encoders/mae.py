@@ -4,13 +4,14 @@ Flow: (B, C, L) signals -> patches -> a transformer -> (B, N, D). They differ in
 one lead (ST-MEM), p samples of all leads (MTAE, masked in time), all samples of one lead (MLAE, masked by lead).
 Nothing is masked here. The embedding of ST-MEM is the encoder's output, that of the others the decoder's last
 latents. All parameters of a checkpoint are held, so that it comes out as it went in; where no embedding depends
-on one of them (the mask token, the decoder's last norm and head), its gradient is zero.
+on one of them (the mask token, the decoder's last norm and head), it is held and never trained.
 Dimension letters: B signals, C leads, L samples, p samples of a patch, n patches (of a lead for ST-MEM),
 P values of a patch, D and E widths of encoder and decoder, N signal tokens.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,16 +20,16 @@ import numpy as np
 from flax import nnx
 
 from elm_jax.errors import UserError, nearest
-from elm_jax.models.encoders.merl import WRAPPER_PREFIXES
-from elm_jax.models.encoders.transformer import Transformer, TransformerConfig, XavierLinear
+from elm_jax.models.encoders.transformer import Transformer, TransformerConfig
 from elm_jax.models.hints import weight
-from elm_jax.models.layers import LayerNorm
+from elm_jax.models.layers import Held, LayerNorm, Linear, held, hold
 from elm_jax.models.pooling import adaptive_average_pool
-from elm_jax.weights.rules import Rule
+from elm_jax.weights.rules import Rule, bare_name
 
 HEAD_DIM = 64  # whatever the width
 NORM_EPS, DECODER_NORM_EPS = 1e-5, 1e-6
 TOKEN_STD = 0.02  # of initial special tokens and lead embeddings
+XAVIER = jax.nn.initializers.glorot_uniform()  # within sqrt(6 / (I + O)); Glorot and Bengio (2010)
 
 # Fields of the published configs that say how to pretrain, or repeat another; N is the argument `tokens`.
 IGNORED_FIELDS = frozenset(("norm_pix_loss", "d_model", "num_encoder_tokens"))
@@ -160,12 +161,8 @@ class MaeConfig:
         alone = heads == 1 and width == HEAD_DIM  # a single head as wide as its input is not projected
         return TransformerConfig(
             width, depth, heads, int(self.mlp_ratio * width), HEAD_DIM, norm_eps=NORM_EPS, fused_qkv=True,
-            qkv_bias=self.qkv_bias, out=not alone, linear=XavierLinear,
+            qkv_bias=self.qkv_bias, out=not alone, init=XAVIER,
         )  # fmt: skip
-
-
-class Position(nnx.Variable):
-    """A position embedding that is part of a checkpoint and never trained."""
 
 
 class PatchEmbedding(nnx.Module):
@@ -173,7 +170,7 @@ class PatchEmbedding(nnx.Module):
 
     def __init__(self, size: int, width: int, rngs: nnx.Rngs, dtype: Any, param_dtype: Any) -> None:
         self.norm = LayerNorm(size, NORM_EPS, param_dtype)
-        self.linear = XavierLinear(size, width, (None, "embed"), rngs, bias=True, param_dtype=param_dtype)
+        self.linear = Linear(size, width, (None, "embed"), rngs, bias=True, init=XAVIER, param_dtype=param_dtype)
         self.out_norm = LayerNorm(width, NORM_EPS, param_dtype)
         self.dtype = dtype
 
@@ -223,7 +220,10 @@ class StMem(nnx.Module):
 
 
 class MaskedAutoencoder(nnx.Module):
-    """MTAE and MLAE: a CLS token and the patches, through encoder and decoder."""
+    """MTAE and MLAE: a CLS token and the patches, through encoder and decoder.
+
+    pretrain: whether what only the reconstruction depends on is trained, too.
+    """
 
     def __init__(
         self,
@@ -233,6 +233,7 @@ class MaskedAutoencoder(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
+        pretrain: bool = False,
     ) -> None:
         self.config, self.tokens, self.width = config, tokens, config.decoder_embed_dim
         (patches, size), inner = config.patches, config.embed_dim
@@ -241,13 +242,18 @@ class MaskedAutoencoder(nnx.Module):
         self.cls = _token(rngs, param_dtype, inner)
         self.transformer = Transformer(config.encoder, rngs, param_dtype)
         self.norm = LayerNorm(inner, NORM_EPS, param_dtype)
-        linear = {"rngs": rngs, "bias": True, "param_dtype": param_dtype}
-        self.to_decoder = XavierLinear(inner, self.width, ("embed", None), **linear)
-        self.mask = _token(rngs, param_dtype, 1, 1, self.width)
+        unused_dtype = param_dtype if pretrain else jnp.float32  # as `Held` has it
+        linear = partial(Linear, rngs=rngs, bias=True, init=XAVIER)
+        self.to_decoder = linear(inner, self.width, ("embed", None), param_dtype=param_dtype)
+        self.mask = _token(rngs, unused_dtype, 1, 1, self.width)
         self.decoder_position = _position(config, 1, patches, 0, self.width)
         self.decoder = Transformer(config.decoder, rngs, param_dtype)
-        self.decoder_norm = LayerNorm(self.width, DECODER_NORM_EPS, param_dtype)
-        self.head = XavierLinear(self.width, size, ("embed", None), **linear)
+        self.decoder_norm = LayerNorm(self.width, DECODER_NORM_EPS, unused_dtype)
+        self.head = linear(self.width, size, ("embed", None), param_dtype=unused_dtype)
+        if not pretrain:
+            self.mask = held(self.mask)
+            hold(self.decoder_norm)
+            hold(self.head)
 
     def __call__(self, signals: jax.Array, weights: jax.Array | None = None, train: bool = False) -> jax.Array:
         """(B, C, L) signals -> (B, N, E) float32, computed in `dtype`; N bins of CLS and patches.
@@ -282,7 +288,7 @@ def _token(rngs: nnx.Rngs, param_dtype: Any, *shape: int) -> nnx.Param:
 def _position(config: MaeConfig, before: int, patches: int, after: int, width: int) -> nnx.Variable:
     """(1, before + patches + after, width) float32; the special tokens before and after have zeros."""
     values = jnp.pad(sincos_positions(patches, width), ((before, after), (0, 0)))[None]
-    kind = nnx.Param if config.train_positions else Position
+    kind = nnx.Param if config.train_positions else Held
     return kind(values, axes=(None, None, None))
 
 
@@ -342,14 +348,7 @@ def weight_rule(name: str) -> Rule:
     return Rule(f"{theirs}.{LEAVES[leaf]}", name, transpose=leaf == "kernel")
 
 
-def published_name(name: str) -> str:
-    """A checkpoint's key without wrapper prefixes."""
-    for prefix in WRAPPER_PREFIXES * 2:  # either may be outermost
-        name = name.removeprefix(prefix)
-    return name
-
-
 def st_mem_published_name(name: str) -> str | None:
-    """`published_name`; None for what only the pretraining of ST-MEM uses."""
-    name = published_name(name)
+    """A checkpoint's key without wrapper prefixes; None for what only the pretraining of ST-MEM uses."""
+    name = bare_name(name)
     return None if name.startswith(ST_MEM_PRETRAINING) else name

@@ -16,7 +16,7 @@ from flax import nnx
 from elm_jax.errors import UserError, nearest
 from elm_jax.models.hints import weight
 from elm_jax.models.pooling import adaptive_average_pool
-from elm_jax.weights.rules import Rule
+from elm_jax.weights.rules import Rule, bare_name
 
 BN_MOMENTUM = 0.1
 BN_EPS = 1e-5
@@ -30,7 +30,6 @@ IGNORED_FIELDS = frozenset(
 # Parts of a MERL checkpoint that are not this encoder.
 IGNORED_PREFIXES = ("lm.", "downconv.", "att_pool_head.", "linear1.", "linear2.", "proj_t.")
 IGNORED_SUFFIXES = (".num_batches_tracked",)
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 
 
 @dataclass(frozen=True)
@@ -228,6 +227,5 @@ def weight_rule(name: str) -> Rule:
 
 def published_name(name: str) -> str | None:
     """A checkpoint's key without wrapper prefixes; None for what is not part of this encoder."""
-    for prefix in WRAPPER_PREFIXES * 2:  # either may be outermost
-        name = name.removeprefix(prefix)
+    name = bare_name(name)
     return None if name.startswith(IGNORED_PREFIXES) or name.endswith(IGNORED_SUFFIXES) else name

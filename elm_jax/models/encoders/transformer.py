@@ -1,45 +1,30 @@
 """The pre-norm transformer that the ECG and vision encoders share: full attention, LayerNorm, a plain MLP.
 
 B signals, T tokens, D width, H heads, d head size. Layers are stacked: every parameter of `blocks` has a leading
-axis of the depth, and one `lax.scan` runs them.
+axis of the depth, and one `lax.scan` runs them. In training the backward pass recomputes each block from its input
+(`remat`): the activations of one block are kept at a time, not those of all.
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from elm_jax.models.attention import attend
-from elm_jax.models.layers import Axes, LayerNorm, Linear
-
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
-ACTIVATIONS = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-}
-
-
-class XavierLinear(Linear):
-    """A Linear whose kernel (I, O) starts uniform within sqrt(6 / (I + O)), after Glorot and Bengio (2010)."""
-
-    def __init__(self, in_dim: int, out_dim: int, axes: Axes, rngs: nnx.Rngs, **options: Any) -> None:
-        super().__init__(in_dim, out_dim, axes, rngs, **options)
-        bound = (6 / (in_dim + out_dim)) ** 0.5
-        kernel = jax.random.uniform(rngs.params(), (in_dim, out_dim), jnp.float32, -bound, bound)
-        self.kernel.set_value(kernel.astype(self.kernel[...].dtype))
+from elm_jax.models.layers import ACTIVATIONS, Activation, Init, LayerNorm, Linear
+from elm_jax.models.remat import Remat, rematerialised
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """Sizes: width is D, mlp the width inside the MLP. fused_qkv: one projection for queries, keys and values.
 
-    out_bias: whether the output projection of the attention has one (the queries', keys' and values' have
-    `qkv_bias`). out: whether there is one at all. head_dim None: width / heads. linear: the class of all
-    projections, which says how they start.
+    qkv_bias: whether these have biases; all other projections do. out: whether the attention has an output
+    projection. head_dim None: width / heads. init: how the kernels start, None as `Linear` has it. remat: what the
+    backward pass recomputes (`elm_jax.models.remat`).
     """
 
     width: int
@@ -51,9 +36,9 @@ class TransformerConfig:
     norm_eps: float = 1e-5
     fused_qkv: bool = False
     qkv_bias: bool = True
-    out_bias: bool = True
     out: bool = True
-    linear: type[Linear] = Linear
+    init: Init | None = None
+    remat: Remat = "full"
 
     @property
     def head(self) -> int:
@@ -67,14 +52,14 @@ class Attention(nnx.Module):
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, param_dtype: Any) -> None:
         width, inner = config.width, config.heads * config.head
         self.heads, self.fused = config.heads, config.fused_qkv
-        linear = partial(config.linear, rngs=rngs, param_dtype=param_dtype)
+        linear = partial(Linear, rngs=rngs, init=config.init, param_dtype=param_dtype)
         if config.fused_qkv:
             self.qkv = linear(width, 3 * inner, ("signal", "heads"), bias=config.qkv_bias)
         else:
             self.q = linear(width, inner, ("signal", "heads"), bias=config.qkv_bias)
             self.k = linear(width, inner, ("signal", "heads"), bias=config.qkv_bias)
             self.v = linear(width, inner, ("signal", "heads"), bias=config.qkv_bias)
-        self.o = linear(inner, width, ("heads", "signal"), bias=config.out_bias) if config.out else None
+        self.o = linear(inner, width, ("heads", "signal"), bias=True) if config.out else None
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1) if self.fused else (self.q(x), self.k(x), self.v(x))
@@ -88,10 +73,10 @@ class Mlp(nnx.Module):
     """fc2(activation(fc1(x)))."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, param_dtype: Any) -> None:
-        linear = partial(config.linear, rngs=rngs, param_dtype=param_dtype, bias=True)
+        linear = partial(Linear, rngs=rngs, init=config.init, param_dtype=param_dtype, bias=True)
         self.fc1 = linear(config.width, config.mlp, ("signal", "mlp"))
         self.fc2 = linear(config.mlp, config.width, ("mlp", "signal"))
-        self.activation = config.activation
+        self.activation: Activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
@@ -116,6 +101,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, param_dtype: Any = jnp.float32) -> None:
         self.depth = config.depth
+        self.remat: Remat = config.remat
 
         @nnx.split_rngs(splits=config.depth)
         @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -126,17 +112,26 @@ class Transformer(nnx.Module):
 
     def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
         """(B, T, D) -> (B, T, D), in the dtype of x; `valid` (B, T) bool says which tokens are seen."""
-        return self.run(x, valid)[0]
+        return self._run(x, valid, None)[0]
 
-    def run(self, x: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """The output (B, T, D) and the sum (B, T, D) float32 of the outputs of all blocks."""
+    def sum_of_outputs(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+        """(B, T, D) -> the sum (B, T, D) float32 of the outputs of all blocks."""
+        total = self._run(x, valid, jnp.zeros(x.shape, jnp.float32))[1]
+        assert total is not None
+        return total
+
+    def _run(
+        self, x: jax.Array, valid: jax.Array | None, total: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The output, and `total` with the outputs of all blocks added to it, where it is wanted."""
         mask = jnp.ones((1, 1, 1, 1), bool) if valid is None else valid.astype(bool)[:, None, None, :]
         graph, state = nnx.split(self.blocks)
 
-        def step(carry: tuple[jax.Array, jax.Array], block: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
-            x, total = carry
-            x = nnx.merge(graph, block)(x, mask)
-            return (x, total + x.astype(jnp.float32)), None
+        run_block = rematerialised(lambda block, x: nnx.merge(graph, block)(x, mask), self.remat)
 
-        start = x, jnp.zeros(x.shape, jnp.float32)
-        return jax.lax.scan(step, start, state, length=self.depth)[0]
+        def step(carry: tuple[jax.Array, jax.Array | None], block: Any) -> tuple[Any, None]:
+            x, total = carry
+            x = run_block(block, x)
+            return (x, None if total is None else total + x.astype(jnp.float32)), None
+
+        return jax.lax.scan(step, (x, total), state, length=self.depth)[0]

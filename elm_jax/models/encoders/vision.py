@@ -17,8 +17,8 @@ from elm_jax.errors import UserError
 from elm_jax.models.encoders.transformer import Transformer
 from elm_jax.models.encoders.vision_config import ClipConfig, ImageConfig, VitConfig
 from elm_jax.models.hints import weight
-from elm_jax.models.layers import LayerNorm, Linear
-from elm_jax.weights.rules import Rule
+from elm_jax.models.layers import Held, LayerNorm, Linear
+from elm_jax.weights.rules import Rule, bare_name
 
 WHERE = "encoder input"
 
@@ -83,6 +83,7 @@ class Vit(nnx.Module):
     the mask token, as the reference does at all times. It draws them anew for every call; here they are drawn
     from the image itself, so that an image has one embedding, in whatever batch it comes. A mask that the caller
     gives is taken instead.
+    Without a `mask_ratio` the mask token is only held: nothing would train it.
     """
 
     def __init__(
@@ -93,7 +94,8 @@ class Vit(nnx.Module):
         self.config, self.tokens, self.width, self.dtype = config, tokens, config.hidden_size, jnp.dtype(dtype)
         self.patches = PatchEmbedding(config.patch_size, self.width, True, rngs, param_dtype)
         self.cls = nnx.Param(normal(rngs, (1, 1, self.width), 0.02, param_dtype), axes=(None, None, "signal"))
-        self.mask_token = nnx.Param(jnp.zeros((1, 1, self.width), param_dtype), axes=(None, None, "signal"))
+        token = jnp.zeros((1, 1, self.width), param_dtype if config.mask_ratio > 0 else jnp.float32)
+        self.mask_token = (nnx.Param if config.mask_ratio > 0 else Held)(token, axes=(None, None, "signal"))
         positions = normal(rngs, (1, config.patches + 1, self.width), 0.02, param_dtype)
         self.positions = nnx.Param(positions, axes=(None, None, "signal"))
         self.transformer = Transformer(config.transformer(config.qkv_bias), rngs, param_dtype)
@@ -110,8 +112,7 @@ class Vit(nnx.Module):
         if mask is None and self.config.mask_ratio > 0:
             mask = mask_of(images, self.config.patches, self.config.mask_ratio)
         x = self.embed(images.astype(self.dtype), mask)
-        _, total = self.transformer.run(x)
-        states = (x.astype(jnp.float32) + total) / (self.config.num_hidden_layers + 1)
+        states = (x.astype(jnp.float32) + self.transformer.sum_of_outputs(x)) / (self.config.num_hidden_layers + 1)
         return jnp.mean(states, axis=1, keepdims=True)
 
     def embed(self, images: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -194,8 +195,6 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: Any) -> ja
 
 # -- names of the weights -------------------------------------------------------------------------------------------
 
-WRAPPERS = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
-
 
 def linear(theirs: str, ours: str) -> list[Rule]:
     """The kernel and the bias of a linear layer."""
@@ -259,8 +258,7 @@ def published(name: str, prefix: str, starts: tuple[str, ...], ignored: tuple[st
 
     `prefix` is put before a name that begins with one of `starts`: files of the bare tower leave it out.
     """
-    for wrapper in WRAPPERS * 2:  # either may be outermost
-        name = name.removeprefix(wrapper)
+    name = bare_name(name)
     name = prefix + name if name.startswith(starts) else name
     return None if name.startswith(ignored) else name
 

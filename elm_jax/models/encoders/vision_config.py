@@ -9,11 +9,12 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 from elm_jax.errors import UserError, nearest
-from elm_jax.models.encoders.transformer import Activation, TransformerConfig
+from elm_jax.models.encoders.transformer import TransformerConfig
+from elm_jax.models.layers import Activation
 
 WHERE = "encoder.config"
 TOWERS = ("vision_config", "vision_config_dict")  # the fields inside which a file describes its vision tower
-ACTIVATIONS: Mapping[str, Activation] = {
+HIDDEN_ACTS: Mapping[str, Activation] = {  # Hugging Face's name -> ours
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
@@ -96,9 +97,9 @@ class VisionConfig:
         if self.hidden_size % self.num_attention_heads:
             found = f"{self.hidden_size} with {self.num_attention_heads} heads"
             raise UserError(f"{WHERE}.hidden_size", found, "a multiple of num_attention_heads", "correct them")
-        if self.hidden_act not in ACTIVATIONS:
-            fix = nearest(str(self.hidden_act), ACTIVATIONS) or "this variant is not supported"
-            raise UserError(f"{WHERE}.hidden_act", repr(self.hidden_act), f"one of {', '.join(ACTIVATIONS)}", fix)
+        if self.hidden_act not in HIDDEN_ACTS:
+            fix = nearest(str(self.hidden_act), HIDDEN_ACTS) or "this variant is not supported"
+            raise UserError(f"{WHERE}.hidden_act", repr(self.hidden_act), f"one of {', '.join(HIDDEN_ACTS)}", fix)
         if not isinstance(self.layer_norm_eps, float) or self.layer_norm_eps <= 0:
             raise UserError(f"{WHERE}.layer_norm_eps", repr(self.layer_norm_eps), "a number above 0", "correct it")
 
@@ -106,7 +107,7 @@ class VisionConfig:
         """The sizes of the blocks."""
         return TransformerConfig(
             self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.intermediate_size,
-            activation=ACTIVATIONS[self.hidden_act], norm_eps=self.layer_norm_eps, qkv_bias=qkv_bias,
+            activation=HIDDEN_ACTS[self.hidden_act], norm_eps=self.layer_norm_eps, qkv_bias=qkv_bias,
         )  # fmt: skip
 
 
