@@ -27,7 +27,9 @@ table has the one that comes nearest to its bound. An error is the largest diffe
 where a count is compared, the bound is 0 and any difference fails. `scripts/parity.py` writes this page out of the
 tests' own comparisons; it was measured with {versions}, in float32.
 
-A bound looser than 1e-5 (outputs) or 1e-4 (gradients) has its reason beside it in the test.
+A bound looser than 1e-5 (outputs) or 1e-4 (gradients) has its reason beside it in the test; those of the training runs
+(`e2e_*` with a run's name) are the goldens' own. Metric goldens are compared in `tests/parity/test_metrics_golden.py`.
+Those of reinforcement learning (`rl_*`) and encoder pretraining (`ssl_*`) have no counterpart here yet.
 
 | golden | compared | nearest to its bound | error | bound |
 | --- | ---: | --- | ---: | ---: |

@@ -4,6 +4,7 @@ Ids 0..255 are the bytes, id 256+i is merge i. They are ids of the tokenizer's f
 """
 
 import hashlib
+import importlib
 import json
 import pickle
 from collections.abc import Sequence
@@ -67,6 +68,20 @@ class EcgByte:
         except OSError as error:
             _refuse(path, f"no readable file ({error.strerror})", "check data.ecg_tokenizer")
         return readers[path.suffix](path, data)
+
+    @classmethod
+    def train(cls, symbols: Sequence[bytes], num_merges: int, across_records: bool = False) -> "EcgByte":
+        """A tokenizer with up to `num_merges` merges learnt from records of symbols; fewer where no pair is left.
+
+        Byte-pair training: the commonest pair of neighbours becomes a new symbol, again and again; pairs are counted
+        as windows ("aaaa" has three), and of equally common ones the smallest ids win. `across_records` lets a pair
+        reach from one record into the next, as the reference does. Ctrl-C keeps what has been learnt.
+        Raises UserError for a number below 0 and when the extension is not built.
+        """
+        if num_merges < 0:
+            raise UserError("EcgByte.train", f"num_merges = {num_merges}", "0 or more", "raise it")
+        spelled, _, _ = _extension().train(list(symbols), num_merges, across_records)
+        return cls(spelled, settings={"records": len(symbols), "across_records": across_records})
 
     def save(self, path: str | Path) -> None:
         """Write our JSON format, with a checksum of its contents; `path` must end with .json."""
@@ -179,16 +194,20 @@ class EcgByte:
 
     @cached_property
     def _encoder(self) -> "Encoder":
-        try:
-            from elm_jax._bpe import Encoder
-        except ImportError as error:
-            raise UserError(
-                "elm_jax._bpe",
-                f"no usable compiled extension ({error})",
-                "the module built out of rust_bpe, which the symbolic representation needs",
-                "install Rust (https://rustup.rs) and run `pip install .` (or `pip install -e .`) again",
-            ) from None
-        return Encoder([(merge, BYTES + i) for i, merge in enumerate(self.merges)])
+        return _extension().Encoder([(merge, BYTES + i) for i, merge in enumerate(self.merges)])
+
+
+def _extension() -> Any:
+    """The compiled module. Raises UserError where it is not built."""
+    try:
+        return importlib.import_module("elm_jax._bpe")
+    except ImportError as error:
+        raise UserError(
+            "elm_jax._bpe",
+            f"no usable compiled extension ({error})",
+            "the module built out of rust_bpe, which the symbolic representation needs",
+            "install Rust (https://rustup.rs) and run `pip install .` (or `pip install -e .`) again",
+        ) from None
 
 
 def _from_json(path: Path, data: bytes) -> EcgByte:

@@ -1,5 +1,6 @@
-//! The encoder of the ECG-Byte tokenizer; `trie` is the algorithm, `python` the module `elm_jax._bpe`.
+//! The ECG-Byte tokenizer: `trie` encodes, `train` learns merges, `python` is the module `elm_jax._bpe`.
 
+pub mod train;
 pub mod trie;
 
 #[cfg(feature = "python")]

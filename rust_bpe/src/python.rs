@@ -35,7 +35,30 @@ impl Encoder {
     }
 }
 
+/// What each merge spells, the count of its pair, the corpus after all merges.
+type Learnt = (Vec<Py<PyBytes>>, Vec<u64>, Vec<Vec<u32>>);
+
+/// Learn up to `num_merges` merges from `records` (bytes each): what each merge spells, how often its pair stood in the
+/// corpus, and the corpus after all merges. Runs without the interpreter's lock; Ctrl-C ends it with what there is.
+///
+/// Raises ValueError for a corpus of 2**32 - 1 symbols or more.
+#[pyfunction]
+fn train(
+    py: Python<'_>,
+    records: Vec<PyBackedBytes>,
+    num_merges: usize,
+    across_records: bool,
+) -> PyResult<Learnt> {
+    let interrupted = |done: usize| done % 16 == 0 && Python::attach(|py| py.check_signals().is_err());
+    let trained = py
+        .detach(|| crate::train::train(&records, num_merges, across_records, interrupted))
+        .map_err(PyValueError::new_err)?;
+    let spelled = trained.spelled.iter().map(|bytes| PyBytes::new(py, bytes).unbind()).collect();
+    Ok((spelled, trained.counts, trained.ids))
+}
+
 #[pymodule]
 fn _bpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add_class::<Encoder>()
+    module.add_class::<Encoder>()?;
+    module.add_function(wrap_pyfunction!(train, module)?)
 }

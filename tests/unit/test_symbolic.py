@@ -6,6 +6,8 @@ import os
 import pickle
 import sys
 import threading
+from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -364,3 +366,60 @@ def _differences(found, expected):
 
 def _state(tok):
     return tok.merges, tok.symbols, tok.order, tok.settings
+
+
+# ---- training
+
+
+def merged_by_definition(records: list[bytes], num_merges: int) -> tuple[list[bytes], list[int]]:
+    """What each merge spells and the count of its pair: all windows counted anew for every merge."""
+    spelled = [bytes([i]) for i in range(256)]
+    corpus, counts = [list(r) for r in records], []
+    for _ in range(num_merges):
+        found = Counter(pair for ids in corpus for pair in pairwise(ids))
+        if not found:
+            break
+        pair = min(found, key=lambda p: (-found[p], p))
+        counts.append(found[pair])
+        for ids in corpus:
+            at = 0
+            while at < len(ids) - 1:
+                if (ids[at], ids[at + 1]) == pair:
+                    ids[at : at + 2] = [len(spelled)]
+                at += 1
+        spelled.append(spelled[pair[0]] + spelled[pair[1]])
+    return spelled[256:], counts
+
+
+@given(st.lists(st.binary(max_size=40).map(lambda b: bytes(97 + x % 3 for x in b)), max_size=4), st.integers(0, 12))
+def test_training_is_that_of_the_definition(records: list[bytes], num_merges: int) -> None:
+    assert list(EcgByte.train(records, num_merges).merges) == merged_by_definition(records, num_merges)[0]
+    whole = [b"".join(records)]
+    assert list(EcgByte.train(records, num_merges, across_records=True).merges) == (
+        merged_by_definition(whole, num_merges)[0]
+    )
+
+
+def test_training_equals_the_golden(golden) -> None:
+    from elm_jax import _bpe
+
+    wrong = 0
+    cases = json.loads((golden("ecg_byte_train") / "cases.json").read_text())
+    for case in cases:
+        text = case["text"].encode()
+        spelled, counts, (ids,) = _bpe.train([text], case["num_merges"], True)
+        wrong += [[list(s), 256 + i] for i, s in enumerate(spelled)] != case["merges"]
+        wrong += counts != [step["count"] for step in case["per_merge"]]
+        wrong += ids != case["ids"]
+        wrong += list(EcgByte.train([text], case["num_merges"]).merges) != [bytes(m) for m, _ in case["merges"]]
+    record("ecg_byte_train", f"differing merges, counts and corpora of {len(cases)}", wrong, 0)
+
+
+def test_a_trained_tokenizer_encodes_and_survives_its_file(tmp_path) -> None:
+    made = EcgByte.train([b"abcabcabd", b"abd"], 3)
+    assert made.settings == {"records": 2, "across_records": False}
+    made.save(tmp_path / "t.json")
+    again = EcgByte.load(tmp_path / "t.json")
+    assert again.merges == made.merges and again.spell(again.encode_symbols(b"abdabc")) == b"abdabc"
+    with pytest.raises(UserError, match="num_merges = -1"):
+        EcgByte.train([b"ab"], -1)
