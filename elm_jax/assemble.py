@@ -25,7 +25,7 @@ from elm_jax.data.images import PROCESSING, Processing
 from elm_jax.data.represent import SignalSpec, signal_spec
 from elm_jax.data.sources import load_records
 from elm_jax.data.symbolic import EcgByte
-from elm_jax.errors import UserError, one_line
+from elm_jax.errors import UserError, one_line, some
 from elm_jax.models.attention import choose_attention
 from elm_jax.models.connectors import SIGNAL_KINDS, build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder, DecoderConfig, Remat
@@ -124,6 +124,12 @@ def make_arrays(assembly: Assembly, shardings: Mapping[str, Any], known: Collect
     if config.encoder.checkpoint is not None and "encoder" in components:
         mine = {n.removeprefix("encoder."): leaf for n, leaf in leaves.items() if n.startswith("encoder.")}
         arrays = from_published(str(config.encoder.name), mine, *read_checkpoint(config.encoder.checkpoint))
+        drawn = [name for name, leaf in mine.items() if name not in arrays and not leaf.statistic]
+        if drawn and "encoder" not in config.update:
+            raise UserError(
+                "encoder.checkpoint", f"no weights for {some(drawn)}, which would stay as they are drawn",
+                f"all weights of {config.encoder.name}, or encoder in update", "give a checkpoint of it, or train it",
+            )  # fmt: skip
         made |= {f"encoder.{n}": jax.device_put(x, shardings[f"encoder.{n}"]) for n, x in arrays.items()}
     rest = {name: shardings[name] for name in wanted if name not in made}
     if rest:

@@ -7,10 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from elm_jax.assemble import Assembly, assemble
+from elm_jax.assemble import Assembly, assemble, make_arrays
 from elm_jax.config import Config, resolve
 from elm_jax.data.chat import THINK_TOKENS
 from elm_jax.data.demo import demo_tokenizer
@@ -198,3 +199,18 @@ def test_only_parts_that_exist_are_warned_of(
     Trainer._warn_of_random_parts(SimpleNamespace(config=made, assembly=assemble(made)))  # type: ignore[arg-type]
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" stays")[0] for line in lines] == [f"warning: the {part}" for part in parts]
+
+
+def test_a_frozen_encoder_needs_all_its_weights(tmp_path: Path, golden: Any) -> None:
+    """A SigLIP 2 checkpoint has the blocks of SigLIP-ECG, but not its stem."""
+    keys = {"elm": "linear_llava", "encoder__name": "siglip_ecg", "encoder__config": {"patch_size": 25}}
+    keys["encoder__checkpoint"] = str(golden("vision_siglip2_naflex"))
+    for update in (["connector", "llm"], ["encoder", "connector", "llm"]):
+        assembly = assemble(config(tmp_path, update=update, **keys))
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = dict.fromkeys(assembly.structure.leaves, here)
+        if "encoder" in update:
+            assert set(make_arrays(assembly, shardings)) == set(shardings)
+        else:
+            with pytest.raises(UserError, match=r"encoder.checkpoint: found no weights for .*stay as they are drawn"):
+                make_arrays(assembly, shardings)
