@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from elm_jax.config import Config, MeshConfig, to_dict
+from elm_jax.config import Config, LoraConfig, MeshConfig, to_dict
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Leaf, Structure
 from elm_jax.runtime.checkpoint import Checkpoints, fingerprint
@@ -169,7 +169,7 @@ def start(source: str, missing_ok: tuple[str, ...] = (), dtype: str = "float32")
     """As a new run does: what `source` knows, the rest made anew, and checked."""
     leaves = {n: Leaf(x.shape, x.dtype, (), False) for n, x in model(dtype).items()}
     structure = Structure(None, None, leaves)  # type: ignore[arg-type]
-    known = run.start_from(source, structure, {n: x.sharding for n, x in model().items()})
+    known = run.start_from(source, structure, {n: x.sharding for n, x in model().items()}, LoraConfig())
     made = {n: x for n, x in model(dtype).items() if n not in known}
     run.check_start(source, structure, known, made, missing_ok)
     return {**made, **known}
