@@ -22,8 +22,8 @@ BEHAVIOURS: dict[str, str] = {
     "vit_random_mask": "hide 75 % of the patches of an image from the vit encoder, at random",
     "clip_centre_crop": "show CLIP the middle of an image only, as its own processor does, not all of it",
     "scale_signal_embeddings": "scale Gemma's signal embeddings as its token embeddings, as transformers 4 did",
-    "dequantize_by_25": "read an ECG-Byte symbol q as q/25 instead of the middle of its bin, (q+0.5)/26",
-    "gpt2_positions": "count the positions of a GPT-2 prompt from its padding, as transformers' forward() does",
+    "dequantize_by_25": "read an ECG-Byte symbol q as q/25, not the middle of its bin, (q+0.5)/26 (EcgByte.decode)",
+    "gpt2_positions": "count a GPT-2 prompt's positions from its padding, as transformers' forward() does (load_llm)",
 }
 
 # Both were measured with transformers 5.
