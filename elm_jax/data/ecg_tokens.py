@@ -32,9 +32,11 @@ class EcgTokens:
         """Changes with all that decides how many tokens an ECG has."""
         return f"{self.coder.fingerprint}:{self.least}"
 
-    def encode(self, unit: np.ndarray) -> np.ndarray:
-        """A signal (C, L) in [0, 1] -> its tokens (n,) int32. Raises UserError where the extension is missing."""
-        return self.llm_ids[self.coder.encode_unit(unit)]
+    def encode(self, signal: np.ndarray, eps: float) -> np.ndarray:
+        """A signal (C, L) -> its tokens (n,) int32. Raises UserError where the extension is missing."""
+        ids = self.coder.encode(signal, eps=eps)
+        assert isinstance(ids, np.ndarray)
+        return self.llm_ids[ids]
 
 
 def add_ecg_tokens(tokenizer: Any, path: str | Path, least: int, compat: tuple[str, ...] = ()) -> EcgTokens:

@@ -80,11 +80,10 @@ class SignalSpec:
             return self._image(draw(raw, self.sampling_rate, names, self.dpi), drawn)
         if self.representation == "stacked_signal":
             return self._image(stacked(min_max(raw, self.norm_eps)), drawn)
-        unit = normalize(raw, self.norm_eps)
         if self.representation == "symbolic":
             assert self.tokens is not None
-            return self.tokens.encode(unit)
-        return unit
+            return self.tokens.encode(raw, self.norm_eps)
+        return normalize(raw, self.norm_eps)
 
     def stamp(self, path: str) -> tuple[int, int] | None:
         """Size and time of the file at `path` (of a WFDB record, of its header); None for what is no file."""

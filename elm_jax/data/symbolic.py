@@ -5,26 +5,27 @@ Ids 0..255 are the bytes, id 256+i is merge i. They are ids of the tokenizer's f
 
 import hashlib
 import importlib
-import json
-import pickle
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from string import ascii_lowercase
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from elm_jax.compat import check, enabled
-from elm_jax.errors import UserError
+from elm_jax.data import symbolic_files
+from elm_jax.data.symbolic_files import BYTES, TokenizerFile
+from elm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from elm_jax._bpe import Encoder
 
-BYTES = 256
-VERSION = 1
+METHODS = ("longest", "merges")
 NORM_EPS = 1e-6
+
+Progress = Callable[[int, int, int], object]
 
 
 class EcgByte:
@@ -59,58 +60,72 @@ class EcgByte:
 
         Raises UserError for any other file and for contents that are not a tokenizer.
         """
-        path = Path(path)
-        readers = {".json": _from_json, ".pkl": _from_pickle}
-        if path.suffix not in readers:
-            _refuse(path, f"a file that ends with {path.suffix!r}", "give a .json or .pkl file")
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            _refuse(path, f"no readable file ({error.strerror})", "check data.ecg_tokenizer")
-        return readers[path.suffix](path, data)
+        file = symbolic_files.read(path)
+        return cls(file.merges, file.symbols, file.order, file.settings)
+
+    def save(self, path: str | Path) -> None:
+        """Write our format, with a checksum (.json), or the reference's, without the settings (.pkl).
+
+        Raises UserError for any other name, and for symbols that the reference does not have.
+        """
+        order = None if self.order == tuple(range(len(self))) else self.order
+        symbolic_files.write(TokenizerFile(self.merges, self.symbols, order, self.settings), path)
 
     @classmethod
-    def train(cls, symbols: Sequence[bytes], num_merges: int, across_records: bool = False) -> "EcgByte":
+    def train(
+        cls,
+        symbols: Sequence[bytes],
+        num_merges: int,
+        across_records: bool = False,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> "EcgByte":
         """A tokenizer with up to `num_merges` merges learnt from records of symbols; fewer where no pair is left.
 
         Byte-pair training: the commonest pair of neighbours becomes a new symbol, again and again; pairs are counted
         as windows ("aaaa" has three), and of equally common ones the smallest ids win. `across_records` lets a pair
-        reach from one record into the next, as the reference does. Ctrl-C keeps what has been learnt.
-        Raises UserError for a number below 0 and when the extension is not built.
+        reach from one record into the next, as the reference does, and keeps one thread busy; `threads` (None: all
+        cores) make no difference to the merges. `progress` is called now and then with the merges so far, the count
+        of the last pair and the tokens that are left. Ctrl-C keeps what has been learnt, and `settings` say so.
+        Memory: below 20 bytes for each symbol. Raises UserError for a number below 0, for a record of 2**32 - 2
+        symbols or more (with `across_records`: for so many in all), and when the extension is not built.
         """
         if num_merges < 0:
             raise UserError("EcgByte.train", f"num_merges = {num_merges}", "0 or more", "raise it")
-        spelled, _, _ = _extension().train(list(symbols), num_merges, across_records)
-        return cls(spelled, settings={"records": len(symbols), "across_records": across_records})
+        learn = _extension().train
+        try:
+            learnt = learn(list(symbols), num_merges, across_records, threads or _cores(), progress)
+        except ValueError as error:
+            raise UserError("EcgByte.train", str(error), "fewer", "train on fewer recordings") from None
+        merges, _, before, after, interrupted = learnt
+        settings = {"records": len(symbols), "across_records": across_records, "symbols": before, "tokens": after}
+        return cls(merges, settings=settings | ({"interrupted_of": num_merges} if interrupted else {}))
 
-    def save(self, path: str | Path) -> None:
-        """Write our JSON format, with a checksum of its contents; `path` must end with .json."""
-        path = Path(path)
-        if path.suffix != ".json":
-            fix = "give a name that ends with .json"
-            raise UserError(str(path), f"a name that ends with {path.suffix!r}", "a .json file to write", fix)
-        contents = {
-            "version": VERSION,
-            "symbols": self.symbols,
-            "merges": [merge.decode("latin-1") for merge in self.merges],
-            "order": None if self.order == tuple(range(len(self))) else self.order,
-            "settings": self.settings,
-        }
-        path.write_text(json.dumps({**contents, "sha256": _checksum(contents)}) + "\n", encoding="ascii")
-
-    def encode(self, signals: np.ndarray, method: str = "longest") -> np.ndarray | list[np.ndarray]:
+    def encode(
+        self, signals: np.ndarray, method: str = "longest", eps: float = NORM_EPS, threads: int | None = None
+    ) -> np.ndarray | list[np.ndarray]:
         """The ids of one recording (C, L) as int32 (N,), or a list of such for (B, C, L).
 
-        Amplitudes are taken relative to the minimum and maximum over all leads of a recording, so units do
-        not matter. `method` "longest" takes the longest entry that matches at each place, left to right.
-        Raises UserError for another method, another shape, and samples that are not finite.
+        Amplitudes are taken relative to the minimum and the maximum (plus `eps`) over all leads of a recording, so
+        units do not matter. `method` "longest" takes the longest entry that matches at each place, left to right, as
+        the reference does; "merges" applies all merges in the order in which they were learnt, as training did.
+        float32 and float64 arrays are read where they are; a batch is spread over `threads` (None: all cores), and
+        other Python threads go on meanwhile. Raises UserError for another method, another shape, samples that are not
+        finite, merges that have no order, and when the extension is not built.
         """
-        if method != "longest":
-            raise UserError("EcgByte.encode", f"method {method!r}", "'longest'", "leave method out")
-        signals = np.asarray(signals)
-        if signals.ndim == 3:
-            return [self.encode_symbols(self.to_symbols(signal)) for signal in signals]
-        return self.encode_symbols(self.to_symbols(signals))
+        if method not in METHODS:
+            fix = nearest(method, METHODS) or "leave method out"
+            raise UserError("EcgByte.encode", f"method {method!r}", " or ".join(map(repr, METHODS)), fix)
+        signals = _readable(signals, (2, 3))
+        if signals.ndim == 3 and not len(signals):
+            return []
+        records = len(signals) if signals.ndim == 3 else 1
+        workers = 1 if records == 1 else threads or _cores()
+        data, lengths = self._call(
+            lambda encoder: encoder.encode_signals(signals, records, eps, method == "merges", workers)
+        )
+        ids = np.frombuffer(data, np.int32)
+        return np.split(ids, np.cumsum(lengths[:-1])) if signals.ndim == 3 else ids
 
     def decode(
         self, ids: np.ndarray, shape: tuple[int, int], low: float, high: float, compat: tuple[str, ...] = ()
@@ -136,38 +151,14 @@ class EcgByte:
         # The epsilon of the encoder (a millionth of a unit) is left out: it is far below half a level.
         return (low + unit * (high - low)).reshape(shape)
 
-    def to_symbols(self, signal: np.ndarray) -> bytes:
+    def to_symbols(self, signal: np.ndarray, eps: float = NORM_EPS) -> bytes:
         """The letters of one recording (C, L), lead after lead: min-max normalised, then cut into levels."""
-        signal = np.asarray(signal, np.float64)
-        if signal.ndim != 2 or signal.size == 0:
-            found = f"a signal of shape {signal.shape}"
-            raise UserError("EcgByte.encode", found, "(C, L) or (B, C, L), not empty", "check the signal")
-        if not np.isfinite(signal).all():
-            found = f"{np.count_nonzero(~np.isfinite(signal))} samples that are not finite"
-            raise UserError("EcgByte.encode", found, "finite samples", "mend the recording or leave it out")
-        low, high = signal.min(), signal.max()
-        return self._spelt((signal - low) / (high - low + NORM_EPS))
+        signal = _readable(signal, (2,))
+        return self._call(lambda encoder: encoder.symbols_of(signal, eps))
 
-    def encode_unit(self, unit: np.ndarray) -> np.ndarray:
-        """The ids int32 (N,) of a signal (C, L) that is scaled to [0, 1] already. See `encode`."""
-        return self.encode_symbols(self._spelt(unit))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Changes with the symbols and the merges."""
-        return hashlib.sha256(b"\0".join((self.symbols.encode(), *self.merges))).hexdigest()[:32]
-
-    def _spelt(self, unit: np.ndarray) -> bytes:
-        return self._byte_of_level[self.quantize(unit)].tobytes()
-
-    def quantize(self, unit: np.ndarray) -> np.ndarray:
-        """Levels (int64, shape of `unit`) of amplitudes in [0, 1]; those outside count as the nearer edge."""
-        count = len(self.symbols)
-        return np.minimum(np.floor(np.clip(unit, 0.0, 1.0) * count).astype(np.int64), count - 1)
-
-    def encode_symbols(self, symbols: bytes) -> np.ndarray:
-        """The ids int32 (N,) of a byte string. Raises UserError when the extension is not built."""
-        return np.frombuffer(self._encoder.encode(symbols), "<u4").astype(np.int32)
+    def encode_symbols(self, symbols: bytes, method: str = "longest") -> np.ndarray:
+        """The ids int32 (N,) of a byte string. Raises UserError as `encode` does."""
+        return np.frombuffer(self._call(lambda encoder: encoder.encode(symbols, method == "merges")), np.int32)
 
     def spell(self, ids: np.ndarray | Sequence[int]) -> bytes:
         """The byte string of `ids` (N,): the inverse of encode_symbols. Raises UserError for unknown ids."""
@@ -179,22 +170,50 @@ class EcgByte:
         return b"".join(self._pieces[i] for i in known)
 
     @cached_property
+    def lengths(self) -> np.ndarray:
+        """How many bytes each id spells: int64 (len(self),)."""
+        return np.array([1] * BYTES + [len(merge) for merge in self.merges])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the symbols and the merges."""
+        return hashlib.sha256(b"\0".join((self.symbols.encode(), *self.merges))).hexdigest()[:32]
+
+    @cached_property
     def _pieces(self) -> tuple[bytes, ...]:
         return (*(bytes([i]) for i in range(BYTES)), *self.merges)
 
     @cached_property
-    def _byte_of_level(self) -> np.ndarray:
-        return np.frombuffer(self.symbols.encode("latin-1"), np.uint8)
-
-    @cached_property
     def _level_of_byte(self) -> np.ndarray:
         levels = np.full(BYTES, -1, np.int64)
-        levels[self._byte_of_level] = np.arange(len(self.symbols))
+        levels[np.frombuffer(self.symbols.encode("latin-1"), np.uint8)] = np.arange(len(self.symbols))
         return levels
 
     @cached_property
     def _encoder(self) -> "Encoder":
-        return _extension().Encoder([(merge, BYTES + i) for i, merge in enumerate(self.merges)])
+        return _extension().Encoder(list(self.merges), self.symbols.encode("latin-1"))
+
+    def _call(self, work: Callable[["Encoder"], Any]) -> Any:
+        try:
+            return work(self._encoder)
+        except ValueError as error:  # UserError is one, too
+            if isinstance(error, UserError):
+                raise
+            fix = "mend or leave out the recording, or use a tokenizer that can do this"
+            raise UserError("EcgByte.encode", str(error), "finite samples, merges with an order", fix) from None
+
+
+def _readable(signals: np.ndarray, dimensions: tuple[int, ...]) -> np.ndarray:
+    """`signals` as the extension reads them: float32 or float64, contiguous; copied only where they are not so."""
+    signals = np.asarray(signals)
+    if signals.ndim not in dimensions or 0 in signals.shape[-2:] or signals.dtype.kind not in "fiub":
+        found = f"a signal of shape {signals.shape} and dtype {signals.dtype}"
+        raise UserError("EcgByte.encode", found, "numbers (C, L) or (B, C, L), not empty", "check the signal")
+    return np.ascontiguousarray(signals, np.float32 if signals.dtype == np.float32 else np.float64)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _extension() -> Any:
@@ -208,80 +227,3 @@ def _extension() -> Any:
             "the module built out of rust_bpe, which the symbolic representation needs",
             "install Rust (https://rustup.rs) and run `pip install .` (or `pip install -e .`) again",
         ) from None
-
-
-def _from_json(path: Path, data: bytes) -> EcgByte:
-    try:
-        contents = json.loads(data)
-    except ValueError as error:
-        _refuse(path, f"text that is not JSON ({error})")
-    if not isinstance(contents, dict) or contents.get("version") != VERSION:
-        _refuse(path, "JSON without our version", "convert a .pkl file, or train one")
-    checksum = contents.pop("sha256", None)
-    if checksum != _checksum(contents):
-        _refuse(path, "contents that do not fit their checksum", "get the file again: it was changed or cut")
-    symbols, merges, settings = contents.get("symbols"), contents.get("merges"), contents.get("settings")
-    if not (isinstance(symbols, str) and isinstance(merges, list) and isinstance(settings, dict)):
-        _refuse(path, "symbols, merges or settings of another type")
-    try:
-        symbols.encode("latin-1")
-        spelt = [merge.encode("latin-1") for merge in merges]
-    except (UnicodeEncodeError, AttributeError):
-        _refuse(path, "a symbol or merge that is not made of bytes")
-    return _checked(path, spelt, symbols, contents.get("order"), settings)
-
-
-class _OnlyContainers(pickle.Unpickler):
-    """Reads dicts, lists, tuples, numbers and strings; a pickle that names anything else is refused.
-
-    A pickle can call only what it names, and all names pass through the two methods here.
-    """
-
-    def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
-        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
-
-    def persistent_load(self, pid: Any, /) -> NoReturn:
-        raise pickle.UnpicklingError("it refers to an object outside the file")
-
-
-def _from_pickle(path: Path, data: bytes) -> EcgByte:
-    """The reference's file: (dict id -> text, list of (list of bytes, id)), merges numbered from 256."""
-    try:
-        contents = _OnlyContainers(BytesIO(data)).load()
-    except Exception as error:  # a broken pickle raises nearly anything
-        _refuse(path, f"a pickle that is not a tokenizer ({error})")
-    try:
-        vocabulary, pairs = contents
-        order = list(vocabulary.keys())
-        merges, ids = [bytes(merge) for merge, _ in pairs], [i for _, i in pairs]
-    except (TypeError, ValueError, AttributeError) as error:
-        _refuse(path, f"a pickle of another structure ({error})")
-    if ids != list(range(BYTES, BYTES + len(ids))):
-        _refuse(path, "merges whose ids do not count up from 256")
-    source = {"source_sha256": hashlib.sha256(data).hexdigest()}
-    return _checked(path, merges, ascii_lowercase, order, source)
-
-
-def _checked(path: Path, merges: list[bytes], symbols: str, order: Any, settings: dict[str, Any]) -> EcgByte:
-    """The tokenizer of a file whose parts have the right types; UserError where they do not fit together."""
-    if not all(merges):
-        _refuse(path, "an empty merge")
-    if len(symbols) < 2 or len(set(symbols)) != len(symbols):
-        _refuse(path, f"symbols {symbols!r} that are not distinct letters")
-    every = list(range(BYTES + len(merges)))
-    if order is not None and not (isinstance(order, list) and _are_ints(order) and sorted(order) == every):
-        _refuse(path, f"a vocabulary that does not list each id of 0 to {every[-1]} once")
-    return EcgByte(merges, symbols, order, settings)
-
-
-def _are_ints(values: list[Any]) -> bool:
-    return all(type(value) is int for value in values)
-
-
-def _checksum(contents: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-
-
-def _refuse(path: Path, found: str, fix: str = "get the file again, or train one") -> NoReturn:
-    expected = "an ECG-Byte tokenizer (our .json or the reference's .pkl)"
-    raise UserError(str(path), found, expected, fix) from None

@@ -166,8 +166,7 @@ def tokenizer() -> Finding:
     except ImportError as error:
         mend = install() if shutil.which("cargo") else f"curl https://sh.rustup.rs -sSf | sh && {install()}"
         return Finding("tokenizer", FAIL, f"the Rust tokenizer is not built ({error}): no symbolic ECGs", mend)
-    data = Encoder([(merge, 256 + i) for i, merge in enumerate(merges)]).encode(symbols)
-    found = [int.from_bytes(data[i : i + 4], "little") for i in range(0, len(data), 4)]
+    found = memoryview(Encoder(merges, b"abc").encode(symbols, False)).cast("I").tolist()
     if found != longest_match(symbols, merges):
         text = f"the Rust tokenizer encodes wrongly: {found} for {longest_match(symbols, merges)}"
         return Finding("tokenizer", FAIL, text, f"{install()} --force-reinstall --no-deps")

@@ -1,7 +1,10 @@
-//! The ECG-Byte tokenizer: `trie` encodes, `train` learns merges, `python` is the module `elm_jax._bpe`.
+//! The ECG-Byte tokenizer: `levels` turns amplitudes into symbols, `automaton` and `pairs` turn symbols into ids,
+//! `train` learns merges; `python` is the module `elm_jax._bpe`.
 
+pub mod automaton;
+pub mod levels;
+pub mod pairs;
 pub mod train;
-pub mod trie;
 
 #[cfg(feature = "python")]
 mod python;

@@ -142,7 +142,8 @@ def test_a_missing_or_wrong_rust_tokenizer(monkeypatch: Patch) -> None:
     says(checks.tokenizer(), FAIL, "not built", mend=checks.install())
     monkeypatch.setattr(checks.shutil, "which", lambda name: None)
     says(checks.tokenizer(), FAIL, "not built", mend="rustup")
-    encoder = SimpleNamespace(Encoder=lambda merges: SimpleNamespace(encode=lambda s: b"\x61\0\0\0"))
+    wrong = SimpleNamespace(encode=lambda symbols, in_order: b"\x61\0\0\0")
+    encoder = SimpleNamespace(Encoder=lambda merges, symbols: wrong)
     monkeypatch.setitem(sys.modules, "elm_jax._bpe", encoder)  # type: ignore[arg-type]
     says(checks.tokenizer(), FAIL, "encodes wrongly", "[97]", mend="--force-reinstall")
 

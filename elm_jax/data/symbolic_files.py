@@ -1,0 +1,159 @@
+"""Files of ECG-Byte tokenizers: our JSON, and the reference's pickle, read without executing anything."""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Any, NoReturn
+
+from elm_jax.errors import UserError
+
+BYTES = 256  # ids below are single bytes
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """What a file holds: merge i is what id 256+i spells, `symbols` has the letter of each level, `order` is the order
+    of the ids in the file's vocabulary (None: sorted), `settings` say what it was made with."""
+
+    merges: tuple[bytes, ...]
+    symbols: str = ascii_lowercase
+    order: tuple[int, ...] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def read(path: str | Path) -> TokenizerFile:
+    """The tokenizer in a .json (ours) or .pkl (the reference's). Raises UserError for whatever is none."""
+    path = Path(path)
+    readers = {".json": _from_json, ".pkl": _from_pickle}
+    if path.suffix not in readers:
+        _refuse(path, f"a file that ends with {path.suffix!r}", "give a .json or .pkl file")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        _refuse(path, f"no readable file ({error.strerror})", "check data.ecg_tokenizer")
+    return readers[path.suffix](path, data)
+
+
+def write(file: TokenizerFile, path: str | Path) -> None:
+    """Write a .json (ours, with a checksum) or a .pkl (the reference's, which has no settings).
+
+    Raises UserError for another name, and for symbols other than a to z in a .pkl.
+    """
+    path = Path(path)
+    writers = {".json": _to_json, ".pkl": _to_pickle}
+    if path.suffix not in writers:
+        fix = "give a name that ends with .json or .pkl"
+        raise UserError(str(path), f"a name that ends with {path.suffix!r}", "a .json or .pkl file to write", fix)
+    data = writers[path.suffix](path, file)
+    half = path.with_name(f"{path.name}.part")  # whoever reads finds a whole file or none
+    half.write_bytes(data)
+    half.replace(path)
+
+
+def _to_json(path: Path, file: TokenizerFile) -> bytes:
+    contents = {
+        "version": VERSION,
+        "symbols": file.symbols,
+        "merges": [merge.decode("latin-1") for merge in file.merges],
+        "order": file.order,
+        "settings": file.settings,
+    }
+    return (json.dumps({**contents, "sha256": _checksum(contents)}) + "\n").encode("ascii")
+
+
+def _to_pickle(path: Path, file: TokenizerFile) -> bytes:
+    if file.symbols != ascii_lowercase:
+        fix = "convert to .json"
+        raise UserError(str(path), f"a tokenizer of the symbols {file.symbols!r}", f"{ascii_lowercase!r}", fix)
+    order = file.order or range(BYTES + len(file.merges))
+    spelled = [*(bytes([i]) for i in range(BYTES)), *file.merges]
+    vocabulary = {i: _text(spelled[i]) for i in order}
+    return pickle.dumps((vocabulary, [(list(merge), BYTES + i) for i, merge in enumerate(file.merges)]), protocol=4)
+
+
+def _text(spelled: bytes) -> str:
+    """As the reference's vocabulary writes what an id spells."""
+    return "".join(chr(byte) if byte < 128 else f"<{byte}>" for byte in spelled)
+
+
+def _from_json(path: Path, data: bytes) -> TokenizerFile:
+    try:
+        contents = json.loads(data)
+    except ValueError as error:
+        _refuse(path, f"text that is not JSON ({error})")
+    if not isinstance(contents, dict) or contents.get("version") != VERSION:
+        _refuse(path, "JSON without our version", "convert a .pkl file, or train one")
+    checksum = contents.pop("sha256", None)
+    if checksum != _checksum(contents):
+        _refuse(path, "contents that do not fit their checksum", "get the file again: it was changed or cut")
+    symbols, merges, settings = contents.get("symbols"), contents.get("merges"), contents.get("settings")
+    if not (isinstance(symbols, str) and isinstance(merges, list) and isinstance(settings, dict)):
+        _refuse(path, "symbols, merges or settings of another type")
+    try:
+        symbols.encode("latin-1")
+        spelt = [merge.encode("latin-1") for merge in merges]
+    except (UnicodeEncodeError, AttributeError):
+        _refuse(path, "a symbol or merge that is not made of bytes")
+    return _checked(path, spelt, symbols, contents.get("order"), settings)
+
+
+class _OnlyContainers(pickle.Unpickler):
+    """Reads dicts, lists, tuples, numbers and strings; a pickle that names anything else is refused.
+
+    A pickle can call only what it names, and all names pass through the two methods here.
+    """
+
+    def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
+        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
+
+    def persistent_load(self, pid: Any, /) -> NoReturn:
+        raise pickle.UnpicklingError("it refers to an object outside the file")
+
+
+def _from_pickle(path: Path, data: bytes) -> TokenizerFile:
+    """The reference's file: (dict id -> text, list of (list of bytes, id)), merges numbered from 256."""
+    try:
+        contents = _OnlyContainers(BytesIO(data)).load()
+    except Exception as error:  # a broken pickle raises nearly anything
+        _refuse(path, f"a pickle that is not a tokenizer ({error})")
+    try:
+        vocabulary, pairs = contents
+        order = list(vocabulary.keys())
+        merges, ids = [bytes(merge) for merge, _ in pairs], [i for _, i in pairs]
+    except (TypeError, ValueError, AttributeError) as error:
+        _refuse(path, f"a pickle of another structure ({error})")
+    if ids != list(range(BYTES, BYTES + len(ids))):
+        _refuse(path, "merges whose ids do not count up from 256")
+    source = {"source_sha256": hashlib.sha256(data).hexdigest()}
+    return _checked(path, merges, ascii_lowercase, order, source)
+
+
+def _checked(path: Path, merges: list[bytes], symbols: str, order: Any, settings: dict[str, Any]) -> TokenizerFile:
+    """The tokenizer of a file whose parts have the right types; UserError where they do not fit together."""
+    if not all(merges):
+        _refuse(path, "an empty merge")
+    if not 2 <= len(symbols) <= BYTES or len(set(symbols)) != len(symbols):
+        _refuse(path, f"symbols {symbols!r} that are not distinct letters")
+    every = list(range(BYTES + len(merges)))
+    if order is not None and not (isinstance(order, list) and _are_ints(order) and sorted(order) == every):
+        _refuse(path, f"a vocabulary that does not list each id of 0 to {every[-1]} once")
+    return TokenizerFile(tuple(merges), symbols, None if order is None else tuple(order), settings)
+
+
+def _are_ints(values: list[Any]) -> bool:
+    return all(type(value) is int for value in values)
+
+
+def _checksum(contents: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse(path: Path, found: str, fix: str = "get the file again, or train one") -> NoReturn:
+    expected = "an ECG-Byte tokenizer (our .json or the reference's .pkl)"
+    raise UserError(str(path), found, expected, fix) from None

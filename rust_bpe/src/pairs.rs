@@ -1,0 +1,133 @@
+//! Merges in their order: what each is made of, and encoding as training would have merged.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::hash::{BuildHasherDefault, Hasher};
+
+/// Two ids that stand side by side.
+pub type Pair = (u32, u32);
+pub type PairMap<V> = HashMap<Pair, V, BuildHasherDefault<PairHasher>>;
+
+/// The ids below are single bytes.
+pub const BYTES: u32 = 256;
+
+/// Stands at a place whose symbol was merged into the one before.
+const GONE: u32 = u32::MAX;
+
+/// The pair that each merge replaces: merge i makes id 256 + i.
+pub struct Merges {
+    pairs: Vec<Pair>,
+    ranks: PairMap<u32>,
+}
+
+impl Merges {
+    /// The pairs of merges of which only the spelling is known.
+    ///
+    /// A merge's bytes, put together by the merges before it, are the two symbols that it was made of: where they stood
+    /// in the corpus no earlier merge had reached across their edges, so that these made no difference. Fails, naming
+    /// the merge, for spellings that no training can have given.
+    pub fn new<B: AsRef<[u8]>>(spelled: &[B]) -> Result<Self, String> {
+        let mut merges = Merges { pairs: Vec::with_capacity(spelled.len()), ranks: PairMap::default() };
+        for (i, spelled) in spelled.iter().enumerate() {
+            let &[first, second] = merges.encode(spelled.as_ref()).as_slice() else {
+                return Err(format!("merge {i} is not two of the entries before it joined"));
+            };
+            merges.ranks.insert((first, second), i as u32);
+            merges.pairs.push((first, second));
+        }
+        Ok(merges)
+    }
+
+    /// The ids of `text` after all merges, one after the other, each from left to right.
+    pub fn encode(&self, text: &[u8]) -> Vec<u32> {
+        let mut token: Vec<u32> = text.iter().map(|&byte| u32::from(byte)).collect();
+        // Of each place the next one, and the one before; a place beyond either end is `text.len()`.
+        let end = text.len();
+        let mut next: Vec<u32> = (1..=end as u32).collect();
+        let mut previous: Vec<u32> = std::iter::once(end as u32).chain(0..end as u32).take(end).collect();
+        let found = |first: u32, second: u32, place: u32| {
+            self.ranks.get(&(first, second)).map(|&rank| Reverse(u64::from(rank) << 32 | u64::from(place)))
+        };
+        // A merge's result is part of later merges only, so that the lowest rank, leftmost first, is always next.
+        let mut queue: BinaryHeap<_> =
+            token.windows(2).enumerate().filter_map(|(i, pair)| found(pair[0], pair[1], i as u32)).collect();
+        while let Some(Reverse(entry)) = queue.pop() {
+            let (rank, left) = ((entry >> 32) as usize, entry as u32);
+            let right = next[left as usize];
+            let pair = self.pairs[rank];
+            if token[left as usize] != pair.0 || right as usize == end || token[right as usize] != pair.1 {
+                continue; // another merge has taken one of the two
+            }
+            let id = BYTES + rank as u32;
+            let (before, after) = (previous[left as usize], next[right as usize]);
+            token[left as usize] = id;
+            token[right as usize] = GONE;
+            next[left as usize] = after;
+            if (before as usize) < end {
+                queue.extend(found(token[before as usize], id, before));
+            }
+            if (after as usize) < end {
+                previous[after as usize] = left;
+                queue.extend(found(id, token[after as usize], left));
+            }
+        }
+        token.retain(|&id| id != GONE);
+        token
+    }
+}
+
+/// Multiplies and folds: pairs of small numbers need no more.
+#[derive(Default)]
+pub struct PairHasher(u64);
+
+impl Hasher for PairHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u32(u32::from(byte));
+        }
+    }
+
+    fn write_u32(&mut self, value: u32) {
+        self.0 = (self.0.rotate_left(5) ^ u64::from(value)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0 ^ (self.0 >> 32)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn merges_are_applied_in_their_order_and_not_by_length() {
+        // "ab" is merged before "bc" can be: longest match would take "abc" no more than this does "bc".
+        let merges = Merges::new(&["ab", "bc", "bcd"]).unwrap();
+        assert_eq!(merges.encode(b"abcd"), [256, 99, 100]);
+        assert_eq!(merges.encode(b"xbcd"), [120, 258]);
+    }
+
+    #[test]
+    fn equal_pairs_are_merged_from_the_left() {
+        assert_eq!(Merges::new(&["aa"]).unwrap().encode(b"aaaaa"), [256, 256, 97]);
+    }
+
+    #[test]
+    fn nothing_and_one_byte_stay() {
+        let merges = Merges::new(&["ab"]).unwrap();
+        assert!(merges.encode(b"").is_empty());
+        assert_eq!(merges.encode(b"\xff"), [255]);
+    }
+
+    #[test]
+    fn spellings_that_no_training_gives_are_refused_by_number() {
+        for spelled in [vec![""], vec!["a"], vec!["abc"], vec!["ab", "ab"]] {
+            let last = spelled.len() - 1;
+            assert!(
+                Merges::new(&spelled).is_err_and(|error| error.contains(&format!("merge {last} "))),
+                "{spelled:?}"
+            );
+        }
+    }
+}
