@@ -144,6 +144,8 @@ def _canonical_rows(path: Path, raw: _Raw, lead_order: Sequence[str] | None) -> 
             "one name per row",
             "correct lead_order",
         )
+    if names == LEADS:  # as nearly all prepared files have them
+        return list(range(len(LEADS)))
     rows = {name.strip().casefold(): row for row, name in enumerate(names)}
     if len(rows) != len(names):
         raise UserError(str(path), f"leads {', '.join(names)}", "each lead once", "correct lead_order")

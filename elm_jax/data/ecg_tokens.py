@@ -36,7 +36,7 @@ class EcgTokens:
         """A signal (C, L) -> its tokens (n,) int32. Raises UserError where the extension is missing."""
         ids = self.coder.encode(signal, eps=eps)
         assert isinstance(ids, np.ndarray)
-        return self.llm_ids[ids]
+        return self.llm_ids.take(ids)
 
 
 def add_ecg_tokens(tokenizer: Any, path: str | Path, least: int, compat: tuple[str, ...] = ()) -> EcgTokens:

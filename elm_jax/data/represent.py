@@ -71,7 +71,9 @@ class SignalSpec:
         if self.perturb == "noise" and path not in (NOISE, FLATLINE):
             key = zlib.crc32(path.encode(), self.seed)  # all that is asked of a recording is asked of one noise
         path = {"zeros": FLATLINE, "noise": NOISE}.get(self.perturb or "", path)
-        raw = self.load_raw(path, key)[list(self.leads)]
+        raw = self.load_raw(path, key)
+        if self.leads != tuple(range(len(raw))):
+            raw = raw[list(self.leads)]
         drawn = None if epoch is None or path in (NOISE, FLATLINE) else _generator(self.seed, epoch, path)
         if drawn is not None and self.augment_ecg:
             raw = augment_ecg(raw, drawn)

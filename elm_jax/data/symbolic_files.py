@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pickle
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path

@@ -61,7 +61,7 @@ impl Automaton {
         }
         let lengths: Vec<usize> = merges.iter().map(|merge| merge.as_ref().len()).collect();
         let reach = lengths.iter().copied().max().unwrap_or(1);
-        let (root, slots, longest) = trie.into_double_array()?;
+        let (root, DoubleArray { slots, longest, .. }) = trie.into_double_array()?;
         Ok(Automaton { code_of, root, slots, longest, lengths, reach })
     }
 
@@ -233,8 +233,8 @@ impl Trie {
         std::iter::successors(known(self.nodes[node].child), move |&at| known(self.nodes[at].sibling))
     }
 
-    /// Root base, slots, longest entries. See `Automaton`.
-    fn into_double_array(self) -> Result<(usize, Vec<u32>, Vec<(u32, u32)>), String> {
+    /// The base of the root, and the array.
+    fn into_double_array(self) -> Result<(usize, DoubleArray), String> {
         // The first block stays empty: the base of nodes without children.
         let mut array = DoubleArray::default();
         array.grow();
@@ -259,7 +259,7 @@ impl Trie {
                 open.push((child, at, depth, longest));
             }
         }
-        Ok((root, array.slots, array.longest))
+        Ok((root, array))
     }
 }
 

@@ -1,7 +1,6 @@
 //! Merges in their order: what each is made of, and encoding as training would have merged.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
 /// Two ids that stand side by side.
@@ -10,6 +9,9 @@ pub type PairMap<V> = HashMap<Pair, V, BuildHasherDefault<PairHasher>>;
 
 /// The ids below are single bytes.
 pub const BYTES: u32 = 256;
+
+/// Most symbols that are encoded at once: places, up to three for each symbol, are numbered by 32 bits.
+pub const MOST: usize = 1 << 30;
 
 /// Stands at a place whose symbol was merged into the one before.
 const GONE: u32 = u32::MAX;
@@ -28,8 +30,11 @@ impl Merges {
     /// the merge, for spellings that no training can have given.
     pub fn new<B: AsRef<[u8]>>(spelled: &[B]) -> Result<Self, String> {
         let mut merges = Merges { pairs: Vec::with_capacity(spelled.len()), ranks: PairMap::default() };
-        for (i, spelled) in spelled.iter().enumerate() {
-            let &[first, second] = merges.encode(spelled.as_ref()).as_slice() else {
+        for (i, spelled) in spelled.iter().map(AsRef::as_ref).enumerate() {
+            if spelled.len() > MOST {
+                return Err(format!("merge {i} spells {} bytes", spelled.len()));
+            }
+            let &[first, second] = merges.encode(spelled).as_slice() else {
                 return Err(format!("merge {i} is not two of the entries before it joined"));
             };
             merges.ranks.insert((first, second), i as u32);
@@ -38,41 +43,76 @@ impl Merges {
         Ok(merges)
     }
 
-    /// The ids of `text` after all merges, one after the other, each from left to right.
+    /// The ids of `text` after all merges, one after the other, each from left to right. Panics for more than `MOST`.
     pub fn encode(&self, text: &[u8]) -> Vec<u32> {
+        assert!(text.len() <= MOST);
         let mut token: Vec<u32> = text.iter().map(|&byte| u32::from(byte)).collect();
-        // Of each place the next one, and the one before; a place beyond either end is `text.len()`.
+        // Of each place the next one, and the one before; a place beyond either end is `end`.
         let end = text.len();
         let mut next: Vec<u32> = (1..=end as u32).collect();
         let mut previous: Vec<u32> = std::iter::once(end as u32).chain(0..end as u32).take(end).collect();
-        let found = |first: u32, second: u32, place: u32| {
-            self.ranks.get(&(first, second)).map(|&rank| Reverse(u64::from(rank) << 32 | u64::from(place)))
-        };
-        // A merge's result is part of later merges only, so that the lowest rank, leftmost first, is always next.
-        let mut queue: BinaryHeap<_> =
-            token.windows(2).enumerate().filter_map(|(i, pair)| found(pair[0], pair[1], i as u32)).collect();
-        while let Some(Reverse(entry)) = queue.pop() {
-            let (rank, left) = ((entry >> 32) as usize, entry as u32);
-            let right = next[left as usize];
-            let pair = self.pairs[rank];
-            if token[left as usize] != pair.0 || right as usize == end || token[right as usize] != pair.1 {
-                continue; // another merge has taken one of the two
-            }
-            let id = BYTES + rank as u32;
-            let (before, after) = (previous[left as usize], next[right as usize]);
-            token[left as usize] = id;
-            token[right as usize] = GONE;
-            next[left as usize] = after;
-            if (before as usize) < end {
-                queue.extend(found(token[before as usize], id, before));
-            }
-            if (after as usize) < end {
-                previous[after as usize] = left;
-                queue.extend(found(id, token[after as usize], left));
+        let mut waiting = Waiting::new(self.pairs.len());
+        let rank = |first: u32, second: u32| self.ranks.get(&(first, second)).copied();
+        for (place, pair) in token.windows(2).enumerate() {
+            waiting.extend(rank(pair[0], pair[1]), place as u32);
+        }
+        let mut places = Vec::new();
+        for (merge, pair) in self.pairs.iter().enumerate() {
+            // What a merge makes is part of later merges only, so that nothing is added to these any more.
+            waiting.take(merge, &mut places);
+            for &left in &places {
+                let right = next[left as usize];
+                if token[left as usize] != pair.0 || right as usize == end || token[right as usize] != pair.1
+                {
+                    continue; // another merge, or this one a place before, has taken one of the two
+                }
+                let id = BYTES + merge as u32;
+                let (before, after) = (previous[left as usize], next[right as usize]);
+                token[left as usize] = id;
+                token[right as usize] = GONE;
+                next[left as usize] = after;
+                if (before as usize) < end {
+                    waiting.extend(rank(token[before as usize], id), before);
+                }
+                if (after as usize) < end {
+                    previous[after as usize] = left;
+                    waiting.extend(rank(id, token[after as usize]), left);
+                }
             }
         }
         token.retain(|&id| id != GONE);
         token
+    }
+}
+
+/// Places where a merge may be made, by the merge: lists in one array.
+struct Waiting {
+    first: Vec<u32>,
+    /// A place, and where the list goes on.
+    entries: Vec<(u32, u32)>,
+}
+
+impl Waiting {
+    fn new(merges: usize) -> Self {
+        Waiting { first: vec![GONE; merges], entries: Vec::new() }
+    }
+
+    fn extend(&mut self, merge: Option<u32>, place: u32) {
+        if let Some(merge) = merge {
+            let rest = std::mem::replace(&mut self.first[merge as usize], self.entries.len() as u32);
+            self.entries.push((place, rest));
+        }
+    }
+
+    /// The places of a merge, from left to right.
+    fn take(&self, merge: usize, places: &mut Vec<u32>) {
+        places.clear();
+        let mut at = self.first[merge];
+        while let Some(&(place, rest)) = self.entries.get(at as usize) {
+            places.push(place);
+            at = rest;
+        }
+        places.sort_unstable();
     }
 }
 

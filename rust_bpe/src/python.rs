@@ -12,7 +12,7 @@ use pyo3::types::{PyByteArray, PyBytes};
 
 use crate::automaton::Automaton;
 use crate::levels::{levels, Sample, Unusable};
-use crate::pairs::Merges;
+use crate::pairs::{Merges, MOST};
 use crate::train::Trained;
 
 /// How often training asks for Ctrl-C and tells how far it is.
@@ -45,21 +45,15 @@ impl Encoder {
     /// The ids of `symbols` (bytes or bytearray) as a bytearray of 32-bit integers: the longest entry that matches at
     /// each place, or, if `in_order`, all merges in their order.
     ///
-    /// Raises ValueError for more than 2**32 - 1 symbols, and for merges that have no order.
+    /// Raises ValueError for more than 2**30 symbols, and for merges that have no order.
     fn encode<'py>(
         &self,
         py: Python<'py>,
         symbols: PyBackedBytes,
         in_order: bool,
     ) -> PyResult<Bound<'py, PyByteArray>> {
-        if u32::try_from(symbols.len()).is_err() {
-            return Err(PyValueError::new_err(format!(
-                "{} symbols are more than {}",
-                symbols.len(),
-                u32::MAX
-            )));
-        }
         let ids = py.detach(|| -> Result<Vec<u32>, String> {
+            at_most(symbols.len())?;
             Ok(match self.order(in_order)? {
                 Some(merges) => merges.encode(&symbols),
                 None => self.automaton.encode(&self.automaton.codes(&symbols), |place| symbols[place]),
@@ -141,6 +135,7 @@ impl Encoder {
     ) -> Result<Vec<Vec<u32>>, String> {
         let order = self.order(in_order)?;
         let size = samples.len() / records.max(1);
+        at_most(size)?;
         let encode = |record: usize| {
             let mut levels =
                 self.levels_of(&samples[record * size..(record + 1) * size], eps).map_err(|error| {
@@ -162,6 +157,13 @@ impl Encoder {
         };
         in_threads(records, threads, encode)
     }
+}
+
+fn at_most(symbols: usize) -> Result<(), String> {
+    if symbols > MOST {
+        return Err(format!("{symbols} symbols, more than the {MOST} that are encoded at once"));
+    }
+    Ok(())
 }
 
 /// `work` of 0..count in order, done by up to `threads` threads; of several errors the one of the lowest number.
