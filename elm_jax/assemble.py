@@ -102,6 +102,21 @@ def assemble(config: Config, tokenizer_folder: Path | None = None) -> Assembly:
     return Assembly(config, tokenizer, text, signal, llm, folder, encoder, structure)
 
 
+def encoder_structure(assembly: Assembly) -> Structure:
+    """The encoder alone."""
+    return structure_of(lambda: _encoder(assembly.config, assembly.encoder))
+
+
+def structure_behind_encoder(assembly: Assembly) -> Structure:
+    """The model without its encoder: it is given the encoder's outputs in place of signals."""
+
+    def build() -> ELM:
+        elm = _build(assembly.config, assembly.llm, assembly.encoder)
+        return ELM(None, elm.connector, elm.llm, elm.dtype, elm.compat)
+
+    return structure_of(build)
+
+
 def make_arrays(assembly: Assembly, shardings: Mapping[str, Any], known: Collection[str] = ()) -> Arrays:
     """The model's arrays in their shards: loaded where there is a checkpoint, else drawn from the seed.
 
@@ -163,11 +178,16 @@ def _signal_path(
         return None, None
     if kind in SIGNAL_KINDS:
         return None, build_signal_connector(kind, *shape, tokens, width, **options)
-    encoder = build_encoder(
-        str(config.encoder.name), encoder_fields, tokens, _rngs(config, "encoder"), compute, _dtype(config, "encoder"),
-        config.compat,
-    )  # fmt: skip
+    encoder = _encoder(config, encoder_fields)
     return cast(nnx.Module, encoder), build_connector(kind, encoder.width, width, config.connector.hidden, **options)
+
+
+def _encoder(config: Config, fields: Mapping[str, Any]) -> Any:
+    compute = jnp.dtype(config.llm.compute_dtype)
+    return build_encoder(
+        str(config.encoder.name), fields, config.encoder.tokens, _rngs(config, "encoder"), compute,
+        _dtype(config, "encoder"), config.compat,
+    )  # fmt: skip
 
 
 def _encoder_fields(config: Config) -> dict[str, Any]:
@@ -223,6 +243,11 @@ def _check_parts(config: Config) -> None:
         (encoded or config.encoder.checkpoint is None, "encoder.checkpoint", config.encoder.checkpoint,
          f"None for elm={elm}"),
         (encoded or not config.encoder.config, "encoder.config", config.encoder.config, f"nothing for elm={elm}"),
+        (encoded or not config.encoder.cache, "encoder.cache", True, f"false for elm={elm}"),
+        ("encoder" not in config.update or not config.encoder.cache, "encoder.cache", True,
+         "false where update has the encoder: outputs of one that learns change"),
+        (not (data.augment_ecg or data.augment_rgb) or not config.encoder.cache, "encoder.cache", True,
+         "false with data.augment_ecg or data.augment_rgb: recordings change"),
         (elm not in ("base_elf", "ecg_byte") or config.encoder.tokens == 1, "encoder.tokens", config.encoder.tokens,
          f"1 for elm={elm}"),
         (kind is None or data.ecg_tokenizer is None, "data.ecg_tokenizer", data.ecg_tokenizer,

@@ -93,7 +93,7 @@ class EncoderConfig:
     name: str | None = key(None, "the ECG encoder, for example merl")
     checkpoint: str | None = key(None, "its weights: a .safetensors or .pt file; None initialises randomly")
     tokens: int = key(1, "signal tokens of an ECG", limit="at least 1")
-    cache: bool = key(False, "keep a frozen encoder's outputs", unbuilt="the encoder cache")
+    cache: bool = key(False, "compute a frozen encoder's outputs once for each recording, and keep them on disk")
     config: dict[str, Any] = key({}, "sizes of the encoder, by their names in its table")
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,11 @@ class Dataset:
             return []
         paths, epoch = self.records[index].ecg_paths, epoch if self.augments else None
         return [self.signal.load(path, self.key(index, place), epoch) for place, path in enumerate(paths)]
+
+    def recordings(self) -> Iterator[tuple[str, int]]:
+        """The path of each ECG of each record, and the key that goes with it."""
+        for index, record in enumerate(self.records if self.text.signal_tokens else ()):
+            yield from ((path, self.key(index, place)) for place, path in enumerate(record.ecg_paths))
 
     def key(self, index: int, place: int = 0) -> int:
         """What noise in the place of a record's ECG number `place` is drawn from."""

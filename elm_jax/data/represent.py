@@ -1,7 +1,7 @@
 """From the path in a record to what a model is given of the ECG: an array, an image, or tokens."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from elm_jax.data.augment import augment_ecg, augment_image, noise_ecg
 from elm_jax.data.batch import ArraySpec, Layout, Signal
 from elm_jax.data.ecg import LEADS, min_max, normalize, read_recording, to_segment
 from elm_jax.data.ecg_tokens import EcgTokens
+from elm_jax.data.features import Features
 from elm_jax.data.images import Processing, process, stacked
 from elm_jax.data.rasterize import DPI, REFERENCE_DPI, draw
 from elm_jax.errors import UserError
@@ -27,6 +28,8 @@ class SignalSpec:
     stacked_signal: those as the grey levels of an image of C x L pixels; rgb: the leads on ECG paper. Both are then
         resized as `processing` says: (H, W, 3) uint8, or patches with their mask and grid shape (see `images`).
     symbolic: the ids (n,) int32 that `tokens` has for it in the language model.
+
+    With `features` it is instead what a frozen encoder has made of these: (N, E).
 
     Paths are relative to `root`; `leads` are indices into the canonical order, `length` L samples at
     `sampling_rate` Hz. `augment_*` hold where an epoch is given.
@@ -46,6 +49,7 @@ class SignalSpec:
     augment_rgb: bool = False
     dpi: int = DPI  # of the paper
     rows_as_stored: bool = False  # whatever leads a file says its rows are
+    features: Features | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,6 +59,8 @@ class SignalSpec:
     @property
     def layout(self) -> Layout:
         """The shapes and dtypes of what `load` returns and a batch holds; symbols are held by its tokens."""
+        if self.features is not None:
+            return self.features.layout
         if self.representation == "symbolic":
             return ArraySpec((0,))
         return ArraySpec(self.shape) if self.processing is None else _image_layout(self.processing)
@@ -68,6 +74,8 @@ class SignalSpec:
         leaves what is no recording alone.
         Raises UserError for a recording that cannot be read or is too short.
         """
+        if self.features is not None:
+            return self._kept(path, key)
         if self.perturb == "noise" and path not in (NOISE, FLATLINE):
             key = zlib.crc32(path.encode(), self.seed)  # all that is asked of a recording is asked of one noise
         path = {"zeros": FLATLINE, "noise": NOISE}.get(self.perturb or "", path)
@@ -86,6 +94,19 @@ class SignalSpec:
             assert self.tokens is not None
             return self.tokens.encode(raw, self.norm_eps)
         return normalize(raw, self.norm_eps)
+
+    def name_of(self, path: str, key: int) -> str:
+        """What an encoder's output for the ECG at `path` is kept as: it changes with the file."""
+        return f"{path}:{key}" if path == NOISE else f"{path}:{self.stamp(path)}"
+
+    def _kept(self, path: str, key: int) -> Signal:
+        assert self.features is not None
+        kept = self.features.load(self.name_of(path, key))
+        if kept is None:
+            replace(self, features=None).load(path, key)  # says what is wrong with it
+            found = "a recording that has changed since the encoder read it"
+            raise UserError(str(Path(self.root, path)), found, "the file as it was", "start the run again")
+        return kept
 
     def stamp(self, path: str) -> tuple[int, int] | None:
         """Size and time of the file at `path` (of a WFDB record, of its header); None for what is no file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ import jax
 import numpy as np
 
 from elm_jax import compat as behaviours
-from elm_jax.assemble import CONNECTORS, assemble, make_arrays
+from elm_jax.assemble import CONNECTORS, assemble, make_arrays, structure_behind_encoder
 from elm_jax.config import Config, to_dict
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.loader import BadRecord, Loaded, StepSource, steps_from, unusable
 from elm_jax.data.plan import Plan
 from elm_jax.errors import UserError
-from elm_jax.models.functional import Arrays
+from elm_jax.models.functional import Arrays, Structure
 from elm_jax.models.lora import is_lora
 from elm_jax.runtime import distributed, telemetry
 from elm_jax.runtime.checkpoint import Checkpoints
@@ -27,6 +28,7 @@ from elm_jax.runtime.compilation import cache_folder
 from elm_jax.runtime.faults import StopSignal
 from elm_jax.runtime.mesh import batch_sharding, batch_ways, check_heads, host_part, make_mesh, to_device
 from elm_jax.training import run
+from elm_jax.training.encoder_cache import keep_features
 from elm_jax.training.muon import matrices, matrices_by_name
 from elm_jax.training.optim import batch_scale, learning_rate_multiplier, make_optimizer
 from elm_jax.training.state import TrainState, abstract_state, array_shardings, new_state, split_names
@@ -168,15 +170,28 @@ class Trainer:
             self.frozen = {**known, **rest}
             self.fingerprints = run.frozen_fingerprints(self.frozen)
             self._restore(latest, like)
+        if config.encoder.cache:
+            structure = self._behind_encoder()
         self.step = make_train_step(
             structure, config, tx, self.mesh, jax.tree.map(lambda x: x.sharding, like),
-            {n: shardings[n] for n in frozen},
+            {n: shardings[n] for n in self.frozen},
         )  # fmt: skip
         self.eval_step = make_eval_step(structure, self.mesh)
         self.rate = learning_rate_multiplier(config.optim, self.total_steps)
         self.found_bad: list[dict[str, Any]] = []  # not yet reported
         self.finite: list[jax.Array] = []  # of the steps since the last log
         self.non_finite = 0
+
+    def _behind_encoder(self) -> Structure:
+        """Have the encoder's outputs on disk in place of the encoder; returns what is left of the model."""
+        datasets = [self.dataset, *([] if self.validation is None else [self.validation.dataset])]
+        shown = self.config.log.progress and jax.process_index() == 0
+        features = keep_features(self.assembly, self.frozen, datasets, self.mesh, cache_folder(), shown)
+        for dataset in datasets:
+            dataset.signal = replace(dataset.signal, features=features)
+        structure = structure_behind_encoder(self.assembly)
+        self.frozen = {name: x for name, x in self.frozen.items() if name in structure.leaves}
+        return structure
 
     def _matrices(self) -> dict[str, int]:
         """What Muon moves, where it is the optimizer."""

@@ -191,7 +191,7 @@ def test_a_whole_number_is_a_number() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("phase", "rl"), ("encoder.cache", True), ("eval.folds", (1, 2)), ("eval.seeds", (0, 1)),
+        ("phase", "rl"), ("eval.folds", (1, 2)), ("eval.seeds", (0, 1)),
     ],
 )  # fmt: skip
 def test_what_is_not_built_yet_says_so(key: str, value: Any) -> None:

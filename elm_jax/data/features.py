@@ -1,0 +1,85 @@
+"""Outputs of a frozen encoder, kept on disk: written once, read in place of recordings. No jax here.
+
+A folder belongs to one encoder and one way of preparing signals. It holds parts: an array `<part>.npy` (n, N, E), and
+`<part>.json` with the name of each row, which is written last, so that a part is whole or not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from elm_jax.data.batch import ArraySpec
+
+_STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}  # .npy knows no bfloat16
+
+
+@dataclass(frozen=True)
+class Features:
+    """The outputs (N, E) in `folder`, by name. Picklable: worker processes open the files themselves."""
+
+    folder: str
+    shape: tuple[int, int]
+    dtype: str  # float32 or bfloat16
+
+    @property
+    def layout(self) -> ArraySpec:
+        return ArraySpec(self.shape, np.dtype(ml_dtypes.bfloat16) if self.dtype == "bfloat16" else np.dtype(self.dtype))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rows
+
+    def load(self, name: str) -> np.ndarray | None:
+        """One output (N, E), or None where there is none of this name."""
+        place = self._rows.get(name)
+        return None if place is None else np.array(self._arrays[place[0]][place[1]]).view(self.layout.dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder, self.shape, self.dtype)
+
+    @cached_property
+    def _rows(self) -> dict[str, tuple[str, int]]:
+        parts = sorted(Path(self.folder).glob("*.json"))
+        named = [(part.stem, row, n) for part in parts for row, n in enumerate(json.loads(part.read_bytes()))]
+        return {name: (part, row) for part, row, name in named if name is not None}
+
+    @cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        parts = {part for part, _ in self._rows.values()}
+        return {part: np.load(Path(self.folder, f"{part}.npy"), mmap_mode="r") for part in parts}
+
+
+class FeatureWriter:
+    """Writes one part of `features`: rows in the order of `names`, then `close`."""
+
+    def __init__(self, features: Features, names: Sequence[str]) -> None:
+        folder = Path(features.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._names, self._layout = list(names), features.layout
+        # Processes with a common disk write the same part each; the last one to finish leaves it.
+        self._part = folder / hashlib.sha256("\0".join(names).encode()).hexdigest()[:32]
+        self._half = self._part.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
+        shape = (len(names), *features.shape)
+        self._array = np.lib.format.open_memmap(self._half, "w+", _STORED[features.dtype], shape)
+
+    def put(self, first: int, rows: np.ndarray) -> None:
+        """Write rows (n, N, E) of the features' dtype from row `first` on."""
+        self._array[first : first + len(rows)] = rows.astype(self._layout.dtype).view(self._array.dtype)
+
+    def close(self, leave_out: frozenset[str]) -> None:
+        """Put the part in its place. The names in `leave_out` have no row after all."""
+        self._array.flush()
+        del self._array
+        self._half.replace(self._part.with_suffix(".npy"))
+        self._half.write_text(json.dumps([None if n in leave_out else n for n in self._names]), encoding="utf-8")
+        self._half.replace(self._part.with_suffix(".json"))

@@ -1,0 +1,115 @@
+"""A frozen encoder's outputs on disk: the run is the same, the encoder runs once, and stale outputs are not used."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+
+from elm_jax.data.features import Features, FeatureWriter
+from elm_jax.errors import UserError
+from elm_jax.training.loop import Trainer, train
+
+FROZEN = {"update": ["connector", "llm"], "train__steps": 3}
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in runs.lines(folder) if "loss" in line]
+
+
+def test_outputs_are_read_back_by_name_and_by_other_processes(tmp_path: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        features = Features(str(tmp_path / dtype), (2, 3), dtype)
+        assert "a" not in features and features.load("a") is None
+        values = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+        writer = FeatureWriter(features, ["a", "b"])
+        writer.put(0, values[:1])
+        writer.put(1, values[1:])
+        writer.close(frozenset("a"))
+        again = pickle.loads(pickle.dumps(Features(str(tmp_path / dtype), (2, 3), dtype)))
+        assert "a" not in again and again.load("b").dtype == again.layout.dtype
+        np.testing.assert_array_equal(again.load("b").astype(np.float32), values[1])
+
+
+@pytest.mark.slow
+def test_a_run_on_kept_outputs_learns_the_same_and_encodes_each_recording_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    put = FeatureWriter.put
+
+    def counting(self: FeatureWriter, first: int, rows: np.ndarray) -> None:
+        written.append(len(rows))
+        put(self, first, rows)
+
+    monkeypatch.setattr(FeatureWriter, "put", counting)
+    train(runs.config(tmp_path / "plain", **FROZEN, data__val_fraction=0.1))
+    assert not written
+    for name, meshed in (("kept", {}), ("again", {}), ("meshed", {"mesh__data": 4, "mesh__fsdp": 2})):
+        train(runs.config(tmp_path / name, encoder__cache=True, **FROZEN, **meshed, data__val_fraction=0.1))
+        # All recordings of 64 records, noise of one record each, once: in the first run.
+        np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "plain"), rtol=1e-5)
+        if name == "kept":
+            once = list(written)
+    assert sum(once) > 64 and written == once
+    plain, kept = (runs.lines(tmp_path / name)[-1]["val_loss"] for name in ("plain", "kept"))
+    np.testing.assert_allclose(kept, plain, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_step_holds_no_encoder_and_a_resume_checks_its_weights(tmp_path: Path) -> None:
+    options = {**FROZEN, "encoder__cache": True}
+    train(runs.config(tmp_path / "run", **options))
+    trainer = Trainer(runs.config(tmp_path / "run", **{**options, "train__steps": 4}), tmp_path / "run")
+    trainer._build()
+    assert not any(name.startswith("encoder.") for name in trainer.frozen)
+    assert "encoder" in trainer.fingerprints
+
+
+@pytest.mark.slow
+def test_a_changed_recording_is_encoded_anew_and_an_unreadable_one_is_a_bad_record(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(12):
+        np.save(tmp_path / f"{i}.npy", rng.normal(size=(12, 500)).astype(np.float32))
+        turns = [{"from": "human", "value": "Regular?"}, {"from": "gpt", "value": "yes"}]
+        rows.append({"ecg_path": f"{i}.npy", "text": turns, "name": "x", "patient_id": str(i), "split": "train"})
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"data__names": ["records.jsonl"], "data__root": str(tmp_path), "data__max_bad_records": 0.2}
+    options = {**FROZEN, **data, "encoder__cache": True}
+    (tmp_path / "3.npy").write_bytes(b"no recording")
+    train(runs.config(tmp_path / "one", **options))
+    events = [line for line in runs.lines(tmp_path / "one") if line.get("event") == "bad_record"]
+    assert len(events) == 1 and "3.npy" in events[0]["error"]
+    folder = next((tmp_path / "cache" / "encoder").iterdir())
+    assert len(json.loads(next(folder.glob("*.json")).read_text())) == 12
+
+    np.save(tmp_path / "5.npy", rng.normal(size=(12, 501)).astype(np.float32))
+    trainer = Trainer(runs.config(tmp_path / "two", **options), tmp_path / "two")
+    trainer._build()
+    parts = {len(json.loads(part.read_text())) for part in folder.glob("*.json")}
+    assert parts == {12, 2}, "the changed one, and the unreadable one once more"
+    np.save(tmp_path / "5.npy", rng.normal(size=(12, 502)).astype(np.float32))
+    with pytest.raises(UserError, match="5.npy.*changed"):
+        [trainer.dataset.signals(i) for i in range(12) if i != 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"update": ["encoder", "connector"]}, "update has the encoder"),
+        ({"update": ["connector"], "data__augment_ecg": True}, "augment"),
+        (
+            {"elm": "patch_elf", "encoder__name": None, "encoder__config": {}, "update": ["connector"]},
+            "false for elm=patch_elf",
+        ),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        train(runs.config(tmp_path / "run", encoder__cache=True, **changes))
