@@ -94,7 +94,7 @@ class EcgByte:
             raise UserError("EcgByte.train", f"num_merges = {num_merges}", "0 or more", "raise it")
         learn = _extension().train
         try:
-            learnt = learn(list(symbols), num_merges, across_records, threads or _cores(), progress)
+            learnt = learn(list(symbols), num_merges, across_records, threads or cores(), progress)
         except ValueError as error:
             raise UserError("EcgByte.train", str(error), "fewer", "train on fewer recordings") from None
         merges, _, before, after, interrupted = learnt
@@ -120,7 +120,7 @@ class EcgByte:
         if signals.ndim == 3 and not len(signals):
             return []
         records = len(signals) if signals.ndim == 3 else 1
-        workers = 1 if records == 1 else threads or _cores()
+        workers = 1 if records == 1 else threads or cores()
         data, lengths = self._call(
             lambda encoder: encoder.encode_signals(signals, records, eps, method == "merges", workers)
         )
@@ -212,7 +212,8 @@ def _readable(signals: np.ndarray, dimensions: tuple[int, ...]) -> np.ndarray:
     return np.ascontiguousarray(signals, np.float32 if signals.dtype == np.float32 else np.float64)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

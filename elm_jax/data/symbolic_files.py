@@ -13,6 +13,7 @@ from elm_jax.errors import UserError
 
 BYTES = 256  # ids below are single bytes
 VERSION = 1
+ENDINGS = (".json", ".pkl")  # ours, the reference's
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,13 @@ class TokenizerFile:
 def read(path: str | Path) -> TokenizerFile:
     """The tokenizer in a .json (ours) or .pkl (the reference's). Raises UserError for whatever is none."""
     path = Path(path)
-    readers = {".json": _from_json, ".pkl": _from_pickle}
-    if path.suffix not in readers:
+    if path.suffix not in ENDINGS:
         _refuse(path, f"a file that ends with {path.suffix!r}", "give a .json or .pkl file")
     try:
         data = path.read_bytes()
     except OSError as error:
         _refuse(path, f"no readable file ({error.strerror})", "check data.ecg_tokenizer")
-    return readers[path.suffix](path, data)
+    return (_from_json if path.suffix == ".json" else _from_pickle)(path, data)
 
 
 def write(file: TokenizerFile, path: str | Path) -> None:
@@ -45,14 +45,18 @@ def write(file: TokenizerFile, path: str | Path) -> None:
     Raises UserError for another name, and for symbols other than a to z in a .pkl.
     """
     path = Path(path)
-    writers = {".json": _to_json, ".pkl": _to_pickle}
-    if path.suffix not in writers:
-        fix = "give a name that ends with .json or .pkl"
-        raise UserError(str(path), f"a name that ends with {path.suffix!r}", "a .json or .pkl file to write", fix)
-    data = writers[path.suffix](path, file)
+    check_ending(path)
+    data = (_to_json if path.suffix == ".json" else _to_pickle)(path, file)
     half = path.with_name(f"{path.name}.part")  # whoever reads finds a whole file or none
     half.write_bytes(data)
     half.replace(path)
+
+
+def check_ending(path: Path) -> None:
+    """Raise UserError for a name that `write` does not write."""
+    if path.suffix not in ENDINGS:
+        fix = "give a name that ends with .json or .pkl"
+        raise UserError(str(path), f"a name that ends with {path.suffix!r}", "a .json or .pkl file to write", fix)
 
 
 def _to_json(path: Path, file: TokenizerFile) -> bytes:
