@@ -70,8 +70,9 @@ class Assembly:
         return Dataset(records, self.tokenizer, self.text, self.signal, augments)
 
 
-def assemble(config: Config, tokenizer_folder: Path | None = None) -> Assembly:
-    """The parts of a run. `tokenizer_folder`: where the run keeps its own tokenizer, used where it exists.
+def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool = True) -> Assembly:
+    """The parts of a run. `tokenizer_folder`: where the run keeps its own tokenizer, used where it exists. Without
+    `weights`, those of the LLM need not be there.
 
     A new run with `init_from` begins from the tokenizer of that run, so that the tokens both have keep their ids.
 
@@ -79,8 +80,9 @@ def assemble(config: Config, tokenizer_folder: Path | None = None) -> Assembly:
         UserError: a name or size in the config does not fit; names the key.
     """
     _check_parts(config)
-    folder = None if config.llm.scratch else resolve_llm_folder(config.llm.name)
-    tokenizer = _tokenizer(config, tokenizer_folder)
+    weights = weights and config.llm.scratch is None
+    folder = None if config.llm.scratch else resolve_llm_folder(config.llm.name, weights)
+    tokenizer = _tokenizer(config, tokenizer_folder, weights)
     symbols = _symbols(config, tokenizer, tokenizer_folder)
     # A pretrained model has room for the tags of fine-tuning too, so that this can start from it as it is.
     rows = len({*tokenizer.get_vocab(), *THINK_TOKENS})
@@ -304,10 +306,10 @@ def _began_with(config: Config, own: Path | None) -> Path | None:
     return None if config.init_from is None else run.tokenizer_of(config.init_from)
 
 
-def _tokenizer(config: Config, own: Path | None) -> Any:
+def _tokenizer(config: Config, own: Path | None, weights: bool) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch is no news here
     folder = _began_with(config, own)
-    tokenizer = _published_tokenizer(config.llm.name, config.llm.scratch is None) if folder is None else _read(folder)
+    tokenizer = _published_tokenizer(config.llm.name, weights) if folder is None else _read(folder)
     if folder is not None and folder != own:
         _check_llm(config, tokenizer)
     add_tokens(tokenizer, config.phase)

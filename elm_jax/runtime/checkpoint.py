@@ -21,9 +21,12 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays
+from elm_jax.weights import stream
+from elm_jax.weights.safetensors import Safetensors
 
 MODEL_ITEMS = ("trained", "statistics")  # flat dictionaries of the model's arrays
 ITEMS = (*MODEL_ITEMS, "optimizer")
+_PRIME, _PIECE = 2654435761, 2**22  # of fingerprints: by which places are spread; values that are summed together
 
 
 class Checkpoints:
@@ -117,6 +120,11 @@ class Checkpoints:
                     arrays.update(self._manager.restore(step, args=args)[item])
         return arrays
 
+    def items(self, step: int) -> dict[str, Path]:
+        """The name of each of the model's arrays that a step has -> the folder in which `read_arrays` finds it."""
+        names = self.meta(step)["arrays"]
+        return {name: self.folder / str(step) / item for item in names for name in names[item]}
+
     def reached_preemption(self, step: int) -> bool:
         """Whether all of several hosts have agreed to stop at this step."""
         return jax.process_count() > 1 and self._manager.reached_preemption(step)
@@ -148,28 +156,79 @@ def save_arrays(folder: Path, arrays: Arrays) -> None:
 
 
 def load_arrays(folder: Path, like: Mapping[str, Any]) -> Arrays:
-    """What `save_arrays` left in `folder`, laid out as the entries of `like` that have its names."""
+    """What `save_arrays` or an import left in `folder`, laid out as the entries of `like` that have its names."""
+    if (folder / stream.FILE).is_file():
+        return stream.load_arrays(folder / stream.FILE, like)
     with ocp.StandardCheckpointer() as checkpointer, _named(folder):
         names = checkpointer.metadata(folder.absolute()).item_metadata.tree
         wanted = {name: _abstract(like[name]) for name in names}
         return checkpointer.restore(folder.absolute(), wanted)
 
 
+def saved_dtypes(folder: Path) -> dict[str, np.dtype]:
+    """The names and dtypes of the arrays in a folder that `save_arrays`, a checkpoint or an import left."""
+    if (folder / stream.FILE).is_file():
+        return {name: info.dtype for name, info in Safetensors(folder / stream.FILE).info.items()}
+    with ocp.PyTreeCheckpointer() as checkpointer, _named(folder):
+        tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        return {name: np.dtype(entry.dtype) for name, entry in tree.items()}
+
+
+def read_arrays(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Some of the arrays in such a folder, in the host's memory: no device and none of the others is touched."""
+    if (folder / stream.FILE).is_file():
+        tensors = Safetensors(folder / stream.FILE)
+        return {name: tensors[name] for name in names}
+    with ocp.PyTreeCheckpointer() as checkpointer, _named(folder):
+        tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        args = ocp.args.PyTreeRestore(
+            {name: tree[name] for name in names},
+            restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}, partial_restore=True,
+        )  # fmt: skip
+        return checkpointer.restore(folder.absolute(), args)
+
+
 def fingerprint(arrays: Mapping[str, jax.Array]) -> str:
     """32 bits that change with the bytes, names or shapes of these arrays; equal on every mesh. Empty if none."""
-    if not arrays:
-        return ""
-    sums = {name: int(value) for name, value in jax.device_get(_sums(dict(arrays))).items()}
+    return joined(summaries(arrays)) if arrays else ""
+
+
+def summaries(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
+    """What changes with the bytes or the shape of each array, in 32 bits; equal on every mesh."""
+    sums = jax.device_get(_sums(dict(arrays)))
+    return {name: _summary(x.shape, sums[name]) for name, x in arrays.items()}
+
+
+def summary_of(array: np.ndarray, dtype: Any) -> str:
+    """What `joined` takes of one array, as it would be in `dtype`: on the host, a piece at a time."""
+    rows = max(1, _PIECE * len(array) // max(1, array.size)) if array.ndim else 1
+    pieces = (array[i : i + rows] for i in range(0, len(array), rows)) if array.ndim else iter([array])
+    total = place = 0
+    for piece in pieces:
+        flat = np.ascontiguousarray(piece.astype(dtype, copy=False)).reshape(-1)
+        words = flat.view(f"uint{8 * flat.dtype.itemsize}").astype(np.uint32)
+        places = np.arange(place, place + len(words), dtype=np.uint64).astype(np.uint32)
+        total += int(_mixed(words, places, np.uint32).sum(dtype=np.uint32))
+        place += len(words)
+    return _summary(array.shape, total & 0xFFFFFFFF)
+
+
+def _summary(shape: tuple[int, ...], words: Any) -> str:
+    return f"{tuple(shape)}:{int(words)}"
+
+
+def joined(summaries: Mapping[str, str]) -> str:
+    """The `fingerprint` of arrays from their summaries."""
     total = 0
-    for name in sorted(sums):
-        for byte in f"{name}:{arrays[name].shape}:{sums[name]}".encode():
+    for name in sorted(summaries):
+        for byte in f"{name}:{summaries[name]}".encode():
             total = (total * 16777619 ^ byte) & 0xFFFFFFFF
     return f"{total:08x}"
 
 
 @jax.jit
 def _sums(arrays: Arrays) -> dict[str, jax.Array]:
-    """Wrapping sum of the words of each array, each times an odd number of its place."""
+    """Wrapping sum of the words of each array, each mixed with its place."""
 
     def one(x: jax.Array) -> jax.Array:
         bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
@@ -177,9 +236,17 @@ def _sums(arrays: Arrays) -> dict[str, jax.Array]:
         place = jnp.zeros((), jnp.uint32)
         for axis, size in enumerate(x.shape):
             place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return (words * (place * jnp.uint32(2654435761) | jnp.uint32(1))).sum(dtype=jnp.uint32)
+        return _mixed(words, place, jnp.uint32).sum(dtype=jnp.uint32)
 
     return {name: one(x) for name, x in arrays.items()}
+
+
+def _mixed(words: Any, place: Any, uint32: Any) -> Any:
+    """Every bit of a word and of its place bears on every bit of this, so that no two changes cancel as signs would."""
+    h = words + place * uint32(_PRIME)
+    h = (h ^ h >> uint32(16)) * uint32(0x7FEB352D)
+    h = (h ^ h >> uint32(15)) * uint32(0x846CA68B)
+    return h ^ h >> uint32(16)
 
 
 def _abstract(x: Any) -> Any:

@@ -142,7 +142,12 @@ def frozen_fingerprints(frozen: Arrays) -> dict[str, str]:
 def check_frozen(where: str, saved: dict[str, str], frozen: Arrays, parts: set[str]) -> None:
     """Raise UserError where a frozen part is not the one that the checkpoint was trained with."""
     now = frozen_fingerprints({n: x for n, x in frozen.items() if part_of(n) in parts})
-    for part in sorted(parts & set(saved)):
+    check_fingerprints(where, {part: saved[part] for part in parts & set(saved)}, now)
+
+
+def check_fingerprints(where: str, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """`check_frozen` of fingerprints."""
+    for part in sorted(saved):
         if now.get(part) != saved[part]:
             raise UserError(
                 where, f"a checkpoint trained with other {part} weights", "the frozen weights of that run",

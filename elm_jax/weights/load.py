@@ -1,6 +1,7 @@
 """Language model weights: a Hugging Face folder -> parameters, straight into their shards."""
 
 import fnmatch
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from elm_jax.errors import UserError, nearest, some
 from elm_jax.models.decoder import Decoder, DecoderConfig
 from elm_jax.models.families import ALIASES, Family, family_of, from_hf
 from elm_jax.weights.rules import Index, Rule
-from elm_jax.weights.safetensors import Safetensors
+from elm_jax.weights.safetensors import Safetensors, forget
 
 Shardings = Callable[[str, jax.ShapeDtypeStruct], Sharding]
 
@@ -77,27 +78,70 @@ def load_llm_arrays(
 ) -> dict[str, jax.Array]:
     """The parameters of `config` out of a folder: path ("layers.attention.q.kernel") -> array.
 
-    `config` is the folder's own (`read_llm_config`), possibly `extended`: the rows of a larger vocabulary, in the
-    embedding and in an untied head, are `NewRows` of the folder's. Each process reads what its own devices hold, one
-    parameter at a time; no host ever holds the model. `shardings` is asked with the path and the shape.
-    Raises UserError for missing, unexpected or misshapen tensors, by name.
+    `config` as for `LlmFolder`. Each process reads what its own devices hold, one parameter at a time; no host ever
+    holds the model. `shardings` is asked with the path and the shape. Raises UserError as `LlmFolder`.
     """
-    folder = Path(folder)
-    base = read_llm_config(folder)
-    assert replace(base, vocab_size=config.vocab_size) == config and config.vocab_size >= base.vocab_size
-    family = family_of(config.model_type)
-    shapes = {name: v.shape for name, v in parameters(nnx.state(abstract_decoder(base))).items()}
-    rules = [rule for rule in family.rules if rule.ours in shapes]
-    tensors = _with_prefix(open_checkpoint(folder), family)
-    _check_tensors(folder, tensors, rules, shapes, base)
-    wanted = parameters(nnx.state(abstract_decoder(config, param_dtype=dtype)))
-    assert set(wanted) == {rule.ours for rule in rules}, "the rules and the parameters differ"
-    arrays = {}
-    for rule in rules:
-        spec = jax.ShapeDtypeStruct(wanted[rule.ours].shape, jnp.dtype(dtype))
-        parts = [tensors[name] for name in rule.names(config.layers)]
-        arrays[rule.ours] = _to_devices(rule, parts, spec, shardings(rule.ours, spec))
+    tensors, arrays = LlmFolder(folder, config), {}
+    for name, shape in tensors.shapes.items():
+        spec = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        arrays[name] = _to_devices(tensors, name, spec, shardings(name, spec))
     return arrays
+
+
+class LlmFolder:
+    """The parameters that a Hugging Face folder's tensors are, read piece by piece, in the tensors' own dtype.
+
+    `config` is the folder's own (`read_llm_config`), possibly `extended`: the rows of a larger vocabulary, in the
+    embedding and in an untied head, are `NewRows` of the folder's.
+
+    Raises:
+        UserError: missing, unexpected or misshapen tensors, by name.
+    """
+
+    def __init__(self, folder: str | Path, config: DecoderConfig) -> None:
+        folder, base = Path(folder), read_llm_config(folder)
+        assert replace(base, vocab_size=config.vocab_size) == config and config.vocab_size >= base.vocab_size
+        family = family_of(config.model_type)
+        own = {name: v.shape for name, v in parameters(nnx.state(abstract_decoder(base))).items()}
+        wanted = {name: v.shape for name, v in parameters(nnx.state(abstract_decoder(config))).items()}
+        self.rules = {rule.ours: rule for rule in family.rules if rule.ours in own}
+        assert set(wanted) == set(self.rules), "the rules and the parameters differ"
+        self.shapes = {name: wanted[name] for name in self.rules}
+        self._tensors = _with_prefix(open_checkpoint(folder), family)
+        _check_tensors(folder, self._tensors, list(self.rules.values()), own, base)
+        self._new: dict[str, NewRows] = {}
+
+    def dtype(self, name: str) -> np.dtype:
+        """Of our parameter: that of its tensors, which a layer may have wider than another."""
+        return functools.reduce(jnp.promote_types, (part.dtype for part in self._parts(name)))
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """Our parameter, or a slice of it, in the dtype of its tensors."""
+        rule, parts = self.rules[name], self._parts(name)
+        whole = index if index is not None else tuple(slice(0, size) for size in self.shapes[name])
+        layers, each = rule.split(whole)
+        return rule.arrange([self._slice(rule, part, each) for part in parts[layers]])
+
+    def forget(self) -> None:
+        """Give back the memory of what was read."""
+        for tensor in self._tensors.values():
+            forget(tensor)
+
+    def _parts(self, name: str) -> list[np.ndarray]:
+        rule = self.rules[name]
+        return [self._tensors[theirs] for theirs in rule.names(self.shapes[name][0] if rule.stacked else 1)]
+
+    def _slice(self, rule: Rule, part: np.ndarray, index: Index) -> np.ndarray:
+        """A slice of `part` as if it had its new shape: the rows beyond its end, of a vocabulary, are new."""
+        shape = rule.their_shape(self.shapes[rule.ours])
+        rows = part[index]
+        start, stop, _ = index[0].indices(shape[0])
+        first = max(start, len(part))
+        if part.shape == shape or first >= stop:
+            return rows
+        if rule.theirs not in self._new:
+            self._new[rule.theirs] = NewRows.like(rule.theirs, part)
+        return np.concatenate([rows, self._new[rule.theirs].draw(first, stop, index[1]).astype(part.dtype)])
 
 
 def abstract_decoder(config: DecoderConfig, **options: Any) -> Decoder:
@@ -277,30 +321,15 @@ class NewRows:
 
 
 def _to_devices(
-    rule: Rule, parts: list[np.ndarray], spec: jax.ShapeDtypeStruct, sharding: Sharding
+    tensors: LlmFolder, name: str, spec: jax.ShapeDtypeStruct, sharding: Sharding
 ) -> jax.Array:
-    their_shape = rule.their_shape(spec.shape)
-    shorter = parts[0].shape != their_shape  # only a vocabulary can be
-    new = NewRows.like(rule.theirs, parts[0]) if shorter else None
     read: dict[tuple, np.ndarray] = {}  # devices that hold the same shard share one reading of it
 
     def shard(index: Index | None) -> np.ndarray:
         assert index is not None
         key = tuple((s.start, s.stop) for s in index)
         if key not in read:
-            layers, each = rule.split(index)
-            pieces = [_slice(part, each, their_shape, new) for part in parts[layers]]
-            read[key] = rule.arrange(pieces).astype(spec.dtype, copy=False)
+            read[key] = tensors.read(name, index).astype(spec.dtype, copy=False)
         return read[key]
 
     return jax.make_array_from_callback(spec.shape, sharding, shard)
-
-
-def _slice(part: np.ndarray, index: Index, shape: tuple[int, ...], new: NewRows | None) -> np.ndarray:
-    """A slice of `part` as if it had `shape`: the rows beyond its end are new."""
-    rows = part[index]
-    start, stop, _ = index[0].indices(shape[0])
-    first = max(start, len(part))
-    if new is None or first >= stop:
-        return rows
-    return np.concatenate([rows.astype(np.float32), new.draw(first, stop, index[1])])

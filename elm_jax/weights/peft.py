@@ -138,6 +138,15 @@ def save_adapter(
     save_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
 
 
+def merged_kernel(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
+    """The kernel (I, O) of a layer without LoRA that computes the same, in its dtype: kernel + a @ b · scale.
+
+    Rounded as PEFT does: the change is made and added in float32, and the sum rounded to the kernel's dtype.
+    """
+    change = (a.astype(np.float32) @ b.astype(np.float32)) * np.float32(scale)
+    return (kernel.astype(np.float32) + change).astype(kernel.dtype)
+
+
 def _rules(config: DecoderConfig, targets: str, where: str) -> list[Rule]:
     """Which tensor of the adapter is which array."""
     return [

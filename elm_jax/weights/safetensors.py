@@ -7,7 +7,7 @@ believes nothing of the header that it has not checked against the file.
 import json
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -69,27 +69,71 @@ class Safetensors(Mapping[str, np.ndarray]):
         return len(self.info)
 
 
+class SafetensorsWriter:
+    """A file whose tensors are written one by one, in any order: no more than one of them is in memory.
+
+    layout: name -> (dtype, shape) of every tensor. Wide dtypes lie first, so that all align. Closing it with a tensor
+    that was not written is our own mistake.
+    """
+
+    def __init__(
+        self, path: str | Path, layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._layout, self._offsets, end = dict(layout), {}, 0
+        for name in sorted(layout, key=lambda name: (-layout[name][0].itemsize, name)):
+            dtype, shape = layout[name]
+            self._offsets[name], end = end, end + math.prod(shape) * dtype.itemsize
+            offsets = [self._offsets[name], end]
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = 8 + len(text)
+        self._file = Path(path).open("wb")  # noqa: SIM115 (closed by close)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._start + end)
+
+    def write(self, name: str, tensor: np.ndarray) -> None:
+        """Put a tensor, in C order whatever its layout in memory, into its place."""
+        assert (tensor.dtype, tensor.shape) == self._layout[name], (name, tensor.dtype, tensor.shape)
+        self._file.seek(self._start + self._offsets.pop(name))
+        if tensor.size:
+            self._file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+
+    def write_pieces(self, name: str, pieces: Iterable[np.ndarray]) -> None:
+        """`write`, of a tensor whose parts come one by one, in C order."""
+        self._file.seek(self._start + self._offsets[name])
+        for piece in pieces:
+            assert piece.dtype == self._layout[name][0], (name, piece.dtype)
+            self._file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+        dtype, shape = self._layout[name]
+        assert self._file.tell() == self._start + self._offsets.pop(name) + math.prod(shape) * dtype.itemsize, name
+
+    def close(self) -> None:
+        self._file.close()
+        assert not self._offsets, f"not written: {sorted(self._offsets)[:5]}"
+
+
 def save_safetensors(
     path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write `tensors`, in C order whatever their layout in memory; wide dtypes first, so that all align."""
-    ordered = sorted(tensors, key=lambda name: (-np.asarray(tensors[name]).dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name in ordered:
-        tensor = np.asarray(tensors[name])
-        begin, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with Path(path).open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in ordered:
-            file.write(np.ascontiguousarray(tensors[name]).tobytes())
+    """Write `tensors`, which are at hand, to a file."""
+    arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    writer = SafetensorsWriter(path, {name: (x.dtype, x.shape) for name, x in arrays.items()}, metadata)
+    for name, array in arrays.items():
+        writer.write(name, array)
+    writer.close()
+
+
+def forget(view: np.ndarray) -> None:
+    """Give back the memory of the file that `view` is of, as far as it was read: it is read again when needed."""
+    base: Any = view
+    while isinstance(base, np.ndarray):
+        base = base.base
+    mapped = base.obj if isinstance(base, memoryview) else base
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _read_header(path: Path, content: mmap.mmap) -> tuple[dict[str, TensorInfo], dict[str, str]]:

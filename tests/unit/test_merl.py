@@ -303,9 +303,9 @@ def test_unknown_names_and_fields_are_refused(name: str, config: dict, message: 
         load_encoder(name, **config)
 
 
-@pytest.mark.parametrize("file", ["absent.safetensors", "weights.bin"])
+@pytest.mark.parametrize("file", ["absent.safetensors", "weights.onnx"])
 def test_files_that_cannot_be_read_are_refused(tmp_path, file: str) -> None:
-    (tmp_path / "weights.bin").write_bytes(b"x")
+    (tmp_path / "weights.onnx").write_bytes(b"x")
     with pytest.raises(UserError, match=f"encoder.checkpoint: found .*{file}"):
         load_encoder("merl", tmp_path / file, **SMALL)
 

@@ -24,6 +24,7 @@ from elm_jax.errors import UserError, nearest, some
 from elm_jax.models.encoders import mae, merl, siglip, vision
 from elm_jax.models.encoders import vision_config as sizes
 from elm_jax.models.encoders.checkpoint import read_checkpoint, read_config
+from elm_jax.models.encoders.releases import published_names
 from elm_jax.models.functional import Leaf, initialise, structure_of
 from elm_jax.weights.rules import Rule, bare_name, export
 
@@ -179,7 +180,8 @@ def from_published(
     wanted = {ours: kind.weight_rule(ours) for ours in leaves}
     names = {ours: rule.names(leaves[ours].shape[0] if rule.stacked else 1) for ours, rule in wanted.items()}
     expected = [theirs for each in names.values() for theirs in each]
-    given = {known: key for key in tensors if (known := kind.published_name(key)) is not None}
+    named = published_names(name, tensors.keys())
+    given = {known: key for key, own in named.items() if (known := kind.published_name(own)) is not None}
     aliases = kind.aliases(expected)
     if not aliases.keys().isdisjoint(given):
         expected += aliases  # under both names throughout, or under one

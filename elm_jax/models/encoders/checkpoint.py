@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -12,9 +11,9 @@ from elm_jax.data.images import Processing
 from elm_jax.errors import UserError
 from elm_jax.weights.load import open_checkpoint, read_json
 from elm_jax.weights.safetensors import Safetensors
+from elm_jax.weights.torch_file import SUFFIXES, TorchFile
 
 WHERE = "encoder.checkpoint"
-TORCH_FILES = (".pt", ".pth")
 FOLDER_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
 TORCH_IN_FOLDER = "pytorch_model.bin"  # of old repositories, which have no safetensors
 
@@ -31,11 +30,11 @@ def read_checkpoint(checkpoint: str | Path | Mapping[str, Any]) -> tuple[Mapping
     path = resolve(checkpoint)
     if path.is_dir():
         old = path / TORCH_IN_FOLDER
-        return (_read_torch(old), str(old)) if _only_torch(path) else (open_checkpoint(path), str(path))
+        return (TorchFile(old), str(old)) if _only_torch(path) else (open_checkpoint(path), str(path))
     if path.suffix == ".safetensors":
         return Safetensors(path), str(path)
-    if path.suffix in TORCH_FILES:
-        return _read_torch(path), str(path)
+    if path.suffix in SUFFIXES:
+        return TorchFile(path), str(path)
     fix = "convert it to .safetensors"
     raise UserError(WHERE, str(path), "a folder, or a file ending in .pt, .pth or .safetensors", fix)
 
@@ -62,7 +61,7 @@ def resolve(checkpoint: str | Path) -> Path:
     if path.exists():
         return path
     parts = str(checkpoint).split("/")
-    is_file = path.suffix in (".safetensors", ".bin", *TORCH_FILES)
+    is_file = path.suffix in (".safetensors", *SUFFIXES)
     if is_file or len(parts) != 2 or parts[0] in ("", ".", "..", "~") or not parts[1]:
         expected = "an existing file or folder, or owner/name of the Hugging Face hub"
         raise UserError(WHERE, str(path), expected, "correct the path")
@@ -98,21 +97,3 @@ def _check_images(file: Path, ours: Processing) -> None:
 
 def _only_torch(folder: Path) -> bool:
     return (folder / TORCH_IN_FOLDER).is_file() and not list(folder.glob("*.safetensors"))
-
-
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        fix = "install it with `pip install elm-jax[torch]`, or convert the file to .safetensors"
-        raise UserError(str(path), "no PyTorch", "PyTorch, to read a .pt file", fix) from None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged or unsafe file
-        fix = "save its state dict with torch.save"
-        raise UserError(str(path), f"{type(error).__name__}", "a file of tensors only", fix) from error
-    tensors = content.get("model_state_dict", content) if isinstance(content, Mapping) else {}
-    if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        fix = "save its state dict with torch.save"
-        raise UserError(str(path), "no tensors by name", "a state dict, or one under model_state_dict", fix)
-    return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}

@@ -336,6 +336,7 @@ LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 ALIAS = ("to_patch_embedding.", "encoder.to_patch_embedding.")
 # Parts of a pretrained ST-MEM that no embedding depends on, and that its published encoders leave out.
 ST_MEM_PRETRAINING = ("mask_embedding", "to_patch_embedding.", "to_decoder_embedding.", "decoder_")
+ST_MEM_HEAD = "encoder.head."  # the classifier of a fine-tuned one
 
 
 def weight_rule(name: str) -> Rule:
@@ -351,4 +352,4 @@ def weight_rule(name: str) -> Rule:
 def st_mem_published_name(name: str) -> str | None:
     """A checkpoint's key without wrapper prefixes; None for what only the pretraining of ST-MEM uses."""
     name = bare_name(name)
-    return None if name.startswith(ST_MEM_PRETRAINING) else name
+    return None if name.startswith((*ST_MEM_PRETRAINING, ST_MEM_HEAD)) else name

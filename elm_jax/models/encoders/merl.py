@@ -28,7 +28,10 @@ IGNORED_FIELDS = frozenset(
     + ("spacial_dim", "d_model", "num_encoder_tokens")
 )
 # Parts of a MERL checkpoint that are not this encoder.
-IGNORED_PREFIXES = ("lm.", "downconv.", "att_pool_head.", "linear1.", "linear2.", "proj_t.")
+IGNORED_PREFIXES = (
+    *("lm.", "lm_model.", "downconv.", "att_pool_head.", "linear1.", "linear2.", "proj_t."),
+    "resnet.linear.",  # a classifier that nothing uses
+)
 IGNORED_SUFFIXES = (".num_batches_tracked",)
 
 

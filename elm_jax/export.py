@@ -1,0 +1,74 @@
+"""Export a run for PyTorch: the LLM as a Hugging Face folder, encoder and connector, a checkpoint of the reference.
+
+    python -m elm_jax.export --checkpoint runs/demo --out exported
+    python -m elm_jax.export --checkpoint runs/qa --out exported --merge --dtype bfloat16
+    python -m elm_jax.export --checkpoint runs/qa --out exported --push_to_hub me/my-elm
+
+It leaves in D: llm/ (AutoModelForCausalLM.from_pretrained loads it) with the tokenizer; adapter/ (a PEFT folder)
+where the run trained LoRA and --merge was not given; encoder.safetensors and connector.safetensors with the
+reference's names; elm.json, how ECGs and prompts are prepared; README.md, the model card; and with PyTorch elm.pt
+and encoder.pt, for --elm_ckpt and --encoder_ckpt of the reference.
+
+Weights come out in the dtype in which they were trained, or, where they were not, in the one in which they came.
+"""
+
+import re
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+
+from elm_jax import cli
+from elm_jax.errors import UserError
+
+_UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the arguments, export the run, upload it if asked."""
+    flags = cli.ConfigFlags.parse(argv)
+    options = _parser().parse_args(flags.rest)
+    shard_bytes = _bytes(options.max_shard_size)
+    from elm_jax.exporting.hub import check_repo, push
+    from elm_jax.exporting.write import export
+    from elm_jax.training.run import config_of_run
+
+    if options.push_to_hub:
+        check_repo(options.push_to_hub)
+    config = config_of_run(options.checkpoint, flags)
+    for line in export(config, options.out, options.step, options.merge, options.dtype, shard_bytes):
+        print(line)
+    print(f"exported to {options.out}")
+    if options.push_to_hub:
+        print(f"uploaded to {push(Path(options.out), options.push_to_hub, options.public)}")
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="python -m elm_jax.export", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", metavar="W", required=True, help="the run's folder")
+    parser.add_argument("--out", metavar="D", required=True, help="the folder to write; an earlier export is replaced")
+    parser.add_argument("--step", default="best", help="latest, best or a number")
+    parser.add_argument("--merge", action="store_true", help="add LoRA to the weights that it adapts")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of every parameter")
+    parser.add_argument(
+        "--max_shard_size", "--max-shard-size", metavar="N", default="5GB", help="of a file of the LLM: 500MB, 5GB"
+    )
+    parser.add_argument(
+        "--push_to_hub", "--push-to-hub", metavar="REPO", help="upload the folder to the Hugging Face hub: owner/name"
+    )
+    parser.add_argument("--public", action="store_true", help="a new repository of --push_to_hub is for all to see")
+    return parser
+
+
+def _bytes(size: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", size, re.IGNORECASE)
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if not found or unit is None or float(found[1]) <= 0:
+        raise UserError("--max_shard_size", repr(size), "a number of MB or GB, such as 5GB", "write it so")
+    return int(float(found[1]) * unit)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guard(main))
