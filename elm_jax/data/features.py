@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,26 +60,38 @@ class Features:
 
 
 class FeatureWriter:
-    """Writes one part of `features`: rows in the order of `names`, then `close`."""
+    """Writes one part of `features`: rows in the order of `names`. As a context it leaves the part, or, where an
+    exception ends it, nothing."""
 
     def __init__(self, features: Features, names: Sequence[str]) -> None:
         folder = Path(features.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._names, self._layout = list(names), features.layout
+        self._names, self._layout, self._stored = list(names), features.layout, _STORED[features.dtype]
         # Processes with a common disk write the same part each; the last one to finish leaves it.
         self._part = folder / hashlib.sha256("\0".join(names).encode()).hexdigest()[:32]
         self._half = self._part.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
+        self._file = self._half.open("wb")
         shape = (len(names), *features.shape)
-        self._array = np.lib.format.open_memmap(self._half, "w+", _STORED[features.dtype], shape)
+        header = {"descr": np.lib.format.dtype_to_descr(self._stored), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
 
-    def put(self, first: int, rows: np.ndarray) -> None:
-        """Write rows (n, N, E) of the features' dtype from row `first` on."""
-        self._array[first : first + len(rows)] = rows.astype(self._layout.dtype).view(self._array.dtype)
+    def put(self, rows: np.ndarray) -> None:
+        """Write the next rows (n, N, E)."""
+        self._file.write(np.ascontiguousarray(rows.astype(self._layout.dtype)).view(self._stored).tobytes())
 
-    def close(self, leave_out: frozenset[str]) -> None:
-        """Put the part in its place. The names in `leave_out` have no row after all."""
-        self._array.flush()
-        del self._array
-        self._half.replace(self._part.with_suffix(".npy"))
-        self._half.write_text(json.dumps([None if n in leave_out else n for n in self._names]), encoding="utf-8")
-        self._half.replace(self._part.with_suffix(".json"))
+    def leave_out(self, names: Collection[str]) -> None:
+        """These have no row after all."""
+        self._names = [None if name in names else name for name in self._names]
+
+    def __enter__(self) -> FeatureWriter:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            self._file.close()
+            if kind is None:
+                self._half.replace(self._part.with_suffix(".npy"))
+                self._half.write_text(json.dumps(self._names), encoding="utf-8")
+                self._half.replace(self._part.with_suffix(".json"))
+        finally:
+            self._half.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """From the path in a record to what a model is given of the ECG: an array, an image, or tokens."""
 
+import contextlib
+import os
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,7 +99,8 @@ class SignalSpec:
 
     def name_of(self, path: str, key: int) -> str:
         """What an encoder's output for the ECG at `path` is kept as: it changes with the file."""
-        return f"{path}:{key}" if path == NOISE else f"{path}:{self.stamp(path)}"
+        drawn = path == NOISE or (path == FLATLINE and self.perturb == "noise")
+        return f"{path}:{key if drawn else self.stamp(path)}"
 
     def _kept(self, path: str, key: int) -> Signal:
         assert self.features is not None
@@ -108,15 +111,19 @@ class SignalSpec:
             raise UserError(str(Path(self.root, path)), found, "the file as it was", "start the run again")
         return kept
 
-    def stamp(self, path: str) -> tuple[int, int] | None:
-        """Size and time of the file at `path` (of a WFDB record, of its header); None for what is no file."""
-        for suffix in ("", ".hea"):
-            try:
-                found = Path(self.root, f"{path}{suffix}").stat()
-                return found.st_size, found.st_mtime_ns
-            except OSError:
-                continue
-        return None
+    def stamp(self, path: str) -> list[tuple[int, int]]:
+        """Size and time of the file at `path`, of a WFDB record of all its files; nothing for what is no file."""
+        whole = Path(self.root, path)
+        files, stem = [whole], whole.with_suffix("") if whole.suffix in (".hea", ".dat", ".mat") else whole
+        header = stem.with_name(f"{stem.name}.hea")
+        if whole.suffix != ".npy" and header.is_file():
+            files = [header, *_named_in(header)]
+        found = []
+        for file in files:
+            with contextlib.suppress(OSError):
+                stat = file.stat()
+                found.append((stat.st_size, stat.st_mtime_ns))
+        return found
 
     def load_raw(self, path: str, key: int) -> np.ndarray:
         """The 12 leads (12, L) before normalisation: in mV where the recording is. See `load`."""
@@ -129,15 +136,15 @@ class SignalSpec:
             from elm_jax.data.demo import load_demo_ecg
 
             return load_demo_ecg(path, self.sampling_rate, self.length)
-        return self._from_file(Path(self.root, path))
+        return self._from_file(os.path.join(self.root, path))
 
-    def _from_file(self, path: Path) -> np.ndarray:
+    def _from_file(self, path: str) -> np.ndarray:
         order = LEADS if self.rows_as_stored else None
         recording = read_recording(path, order, bare_rate=self.sampling_rate)
         try:
             return to_segment(recording, self.sampling_rate, self.length)
         except UserError as error:
-            raise UserError(str(path), error.found, error.expected, error.fix) from None
+            raise UserError(path, error.found, error.expected, error.fix) from None
 
     def _image(self, image: np.ndarray, drawn: np.random.Generator | None) -> Signal:
         assert self.processing is not None
@@ -170,6 +177,16 @@ def signal_spec(
         dpi=REFERENCE_DPI if behaviours.enabled("rgb_250_dpi", compat) else DPI,
         rows_as_stored=behaviours.enabled("lead_order", compat),
     )
+
+
+def _named_in(header: Path) -> list[Path]:
+    """The files of a WFDB record: the first word of each line behind the first that is no comment."""
+    try:
+        lines = header.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    words = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+    return [header.with_name(name) for name in dict.fromkeys(words[1:])]
 
 
 def _image_layout(processing: Processing) -> Layout:

@@ -87,14 +87,15 @@ class EcgByte:
         reach from one record into the next, as the reference does, and keeps one thread busy; `threads` (None: all
         cores) make no difference to the merges. `progress` is called now and then with the merges so far, the count
         of the last pair and the tokens that are left. Ctrl-C keeps what has been learnt, and `settings` say so.
-        Memory: below 20 bytes for each symbol. Raises UserError for a number below 0, for a record of 2**32 - 2
-        symbols or more (with `across_records`: for so many in all), and when the extension is not built.
+        Memory: up to 17 bytes for each symbol, and some 150 for each pair of neighbours ever met, which are few beside
+        the symbols of many ECGs. Raises UserError for a number below 0, fewer than 1 thread, a record of some 2**32
+        symbols (with `across_records`: so many in all), and when the extension is not built.
         """
         if num_merges < 0:
             raise UserError("EcgByte.train", f"num_merges = {num_merges}", "0 or more", "raise it")
-        learn = _extension().train
+        learn, most = _extension().train, sum(map(len, symbols))  # each merge leaves at least one symbol fewer
         try:
-            learnt = learn(list(symbols), num_merges, across_records, threads or cores(), progress)
+            learnt = learn(list(symbols), min(num_merges, most), across_records, _workers(threads), progress)
         except ValueError as error:
             raise UserError("EcgByte.train", str(error), "fewer", "train on fewer recordings") from None
         merges, _, before, after, interrupted = learnt
@@ -120,7 +121,7 @@ class EcgByte:
         if signals.ndim == 3 and not len(signals):
             return []
         records = len(signals) if signals.ndim == 3 else 1
-        workers = 1 if records == 1 else threads or cores()
+        workers = 1 if records == 1 else _workers(threads)
         data, lengths = self._call(
             lambda encoder: encoder.encode_signals(signals, records, eps, method == "merges", workers)
         )
@@ -161,8 +162,12 @@ class EcgByte:
         return np.frombuffer(self._call(lambda encoder: encoder.encode(symbols, method == "merges")), np.int32)
 
     def spell(self, ids: np.ndarray | Sequence[int]) -> bytes:
-        """The byte string of `ids` (N,): the inverse of encode_symbols. Raises UserError for unknown ids."""
-        known: list[int] = np.asarray(ids, np.int64).tolist()
+        """The byte string of `ids` (N,): the inverse of encode_symbols. Raises UserError for what is no id."""
+        array = np.asarray(ids)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            found = f"ids of shape {array.shape} and dtype {array.dtype}"
+            raise UserError("EcgByte.decode", found, "whole numbers (N,)", "give what encode returned")
+        known: list[int] = array.tolist()
         for i in known:
             if not 0 <= i < len(self):
                 found, expected = f"id {i}", f"ids from 0 to {len(self) - 1}"
@@ -177,7 +182,8 @@ class EcgByte:
     @cached_property
     def fingerprint(self) -> str:
         """Changes with the symbols and the merges."""
-        return hashlib.sha256(b"\0".join((self.symbols.encode(), *self.merges))).hexdigest()[:32]
+        told = repr((self.symbols, self.merges))
+        return hashlib.sha256(told.encode()).hexdigest()[:32]
 
     @cached_property
     def _pieces(self) -> tuple[bytes, ...]:
@@ -199,8 +205,9 @@ class EcgByte:
         except ValueError as error:  # UserError is one, too
             if isinstance(error, UserError):
                 raise
-            fix = "mend or leave out the recording, or use a tokenizer that can do this"
-            raise UserError("EcgByte.encode", str(error), "finite samples, merges with an order", fix) from None
+            expected = "finite samples, eps of 0 or more, merges that a training gives"
+            fix = "mend or leave out the recording, or use another tokenizer"
+            raise UserError("EcgByte.encode", str(error), expected, fix) from None
 
 
 def _readable(signals: np.ndarray, dimensions: tuple[int, ...]) -> np.ndarray:
@@ -209,7 +216,13 @@ def _readable(signals: np.ndarray, dimensions: tuple[int, ...]) -> np.ndarray:
     if signals.ndim not in dimensions or 0 in signals.shape[-2:] or signals.dtype.kind not in "fiub":
         found = f"a signal of shape {signals.shape} and dtype {signals.dtype}"
         raise UserError("EcgByte.encode", found, "numbers (C, L) or (B, C, L), not empty", "check the signal")
-    return np.ascontiguousarray(signals, np.float32 if signals.dtype == np.float32 else np.float64)
+    return np.require(signals, np.float32 if signals.dtype == np.float32 else np.float64, ["C", "A"])
+
+
+def _workers(threads: int | None) -> int:
+    if threads is not None and threads < 1:
+        raise UserError("EcgByte", f"threads = {threads}", "1 or more, or None for all cores", "raise it")
+    return cores() if threads is None else threads
 
 
 def cores() -> int:

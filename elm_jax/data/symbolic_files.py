@@ -9,6 +9,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any, NoReturn
 
+from elm_jax.data.prepare.output import write_atomic
 from elm_jax.errors import UserError
 
 BYTES = 256  # ids below are single bytes
@@ -47,9 +48,7 @@ def write(file: TokenizerFile, path: str | Path) -> None:
     path = Path(path)
     check_ending(path)
     data = (_to_json if path.suffix == ".json" else _to_pickle)(path, file)
-    half = path.with_name(f"{path.name}.part")  # whoever reads finds a whole file or none
-    half.write_bytes(data)
-    half.replace(path)
+    write_atomic(path, lambda out: out.write(data))
 
 
 def check_ending(path: Path) -> None:
@@ -60,13 +59,14 @@ def check_ending(path: Path) -> None:
 
 
 def _to_json(path: Path, file: TokenizerFile) -> bytes:
-    contents = {
+    contents: dict[str, Any] = {
         "version": VERSION,
         "symbols": file.symbols,
         "merges": [merge.decode("latin-1") for merge in file.merges],
         "order": file.order,
         "settings": file.settings,
     }
+    contents = json.loads(json.dumps(contents))  # as it will be read: keys are texts there
     return (json.dumps({**contents, "sha256": _checksum(contents)}) + "\n").encode("ascii")
 
 
@@ -88,7 +88,7 @@ def _text(spelled: bytes) -> str:
 def _from_json(path: Path, data: bytes) -> TokenizerFile:
     try:
         contents = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         _refuse(path, f"text that is not JSON ({error})")
     if not isinstance(contents, dict) or contents.get("version") != VERSION:
         _refuse(path, "JSON without our version", "convert a .pkl file, or train one")
@@ -128,10 +128,12 @@ def _from_pickle(path: Path, data: bytes) -> TokenizerFile:
     try:
         vocabulary, pairs = contents
         order = list(vocabulary.keys())
+        if not all(isinstance(merge, (list, tuple, bytes)) for merge, _ in pairs):
+            raise TypeError("a merge that is no list of bytes")  # of a number, bytes() makes so many zeros
         merges, ids = [bytes(merge) for merge, _ in pairs], [i for _, i in pairs]
     except (TypeError, ValueError, AttributeError) as error:
         _refuse(path, f"a pickle of another structure ({error})")
-    if ids != list(range(BYTES, BYTES + len(ids))):
+    if not _are_ints(ids) or ids != list(range(BYTES, BYTES + len(ids))):
         _refuse(path, "merges whose ids do not count up from 256")
     source = {"source_sha256": hashlib.sha256(data).hexdigest()}
     return _checked(path, merges, ascii_lowercase, order, source)

@@ -22,15 +22,17 @@ from elm_jax.assemble import Assembly, encoder_structure
 from elm_jax.data.batch import empty_signals, put_signal
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.features import Features, FeatureWriter
+from elm_jax.data.represent import SignalSpec
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays
 from elm_jax.models.hints import placed
 from elm_jax.runtime import distributed
-from elm_jax.runtime.checkpoint import fingerprint
+from elm_jax.runtime.checkpoint import summaries
 from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways, host_part, replicated, to_device
 
 VERSION = 1
 ROWS = 16  # recordings of a batch on each way of the mesh
+PART = 4096  # recordings that an interruption loses at most
 READERS = 4
 
 
@@ -40,13 +42,17 @@ def keep_features(
     """The outputs of the encoder, whose `arrays` begin with "encoder.", for all recordings of `datasets`.
 
     Those that are in the folder `cache` already are not computed again: it knows them by the encoder's weights, the
-    preparation of the signals, and each file's path, size and time. Recordings that cannot be read are left out.
+    preparation of the signals, and each file's path, size and time; nothing is ever removed. Recordings that cannot be
+    read are left out. What is done is kept, part by part, if this is interrupted. Raises UserError for a full disk.
     """
     config, structure = assembly.config, encoder_structure(assembly)
     own = {name.removeprefix("encoder."): x for name, x in arrays.items() if name.startswith("encoder.")}
     spec = replace(assembly.signal, root=str(Path(assembly.signal.root).absolute()))
+    if spec.perturb != "noise":
+        spec = replace(spec, seed=0)  # nothing of a recording is drawn from it
     told = (VERSION, spec, config.encoder.name, config.encoder.tokens, assembly.encoder, config.compat)
-    key = hashlib.sha256(repr((*told, config.llm.compute_dtype, fingerprint(own))).encode()).hexdigest()[:32]
+    weights = sorted(summaries(own).items())
+    key = hashlib.sha256(repr((*told, config.llm.compute_dtype, weights)).encode()).hexdigest()[:32]
 
     rows = ROWS * batch_ways(mesh)
     part, parts = host_part(mesh)
@@ -62,35 +68,42 @@ def keep_features(
     shape = jax.eval_shape(encode, own, signals).shape[1:]
     features = Features(str(cache / "encoder" / key), shape, config.llm.compute_dtype)
 
-    wanted = {spec.name_of(path, k): (path, k) for dataset in datasets for path, k in dataset.recordings()}
-    missing = [name for name in wanted if name not in features]
-    missing = sorted({name for names in distributed.gather(missing) for name in names})
-    if not missing:
-        return features
-    writer = FeatureWriter(features, missing)
-    unread: list[str] = []
-
-    def read(name: str | None) -> Any:
-        if name is None:
-            return None
-        try:
-            return spec.load(*wanted[name])
-        except (UserError, KeyError):  # KeyError: processes that see different files
-            unread.append(name)
-            return None
-
-    with ThreadPoolExecutor(READERS) as pool, tqdm(
-        total=len(missing), desc="encoding recordings", disable=not progress, mininterval=1.0
-    ) as bar:
-        for first in range(0, len(missing), rows):
-            names: list[str | None] = [*missing[first : first + rows]]
-            names += [None] * (rows - len(names))
-            local = empty_signals(spec.layout, len(names[mine]))
-            for place, signal in enumerate(pool.map(read, names[mine])):
-                if signal is not None:
-                    put_signal(local, (place,), signal)
-            batch = jax.tree.map(lambda x: to_device(mesh, x, sharding, row_axis=0), local)
-            writer.put(first, np.asarray(run(own, batch))[: len(missing) - first])
-            bar.update(min(rows, len(missing) - first))
-    writer.close(frozenset(name for names in distributed.gather(unread) for name in names))
+    wanted = list(dict.fromkeys(recording for dataset in datasets for recording in dataset.recordings()))
+    # Names may differ where processes have disks of their own: what they tell each other is the place in this list.
+    names = [spec.name_of(*recording) for recording in wanted]
+    first = {name: place for place, name in reversed(list(enumerate(names)))}
+    own_missing = [place for name, place in first.items() if name not in features]
+    missing = sorted({place for places in distributed.gather(own_missing) for place in places})
+    size = len(missing) * int(np.prod(shape)) * features.layout.dtype.itemsize
+    try:
+        with ThreadPoolExecutor(READERS) as pool, tqdm(
+            total=len(missing), desc=f"encoding recordings, {size / 1e9:.2g} GB", disable=not progress, mininterval=1.0
+        ) as bar:
+            for begin in range(0, len(missing), PART):
+                part_of_them = missing[begin : begin + PART]
+                with FeatureWriter(features, [names[place] for place in part_of_them]) as writer:
+                    unread: list[int] = []
+                    for at in range(0, len(part_of_them), rows):
+                        places = part_of_them[at : at + rows]
+                        local = empty_signals(spec.layout, mine.stop - mine.start)
+                        read = pool.map(lambda place: _read(spec, wanted[place]), places[mine])
+                        for slot, (place, signal) in enumerate(zip(places[mine], read, strict=True)):
+                            if signal is None:
+                                unread.append(place)
+                            else:
+                                put_signal(local, (slot,), signal)
+                        batch = jax.tree.map(lambda x: to_device(mesh, x, sharding, row_axis=0), local)
+                        writer.put(np.asarray(run(own, batch))[: len(places)])
+                        bar.update(len(places))
+                    writer.leave_out({names[place] for places in distributed.gather(unread) for place in places})
+    except OSError as error:
+        fix = f"make room for {size / 1e9:.2g} GB, set ELM_JAX_CACHE to another folder, or encoder.cache=False"
+        raise UserError(features.folder, error.strerror or str(error), "a place to write to", fix) from error
     return Features(features.folder, features.shape, features.dtype)  # which reads what there is now
+
+
+def _read(spec: SignalSpec, recording: tuple[str, int]) -> Any:
+    try:
+        return spec.load(*recording)
+    except UserError:
+        return None  # the loader will say so, and count it

@@ -16,6 +16,8 @@ const LABEL: u32 = (1 << LABEL_BITS) - 1;
 /// Slots are found by `base ^ code`, so blocks of 256 belong together.
 const BLOCK: usize = 256;
 const STREAMS: usize = 4;
+/// Blocks, from the last one, in which a free place is looked for.
+const SEARCHED: usize = 16;
 
 pub struct Automaton {
     /// Bytes are read as codes: symbol i as i, what else is in the merges as the next ones, all others as the last.
@@ -277,7 +279,8 @@ impl DoubleArray {
         while self.lowest < self.slots.len() && self.slots[self.lowest] & LABEL != EMPTY {
             self.lowest += 1;
         }
-        let mut at = self.lowest;
+        // What is free further back is hard to fill: it is given up, lest each search pass all of it.
+        let mut at = self.lowest.max(self.slots.len().saturating_sub(SEARCHED * BLOCK));
         loop {
             if at == self.slots.len() {
                 self.grow();
@@ -372,6 +375,21 @@ mod tests {
         let merges: Vec<Vec<u8>> = (0..=255u8).map(|byte| vec![byte, byte]).collect();
         let text: Vec<u8> = (0..=255u8).flat_map(|byte| [byte, byte, byte]).cycle().take(2000).collect();
         assert_eq!(encode(&merges, &text), by_definition(&merges, &text));
+    }
+
+    #[test]
+    fn a_hundred_thousand_nodes_are_laid_out_in_no_time() {
+        // Quadratic search would take minutes here.
+        let mut state = 1u64;
+        let mut letter = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            b'a' + ((state >> 33) % 26) as u8
+        };
+        let merges: Vec<Vec<u8>> = (0..12_000).map(|_| (0..12).map(|_| letter()).collect()).collect();
+        let automaton = Automaton::new(&merges, b"").unwrap();
+        assert!(automaton.slots.len() < 160_000, "{} slots", automaton.slots.len());
+        let text = merges[..100].concat();
+        assert_eq!(automaton.encode(&automaton.codes(&text), |_| 0), (256..356).collect::<Vec<u32>>());
     }
 
     #[test]

@@ -34,11 +34,11 @@ struct Encoder {
 #[pymethods]
 impl Encoder {
     #[new]
-    fn new(merges: Vec<PyBackedBytes>, symbols: Vec<u8>) -> PyResult<Self> {
+    fn new(py: Python<'_>, merges: Vec<PyBackedBytes>, symbols: Vec<u8>) -> PyResult<Self> {
         if symbols.is_empty() {
             return Err(PyValueError::new_err("no symbols"));
         }
-        let automaton = Automaton::new(&merges, &symbols).map_err(PyValueError::new_err)?;
+        let automaton = py.detach(|| Automaton::new(&merges, &symbols)).map_err(PyValueError::new_err)?;
         Ok(Encoder { spelled: merges, symbols, automaton, merges: OnceLock::new() })
     }
 
@@ -134,7 +134,10 @@ impl Encoder {
         threads: usize,
     ) -> Result<Vec<Vec<u32>>, String> {
         let order = self.order(in_order)?;
-        let size = samples.len() / records.max(1);
+        if records == 0 || samples.len() % records != 0 {
+            return Err(format!("{} samples of {records} recordings", samples.len()));
+        }
+        let size = samples.len() / records;
         at_most(size)?;
         let encode = |record: usize| {
             let mut levels =
@@ -242,7 +245,7 @@ type Learnt = (Vec<Py<PyBytes>>, Vec<u64>, u64, u64, bool);
 ///
 /// `progress(merges, count of the last pair, symbols left)` is called now and then. Ctrl-C (KeyboardInterrupt) ends
 /// training with what there is; what else `progress` raises is raised.
-/// Raises ValueError for a record, or with `across_records` a corpus, of 2**32 - 2 symbols or more.
+/// Raises ValueError for a record, or with `across_records` a corpus, of some 2**32 symbols.
 #[pyfunction]
 fn train(
     py: Python<'_>,

@@ -11,8 +11,9 @@
 //! threads, the merges are the same.
 //!
 //! Memory: 4 bytes for each symbol of the corpus, and 4 for each place that is written down: one for each symbol at
-//! first, and at most two whenever two symbols become one. So it stays below 20 bytes for each symbol, the symbols
-//! themselves included.
+//! first, and at most two whenever two symbols become one; so up to 16 bytes for each symbol beside the symbols
+//! themselves. On top of that about 150 bytes for each pair that was ever met: little in a corpus of many recordings,
+//! which are alike, and more than all else in one of noise.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -33,13 +34,13 @@ pub struct Trained {
 }
 
 /// Most symbols of a shard: places are numbered by 32 bits.
-const SHARD: usize = u32::MAX as usize - 2;
+const SHARD: usize = u32::MAX as usize - 8;
 
 /// Learn up to `num_merges` merges from `records` with up to `threads` threads; pairs reach across their edges only if
 /// `across`, and then one thread works alone.
 ///
 /// Fewer merges are learnt where no pair is left. `stop` sees what there is before each merge, and may end it so.
-/// Fails for more than 2^32 - 3 symbols in one record, or in all if `across`.
+/// Fails for some 2^32 symbols in one record, or in all if `across`.
 pub fn train<R: AsRef<[u8]> + Sync>(
     records: &[R],
     num_merges: usize,
@@ -57,7 +58,7 @@ pub fn train<R: AsRef<[u8]> + Sync>(
     let mut trained = Trained { symbols, tokens: symbols, ..Trained::default() };
     std::thread::scope(|scope| {
         let workers: Vec<Worker> =
-            shards.iter().map(|records| Worker::start(scope, records, num_merges, across)).collect();
+            shards.iter().map(|records| Worker::start(scope, records, across)).collect();
         let mut corpus = Counts::default();
         workers.iter().for_each(|worker| corpus.add(worker.changes()));
         corpus.rank(None);
@@ -84,17 +85,25 @@ impl Trained {
     }
 }
 
-/// `records` in about `parts` runs of about as many symbols each, none with more than a shard holds if that can be.
+/// `records` in about `parts` runs of about as many symbols each, none with more than a shard holds but for single records
+/// that have more.
 fn dealt<'a, 'b>(records: &'a [&'b [u8]], parts: usize) -> Vec<&'a [&'b [u8]]> {
     let total: usize = records.iter().map(|record| record.len() + 1).sum();
     let share = total.div_ceil(parts.max(1)).min(SHARD / 2);
     let (mut shards, mut begin, mut size) = (Vec::new(), 0, 0);
     for (i, record) in records.iter().enumerate() {
+        if size > 0 && size + record.len() + 1 > SHARD {
+            shards.push(&records[begin..i]);
+            (begin, size) = (i, 0);
+        }
         size += record.len() + 1;
-        if size >= share || i + 1 == records.len() {
+        if size >= share {
             shards.push(&records[begin..=i]);
             (begin, size) = (i + 1, 0);
         }
+    }
+    if begin < records.len() {
+        shards.push(&records[begin..]);
     }
     shards
 }
@@ -165,13 +174,12 @@ impl Worker {
     fn start<'scope, 'env>(
         scope: &'scope std::thread::Scope<'scope, 'env>,
         records: &'env [&'env [u8]],
-        num_merges: usize,
         across: bool,
     ) -> Worker {
         let (merges, to_merge) = channel::<(Pair, u32)>();
         let (changed, changes) = channel();
         scope.spawn(move || {
-            let (mut shard, mut news) = Shard::new(records, num_merges, across);
+            let (mut shard, mut news) = Shard::new(records, across);
             // Ends when the leader, done or failed, drops its ends of the channels.
             while changed.send(news).is_ok() {
                 let Ok((pair, id)) = to_merge.recv() else { break };
@@ -232,7 +240,7 @@ impl Neighbours {
 
 impl Shard {
     /// The shard of `records`, and how often each pair stands in it.
-    fn new(records: &[&[u8]], num_merges: usize, across: bool) -> (Shard, Changes) {
+    fn new(records: &[&[u8]], across: bool) -> (Shard, Changes) {
         let size = records.iter().map(|record| record.len() + 1).sum::<usize>() + 1;
         let mut token = Vec::with_capacity(size);
         token.push(EDGE);
@@ -242,7 +250,9 @@ impl Shard {
                 token.push(EDGE);
             }
         }
-        token.push(EDGE);
+        if across {
+            token.push(EDGE);
+        }
         let pairs = || token.windows(2).enumerate().filter(|(_, pair)| pair[0] != EDGE && pair[1] != EDGE);
         let index = |pair: &[u32]| (pair[0] << 8 | pair[1]) as usize;
         let mut counts = vec![0u32; 1 << 16];
@@ -255,10 +265,8 @@ impl Shard {
         let places: PairMap<Vec<u32>> = stands.map(|(index, places)| (pair_of(index), places)).collect();
         let counted = places.iter().map(|(&pair, places)| (pair, places.len() as i64));
         let changes = Changes { pairs: counted.collect(), merged: 0 };
-        let ids = BYTES as usize + num_merges;
-        let neighbours = || Neighbours { places: vec![Vec::new(); ids], seen: Vec::new() };
-        let mut length = Vec::with_capacity(ids);
-        length.resize(BYTES as usize, 1);
+        let neighbours = || Neighbours { places: vec![Vec::new(); BYTES as usize], seen: Vec::new() };
+        let length = vec![1; BYTES as usize];
         (Shard { token, length, places, before: neighbours(), after: neighbours() }, changes)
     }
 
@@ -266,6 +274,8 @@ impl Shard {
     fn merge(&mut self, pair: Pair, id: u32) -> Changes {
         let (first, second) = (self.length[pair.0 as usize] as usize, self.length[pair.1 as usize] as usize);
         self.length.push((first + second) as u32);
+        self.before.places.push(Vec::new());
+        self.after.places.push(Vec::new());
         let mut merged = 0;
         for left in self.places.remove(&pair).unwrap_or_default() {
             let left = left as usize;

@@ -16,6 +16,7 @@ from PIL import Image
 
 from elm_jax import cli
 from elm_jax.data.ecg import LEADS, read_ecg, to_segment
+from elm_jax.data.ecg_byte_corpus import Form, find_recordings
 from elm_jax.data.symbolic import EcgByte
 from elm_jax.ecg_byte import main
 
@@ -62,7 +63,9 @@ def test_train_as_a_command_leaves_a_tokenizer_and_says_what_it_did(recordings, 
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "recordings: 12 of 12 (random, seed 0)"
-    assert lines[1] == "memory: below 0.0012 GB (20 bytes for each of 57600 symbols)"
+    assert lines[1] == (
+        "memory: about 0.0012 GB (20 bytes for each of 57600 symbols; two or three times that for noise or few ECGs)"
+    )
     assert "merges: 40" in lines
     assert lines[-2].startswith("symbols for each token: ") and lines[-2].endswith("(merges), on 12 of the recordings")
     assert lines[-1].startswith("error of decoding: RMS ") and "%" in lines[-1]
@@ -133,6 +136,36 @@ def test_unreadable_recordings_are_left_out_named_and_bounded(recordings, tmp_pa
     assert settings["unreadable"] == 2 and settings["records"] == 12
 
 
+@pytest.mark.parametrize("sample", ["random", "stratified"])
+def test_broken_recordings_alone_teach_nothing_however_few_of_them_are_sampled(tmp_path, capsys, sample):
+    if sample == "stratified":
+        pytest.importorskip("sklearn")
+    for i in range(300):
+        (tmp_path / f"{i}.npy").write_bytes(b"broken")
+    flags = ("--sample", sample, "--records", 2, "--max-bad-records", 0.4, "--out", tmp_path / "t.json")
+    assert _run("train", tmp_path, *flags) == 2
+    of = "1 of 2" if sample == "random" else "121 of 300"
+    assert f"({of} recordings unreadable)" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "t.json").exists()
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_sample_is_filled_up_from_the_recordings_that_it_left_out(recordings, tmp_path, threads):
+    for i in range(6):
+        np.save(tmp_path / f"nan{i}.npy", np.full((12, 500), np.nan))
+    flags = ("--records", 9, "--max-bad-records", 0.9, *FORM, "--num-merges", 20, "--threads", threads)
+    assert _run("train", recordings, tmp_path, *flags, "--out", tmp_path / "t.json") == 0
+    made = EcgByte.load(tmp_path / "t.json")
+    assert made.settings["records"] == 9 and made.settings["files"] == 18
+    paths = find_recordings([recordings, tmp_path])
+    order = np.random.default_rng(0).permutation(18)
+    good = [i for i in order if not paths[i].name.startswith("nan")][:9]
+    letters = [EcgByte([]).to_symbols(Form(250, 400).read(paths[i])) for i in sorted(good)]
+    assert made.merges == EcgByte.train(letters, 20).merges
+    bad = len((tmp_path / "t.unreadable.txt").read_text().splitlines())
+    assert made.settings["unreadable"] == bad > 0
+
+
 def test_ctrl_c_while_learning_writes_what_there_is(tmp_path):
     """As from a terminal: SIGINT to the process."""
     rng = np.random.default_rng(0)
@@ -183,6 +216,35 @@ def test_encode_into_a_file_and_in_another_form(recordings, tok, tmp_path):
     assert [Path(line["path"]).name for line in lines] == ["1.npy", "00002_hr"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"sampling_rate": "250"}, "settings.sampling_rate: found '250'; expected a number"),
+        ({"sampling_rate": None}, "settings.sampling_rate: found None"),
+        ({"sampling_rate": True}, "settings.sampling_rate: found True"),
+        ({"sampling_rate": -250.0}, "settings.sampling_rate: found -250.0"),
+        ({"segment_len": 2500.5}, "settings.segment_len: found 2500.5; expected a whole number"),
+        ({"segment_len": [400]}, "settings.segment_len: found [400]"),
+        ({"leads": None}, "settings.leads: found None; expected a list of leads"),
+        ({"leads": "II"}, "settings.leads: found 'II'"),
+        ({"leads": [["I"]]}, "settings.leads: found ['I']; expected I,II"),
+        ({"leads": ["v1"]}, "settings.leads: found 'v1'"),
+        ({"leads": ["I", "I"]}, "settings.leads: found I,I; expected each lead once"),
+    ],
+)
+def test_settings_that_no_recording_has_are_refused_by_the_name_of_the_file(
+    recordings, tmp_path, capsys, settings, says
+):
+    EcgByte([], settings={"segment_len": 400, **settings}).save(tmp_path / "odd.json")
+    for task in ("encode", "inspect"):
+        assert _run(task, tmp_path / "odd.json", recordings, "--out", tmp_path / "out") == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: {tmp_path / 'odd.json'}: {says}"), error
+    told = {"sampling_rate": ("--sampling-rate", 250), "segment_len": ("--segment-len", 400), "leads": ("--leads", "I")}
+    flags = [flag for name in settings for flag in told[name]]
+    assert _run("encode", tmp_path / "odd.json", recordings / "part0", *flags) == 0, "a flag takes its place"
+
+
 # --- inspect -----------------------------------------------------------------------------------------------
 
 
@@ -222,6 +284,21 @@ def test_odd_recordings_and_tokenizers_have_pictures_too(tmp_path):
         assert (tmp_path / name / "001_flat.png").stat().st_size > 1000
     summary = json.loads((tmp_path / "long" / "summary.json").read_text())
     assert summary["tokens"] == {"longest": 4} and summary["max_error"] == 0
+
+
+@pytest.mark.parametrize("name", ["costs $5 and $6", "open $", "\\\\frac{", "not utf-8: \udcff"])
+def test_a_recording_may_have_any_name(tok, tmp_path, capsys, name):
+    try:
+        np.save(tmp_path / f"{name}.npy", np.ones((12, 500)))
+    except (OSError, UnicodeEncodeError) as error:
+        pytest.skip(f"no such name here: {error}")
+    assert _run("inspect", tok, tmp_path, "--out", tmp_path / "p") == 0
+    assert (tmp_path / "p" / f"001_{name}.png").stat().st_size > 1000
+    np.save(tmp_path / f"{name}.npy", np.full((12, 500), np.nan))
+    np.save(tmp_path / "good.npy", np.ones((12, 500)))
+    flags = (*FORM, "--num-merges", 2, "--max-bad-records", 0.5, "--out", tmp_path / "t.json")
+    assert _run("train", tmp_path, *flags) == 0
+    assert len((tmp_path / "t.unreadable.txt").read_text(encoding="utf-8").splitlines()) == 1
 
 
 # --- convert -----------------------------------------------------------------------------------------------

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import runs
+import wfdb
 
+from elm_jax.config import DataConfig
+from elm_jax.data.ecg import LEADS
 from elm_jax.data.features import Features, FeatureWriter
+from elm_jax.data.represent import signal_spec
 from elm_jax.errors import UserError
+from elm_jax.runtime.checkpoint import fingerprint
 from elm_jax.training.loop import Trainer, train
 
 FROZEN = {"update": ["connector", "llm"], "train__steps": 3}
@@ -27,13 +35,46 @@ def test_outputs_are_read_back_by_name_and_by_other_processes(tmp_path: Path) ->
         features = Features(str(tmp_path / dtype), (2, 3), dtype)
         assert "a" not in features and features.load("a") is None
         values = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
-        writer = FeatureWriter(features, ["a", "b"])
-        writer.put(0, values[:1])
-        writer.put(1, values[1:])
-        writer.close(frozenset("a"))
+        with FeatureWriter(features, ["a", "b"]) as writer:
+            writer.put(values[:1])
+            writer.put(values[1:])
+            writer.leave_out("a")
         again = pickle.loads(pickle.dumps(Features(str(tmp_path / dtype), (2, 3), dtype)))
         assert "a" not in again and again.load("b").dtype == again.layout.dtype
         np.testing.assert_array_equal(again.load("b").astype(np.float32), values[1])
+
+
+def test_a_part_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
+    features = Features(str(tmp_path / "f"), (2, 3), "float32")
+    with pytest.raises(KeyboardInterrupt), FeatureWriter(features, ["a", "b"]) as writer:
+        writer.put(np.zeros((1, 2, 3), np.float32))
+        raise KeyboardInterrupt
+    assert not list((tmp_path / "f").iterdir())
+
+
+def test_signs_that_cancel_in_a_sum_change_the_fingerprint() -> None:
+    x = np.arange(1.0, 9.0, dtype=np.float32)
+    turned = x * np.where(np.arange(8) < 2, -1, 1).astype(np.float32)
+    assert len({fingerprint({"a": jax.numpy.asarray(v)}) for v in (x, -x, turned)}) == 3
+
+
+def test_all_files_of_a_record_are_in_its_name_and_noise_is_told_apart(tmp_path: Path) -> None:
+    form = {"units": ["mV"] * 12, "sig_name": list(LEADS), "fmt": ["16"] * 12}
+    wfdb.wrsamp("r", 250, p_signal=np.zeros((500, 12)), write_dir=str(tmp_path), **form)
+    spec = replace(signal_spec(DataConfig(root=str(tmp_path)), seed=0), perturb="noise")
+    before = spec.name_of("r", 0)
+    os.utime(tmp_path / "r.dat", ns=(1, 1))
+    assert spec.name_of("r", 0) != before
+    assert spec.name_of("flatline", 1) != spec.name_of("flatline", 2)
+    assert replace(spec, perturb=None).name_of("flatline", 1) == replace(spec, perturb=None).name_of("flatline", 2)
+
+
+@pytest.mark.slow
+def test_two_processes_keep_outputs_together(tmp_path: Path) -> None:
+    options = {"encoder__cache": True, **FROZEN, "mesh__data": 4, "mesh__fsdp": 2}
+    runs.finish_all(runs.start_two(tmp_path / "two", **options))
+    runs.train(tmp_path / "one", **FROZEN)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -43,9 +84,9 @@ def test_a_run_on_kept_outputs_learns_the_same_and_encodes_each_recording_once(
     written: list[int] = []
     put = FeatureWriter.put
 
-    def counting(self: FeatureWriter, first: int, rows: np.ndarray) -> None:
+    def counting(self: FeatureWriter, rows: np.ndarray) -> None:
         written.append(len(rows))
-        put(self, first, rows)
+        put(self, rows)
 
     monkeypatch.setattr(FeatureWriter, "put", counting)
     train(runs.config(tmp_path / "plain", **FROZEN, data__val_fraction=0.1))

@@ -1,18 +1,23 @@
 """Which recordings a tokenizer learns from: found, described, grouped and chosen, the same every time."""
 
 import sys
+import warnings
 from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from elm_jax.data import ecg_byte_sampling
 from elm_jax.data.ecg_byte_corpus import Form, Reader, find_recordings
 from elm_jax.data.ecg_byte_sampling import cluster, random_sample, stratified_sample
 from elm_jax.data.ecg_features import PER_LEAD, ecg_features
 from elm_jax.errors import UserError
+
+# Unlike numbers, and such that lie so near each other that rounding may tell them apart or not.
+_NUMBERS = st.one_of(st.sampled_from([0.0, 1.0, 1 + 1e-15, 1e-12, -1e-12, 1e6, 0.1 + 0.2, 0.3]), st.floats(-1e6, 1e6))
 
 # --- features ----------------------------------------------------------------------------------------------
 
@@ -124,6 +129,38 @@ def test_recordings_that_are_too_few_or_alike_are_one_kind(features):
     assert cluster(features, seed=0).describe() == {"method": "one kind", "sizes": [len(features)]}
 
 
+def test_recordings_that_the_components_cannot_tell_apart_are_one_kind():
+    pytest.importorskip("sklearn")
+    features = np.zeros((9, 2))
+    features[3:6, 0], features[6:, 1] = 100, 1e-3  # the second column's share of the variance is dropped
+    assert cluster(features, seed=0).describe() == {"method": "one kind", "sizes": [9]}
+
+
+@given(
+    arrays.arrays(np.float64, st.tuples(st.integers(1, 5), st.integers(1, 4)), elements=_NUMBERS),
+    st.lists(st.integers(0, 4), min_size=1, max_size=12),
+    st.floats(0, 1e-3),
+)
+@settings(max_examples=60)
+def test_few_distinct_recordings_have_kinds_too(distinct, which, noise):
+    pytest.importorskip("sklearn")
+    features = distinct[np.array(which) % len(distinct)]
+    features = features * (1 + noise * np.random.default_rng(0).normal(size=features.shape))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of k-means that finds fewer kinds
+        labels = cluster(features, seed=0).labels
+    assert labels.shape == (len(which),)
+
+
+def test_a_kind_of_one_among_more_recordings_than_the_silhouette_sees(monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(ecg_byte_sampling, "_SILHOUETTE_OF", 20)
+    features = np.random.default_rng(0).normal(size=(400, 1))
+    features[0] = 1000
+    labels = cluster(features, seed=0).labels
+    assert np.count_nonzero(labels == labels[0]) == 1
+
+
 def test_three_recordings_can_be_grouped_and_grouping_repeats_itself():
     pytest.importorskip("sklearn")
     features = np.random.default_rng(3).normal(size=(120, 30))
@@ -156,6 +193,15 @@ def test_recordings_are_found_in_folders_files_and_lists_once_each_and_in_order(
     assert find_recordings([folder / "list.txt"]) == [whole[2], whole[1]]
 
 
+def test_a_folder_that_can_be_reached_in_many_ways_is_read_once(folder):
+    (folder / "b" / "up").symlink_to(folder)
+    (folder / "c").symlink_to(folder / "b")
+    whole = [folder / "a.npy", folder / "b/10.npy", folder / "b/2.npy"]
+    assert find_recordings([folder]) == whole
+    (folder / "0").symlink_to(folder / "b")  # the first of its names is taken
+    assert find_recordings([folder]) == [folder / "0/10.npy", folder / "0/2.npy", whole[0]]
+
+
 @pytest.mark.parametrize(
     ("place", "what"),
     [("absent", "no such file or folder"), ("absent.txt", "unreadable list"), ("empty", "no recording")],
@@ -167,7 +213,7 @@ def test_a_place_without_recordings_is_refused(tmp_path, place, what):
 
 
 @pytest.mark.parametrize(
-    ("settings", "what"),
+    ("form", "what"),
     [
         ({"sampling_rate": 0}, "--sampling-rate: found 0"),
         ({"sampling_rate": float("nan")}, "--sampling-rate: found nan"),
@@ -177,9 +223,9 @@ def test_a_place_without_recordings_is_refused(tmp_path, place, what):
         ({"leads": []}, "--leads: found ''"),
     ],
 )
-def test_a_form_that_no_recording_has_is_refused(settings, what):
+def test_a_form_that_no_recording_has_is_refused(form, what):
     with pytest.raises(UserError) as error:
-        Form.of(settings)
+        Form(**form)
     assert what in str(error.value)
 
 
@@ -188,7 +234,7 @@ def test_a_form_takes_its_leads_in_its_order_and_states_itself(tmp_path):
     np.save(tmp_path / "x.npy", signal)
     form = Form(250, 30, ("V6", "I"))
     np.testing.assert_array_equal(form.read(tmp_path / "x.npy"), signal[[11, 0], :30])
-    assert form.symbols == 60 and Form.of(form.describe()) == form
+    assert form.symbols == 60 and Form.of(form.describe(), tmp_path) == form
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -197,7 +243,7 @@ def test_the_order_of_results_is_that_of_the_files_whatever_the_threads(tmp_path
     for i in range(40):
         paths.append(tmp_path / f"{i}.npy")
         np.save(paths[-1], np.full((12, 10), float(i)))
-    reader = Reader(Form(250, 10), 40, threads=threads)
+    reader = Reader(Form(250, 10), threads=threads)
     assert list(reader.each(paths, lambda x: int(x[0, 0]), "t")) == list(zip(paths, range(40), strict=True))
 
 
@@ -205,7 +251,7 @@ def test_unreadable_recordings_are_left_out_and_named_until_they_are_too_many(tm
     paths = [tmp_path / f"{i}.npy" for i in range(10)]
     for i, path in enumerate(paths):
         np.save(path, np.full((12, 10), np.nan if i in (3, 6) else 1.0))
-    reader = Reader(Form(250, 10), 10, share=0.2, threads=2)
+    reader = Reader(Form(250, 10), share=0.2, threads=2)
     assert [path for path, _ in reader.each(paths, len, "t")] == [p for i, p in enumerate(paths) if i not in (3, 6)]
     reader.log(tmp_path / "log.txt")
     assert [line.split("\t")[0] for line in (tmp_path / "log.txt").read_text().splitlines()] == [
@@ -213,7 +259,20 @@ def test_unreadable_recordings_are_left_out_and_named_until_they_are_too_many(tm
         str(paths[6]),
     ]
     with pytest.raises(UserError, match=r"6\.npy: found nan.*2 of 10 recordings unreadable.*--max-bad-records"):
-        list(Reader(Form(250, 10), 10, share=0.1, threads=2).each(paths, len, "t"))
+        list(Reader(Form(250, 10), share=0.1, threads=2).each(paths, len, "t"))
+
+
+def test_every_pass_counts_its_own_unreadable_recordings_and_spares_take_their_places(tmp_path):
+    paths = [tmp_path / f"{i}.npy" for i in range(20)]
+    for i, path in enumerate(paths):
+        np.save(path, np.full((12, 10), np.nan if i in (3, 6, 10) else 1.0))
+    reader = Reader(Form(250, 10), share=0.3, threads=2)
+    for _ in range(2):
+        read = [path for path, _ in reader.each(paths[:10], len, "t", spare=paths[10:])]
+        assert read == [*(p for i, p in enumerate(paths[:10]) if i not in (3, 6)), paths[11], paths[12]]
+    assert sorted(reader.unreadable) == sorted(paths[i] for i in (3, 6, 10))
+    with pytest.raises(UserError, match=r"10\.npy: found nan.*3 of 10 recordings unreadable"):
+        list(Reader(Form(250, 10), share=0.2, threads=2).each(paths[:10], len, "t", spare=paths[10:]))
 
 
 def test_synthetic_recordings_of_two_kinds_are_sampled_in_equal_parts():

@@ -290,6 +290,8 @@ VOCABULARY = {i: "" for i in range(257)}
         (VOCABULARY, [([97, 98], 257)]),
         (VOCABULARY, [([], 256)]),
         (VOCABULARY, [97]),
+        (VOCABULARY, [(10**13, 256)]),
+        (VOCABULARY, [([97, 98], 256.0)]),
         ({**VOCABULARY, "256": ""}, [([97, 98], 256)]),
     ],
 )
@@ -355,6 +357,35 @@ def test_other_and_absent_files_are_refused(tmp_path, name):
         (tmp_path / name).write_bytes(b"{}")
     with pytest.raises(UserError, match=name):
         EcgByte.load(tmp_path / name)
+
+
+def test_deep_json_and_settings_with_numbers_for_keys(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="deep.json"):
+        EcgByte.load(tmp_path / "deep.json")
+    EcgByte(MERGES, settings={"of": {2: "a", 10: "b"}}).save(tmp_path / "new" / "t.json")
+    assert EcgByte.load(tmp_path / "new" / "t.json").settings == {"of": {"2": "a", "10": "b"}}
+
+
+def test_what_is_no_id_no_thread_and_no_aligned_array():
+    tok = EcgByte(MERGES)
+    for ids in (np.array([97.9]), np.array([[97]])):
+        with pytest.raises(UserError, match="ids of shape"):
+            tok.spell(ids)
+    with pytest.raises(UserError, match="threads = -1"):
+        tok.encode(np.zeros((2, 1, 3)), threads=-1)
+    with pytest.raises(UserError, match="threads = 0"):
+        EcgByte.train([b"ab"], 1, threads=0)
+    shifted = np.frombuffer(b"\0" + np.arange(6.0).tobytes(), np.float64, offset=1).reshape(2, 3)
+    np.testing.assert_array_equal(tok.encode(shifted), tok.encode(np.arange(6.0).reshape(2, 3)))
+
+
+def test_more_merges_than_there_can_be_are_asked_for_without_harm():
+    assert EcgByte.train([b"abab"], 2**62).merges == (b"ab", b"abab")
+
+
+def test_the_fingerprint_tells_merges_apart():
+    assert EcgByte([b"a\0b"]).fingerprint != EcgByte([b"a", b"b"]).fingerprint
 
 
 def test_saving_under_a_name_that_cannot_be_loaded_is_refused(tmp_path):
