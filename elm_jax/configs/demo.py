@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.encoder.name = "merl"
     config.encoder.config = {"resnet_type": "resnet18", "width": 12}
     config.encoder.tokens = 1
+    config.connector.hidden = 1024  # wide: digits are steps along the rate, and each step needs units that bend there
 
     config.data.names = ("demo",)
     config.data.system_prompt = SYSTEM_PROMPT
@@ -32,7 +33,7 @@ def get_config() -> ConfigDict:
     config.data.share = "ecg"
     config.data.max_len = 64  # a row holds the questions about one recording
 
-    config.optim.lr = 3e-3
+    config.optim.lr = 1.5e-3
     config.optim.schedule = "cosine"
     config.optim.warmup_ratio = 0.05
     config.optim.min_lr_ratio = 0.02

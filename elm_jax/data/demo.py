@@ -1,6 +1,6 @@
 """The embedded demo: questions about synthetic ECGs, and a tokenizer for them. No download, no file.
 
-The data set `demo` (or `demo:train=14400,val=200,test=1000`, counts of recordings) asks every recording for
+The data set `demo` (or `demo:train=13600,val=200,test=1000`, counts of recordings) asks every recording for
 its heart rate and whether its rhythm is regular, and some of them what kind of signal they are, beside as
 many of noise and flat lines. Recordings come from `synthetic_ecg` and depend on their path alone, which is
 `demo:<split>:<index>`.
@@ -32,7 +32,7 @@ SAMPLING_RATE, LENGTH = 50.0, 500  # coarse, but heart rates are learnt fastest 
 SYSTEM_PROMPT = "You read ECGs. Answer in one word."
 SPLITS = ("train", "val", "test")
 # One recording in so many is also asked for its kind of signal, and brings one of noise and one flat line.
-_SIGNAL_TYPE_EVERY = {"train": 8, "val": 8, "test": 1}
+_SIGNAL_TYPE_EVERY = {"train": 16, "val": 16, "test": 1}
 _SEED = 2003
 _END_OF_TEXT, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -68,9 +68,9 @@ _RHYTHMS = ("irregular", "regular")
 
 @dataclass(frozen=True)
 class DemoSizes:
-    """Recordings per split. 8 recordings bring 19 conversations to train and val, 40 to test."""
+    """Recordings per split. 16 recordings bring 35 conversations to train and val, 80 to test."""
 
-    train: int = 14400
+    train: int = 13600
     val: int = 200
     test: int = 1000
 
@@ -78,7 +78,7 @@ class DemoSizes:
 def parse_sizes(dataset: str) -> DemoSizes:
     """The sizes that a data set's name states: "demo" or "demo:train=20000,test=1200". Raises UserError."""
     name, colon, options = dataset.partition(":")
-    where, fix = f"data.names '{dataset}'", "write it like demo:train=14400,val=200,test=1000"
+    where, fix = f"data.names '{dataset}'", "write it like demo:train=13600,val=200,test=1000"
     if name != "demo":
         raise UserError(where, repr(name), "demo", fix)
     sizes: dict[str, int] = {}

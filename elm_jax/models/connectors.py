@@ -222,7 +222,6 @@ def _linear(
 ) -> Linear:
     """A Linear with torch's default initialisation: kernel and bias uniform within 1/sqrt(in_width)."""
     bound = in_width**-0.5
-    rngs.params()  # passed over: the demo's figures were measured with the initial values of the next draws
     layer = Linear(in_width, out_width, axes, rngs, bias=True, init=uniform(bound), param_dtype=param_dtype)
     layer.bias = _uniform((out_width,), bound, axes[1:], rngs, param_dtype)
     return layer
