@@ -13,6 +13,7 @@ import json
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from elm_jax.errors import UserError
 
 _LEAST = {"num_merges": 1, "records": 1, "threads": 1, "seed": 0, "pictures": 0}
 _INTERRUPTED = 130
+_SAMPLE = """any of them, or equally many of every kind (reads all first, and holds 24 numbers for each lead of each
+recording); default: random"""
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -49,7 +52,7 @@ def _parser() -> cli.Parser:
     train = tasks.add_parser("train", help="learn merges from recordings")
     train.add_argument("--num-merges", type=int, default=5000)
     train.add_argument("--records", type=int, help=f"how many recordings; default: all, up to {training.MOST_RECORDS}")
-    train.add_argument("--sample", choices=KINDS, default="random", help="how they are chosen")
+    train.add_argument("--sample", choices=KINDS, default="random", help=_SAMPLE)
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--across-records", action="store_true", help="let a merge reach into the next recording")
     train.add_argument("--out", type=Path, required=True, help="the tokenizer: .json, or .pkl without settings")
@@ -128,11 +131,14 @@ def _convert(args: Namespace) -> None:
 
 
 def _recordings(args: Namespace, settings: dict[str, Any]) -> tuple[list[Path], Reader]:
-    """Where the recordings are, and who reads them in the form that the flags and then `settings` say."""
-    told = {name: getattr(args, name) for name in ("sampling_rate", "segment_len") if getattr(args, name) is not None}
-    form = Form.of(settings | told | ({} if args.leads is None else {"leads": args.leads.split(",")}))
+    """Where the recordings are, and who reads them in the form that flags and then the tokenizer's `settings` say."""
+    leads = None if args.leads is None else tuple(args.leads.split(","))
+    flags = {"sampling_rate": args.sampling_rate, "segment_len": args.segment_len, "leads": leads}
+    told = {name: value for name, value in flags.items() if value is not None}
+    stated = {name: value for name, value in settings.items() if name not in told}
+    form = replace(Form.of(stated, args.tokenizer) if stated else Form(), **told)
     paths = find_recordings(args.recordings) if args.recordings else []
-    return paths, Reader(form, len(paths), args.max_bad_records, args.threads)
+    return paths, Reader(form, args.max_bad_records, args.threads)
 
 
 def _loss(tokenizer: EcgByte, out: Path) -> str:

@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 class Form:
     """What is taken of a recording: its first `segment_len` samples at `sampling_rate` Hz, of `leads`, in their order.
 
-    Raises UserError for a form that no recording can have.
+    Raises UserError, which names the flag, for a form that no recording can have.
     """
 
     sampling_rate: float = 250.0
@@ -37,16 +37,8 @@ class Form:
     leads: tuple[str, ...] = LEADS
 
     def __post_init__(self) -> None:
-        for name, most in (("sampling_rate", _MOST_RATE), ("segment_len", _MOST_LEN)):
-            value = getattr(self, name)
-            if not 0 < value <= most:
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(flag, f"{value:g}", f"above 0 and at most {most}", "correct it")
-        for lead in self.leads or ("",):
-            if lead not in LEADS:
-                raise UserError("--leads", repr(lead), ",".join(LEADS), nearest(lead, LEADS) or "correct it")
-        if len(set(self.leads)) != len(self.leads):
-            raise UserError("--leads", ",".join(self.leads), "each lead once", "name no lead twice")
+        for name, check in _CHECKS.items():
+            check(getattr(self, name), f"--{name.replace('_', '-')}")
 
     @property
     def symbols(self) -> int:
@@ -58,10 +50,16 @@ class Form:
         return asdict(self) | {"leads": list(self.leads)}
 
     @classmethod
-    def of(cls, settings: dict[str, Any]) -> "Form":
-        """The form that a tokenizer's settings state; the default for what they do not."""
-        known = {key: settings[key] for key in ("sampling_rate", "segment_len") if key in settings}
-        return cls(**known, leads=tuple(settings.get("leads", LEADS)))
+    def of(cls, settings: dict[str, Any], file: Path) -> "Form":
+        """The form that the settings of a tokenizer's `file` state; the default for what they do not.
+
+        Raises UserError, which names the file and the setting, for what no recording can have.
+        """
+        known: dict[str, Any] = {name: settings[name] for name in _CHECKS if name in settings}
+        for name, value in known.items():
+            _CHECKS[name](value, f"{file}: settings.{name}")
+        known["leads"] = tuple(known.get("leads", LEADS))
+        return cls(**known)
 
     def read(self, path: Path) -> np.ndarray:
         """The segment (C, L) float32 of a recording. Raises UserError for one that has no such segment."""
@@ -71,11 +69,38 @@ class Form:
         return signal[[LEADS.index(lead) for lead in self.leads]]
 
 
+def _check_rate(value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST_RATE:
+        raise UserError(where, f"{value!r}", f"a number above 0 and at most {_MOST_RATE}", "correct it")
+
+
+def _check_len(value: Any, where: str) -> None:
+    if type(value) is not int or not 0 < value <= _MOST_LEN:
+        raise UserError(where, f"{value!r}", f"a whole number above 0 and at most {_MOST_LEN}", "correct it")
+
+
+def _check_leads(value: Any, where: str) -> None:
+    if not isinstance(value, list | tuple):
+        raise UserError(where, f"{value!r}", "a list of leads", "correct it")
+    for lead in value or ("",):
+        if lead not in LEADS:
+            fix = nearest(lead, LEADS) if isinstance(lead, str) else ""
+            raise UserError(where, f"{lead!r}", ",".join(LEADS), fix or "correct it")
+    if len(set(value)) != len(value):
+        raise UserError(where, ",".join(value), "each lead once", "name no lead twice")
+
+
+_CHECKS: dict[str, Callable[[Any, str], None]] = {
+    "sampling_rate": _check_rate, "segment_len": _check_len, "leads": _check_leads,
+}  # fmt: skip
+
+
 def find_recordings(places: Sequence[Path]) -> list[Path]:
     """The recordings in files (.npy, WFDB), folders (searched to the bottom) and lists (.txt, a path a line).
 
     A list names files and folders, relative to itself. The order is that of `places`, and within a folder that of the
-    paths in it, on every machine; what is named twice counts once.
+    paths in it, on every machine; what is named twice counts once. Links are followed; a folder that can be reached in
+    several ways, as through a link to a folder above it, is searched once.
     Raises UserError for a place that is none of these, and where no recording is found.
     """
     named = [name for place in places for name in (_lines(place) if place.suffix == ".txt" else [place])]
@@ -96,11 +121,21 @@ def _in_place(place: Path) -> Iterable[Path]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    parts = []
-    for parent, _, names in os.walk(folder, followlinks=True):
+    parts, seen = [], {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        # Sorted: of the ways into a folder the same one is taken on every machine.
+        folders[:] = [name for name in sorted(folders) if _is_new(os.path.join(parent, name), seen)]
         inside = Path(parent).relative_to(folder).parts
         parts += [(*inside, name) for name in names if name.endswith(ENDINGS) and not name.startswith(".")]
     return [folder.joinpath(*names) for names in sorted(parts)]
+
+
+def _is_new(folder: str, seen: set[str]) -> bool:
+    """Whether a folder is not among those `seen`, by whatever name, to which it is added."""
+    real = os.path.realpath(folder)
+    new = real not in seen
+    seen.add(real)
+    return new
 
 
 def _lines(path: Path) -> list[Path]:
@@ -113,37 +148,45 @@ def _lines(path: Path) -> list[Path]:
 
 @dataclass
 class Reader:
-    """Reads recordings in `form` with threads. Of `total` in all the part `share` may be unreadable."""
+    """Reads recordings in `form` with threads. The part `share` (below 1) of each pass over some may be unreadable."""
 
     form: Form
-    total: int
     share: float = 0.0
     threads: int = field(default_factory=cores)
     unreadable: dict[Path, str] = field(default_factory=dict)  # and why
 
     def each(
-        self, paths: Sequence[Path], work: Callable[[np.ndarray], Result], title: str
+        self,
+        paths: Sequence[Path],
+        work: Callable[[np.ndarray], Result],
+        title: str,
+        spare: Iterable[Path] = (),
     ) -> Iterator[tuple[Path, Result]]:
         """(path, work(signal)) of each recording in order, done a little ahead, with a bar of progress.
 
-        signal is (C, L) float32. A recording that cannot be read, or for which `work` raises UserError, is left out.
-        Raises UserError when too many are.
+        signal is (C, L) float32. A recording that cannot be read, or for which `work` raises UserError, is left out,
+        and the next of `spare`, as long as there are some, is read after the others in its place. Raises UserError when
+        more are left out than the part `share` of `paths`, so at least one result comes of at least one path.
         """
         # Without a terminal there is no bar: a log would be full of it.
         bar = tqdm(total=len(paths), desc=title, unit="recording", disable=None)
         pool = ThreadPoolExecutor(self.threads)
-        rest, begun = iter(paths), deque[tuple[Path, Future[Result]]]()
+        rest, others, begun = deque(paths), iter(spare), deque[tuple[Path, Future[Result]]]()
+        left_out = 0
         try:
-            while True:
-                coming = islice(rest, self.threads * _AHEAD - len(begun))
-                begun += [(path, pool.submit(lambda p: work(self.form.read(p)), path)) for path in coming]
-                if not begun:
-                    return
+            while rest or begun:
+                while rest and len(begun) < self.threads * _AHEAD:
+                    path = rest.popleft()
+                    begun.append((path, pool.submit(lambda p: work(self.form.read(p)), path)))
                 path, done = begun.popleft()
                 try:
                     result = done.result()
                 except UserError as error:
-                    self._leave_out(path, error)
+                    left_out += 1
+                    self._leave_out(path, error, left_out, len(paths))
+                    instead = list(islice(others, 1))
+                    rest += instead
+                    bar.total += len(instead)
                 else:
                     yield path, result
                 bar.update()
@@ -154,13 +197,14 @@ class Reader:
     def log(self, path: Path) -> None:
         """Write the unreadable recordings and why they are so into a text file; no file where there are none."""
         if self.unreadable:
-            path.write_text("".join(f"{name}\t{why}\n" for name, why in self.unreadable.items()), encoding="utf-8")
+            lines = "".join(f"{name}\t{why}\n" for name, why in self.unreadable.items())
+            path.write_text(lines, encoding="utf-8", errors="backslashreplace")  # names can be any bytes
 
-    def _leave_out(self, path: Path, error: UserError) -> None:
+    def _leave_out(self, path: Path, error: UserError, count: int, total: int) -> None:
         self.unreadable[path] = str(error)
-        if len(self.unreadable) > self.share * self.total:
+        if count > self.share * total:
             raise UserError(
-                str(path), f"{error.found} ({len(self.unreadable)} of {self.total} recordings unreadable)",
+                str(path), f"{error.found} ({count} of {total} recordings unreadable)",
                 f"{error.expected}, at most {self.share:g} of the recordings unreadable (--max-bad-records)",
                 "mend it or leave it out, or raise --max-bad-records",
             )  # fmt: skip

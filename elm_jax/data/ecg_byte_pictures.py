@@ -3,7 +3,7 @@
 Figures are made without pyplot: no global state, no display. Dimension letters: C leads, L samples, N ids.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from elm_jax.data.ecg_byte_corpus import Reader
-from elm_jax.data.ecg_byte_report import Encoded, Usage, encode, encode_by_all, token_of_sample, totals
+from elm_jax.data.ecg_byte_report import Encoded, Usage, encode, encode_by_all, median, token_of_sample, totals
 from elm_jax.data.prepare.output import write_atomic, write_json
 from elm_jax.data.symbolic import EcgByte
-from elm_jax.data.symbolic_files import BYTES
 
 _INK, _GREY, _BLUE, _ORANGE = "#16161d", "#6b6b76", "#2f5d9b", "#d97a1e"
 _SCALE = ListedColormap(colormaps["YlGnBu"](np.linspace(0.05, 0.7, 256)))  # pale for short tokens, deep for long ones
@@ -36,24 +35,28 @@ def inspect(
 
     Returns, and writes as summary.json, what the pictures are about in figures. `method` says what is drawn.
     """
-    encoded: list[dict[str, Encoded]] = []
+    counts = np.zeros(len(tokenizer), np.int64)
 
     def work(signal: np.ndarray) -> tuple[np.ndarray, dict[str, Encoded]]:
         return signal, {method: encode(tokenizer, signal, method)} | encode_by_all(tokenizer, signal)
 
-    for path, (signal, by_method) in reader.each(paths, work, "encoding"):
-        encoded.append(by_method)
-        if len(encoded) <= pictures:
-            one, name = by_method[method], f"{len(encoded):03d}_{path.stem}"
-            title = f"{path.stem}: {_count(len(one.ids))} tokens for {_count(signal.size)} samples ({method})"
-            form = reader.form
-            draw_recording(tokenizer, signal, one, form.leads, form.sampling_rate, title, out / f"{name}.png")
-    usage = Usage.of(tokenizer, [by_method[method].ids for by_method in encoded])
+    def counted() -> Iterator[dict[str, Encoded]]:
+        for number, (path, (signal, by_method)) in enumerate(reader.each(paths, work, "encoding"), 1):
+            one = by_method[method]
+            np.add(counts, np.bincount(one.ids, minlength=len(counts)), out=counts)
+            if number <= pictures:
+                title = f"{path.stem}: {_count(len(one.ids))} tokens for {_count(signal.size)} samples ({method})"
+                place, form = out / f"{number:03d}_{path.stem}.png", reader.form
+                draw_recording(tokenizer, signal, one, form.leads, form.sampling_rate, title, place)
+            yield by_method
+
+    figures = totals(counted()) if paths else {}
+    usage = Usage(tokenizer.lengths, counts)
     draw_lengths(usage, out / "lengths.png")
     summary = usage.describe()
-    if encoded:
+    if paths:
         draw_ranks(usage, out / "ranks.png")
-        summary |= {"method": method, "unreadable": len(reader.unreadable), **totals(encoded)}
+        summary |= {"method": method, "unreadable": len(reader.unreadable), **figures}
     write_json(out / "summary.json", summary)
     return summary
 
@@ -62,17 +65,15 @@ def draw_lengths(usage: Usage, path: Path) -> None:
     """A PNG of how many merges have which length, and, where recordings were given, how many of their tokens have."""
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     ax = figure.add_subplot()
-    merges = usage.lengths[BYTES:]
-    shown = [(merges, f"vocabulary: {_count(len(merges))} merges", _BLUE)] if len(merges) else []
-    if usage.counts.any():
-        shown.append((usage.used, f"as used: {_count(len(usage.used))} tokens", _ORANGE))
-    top = max((int(lengths.max()) for lengths, _, _ in shown), default=1)
+    kinds = ((*usage.merges, "vocabulary: {} merges", _BLUE), (*usage.used, "as used: {} tokens", _ORANGE))
+    shown = [kind for kind in kinds if len(kind[0])]
+    top = max((int(lengths.max()) for lengths, *_ in shown), default=1)
     bins = (np.unique(np.round(2 ** np.arange(0, np.log2(top + 1) + 0.5, 0.5))) - 0.5).tolist()  # two for each doubling
-    for lengths, label, colour in shown:
-        share = np.full(len(lengths), 100 / len(lengths))
+    for lengths, counts, words, colour in shown:
+        share, label = 100 * counts / counts.sum(), words.format(_count(counts.sum()))
         ax.hist(lengths, bins, weights=share, color=colour, alpha=0.3)
         ax.hist(lengths, bins, weights=share, color=colour, histtype="step", linewidth=1.4, label=label)
-        ax.axvline(float(np.median(lengths)), color=colour, linestyle=":", linewidth=1.4)
+        ax.axvline(median(lengths, counts), color=colour, linestyle=":", linewidth=1.4)
     ax.set(xscale="log", xlabel="samples that one token covers (dotted: median)", ylabel="share, %")
     ax.set_title("Lengths of tokens", loc="left")
     _plain_log(ax)
@@ -121,7 +122,9 @@ def draw_recording(
             ax.set_xticklabels([])
     ax.set_xlabel("seconds", color=_GREY)
     at = 1 - 0.25 / height
-    figure.text(0.04, at, title, fontsize=13, color=_INK, va="center")
+    # The name of a file can be anything: a formula to matplotlib, or bytes that are no text.
+    title = title.encode("utf-8", "replace").decode()
+    figure.text(0.04, at, title, fontsize=13, color=_INK, va="center", parse_math=False)
     figure.text(0.93, at, "orange edge: the token goes on in the next lead", color=_ORANGE, va="center", ha="right")
     scale, place = ScalarMappable(LogNorm(1, _LONGEST), _SCALE), figure.add_axes((0.945, 0.25, 0.009, 0.5))
     bar = figure.colorbar(scale, cax=place, alpha=1 - sum(_WHITE) / 2)

@@ -3,7 +3,8 @@
 Dimension letters: C leads, L samples, N ids.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,21 +73,23 @@ def token_of_sample(tokenizer: EcgByte, encoded: Encoded) -> np.ndarray:
     return np.repeat(np.arange(len(lengths)), lengths).reshape(encoded.shape)
 
 
-def totals(encoded: Sequence[dict[str, Encoded]]) -> dict[str, Any]:
+def totals(encoded: Iterable[dict[str, Encoded]]) -> dict[str, Any]:
     """Totals as JSON takes them, over recordings of equal shape, each encoded by one method or by several.
 
     Symbols, ids and compression (symbols for each id) by method, the RMS and the greatest error of all samples, both in
-    units of the recordings and as parts of each one's range. At least one recording.
+    units of the recordings and as parts of each one's range. At least one recording; no ids are held.
     """
-    firsts = [next(iter(by_method.values())) for by_method in encoded]
-    symbols = sum(one.shape[0] * one.shape[1] for one in firsts)
-    tokens = {method: sum(len(by_method[method].ids) for by_method in encoded) for method in encoded[0]}
-    spans = np.array([one.high - one.low or 1.0 for one in firsts])
-    rms, most = np.array([[one.rms_error, one.max_error] for one in firsts]).T
+    symbols, tokens, errors = 0, Counter[str](), []
+    for by_method in encoded:
+        tokens.update({method: len(one.ids) for method, one in by_method.items()})
+        first = next(iter(by_method.values()))
+        symbols += first.shape[0] * first.shape[1]
+        errors.append((first.rms_error, first.max_error, first.high - first.low or 1.0))
+    rms, most, spans = np.array(errors).T
     return {
-        "recordings": len(encoded),
+        "recordings": len(errors),
         "symbols": symbols,
-        "tokens": tokens,
+        "tokens": dict(tokens),
         "compression": {method: _rounded(symbols / count) for method, count in tokens.items()},
         "rms_error": _rounded(np.sqrt((rms**2).mean())),
         "max_error": _rounded(most.max()),
@@ -119,35 +122,45 @@ def _methods(tokenizer: EcgByte) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Usage:
-    """The vocabulary's merges, and how often each id occurs: int64 (len(tokenizer),)."""
+    """How many bytes each id spells, and how often it occurs: int64 (len(tokenizer),)."""
 
     lengths: np.ndarray
     counts: np.ndarray
 
-    @classmethod
-    def of(cls, tokenizer: EcgByte, ids: Sequence[np.ndarray]) -> "Usage":
-        counts = np.bincount(np.concatenate(ids), minlength=len(tokenizer)) if ids else np.zeros(len(tokenizer), int)
-        return cls(tokenizer.lengths, counts)
+    @property
+    def merges(self) -> tuple[np.ndarray, np.ndarray]:
+        """`lengths` of the merges alone, each counted once, as `used`."""
+        lengths = self.lengths[BYTES:]
+        return lengths, np.ones_like(lengths)
 
     @property
-    def used(self) -> np.ndarray:
-        """The length of every id that occurs, once for each time: int64."""
-        return np.repeat(self.lengths, self.counts)
+    def used(self) -> tuple[np.ndarray, np.ndarray]:
+        """`lengths` and `counts` of the ids that occur: int64."""
+        there = self.counts > 0
+        return self.lengths[there], self.counts[there]
 
     def describe(self) -> dict[str, Any]:
         """Sizes and lengths as JSON takes them."""
-        merges = self.lengths[BYTES:]
-        facts: dict[str, Any] = {"vocabulary": len(self.lengths), "merges": len(merges)}
-        facts["merge_lengths"] = _spread(merges)
+        facts: dict[str, Any] = {"vocabulary": len(self.lengths), "merges": len(self.lengths) - BYTES}
+        facts["merge_lengths"] = _spread(*self.merges)
         if self.counts.any():
-            facts |= {"used_ids": int(np.count_nonzero(self.counts)), "used_lengths": _spread(self.used)}
+            facts |= {"used_ids": int(np.count_nonzero(self.counts)), "used_lengths": _spread(*self.used)}
         return facts
 
 
-def _spread(lengths: np.ndarray) -> dict[str, float]:
+def median(lengths: np.ndarray, counts: np.ndarray) -> float:
+    """The median of `lengths`, each taken as often as `counts` says; at least one."""
+    order = np.argsort(lengths)
+    ends = np.cumsum(counts[order])
+    middle = np.searchsorted(ends, [(ends[-1] - 1) // 2, ends[-1] // 2], side="right")
+    return float(lengths[order][middle].mean())
+
+
+def _spread(lengths: np.ndarray, counts: np.ndarray) -> dict[str, float]:
     if not len(lengths):
         return {}
-    return {"mean": _rounded(lengths.mean()), "median": float(np.median(lengths)), "max": int(lengths.max())}
+    mean = _rounded(np.average(lengths, weights=counts))
+    return {"mean": mean, "median": median(lengths, counts), "max": int(lengths.max())}
 
 
 def _rounded(value: float) -> float:

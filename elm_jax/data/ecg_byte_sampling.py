@@ -18,6 +18,7 @@ KINDS = ("random", "stratified")
 _VARIANCE = 0.95
 _MOST_CLUSTERS, _STARTS, _FEWEST = 10, 10, 3
 _SILHOUETTE_OF = 10_000  # recordings
+_NEAR = 6  # decimals: points that agree to so many, in standard deviations, are one
 _EPS, _NEIGHBOURS = 0.5, 5  # of DBSCAN
 
 
@@ -33,9 +34,9 @@ class Strata:
         return {"method": self.method, "sizes": sorted(Counter(self.labels.tolist()).values(), reverse=True)}
 
 
-def random_sample(total: int, count: int, seed: int) -> np.ndarray:
-    """`count` of 0..total-1, sorted, each set of so many as likely as any other; all where there are not more."""
-    return np.sort(np.random.default_rng(seed).permutation(total)[:count])
+def random_order(total: int, seed: int) -> np.ndarray:
+    """0..total-1, each order as likely as any other: the first few are a random sample."""
+    return np.random.default_rng(seed).permutation(total)
 
 
 def stratified_sample(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -87,25 +88,33 @@ def _cluster(features: np.ndarray, seed: int) -> Strata:
 
 
 def _components(features: np.ndarray, seed: int) -> np.ndarray | None:
-    """Scaled principal components (N, few), or None where recordings are too few or all alike."""
+    """Scaled principal components (N, few), or None where they tell fewer than three recordings apart."""
     from sklearn.decomposition import PCA
     from sklearn.preprocessing import StandardScaler
 
     if len(np.unique(features, axis=0)) < _FEWEST:
         return None
-    return StandardScaler().fit_transform(PCA(_VARIANCE, svd_solver="full", random_state=seed).fit_transform(features))
+    few = PCA(_VARIANCE, svd_solver="full", random_state=seed).fit_transform(features)
+    points = StandardScaler().fit_transform(few).round(_NEAR)
+    return None if len(np.unique(points, axis=0)) < _FEWEST else points
 
 
 def _k_means(points: np.ndarray, seed: int) -> np.ndarray:
     from sklearn.cluster import KMeans
-    from sklearn.metrics import silhouette_score
 
     most = min(_MOST_CLUSTERS, len(np.unique(points, axis=0)) - 1)
     settings: dict[str, Any] = {"n_init": _STARTS, "random_state": seed}
     runs: list[Any] = [KMeans(k, **settings).fit(points) for k in range(2, most + 1)]
     labels = [run.labels_ for run in runs]
-    size = min(_SILHOUETTE_OF, len(points))
-    scores = [silhouette_score(points, found, sample_size=size, random_state=seed) for found in labels]
+    some = random_order(len(points), seed)[:_SILHOUETTE_OF]
+    scores = [_silhouette(points[some], found[some]) for found in labels]
     falls = np.diff([run.inertia_ for run in runs])
     elbow = int(np.argmin(falls)) if len(falls) else 0
     return labels[min(elbow, int(np.argmax(scores)))]
+
+
+def _silhouette(points: np.ndarray, labels: np.ndarray) -> float:
+    from sklearn.metrics import silhouette_score
+
+    # Some of the recordings may be all of one cluster, where the others are rare.
+    return float(silhouette_score(points, labels)) if 1 < len(np.unique(labels)) < len(labels) else -1.0

@@ -20,7 +20,9 @@ from elm_jax.data.symbolic_files import check_ending
 from elm_jax.errors import UserError
 
 MOST_RECORDS = 300_000  # unless told otherwise, as the reference
-BYTES_PER_SYMBOL = 20  # of memory at most, the corpus included
+# Of memory, as measured on hundreds of ECGs: 4 for the corpus, at most 12 for places in it, and the rest for pairs of
+# neighbours, about 150 bytes for each distinct one ever seen: many in noise, and for their size in few ECGs.
+BYTES_PER_SYMBOL = 20
 _MEASURED = 200  # recordings
 
 Tell = Callable[[str], object]
@@ -54,18 +56,19 @@ def train(paths: Sequence[Path], plan: Plan, reader: Reader, tell: Tell) -> tupl
 
     Its settings say what decides the merges, and a checksum of the corpus; no path is among them. `tell` gets lines for
     the user. Ctrl-C while merges are learnt keeps what there is (settings: interrupted_of). Raises UserError for too
-    many unreadable recordings, and where a library or the extension is missing.
+    many unreadable recordings, so for an empty corpus, and where a library or the extension is missing.
     """
     letters = EcgByte([])
     letters.encode_symbols(b"")  # a missing extension is found before all is read
     if plan.sample == "stratified":
         sampling.require_sampling()
-    chosen, kinds = _choose(paths, plan, reader)
+    chosen, spare, kinds = _choose(paths, plan, reader)
     tell(f"recordings: {len(chosen)} of {len(paths)} ({plan.sample}, seed {plan.seed})")
     if kinds:
         tell(f"kinds: {', '.join(map(str, kinds['sizes']))} recordings ({kinds['method']})")
     _tell_memory(len(chosen) * reader.form.symbols, tell)
-    corpus = list(reader.each(chosen, letters.to_symbols, "reading"))
+    place = {path: i for i, path in enumerate(paths)}
+    corpus = sorted(reader.each(chosen, letters.to_symbols, "reading", spare), key=lambda one: place[one[0]])
     symbols = [text for _, text in corpus]
     tell(f"learning: up to {plan.num_merges} merges from {len(symbols)} recordings; Ctrl-C keeps what is learnt")
     learnt = _learn(symbols, plan, reader.threads)
@@ -86,18 +89,19 @@ def measure(tokenizer: EcgByte, paths: Sequence[Path], reader: Reader) -> dict[s
     """`totals` by all methods on the recordings, or on some spread evenly over them."""
     some = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(_MEASURED, len(paths))).astype(int))]
     work = partial(encode_by_all, tokenizer)
-    return totals([encoded for _, encoded in reader.each(some, work, "measuring")])
+    return totals(encoded for _, encoded in reader.each(some, work, "measuring"))
 
 
-def _choose(paths: Sequence[Path], plan: Plan, reader: Reader) -> tuple[list[Path], dict[str, Any]]:
-    """The recordings to read, in the order of `paths`, and what is said of their kinds."""
-    wanted = min(plan.records or MOST_RECORDS, len(paths))
+def _choose(paths: Sequence[Path], plan: Plan, reader: Reader) -> tuple[list[Path], list[Path], dict[str, Any]]:
+    """The recordings to read, those to read in place of unreadable ones, and what is said of their kinds."""
+    wanted = plan.records or MOST_RECORDS
     if plan.sample == "random":
-        return [paths[i] for i in sampling.random_sample(len(paths), wanted, plan.seed)], {}
+        order = sampling.random_order(len(paths), plan.seed)
+        return [paths[i] for i in np.sort(order[:wanted])], [paths[i] for i in order[wanted:]], {}
     described = list(reader.each(paths, lambda x: ecg_features(x, reader.form.sampling_rate), "features"))
     strata = sampling.cluster(np.stack([features for _, features in described]), plan.seed)
     taken = sampling.stratified_sample(strata.labels, wanted, plan.seed)
-    return [described[i][0] for i in taken], strata.describe()
+    return [described[i][0] for i in taken], [], strata.describe()  # all of these were readable just now
 
 
 def _learn(symbols: Sequence[bytes], plan: Plan, threads: int) -> EcgByte:
@@ -115,7 +119,8 @@ def _learn(symbols: Sequence[bytes], plan: Plan, threads: int) -> EcgByte:
 def _tell_memory(symbols: int, tell: Tell) -> None:
     need = symbols * BYTES_PER_SYMBOL
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else need
-    tell(f"memory: below {need / 1e9:.2g} GB ({BYTES_PER_SYMBOL} bytes for each of {symbols} symbols)")
+    each = f"{BYTES_PER_SYMBOL} bytes for each of {symbols} symbols"
+    tell(f"memory: about {need / 1e9:.2g} GB ({each}; two or three times that for noise or few ECGs)")
     if need > there:
         tell(f"warning: this machine has {there / 1e9:.2g} GB; fewer --records need less")
 

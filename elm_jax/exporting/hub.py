@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from elm_jax.errors import UserError, one_line
 
@@ -28,7 +27,7 @@ def push(folder: Path, repo: str, public: bool = False) -> str:
     try:
         address = api.create_repo(repo, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export from elm_jax")
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # of the hub, of files, and of whichever library carries the requests
         found = f"{repo}, which the hub refused ({type(error).__name__}: {one_line(str(error))[:200]})"
         fix = f"run `hf auth login`, then upload {folder} again with `hf upload {repo} {folder}`"
         raise UserError(WHERE, found, "a repository that you may write", fix) from None

@@ -21,9 +21,10 @@ from elm_jax.errors import UserError
 from elm_jax.exporting.card import FACTS, facts_of, write_card
 from elm_jax.exporting.llm_folder import write_companions, write_config
 from elm_jax.exporting.source import TrainedWeights, merged
-from elm_jax.exporting.torch_files import ELM, has_torch, write_checkpoints
+from elm_jax.exporting.torch_files import ELM, ENCODER, has_torch, write_checkpoints
 from elm_jax.models.encoders import ENCODERS
 from elm_jax.models.lora import is_lora
+from elm_jax.runtime.folders import whole_folder
 from elm_jax.training import run
 from elm_jax.weights.load import open_checkpoint
 from elm_jax.weights.peft import WEIGHTS, save_adapter, spec_of
@@ -35,6 +36,8 @@ from elm_jax.weights.shards import Entry, ShardWriter
 
 LLM, ADAPTER = "llm", "adapter"
 SHARD_BYTES = 5 * 10**9
+_WRITTEN = frozenset((LLM, ADAPTER, "encoder.safetensors", "connector.safetensors", ELM, ENCODER, run.ECG_BYTE, FACTS,
+                      "README.md"))  # fmt: skip
 NO_TORCH = f"left out: {ELM}, for PyTorch is not installed (pip install 'elm-jax[torch]')"
 
 
@@ -52,28 +55,27 @@ def export(
     Raises:
         UserError: no checkpoint, nothing to merge, weights that are not the run's, or an `out` that is no export.
     """
-    out = Path(out)
-    _check_out(out)
+    out = Path(out).expanduser().resolve()
+    _check_out(out, config)
     export = _Export(TrainedWeights(config, which), merge, dtype, shard_bytes)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        (partial / LLM).mkdir(parents=True)
-        lines = export.write(partial)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    except OSError as error:
-        raise UserError("--out", str(error), "a folder that can be written", "name another") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return lines
+    with whole_folder(out) as fresh:
+        (fresh / LLM).mkdir()
+        return export.write(fresh)
 
 
-def _check_out(out: Path) -> None:
-    earlier = (out / FACTS).is_file()
-    if out.exists() and not earlier and (not out.is_dir() or any(out.iterdir())):
-        raise UserError("--out", f"{out}, which holds something else", "a new folder", "name another")
+def _check_out(out: Path, config: Config) -> None:
+    """Raise UserError unless `out` is new, empty, or an earlier export that nothing else lies in and no run needs."""
+    if out.is_mount():
+        raise UserError("--out", f"{out}, where a disk is mounted", "a folder that can be replaced", "name one in it")
+    if out.exists():
+        there = {entry.name for entry in out.iterdir()} if out.is_dir() else {""}
+        if there - _WRITTEN or (there and FACTS not in there):
+            raise UserError("--out", f"{out}, which holds something else", "a new folder", "name another")
+    for key, path in (("--checkpoint", config.workdir), ("llm.name", config.llm.name),
+                      ("encoder.checkpoint", config.encoder.checkpoint), ("llm.lora.adapter", config.llm.lora.adapter),
+                      ("init_from", config.init_from)):  # fmt: skip
+        if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(out):
+            raise UserError("--out", f"{out}, in which lies {key}={path}", "a folder of its own", "name another")
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,9 @@ class _Export:
             return arrays
         spec = spec_of(self.weights.config.llm.lora)
         assert spec is not None
-        return merged(arrays, spec.scale)
+        # In the dtype that is written: a sum rounded to the base's own would be no better for being widened.
+        written = ((n, x if is_lora(n) else x.astype(self.dtype(n), copy=False)) for n, x in arrays)
+        return merged(written, spec.scale)
 
     def _companions(self, folder: Path, adapter: Mapping[str, np.ndarray]) -> list[str]:
         weights, assembly = self.weights, self.weights.assembly

@@ -105,6 +105,9 @@ def _renamed(source: Source, assembly: Assembly) -> tuple[dict[str, str], dict[s
     for name in source.info:
         if name in own:
             known = own[name]
+            if known in found:
+                both = f"{found[known]} and {name}, which are both {known}"
+                raise UserError(str(source.path), both, "each tensor once", "leave one of them out")
             found |= {} if known is None else {known: name}
             left_out |= {name: _COUNTER if name.endswith(".num_batches_tracked") else _UNUSED} if known is None else {}
         elif family.buffers and name.startswith("llm.") and name.endswith(family.buffers):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from elm_jax.importing.config import Imported, configure
 from elm_jax.importing.entries import Entry, entries_of
 from elm_jax.importing.source import Source, open_source
 from elm_jax.runtime.checkpoint import Checkpoints
+from elm_jax.runtime.folders import whole_folder
 from elm_jax.training import run
 from elm_jax.weights import stream
 from elm_jax.weights.peft import spec_of
@@ -45,7 +45,7 @@ def import_weights(path: str | Path, out: str | Path, flags: ConfigFlags, merge:
     entries, left_out = entries_of(source, imported, spec if merge else None)
     assembly = _merged(imported.assembly) if merge else imported.assembly
     report = _report(source, imported, assembly, entries, left_out, merge)
-    _write(out, assembly, entries, report)
+    _write(out.resolve(), assembly, entries, report)
     return report
 
 
@@ -101,10 +101,7 @@ def _from_elsewhere(part: str, assembly: Assembly) -> str:
 
 def _write(out: Path, assembly: Assembly, entries: Mapping[str, Entry], report: Mapping[str, Any]) -> None:
     """Make the folder beside its place, then move it there: who stops this finds nothing at `out`."""
-    fresh = out.with_name(f"{out.name}.importing")
-    try:
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
+    with whole_folder(out) as fresh:
         run.write_json(fresh / "config.json", to_dict(assembly.config))
         run.keep_tokenizer(fresh, assembly.tokenizer, assembly.signal.tokens)
         (fresh / run.INHERITED).mkdir()
@@ -112,13 +109,6 @@ def _write(out: Path, assembly: Assembly, entries: Mapping[str, Entry], report: 
         stream.write_arrays(fresh / run.INHERITED / stream.FILE, specs, lambda name: entries[name].pieces())
         _write_checkpoint(fresh)
         (fresh / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        if out.is_dir():
-            out.rmdir()
-        fresh.rename(out)
-    except OSError as error:
-        raise UserError("--out", str(error), "a folder that can be written", "name another, or make room") from None
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _write_checkpoint(folder: Path) -> None:

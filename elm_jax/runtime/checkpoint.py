@@ -80,7 +80,7 @@ class Checkpoints:
         if which == "best":
             best = self.meta(max(steps)).get("best_step")
             return best if best in steps else max(steps)
-        if not which.isdigit() or int(which) not in steps:
+        if not which.isdecimal() or int(which) not in steps:
             raise UserError(
                 "--step", repr(which), f"latest, best or one of {sorted(steps)}", "name one of these"
             )

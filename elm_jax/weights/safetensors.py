@@ -173,7 +173,7 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
             _fail(path, f"tensor {name} described as {str(entry)[:80]}")
     if dtype not in DTYPES:
         _fail(path, f"tensor {name} of dtype {dtype}")
-    if not all(type(n) is int and n >= 0 for n in shape):
+    if len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
         _fail(path, f"tensor {name} of shape {shape}")
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if begin < 0 or end - begin != expected:

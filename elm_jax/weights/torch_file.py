@@ -103,6 +103,9 @@ def _described(path: Path, name: str, tensor: Any) -> jax.ShapeDtypeStruct:
     known = {**{kind: np.dtype(str(kind).removeprefix("torch.")) for kind in (*kinds, torch.uint8, torch.bool)},
              torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
     plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    plain = plain and not tensor.is_neg() and not tensor.is_conj()
+    # A view may claim to be larger than what it is a view of.
+    plain = plain and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
     if not plain or tensor.dtype not in known:
         found = f"{name}, {tensor.dtype} {tensor.layout} on {tensor.device}"
         raise UserError(str(path), found, "plain tensors of floats or whole numbers", "save it as such a tensor")

@@ -9,6 +9,7 @@ Dimension letters: B signals, C leads, L samples, p samples of a patch, n patche
 P values of a patch, D and E widths of encoder and decoder, N signal tokens.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -40,7 +41,8 @@ def calculate_patch_size(length: int) -> int:
 
     Where none gives 16 to 64, the divisor closest to sqrt(length / 32). The smaller one of two that tie.
     """
-    divisors = [p for p in range(1, length + 1) if length % p == 0]
+    small = [p for p in range(1, math.isqrt(length) + 1) if length % p == 0]
+    divisors = sorted({*small, *(length // p for p in small)})
     fitting = [p for p in divisors if 16 <= length // p <= 64]
     if fitting:
         return min(fitting, key=lambda p: abs(length // p - 32))
