@@ -110,6 +110,19 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(made: Path, tmp_path:
     assert export_command("--checkpoint", made, "--out", tmp_path / "work") == 2
     assert "which holds something else" in capsys.readouterr().err
     assert files_in(tmp_path / "work") == {"thesis.tex"}
+    (tmp_path / "work" / "elm.json").write_text("{}")  # as an export has it
+    (out / ".git").mkdir()
+    for folder in (tmp_path / "work", out):
+        assert export_command("--checkpoint", made, "--out", folder) == 2
+        assert "which holds something else" in capsys.readouterr().err
+    assert (tmp_path / "work" / "thesis.tex").is_file()
+
+
+def test_no_export_replaces_what_its_run_reads(made: Path, tmp_path: Path, capsys) -> None:
+    run = shutil.copytree(made, tmp_path / "out" / "llm")
+    (tmp_path / "out" / "elm.json").write_text("{}")
+    assert export_command("--checkpoint", run, "--out", tmp_path / "out") == 2
+    assert "in which lies" in capsys.readouterr().err and (run / "config.json").is_file()
 
 
 def test_other_weights_than_the_runs_are_refused(made: Path, tmp_path: Path, capsys) -> None:

@@ -176,6 +176,8 @@ def test_an_encoder_that_does_not_fit_is_refused_by_name(
 ) -> None:
     without = {name: x for name, x in merl.items() if name != "resnet.layer4.1.bn2.running_var"}
     assert "found no encoder.resnet.layer4.1.bn2.running_var" in refused(save(tmp_path / "a.pt", without), *llm)
+    twice = {**of_merl(merl, "whole"), "resnet.layer4.1.bn2.running_var": merl["resnet.layer4.1.bn2.running_var"] + 1}
+    assert "each tensor once" in refused(save(tmp_path / "twice.pth", twice), *llm)
     more = {**merl, "resnet.layer4.1.bn2.extra": np.zeros(2)}
     assert "found unknown resnet.layer4.1.bn2.extra" in refused(save(tmp_path / "b.pt", more), *llm)
     thin = {**merl, "resnet.layer3.0.conv1.weight": np.zeros((16, 8, 1), np.float32)}

@@ -79,6 +79,13 @@ def test_another_model_than_the_flags_say_is_refused(
     assert "a language model alone" in refused(qwen)
 
 
+def test_a_view_that_claims_to_be_larger_than_its_values_is_refused(tmp_path: Path, refused: Refused) -> None:
+    torch = pytest.importorskip("torch")
+    claims = {"encoder.pos_embedding": torch.zeros(1, 1, 64).expand(1, 10**12, 64)}
+    torch.save({"model_state_dict": claims}, tmp_path / "large.pt")
+    assert "encoder.pos_embedding" in refused(tmp_path / "large.pt")
+
+
 def test_what_stops_half_way_leaves_nothing(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
