@@ -36,6 +36,7 @@ TINY: dict[str, Any] = {
     "data.segment_len": 500,
     "llm.scratch": {"hidden": 32, "layers": 2, "heads": 8, "kv_heads": 8, "mlp": 64, "max_len": 256},
     "encoder.config": {"resnet_type": "tiny", "width": 8},
+    "connector.hidden": None,
     "train.batch_size": 8,
     "train.steps": STEPS,
     "train.save_every": SAVE_EVERY,
