@@ -146,9 +146,11 @@ class Decoder(nnx.Module):
         return weight(self.head.kernel, dtype)
 
     def logits(self, h: jax.Array, output_weight: jax.Array | None = None) -> jax.Array:
-        """Normed states (..., D) -> logits (..., V) in float32."""
-        projection = self.output_weight(h.dtype) if output_weight is None else output_weight
-        logits = jnp.matmul(h, projection, preferred_element_type=jnp.float32)
+        """Normed states (..., D) -> logits (..., V) in float32.
+
+        Their gradient is multiplied in the dtype of h, as that of any other product.
+        """
+        logits = _project(h, self.output_weight(h.dtype) if output_weight is None else output_weight)
         cap = self.config.logit_cap
         logits = logits if cap is None else cap * jnp.tanh(logits / cap)
         return hint(logits, "batch", *(None,) * (logits.ndim - 2), "vocab") if logits.ndim > 1 else logits
@@ -256,6 +258,22 @@ class Decoder(nnx.Module):
             found = f"{longest} tokens" + (f" and {new} to generate" if new else "")
             expected = f"at most {self.config.max_len}, the model's learned positions"
             raise UserError("the prompt", found, expected, "shorten the prompt or generate less")
+
+
+@jax.custom_vjp
+def _project(h: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.matmul(h, weight, preferred_element_type=jnp.float32)
+
+
+def _project_forward(h: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _project(h, weight), (h, weight)
+
+
+def _project_backward(inputs: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, ...]:
+    return jax.vjp(jnp.matmul, *inputs)[1](cotangent.astype(inputs[0].dtype))
+
+
+_project.defvjp(_project_forward, _project_backward)
 
 
 def as_prompt(

@@ -100,12 +100,14 @@ def scratch_config(sizes: Mapping[str, Any], vocab_size: int) -> DecoderConfig:
 
     Keys: hidden, layers, heads, mlp; optional family, max_len, tied, norm_eps, and as the family has them kv_heads
     (default: heads), head_dim (hidden / heads), rope_theta, and for gemma2 window (of every other layer),
-    attention_cap, logit_cap, query_scalar. `vocab_size` is rounded up as in `extended`. Raises UserError.
+    attention_cap, logit_cap, query_scalar; vocab_size, where the table is to have more rows than the `vocab_size` that
+    the tokenizer needs. These are rounded up as in `extended`. Raises UserError.
     """
     where = "llm.scratch"
     family = family_of(sizes.get("family", _SCRATCH_FAMILY), where)
     own = {name: value for name, value in _SCRATCH_DEFAULTS.items() if name in family.fields.values()}
-    defaults = {**own, "tied": True, **({"rope_theta": 10000.0} if family.rotary else {}), **family.scratch}
+    rope = {"rope_theta": 10000.0} if family.rotary else {}
+    defaults = {**own, "tied": True, "vocab_size": 0, **rope, **family.scratch}
     known = ("family", *_SCRATCH_REQUIRED, *defaults)
     for name in sizes:
         if name not in known:
@@ -114,7 +116,9 @@ def scratch_config(sizes: Mapping[str, Any], vocab_size: int) -> DecoderConfig:
     missing = [name for name in _SCRATCH_REQUIRED if name not in sizes]
     if missing:
         raise UserError(where, f"no {', '.join(missing)}", ", ".join(_SCRATCH_REQUIRED), "give these sizes")
-    values = {**defaults, **sizes, "vocab_size": _rounded(vocab_size), "model_type": family.model_type}
+    values = {**defaults, **sizes, "model_type": family.model_type}
+    if type(values["vocab_size"]) is int:  # otherwise `_checked` says what is wrong
+        values["vocab_size"] = _rounded(max(vocab_size, values["vocab_size"]))
     values.pop("family", None)
     if family.rotary:
         values["rope"] = _rope({"rope_theta": values.pop("rope_theta")}, where)

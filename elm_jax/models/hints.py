@@ -21,12 +21,20 @@ class Placement(Protocol):
         """Of the devices that will run the program: "cpu", "gpu", "cuda" or "tpu"."""
         ...
 
+    def ways(self, axis: str) -> int:
+        """Into how many parts the logical axis `axis` of activations is divided."""
+        ...
+
     def activation(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         """`x`, constrained to the sharding of its logical axes (one entry per dimension)."""
         ...
 
     def weight(self, w: jax.Array, axes: tuple[str | None, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
         """`w` in `dtype`, gathered as a layer needs it; owns how its gradient is reduced."""
+        ...
+
+    def copies(self, w: jax.Array, axes: tuple[str | None, ...], rows: int) -> jax.Array:
+        """`w`, as `weight` returns it, once for each part of a batch of `rows`; see the function of this name."""
         ...
 
 
@@ -54,6 +62,12 @@ def platform() -> str:
     return jax.default_backend() if placement is None else placement.platform
 
 
+def ways(axis: str) -> int:
+    """Into how many parts activations are divided along a logical axis."""
+    placement = _placement.get()
+    return 1 if placement is None else placement.ways(axis)
+
+
 def hint(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x`, placed by the logical names of its axes: "batch", "heads", "kv_heads", "mlp", "vocab" or None."""
     assert len(axes) == x.ndim, f"{len(axes)} names for {x.ndim} dimensions"
@@ -67,3 +81,13 @@ def weight(param: nnx.Variable, dtype: jax.typing.DTypeLike) -> jax.Array:
     if placement is None:
         return param[...].astype(dtype)
     return placement.weight(param[...], param.axes, dtype)
+
+
+def copies(w: jax.Array, axes: tuple[str | None, ...], rows: int) -> jax.Array:
+    """(W, *w.shape): a weight once for each of the W parts that a batch of `rows` is divided into.
+
+    A part that uses its own copy has its own gradient, which is reduced over the devices once and in shards: what
+    selects rows of `w`, or uses it in a loop, needs this, since its gradient would be reduced whole, or every time.
+    """
+    placement = _placement.get()
+    return w[None] if placement is None else placement.copies(w, axes, rows)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from elm_jax.models.hints import hint, weight
+from elm_jax.models.hints import copies, hint, weight
 
 Axes = tuple[str | None, ...]
 Init = Callable[..., jax.Array]  # key, shape, dtype -> initial values, as in jax.nn.initializers
@@ -117,7 +117,9 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
         # Gathered along D only before the look-up; otherwise the partitioner replicates all of it.
         table = hint(weight(self.table, dtype or self.table[...].dtype), "vocab", None)
-        return jnp.take(table, tokens, axis=0, mode="clip")
+        each = copies(table, self.table.axes, len(tokens))
+        look_up = jax.vmap(lambda table, tokens: jnp.take(table, tokens, axis=0, mode="clip"))
+        return look_up(each, tokens.reshape(len(each), -1, *tokens.shape[1:])).reshape(*tokens.shape, -1)
 
 
 class LearnedPositions(nnx.Module):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -41,7 +42,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices. One of the sizes may be -1: what is left.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: the sizes do not multiply to the number of devices, or do not fit the torus of a TPU.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -58,7 +59,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"sizes whose product is the number of devices, {len(devices)}",
             "set --config.mesh.*",
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    try:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    except NotImplementedError as error:
+        torus = "x".join(str(1 + max(place)) for place in zip(*(device.coords for device in devices), strict=True))
+        fix = "set --config.mesh.* to these sizes or products of them"
+        raise UserError("mesh", f"{asked} on a torus of {torus}", f"each a product of some of {torus}", fix) from error
 
 
 def check_heads(mesh: Mesh, llm: Any) -> None:
@@ -161,6 +167,9 @@ class MeshPlacement:
     def platform(self) -> str:
         return self.mesh.devices.flat[0].platform
 
+    def ways(self, axis: str) -> int:
+        return _ways(self.mesh, RULES[axis])
+
     def activation(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         spec = []
         for size, axis in zip(x.shape, axes, strict=True):
@@ -191,8 +200,40 @@ class MeshPlacement:
         gather.defvjp(forward, backward)
         return gather(w)
 
+    def copies(self, w: jax.Array, axes: tuple[str | None, ...], rows: int) -> jax.Array:
+        """One copy of `w` for each part of the batch: a device has its own. One for all where the rows do not divide.
+
+        The gradients of the copies are reduce-scattered within the fsdp group, and their shards summed over `data`.
+        """
+        data, fsdp = self.mesh.shape["data"], self.mesh.shape["fsdp"]
+        if rows % (data * fsdp):
+            return w[None]
+        at_rest = partition_spec(self.mesh, axes, w.shape, "a weight")
+        in_use = tuple(None if axis == "fsdp" else axis for axis in at_rest)
+
+        @jax.custom_vjp
+        def spread(w: jax.Array) -> jax.Array:
+            each = jnp.broadcast_to(w, (data * fsdp, *w.shape))
+            return self._constrain(each, PartitionSpec(BATCH_AXES, *in_use))
+
+        def forward(w: jax.Array) -> tuple[jax.Array, None]:
+            return spread(w), None
+
+        def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
+            parts = self._constrain(cotangent.reshape(data, fsdp, *w.shape), PartitionSpec("data", "fsdp", *in_use))
+            shards = self._constrain(_sum(parts, 1), PartitionSpec("data", *at_rest))
+            return (self._constrain(_sum(shards, 0), at_rest),)
+
+        spread.defvjp(forward, backward)
+        return spread(w)
+
     def _constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+def _sum(x: jax.Array, axis: int) -> jax.Array:
+    """In its own dtype: `jnp.sum` of bfloat16 would send float32."""
+    return jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (axis,))
 
 
 def _rest(targets: list[str | tuple[str, ...] | None]) -> str | None:

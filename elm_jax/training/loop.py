@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from elm_jax import compat as behaviours
-from elm_jax.assemble import CONNECTORS, assemble, make_arrays, structure_behind_encoder
+from elm_jax.assemble import assemble, make_arrays, structure_behind_encoder
 from elm_jax.config import Config, to_dict
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset
@@ -26,14 +25,13 @@ from elm_jax.runtime import distributed, telemetry
 from elm_jax.runtime.checkpoint import Checkpoints
 from elm_jax.runtime.compilation import cache_folder
 from elm_jax.runtime.faults import StopSignal
-from elm_jax.runtime.mesh import batch_sharding, batch_ways, check_heads, host_part, make_mesh, to_device
+from elm_jax.runtime.mesh import batch_sharding, check_heads, host_part, make_mesh, to_device
 from elm_jax.training import run
 from elm_jax.training.encoder_cache import keep_features
-from elm_jax.training.muon import matrices, matrices_by_name
-from elm_jax.training.optim import batch_scale, learning_rate_multiplier, make_optimizer
+from elm_jax.training.optim import batch_scale, learning_rate_multiplier
+from elm_jax.training.program import check_rows, optimizer_of
 from elm_jax.training.state import TrainState, abstract_state, array_shardings, new_state, split_names
 from elm_jax.training.step import make_eval_step, make_train_step
-from elm_jax.weights.published import published_rules
 
 NON_FINITE_LIMIT = 10  # steps in a row without a finite gradient after which the run stops
 
@@ -60,7 +58,7 @@ class Trainer:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.mesh = make_mesh(config.mesh)
-        self._check_rows()
+        check_rows(config, self.mesh)
         self.assembly = assemble(config, folder / run.TOKENIZER)
         check_heads(self.mesh, self.assembly.llm)
         self._warn_of_random_parts()
@@ -116,14 +114,6 @@ class Trainer:
 
     # -- building ---------------------------------------------------------------------------------------------
 
-    def _check_rows(self) -> None:
-        rows, ways = self.config.train.batch_size // self.config.optim.accum_steps, batch_ways(self.mesh)
-        if rows % ways:
-            raise UserError(
-                "train.batch_size", f"{rows} rows a micro-batch", f"a multiple of data x fsdp = {ways}",
-                "change train.batch_size, optim.accum_steps or mesh.*",
-            )  # fmt: skip
-
     def _warn_of_random_parts(self) -> None:
         """A part that is neither trained nor loaded is noise: rarely what was meant."""
         config, loaded = self.config, {"llm": self.assembly.llm_folder, "encoder": self.config.encoder.checkpoint}
@@ -154,7 +144,7 @@ class Trainer:
         structure, config = self.assembly.structure, self.config
         shardings = array_shardings(structure, self.mesh)
         trained, moving, frozen = split_names(structure, config.update)
-        tx = make_optimizer(config.optim, config.train, self.total_steps, self._matrices())
+        tx = optimizer_of(self.assembly, self.total_steps)
         like = abstract_state(structure, trained, moving, tx, self.mesh, shardings)
         self.checkpoints = Checkpoints(self.folder, config.train.keep)
         self.history: dict[str, Any] = {"best_step": None, "best_val_loss": None, "val_losses": [], "bad": []}
@@ -192,14 +182,6 @@ class Trainer:
         structure = structure_behind_encoder(self.assembly)
         self.frozen = {name: x for name, x in self.frozen.items() if name in structure.leaves}
         return structure
-
-    def _matrices(self) -> dict[str, int]:
-        """What Muon moves, where it is the optimizer."""
-        leaves, config = self.assembly.structure.leaves, self.config
-        if not behaviours.enabled("muon_by_name", config.compat):
-            return matrices(leaves)
-        parts = self.assembly.llm.model_type, config.encoder.name, CONNECTORS[config.elm]
-        return matrices_by_name(leaves, published_rules(leaves, *parts))
 
     def _first_arrays(self, shardings: Mapping[str, Any], frozen: list[str]) -> Arrays:
         """The arrays of a new run: of `init_from`, of checkpoints, drawn from the seed."""
@@ -386,9 +368,11 @@ class Trainer:
         )
         trained = sum(x.size for x in self.state.trained.values())
         frozen = sum(x.size for x in self.frozen.values())
+        kept = self.dataset.signal.features
         if jax.process_index() == 0:
             print(
                 f"{self.folder}: {trained:,} parameters trained, {frozen:,} frozen; "
+                f"{'' if kept is None else f'the encoder in its outputs in {kept.folder}; '}"
                 f"{len(self.dataset):,} conversations;"
                 f" steps {first} to {self.total_steps}; {self.mesh.size} {self.mesh.devices.flat[0].device_kind} as"
                 f" {dict(self.mesh.shape)}",

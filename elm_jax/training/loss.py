@@ -1,6 +1,7 @@
 """The loss: cross-entropy at supervised positions only; (B, T, V) logits never exist.
 
-Dimension letters: B rows, T tokens, M supervised slots, D model width, V vocabulary.
+Dimension letters: B rows, T tokens, M supervised slots, D model width, V vocabulary, W parts of the batch (one for
+each of the devices that the rows are divided over), N slots of a part.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 
 from elm_jax.data.batch import Batch
 from elm_jax.models.decoder import Decoder
+from elm_jax.models.hints import copies, hint, ways
 
-CHUNK = 2**27  # logits that may exist at a time, over the whole batch
+CHUNK = 2**27  # logits that may exist at a time on a device
 
 
 def summed_cross_entropy(llm: Decoder, hidden: jax.Array, batch: Batch) -> jax.Array:
@@ -22,12 +24,15 @@ def summed_cross_entropy(llm: Decoder, hidden: jax.Array, batch: Batch) -> jax.A
         batch: `target_index`, `target_ids`, `target_weights` (B, M).
     """
     picked = jnp.take_along_axis(hidden, batch.target_index[..., None], axis=1)  # (B, M, D)
-    projection = llm.output_weight(picked.dtype)
-    chunks = _chunks(picked.shape[0], picked.shape[1], llm.config.vocab_size)
+    rows, targets, _ = picked.shape
+    # Its gradient is summed over the chunks where it arises, and over the devices once, after the last chunk.
+    each = copies(llm.output_weight(picked.dtype), ("embed", "vocab"), rows)
+    parts = len(each)
+    chunks = _chunks(rows // parts * targets, -(-llm.config.vocab_size // ways("vocab")))
 
     def chunk(total: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         h, ids, weights = part
-        logits = llm.logits(h, projection)
+        logits = llm.logits(h, each)
         # A masked sum rather than a gather: the vocabulary may be divided over devices.
         vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         target = jnp.where(vocabulary == ids[..., None], logits, 0.0).sum(-1)
@@ -35,20 +40,18 @@ def summed_cross_entropy(llm: Decoder, hidden: jax.Array, batch: Batch) -> jax.A
         return total + jnp.where(weights > 0, losses * weights, 0.0).sum(), None
 
     def split(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
+        """(B, M, ...) -> (chunks, W, N / chunks, ...)."""
+        x = x.reshape(parts, chunks, -1, *x.shape[2:])
+        return hint(jnp.moveaxis(x, 1, 0), None, "batch", *(None,) * (x.ndim - 2))
 
-    parts = (split(picked), split(batch.target_ids), split(batch.target_weights))
+    inputs = (split(picked), split(batch.target_ids), split(batch.target_weights))
     if chunks == 1:
-        return chunk(jnp.zeros((), jnp.float32), jax.tree.map(lambda x: x[0], parts))[0]
+        return chunk(jnp.zeros((), jnp.float32), jax.tree.map(lambda x: x[0], inputs))[0]
     body = jax.checkpoint(chunk, prevent_cse=False)
-    return jax.lax.scan(body, jnp.zeros((), jnp.float32), parts)[0]
+    return jax.lax.scan(body, jnp.zeros((), jnp.float32), inputs)[0]
 
 
-def _chunks(rows: int, targets: int, vocabulary: int) -> int:
-    """The least number of equal parts of the M axis that keeps a part's logits within CHUNK."""
-    least = -(-rows * targets * vocabulary // CHUNK)
-    return (
-        next(n for n in range(max(1, least), targets + 1) if targets % n == 0)
-        if least <= targets
-        else targets
-    )
+def _chunks(slots: int, vocabulary: int) -> int:
+    """The least number of equal parts of a device's slots that keeps a part's logits within CHUNK."""
+    least = -(-slots * vocabulary // CHUNK)
+    return next((n for n in range(max(1, least), slots) if slots % n == 0), slots)

@@ -283,6 +283,13 @@ def test_a_placement_sees_every_axis_named_and_is_part_of_the_compilation(llm):
             self.weights.add(axes)
             return w.astype(dtype)
 
+        def ways(self, axis):
+            return 1
+
+        def copies(self, w, axes, rows):
+            assert w.ndim == len(axes)
+            return w[None]
+
     recorder, tokens = Recorder(), np.array([[1, 2, 3]])
     expected = llm(tokens)
     with hints.placed(recorder):

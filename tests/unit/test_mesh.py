@@ -138,6 +138,25 @@ def test_a_weight_is_itself_and_so_is_its_gradient(sizes: tuple[int, int, int]) 
     np.testing.assert_allclose(gradient, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("rows", [8, 3])
+def test_copies_of_a_weight_are_itself_and_their_gradients_add_up(sizes: tuple[int, int, int], rows: int) -> None:
+    placement = MeshPlacement(mesh_of(*sizes))
+    w = jax.random.normal(jax.random.key(0), (16, 32))
+    x = jax.random.normal(jax.random.key(1), (rows, 16))
+
+    def loss(w: jax.Array) -> jax.Array:
+        each = placement.copies(placement.weight(w, ("embed", "vocab"), jnp.float32), ("embed", "vocab"), rows)
+        return jnp.sin(x.reshape(len(each), -1, 16) @ each).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(w)
+    expected, theirs = jax.value_and_grad(lambda w: jnp.sin(x @ w).sum())(w)
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient, theirs, rtol=1e-4, atol=1e-5)
+    whole = placement.copies(w, ("embed", "vocab"), rows)
+    assert len(whole) == (sizes[0] * sizes[1] if rows == 8 else 1)
+
+
 def test_a_weight_is_cast_and_its_gradient_is_float32() -> None:
     placement = MeshPlacement(mesh_of(1, 8, 1))
     w = jnp.full((16, 32), 1.001)

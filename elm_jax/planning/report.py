@@ -1,0 +1,227 @@
+"""From a config and a topology to what is told of them: fits or not, bytes, FLOPs, collectives, predicted speed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jax.sharding import Mesh
+
+from elm_jax.assemble import Assembly
+from elm_jax.config import Config, MeshConfig
+from elm_jax.data.batch import BatchShape
+from elm_jax.errors import UserError
+from elm_jax.models.lora import is_lora
+from elm_jax.planning import program, topology
+from elm_jax.planning.program import Compiled
+from elm_jax.planning.roofline import Times, step_times
+from elm_jax.planning.topology import Topology
+from elm_jax.runtime.mesh import make_mesh
+from elm_jax.runtime.telemetry import step_flops
+
+TARGETS = 8  # a row's tokens for each supervised one, where `Load.targets` is not given
+ECG_TOKENS = 512  # a row's tokens for each ECG, where `Load.signals` is not given
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a step reads, in place of a data set: ECGs and supervised tokens of a row, rows of a micro-batch for each
+    device. None: see the constants above; for rows, what `train.batch_size` says."""
+
+    rows: int | None = None
+    signals: int | None = None
+    targets: int | None = None
+
+    def shape(self, config: Config) -> BatchShape:
+        tokens = config.data.max_len
+        signals = max(1, tokens // ECG_TOKENS) if self.signals is None else self.signals
+        return BatchShape(tokens, signals, max(1, tokens // TARGETS) if self.targets is None else self.targets)
+
+    def config(self, config: Config, devices: int) -> Config:
+        """`config` with the rows of a step on so many devices."""
+        if self.rows is None:
+            return config
+        rows = self.rows * devices * config.optim.accum_steps
+        return replace(config, train=replace(config.train, batch_size=rows))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compiled step and its prediction. `scaling`: tokens per second and device, relative to one node."""
+
+    topology: Topology
+    compiled: Compiled
+    times: Times
+    mfu: float
+    scaling: float
+
+    @property
+    def fits(self) -> bool:
+        return self.compiled.bytes.total <= self.topology.hardware.memory
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one device."""
+        compiled = self.compiled
+        return compiled.rows * compiled.shape.tokens / self.times.total / compiled.mesh.size
+
+    def json(self) -> dict[str, Any]:
+        """What `--json` writes."""
+        compiled, times = self.compiled, self.times
+        held = compiled.bytes
+        sums: dict[str, dict[str, int]] = {}
+        for one in compiled.collectives:
+            entry = sums.setdefault(one.kind, {"count": 0, "bytes": 0})
+            entry["count"] += one.count
+            entry["bytes"] += one.count * one.payload
+        return {
+            "topology": self.topology.name,
+            "fits": self.fits,
+            "parameters": sum(math.prod(leaf.shape) for leaf in compiled.assembly.structure.leaves.values()),
+            "bytes_per_device": {
+                "parameters": held.parameters,
+                "optimizer": held.optimizer,
+                "activations_and_temporaries": held.activations_and_temporaries,
+                "total": held.total,
+                "usable": int(self.topology.hardware.memory),
+            },
+            "flops_per_step": compiled.flops * compiled.mesh.size,
+            "collectives": sums,
+            "predicted": {
+                "step_ms": 1000 * times.total,
+                "mfu": self.mfu,
+                "scaling_efficiency": self.scaling,
+                "tokens_per_s_per_device": self.tokens_per_second,
+                "products_ms": 1000 * times.products,
+                "attention_ms": 1000 * times.attention,
+                "other_ms": 1000 * times.other,
+                "exposed_communication_ms": 1000 * times.exposed,
+                "inner_links_ms": 1000 * times.inner,
+                "outer_links_ms": 1000 * times.outer,
+            },
+            "mesh": dict(compiled.mesh.shape),
+            "rows_per_step": compiled.rows,
+            "tokens_per_row": compiled.shape.tokens,
+            "supervised_tokens_per_row": compiled.shape.targets,
+            "signals_per_row": compiled.shape.signals,
+            "attention": compiled.attention,
+            "checks": {
+                "replicated_parameters": program.replicated_parameters(compiled),
+                "all_reduced_weights": program.whole_gradients(compiled),
+                "logits_of_all_tokens": program.logits_of_all_tokens(compiled),
+                "float32_products": compiled.float32_products,
+            },
+            "compile_s": compiled.seconds,
+        }
+
+
+class Planner:
+    """Plans of one config on one topology; `prepare` the process for it first."""
+
+    def __init__(self, config: Config, where: Topology, load: Load) -> None:
+        self.where, self.load, self.config = where, load, load.config(config, where.count)
+        self.devices = topology.devices(where)
+        self.assembly = program.assembled(self.config, make_mesh(MeshConfig(), self.devices))
+        self._nodes: dict[tuple[int, ...], float] = {}  # tokens per second and device on one node, by (fsdp, tensor)
+
+    def plan(self, mesh: MeshConfig | None = None) -> Plan:
+        """The plan for a mesh (default: the config's).
+
+        Raises:
+            UserError: it does not fit the model, the batch or the number of devices.
+        """
+        compiled = self.compiled(mesh)
+        times = self._times(compiled, self.where)
+        plan = Plan(self.where, compiled, times, self._mfu(compiled, times), 1.0)
+        return replace(plan, scaling=plan.tokens_per_second / self._alone(compiled, plan.tokens_per_second))
+
+    def compiled(self, mesh: MeshConfig | None = None) -> Compiled:
+        """The step for a mesh (default: the config's). Raises UserError as `plan`."""
+        return self._compile(make_mesh(mesh or self.config.mesh, self.devices), self.assembly, self.where)
+
+    def search(self) -> list[Plan]:
+        """Plans for the meshes worth trying, the best first: those that fit, by predicted speed.
+
+        Raises:
+            UserError: none can hold the parameters and the optimizer.
+        """
+        meshes = self.candidates()
+        if not meshes:
+            raise UserError(
+                "--search", f"no mesh of {self.where.name} that holds parameters and optimizer", "one that does",
+                "take more devices, or train with LoRA",
+            )  # fmt: skip
+        plans = [self.plan(mesh) for mesh in meshes]
+        return sorted(plans, key=lambda plan: (not plan.fits, -plan.tokens_per_second))
+
+    def candidates(self) -> list[MeshConfig]:
+        """Meshes that hold parameters and optimizer and divide heads and rows: for each `tensor`, the smallest `fsdp`
+        that does, the one as large as a node and the largest."""
+        from elm_jax.training.program import check_rows, train_program
+
+        found = []
+        node, llm = min(self.where.hardware.node, self.where.count), self.assembly.llm
+        for tensor in _divisors(node if self.where.hardware.platform == "gpu" else min(8, self.where.count)):
+            if llm.heads % tensor or llm.kv_heads % tensor:
+                continue
+            fitting = []
+            for fsdp in _divisors(self.where.count // tensor):
+                try:
+                    mesh = make_mesh(MeshConfig(-1, fsdp, tensor), self.devices)
+                    check_rows(self.config, mesh)
+                    parts = train_program(self.assembly, mesh, self.load.shape(self.config), program.STEPS)
+                except UserError:
+                    continue
+                held = program.local_bytes((parts.state, parts.frozen))
+                if held < self.where.hardware.memory:
+                    fitting.append(MeshConfig(self.where.count // tensor // fsdp, fsdp, tensor))
+            chosen = {0, len(fitting) - 1, *(n for n, mesh in enumerate(fitting) if mesh.fsdp * tensor == node)}
+            found += [fitting[n] for n in sorted(chosen) if fitting]
+        return found
+
+    def _compile(self, mesh: Mesh, assembly: Assembly, where: Topology) -> Compiled:
+        return program.compile_step(assembly, mesh, self.load.shape(self.config), where)
+
+    def _times(self, compiled: Compiled, where: Topology) -> Times:
+        return step_times(compiled.module, where.hardware, nodes(compiled.mesh, where))
+
+    def _alone(self, compiled: Compiled, speed: float) -> float:
+        """Tokens per second and device on one node, with as many rows on each part of the batch."""
+        where, mesh = self.where.one_node(), compiled.mesh
+        if where.count == self.where.count:
+            return speed
+        tensor = math.gcd(mesh.shape["tensor"], where.count)
+        fsdp = math.gcd(mesh.shape["fsdp"], where.count // tensor)
+        if (fsdp, tensor) not in self._nodes:
+            small = make_mesh(MeshConfig(-1, fsdp, tensor), topology.devices(where))
+            ways, small_ways = (m.shape["data"] * m.shape["fsdp"] for m in (mesh, small))
+            rows = compiled.rows // ways * small_ways
+            config = replace(self.config, train=replace(self.config.train, batch_size=rows))
+            alone = self._compile(small, replace(self.assembly, config=config), where)
+            self._nodes[fsdp, tensor] = rows * alone.shape.tokens / self._times(alone, where).total / where.count
+        return self._nodes[fsdp, tensor]
+
+    def _mfu(self, compiled: Compiled, times: Times) -> float:
+        """As training counts it, for full rows of one conversation each."""
+        leaves, shape = self.assembly.structure.leaves, compiled.shape
+        layers = {n: leaf for n, leaf in leaves.items() if n.startswith("llm.layers.") and not is_lora(n)}
+        trained = any(name in compiled.program.state.trained for name in layers)
+        flops = step_flops(
+            self.assembly.llm, sum(math.prod(leaf.shape) for leaf in layers.values()), trained,
+            compiled.rows * shape.tokens, compiled.rows * shape.targets,
+            compiled.rows * shape.tokens * (shape.tokens + 1) // 2,
+        )  # fmt: skip
+        return flops / times.total / (self.where.hardware.peak * compiled.mesh.size)
+
+
+def nodes(mesh: Mesh, where: Topology) -> Sequence[int]:
+    """The node of each device, in the order of the mesh; a TPU slice is one."""
+    if where.hardware.platform == "gpu":
+        return [device.process_index for device in mesh.devices.flat]
+    return [0] * mesh.size
+
+
+def _divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]

@@ -1,0 +1,102 @@
+"""The train step as a program: its function, and the shapes and places of all that goes in. No array exists here.
+
+`elm_jax.plan` compiles it for hardware that is not there.
+
+Dimension letters: A micro-batches, B rows, T tokens, S signal slots of a row, M supervised slots of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from elm_jax import compat as behaviours
+from elm_jax.assemble import CONNECTORS, Assembly, encoder_structure, structure_behind_encoder
+from elm_jax.config import Config
+from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Layout, collate, empty_signals
+from elm_jax.errors import UserError
+from elm_jax.models.functional import Structure
+from elm_jax.models.hints import placed
+from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways
+from elm_jax.training.muon import matrices, matrices_by_name
+from elm_jax.training.optim import make_optimizer
+from elm_jax.training.state import TrainState, abstract_state, array_shardings, split_names
+from elm_jax.training.step import make_train_step
+from elm_jax.weights.published import published_rules
+
+
+@dataclass(frozen=True)
+class TrainProgram:
+    """One step of a run on one mesh: `step(state, frozen, batch)`. All but the step are shapes, dtypes and places."""
+
+    step: Callable[..., Any]  # jitted
+    state: TrainState
+    frozen: dict[str, jax.ShapeDtypeStruct]
+    batch: Batch
+
+
+def train_program(assembly: Assembly, mesh: Mesh, shape: BatchShape, total_steps: int) -> TrainProgram:
+    """The program of `assembly` for batches of this shape.
+
+    Raises:
+        UserError: a parameter does not divide over the mesh.
+    """
+    config, structure, layout = assembly.config, assembly.structure, assembly.signal.layout
+    if config.encoder.cache:
+        with placed(MeshPlacement(mesh)):  # whose platform decides the attention
+            structure, layout = structure_behind_encoder(assembly), _encoded(assembly)
+    shardings = array_shardings(structure, mesh)
+    trained, moving, frozen = split_names(structure, config.update)
+    tx = optimizer_of(assembly, total_steps)
+    state = abstract_state(structure, trained, moving, tx, mesh, shardings)
+    places = jax.tree.map(lambda x: x.sharding, state)
+    step = make_train_step(structure, config, tx, mesh, places, {n: shardings[n] for n in frozen})
+    like = structure.abstract(shardings)
+    accum = config.optim.accum_steps
+    batch = abstract_batch(shape, layout, accum, config.train.batch_size // accum, mesh)
+    return TrainProgram(step, state, {n: like[n] for n in frozen}, batch)
+
+
+def check_rows(config: Config, mesh: Mesh) -> None:
+    """Raise UserError unless the rows of a micro-batch divide over the mesh."""
+    rows, ways = config.train.batch_size // config.optim.accum_steps, batch_ways(mesh)
+    if rows % ways:
+        raise UserError(
+            "train.batch_size", f"{rows} rows a micro-batch", f"a multiple of data x fsdp = {ways}",
+            "change train.batch_size, optim.accum_steps or mesh.*",
+        )  # fmt: skip
+
+
+def optimizer_of(assembly: Assembly, total_steps: int) -> Any:
+    """The optimizer of a run; Muon is told which parameters are matrices."""
+    leaves, config = assembly.structure.leaves, assembly.config
+    if behaviours.enabled("muon_by_name", config.compat):
+        parts = assembly.llm.model_type, config.encoder.name, CONNECTORS[config.elm]
+        moved = matrices_by_name(leaves, published_rules(leaves, *parts))
+    else:
+        moved = matrices(leaves)
+    return make_optimizer(config.optim, config.train, total_steps, moved)
+
+
+def abstract_batch(shape: BatchShape, layout: Layout, micro_batches: int, rows: int, mesh: Mesh) -> Batch:
+    """A batch (A, B, ...) of this shape, laid out as training lays it out."""
+    place = batch_sharding(mesh)
+
+    def stacked(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((micro_batches, rows, *x.shape[1:]), x.dtype, sharding=place)
+
+    return jax.tree.map(stacked, collate([[]], shape, layout))
+
+
+def _encoded(assembly: Assembly) -> ArraySpec:
+    """The layout of what a frozen encoder makes of one ECG."""
+    structure: Structure = encoder_structure(assembly)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty_signals(assembly.signal.layout, 1))
+    arrays = {n: jax.ShapeDtypeStruct(v.shape, v.dtype) for n, v in structure.leaves.items()}
+    out = jax.eval_shape(lambda a, x: structure.bind(a)(x, jnp.ones(1, jnp.float32), train=False), arrays, one)
+    return ArraySpec(out.shape[1:], jnp.dtype(assembly.config.llm.compute_dtype))
