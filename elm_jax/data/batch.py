@@ -94,30 +94,40 @@ class Group:
 
 def collate(rows: list[list[Group]], shape: BatchShape, layout: Layout) -> Batch:
     """Lay rows of groups out as arrays (no micro-batch axis). A row that does not fit is our own fault."""
-    count = len(rows)
-    batch = Batch(
-        tokens=np.zeros((count, shape.tokens), np.int32),
-        positions=np.zeros((count, shape.tokens), np.int32),
-        group_ids=np.zeros((count, shape.tokens), np.int32),
-        branch_ids=np.zeros((count, shape.tokens), np.int32),
-        signals=empty_signals(layout, count, shape.signals),
-        signal_weights=np.zeros((count, shape.signals), np.float32),
-        signal_slot=np.full((count, shape.tokens), -1, np.int32),
-        target_index=np.zeros((count, shape.targets), np.int32),
-        target_ids=np.zeros((count, shape.targets), np.int32),
-        target_weights=np.zeros((count, shape.targets), np.float32),
-        sample_ids=np.full((count, shape.targets), -1, np.int32),
-    )
+    batch = empty_batch(shape, layout, len(rows))
     for r, groups in enumerate(rows):
-        _RowWriter(batch, r).write(groups)
+        write_row(batch, (r,), groups)
     return batch
+
+
+def empty_batch(shape: BatchShape, layout: Layout, *leading: int) -> Batch:
+    """A batch of padding with these leading axes: (B,), or (A, B) with micro-batches. `write_row` fills it."""
+    return Batch(
+        tokens=np.zeros((*leading, shape.tokens), np.int32),
+        positions=np.zeros((*leading, shape.tokens), np.int32),
+        group_ids=np.zeros((*leading, shape.tokens), np.int32),
+        branch_ids=np.zeros((*leading, shape.tokens), np.int32),
+        signals=empty_signals(layout, *leading, shape.signals),
+        signal_weights=np.zeros((*leading, shape.signals), np.float32),
+        signal_slot=np.full((*leading, shape.tokens), -1, np.int32),
+        target_index=np.zeros((*leading, shape.targets), np.int32),
+        target_ids=np.zeros((*leading, shape.targets), np.int32),
+        target_weights=np.zeros((*leading, shape.targets), np.float32),
+        sample_ids=np.full((*leading, shape.targets), -1, np.int32),
+    )
+
+
+def write_row(batch: Batch, row: tuple[int, ...], groups: list[Group]) -> None:
+    """Lay groups out in an empty row of a batch, by its place on the leading axes."""
+    _RowWriter(batch, row).write(groups)
 
 
 class _RowWriter:
     """Fills one row from left to right."""
 
-    def __init__(self, batch: Batch, row: int) -> None:
-        self.batch, self.row = batch, row
+    def __init__(self, batch: Batch, row: tuple[int, ...]) -> None:
+        self.signals, self.place = batch.signals, row
+        self.row = Batch(*(None if name == "signals" else a[row] for name, a in zip(batch._fields, batch, strict=True)))
         self.token = self.signal = self.target = self.sample = 0
 
     def write(self, groups: list[Group]) -> None:
@@ -144,41 +154,39 @@ class _RowWriter:
                     length,
                     number,
                     branch if group.prefix else 0,
-                    {**shared_slots, **own},
+                    own,
                 )
                 self._place_targets(conversation, group.prefix, start, offset)
             # Without a prefix a group holds one conversation, whose tokens are the prefix itself.
             assert group.prefix or len(group.conversations) == 1
 
-    def _place_signals(self, c: Conversation, first: int, last: int, readers: int) -> dict[int, int]:
-        """Put ECGs [first, last) in slots; return conversation position -> slot embedding index."""
-        slots: dict[int, int] = {}
+    def _place_signals(self, c: Conversation, first: int, last: int, readers: int) -> np.ndarray:
+        """Put ECGs [first, last) in slots; the slot embedding of each of the conversation's tokens, -1 for text."""
+        slots = np.full(len(c.ids), -1, np.int32)
+        width = c.signal_positions.shape[1]
         for ecg in range(first, last):
             if c.signals is not None:
-                put_signal(self.batch.signals, (self.row, self.signal), c.signals[ecg])
-                self.batch.signal_weights[self.row, self.signal] = readers
-            width = c.signal_positions.shape[1]
-            slots.update((int(p), self.signal * width + n) for n, p in enumerate(c.signal_positions[ecg]))
+                put_signal(self.signals, (*self.place, self.signal), c.signals[ecg])
+                self.row.signal_weights[self.signal] = readers
+            slots[c.signal_positions[ecg]] = np.arange(self.signal * width, (self.signal + 1) * width)
             self.signal += 1
         return slots
 
     def _place_tokens(
-        self, c: Conversation, first: int, last: int, group: int, branch: int, slots: dict[int, int]
+        self, c: Conversation, first: int, last: int, group: int, branch: int, slots: np.ndarray
     ) -> None:
         begin, end = self.token, self.token + last - first
-        assert end <= self.batch.tokens.shape[1], "the plan put more tokens in a row than it holds"
-        self.batch.tokens[self.row, begin:end] = c.ids[first:last]
-        self.batch.positions[self.row, begin:end] = np.arange(first, last)
-        self.batch.group_ids[self.row, begin:end] = group
-        self.batch.branch_ids[self.row, begin:end] = branch
-        for position, slot in slots.items():
-            if first <= position < last:
-                self.batch.signal_slot[self.row, begin + position - first] = slot
+        assert end <= len(self.row.tokens), "the plan put more tokens in a row than it holds"
+        self.row.tokens[begin:end] = c.ids[first:last]
+        self.row.positions[begin:end] = np.arange(first, last)
+        self.row.group_ids[begin:end] = group
+        self.row.branch_ids[begin:end] = branch
+        self.row.signal_slot[begin:end] = slots[first:last]
         self.token = end
 
     def _place_targets(self, c: Conversation, prefix: int, start: int, offset: int) -> None:
         """The token at conversation position p is predicted by position p - 1, in the prefix or the branch."""
-        self.batch.sample_ids[self.row, self.sample] = c.sample
+        self.row.sample_ids[self.sample] = c.sample
         self.sample += 1
         targets = np.flatnonzero(c.supervised)
         assert not len(targets) or targets[0] >= max(prefix, 1), (
@@ -186,9 +194,9 @@ class _RowWriter:
         )
         source = targets - 1
         slots = slice(self.target, self.target + len(targets))
-        self.batch.target_index[self.row, slots] = np.where(source < prefix, start + source, offset + source)
-        self.batch.target_ids[self.row, slots] = c.ids[targets]
-        self.batch.target_weights[self.row, slots] = float(c.signals is not None)
+        self.row.target_index[slots] = np.where(source < prefix, start + source, offset + source)
+        self.row.target_ids[slots] = c.ids[targets]
+        self.row.target_weights[slots] = float(c.signals is not None)
         self.target += len(targets)
 
 

@@ -17,6 +17,7 @@ To fit `max_len` tokens these go, each only if what went before was not enough:
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from elm_jax.data.chat_forms import CHAT_FORMS, ChatForm
 from elm_jax.data.chat_write import THINK_PREFIX, Draft, Style, fitted_chat, fitted_text, text_draft
 from elm_jax.data.messages import Message, answered, place, without_empty_answers
 from elm_jax.data.text import Turn, clean_text, count_marks, decode_text, to_turns
-from elm_jax.data.vocabulary import SIGNAL_TOKEN, THINK_TOKENS, backend_of, vocabulary
+from elm_jax.data.vocabulary import SIGNAL_TOKEN, THINK_TOKENS, Vocabulary, backend_of, vocabulary
 from elm_jax.errors import UserError, nearest
 
 __all__ = [
@@ -196,12 +197,24 @@ def _style(
     max_len: int | None,
     compat: Iterable[str],
 ) -> Style:
+    return _style_of(vocabulary(tokenizer), family, signal_tokens, phase, thinking, max_len, tuple(compat))
+
+
+@lru_cache(maxsize=8)
+def _style_of(
+    words: Vocabulary,
+    family: str,
+    signal_tokens: int,
+    phase: str,
+    thinking: bool,
+    max_len: int | None,
+    compat: tuple[str, ...],
+) -> Style:
     if phase not in PHASES:
         fix = nearest(phase, PHASES) or "mend the phase"
         raise UserError("phase", repr(phase), f"one of {', '.join(PHASES)}", fix)
-    compat = tuple(compat)
     behaviours.check(compat)
-    form, words = _form(family), vocabulary(tokenizer)
+    form = _form(family)
     if signal_tokens:
         words.require(SIGNAL_TOKEN, "an ECG language model", "call add_tokens(tokenizer, phase) first")
     known = form.reference_start is not None  # the reference has no plain form, so nothing to be faithful to
@@ -256,7 +269,7 @@ def _rendered(style: Style, draft: Draft, n_ecgs: int) -> Rendered:
         positions = positions.reshape(draft.ecgs, style.signal_tokens)
     else:
         positions = np.zeros((n_ecgs, 0), np.int32)
-    learn = np.asarray(draft.learn, bool)
+    learn = np.frombuffer(bytearray(draft.learn), bool)
     return Rendered(draft.prompt, ids, learn, positions, draft.system_end, draft.signal_end)
 
 

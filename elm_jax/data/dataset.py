@@ -114,8 +114,11 @@ class Dataset:
             raise UserError(f"record {record.id}", error.found, error.expected, error.fix) from error
 
     def _rendered(self, record: Record, max_len: int | None) -> Rendered:
-        options = asdict(replace(self.text, max_len=max_len))
-        return render(record.text, self.tokenizer, n_ecgs=self._ecgs(record), **options)
+        return render(record.text, self.tokenizer, n_ecgs=self._ecgs(record), **{**self._options, "max_len": max_len})
+
+    @functools.cached_property
+    def _options(self) -> dict[str, Any]:
+        return asdict(self.text)
 
     def _with_symbols(self, record: Record, ecgs: Sequence[Any], length: int | None) -> Rendered:
         """The tokens of a record with symbols in place of its ECGs, within `text.max_len` and `length`.

@@ -4,6 +4,7 @@
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -69,33 +70,33 @@ def read_recording(
     dtype: type[np.floating[Any]] = np.float32,
 ) -> Recording:
     """`read_ecg` with the rate to assume for a file that states none, and the signal's dtype."""
-    path = Path(path)
-    raw = _read_npy(path) if path.suffix == ".npy" else _read_wfdb(path)
+    path = os.fspath(path)  # a loader reads thousands a second, and a Path costs as much as an array operation
+    raw = _read_npy(path) if path.endswith(".npy") else _read_wfdb(Path(path))
     if raw.signal.ndim != 2 or raw.signal.size == 0:
-        raise UserError(str(path), f"an array of shape {raw.signal.shape}", "(leads, samples)", "save it so")
+        raise UserError(path, f"an array of shape {raw.signal.shape}", "(leads, samples)", "save it so")
     rate = raw.sampling_rate if sampling_rate is None else sampling_rate
     if rate is None:
         rate = bare_rate
-        _note(str(path.parent), f"no sampling rate in the files: taken as {bare_rate:g} Hz")
+        _note(os.path.dirname(path), f"no sampling rate in the files: taken as {bare_rate:g} Hz")
     if not (np.isfinite(rate) and rate > 0):
-        raise UserError(str(path), f"sampling rate {rate}", "a positive number of Hz", "give sampling_rate")
+        raise UserError(path, f"sampling rate {rate}", "a positive number of Hz", "give sampling_rate")
     rows = _canonical_rows(path, raw, lead_order)
     signal = raw.signal if rows == list(range(len(raw.signal))) else raw.signal[rows]
     with np.errstate(over="ignore"):
-        signal = signal.astype(dtype)
+        signal = signal.astype(dtype, copy=not signal.flags.writeable)  # a bare array is a view of the file's bytes
     _check_finite(path, signal)
     return Recording(signal, LEADS, float(rate), raw.report)
 
 
-def _read_npy(path: Path) -> _Raw:
+def _read_npy(path: str) -> _Raw:
     value = read_npy(path)
     if isinstance(value, np.ndarray):
         return _Raw(value, None, None, "")
     if "ecg" not in value:
-        raise UserError(str(path), f"keys {sorted(value)}", "the key ecg", "write the file with prepare")
+        raise UserError(path, f"keys {sorted(value)}", "the key ecg", "write the file with prepare")
     signal = np.asarray(value["ecg"])
     if signal.dtype.kind not in "fiu":
-        raise UserError(str(path), f"ecg of dtype {signal.dtype}", "real numbers", "save it as float32")
+        raise UserError(path, f"ecg of dtype {signal.dtype}", "real numbers", "save it as float32")
     report = value.get("report")
     text = "; ".join(map(str, report)) if isinstance(report, (list, tuple)) else str(report or "")
     names, rate = value.get("leads"), value.get("target_sf")
@@ -134,12 +135,12 @@ def _read_wfdb(path: Path) -> _Raw:
     return _Raw((record.p_signal * scale).T, tuple(record.sig_name), float(record.fs), "")
 
 
-def _canonical_rows(path: Path, raw: _Raw, lead_order: Sequence[str] | None) -> list[int]:
+def _canonical_rows(path: str, raw: _Raw, lead_order: Sequence[str] | None) -> list[int]:
     """The file's row of each of LEADS."""
     names = tuple(lead_order) if lead_order is not None else raw.names or _unnamed_order(path, raw.signal)
     if len(names) != len(raw.signal):
         raise UserError(
-            str(path),
+            path,
             f"{len(raw.signal)} rows for {len(names)} lead names",
             "one name per row",
             "correct lead_order",
@@ -148,12 +149,12 @@ def _canonical_rows(path: Path, raw: _Raw, lead_order: Sequence[str] | None) -> 
         return list(range(len(LEADS)))
     rows = {name.strip().casefold(): row for row, name in enumerate(names)}
     if len(rows) != len(names):
-        raise UserError(str(path), f"leads {', '.join(names)}", "each lead once", "correct lead_order")
+        raise UserError(path, f"leads {', '.join(names)}", "each lead once", "correct lead_order")
     missing = [lead for lead in LEADS if lead.casefold() not in rows]
     if missing:
         hint = nearest(missing[0], [name for name in names if name not in LEADS])
         raise UserError(
-            str(path),
+            path,
             f"no lead {', '.join(missing)} among {', '.join(names)}",
             "all twelve standard leads",
             hint or "give lead_order if they are named otherwise",
@@ -161,19 +162,25 @@ def _canonical_rows(path: Path, raw: _Raw, lead_order: Sequence[str] | None) -> 
     return [rows[lead.casefold()] for lead in LEADS]
 
 
-def _unnamed_order(path: Path, signal: np.ndarray) -> tuple[str, ...]:
+def _unnamed_order(path: str, signal: np.ndarray) -> tuple[str, ...]:
     if len(signal) != len(LEADS):
         turned = "; it looks transposed" if signal.shape[1] == len(LEADS) else ""
         raise UserError(
-            str(path),
+            path,
             f"{len(signal)} rows of {signal.shape[1]} samples{turned}",
             "12 leads as rows",
             "save it as (leads, samples), or name the rows with lead_order",
         )
-    folder = path.parent.parent if path.parent.name.startswith("preprocessed") else path.parent
-    if folder.name in FOLDER_ORDER:
-        return FOLDER_ORDER[folder.name]
-    _note(str(path.parent), f"no lead names in the files: rows taken as {', '.join(LEADS)}")
+    return _order_in(os.path.dirname(path))
+
+
+@lru_cache(maxsize=4096)
+def _order_in(folder: str) -> tuple[str, ...]:
+    parent = Path(folder)
+    dataset = parent.parent if parent.name.startswith("preprocessed") else parent
+    if dataset.name in FOLDER_ORDER:
+        return FOLDER_ORDER[dataset.name]
+    _note(folder, f"no lead names in the files: rows taken as {', '.join(LEADS)}")
     return LEADS
 
 
@@ -183,13 +190,13 @@ def _note(folder: str, message: str) -> None:
     _log.info("%s: %s", folder, message)
 
 
-def _check_finite(path: Path, signal: np.ndarray) -> None:
+def _check_finite(path: str, signal: np.ndarray) -> None:
     finite = np.isfinite(signal)
     if finite.all():
         return
     lead, sample = np.argwhere(~finite)[0]
     raise UserError(
-        str(path),
+        path,
         f"{signal[lead, sample]} in lead {LEADS[lead]} at sample {sample} "
         f"({np.size(finite) - np.count_nonzero(finite)} in all)",
         "finite numbers",
@@ -259,8 +266,8 @@ def min_max(signal: np.ndarray, eps: float = 1e-6) -> np.ndarray:
 
     A constant signal becomes zeros, also with eps 0.
     """
-    values = signal.astype(np.float64)
-    low, high = values.min(), values.max()
+    low, high = (np.float64(bound) for bound in (signal.min(), signal.max()))
     if high == low:
-        return np.zeros_like(values)
-    return np.clip((values - low) / (high - low + eps), 0.0, 1.0)
+        return np.zeros(signal.shape)
+    values = np.subtract(signal, low, dtype=np.float64)
+    return np.divide(values, high - low + eps, out=values)  # both roundings keep order: nothing leaves [0, 1]

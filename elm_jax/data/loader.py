@@ -9,7 +9,7 @@ import grain.python as grain
 import numpy as np
 from absl import flags
 
-from elm_jax.data.batch import Batch, Conversation, Group, Signal, collate, stack_micro_batches
+from elm_jax.data.batch import Batch, Conversation, Group, Signal, empty_batch, write_row
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.plan import LengthIndex, Plan, PlannedGroup, PlannedRow
 from elm_jax.errors import UserError
@@ -67,15 +67,15 @@ class StepSource:
         reader = _Reader(self.dataset, self.plan.index, self.plan.epoch_of(int(step)))
         per_micro = len(rows) // self.micro_batches
         mine = per_micro // self.parts
-        micro: list[Batch] = []
+        batch = empty_batch(shape, self.dataset.signal.layout, self.micro_batches, mine)
         for m in range(self.micro_batches):
             first = m * per_micro + self.part * mine
-            groups = [reader.row(row) for row in rows[first : first + mine]]
-            micro.append(collate(groups, shape, self.dataset.signal.layout))
+            for r, row in enumerate(rows[first : first + mine]):
+                write_row(batch, (m, r), reader.row(row))
         planned = [group for row in rows for group in row]
         conversations = sum(len(group.samples) for group in planned)
         pairs = sum(_attention_pairs(group, self.plan.index) for group in planned)
-        return Loaded(int(step), stack_micro_batches(micro), conversations, pairs, tuple(reader.bad))
+        return Loaded(int(step), batch, conversations, pairs, tuple(reader.bad))
 
 
 class _Reader:

@@ -5,6 +5,7 @@ unpickles objects without restriction.
 """
 
 import io
+import os
 import pickle
 import re
 from functools import lru_cache
@@ -26,7 +27,7 @@ _HEADER = re.compile(
 _NUMERIC = re.compile(r"[<>|=]?[fiu](1|2|4|8|16)")
 
 
-def read_npy(path: Path) -> np.ndarray | dict[str, Any]:
+def read_npy(path: str | Path) -> np.ndarray | dict[str, Any]:
     """The numeric array of a `.npy` file (any shape, native byte order), or the dictionary pickled in it.
 
     Raises UserError when the file is missing, truncated, not numeric, or holds anything but arrays and
@@ -35,7 +36,7 @@ def read_npy(path: Path) -> np.ndarray | dict[str, Any]:
     data = _read_bytes(path)
     descr, fortran, shape, start = _parse(path, data)
     if descr in ("|O", "O"):
-        return _unpickle(path, data[start:])
+        return _unpickle(path, data, start)
     if not _NUMERIC.fullmatch(descr):
         raise UserError(str(path), f"dtype {descr}", "real numbers", "save the signal as float32")
     dtype = np.dtype(descr)
@@ -52,19 +53,20 @@ def read_npy(path: Path) -> np.ndarray | dict[str, Any]:
     return values.astype(dtype.newbyteorder("="), copy=False)
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: str | Path) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise UserError(str(path), f"{size} bytes", f"at most {MAX_BYTES}", "give one recording per file")
-        return path.read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
+                raise UserError(str(path), f"{size} bytes", f"at most {MAX_BYTES}", "give one recording per file")
+            return file.readall()
     except OSError as error:
         raise UserError(
             str(path), error.strerror or "no file", "a readable .npy file", "check the path (and data.root)"
         ) from None
 
 
-def _parse(path: Path, data: bytes) -> tuple[str, bool, tuple[int, ...], int]:
+def _parse(path: str | Path, data: bytes) -> tuple[str, bool, tuple[int, ...], int]:
     """(descr, fortran_order, shape, offset of the samples)."""
     if data[:6] != _MAGIC:
         raise UserError(str(path), "no numpy header", "a .npy file", "save the signal with numpy.save")
@@ -127,8 +129,9 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"the name {module}.{name}") from None
 
 
-def _unpickle(path: Path, data: bytes) -> dict[str, Any]:
+def _unpickle(path: str | Path, data: bytes, start: int) -> dict[str, Any]:
     stream = io.BytesIO(data)
+    stream.seek(start)
     try:
         value = _Unpickler(stream).load()
     except Exception as error:  # a malformed stream can raise almost anything

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal, overload
 
@@ -18,6 +19,7 @@ from elm_jax.data.text import decode_text
 from elm_jax.errors import UserError
 
 Split = Literal["train", "val", "test"]
+KEPT_RECORDS = 4096  # a few kilobytes each at most
 _log = logging.getLogger(__name__)
 
 
@@ -55,7 +57,7 @@ class _Rows:
         return _Rows(self.dataset, self.name, part)
 
     def record(self, index: int) -> Record:
-        row = self.part.table[int(self.part.rows[index])]
+        row = self.part.row(index)
         row_id = self.row_id(index)
         paths, problem = _ecg_paths(row["ecg_path"], row_id)
         return Record(
@@ -79,11 +81,18 @@ class _Rows:
 
 
 class Records(Sequence[Record]):
-    """Records by number, each built when asked for. Pickling keeps references to files where it can."""
+    """Records by number, each built when asked for; the latest are kept: a step asks for each several times.
+
+    Pickling keeps references to files where it can.
+    """
 
     def __init__(self, rows: Sequence[_Rows]) -> None:
         self._rows = list(rows)
         self._ends = np.array(list(accumulate(len(r.part.rows) for r in self._rows)), dtype=np.int64)
+        self._record = lru_cache(KEPT_RECORDS)(self._build)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Records, (self._rows,)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._rows else 0
@@ -100,6 +109,9 @@ class Records(Sequence[Record]):
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(f"record {index} of {len(self)}")
+        return self._record(position)
+
+    def _build(self, position: int) -> Record:
         which = int(np.searchsorted(self._ends, position, side="right"))
         start = int(self._ends[which - 1]) if which else 0
         return self._rows[which].record(position - start)

@@ -228,9 +228,10 @@ def test_a_source_and_its_records_can_be_sent_to_a_process() -> None:
 
 
 @pytest.mark.slow
-def test_worker_processes_read_what_threads_read() -> None:
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_worker_processes_read_what_threads_read(workers: int) -> None:
     expected = list(steps_from(source(), 1))
-    found = list(steps_from(source(), 1, workers=2))
+    found = list(steps_from(source(), 1, workers=workers))
     assert len(found) == len(expected) == 5
     for mine, theirs in zip(found, expected, strict=True):
         assert_equal(mine, theirs)
