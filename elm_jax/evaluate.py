@@ -30,9 +30,9 @@ def main(argv: Sequence[str]) -> None:
     from elm_jax.runtime.compilation import keep_compiled
     from elm_jax.training.run import config_of_run
 
-    distributed.start()
-    keep_compiled()
-    evaluate(config_of_run(options.checkpoint, flags), options.split, options.step)
+    with distributed.joined():
+        keep_compiled()
+        evaluate(config_of_run(options.checkpoint, flags), options.split, options.step)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,19 @@ from elm_jax.config import Config
 
 def main(config: Config) -> None:
     """Train, and evaluate if the config says so."""
-    from elm_jax.runtime import compilation, distributed
+    from elm_jax.runtime import compilation, distributed, gpu_settings
 
-    distributed.start()
-    compilation.keep_compiled()
-    from elm_jax.training.loop import train
+    gpu_settings.apply()
+    with distributed.joined():
+        compilation.keep_compiled()
+        from elm_jax.training.loop import train
 
-    trained = train(config)
-    if config.eval.at_end:
-        from elm_jax.evaluation.evaluator import evaluate, is_evaluated
+        trained = train(config)
+        if config.eval.at_end:
+            from elm_jax.evaluation.evaluator import evaluate, is_evaluated
 
-        if trained or not is_evaluated(config, "test"):
-            evaluate(config)
+            if trained or not is_evaluated(config, "test"):
+                evaluate(config)
 
 
 main.__doc__ = __doc__

@@ -313,12 +313,20 @@ def unreachable(url: str) -> str:
 
 def processes(environment: Mapping[str, str] = os.environ) -> Finding:
     """The variables that make several processes one program."""
-    from elm_jax.runtime.distributed import ADDRESS, COUNT, INDEX
+    from elm_jax.errors import UserError
+    from elm_jax.runtime.launchers import ADDRESS, COUNT, INDEX, find
 
     name = "processes"
     values = {variable: environment[variable] for variable in (ADDRESS, COUNT, INDEX) if variable in environment}
     if not values:
-        return Finding(name, OK, f"this process works alone: {ADDRESS} is not set")
+        try:
+            place = find(environment)
+        except UserError as error:
+            return Finding(name, FAIL, f"{error.where}: {error.found} instead of {error.expected}", error.fix)
+        if place is None:
+            return Finding(name, OK, f"this process works alone: {ADDRESS} is not set")
+        text = f"process {place.index} of {place.count}, started by {place.launcher}, process 0 at {place.address}"
+        return Finding(name, OK, text)
     unset = f"unset {' '.join(values)}  # to work alone"
     missing = [variable for variable in (ADDRESS, COUNT, INDEX) if variable not in values]
     if missing:

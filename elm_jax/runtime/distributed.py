@@ -1,35 +1,163 @@
-"""Several processes as one program: who coordinates, how many, which one is this."""
+"""Several processes as one program: they find each other, check that they see the same devices, and stop together."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata as metadata
 import json
 import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from elm_jax.errors import UserError
+from elm_jax.runtime import launchers, lifeline
+from elm_jax.runtime.launchers import Place
+from elm_jax.runtime.lifeline import Facts, Lifeline
 
-ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+LOCAL_IDS = "JAX_LOCAL_DEVICE_IDS"  # JAX's own: which devices a process takes of those that it sees
 
 
-def start() -> None:
-    """Join the processes that the environment describes; one process where it describes none.
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """`start`, and at the end, or when an error passes, tell the other processes."""
+    line = start()
+    try:
+        yield
+    except SystemExit:
+        if line:
+            line.leave()
+        raise
+    except BaseException as error:
+        if line:
+            line.leave(error)
+        raise
+    if line:
+        line.leave()
 
-    Reads JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Call before any array is made.
+
+def start() -> Lifeline | None:
+    """Join the processes that the environment describes (`launchers.find`). Call before any array is made.
+
+    Returns the connection with them, which ends this process when another one is gone; None where it works alone.
 
     Raises:
-        UserError: a variable is missing or no number.
+        UserError: a variable is missing or wrong, a process does not come, or the devices seen are not those that
+            the launcher says, or not the same everywhere.
     """
-    if ADDRESS not in os.environ:
-        return
-    count, index = _number(COUNT), _number(INDEX)
-    if index >= count:
-        raise UserError(INDEX, str(index), f"a number below {COUNT}={count}", "number the processes from 0")
+    environment = os.environ
+    place = launchers.find(environment)
+    if place is None:
+        _check_devices(launchers.expected_devices(environment), 0)
+        return None
+    own = device_share(place, gpus(environment))
+    if LOCAL_IDS in environment:
+        own = [int(i) for i in environment[LOCAL_IDS].split(",") if i.isdigit()]
+    line = lifeline.join(place, _facts(environment, place, own), judge)
+    try:
+        _initialize(place, own)
+        _check_devices(place.devices, place.index)
+    except BaseException as error:
+        line.leave(error)
+        raise
+    return line
+
+
+def gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
+    """How many NVIDIA GPUs JAX will see here; told without starting it."""
+    asked = environment.get("JAX_PLATFORMS", "")
+    plugins = {entry.name for entry in metadata.entry_points(group="jax_plugins")}
+    if (asked and not {"cuda", "gpu"} & set(asked.split(","))) or not any("cuda" in name for name in plugins):
+        return 0
+    visible = environment.get(VISIBLE)
+    if visible is not None:
+        return 0 if visible.strip() in ("", "-1", "NoDevFiles") else len(visible.split(","))
+    return len([path for path in devices.glob("nvidia[0-9]*") if path.name.removeprefix("nvidia").isdigit()])
+
+
+def device_share(place: Place, seen: int) -> list[int] | None:
+    """Which of the `seen` GPUs this process takes: its share where all processes of the node see the same ones.
+
+    None: all of them, as where each process sees its own only, works alone on its node, or there are none.
+    """
+    number, processes = place.on_node
+    share = place.devices[0] if place.devices else seen // processes
+    if processes == 1 or share == 0 or seen != share * processes:
+        return None
+    return list(range(number * share, (number + 1) * share))
+
+
+def _facts(environment: Mapping[str, str], place: Place, own: list[int] | None) -> Facts:
+    seen = gpus(environment)
+    return {
+        "gpus": seen if own is None or not seen else len(own), "visible": environment.get(VISIBLE),
+        "expected": place.devices, "jax": metadata.version("jax"),
+    }  # fmt: skip
+
+
+def judge(processes: list[Facts]) -> UserError | None:
+    """What is wrong with processes that bring these facts: other devices than expected, or other than the first's."""
+    first = processes[0]
+    for one in processes:
+        where = f"process {one['index']} on {one['host']}"
+        sees = _sees(one)
+        if one["jax"] != first["jax"]:
+            return UserError(
+                "jax", f"{one['jax']} in {where}, {first['jax']} in process 0 on {first['host']}",
+                "one version everywhere", "install the same environment on every host",
+            )  # fmt: skip
+        count, name = one["expected"] or (one["gpus"], "")
+        if name == "SLURM_GPUS_ON_NODE" and one["gpus"] != count:
+            return _not_expected(name, f"{sees} in {where}", count, "GPUs")
+        if one["gpus"] != first["gpus"]:
+            return UserError(
+                VISIBLE, f"{sees} in {where}, {_sees(first)} in process 0 on {first['host']}",
+                "the same number in every process", "check how the launcher gives out GPUs, and python -m"
+                " elm_jax.doctor there",
+            )  # fmt: skip
+    return None
+
+
+def _sees(facts: Facts) -> str:
+    visible = f" ({VISIBLE}={facts['visible']})" if facts["visible"] is not None else ""
+    return f"{facts['gpus']} GPUs{visible}"
+
+
+def _not_expected(name: str, found: str, count: int, kind: str) -> UserError:
+    if name == launchers.DEVICES:
+        fix = f"correct {name}, or what the process may see"
+    else:
+        fix = (
+            f"leave {VISIBLE} to SLURM, set --ntasks-per-node to 1 or to the GPUs of a node, and run"
+            " python -m elm_jax.doctor there; or set JAX_PLATFORMS=cpu"
+        )
+    return UserError(name, found, f"{count} {kind} in each process", fix)
+
+
+def _initialize(place: Place, own: list[int] | None) -> None:
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(os.environ[ADDRESS], count, index, initialization_timeout=300)
+    # JAX's own detection is off: under SLURM it would give each process one GPU, however many it has.
+    jax.distributed.initialize(
+        place.address, place.count, place.index, own, "deactivate", initialization_timeout=300
+    )
+
+
+def _check_devices(expected: tuple[int, str] | None, index: int) -> None:
+    """Raise UserError unless JAX sees as many devices as expected: GPUs, where the launcher counts these."""
+    if expected is None:
+        return
+    import jax
+
+    devices, (count, name) = jax.local_devices(), expected
+    platform = devices[0].platform
+    if len(devices) != count or (name != launchers.DEVICES and platform == "cpu"):
+        kind = "devices" if name == launchers.DEVICES else "GPUs"
+        raise _not_expected(name, f"{len(devices)} of platform {platform} in process {index}", count, kind)
 
 
 def gather(value: Any) -> list[Any]:
@@ -45,10 +173,3 @@ def gather(value: Any) -> list[Any]:
     padded[: len(own)] = own
     rows = np.asarray(process_allgather(padded))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
-
-
-def _number(name: str) -> int:
-    value = os.environ.get(name, "")
-    if not value.isdigit():
-        raise UserError(name, repr(value), "a whole number", f"set it beside {ADDRESS} in every process")
-    return int(value)

@@ -8,21 +8,22 @@ from types import FrameType
 
 
 class StopSignal:
-    """While entered, SIGTERM and SIGINT set `asked` instead of ending the process; a second one ends it.
+    """While entered, SIGTERM, SIGINT and SIGUSR1 set `asked` instead of ending the process; a second one ends it.
 
     Not where several processes run (`active=False`): they must agree on the step, which the checkpoint manager
-    arranges (`Checkpoints.reached_preemption`).
+    arranges (`Checkpoints.reached_preemption`) on SIGTERM; SIGUSR1, which SLURM may send instead, becomes that.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, active: bool = True) -> None:
         self.asked, self.active = False, active
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
-        if self.active and threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            handlers = dict.fromkeys(self.SIGNALS, self._ask) if self.active else {signal.SIGUSR1: _terminate}
+            self._before = {s: signal.signal(s, handler) for s, handler in handlers.items()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -34,3 +35,7 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.asked = True
+
+
+def _terminate(_: int, frame: FrameType | None) -> None:
+    signal.raise_signal(signal.SIGTERM)

@@ -59,3 +59,16 @@ def test_the_second_signal_ends_the_process() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert ended.returncode == -signal.SIGTERM and ended.stdout.split() == ["True"]
+
+
+def test_among_several_processes_sigusr1_becomes_sigterm() -> None:
+    """Which JAX listens to, so that all of them stop after the same step."""
+    terminated: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))
+    try:
+        with StopSignal(active=False) as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert terminated == [signal.SIGTERM] and not stop.asked
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,228 @@
+"""Who this process is among several, read from what started it: plain variables, Open MPI, SLURM or Kubernetes.
+
+Reads environment variables only, and imports no jax: what it says can be tested anywhere.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from elm_jax.errors import UserError
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+DEVICES = "ELM_JAX_DEVICES_PER_PROCESS"  # how many each process must see; no launcher but SLURM says so itself
+PORT = 8476  # of the coordinator where only its host is known
+FIRST_PORT, PORTS = 61000, 4000  # above Linux's ephemeral ports; a job takes two of them
+ALONE = f"or set {COUNT}=1 for a run of this process alone"
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among `count`, numbered from 0.
+
+    address: host:port of process 0; the port above it must be free there too. names: the variables that gave
+    address, count and index. on_node: this process's number among those of its node, and how many these are.
+    devices: how many this process must see, and the variable that says so.
+    """
+
+    launcher: str
+    address: str
+    count: int
+    index: int
+    names: tuple[str, str, str] = (ADDRESS, COUNT, INDEX)
+    on_node: tuple[int, int] = (0, 1)
+    devices: tuple[int, str] | None = None
+
+
+@dataclass(frozen=True)
+class _Launcher:
+    """What a launcher sets. `present`: the variable that gives it away."""
+
+    name: str
+    present: str
+    count: str
+    index: str
+
+
+MPI = _Launcher("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
+SLURM = _Launcher("SLURM", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+KUBERNETES = _Launcher("Kubernetes", "JOB_COMPLETION_INDEX", COUNT, "JOB_COMPLETION_INDEX")
+PLAIN = _Launcher("the environment", ADDRESS, COUNT, INDEX)
+# mpirun inside a SLURM job is started by srun, once a node, so that SLURM's own variables mean something else there.
+LAUNCHERS = (MPI, SLURM, KUBERNETES, PLAIN)
+
+
+def find(environment: Mapping[str, str]) -> Place | None:
+    """The place of this process; None where it works alone.
+
+    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID go before what a launcher says, each
+    on its own; JAX_NUM_PROCESSES=1 alone makes any process work alone.
+
+    Raises:
+        UserError: a variable is missing or wrong; names it.
+    """
+    if environment.get(COUNT) == "1" and environment.get(INDEX, "0") == "0":
+        return None
+    launcher = next((known for known in LAUNCHERS if known.present in environment), None)
+    if launcher is not SLURM and launcher is not MPI:
+        _check_started_by_srun(environment)
+    if launcher is None:
+        for name in (COUNT, INDEX):
+            if name in environment:
+                raise UserError(ADDRESS, "nothing", f"host:port of process 0, beside {name}", f"set it, {ALONE}")
+        return None
+    names = {"count": launcher.count, "index": launcher.index}
+    if COUNT in environment:
+        names["count"] = COUNT
+    if INDEX in environment:
+        names["index"] = INDEX
+    count, index = (_number(environment, name, launcher) for name in (names["count"], names["index"]))
+    if launcher is SLURM and count == 1:
+        _check_nodes(environment)
+    if count == 1:
+        return None
+    if index >= count:
+        raise UserError(
+            names["index"], str(index), f"a number below {names['count']}={count}", "number the processes from 0"
+        )
+    given = ADDRESS in environment
+    address = environment[ADDRESS] if given else _address(launcher, environment, index)
+    on_node = _on_node(launcher, environment)
+    return Place(
+        launcher.name, _checked_address(address), count, index,
+        (ADDRESS if given else launcher.present, names["count"], names["index"]),
+        on_node, expected_devices(environment, on_node),
+    )  # fmt: skip
+
+
+def expected_devices(environment: Mapping[str, str], on_node: tuple[int, int] = (0, 1)) -> tuple[int, str] | None:
+    """How many devices a process must see, and the variable that says so; None where nothing says it.
+
+    Raises:
+        UserError: a node's GPUs cannot be divided among its processes.
+    """
+    if DEVICES in environment:
+        return _number(environment, DEVICES, PLAIN), DEVICES
+    name = "SLURM_GPUS_ON_NODE"
+    gpus = environment.get(name, "")
+    if SLURM.present not in environment or not gpus.isdigit() or gpus == "0":
+        return None
+    if environment.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
+        return None  # the user wants no GPU
+    if int(gpus) % on_node[1]:
+        raise UserError(
+            "SLURM_STEP_TASKS_PER_NODE", f"{on_node[1]} processes on a node with {name}={gpus}",
+            "one process a node, or as many as divide its GPUs", "set --ntasks-per-node",
+        )  # fmt: skip
+    return int(gpus) // on_node[1], name
+
+
+def _number(environment: Mapping[str, str], name: str, launcher: _Launcher) -> int:
+    value = environment.get(name, "")
+    if not value.isdigit():
+        fix = f"set it in every process, {ALONE}" if name == COUNT else "set it in every process"
+        raise UserError(name, repr(value) if value else "nothing", f"a whole number, started by {launcher.name}", fix)
+    return int(value)
+
+
+def _checked_address(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16 - 1:
+        raise UserError(ADDRESS, repr(address), "host:port of process 0", f"set it to something like host-0:{PORT}")
+    return address
+
+
+def _check_started_by_srun(environment: Mapping[str, str]) -> None:
+    """A job of several nodes in which Python was started without srun would train on the first node alone."""
+    nodes = environment.get("SLURM_JOB_NUM_NODES", "1")
+    if nodes.isdigit() and int(nodes) > 1 and ADDRESS not in environment:
+        raise UserError(
+            SLURM.present, f"nothing, in a job of {nodes} nodes", "a process on each node, started by srun",
+            f"write srun before python, {ALONE}",
+        )  # fmt: skip
+
+
+def _check_nodes(environment: Mapping[str, str]) -> None:
+    nodes = environment.get("SLURM_JOB_NUM_NODES", "1")
+    if nodes.isdigit() and int(nodes) > 1:
+        raise UserError(
+            SLURM.count, f"1 process in a job of {nodes} nodes", "at least one process a node",
+            f"set --ntasks-per-node (1, or the number of GPUs of a node), {ALONE}",
+        )  # fmt: skip
+
+
+def _on_node(launcher: _Launcher, environment: Mapping[str, str]) -> tuple[int, int]:
+    if launcher is MPI:
+        found = [environment.get(f"OMPI_COMM_WORLD_LOCAL_{what}", "") for what in ("RANK", "SIZE")]
+        return (int(found[0]), int(found[1])) if all(value.isdigit() for value in found) else (0, 1)
+    if launcher is not SLURM:
+        return 0, 1
+    per_node = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    node, local = (environment.get(f"SLURM_{what}", "0") for what in ("NODEID", "LOCALID"))
+    if not (node.isdigit() and local.isdigit() and int(node) < len(per_node)):
+        return 0, 1
+    return int(local), per_node[int(node)]
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """`2(x3),1` -> [2, 2, 2, 1]: how SLURM writes the number of tasks of each node."""
+    found = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        found += [int(count)] * int(times or 1)
+    return found
+
+
+def first_node(nodes: str) -> str:
+    """The first of a SLURM node list such as `gpu[001-004,007],login` -> `gpu001`."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    if match is None:
+        raise UserError(SLURM.present, repr(nodes), "a list of nodes", f"set {ADDRESS} to host:port of process 0")
+    return "".join(part or "" for part in match.groups())
+
+
+def _address(launcher: _Launcher, environment: Mapping[str, str], index: int) -> str:
+    """host:port of process 0, as all processes of the job work it out for themselves."""
+    if launcher is SLURM:
+        name = f"{environment.get('SLURM_JOB_ID', '')}.{environment.get('SLURM_STEP_ID', '')}"
+        return f"{first_node(environment[SLURM.present])}:{_port(name)}"
+    if launcher is MPI:
+        return _mpi_address(environment)
+    if launcher is KUBERNETES:
+        return f"{_first_pod(index)}:{PORT}"
+    raise AssertionError(launcher)
+
+
+def _mpi_address(environment: Mapping[str, str]) -> str:
+    port = _port(environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_orte_hnp_uri", "").split(".")[0])
+    local, size = (environment.get(f"OMPI_COMM_WORLD_{what}") for what in ("LOCAL_SIZE", "SIZE"))
+    if local == size:
+        return f"127.0.0.1:{port}"
+    if "SLURM_JOB_NODELIST" in environment:
+        return f"{first_node(environment['SLURM_JOB_NODELIST'])}:{port}"
+    # Where mpirun runs: Open MPI puts process 0 there, unless that is a login node.
+    launched_from = re.search(r"tcp://([^,:;]+)", environment.get("OMPI_MCA_orte_hnp_uri", ""))
+    if launched_from is None:
+        raise UserError(
+            ADDRESS, "nothing", "host:port of process 0: this Open MPI does not say where it runs",
+            f"start with mpirun -x {ADDRESS}=HOST:{PORT}",
+        )  # fmt: skip
+    return f"{launched_from[1]}:{port}"
+
+
+def _first_pod(index: int) -> str:
+    """The name in the cluster of the Job's pod 0: pods of an Indexed Job are NAME-INDEX.SUBDOMAIN."""
+    name, _, domain = socket.getfqdn().partition(".")
+    if not name.endswith(f"-{index}") or not domain:
+        raise UserError(
+            ADDRESS, f"nothing, in a pod called {name!r}", "host:port of process 0",
+            "give the Job's pods a subdomain and a headless service (a JobSet does), or set it",
+        )  # fmt: skip
+    return f"{name.removesuffix(str(index))}0.{domain}"
+
+
+def _port(job: str) -> int:
+    return FIRST_PORT + 2 * (zlib.crc32(job.encode()) % (PORTS // 2))

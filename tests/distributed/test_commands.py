@@ -1,0 +1,173 @@
+"""`python -m elm_jax.train` as a user starts it: several processes, given by variables, on one machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+
+STEPS = 6
+# Compiled without LLVM's optimisations, as in all tests.
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
+# The demo without an encoder: nothing else compiles as fast.
+SMALL = {
+    "data.names": '["demo:train=48,val=8,test=8"]', "elm": "base_elf", "encoder.name": "None", "encoder.config": "{}",
+    "connector.hidden": "None", "update": "connector,llm",
+    "llm.scratch": '{"hidden":32,"layers":2,"heads":4,"kv_heads":2,"mlp":64,"max_len":128}', "train.batch_size": 8,
+    "optim.schedule": "constant", "optim.warmup_ratio": 0, "data.val_fraction": 0,
+}  # fmt: skip
+LOGGED = {"train.log_every": 1, "train.save_every": 2, "eval.at_end": "false", "log.progress": "false"}
+REAL = {
+    "llm.name": "stories260K", "llm.compute_dtype": "float32", "llm.remat": "none", "data.max_len": 512,
+    "data.system_prompt": "", "data.share": "ecg", "encoder.config.resnet_type": "resnet18",
+    "encoder.config.width": 4, "encoder.tokens": 8, "update": "encoder,connector,llm", "optim.lr": 2e-3,
+    "train.batch_size": 8, "data.val_fraction": 0, "data.names": "ecg_qa.parquet,ptb_xl_reports.parquet",
+}  # fmt: skip
+Flags = dict[str, Any]
+
+
+def command(config: str, workdir: Path, flags: Flags) -> list[str]:
+    values = {**flags, **LOGGED, "workdir": workdir}
+    return ["-m", "elm_jax.train", "--config", config, *(f"--config.{name}={value}" for name, value in values.items())]
+
+
+def start(
+    arguments: list[str], cwd: Path = runs.ROOT, env: dict[str, str] | None = None, devices: int = 1
+) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(runs.ROOT), "XLA_FLAGS": f"{XLA_FLAGS}{devices}", **(env or {})}
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def together(count: int) -> list[dict[str, str]]:
+    """The environments of `count` processes that belong together."""
+    address = runs.two()[0]["JAX_COORDINATOR_ADDRESS"]
+    return [
+        {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
+        for i in range(count)
+    ]
+
+
+def train(count: int, *arguments: Any, **options: Any) -> None:
+    """A run of `count` processes to its end."""
+    environments = together(count) if count > 1 else [{}]
+    runs.finish_all([start(command(*arguments), env=env, **options) for env in environments])
+
+
+def assert_same(found: Path, expected: Path, steps: int = STEPS) -> None:
+    mine, theirs = runs.logged(found), runs.logged(expected)
+    assert mine.keys() == theirs.keys() == set(range(1, steps + 1))
+    for step, values in theirs.items():
+        assert mine[step].keys() == values.keys()
+        for name, value in values.items():
+            assert mine[step][name] == pytest.approx(value, rel=1e-5), f"{name} of step {step}"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.fixture(scope="module")
+def real(place: Path, shared: Path) -> Path:
+    """Recordings of PTB-XL with the questions of ECG-QA about them, prepared; and a pretrained LLM beside them."""
+    text, ecg = shared / "real" / "text" / "ecgqa" / "ptbxl", shared / "real" / "ecg" / "ptbxl"
+    preparation = [
+        ["ptb_xl", "--raw", str(ecg), "--out", "data"],
+        ["ecg_qa", "--raw", str(text), "--records", "data/ptb_xl/preprocessed_2500", "--ptbxl-csv",
+         str(ecg / "ptbxl_database.csv"), "--single-only", "--split", "strat_fold", "--out", "data/ecg_qa.parquet"],
+    ]  # fmt: skip
+    for arguments in preparation:
+        runs.finish(start(["-m", "elm_jax.prepare", *arguments], cwd=place))
+    (place / "stories260K").symlink_to(shared / "real" / "models" / "stories260K")
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_train_on_real_data_as_one_with_as_many_devices_does(real: Path, count: int) -> None:
+    """The mesh is the same, so that Adam does not make much of what sums in another order differ by."""
+    flags = {**REAL, "data.root": "data", "train.steps": STEPS}
+    train(count, "configs/llava_merl.py", Path(f"together-{count}"), flags, cwd=real)
+    train(1, "configs/llava_merl.py", Path(f"alone-{count}"), flags, cwd=real, devices=count)
+    assert_same(real / f"together-{count}", real / f"alone-{count}")
+
+
+@pytest.fixture(scope="module")
+def one(place: Path) -> Path:
+    train(1, "configs/demo.py", place / "one", {**SMALL, "train.steps": STEPS})
+    return place / "one"
+
+
+def wait_for_step(folder: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
+    """Until a step is logged and the checkpoint before it is there."""
+    metrics = folder / "metrics.jsonl"
+    for _ in range(4000):
+        done = re.findall(r'"step": (\d+), "loss"', metrics.read_text()) if metrics.is_file() else []
+        if done and int(done[-1]) >= step and (folder / "checkpoints" / str(step - 1)).is_dir():
+            return
+        assert all(process.poll() is None for process in processes), [p.communicate()[1][-2000:] for p in processes]
+        time.sleep(0.1)
+    raise AssertionError(f"no step {step} within 400 s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, victim", [(2, 1), (2, 0)])
+def test_one_is_killed_the_others_name_it_and_the_run_goes_on(place: Path, one: Path, count: int, victim: int) -> None:
+    folder = place / f"killed-{count}-{victim}"
+    endless = {**SMALL, "train.steps": 100_000}
+    processes = [start(command("configs/demo.py", folder, endless), env=env) for env in together(count)]
+    try:
+        wait_for_step(folder, 3, processes)
+        os.kill(processes[victim].pid, signal.SIGKILL)
+        killed_at = time.monotonic()
+        told = [process.communicate(timeout=60)[1] for process in processes]
+        assert time.monotonic() - killed_at < 30
+    finally:
+        for process in processes:
+            process.kill()
+    for index, (process, text) in enumerate(zip(processes, told, strict=True)):
+        if index != victim:
+            assert process.returncode == 75, text
+            assert re.search(rf"process {victim} of {count}, on \S+, is gone", text), text
+    steps = max(runs.committed(folder)) + 4
+    train(count, "configs/demo.py", folder, {**SMALL, "train.steps": steps})
+    found, expected = runs.logged(folder), runs.logged(one)
+    assert found.keys() == set(range(1, steps + 1)) and (folder / "DONE").is_file()
+    for step, values in expected.items():
+        if step in found:
+            assert found[step]["loss"] == pytest.approx(values["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_that_see_other_devices_than_expected_end_at_once(place: Path) -> None:
+    own = {"ELM_JAX_DEVICES_PER_PROCESS": "8"}
+    processes = [
+        start(command("configs/demo.py", place / "devices", SMALL), env={**env, **own}) for env in together(2)
+    ]
+    for text in runs.finish_all(processes, 2):
+        assert re.search(r"error: ELM_JAX_DEVICES_PER_PROCESS: found 1 of platform cpu .* expected 8 devices", text)
+    assert not (place / "devices").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment, named",
+    [
+        ({"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"}, "SLURM_STEP_NODELIST"),
+        ({"JOB_COMPLETION_INDEX": "0"}, "JAX_NUM_PROCESSES"),
+    ],
+)
+def test_a_launcher_used_wrongly_is_an_error_of_the_command(place: Path, environment: Flags, named: str) -> None:
+    told = runs.finish(start(command("configs/demo.py", place / "wrong", SMALL), env=environment), 2)
+    assert told.startswith(f"error: {named}: ") and len(told.splitlines()) == 1
