@@ -2,7 +2,8 @@
 
     python scripts/bench_train.py --data FOLDER --tokenizer FOLDER [--device cpu|gpu] [--json FILE] [--cases ...]
 
-FOLDER is what `prepare` made (ecg_qa.parquet and the recordings); the tokenizer is Qwen2.5's. The decoder has
+FOLDER is what `prepare` made (ecg_qa.parquet and the recordings); questions about one ECG are taken, behind a system
+prompt of the reference's length. The tokenizer is Qwen2.5's. The decoder has
 Qwen2.5-0.5B's shape with 8 layers and random weights; the encoder (MERL, 50 signal tokens) is frozen, and its outputs
 are kept on disk for both sides. Each side runs in a process of its own, one after the other:
 
@@ -33,7 +34,7 @@ import numpy as np
 SHAPE = {"hidden_size": 896, "num_hidden_layers": 8, "num_attention_heads": 14, "num_key_value_heads": 2,
          "intermediate_size": 4864, "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
          "max_position_embeddings": 32768, "tie_word_embeddings": True}  # fmt: skip
-SIGNAL_TOKENS, LIMIT, QUESTIONS = 50, 2048, 14
+SIGNAL_TOKENS, PROMPT_TOKENS, LIMIT, QUESTIONS = 50, 174, 2048, 14
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class Case:
 
 def cases(device: str) -> dict[str, Case]:
     gpu = device == "gpu"
-    equal, rows, micro, padded = (32, 8, 32, 16) if gpu else (8, 1, 8, 2)
+    equal, rows, micro, padded = (32, 8, 32, 16) if gpu else (16, 1, 16, 2)
     steps, timed = (16, 16) if gpu else (6, 3)  # of ours; micro-batches of theirs
-    alone = {"train.batch_size": equal, "data.pack": False, "data.share": "none", "data.max_len": 512}
+    alone = {"train.batch_size": equal, "data.pack": False, "data.share": "none", "data.max_len": None}
     system = {"train.batch_size": rows, "data.max_len": LIMIT, "data.share": "system"}
     ecg = system | {"data.share": "ecg"}
     many = f"{QUESTIONS} questions on each recording (synthetic)"
@@ -138,7 +139,8 @@ def _prepare(folder: Path, args: argparse.Namespace) -> None:
     }
     save_file(drawn, llm / "model.safetensors", metadata={"format": "pt"})
 
-    real = [row | {"split": "train"} for row in pq.read_table(args.data / "ecg_qa.parquet").to_pylist()]
+    rows = pq.read_table(args.data / "ecg_qa.parquet").to_pylist()
+    real = [row | {"split": "train"} for row in rows if row["name"].startswith("single-")]
     paths = sorted({row["ecg_path"] for row in real})
     asked = sorted({json.loads(row["text"])[1] for row in real})
 
@@ -154,8 +156,21 @@ def _prepare(folder: Path, args: argparse.Namespace) -> None:
     data.mkdir()
     for child in args.data.iterdir():
         (data / child.name).symlink_to(child.resolve())
+    (folder / "prompt.txt").write_text(_prompt(args.tokenizer))
     for name, rows in (("real", real), ("many", many), ("equal", equal)):
         pq.write_table(pa.Table.from_pylist(rows), data / f"bench_{name}.parquet")
+
+
+def _prompt(tokenizer: Path) -> str:
+    """A system prompt that takes PROMPT_TOKENS tokens together with the chat's own marks."""
+    from transformers import AutoTokenizer
+
+    from elm_jax.data.prompts import DEFAULT
+
+    count, words, text = AutoTokenizer.from_pretrained(tokenizer), (2 * DEFAULT).split(), ""
+    while len(count(text)["input_ids"]) < PROMPT_TOKENS - 5:
+        text = f"{text} {words.pop(0)}".strip()
+    return text
 
 
 def _compare(folder: Path, name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
@@ -164,6 +179,7 @@ def _compare(folder: Path, name: str, case: Case, args: argparse.Namespace) -> d
     told = {
         "llm": str(folder / "llm"),
         "data": str(folder / "data"),
+        "prompt": str(folder / "prompt.txt"),
         "device": args.device,
         "case": case.__dict__,
         "cache": str(folder / "cache"),
@@ -199,7 +215,7 @@ def _compare(folder: Path, name: str, case: Case, args: argparse.Namespace) -> d
 
 def _ours(work: Path) -> None:
     started = _resident()
-    from elm_jax.assemble import make_arrays
+    from elm_jax.assemble import assemble, make_arrays
     from elm_jax.cli import ConfigFlags
     from elm_jax.data.loader import StepSource
     from elm_jax.runtime.compilation import cache_folder
@@ -212,17 +228,34 @@ def _ours(work: Path) -> None:
         "workdir": work / "run", "elm": "linear_llava", "update": "connector,llm", "encoder.name": "merl",
         "encoder.tokens": SIGNAL_TOKENS, "encoder.cache": True,
         "encoder.config": json.dumps({"resnet_type": "resnet18"}), "llm.name": told["llm"],
-        "llm.param_dtype": "float32", "llm.scan": told["device"] == "gpu", "llm.remat": "none",
+        "llm.param_dtype": "float32", "llm.scan": told["device"] == "gpu",
         "llm.compute_dtype": "float32" if told["device"] == "cpu" else "bfloat16",
         "data.names": f"bench_{case['table']}.parquet", "data.root": told["data"], "data.val_fraction": 0.0,
+        "data.system_prompt": told["prompt"],
         "optim.lr": 1e-5, "optim.schedule": "constant", "optim.grad_clip": 1.0, "train.steps": case["steps"],
         "train.log_every": 1, "train.save_every": 10**6, "eval.at_end": False, "log.progress": False, **case["ours"],
     }  # fmt: skip
-    config = ConfigFlags.parse(
-        ["--config", "configs/ecg_qa.py", *(f"--config.{k}={v}" for k, v in values.items())]
-    ).load()
+
+    def configured(**changes: Any) -> Any:
+        flags = (f"--config.{k}={v}" for k, v in {**values, **changes}.items())
+        return ConfigFlags.parse(["--config", "configs/ecg_qa.py", *flags]).load()
+
+    if values["data.max_len"] is None:  # all conversations are of one length
+        values["data.max_len"] = LIMIT
+        values["data.max_len"] = len(assemble(configured(), None).dataset("train").render(0).ids)
+    config = configured()
     (work / "run").mkdir()
-    trainer = Trainer(config, work / "run")
+
+    class Measured(Trainer):
+        """Takes the memory at its peak before the checkpoint is written: theirs writes none."""
+
+        peak_gb = 0.0
+
+        def _save(self) -> None:
+            self.peak_gb = self.peak_gb or _peak(told["device"])
+            super()._save()
+
+    trainer = Measured(config, work / "run")
     trainer.run()
     dataset, leaves = trainer.dataset, trainer.assembly.structure.leaves
     source = StepSource(dataset, trainer.plan, steps=case["steps"])
@@ -240,12 +273,15 @@ def _ours(work: Path) -> None:
         **{f"at_{s}": r.signal_positions.ravel() for s, r in rendered.items()},
         **{f"signal_{s}": np.asarray(dataset.signals(s)[0], np.float32) for s in used},
     )  # fmt: skip
+    lengths = [len(r.ids) for r in rendered.values()]
+    prefix = {r.system_end for r in rendered.values()}
+    print(f"{sum(lengths) / len(lengths):.1f} tokens a conversation, {prefix} of them shared", file=sys.stderr)
     parameters = sum(x.size for x in trainer.state.trained.values())
     lines = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
     timed = logged[len(logged) // 2 :]
     rate = statistics.median(line["conversations"] / line["step_ms"] * 1e3 for line in timed)
-    memory = _peak(told["device"]) - 12e-9 * parameters - (started if told["device"] == "cpu" else 0)
+    memory = trainer.peak_gb - 12e-9 * parameters - (started if told["device"] == "cpu" else 0)
     keys = ("padding_fraction", "tokens_per_s", "mfu")
     told = {"loss": logged[0]["loss"], "rate": rate, "memory_gb": memory, **{k: timed[-1][k] for k in keys}}
     (work / "ours.json").write_text(json.dumps({**told, "jax": version("jax"), "cache": str(cache_folder())}))

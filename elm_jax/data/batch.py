@@ -6,12 +6,12 @@ belong to the prefix or to its own branch, and positions continue from the prefi
 what it would compute alone behind its prefix.
 
 Dimension letters: A micro-batches, B rows, T tokens, S signal slots of a row, N signal tokens per ECG,
-M supervised slots of a row.
+M supervised slots of a row, Q blocks of a row, n blocks of keys that a block of queries may see.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ class ArraySpec(NamedTuple):
     dtype: Any = np.float32
 
 
+BLOCK = 64  # tokens: attention is skipped a block of queries and keys at a time
 Layout = ArraySpec | Mapping[str, ArraySpec]  # of a Signal
 
 
@@ -62,6 +63,7 @@ class Batch(NamedTuple):
     target_ids: Array  # (B, M) int32
     target_weights: Array  # (B, M) float32, 0 = slot unused
     sample_ids: Array  # (B, M) int32: the samples of the row, -1 = none (a row has at most M)
+    key_blocks: Array  # (B, Q, n) int32: the blocks that each block of tokens may see, then -1; n = 0: all of them
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class BatchShape:
     tokens: int
     signals: int
     targets: int
+    key_blocks: int = 0  # n; 0: attention looks at all pairs of tokens
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,41 @@ def empty_batch(shape: BatchShape, layout: Layout, *leading: int) -> Batch:
         target_ids=np.zeros((*leading, shape.targets), np.int32),
         target_weights=np.zeros((*leading, shape.targets), np.float32),
         sample_ids=np.full((*leading, shape.targets), -1, np.int32),
+        key_blocks=np.full((*leading, shape.tokens // BLOCK, shape.key_blocks), -1, np.int32),
     )
 
 
 def write_row(batch: Batch, row: tuple[int, ...], groups: list[Group]) -> None:
     """Lay groups out in an empty row of a batch, by its place on the leading axes."""
     _RowWriter(batch, row).write(groups)
+    key_blocks = batch.key_blocks[row]
+    if key_blocks.shape[1]:
+        spans = [(g.prefix, [len(c.ids) - g.prefix for c in g.conversations]) for g in groups]
+        for block, seen in enumerate(visible_blocks(spans, batch.tokens.shape[-1])):
+            found = np.flatnonzero(seen)
+            key_blocks[block, : len(found)] = found
+
+
+def visible_blocks(groups: Iterable[tuple[int, Sequence[int]]], tokens: int) -> np.ndarray:
+    """(Q, Q) bool: whether any token of a block of queries sees a block of keys, in a row of `tokens`.
+
+    groups: the tokens of each group's prefix and of each of its branches, in the row's order.
+    """
+    seen = np.zeros((tokens // BLOCK, tokens // BLOCK), bool)
+    end = 0
+
+    def blocks(first: int, size: int) -> slice:
+        return slice(first // BLOCK, -(-(first + size) // BLOCK))
+
+    for prefix, branches in groups:
+        shared = blocks(end, prefix) if prefix else slice(0)
+        seen[shared, shared] = True
+        end += prefix
+        for size in branches:
+            own = blocks(end, size)
+            seen[own, shared] = seen[own, own] = True
+            end += size
+    return np.tril(seen)
 
 
 class _RowWriter:

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from elm_jax.data.batch import BatchShape
+from elm_jax.data.batch import BLOCK, BatchShape, visible_blocks
 from elm_jax.errors import UserError
 
 PLANNED_EPOCHS = 2  # epochs whose rows are kept: steps at the end of one are read ahead into the next
+LEAST_BLOCKS = 8  # of a row's attention: in shorter ones nothing is gained by leaving some out
 OPEN_ROWS = 32  # rows that packing keeps open at a time: more packs tighter and plans slower
 
 
@@ -129,9 +130,24 @@ class Plan:
         an epoch has a handful of shapes to compile at most.
         """
         usage = [self._usage(row) for row in rows]
-        tokens = next(t for t in token_buckets(self.max_len) if t >= max(u.tokens for u in usage))
+        tokens = next(t for t in token_buckets(self.max_len, self.pack) if t >= max(u.tokens for u in usage))
         signals = bucket(max(u.signals for u in usage), self._least.signals)
-        return BatchShape(tokens, signals, bucket(max(u.targets for u in usage), self._least.targets))
+        targets = bucket(max(u.targets for u in usage), self._least.targets)
+        return BatchShape(tokens, signals, targets, self._key_blocks(rows, tokens))
+
+    def _key_blocks(self, rows: Sequence[PlannedRow], tokens: int) -> int:
+        """How many blocks of keys a block of queries sees at most, in sixteenths of all; above one half 0: all."""
+        blocks = tokens // BLOCK
+        if not self.pack or tokens % BLOCK or blocks < LEAST_BLOCKS:
+            return 0
+        most = max(int(visible_blocks(self._spans(row), tokens).sum(1).max()) for row in rows)
+        step = -(-blocks // 16)
+        rounded = -(-most // step) * step
+        return rounded if 2 * rounded <= blocks else 0
+
+    def _spans(self, row: PlannedRow) -> list[tuple[int, list[int]]]:
+        """Each group's prefix, and the tokens of its branches."""
+        return [(g.prefix, (self.index.length[list(g.samples)] - g.prefix).tolist()) for g in row]
 
     @functools.cached_property
     def _least(self) -> _Usage:
@@ -276,6 +292,14 @@ def bucket(size: int, least: int = 1) -> int:
     return least << (max(1, -(-size // least)) - 1).bit_length()
 
 
-def token_buckets(max_len: int) -> list[int]:
-    """Row lengths in use: an eighth, a quarter, a half and the whole of max_len, in multiples of 8."""
-    return [max(8, -(-max_len // (8 * d)) * 8) for d in (8, 4, 2, 1)]
+def token_buckets(max_len: int, pack: bool = True) -> list[int]:
+    """Row lengths in use, in multiples of 8.
+
+    Packed rows are full but for the last of an epoch: an eighth, a quarter, a half and the whole of max_len. Rows of one
+    conversation have its length, in steps of an eighth of the next power of two.
+    """
+    if pack:
+        return [max(8, -(-max_len // (8 * d)) * 8) for d in (8, 4, 2, 1)]
+    steps = [max(8, power // 8) for power in (1 << n for n in range(6, max_len.bit_length() + 1))]
+    found = {size for step in steps for size in range(step, 8 * step + 1, step) if size < max_len}
+    return [*sorted(found), -(-max_len // 8) * 8]

@@ -1,9 +1,11 @@
 """One `attend` for every decoder, and the masks it takes.
 
-B batch, T query tokens, S key tokens, H heads, K key/value heads, d head size.
+B batch, T query tokens, S key tokens, H heads, K key/value heads, d head size; of packed rows Q blocks of b tokens and
+n blocks of keys for each.
 Masks are boolean, True = sees.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import jax
@@ -114,16 +116,47 @@ def padding_mask(attention_mask: jax.Array) -> jax.Array:
     return ((causal & valid[:, None, :]) | itself)[:, None]
 
 
-def packed_mask(group_ids: jax.Array, branch_ids: jax.Array) -> jax.Array:
+@dataclass(frozen=True)
+class Blocks:
+    """Rows cut into blocks of queries, each beside the few blocks of keys that it may see: a batch of B·Q rows.
+
+    So attention leaves out the pairs of blocks that the mask would hide, in whatever implementation.
+
+    index: (B, Q, n), the blocks of keys in ascending order, then -1.
+    """
+
+    index: jax.Array
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """(B, T, ...) -> (B·Q, b, ...)."""
+        return x.reshape(self.index.shape[0] * self.index.shape[1], -1, *x.shape[2:])
+
+    def keys(self, x: jax.Array) -> jax.Array:
+        """(B, T, ...) -> (B·Q, n·b, ...); what stands for no block is 0."""
+        rows, queries, _ = self.index.shape
+        blocks = x.reshape(rows, queries, -1, *x.shape[2:])
+        # A product, whose gradient sums in float32: that of a gather would add up in the dtype of x, in any order.
+        chosen = jax.nn.one_hot(self.index, queries, dtype=x.dtype)
+        taken = jnp.einsum("bqns,bs...->bqn...", chosen, blocks, precision="highest", preferred_element_type=x.dtype)
+        return taken.reshape(rows * queries, -1, *x.shape[2:])
+
+
+def packed_mask(group_ids: jax.Array, branch_ids: jax.Array, blocks: Blocks | None = None) -> jax.Array:
     """The mask of packed rows: (B, T) groups (0 = padding) and branches (0 = prefix) -> (B, 1, T, T).
 
     A token sees those at or before it in its own group that belong to the prefix or to its own branch.
-    Padding sees itself only.
+    Padding sees itself only. With `blocks` it is (B·Q, 1, b, n·b), and whole blocks of padding may see nothing.
     """
-    causal, itself = _triangle(group_ids.shape[1])
-    same_group = (group_ids[:, :, None] == group_ids[:, None, :]) & (group_ids > 0)[:, :, None]
-    in_reach = (branch_ids[:, None, :] == 0) | (branch_ids[:, :, None] == branch_ids[:, None, :])
-    return ((same_group & in_reach & causal) | itself)[:, None]
+    slots = jnp.broadcast_to(jnp.arange(1, group_ids.shape[1] + 1), group_ids.shape)  # 0: no block
+    facts = slots, group_ids, branch_ids
+    query = facts if blocks is None else tuple(blocks.queries(x) for x in facts)
+    key = facts if blocks is None else tuple(blocks.keys(x) for x in facts)
+    (slot, group, branch), (key_slot, key_group, key_branch) = (
+        tuple(x[:, :, None] for x in query), tuple(x[:, None, :] for x in key)
+    )  # fmt: skip
+    same_group = (group == key_group) & (group > 0)
+    in_reach = (key_branch == 0) | (branch == key_branch)
+    return ((same_group & in_reach & (slot >= key_slot)) | (slot == key_slot))[:, None]
 
 
 def windowed(

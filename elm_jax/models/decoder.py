@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 from elm_jax.errors import UserError
 from elm_jax.models import hints
-from elm_jax.models.attention import Implementation, attend, padding_mask, positions_from_mask, windowed
+from elm_jax.models.attention import Blocks, Implementation, attend, padding_mask, positions_from_mask, windowed
 from elm_jax.models.decoder_layer import DecoderConfig, Layer, Rotary, Window, make_norm
 from elm_jax.models.hints import hint, weight
 from elm_jax.models.layers import Embedding, LearnedPositions, Linear
@@ -90,17 +90,23 @@ class Decoder(nnx.Module):
         return x if self.positions is None else x + self.positions(positions, x.dtype)
 
     def hidden(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, key: jax.Array | None = None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        key: jax.Array | None = None,
+        blocks: Blocks | None = None,
     ) -> jax.Array:
         """Embeddings (B,T,D), positions (B,T), mask (B,1,T,T) True = sees -> final-normed states (B,T,D).
 
-        With a `key` there is dropout, drawn anew in every layer; without one nothing drops.
+        With a `key` there is dropout, drawn anew in every layer; without one nothing drops. With `blocks`, the mask
+        is that of the blocks.
         """
 
         def noise(index: jax.Array | int) -> AbstractContextManager[None]:
             return drawing(None if key is None else jax.random.fold_in(key, index))
 
-        run = self.layer_of(positions, mask)
+        run = self.layer_of(positions, mask, blocks)
 
         def body(layer: Layer, window: Window, x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
             with noise(index):
@@ -112,13 +118,15 @@ class Decoder(nnx.Module):
         return self.norm(x)
 
     def layer_of(
-        self, positions: jax.Array, mask: jax.Array
+        self, positions: jax.Array, mask: jax.Array, blocks: Blocks | None = None
     ) -> Callable[[Layer, Window, jax.Array], jax.Array]:
         """(layer, window, x) -> the layer's output, for tokens at `positions` (B,T) that see `mask` (B,1,T,T)."""
-        rotary, masks = self.rotary(positions), self.masks(mask, positions, positions)
+        queries, keys = (lambda x: x, lambda x: x) if blocks is None else (blocks.queries, blocks.keys)
+        rotary, masks = self.rotary(positions), self.masks(mask, queries(positions), keys(positions))
 
         def run(layer: Layer, window: Window, x: jax.Array) -> jax.Array:
-            return layer.combine(x, self.attend(*layer.project(x, rotary), masks[window]))
+            q, k, v = layer.project(x, rotary)
+            return layer.combine(x, self.attend(queries(q), keys(k), keys(v), masks[window]))
 
         return run
 

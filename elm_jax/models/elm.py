@@ -13,7 +13,7 @@ from flax import nnx
 
 from elm_jax import compat as behaviours
 from elm_jax.data.batch import Batch
-from elm_jax.models.attention import packed_mask
+from elm_jax.models.attention import Blocks, packed_mask
 from elm_jax.models.connectors import splice
 from elm_jax.models.decoder import Decoder
 from elm_jax.models.hints import hint
@@ -70,4 +70,7 @@ class ELM(nnx.Module):
         """Final hidden states (B, T, D) of a batch without micro-batch axis; dropout draws from `key`, if given."""
         embeddings = self.signal_embeddings(batch.signals, batch.signal_weights, train_encoder)
         x = self.inputs(batch.tokens, batch.signal_slot, embeddings)
-        return self.llm.hidden(x, batch.positions, packed_mask(batch.group_ids, batch.branch_ids), key)
+        blocks = Blocks(batch.key_blocks) if batch.key_blocks.shape[-1] else None
+        return self.llm.hidden(
+            x, batch.positions, packed_mask(batch.group_ids, batch.branch_ids, blocks), key, blocks
+        )

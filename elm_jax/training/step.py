@@ -114,11 +114,10 @@ def make_train_step(
         }
         return TrainState(state.step + 1, *kept), metrics
 
-    rows = Batch(*(batch_sharding(mesh) for _ in Batch._fields))
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(layout, frozen, rows),
+        in_shardings=(layout, frozen, batch_sharding(mesh)),
         out_shardings=(layout, replicated(mesh)),
     )
 

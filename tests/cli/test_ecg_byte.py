@@ -169,7 +169,10 @@ def test_ctrl_c_while_learning_writes_what_there_is(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(8):
         np.save(tmp_path / f"{i}.npy", rng.normal(size=(12, 30000)).astype(np.float32))
-    command = [sys.executable, "-u", "-m", "elm_jax.ecg_byte", "train", tmp_path, "--segment-len", "30000"]
+    # A background job of a shell ignores SIGINT; a program in a terminal does not.
+    heard = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    module = "runpy.run_module('elm_jax.ecg_byte', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-uc", f"{heard}; {module}", "train", tmp_path, "--segment-len", "30000"]
     flags = ["--num-merges", "1000000", "--threads", "1", "--out", tmp_path / "t.json"]
     process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None

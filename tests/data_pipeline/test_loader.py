@@ -6,8 +6,10 @@ import dataclasses
 import functools
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -85,6 +87,18 @@ def places_of(batch: Batch, r: int, group: int, branch: int) -> np.ndarray:
     """Where in the row a conversation's tokens stand: the group's prefix, then its branch."""
     mine = (batch.group_ids[r] == group) & np.isin(batch.branch_ids[r], (0, branch))
     return np.flatnonzero(mine)
+
+
+@given(rows_of_groups())
+def test_blocks_of_keys_are_those_that_the_mask_lets_through(rows: list[list[Group]]) -> None:
+    with mock.patch("elm_jax.data.batch.BLOCK", 16):
+        batch = collate(rows, replace(SHAPE, key_blocks=10), SIGNAL_LAYOUT)
+    mask = np.array(packed_mask(batch.group_ids, batch.branch_ids))[:, 0]
+    mask &= (batch.group_ids > 0)[:, :, None]
+    expected = mask.reshape(len(rows), 10, 16, 10, 16).any((2, 4))
+    for row, blocks in zip(expected, batch.key_blocks, strict=True):
+        for seen, named in zip(row, blocks, strict=True):
+            assert [*np.flatnonzero(seen), *[-1] * (10 - seen.sum())] == named.tolist()
 
 
 @given(rows_of_groups())

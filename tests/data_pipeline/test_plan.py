@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elm_jax.data.batch import visible_blocks
 from elm_jax.data.plan import LengthIndex, Plan, PlannedRow, bucket, token_buckets
 from elm_jax.errors import UserError
 
@@ -217,8 +218,27 @@ def test_a_bucket_holds_its_size_and_half_of_it_does_not(size: int, least: int) 
 
 @given(st.integers(1, 10_000))
 def test_row_lengths_end_with_the_longest_row(max_len: int) -> None:
-    buckets = token_buckets(max_len)
-    assert max_len <= buckets[-1] < max_len + 8 and all(a <= b and a % 8 == 0 for a, b in pairwise(buckets))
+    for pack in (True, False):
+        buckets = token_buckets(max_len, pack)
+        assert max_len <= buckets[-1] < max_len + 8 and all(a <= b and a % 8 == 0 for a, b in pairwise(buckets))
+
+
+@given(st.integers(300, 10_000), st.integers(65, 10_000))
+def test_rows_of_one_conversation_are_padded_by_a_fifth_at_most(max_len: int, size: int) -> None:
+    size = min(size, max_len)
+    assert next(b for b in token_buckets(max_len, pack=False) if b >= size) <= 1.25 * size + 8
+
+
+@pytest.mark.parametrize("share", ["none", "system"])
+def test_long_packed_rows_say_how_many_blocks_of_keys_are_seen(share: str) -> None:
+    index = index_of([190] * 90, [0] * 90, share)
+    plan = Plan(index, rows=2, max_len=2048, pack=True, seed=0)
+    own, prefix = 200 - int(index.prefix[0]), int(index.prefix[0])
+    spans = [[(g.prefix, [own] * len(g.samples)) for g in row] for row in plan.rows(0)]
+    most = max(visible_blocks(row, 2048).sum(1).max() for row in spans)
+    assert 4 < most <= plan.shape(plan.rows(0)).key_blocks == 6  # of 32
+    alone = Plan(index_of([2000] * 4, [0] * 4), rows=2, max_len=2048, pack=True, seed=0)
+    assert alone.shape(alone.rows(0)).key_blocks == 0  # one conversation sees all before it
 
 
 class SlowPlan(Plan):

@@ -9,7 +9,7 @@ from tiny_llms import TINY, WINDOW, tiny_config, tiny_llm
 
 from elm_jax.errors import UserError
 from elm_jax.inference.generate import generate
-from elm_jax.models.attention import attend, choose_attention, packed_mask, padding_mask, windowed
+from elm_jax.models.attention import Blocks, attend, choose_attention, packed_mask, padding_mask, windowed
 from elm_jax.models.decoder import Decoder
 
 PREFIX, BRANCHES = 6, (7, 5)  # tokens of a packed row; the window is smaller than each part
@@ -65,6 +65,19 @@ def test_packed_rows_with_a_shared_prefix_equal_separate_rows(llm):
     for start, end in zip(ends, ends[1:], strict=False):
         alone = llm(np.concatenate([tokens[:, :PREFIX], tokens[:, start:end]], axis=1))
         assert np.allclose(packed[:, start:end], alone[:, PREFIX:], atol=2e-5), (start, end)
+
+
+def test_blocks_of_keys_equal_all_keys(llm):
+    tokens, block = tokens_of((2, 24)), 4
+    groups = np.repeat([[1] * 10 + [2] * 13 + [0]], 2, axis=0)
+    branches = np.repeat([[0] * 4 + [1] * 3 + [2] * 3 + [0] * 5 + [1] * 8 + [0]], 2, axis=0)
+    positions = np.repeat([[*range(7), *range(4, 7), *range(13), 0]], 2, axis=0)
+    seen = np.asarray(packed_mask(groups, branches))[:, 0].reshape(2, 6, block, 6, block).any((2, 4))
+    order = np.argsort(~seen, axis=-1, kind="stable")[..., : seen.sum(-1).max()]
+    blocks = Blocks(jnp.asarray(np.where(np.take_along_axis(seen, order, -1), order, -1)))
+    expected = llm.hidden(llm.embed(tokens), positions, packed_mask(groups, branches))
+    found = llm.hidden(llm.embed(tokens), positions, packed_mask(groups, branches, blocks), blocks=blocks)
+    assert blocks.index.shape[-1] < 6 and np.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])  # a period of two, and of one

@@ -12,6 +12,7 @@ import pytest
 from support import RandomConversations, batch_of, tiny_elm
 
 from elm_jax.data.batch import Batch, Group
+from elm_jax.models.attention import packed_mask
 from elm_jax.training.state import split_names
 from elm_jax.training.step import loss_and_gradients
 
@@ -72,6 +73,24 @@ def test_layouts_agree(layouts: dict[str, Batch], layout: str, update: tuple[str
     for name, statistic in expected[2].items():
         np.testing.assert_allclose(found[2][name], statistic, rtol=1e-5, atol=1e-6, err_msg=name)
     assert ("encoder" in update) == bool(expected[2])
+
+
+@pytest.mark.parametrize("layout", ["packed", "system", "ecg"])
+def test_leaving_out_hidden_blocks_changes_nothing(layouts: dict[str, Batch], layout: str) -> None:
+    """Blocks of 16 tokens, as many for each as the fullest needs."""
+    whole, size = layouts[layout], 16
+    seen = np.asarray(packed_mask(whole.group_ids[0], whole.branch_ids[0]))[:, 0]
+    blocks = seen.reshape(ROWS, 128 // size, size, 128 // size, size).any((2, 4))
+    most = int(blocks.sum(-1).max())
+    order = np.argsort(~blocks, axis=-1, kind="stable")[..., :most]
+    key_blocks = np.where(np.take_along_axis(blocks, order, -1), order, -1).astype(np.int32)
+    assert most < 8 and (key_blocks < 0).any()
+    update = ("encoder", "connector", "llm")
+    expected, found = evaluate(whole, update), evaluate(whole._replace(key_blocks=key_blocks[None]), update)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    scale = max(float(jnp.abs(g).max()) for g in expected[1].values())
+    for name, gradient in expected[1].items():
+        np.testing.assert_allclose(found[1][name], gradient, atol=1e-6 * scale, err_msg=name)
 
 
 def test_shared_layouts_run_the_encoder_once_for_a_recording(layouts: dict[str, Batch]) -> None:
