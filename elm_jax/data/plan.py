@@ -295,8 +295,8 @@ def bucket(size: int, least: int = 1) -> int:
 def token_buckets(max_len: int, pack: bool = True) -> list[int]:
     """Row lengths in use, in multiples of 8.
 
-    Packed rows are full but for the last of an epoch: an eighth, a quarter, a half and the whole of max_len. Rows of one
-    conversation have its length, in steps of an eighth of the next power of two.
+    Packed rows are full but for the last of an epoch: an eighth, a quarter, a half and the whole of max_len. Rows of
+    one conversation have its length, in steps of an eighth of the next power of two.
     """
     if pack:
         return [max(8, -(-max_len // (8 * d)) * 8) for d in (8, 4, 2, 1)]
