@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     topology.prepare(where)
     from elm_jax.planning.report import Load, Planner
 
-    planner = Planner(config, where, Load(options.rows, options.signals, options.targets))
+    planner = Planner(config, where, Load(options.rows, options.signals, options.targets, options.key_blocks or 0))
     plans = planner.search() if options.search else [planner.plan()]
     if options.search:
         print(_table(plans), end="\n\n")
@@ -59,6 +59,10 @@ def _parser() -> cli.Parser:
     parser.add_argument("--rows", metavar="N", type=_count, help="rows of a micro-batch for each device")
     parser.add_argument("--signals", metavar="N", type=_count, help="ECGs of a row (default: one for 512 tokens)")
     parser.add_argument("--targets", metavar="N", type=_count, help="supervised tokens of a row (default: an eighth)")
+    parser.add_argument(
+        "--key-blocks", metavar="N", type=_count,
+        help="blocks of 64 keys that a block of queries sees at most, as in rows of many conversations (default: all)",
+    )  # fmt: skip
     return parser
 
 

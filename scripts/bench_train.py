@@ -251,9 +251,9 @@ def _ours(work: Path) -> None:
 
         peak_gb = 0.0
 
-        def _save(self) -> None:
+        def _save(self, *done: int) -> None:
             self.peak_gb = self.peak_gb or _peak(told["device"])
-            super()._save()
+            super()._save(*done)
 
     trainer = Measured(config, work / "run")
     trainer.run()

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from elm_jax.assemble import Assembly
 from elm_jax.config import Config, MeshConfig
-from elm_jax.data.batch import BatchShape
+from elm_jax.data.batch import BLOCK, BatchShape
 from elm_jax.errors import UserError
 from elm_jax.models.lora import is_lora
 from elm_jax.planning import program, topology
@@ -28,16 +28,21 @@ ECG_TOKENS = 512  # a row's tokens for each ECG, where `Load.signals` is not giv
 @dataclass(frozen=True)
 class Load:
     """What a step reads, in place of a data set: ECGs and supervised tokens of a row, rows of a micro-batch for each
-    device. None: see the constants above; for rows, what `train.batch_size` says."""
+    device. None: see the constants above; for rows, what `train.batch_size` says. key_blocks: as in `BatchShape`."""
 
     rows: int | None = None
     signals: int | None = None
     targets: int | None = None
+    key_blocks: int = 0
 
     def shape(self, config: Config) -> BatchShape:
         tokens = config.data.max_len
         signals = max(1, tokens // ECG_TOKENS) if self.signals is None else self.signals
-        return BatchShape(tokens, signals, max(1, tokens // TARGETS) if self.targets is None else self.targets)
+        targets = max(1, tokens // TARGETS) if self.targets is None else self.targets
+        if self.key_blocks and (tokens % BLOCK or self.key_blocks > tokens // BLOCK):
+            expected = f"at most {tokens // BLOCK}, with data.max_len a multiple of {BLOCK}"
+            raise UserError("--key-blocks", f"{self.key_blocks} for rows of {tokens} tokens", expected, "lower it")
+        return BatchShape(tokens, signals, targets, self.key_blocks)
 
     def config(self, config: Config, devices: int) -> Config:
         """`config` with the rows of a step on so many devices."""

@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "elm_jax" / "configs"
 SHARED_SETTINGS = ("base", "ecg_qa", "st_mem_full_training/recipe")  # no experiments of their own
 STAGES = [f"st_mem_full_training/stage{n}" for n in (1, 2, 3, 4)]
-QUICK = ("elf_conv",)  # the others are slow tests
 COMPILING = "--xla_backend_optimization_level=0"  # half the time to compile; such small models run fast anyway
 STEPS = 24
 LLM = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "mlp": 64, "max_len": 1024}
@@ -134,11 +133,8 @@ def run(command: Command, name: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def marked(name: str) -> Any:
-    return pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
-
-
-@pytest.mark.parametrize("name", [marked(name) for name in all_configs()])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", all_configs())
 def test_a_config_learns_evaluates_and_goes_on(
     name: str, shared: Path, records: Path, tmp_path: Path, command: Command
 ) -> None:

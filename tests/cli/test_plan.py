@@ -24,6 +24,8 @@ MODEL = (
 )  # fmt: skip
 TOLERANCE = 0.05
 
+pytestmark = pytest.mark.slow  # each compiles; what needs no compilation is in tests/unit/test_plan_*.py
+
 
 def planned(command: Command, path: Path, *arguments: str) -> dict[str, Any]:
     done = command("plan", *MODEL, f"--json={path}", *arguments)

@@ -107,6 +107,7 @@ def test_loss_and_logits(run: tuple[Assembly, Arrays, Dataset], golden: Golden) 
     compare(NAME, "logits", real[::16], expected["logits_valid_every16"], 3e-5)
 
 
+@pytest.mark.slow
 def test_answers(run: tuple[Assembly, Arrays, Dataset], golden: Golden) -> None:
     assembly, arrays, dataset = run
     expected = json.loads((golden(NAME) / "evaluate.json").read_text())["result"]
