@@ -9,8 +9,9 @@ from __future__ import annotations
 import bisect
 import functools
 import threading
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from elm_jax.errors import UserError
 
 PLANNED_EPOCHS = 2  # epochs whose rows are kept: steps at the end of one are read ahead into the next
 LEAST_BLOCKS = 8  # of a row's attention: in shorter ones nothing is gained by leaving some out
+SPLIT_ROWS = 8  # open rows from which on questions about one ECG are divided over rows to fill them
 OPEN_ROWS = 32  # rows that packing keeps open at a time: more packs tighter and plans slower
 
 
@@ -210,21 +212,33 @@ class Plan:
             )
             bundle = latest.get(key) if prefix and self.index.shares_ecg[i] else None
             if bundle is None or prefix + bundle.own + own > self.max_len:
-                bundle = latest[key] = _Bundle(key, prefix, 0, [])
+                bundle = latest[key] = _Bundle(key, prefix)
                 bundles.append(bundle)
-            bundle.own += own
-            bundle.samples.append(i)
+            bundle.add(i, own)
         return bundles
 
 
 @dataclass
 class _Bundle:
-    """Samples behind one prefix that stay together: `own` tokens beside the prefix."""
+    """Samples behind one prefix: `own` tokens beside the prefix, `sizes` of each sample."""
 
     key: int
     prefix: int
-    own: int
-    samples: list[int]
+    own: int = 0
+    samples: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    def add(self, sample: int, size: int) -> None:
+        self.samples.append(sample)
+        self.sizes.append(size)
+        self.own += size
+
+    def split(self, room: int) -> tuple[_Bundle, _Bundle]:
+        """The first samples that fit in `room` tokens beside the prefix, and the others."""
+        parts = _Bundle(self.key, self.prefix), _Bundle(self.key, self.prefix)
+        for sample, size in zip(self.samples, self.sizes, strict=True):
+            parts[bool(parts[1].samples) or parts[0].own + size > room].add(sample, size)
+        return parts
 
 
 class _OpenRow:
@@ -242,7 +256,7 @@ class _OpenRow:
         self.room -= self.cost(bundle)
         group = self.by_key.get(bundle.key) if bundle.prefix else None
         if group is None:
-            group = _Bundle(bundle.key, bundle.prefix, 0, [])
+            group = _Bundle(bundle.key, bundle.prefix)
             self.groups.append(group)
             if bundle.prefix:
                 self.by_key[bundle.key] = group
@@ -253,14 +267,26 @@ class _OpenRow:
 
 
 def _pack(bundles: list[_Bundle], max_len: int) -> list[PlannedRow]:
-    """Best fit among a bounded number of open rows: the fullest row that still has room."""
+    """Best fit among a bounded number of open rows: the fullest row that still has room.
+
+    Where none has, the emptiest takes what it can of questions that share a prefix, if these are two at least.
+    """
     rows: list[PlannedRow] = []
     open_rows: list[_OpenRow] = []
-    for bundle in bundles:
+    waiting = deque(bundles)
+    while waiting:
+        bundle = waiting.popleft()
         fitting = [row for row in open_rows if row.cost(bundle) <= row.room]
         if fitting:
             row = min(fitting, key=lambda r: r.room - r.cost(bundle))
         else:
+            if len(bundle.samples) > 2 and len(open_rows) >= SPLIT_ROWS:
+                emptiest = max(open_rows, key=lambda r: r.room)
+                part, rest = bundle.split(emptiest.room - bundle.prefix)
+                if len(part.samples) > 1:
+                    emptiest.add(part)
+                    waiting.appendleft(rest)
+                    continue
             if len(open_rows) == OPEN_ROWS:
                 fullest = min(range(OPEN_ROWS), key=lambda r: open_rows[r].room)
                 rows.append(open_rows.pop(fullest).close())

@@ -240,6 +240,17 @@ def test_long_packed_rows_say_how_many_blocks_of_keys_are_seen(share: str) -> No
     assert alone.shape(alone.rows(0)).key_blocks == 0  # one conversation sees all before it
 
 
+def test_questions_about_one_ecg_are_divided_where_that_fills_rows() -> None:
+    """14 questions of 30 tokens behind a prefix of 10: four recordings would leave 280 of 2000 tokens empty."""
+    recordings = [n // 14 for n in range(14 * 60)]
+    plan = Plan(index_of([30] * len(recordings), recordings, "ecg"), rows=1, max_len=2000, pack=True, seed=0)
+    rows = [row for step in range(plan.steps_before(1)) for row in plan.rows(step)]
+    assert Counter(s for row in rows for g in row for s in g.samples) == Counter(range(len(recordings)))
+    used = [sum(g.prefix + 30 * len(g.samples) for g in row) for row in rows]
+    assert max(used) <= 2000 and sum(used) > 0.97 * 2000 * (len(rows) - 1)  # all but the last are full
+    assert all(len(g.samples) > 1 for row in rows for g in row[:-1])
+
+
 class SlowPlan(Plan):
     """Gives other threads time to come in between."""
 
