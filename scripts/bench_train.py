@@ -229,7 +229,7 @@ def _ours(work: Path) -> None:
         "workdir": work / "run", "elm": "linear_llava", "update": "connector,llm", "encoder.name": "merl",
         "encoder.tokens": SIGNAL_TOKENS, "encoder.cache": True,
         "encoder.config": json.dumps({"resnet_type": "resnet18"}), "llm.name": told["llm"],
-        "llm.param_dtype": "float32", "llm.scan": told["device"] == "gpu",  # XLA's loops cost a quarter of the speed on CPU
+        "llm.param_dtype": "float32", "llm.scan": told["device"] == "gpu",  # on CPU loops cost a quarter of the speed
         "llm.compute_dtype": "float32" if told["device"] == "cpu" else "bfloat16",
         "data.names": f"bench_{case['table']}.parquet", "data.root": told["data"], "data.val_fraction": 0.0,
         "data.system_prompt": told["prompt"],
