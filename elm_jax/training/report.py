@@ -69,8 +69,9 @@ class Report:
     """The log of one run, from its step `first` on. Process 0 writes.
 
     A line's `loss`, `tokens` and the like are those of its step; what depends on time (see `Tally.rates`) is of all
-    steps since the line before, of which the time of compiling, validating and saving is no part. `step_ms` is time passed
-    by steps taken; `step_ms_p50` and `step_ms_p95` are of the steps as the devices took them (`telemetry.StepClock`).
+    steps since the line before, of which the time of compiling, validating and saving is no part. `step_ms` is the time
+    passed by the steps taken; `step_ms_p50` and `step_ms_p95` are of the steps as the devices took them
+    (`telemetry.StepClock`).
     `host_wait_share` is the part of the time in which the loop waited for the loader: what the devices can have lost
     at most, since they may have been busy with earlier steps.
     """

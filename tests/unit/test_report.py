@@ -1,0 +1,140 @@
+"""What a run tells of its steps: how long they took, where the time went, and what came to pass in between."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from elm_jax.config import MeshConfig, resolve
+from elm_jax.data.batch import ArraySpec, BatchShape, empty_batch
+from elm_jax.data.loader import Loaded
+from elm_jax.runtime.mesh import make_mesh
+from elm_jax.runtime.telemetry import StepClock
+from elm_jax.training.report import Report, Tally
+
+ROWS, TOKENS, REAL = 2, 16, 24  # of 32 slots
+
+
+class Result:
+    """Stands for an array that is ready at `at`."""
+
+    def __init__(self, at: float, fails: bool = False) -> None:
+        self.at, self.fails = at, fails
+
+    def block_until_ready(self) -> None:
+        time.sleep(max(0.0, self.at - time.perf_counter()))
+        if self.fails:
+            raise RuntimeError("the device is gone")
+
+
+def test_a_step_counts_from_the_end_of_the_one_before_it() -> None:
+    """Three are handed over at once; the fourth after a pause in which the devices had nothing to do."""
+    clock, now = StepClock(), time.perf_counter()
+    for seconds in (0.1, 0.2, 0.25):
+        clock.step(now, Result(now + seconds))
+    clock.step(now + 0.35, Result(now + 0.45))
+    np.testing.assert_allclose(clock.lap(), [0.1, 0.1, 0.05, 0.1], atol=0.04)
+    assert clock.lap() == []
+    clock.close()
+
+
+def test_a_step_that_fails_does_not_stop_the_clock() -> None:
+    clock, now = StepClock(), time.perf_counter()
+    clock.step(now, Result(now, fails=True))
+    clock.step(now, Result(now + 0.05))
+    assert len(clock.lap()) == 1
+    clock.close()
+
+
+def loaded(step: int) -> Loaded:
+    batch = empty_batch(BatchShape(TOKENS, 1, 4), ArraySpec((3, 8)), 1, ROWS)
+    return Loaded(step, batch, conversations=3, attention_pairs=50, bad=())
+
+
+def metrics(finite: bool = True) -> dict[str, jax.Array]:
+    values: dict[str, Any] = {"loss": 1.5, "grad_norm": 0.5, "finite": finite, "tokens": REAL, "supervised_tokens": 6,
+                              "recordings": 2}  # fmt: skip
+    return {name: jax.device_put(np.asarray(value)) for name, value in values.items()}
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Iterator[Report]:
+    config = resolve({"log": {"progress": False}})
+    made = Report(tmp_path, config, make_mesh(MeshConfig(), jax.devices()[:1]), lambda *n: float(sum(n)), 0, 10)
+    yield made
+    made.close()
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rates_are_of_all_steps_since_the_last_line(report: Report) -> None:
+    for step in range(4):
+        report.took(loaded(step), metrics(finite=step != 1), time.perf_counter())
+    time.sleep(0.05)
+    line, finite = report.line(loaded(3), 0.1)
+    assert finite == [True, False, True, True]
+    seconds = 4 * line["step_ms"] / 1000
+    assert seconds >= 0.05
+    for name, amount in {"tokens": REAL, "supervised_tokens": 6, "padded_tokens": ROWS * TOKENS,
+                         "conversations": 3}.items():  # fmt: skip
+        assert line[f"{name}_per_s"] == pytest.approx(4 * amount / seconds, rel=1e-3), name
+    assert line["padding_fraction"] == 0.25 and (line["tokens"], line["supervised_tokens"]) == (REAL, 6)
+    assert 0 < line["step_ms_p50"] <= line["step_ms_p95"]
+
+
+def test_the_wait_for_the_loader_is_a_share_of_the_time(report: Report) -> None:
+    def slow() -> Iterator[Loaded]:
+        for step in range(2):
+            time.sleep(0.1)
+            yield loaded(step)
+
+    for one in report.read(slow()):
+        report.took(one, metrics(), time.perf_counter())
+        time.sleep(0.1)
+    line, _ = report.line(loaded(1), 0.1)
+    assert 0.3 < line["host_wait_share"] < 0.6
+
+
+def test_a_pause_is_no_part_of_the_time(report: Report) -> None:
+    with report.paused():
+        time.sleep(0.3)
+    report.took(loaded(0), metrics(), time.perf_counter())
+    assert report.line(loaded(0), 0.1)[0]["step_ms"] < 200
+
+
+def test_compilations_are_counted_and_named_by_shape(report: Report, tmp_path: Path) -> None:
+    report.compiled(1, loaded(0).batch, 2.0)
+    report.compiled(5, loaded(4).batch, 1.0)
+    report.summary("finish", 5)
+    first, second, finish = lines(tmp_path)
+    shape = {"micro_batches": 1, "rows": ROWS, "tokens": TOKENS, "signals": 1, "targets": 4}
+    assert first == {"event": "compile", "step": 1, "shape": shape, "seconds": 2.0, "count": 1}
+    assert (second["step"], second["count"]) == (5, 2)
+    assert (finish["compile_seconds"], finish["compile_count"]) == (3.0, 2)
+
+
+def test_the_summary_adds_the_lines_up(report: Report, tmp_path: Path) -> None:
+    for step in range(3):
+        report.took(loaded(step), metrics(), time.perf_counter())
+        report.write(report.line(loaded(step), 0.1)[0])
+    report.summary("finish", 3)
+    *each, finish = lines(tmp_path)
+    assert (finish["event"], finish["step"], finish["steps"]) == ("finish", 3, 3)
+    assert (finish["tokens"], finish["supervised_tokens"], finish["conversations"]) == (3 * REAL, 18, 9)
+    assert finish["train_seconds"] == pytest.approx(sum(line["step_ms"] for line in each) / 1000, abs=2e-3)
+    assert finish["seconds"] >= finish["train_seconds"] and finish["padding_fraction"] == 0.25
+
+
+def test_mfu_is_work_by_time_and_peak() -> None:
+    tally = Tally(steps=2, tokens=100, supervised=10, pairs=50, seconds=2.0)
+    assert tally.rates(lambda *n: float(sum(n)), 1000.0)["mfu"] == pytest.approx(160 / 2 / 1000)
+    assert tally.rates(lambda *n: float(sum(n)), None)["mfu"] is None
