@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,42 +14,65 @@ import pytest
 from elm_jax.config import MeshConfig, resolve
 from elm_jax.data.batch import ArraySpec, BatchShape, empty_batch
 from elm_jax.data.loader import Loaded
+from elm_jax.runtime import telemetry
 from elm_jax.runtime.mesh import make_mesh
 from elm_jax.runtime.telemetry import StepClock
+from elm_jax.training import report as report_module
 from elm_jax.training.report import Report, Tally
 
 ROWS, TOKENS, REAL = 2, 16, 24  # of 32 slots
 
 
+class Clock:
+    """Stands for the module time: it goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(telemetry, "time", made)
+    monkeypatch.setattr(report_module, "time", made)
+    return made
+
+
 class Result:
     """Stands for an array that is ready at `at`."""
 
-    def __init__(self, at: float, fails: bool = False) -> None:
-        self.at, self.fails = at, fails
+    def __init__(self, clock: Clock, at: float, fails: bool = False) -> None:
+        self.clock, self.at, self.fails = clock, at, fails
 
     def block_until_ready(self) -> None:
-        time.sleep(max(0.0, self.at - time.perf_counter()))
+        self.clock.now = max(self.clock.now, self.at)
         if self.fails:
             raise RuntimeError("the device is gone")
 
 
-def test_a_step_counts_from_the_end_of_the_one_before_it() -> None:
+def test_a_step_counts_from_the_end_of_the_one_before_it(clock: Clock) -> None:
     """Three are handed over at once; the fourth after a pause in which the devices had nothing to do."""
-    clock, now = StepClock(), time.perf_counter()
+    steps, now = StepClock(), clock.now
     for seconds in (0.1, 0.2, 0.25):
-        clock.step(now, Result(now + seconds))
-    clock.step(now + 0.35, Result(now + 0.45))
-    np.testing.assert_allclose(clock.lap(), [0.1, 0.1, 0.05, 0.1], atol=0.04)
-    assert clock.lap() == []
-    clock.close()
+        steps.step(now, Result(clock, now + seconds))
+    steps.step(now + 0.35, Result(clock, now + 0.45))
+    np.testing.assert_allclose(steps.lap(), [0.1, 0.1, 0.05, 0.1])
+    assert steps.lap() == []
+    steps.close()
 
 
-def test_a_step_that_fails_does_not_stop_the_clock() -> None:
-    clock, now = StepClock(), time.perf_counter()
-    clock.step(now, Result(now, fails=True))
-    clock.step(now, Result(now + 0.05))
-    assert len(clock.lap()) == 1
-    clock.close()
+def test_a_step_that_fails_does_not_stop_the_clock(clock: Clock) -> None:
+    steps, now = StepClock(), clock.now
+    steps.step(now, Result(clock, now, fails=True))
+    steps.step(now, Result(clock, now + 0.05))
+    assert len(steps.lap()) == 1
+    steps.close()
 
 
 def loaded(step: int) -> Loaded:
@@ -76,39 +98,38 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_rates_are_of_all_steps_since_the_last_line(report: Report) -> None:
+def test_rates_are_of_all_steps_since_the_last_line(report: Report, clock: Clock) -> None:
     for step in range(4):
-        report.took(loaded(step), metrics(finite=step != 1), time.perf_counter())
-    time.sleep(0.05)
+        report.took(loaded(step), metrics(finite=step != 1), clock.now)
+    clock.sleep(0.5)
     line, finite = report.line(loaded(3), 0.1)
     assert finite == [True, False, True, True]
-    seconds = 4 * line["step_ms"] / 1000
-    assert seconds >= 0.05
     for name, amount in {"tokens": REAL, "supervised_tokens": 6, "padded_tokens": ROWS * TOKENS,
                          "conversations": 3}.items():  # fmt: skip
-        assert line[f"{name}_per_s"] == pytest.approx(4 * amount / seconds, rel=1e-3), name
+        assert line[f"{name}_per_s"] == pytest.approx(4 * amount / 0.5), name
+    assert line["step_ms"] == 125 and 0 <= line["step_ms_p50"] <= line["step_ms_p95"]
     assert line["padding_fraction"] == 0.25 and (line["tokens"], line["supervised_tokens"]) == (REAL, 6)
-    assert 0 < line["step_ms_p50"] <= line["step_ms_p95"]
 
 
-def test_the_wait_for_the_loader_is_a_share_of_the_time(report: Report) -> None:
+def test_the_wait_for_the_loader_is_a_share_of_the_time(report: Report, clock: Clock) -> None:
     def slow() -> Iterator[Loaded]:
         for step in range(2):
-            time.sleep(0.1)
+            clock.sleep(0.1)
             yield loaded(step)
 
     for one in report.read(slow()):
-        report.took(one, metrics(), time.perf_counter())
-        time.sleep(0.1)
+        report.took(one, metrics(), clock.now)
+        clock.sleep(0.3)
     line, _ = report.line(loaded(1), 0.1)
-    assert 0.3 < line["host_wait_share"] < 0.6
+    assert line["host_wait_share"] == pytest.approx(0.25)
 
 
-def test_a_pause_is_no_part_of_the_time(report: Report) -> None:
+def test_a_pause_is_no_part_of_the_time(report: Report, clock: Clock) -> None:
     with report.paused():
-        time.sleep(0.3)
-    report.took(loaded(0), metrics(), time.perf_counter())
-    assert report.line(loaded(0), 0.1)[0]["step_ms"] < 200
+        clock.sleep(3.0)
+    report.took(loaded(0), metrics(), clock.now)
+    clock.sleep(0.1)
+    assert report.line(loaded(0), 0.1)[0]["step_ms"] == pytest.approx(100)
 
 
 def test_compilations_are_counted_and_named_by_shape(report: Report, tmp_path: Path) -> None:
@@ -122,16 +143,18 @@ def test_compilations_are_counted_and_named_by_shape(report: Report, tmp_path: P
     assert (finish["compile_seconds"], finish["compile_count"]) == (3.0, 2)
 
 
-def test_the_summary_adds_the_lines_up(report: Report, tmp_path: Path) -> None:
+def test_the_summary_adds_the_lines_up(report: Report, tmp_path: Path, clock: Clock) -> None:
     for step in range(3):
-        report.took(loaded(step), metrics(), time.perf_counter())
+        report.took(loaded(step), metrics(), clock.now)
+        clock.sleep(0.2)
         report.write(report.line(loaded(step), 0.1)[0])
+    clock.sleep(1.0)
     report.summary("finish", 3)
-    *each, finish = lines(tmp_path)
+    *_, finish = lines(tmp_path)
     assert (finish["event"], finish["step"], finish["steps"]) == ("finish", 3, 3)
     assert (finish["tokens"], finish["supervised_tokens"], finish["conversations"]) == (3 * REAL, 18, 9)
-    assert finish["train_seconds"] == pytest.approx(sum(line["step_ms"] for line in each) / 1000, abs=2e-3)
-    assert finish["seconds"] >= finish["train_seconds"] and finish["padding_fraction"] == 0.25
+    assert (finish["train_seconds"], finish["seconds"]) == pytest.approx((0.6, 1.6))
+    assert finish["step_ms"] == pytest.approx(200) and finish["padding_fraction"] == 0.25
 
 
 def test_mfu_is_work_by_time_and_peak() -> None:
