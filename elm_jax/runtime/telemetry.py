@@ -147,7 +147,7 @@ class StepClock:
         self._thread = threading.Thread(target=self._watch, name="step clock", daemon=True)
         self._thread.start()
 
-    def step(self, began: float, result: jax.Array) -> None:
+    def step(self, began: float, result: Any) -> None:
         """A step was handed over at `began` (of time.perf_counter) and will leave `result`."""
         self._steps.put((began, result))
 

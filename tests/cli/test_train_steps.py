@@ -111,8 +111,8 @@ def test_a_shape_is_compiled_once() -> None:
     def batch(tokens: int) -> Batch:
         return Batch(*(jnp.ones((1, 2, tokens), jnp.int32),) * len(Batch._fields))
 
-    programs = StepPrograms(step)
-    state = jnp.int32(0)
+    programs: Any = StepPrograms(step)
+    state: Any = jnp.int32(0)
     for tokens in (4, 8, 4):
         if not programs.has(batch(tokens)):
             assert programs.compile(state, {}, batch(tokens)) > 0

@@ -31,9 +31,7 @@ from elm_jax.training.step import loss_and_gradients
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (4, 1, 2), (1, 4, 2), (2, 1, 4), (2, 2, 2)]
 HIDDEN, HEADS, KV_HEADS, ROWS = 32, 8, 4, 8
-GRADIENTS = 1e-5  # of an array's largest, or of a thousandth of the largest of all where that is more
-# Smaller than everything else by far: the softmax does not change when all keys move, so rounding is all there is.
-FLOOR = 1e-3
+GRADIENTS = 1e-5  # of an array's largest
 
 Sizes = tuple[int, int, int]
 
@@ -126,7 +124,9 @@ def test_every_family_has_the_gradients_of_one_device(family: str, sizes: Sizes)
     largest = max(float(np.abs(x).max()) for x in theirs.values())
     errors = {}
     for name, gradient in theirs.items():
-        scale = max(float(np.abs(gradient).max()), FLOOR * largest)
+        # Where positions are learned, the softmax does not change when all keys move: nothing but rounding is left.
+        is_zero = name.endswith("attention.k.bias") and not FAMILIES[family].rotary
+        scale = largest if is_zero else float(np.abs(gradient).max())
         assert scale > 0, f"{name} has no gradient, so nothing was compared"
         errors[name] = float(np.abs(ours[name] - gradient).max()) / scale
     worst = max(errors, key=lambda name: errors[name])
