@@ -119,6 +119,13 @@ def structure_behind_encoder(assembly: Assembly) -> Structure:
     return structure_of(build)
 
 
+def with_attention(assembly: Assembly, name: str) -> Assembly:
+    """The same parts with another `llm.attention`."""
+    config = replace(assembly.config, llm=replace(assembly.config.llm, attention=name))
+    structure = structure_of(lambda: _build(config, assembly.llm, assembly.encoder))
+    return replace(assembly, config=config, structure=structure)
+
+
 def make_arrays(assembly: Assembly, shardings: Mapping[str, Any], known: Collection[str] = ()) -> Arrays:
     """The model's arrays in their shards: loaded where there is a checkpoint, else drawn from the seed.
 

@@ -97,7 +97,8 @@ def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int],
                     f"mesh.{target}",
                     f"{ways} for {name} of shape {tuple(shape)}",
                     f"a size that divides {size}",
-                    f"choose another --config.mesh.{target}",
+                    f"set --config.mesh.{target}={max(n for n in range(1, ways) if size % n == 0)}, and another axis"
+                    " for the rest",
                 )
             target = None
         spec.append(target if ways > 1 else None)
@@ -154,7 +155,9 @@ def to_device(mesh: Mesh, local: np.ndarray, sharding: NamedSharding, row_axis: 
     """A global array of which this process holds `local`: its part of the rows (`host_part`)."""
     shape = list(local.shape)
     shape[row_axis] *= host_part(mesh)[1]
-    return jax.make_array_from_process_local_data(sharding, local, tuple(shape))
+    # With several processes this is no explicit transfer to JAX's guard, though it is meant.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_process_local_data(sharding, local, tuple(shape))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import queue
+import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -82,7 +85,7 @@ class MetricsFile:
 
 
 class Progress:
-    """The progress bar: step, loss, tokens/s, MFU and, from the bar itself, time left."""
+    """The progress bar: step, loss, tokens/s, MFU, the wait for the loader and, from the bar itself, time left."""
 
     def __init__(self, total: int, initial: int, shown: bool, file: TextIO | None = None) -> None:
         self._bar = tqdm(
@@ -99,7 +102,8 @@ class Progress:
         if line:
             mfu = line.get("mfu")
             shown = {"loss": f"{line['loss']:.4f}", "tok/s": f"{line['tokens_per_s']:,.0f}"}
-            self._bar.set_postfix(shown if mfu is None else {**shown, "mfu": f"{mfu:.1%}"}, refresh=False)
+            shown |= {} if mfu is None else {"mfu": f"{mfu:.1%}"}
+            self._bar.set_postfix({**shown, "wait": f"{line.get('host_wait_share', 0.0):.0%}"}, refresh=False)
         self._bar.update(steps)
 
     def close(self) -> None:
@@ -129,16 +133,56 @@ class Profiler:
             self.active = False
 
 
-class Stopwatch:
-    """Seconds since it was last read."""
+class StepClock:
+    """Seconds that each step took on the devices, told by a thread that waits for the steps' results.
+
+    A step counts from when it was handed over, or from the end of the one before it, whichever came later, to when its
+    result was there. The loop itself never waits, and a wait copies nothing. What the clock cannot see is a device that
+    idles within a step.
+    """
 
     def __init__(self) -> None:
-        self._last = time.perf_counter()
+        self._steps: queue.Queue[tuple[float, Any] | None] = queue.Queue()
+        self._seconds: list[float] = []
+        self._thread = threading.Thread(target=self._watch, name="step clock", daemon=True)
+        self._thread.start()
 
-    def lap(self) -> float:
-        now = time.perf_counter()
-        passed, self._last = now - self._last, now
-        return passed
+    def step(self, began: float, result: Any) -> None:
+        """A step was handed over at `began` (of time.perf_counter) and will leave `result`."""
+        self._steps.put((began, result))
+
+    def wait(self) -> None:
+        """Until the results of all steps handed over are there."""
+        self._steps.join()
+
+    def lap(self) -> list[float]:
+        """Of the steps since the last call, in order. Waits for their results."""
+        self.wait()
+        seconds, self._seconds = self._seconds, []
+        return seconds
+
+    def close(self) -> None:
+        """End the thread; one that waits for a result that may never come is left to end with the process."""
+        self._steps.put(None)
+        self._thread.join(timeout=1.0)
+
+    def _watch(self) -> None:
+        ended = 0.0
+        while (step := self._steps.get()) is not None:
+            began, result = step
+            with contextlib.suppress(Exception):  # of a step that failed, which the loop meets when it reads a result
+                jax.block_until_ready(result)
+                now = time.perf_counter()
+                self._seconds.append(now - max(began, ended))
+                ended = now
+            self._steps.task_done()
+
+
+def device_memory_gb() -> float | None:
+    """Peak memory of the first local device, where it says so."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    return None if peak is None else round(peak / 1e9, 3)
 
 
 Tracker = Callable[[int, Mapping[str, Any]], None]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import jax
 import numpy as np
 
 from elm_jax.assemble import assemble, make_arrays, structure_behind_encoder
-from elm_jax.config import Config, to_dict
+from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.loader import BadRecord, Loaded, StepSource, steps_from, unusable
@@ -27,11 +30,13 @@ from elm_jax.runtime.compilation import cache_folder
 from elm_jax.runtime.faults import StopSignal
 from elm_jax.runtime.mesh import batch_sharding, check_heads, host_part, make_mesh, to_device
 from elm_jax.training import run
+from elm_jax.training.attention_check import checked_attention, tell
 from elm_jax.training.encoder_cache import keep_features
 from elm_jax.training.optim import batch_scale, learning_rate_multiplier
 from elm_jax.training.program import check_rows, optimizer_of
+from elm_jax.training.report import Report
 from elm_jax.training.state import TrainState, abstract_state, array_shardings, new_state, split_names
-from elm_jax.training.step import make_eval_step, make_train_step
+from elm_jax.training.step import StepPrograms, make_eval_step, make_train_step
 
 NON_FINITE_LIMIT = 10  # steps in a row without a finite gradient after which the run stops
 
@@ -61,6 +66,7 @@ class Trainer:
         check_rows(config, self.mesh)
         self.assembly = assemble(config, folder / run.TOKENIZER)
         check_heads(self.mesh, self.assembly.llm)
+        self.assembly, self.attention = checked_attention(self.assembly, self.mesh)
         self._warn_of_random_parts()
         run.keep_tokenizer(folder, self.assembly.tokenizer, self.assembly.signal.tokens)
         self.dataset = self.assembly.dataset("train")
@@ -73,42 +79,35 @@ class Trainer:
         """Train from where the folder stands to `total_steps`."""
         self._build()
         first = int(self.state.step)
-        self.metrics = telemetry.MetricsFile(self.folder, first, jax.process_index() == 0)
-        self.trackers = []
-        if jax.process_index() == 0:
-            log = self.config.log
-            self.trackers = telemetry.trackers(self.folder, log.wandb, log.tensorboard, to_dict(self.config))
+        self.report = Report(
+            self.folder, self.config, self.mesh, self._flops(), first, self.total_steps
+        )
         self._announce(first)
         self._note_bad(first, unusable(self.dataset, self.plan.index))
         self._report_bad()
-        progress = telemetry.Progress(
-            self.total_steps, first, self.config.log.progress and jax.process_index() == 0
-        )
         profiler = telemetry.Profiler(self.folder, self.config.log.profile_steps)
         done = first
-        with StopSignal(active=jax.process_count() == 1) as stop:
+        # Nothing passes between host and devices unasked: what does would make the loop wait for the step.
+        with StopSignal(active=jax.process_count() == 1) as stop, jax.transfer_guard("disallow"):
             try:
-                for loaded in self._steps(first):
+                for loaded in self.report.read(self._steps(first)):
                     done = loaded.step + 1
                     profiler.before(loaded.step)
                     line = self._advance(loaded)
-                    progress.update(1, line)
+                    self.report.advance(line)
                     validated = line is not None and "val_loss" in line
                     improved = validated and self.history["best_step"] == done
                     stopped_early = validated and self._stops_early()
                     stopping = stop.asked or self.checkpoints.reached_preemption(done)
                     if stopping or stopped_early or improved or self._due(done, self.config.train.save_every):
-                        self._save()
+                        self._save(done)
                     if stopping:
-                        self.checkpoints.wait()
-                        if jax.process_index() == 0:
-                            print(f"stopped after step {done}; run the same command to go on", file=sys.stderr)
-                        raise SystemExit(143)
+                        self._stop(done)
                     if stopped_early:
                         break
             finally:
                 profiler.close()
-                progress.close()
+                self.report.close()
                 self.checkpoints.wait()
         self._finish(done)
 
@@ -162,14 +161,14 @@ class Trainer:
             self._restore(latest, like)
         if config.encoder.cache:
             structure = self._behind_encoder()
-        self.step = make_train_step(
+        step = make_train_step(
             structure, config, tx, self.mesh, jax.tree.map(lambda x: x.sharding, like),
             {n: shardings[n] for n in self.frozen},
         )  # fmt: skip
+        self.step = StepPrograms(step)
         self.eval_step = make_eval_step(structure, self.mesh)
         self.rate = learning_rate_multiplier(config.optim, self.total_steps)
         self.found_bad: list[dict[str, Any]] = []  # not yet reported
-        self.finite: list[jax.Array] = []  # of the steps since the last log
         self.non_finite = 0
 
     def _behind_encoder(self) -> Structure:
@@ -220,78 +219,54 @@ class Trainer:
     def _advance(self, loaded: Loaded) -> dict[str, Any] | None:
         """Take one step; validate, and log, where it is time. Returns the logged line, if any."""
         self._note_bad(loaded.step + 1, loaded.bad)
-        self.state, metrics = self.step(self.state, self.frozen, self._on_devices(loaded.batch))
-        self.finite.append(metrics["finite"])
+        arguments = self.state, self.frozen, self._on_devices(loaded.batch)
+        if not self.step.has(arguments[2]):
+            self._compile(loaded.step, *arguments)
+        began = time.perf_counter()
+        self.state, metrics = self.step(*arguments)
+        self.report.took(loaded, metrics, began)
         done = loaded.step + 1
         validates = self.validation is not None and self._due(done, self._eval_every)
         if not validates and not self._due(done, self.config.train.log_every):
             return None
-        line = self._line(loaded, jax.device_get(metrics))
+        with jax.transfer_guard("allow"):
+            return self._log(loaded, validates)
+
+    def _compile(self, step: int, state: TrainState, frozen: Arrays, batch: Batch) -> None:
+        with self.report.paused(), jax.transfer_guard("allow"):
+            seconds = self.step.compile(state, frozen, batch)
+        self.report.compiled(step + 1, batch, seconds)
+
+    def _log(self, loaded: Loaded, validates: bool) -> dict[str, Any]:
+        done, optim = loaded.step + 1, self.config.optim
+        rate = optim.lr * batch_scale(optim, self.config.train) * float(self.rate(loaded.step))
+        line, finite = self.report.line(loaded, rate)
         if validates:
-            line["val_loss"] = self._validate(done)
+            with self.report.paused():
+                line["val_loss"] = self._validate(done)
         self._report_bad()
-        self.metrics.write(line)
-        for track in self.trackers:
-            track(done, line)
-        self._check_finite(done)
-        if validates:
-            self.watch.lap()  # validation is not part of a step's time
+        self.report.write(line)
+        self._check_finite(done, finite)
         return line
 
     def _on_devices(self, batch: Batch) -> Batch:
         sharding = batch_sharding(self.mesh)
         return jax.tree.map(lambda x: to_device(self.mesh, x, sharding, row_axis=1), batch)
 
-    def _line(self, loaded: Loaded, metrics: dict[str, Any]) -> dict[str, Any]:
-        """The logged values of a step; loss and norms are its own, times are means since the last line."""
-        seconds = self.watch.lap() / max(1, loaded.step + 1 - self.logged_at)
-        self.logged_at = loaded.step + 1
-        rows, length = loaded.batch.tokens.shape[1:]
-        slots = rows * length * loaded.batch.tokens.shape[0] * host_part(self.mesh)[1]
-        tokens, supervised = int(metrics["tokens"]), int(metrics["supervised_tokens"])
-        optim = self.config.optim
-        rate = optim.lr * batch_scale(optim, self.config.train) * float(self.rate(loaded.step))
-        return {
-            "step": loaded.step + 1,
-            "loss": float(metrics["loss"]),
-            "learning_rate": rate,
-            "grad_norm": float(metrics["grad_norm"]),
-            "tokens": tokens,
-            "supervised_tokens": supervised,
-            "conversations": loaded.conversations,
-            "recordings": int(metrics["recordings"]),
-            "padding_fraction": round(1 - tokens / slots, 6),
-            "step_ms": round(1000 * seconds, 3),
-            "tokens_per_s": round(tokens / seconds, 3),
-            "conversations_per_s": round(loaded.conversations / seconds, 3),
-            "mfu": self._mfu(tokens, supervised, loaded.attention_pairs, seconds),
-            "device_memory_gb": device_memory_gb(),
-        }
+    def _flops(self) -> Callable[[int, int, int], float]:
+        """The FLOPs of steps by their tokens, supervised tokens and attention pairs."""
+        own = {n: leaf for n, leaf in self.assembly.structure.leaves.items() if n.startswith("llm.layers.")}
+        base = [name for name in own if not is_lora(name)]
+        parameters = sum(int(np.prod(own[name].shape)) for name in base)
+        trained = any(name in self.state.trained for name in base)
+        return functools.partial(telemetry.step_flops, self.assembly.llm, parameters, trained)
 
-    def _mfu(self, tokens: int, supervised: int, pairs: int, seconds: float) -> float | None:
-        device = self.mesh.devices.flat[0]
-        peak = telemetry.peak_flops(device.device_kind)
-        if peak is None:
-            return None
-        leaves = self.assembly.structure.leaves
-        layers = sum(
-            int(np.prod(leaf.shape))
-            for name, leaf in leaves.items()
-            if name.startswith("llm.layers.") and not is_lora(name)
-        )
-        flops = telemetry.step_flops(
-            self.assembly.llm, layers, any(n.startswith("llm.layers.") and not is_lora(n) for n in self.state.trained),
-            tokens, supervised, pairs,
-        )
-        return flops / seconds / (peak * self.mesh.size)
-
-    def _check_finite(self, done: int) -> None:
+    def _check_finite(self, done: int, finite: Iterable[bool]) -> None:
         """Look at all steps since the last log; stop where the run no longer learns."""
-        for finite in jax.device_get(self.finite):
-            self.non_finite = 0 if finite else self.non_finite + 1
-        self.finite = []
+        for good in finite:
+            self.non_finite = 0 if good else self.non_finite + 1
         if self.non_finite:
-            self.metrics.write({"event": "non_finite", "step": done, "steps_in_a_row": self.non_finite})
+            self.report.event("non_finite", done, steps_in_a_row=self.non_finite)
         if self.non_finite >= NON_FINITE_LIMIT or (self.non_finite and done == self.total_steps):
             raise UserError(
                 "optim.lr", f"{self.non_finite} steps in a row without a finite gradient, last step {done}",
@@ -310,7 +285,7 @@ class Trainer:
             if bad["id"] in self.history["bad"]:
                 continue
             self.history["bad"].append(bad["id"])
-            self.metrics.write({"event": "bad_record", **bad})
+            self.report.event("bad_record", **bad)
             if len(self.history["bad"]) > allowed:
                 raise UserError(
                     f"record {bad['id']}", bad["error"],
@@ -352,24 +327,27 @@ class Trainer:
             return False
         return min(losses[-patience:]) > min(losses[:-patience]) - self.config.train.patience_delta
 
-    def _save(self) -> None:
+    def _save(self, done: int) -> None:
+        with self.report.paused(), jax.transfer_guard("allow"):
+            self._write_checkpoint(done)
+
+    def _write_checkpoint(self, done: int) -> None:
         self._report_bad()
         state = self.state
         items = {"trained": state.trained, "statistics": state.statistics, "optimizer": state.optimizer}
         ids = {"llm": self.config.llm.name, "encoder": self.config.encoder.checkpoint}
         frozen = {"frozen": self.fingerprints, "frozen_ids": {c: ids.get(c) for c in self.fingerprints}}
         meta = {**frozen, "data": self.dataset.fingerprint, "history": self.history}
-        self.checkpoints.save(int(state.step), items, meta, self.history["best_step"])
+        self.checkpoints.save(done, items, meta, self.history["best_step"])
 
     def _announce(self, first: int) -> None:
-        self.watch, self.logged_at = telemetry.Stopwatch(), first
-        self.metrics.write(
-            {"event": "resume" if first else "start", "step": first, "mfu_formula": telemetry.MFU_FORMULA}
-        )
+        self.report.event("resume" if first else "start", first, mfu_formula=telemetry.MFU_FORMULA)
+        self.report.event("attention", first, **dataclasses.asdict(self.attention))
         trained = sum(x.size for x in self.state.trained.values())
         frozen = sum(x.size for x in self.frozen.values())
         kept = self.dataset.signal.features
         if jax.process_index() == 0:
+            tell(self.attention)
             print(
                 f"{self.folder}: {trained:,} parameters trained, {frozen:,} frozen; "
                 f"{'' if kept is None else f'the encoder in its outputs in {kept.folder}; '}"
@@ -379,26 +357,18 @@ class Trainer:
                 file=sys.stderr,
             )
 
+    def _stop(self, done: int) -> None:
+        """Leave when the checkpoint of step `done` is on disk."""
+        self.report.summary("stop", done)
+        self.checkpoints.wait()
+        if jax.process_index() == 0:
+            print(f"stopped after step {done}; run the same command to go on", file=sys.stderr)
+        raise SystemExit(143)
+
     def _finish(self, done: int) -> None:
         run.keep_adapter(self.folder, self.config, self.assembly.llm, self.state.trained, self.mesh)
+        self.report.summary("finish", done)
+        self.report.plot(self.folder)
         if jax.process_index() == 0:
-            plot_loss(self.folder, self.metrics.lines())
             run.write_done(self.folder, done, self.total_steps)
         self.checkpoints.close()
-
-
-def plot_loss(folder: Path, lines: list[dict[str, Any]]) -> None:
-    """Draw plots/loss.png from the lines of metrics.jsonl."""
-    from elm_jax.evaluation.paper import loss_plot
-
-    logged = [line for line in lines if line.get("loss") is not None]
-    (folder / "plots").mkdir(exist_ok=True)
-    steps, losses = [line["step"] for line in logged], [line["loss"] for line in logged]
-    loss_plot(steps, losses, [line.get("val_loss") for line in logged], folder / "plots" / "loss.png")
-
-
-def device_memory_gb() -> float | None:
-    """Peak memory of the first local device, where it says so."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use")
-    return None if peak is None else round(peak / 1e9, 3)

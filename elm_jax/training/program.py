@@ -64,11 +64,14 @@ def train_program(assembly: Assembly, mesh: Mesh, shape: BatchShape, total_steps
 
 def check_rows(config: Config, mesh: Mesh) -> None:
     """Raise UserError unless the rows of a micro-batch divide over the mesh."""
-    rows, ways = config.train.batch_size // config.optim.accum_steps, batch_ways(mesh)
+    accum, ways = config.optim.accum_steps, batch_ways(mesh)
+    rows = config.train.batch_size // accum
     if rows % ways:
+        below, above = (accum * ways * n for n in (rows // ways, rows // ways + 1))
         raise UserError(
             "train.batch_size", f"{rows} rows a micro-batch", f"a multiple of data x fsdp = {ways}",
-            "change train.batch_size, optim.accum_steps or mesh.*",
+            f"set --config.train.batch_size={f'{below} or ' if below else ''}{above}, or change optim.accum_steps or"
+            " mesh.*",
         )  # fmt: skip
 
 

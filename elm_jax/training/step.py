@@ -5,6 +5,7 @@ Dimension letters: A micro-batches, B rows, T tokens, M supervised slots.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,32 @@ def make_train_step(
         in_shardings=(layout, frozen, batch_sharding(mesh)),
         out_shardings=(layout, replicated(mesh)),
     )
+
+
+class StepPrograms:
+    """A jitted train step as its programs: one for each shape of a batch, compiled when that shape is first met."""
+
+    def __init__(self, step: Any) -> None:
+        self._step = step
+        self._programs: dict[Any, Callable[[TrainState, Arrays, Batch], tuple[TrainState, Metrics]]] = {}
+
+    def has(self, batch: Batch) -> bool:
+        """Whether there is a program for batches of this shape."""
+        return _shapes(batch) in self._programs
+
+    def compile(self, state: TrainState, frozen: Arrays, batch: Batch) -> float:
+        """Make the program for arguments like these; the seconds that it took."""
+        began = time.perf_counter()
+        self._programs[_shapes(batch)] = self._step.lower(state, frozen, batch).compile()
+        return time.perf_counter() - began
+
+    def __call__(self, state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Take a step with the program that `compile` has made; nothing is traced or compiled."""
+        return self._programs[_shapes(batch)](state, frozen, batch)
+
+
+def _shapes(batch: Batch) -> Any:
+    return tuple((x.shape, x.dtype) for x in jax.tree.leaves(batch))
 
 
 def make_eval_step(

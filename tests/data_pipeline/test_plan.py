@@ -131,6 +131,18 @@ def test_every_row_of_a_step_fits_its_shape_and_shapes_are_few(case: tuple[Lengt
     assert len(shapes) <= 12
 
 
+@pytest.mark.parametrize("share", ["none", "system", "ecg"])
+@pytest.mark.parametrize("pack", [True, False])
+def test_lengths_as_real_questions_have_them_make_at_most_eight_shapes(share: str, pack: bool) -> None:
+    """Each costs a compilation of the step. Rows that are packed are full, but for those at the end of an epoch."""
+    rng = np.random.default_rng(0)
+    own = np.clip(rng.lognormal(3.3, 0.8, 600), 1, 180).astype(int).tolist()
+    index = index_of(own, (np.arange(600) // 14).tolist(), share)
+    index.targets[:] = rng.integers(1, 20, 600)
+    plan = Plan(index, rows=4, max_len=256, pack=pack, seed=0)
+    assert len({plan.shape(plan.rows(step)) for step in range(plan.steps_before(5))}) <= 8
+
+
 def test_another_seed_or_epoch_is_another_order() -> None:
     index = index_of([5] * 40, list(range(40)))
     plans = [Plan(index, rows=2, max_len=64, pack=True, seed=seed) for seed in (0, 1)]

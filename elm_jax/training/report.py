@@ -1,0 +1,204 @@
+"""What a run tells of its steps: the lines of metrics.jsonl, the progress bar, trackers, and a summary at its end.
+
+Between two lines nothing is read from the devices: what the steps leave there is kept, and fetched together when a line
+is due.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from elm_jax.config import Config, to_dict
+from elm_jax.data.batch import Batch
+from elm_jax.data.loader import Loaded
+from elm_jax.runtime import telemetry
+from elm_jax.runtime.mesh import host_part
+
+Flops = Callable[[int, int, int], float]  # of (tokens, supervised tokens, attention pairs)
+
+
+@dataclasses.dataclass
+class Tally:
+    """What some steps did, and the seconds that passed meanwhile: all, those spent waiting for the loader, and those
+    of each step on the devices."""
+
+    steps: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    slots: int = 0
+    conversations: int = 0
+    pairs: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    each: list[float] = dataclasses.field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        """Take the other's steps as well."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def rates(self, flops: Flops, peak: float | None) -> dict[str, Any]:
+        """The entries of a line that depend on time. `peak`: FLOP/s of all devices, where it is known."""
+        seconds = max(self.seconds, 1e-9)
+        p50, p95 = np.percentile(self.each, [50, 95]) * 1000 if self.each else (None, None)
+        done = flops(self.tokens, self.supervised, self.pairs)
+        return {
+            "step_ms": round(1000 * seconds / max(self.steps, 1), 3),
+            "step_ms_p50": None if p50 is None else round(float(p50), 3),
+            "step_ms_p95": None if p95 is None else round(float(p95), 3),
+            "tokens_per_s": round(self.tokens / seconds, 3),
+            "supervised_tokens_per_s": round(self.supervised / seconds, 3),
+            "padded_tokens_per_s": round(self.slots / seconds, 3),
+            "conversations_per_s": round(self.conversations / seconds, 3),
+            "host_wait_share": round(self.waited / seconds, 6),
+            "mfu": None if peak is None else done / seconds / peak,
+            "device_memory_gb": telemetry.device_memory_gb(),
+        }
+
+
+class Report:
+    """The log of one run, from its step `first` on. Process 0 writes.
+
+    A line's `loss`, `tokens` and the like are those of its step; what depends on time (see `Tally.rates`) is of all
+    steps since the line before, of which the time of compiling, validating and saving is no part. `step_ms` is the time
+    passed by the steps taken; `step_ms_p50` and `step_ms_p95` are of the steps as the devices took them
+    (`telemetry.StepClock`).
+    `host_wait_share` is the part of the time in which the loop waited for the loader: what the devices can have lost
+    at most, since they may have been busy with earlier steps.
+    """
+
+    def __init__(self, folder: Path, config: Config, mesh: Mesh, flops: Flops, first: int, total: int) -> None:
+        self._first_process = jax.process_index() == 0
+        self._file = telemetry.MetricsFile(folder, first, self._first_process)
+        log = config.log
+        self._trackers = (
+            telemetry.trackers(folder, log.wandb, log.tensorboard, to_dict(config)) if self._first_process else []
+        )
+        self._bar = telemetry.Progress(total, first, log.progress and self._first_process)
+        peak = telemetry.peak_flops(mesh.devices.flat[0].device_kind)
+        self._peak = None if peak is None else peak * mesh.size
+        self._flops, self._hosts = flops, host_part(mesh)[1]
+        self._clock = telemetry.StepClock()
+        self._now, self._all = Tally(), Tally()
+        self._pending: list[dict[str, jax.Array]] = []  # what the steps since the last line left on the devices
+        self._compiled: list[float] = []
+        self._begun = self._mark = time.perf_counter()
+
+    # -- while it trains --------------------------------------------------------------------------------------
+
+    def read(self, steps: Iterator[Loaded]) -> Iterator[Loaded]:
+        """`steps`, with the time that the loop waits for each."""
+        while True:
+            asked = time.perf_counter()
+            loaded = next(steps, None)
+            self._now.waited += time.perf_counter() - asked
+            if loaded is None:
+                return
+            yield loaded
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens here is no part of the steps' time. It begins when the steps before it are done."""
+        self._clock.wait()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._mark += time.perf_counter() - began
+
+    def compiled(self, step: int, batch: Batch, seconds: float) -> None:
+        """The train step was compiled for the shape of a batch, which `step` is the first to have."""
+        self._compiled.append(seconds)
+        (micro, rows, tokens), signals = batch.tokens.shape, batch.signal_weights.shape[-1]
+        shape = {"micro_batches": micro, "rows": rows, "tokens": tokens, "signals": signals,
+                 "targets": batch.target_ids.shape[-1]}  # fmt: skip
+        self.event("compile", step, shape=shape, seconds=round(seconds, 3), count=len(self._compiled))
+
+    def took(self, loaded: Loaded, metrics: dict[str, jax.Array], began: float) -> None:
+        """A step was given to the devices at the time `began`."""
+        self._clock.step(began, metrics["finite"])
+        self._pending.append(metrics)
+        now, (micro, rows, tokens) = self._now, loaded.batch.tokens.shape
+        now.steps += 1
+        now.slots += micro * rows * tokens * self._hosts
+        now.conversations += loaded.conversations
+        now.pairs += loaded.attention_pairs
+
+    def line(self, loaded: Loaded, learning_rate: float) -> tuple[dict[str, Any], list[bool]]:
+        """The line of this step, once it is done, and of each step since the last line whether it was finite."""
+        fetched = jax.device_get(self._pending)
+        self._pending = []
+        now, time_now = self._now, time.perf_counter()
+        now.tokens = sum(int(values["tokens"]) for values in fetched)
+        now.supervised = sum(int(values["supervised_tokens"]) for values in fetched)
+        now.seconds, now.each = time_now - self._mark, self._clock.lap()
+        micro, rows, length = loaded.batch.tokens.shape
+        values = fetched[-1]
+        tokens, slots = int(values["tokens"]), micro * rows * length * self._hosts
+        line = {
+            "step": loaded.step + 1,
+            "loss": float(values["loss"]),
+            "learning_rate": learning_rate,
+            "grad_norm": float(values["grad_norm"]),
+            "tokens": tokens,
+            "supervised_tokens": int(values["supervised_tokens"]),
+            "conversations": loaded.conversations,
+            "recordings": int(values["recordings"]),
+            "padding_fraction": round(1 - tokens / slots, 6),
+            **now.rates(self._flops, self._peak),
+        }
+        self._all.add(now)
+        self._now, self._mark = Tally(), time_now
+        return line, [bool(values["finite"]) for values in fetched]
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Put a step's line on disk, and send it to the trackers."""
+        self._file.write(line)
+        for track in self._trackers:
+            track(int(line["step"]), line)
+
+    def event(self, name: str, step: int, **values: Any) -> None:
+        """Write what happened at a step."""
+        self._file.write({"event": name, "step": step, **values})
+
+    def advance(self, line: Mapping[str, Any] | None) -> None:
+        """Move the bar on by one step."""
+        self._bar.update(1, line)
+
+    # -- at its end -------------------------------------------------------------------------------------------
+
+    def summary(self, name: str, step: int) -> None:
+        """Write the event `name` with the totals of this process's steps up to its last line."""
+        done = self._all
+        self.event(
+            name, step, steps=done.steps, seconds=round(time.perf_counter() - self._begun, 3),
+            train_seconds=round(done.seconds, 3), tokens=done.tokens, supervised_tokens=done.supervised,
+            conversations=done.conversations, padding_fraction=round(1 - done.tokens / max(done.slots, 1), 6),
+            **done.rates(self._flops, self._peak), compile_seconds=round(sum(self._compiled), 3),
+            compile_count=len(self._compiled),
+        )  # fmt: skip
+
+    def plot(self, folder: Path) -> None:
+        """Draw plots/loss.png from the lines of metrics.jsonl."""
+        from elm_jax.evaluation.paper import loss_plot
+
+        if not self._first_process:
+            return
+        logged = [line for line in self._file.lines() if line.get("loss") is not None]
+        (folder / "plots").mkdir(exist_ok=True)
+        steps, losses = [line["step"] for line in logged], [line["loss"] for line in logged]
+        loss_plot(steps, losses, [line.get("val_loss") for line in logged], folder / "plots" / "loss.png")
+
+    def close(self) -> None:
+        """End the bar and the clock."""
+        self._clock.close()
+        self._bar.close()
