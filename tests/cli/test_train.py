@@ -51,7 +51,8 @@ def test_a_run_leaves_what_the_contract_says(trained: Path) -> None:
     lines = [line for line in read_lines(trained / "metrics.jsonl") if "event" not in line]
     contract = {"step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "conversations"}
     contract |= {"recordings", "padding_fraction", "step_ms", "tokens_per_s", "conversations_per_s", "mfu"}
-    assert all(contract | {"device_memory_gb"} <= set(line) for line in lines)
+    contract |= {"supervised_tokens_per_s", "step_ms_p50", "step_ms_p95", "host_wait_share", "device_memory_gb"}
+    assert all(contract <= set(line) for line in lines)
     assert "val_loss" in lines[-1] and lines[-1]["loss"] < lines[0]["loss"]
     steps = json.loads((trained / "DONE").read_text())["steps"]
     assert lines[-1]["step"] == steps
