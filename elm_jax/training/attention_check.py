@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from elm_jax.assemble import Assembly, with_attention
-from elm_jax.data.plan import token_buckets
+from elm_jax.data.batch import BLOCK
+from elm_jax.data.plan import LEAST_BLOCKS, token_buckets
 from elm_jax.errors import UserError, one_line
 from elm_jax.models import attention
 from elm_jax.models.decoder import DecoderConfig
@@ -95,7 +96,10 @@ def settle(asked: str, chosen: attention.Implementation, sizes: Sizes, llm: Deco
 
     error, wrong, bound = math.inf, "", BOUNDS[jnp.dtype(sizes.dtype).name]
     try:
-        error = max(error_of(attend(chosen), attend("xla"), sizes, window) for window in set(llm.windows))
+        error = max(
+            error_of(attend(chosen), attend("xla"), sizes, window, blocks)
+            for window in set(llm.windows) for blocks in _ways(sizes.tokens)
+        )  # fmt: skip
     except Exception as failure:  # whatever a kernel's compiler or its driver raises
         wrong = f"{type(failure).__name__}: {one_line(str(failure))[:200]}"
     found = distributed.gather([wrong, error if math.isfinite(error) else None])
@@ -112,15 +116,24 @@ def settle(asked: str, chosen: attention.Implementation, sizes: Sizes, llm: Deco
     return Choice("xla", f"{chosen} is refused: {wrong}", None if math.isinf(error) else error, chosen)
 
 
-def error_of(attend: Attend, reference: Attend, sizes: Sizes, window: int | None = None) -> float:
+def _ways(tokens: int) -> tuple[bool, ...]:
+    """Whether rows of so many tokens are attended to in blocks: they may be either way where they are long."""
+    return (False, True) if tokens % BLOCK == 0 and tokens >= LEAST_BLOCKS * BLOCK else (False,)
+
+
+def error_of(
+    attend: Attend, reference: Attend, sizes: Sizes, window: int | None = None, in_blocks: bool = False
+) -> float:
     """How far `attend` is from `reference` in float32, on random inputs and the mask of packed rows; inf where it is
-    not finite, or where a gradient reaches a token through the mask.
+    not finite, or where a gradient reaches a token through the mask. `in_blocks`: `attend` gets `attention.Blocks`.
 
     Of outputs and of the gradients of q, k and v: for each token the norm of the difference, by the token's own norm or
     the root mean square of all tokens', whichever is larger; the largest of all.
     """
     group, branch, positions = (jnp.asarray(x) for x in packed_row(sizes.rows, sizes.tokens))
     mask = attention.windowed(attention.packed_mask(group, branch), positions, positions, window)
+    if in_blocks:
+        attend = _in_blocks(attend, group, branch, positions, window)
     q, k, v, weights = _inputs(sizes)
     heard = (group == HEARD[0]) & (branch == HEARD[1])
     alone = jnp.where(heard[..., None, None], weights, jnp.zeros((), weights.dtype))
@@ -130,6 +143,23 @@ def error_of(attend: Attend, reference: Attend, sizes: Sizes, window: int | None
     leaks = jax.jit(_largest_hidden)(run(q, k, v, mask, alone)[2:], mask, heard)
     error = max(float(e) for e in jax.tree.map(jax.jit(_largest), found, expected))
     return error if math.isfinite(error) and float(leaks) == 0 else math.inf
+
+
+def _in_blocks(attend: Attend, group: Any, branch: Any, positions: Any, window: int | None) -> Attend:
+    """`attend` on each block of queries and the blocks of keys that it sees."""
+    rows, tokens = group.shape
+    count = tokens // BLOCK
+    seen = np.asarray(attention.packed_mask(group[:1], branch[:1])).reshape(count, BLOCK, count, BLOCK).any((1, 3))
+    order = np.argsort(~seen, axis=1, kind="stable")[:, : seen.sum(1).max()]
+    index = np.where(np.take_along_axis(seen, order, 1), order, -1)
+    blocks = attention.Blocks(jnp.asarray(np.broadcast_to(index, (rows, *index.shape)), jnp.int32))
+    mask = attention.packed_mask(group, branch, blocks)
+    mask = attention.windowed(mask, blocks.queries(positions), blocks.keys(positions), window)
+
+    def blocked(q: jax.Array, k: jax.Array, v: jax.Array, _: jax.Array) -> jax.Array:
+        return attend(blocks.queries(q), blocks.keys(k), blocks.keys(v), mask).reshape(q.shape)
+
+    return blocked
 
 
 def packed_row(rows: int, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

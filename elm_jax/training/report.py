@@ -120,7 +120,7 @@ class Report:
         self._compiled.append(seconds)
         (micro, rows, tokens), signals = batch.tokens.shape, batch.signal_weights.shape[-1]
         shape = {"micro_batches": micro, "rows": rows, "tokens": tokens, "signals": signals,
-                 "targets": batch.target_ids.shape[-1]}  # fmt: skip
+                 "targets": batch.target_ids.shape[-1], "key_blocks": batch.key_blocks.shape[-1]}  # fmt: skip
         self.event("compile", step, shape=shape, seconds=round(seconds, 3), count=len(self._compiled))
 
     def took(self, loaded: Loaded, metrics: dict[str, jax.Array], began: float) -> None:

@@ -111,6 +111,18 @@ def test_what_computes_something_else_fails(attend: Attend) -> None:
     assert error_of(attend, reference, SIZES) > BOUND
 
 
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_blocks_of_keys_are_checked_too(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_check, "BLOCK", 8)
+    assert attention_check._ways(64) == (False, True) and attention_check._ways(60) == (False,)
+    assert error_of(fused, reference, SIZES, window, in_blocks=True) < BOUND
+
+    def wrong(q: Any, k: Any, v: Any, mask: jax.Array) -> jax.Array:
+        return fused(q, k, v, mask if k.shape[1] == SIZES.tokens else mask.at[..., 0].set(True))
+
+    assert error_of(wrong, reference, SIZES, window) < BOUND < error_of(wrong, reference, SIZES, window, in_blocks=True)
+
+
 def test_a_leak_too_small_to_see_in_the_outputs_is_seen() -> None:
     """A hidden token that gets a millionth of the weight."""
 
@@ -174,7 +186,7 @@ def test_a_kernel_that_cannot_run_is_refused_in_its_own_words(kernel: Callable[[
 
 def test_each_window_of_the_model_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     windows: list[int | None] = []
-    monkeypatch.setattr(attention_check, "error_of", lambda *args: windows.append(args[-1]) or 0.0)
+    monkeypatch.setattr(attention_check, "error_of", lambda *args: windows.append(args[3]) or 0.0)
     settle("auto", "cudnn", SIZES, tiny_config("gemma2"))
     assert set(windows) == {WINDOW, None}
 
@@ -192,7 +204,7 @@ def test_the_run_takes_the_sizes_of_its_devices_and_the_reference_path_instead(
     same, choice = attention_check.checked_attention(assembly, mesh)
     assert same is assembly and str(choice) == "attention: xla (platform cpu)"
     seen: list[Sizes] = []
-    monkeypatch.setattr(attention_check, "error_of", lambda _, __, sizes, ___: seen.append(sizes) or np.inf)
+    monkeypatch.setattr(attention_check, "error_of", lambda *args: seen.append(args[2]) or np.inf)
     kernel(fused)
     other, choice = attention_check.checked_attention(assembly, mesh)
     assert seen == [Sizes(2, 104, 4, 2, 4, jnp.dtype(jnp.bfloat16))]

@@ -69,12 +69,12 @@ def test_packed_rows_with_a_shared_prefix_equal_separate_rows(llm):
 
 def test_blocks_of_keys_equal_all_keys(llm):
     tokens, block = tokens_of((2, 24)), 4
-    groups = np.repeat([[1] * 10 + [2] * 13 + [0]], 2, axis=0)
-    branches = np.repeat([[0] * 4 + [1] * 3 + [2] * 3 + [0] * 5 + [1] * 8 + [0]], 2, axis=0)
-    positions = np.repeat([[*range(7), *range(4, 7), *range(13), 0]], 2, axis=0)
+    groups = np.array([[1] * 10 + [2] * 13 + [0]] * 2, np.int32)
+    branches = np.array([[0] * 4 + [1] * 3 + [2] * 3 + [0] * 5 + [1] * 8 + [0]] * 2, np.int32)
+    positions = np.array([[*range(7), *range(4, 7), *range(13), 0]] * 2, np.int32)
     seen = np.asarray(packed_mask(groups, branches))[:, 0].reshape(2, 6, block, 6, block).any((2, 4))
     order = np.argsort(~seen, axis=-1, kind="stable")[..., : seen.sum(-1).max()]
-    blocks = Blocks(jnp.asarray(np.where(np.take_along_axis(seen, order, -1), order, -1)))
+    blocks = Blocks(jnp.asarray(np.where(np.take_along_axis(seen, order, -1), order, -1), jnp.int32))
     expected = llm.hidden(llm.embed(tokens), positions, packed_mask(groups, branches))
     found = llm.hidden(llm.embed(tokens), positions, packed_mask(groups, branches, blocks), blocks=blocks)
     assert blocks.index.shape[-1] < 6 and np.allclose(found, expected, atol=1e-5)

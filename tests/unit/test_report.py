@@ -137,7 +137,7 @@ def test_compilations_are_counted_and_named_by_shape(report: Report, tmp_path: P
     report.compiled(5, loaded(4).batch, 1.0)
     report.summary("finish", 5)
     first, second, finish = lines(tmp_path)
-    shape = {"micro_batches": 1, "rows": ROWS, "tokens": TOKENS, "signals": 1, "targets": 4}
+    shape = {"micro_batches": 1, "rows": ROWS, "tokens": TOKENS, "signals": 1, "targets": 4, "key_blocks": 0}
     assert first == {"event": "compile", "step": 1, "shape": shape, "seconds": 2.0, "count": 1}
     assert (second["step"], second["count"]) == (5, 2)
     assert (finish["compile_seconds"], finish["compile_count"]) == (3.0, 2)
