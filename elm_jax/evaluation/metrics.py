@@ -63,6 +63,11 @@ class Metric:
     cheap: bool = False
     numbers: bool = False  # whether truths are whole numbers, so that numbers between them are blind answers too
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether it is the mean of what each pair scores: its first number, the second being 1."""
+        return self.value is _ratio
+
 
 def _everyone(_: Pair) -> bool:
     return True
@@ -195,11 +200,16 @@ class Scorer:
         return Table(self, pairs, rows)
 
 
+def question_id(p: Mapping[str, Any]) -> str:
+    """What tells a prediction's question from others, in the same run or another one."""
+    return "/".join(str(p[key]) for key in ("id", "fold", "seed") if key in p)
+
+
 def _pair(p: Mapping[str, Any], protocol: Protocol, end: str) -> Pair:
     thinking, answer = seen_by(protocol, p["answer"], end if p.get("ended", True) else "")
     true_thinking, truth = seen_by(protocol, p["truth"], end)
     return Pair(
-        id=str(p["id"]),
+        id=question_id(p),
         patient=str(p.get("patient") or p["id"]),
         answer=answer,
         truth=truth,

@@ -48,9 +48,9 @@ class BertScore:
         found = np.zeros((len(answers), 3))
         for start in range(0, len(order), _BATCH):
             chosen = order[start : start + _BATCH]
-            ours, theirs = (self._embedded([texts[i] for i in chosen]) for texts in (answers, truths))
+            ours, theirs = (self._embedded([str(texts[i]) for i in chosen]) for texts in (answers, truths))
             for place, (a, b) in zip(chosen, zip(ours, theirs, strict=True), strict=True):
-                if answers[place].strip() and truths[place].strip():
+                if str(answers[place]).strip() and str(truths[place]).strip():
                     found[place] = _matched(a, b)
         return found
 

@@ -11,7 +11,8 @@ from elm_jax.errors import UserError
 
 VARIABLE = "WNSEARCHDIR"  # WordNet's own
 _PLACES = (
-    "/usr/share/wordnet", "/usr/local/share/wordnet", "~/nltk_data/corpora/wordnet", "/usr/share/nltk_data/corpora/wordnet",
+    "/usr/share/wordnet", "/usr/local/share/wordnet", "~/nltk_data/corpora/wordnet",
+    "/usr/share/nltk_data/corpora/wordnet",
 )  # fmt: skip
 _PARTS = ("noun", "verb", "adj", "adv")
 _ENDINGS = {
