@@ -80,7 +80,8 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         if not questions:
             raise UserError(f"split {split}", "no question that can be asked", "at least one", "mend the data")
         known = _known(config, folds) if first else {}
-        facts = {"split": split, "step": model.step, "bad": sum(len(fold.bad.found) for fold in folds)}
+        bad = sum(len(fold.bad.found) for fold in folds)
+        facts = {"split": split, "step": model.step, "end_token": _end_token(model), "bad": bad}
 
         if first:
             write_json(out / "metrics.json", results_of(conditions, scorer, facts, known))

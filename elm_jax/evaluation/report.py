@@ -192,7 +192,8 @@ def _examples(predictions: Sequence[Mapping[str, Any]], dataset: Dataset) -> str
     options = "".join(f'<option value="{escape(kind)}">{escape(kind)}</option>' for kind in kinds)
     control = (
         f'<p><select id="kind"><option value="">every kind</option>{options}</select> <select id="mark">'
-        '<option value="">right and wrong</option><option value="right">right</option><option value="wrong">wrong</option></select>'
+        '<option value="">right and wrong</option><option value="right">right</option>'
+        '<option value="wrong">wrong</option></select>'
         ' <button id="back">◀</button> <span id="place"></span> <button id="next">▶</button></p>'
     )
     return control + "".join(cards) if cards else ""
