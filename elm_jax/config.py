@@ -169,6 +169,7 @@ class EvalConfig:
     folds: tuple[int, ...] | None = key(None, "folds to average over; None is data.fold", limit="at least 1")
     seeds: tuple[int, ...] | None = key(None, "seeds to average over; None is seed", limit="at least 0")
     limit: int | None = key(None, "evaluate only the first so many questions", limit="at least 1")
+    labels: str | None = key(None, "PTB-XL's folder: also ask for each of its statements whether the ECG shows it")
     protocol: str = key("ours", "by which rules answers are scored", choices=tuple(PROTOCOLS))
     wordnet: str | None = key(None, "folder of WordNet's files, for METEOR; None looks in the usual places")
     bert_model: str | None = key(None, "model of BERTScore, which is computed if it is named or the protocol has it")

@@ -25,6 +25,7 @@ from elm_jax.errors import UserError
 from elm_jax.evaluation.answering import Asker, BadRecords, Task, asked_of, check_lengths
 from elm_jax.evaluation.controls import REAL, Question, Source
 from elm_jax.evaluation.examples import draw_examples
+from elm_jax.evaluation.labels import ask_labels
 from elm_jax.evaluation.metrics import Scorer
 from elm_jax.evaluation.report import write_report
 from elm_jax.evaluation.results import results_of, summary
@@ -35,7 +36,7 @@ from elm_jax.training.run import read_json, write_json
 
 SHUFFLES = 3  # ways to give each question another recording: one draw alone is a coarse estimate
 # Of eval.*, what changes no answer.
-_SCORING = ("at_end", "controls", "protocol", "wordnet", "bert_model")
+_SCORING = ("at_end", "controls", "protocol", "wordnet", "bert_model", "labels")
 ERROR = ("where", "found", "expected", "fix")  # the parts of a UserError
 
 Line = dict[str, Any]
@@ -81,11 +82,13 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
             raise UserError(f"split {split}", "no question that can be asked", "at least one", "mend the data")
         known = _known(config, folds) if first else {}
         bad = sum(len(fold.bad.found) for fold in folds)
-        facts = {"split": split, "step": model.step, "end_token": _end_token(model), "bad": bad}
+        facts: dict[str, Any] = {"split": split, "step": model.step, "end_token": _end_token(model), "bad": bad}
 
         if first:
             write_json(out / "metrics.json", results_of(conditions, scorer, facts, known))
             draw_examples(out / "examples.png", folds[0].dataset, conditions[REAL])
+        if options.labels is not None:
+            facts["labels"] = _labels(model, folds[0].dataset, store, options.labels)
         for name in options.controls:
             conditions[name] = _ask(asker, folds, store, name, config)
     if first:
@@ -94,6 +97,12 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         print(summary(results), file=sys.stderr)
         print(f"results are in {out}", file=sys.stderr)
     return out
+
+
+def _labels(model: TrainedModel, dataset: Dataset, store: Store | None, folder: str) -> dict[str, Any]:
+    if store is None or jax.process_count() > 1:
+        raise UserError("eval.labels", "several processes", "one", "evaluate labels with one process")
+    return ask_labels(model, dataset, Path(folder), store.labels(), model.config.log.progress)
 
 
 def is_evaluated(config: Config, split: str) -> bool:

@@ -136,6 +136,11 @@ def _by(results: Results) -> str:
         parts.append(f"<h3>{escape(name)}</h3>" + table([name, "n", *metrics], rows) + more)
     for name, scores in results.get("ecgbench", {}).items():
         parts.append(f"<h3>ECGBench: {escape(name)}</h3>" + table(list(scores), [[_cell(s) for s in scores.values()]]))
+    for family, scores in results.get("labels", {}).items():
+        head = ["labels", "macro F1", "micro F1", "macro AUC"]
+        cells = [_cell(scores[name]) for name in ("macro_f1", "micro_f1", "macro_auc")]
+        row = [str(len(scores["labels"])), *cells]
+        parts.append(f"<h3>PTB-XL, asked label by label: {escape(family)}</h3>" + table(head, [row]))
     average = results.get("ecg_qa", {}).get("average_of_single_types")
     parts.append("" if average is None else f"<p>Mean over ECG-QA's three types about one ECG: {average:.3f}</p>")
     return "".join(parts)

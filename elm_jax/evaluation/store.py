@@ -16,7 +16,7 @@ from elm_jax.errors import UserError
 from elm_jax.training.run import read_json, write_json
 
 IDENTITY, PROBLEMS = "evaluation.json", "problems.jsonl"
-PREDICTIONS, CONTROLS = "predictions.jsonl", "controls"
+PREDICTIONS, LABELS, CONTROLS = "predictions.jsonl", "labels.jsonl", "controls"
 Line = dict[str, Any]
 
 
@@ -33,7 +33,7 @@ class Store:
         self.resumed = path.is_file() and _read(path) == identity
         folder.mkdir(parents=True, exist_ok=True)
         if not self.resumed:
-            for name in (PREDICTIONS, PROBLEMS, "metrics.json", "report.html"):
+            for name in (PREDICTIONS, PROBLEMS, LABELS, "metrics.json", "report.html"):
                 (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / CONTROLS, ignore_errors=True)
             write_json(path, identity)
@@ -45,6 +45,10 @@ class Store:
             return AnswerFile(self.folder / PREDICTIONS)
         (self.folder / CONTROLS).mkdir(exist_ok=True)
         return AnswerFile(self.folder / CONTROLS / f"{condition}.jsonl")
+
+    def labels(self) -> AnswerFile:
+        """The file of what was asked of labels (`labels.ask_labels`)."""
+        return AnswerFile(self.folder / LABELS)
 
     def problems(self) -> list[Line]:
         """What was noted of records that cannot be evaluated."""
