@@ -126,7 +126,8 @@ def text_of(result: Mapping[str, Any]) -> str:
     head = f"{result['evaluation']}, {result['n']} questions, protocol {result['protocol']}"
     lines = [head, " " * width + "".join(f"{_cut(name):>26}" for name in runs)]
     for metric in metrics:
-        lines.append(f"{metric:<{width}}" + "".join(f"{_told(run['metrics'].get(metric)):>26}" for run in runs.values()))
+        cells = (f"{_told(run['metrics'].get(metric)):>26}" for run in runs.values())
+        lines.append(f"{metric:<{width}}" + "".join(cells))
     told = "".join(f"{_told(run['signal_dependence']):>26}" for run in runs.values())
     lines += [f"{'signal dependence':<{width}}{told}", ""]
     for pair in result["differences"]:
