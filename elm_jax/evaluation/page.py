@@ -11,7 +11,7 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bott
 h3 { font-size: 1rem; margin-bottom: .3rem }
 table { border-collapse: collapse; margin: .5rem 0; display: block; overflow-x: auto }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid #e6e6ea; text-align: left; vertical-align: top }
-th { font-weight: 600; background: #f7f7f9 } small { color: #6b6b76 }
+th { font-weight: 600; background: #f7f7f9 } small { color: #6b6b76; white-space: nowrap }
 figure { margin: 1rem 0 } figure img { width: 100%; border: 1px solid #e6e6ea } figure[hidden] { display: none }
 pre { white-space: pre-wrap; background: #f7f7f9; padding: .6rem } svg { max-width: 100%; height: auto; display: block }
 .right { color: #1f7a4d } .wrong { color: #b3261e } nav a { margin-right: 1rem }

@@ -162,7 +162,7 @@ def _confusions(results: Results) -> str:
             rows.append(f"<tr><th>{escape(truth)}</th>{cells}{numbers}</tr>")
         columns = next(iter(found["confusion"].values()))
         names = "".join(f"<th>{escape(name)}</th>" for name in (*columns, "precision", "recall", "F1"))
-        body = f"<table><tr><th>truth ＼ answer</th>{names}</tr>{''.join(rows)}</table>"
+        body = f"<table><tr><th>truth \\ answer</th>{names}</tr>{''.join(rows)}</table>"
         parts.append(f"<h3>{escape(kind or 'all questions')}</h3>{body}")
     return "".join(parts)
 

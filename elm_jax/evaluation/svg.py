@@ -30,7 +30,7 @@ def bars(title: str, rows: Sequence[Bar], low: float = 0.0, high: float = 1.0, d
         return _LABEL + _PLOT * (min(max(value, low), high) - low) / span
 
     height = _AXIS + _ROW * len(rows) + _AXIS
-    parts = [_opened(title, _LABEL + _PLOT + _NUMBER, height)]
+    parts = [_opened(title, _LABEL + _PLOT + _NUMBER, height), _text(_LABEL, 15, title, "start", 12)]
     for i in range(5):
         tick = low + span * i / 4
         parts.append(_line(x(tick), _AXIS, x(tick), height - _AXIS, FAINT))
