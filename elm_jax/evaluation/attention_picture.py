@@ -16,6 +16,7 @@ from elm_jax.evaluation.attention import Attention
 
 WORDS = 20  # text tokens in the picture
 _INK, _HEAT, _BAR = "#16161d", "Oranges", "#2f5d9b"
+_DEEPEST = 2.0  # in relative weights: the trace stays readable on the largest, which is 1
 
 
 def draw_attention(
@@ -41,7 +42,7 @@ def _lead(ax: Axes, trace: np.ndarray, weights: np.ndarray, rate: float, name: s
     trace = trace - np.median(trace)
     low, high = min(float(trace.min()), -0.5), max(float(trace.max()), 0.5)
     extent = (0.0, float(len(trace) / rate), low, high)
-    ax.imshow(weights[None], aspect="auto", extent=extent, cmap=_HEAT, vmin=0, vmax=1.3, interpolation="nearest")
+    ax.imshow(weights[None], aspect="auto", extent=extent, cmap=_HEAT, vmin=0, vmax=_DEEPEST, interpolation="nearest")
     ax.plot(seconds, trace, color=_INK, linewidth=0.8)
     ax.set_ylabel(name, rotation=0, ha="right", va="center", fontweight="bold")
     ax.set(xlim=extent[:2], ylim=(low, high), yticks=[])

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from elm_jax.errors import UserError, nearest
+from elm_jax.evaluation.dependence import METRIC, difference_ci95
 from elm_jax.evaluation.evaluator import predictions_in
 from elm_jax.evaluation.metrics import Scorer, Table, question_id
 from elm_jax.evaluation.page import page, table
 from elm_jax.evaluation.statistics import ci95
+from elm_jax.evaluation.store import CONTROLS, AnswerFile
 from elm_jax.evaluation.svg import Bar, bars
 from elm_jax.training.run import read_json
 
@@ -24,10 +26,10 @@ def compare(folders: Sequence[Path], evaluation: str | None = None, protocol: st
     """Compare the run folders' evaluations called `evaluation` (None: the one that all have).
 
     {"evaluation", "protocol", "n", "runs": {run: {"metrics", "signal_dependence"}}, "differences": [{"a", "b",
-    "metrics": {metric: {"value", "ci95", "p", "p_holm"}}}]}: a's score less b's, paired by question, on the questions
-    that all answered. The interval is a bootstrap over patients. p flips signs patient by patient where a metric is a
-    mean, and else is twice the part of the resamples on the other side of zero; p_holm is corrected for all that is
-    compared here (Holm 1979).
+    "metrics": {metric: {"value", "ci95", "p", "p_holm"}}, "signal_dependence": {"value", "ci95", "p"} or None}]}: a's
+    score less b's, paired by question, on the questions that all answered. The interval is a bootstrap over patients. p
+    flips signs patient by patient where a metric is a mean, and else is twice the part of the resamples on the other
+    side of zero; p_holm is corrected for all metrics of all pairs (Holm 1979).
 
     Raises:
         UserError: fewer than two runs, no common evaluation, or no common question.
@@ -53,6 +55,9 @@ def compare(folders: Sequence[Path], evaluation: str | None = None, protocol: st
         for i, j in combinations(range(len(folders)), 2)
     ]
     _correct(pairs)
+    owed = [_owed(folder / "eval" / name, table) for folder, table in zip(folders, tables, strict=True)]
+    for pair, (i, j) in zip(pairs, combinations(range(len(folders)), 2), strict=True):
+        pair["signal_dependence"] = _difference_of_owed(owed[i], owed[j], tables[i])
     return {
         "evaluation": name, "protocol": protocol, "n": len(tables[0].pairs), "unavailable": scorer.unavailable,
         "runs": runs, "differences": pairs,
@@ -72,6 +77,31 @@ def _differences(a: Table, b: Table) -> dict[str, dict[str, Any]]:
         p = patients.flip_p(mine[:, 0] - theirs[:, 0]) if metric.is_mean else _crossing_p(resampled)
         found[name] = {"value": value, "ci95": ci95(resampled), "p": p}
     return found
+
+
+def _owed(folder: Path, table: Table) -> np.ndarray | None:
+    """(n,) what each question of the table owes to the signal: right or not, less that with shuffled ECGs."""
+    path = folder / CONTROLS / "shuffled.jsonl"
+    if not path.is_file():
+        return None
+    control = table.scorer.table(AnswerFile(path).lines)
+    scores: dict[str, list[float]] = {}
+    for pair, (value, _) in zip(control.pairs, control.rows[METRIC], strict=True):
+        scores.setdefault(pair.id, []).append(float(value))
+    own = table.rows[METRIC][:, 0]
+    known = all(pair.id in scores for pair in table.pairs)
+    return own - np.array([np.mean(scores[pair.id]) for pair in table.pairs]) if known else None
+
+
+def _difference_of_owed(a: np.ndarray | None, b: np.ndarray | None, table: Table) -> dict[str, Any] | None:
+    if a is None or b is None:
+        return None
+    values = a - b
+    return {
+        "value": float(values.mean()),
+        "ci95": difference_ci95(values, table),
+        "p": table.patients.flip_p(values),
+    }
 
 
 def _crossing_p(resampled: np.ndarray) -> float:
@@ -130,11 +160,15 @@ def text_of(result: Mapping[str, Any]) -> str:
         lines.append(f"{metric:<{width}}" + "".join(cells))
     told = "".join(f"{_told(run['signal_dependence']):>26}" for run in runs.values())
     lines += [f"{'signal dependence':<{width}}{told}", ""]
+    lines += [f"no {metric}: {reason}" for metric, reason in result["unavailable"].items()]
     for pair in result["differences"]:
         lines.append(f"{pair['a']} less {pair['b']}")
         for metric, d in pair["metrics"].items():
             mark = "*" if d["p_holm"] < 0.05 else " "
             lines.append(f"  {metric:<{width}} {_told(d):>26}   p = {d['p']:<8.2g} corrected {d['p_holm']:<8.2g}{mark}")
+        owed = pair["signal_dependence"]
+        if owed:
+            lines.append(f"  {'signal dependence':<{width}} {_told(owed):>26}   p = {owed['p']:.2g}")
     return "\n".join(lines)
 
 
@@ -152,8 +186,14 @@ def html_of(result: Mapping[str, Any]) -> str:
         ]
         head = ["difference", "with 95 % interval", "p", "p, corrected (Holm)"]
         sections.append((metric, bars(metric, shown) + table(head, differences)))
-    owed = [[name, _told(run["signal_dependence"])] for name, run in result["runs"].items()]
-    sections.append(("Does the model read the ECG?", table(["run", "signal dependence, with 95 % interval"], owed)))
+    owed = [[name, _told(run["signal_dependence"]), ""] for name, run in result["runs"].items()]
+    owed += [
+        [f"{pair['a']} less {pair['b']}", _told(d), f"{d['p']:.2g}"]
+        for pair in result["differences"]
+        if (d := pair["signal_dependence"])
+    ]
+    head = ["run", "signal dependence, with 95 % interval", "p"]
+    sections.append(("Does the model read the ECG?", table(head, owed)))
     intro = f"<p>{result['n']} questions that all runs answered · protocol {result['protocol']}</p>"
     return page(f"{result['evaluation']}: {', '.join(result['runs'])}", intro, sections)
 

@@ -11,6 +11,7 @@ from elm_jax import cli
 from elm_jax.compare import main
 from elm_jax.errors import UserError
 from elm_jax.evaluation.comparison import compare, text_of
+from elm_jax.evaluation.statistics import FLIPS
 
 
 def run(folder: Path, right: float, n: int = 120, name: str = "demo-test", **more: str) -> Path:
@@ -33,7 +34,7 @@ def test_a_difference_is_told_with_its_interval_and_whether_it_is_chance(tmp_pat
     assert found["runs"]["a"]["signal_dependence"]["value"] == 0.1
     of = {(pair["a"], pair["b"]): pair["metrics"] for pair in found["differences"]}
     assert of["a", "b"]["exact_match"]["value"] == pytest.approx(0.4)
-    assert of["a", "b"]["exact_match"]["p"] == pytest.approx(1 / 1001)
+    assert of["a", "b"]["exact_match"]["p"] == pytest.approx(1 / (FLIPS + 1))
     assert of["a", "b"]["bleu4"]["p"] < 0.01 < 0.3 < of["a", "b"]["exact_match"]["ci95"][0]
     assert of["b", "c"]["exact_match"] == {"value": 0.0, "ci95": [0.0, 0.0], "p": 1.0, "p_holm": 1.0}
     corrected = [d["p_holm"] for metrics in of.values() for d in metrics.values()]
