@@ -13,6 +13,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from elm_jax import cli
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     model = TrainedModel(config_of_run(options.checkpoint, flags), options.step)
     assembly, spec = model.assembly, model.assembly.signal
     ecgs = [read_input(path, spec, number) for number, path in enumerate(options.ecg)]
-    text = asdict(assembly.text) | {"max_len": None}
+    text: dict[str, Any] = asdict(assembly.text) | {"max_len": None}
     rendered = render_prompt([Turn("user", options.question)], assembly.tokenizer, n_ecgs=len(ecgs), **text)
     prompt = Prompt(rendered, [ecg.signal for ecg in ecgs])
     answer = options.answer if options.answer is not None else model.answers([prompt], model.config.eval)[0]

@@ -126,8 +126,8 @@ def label_scores(
         truths = {label: true[:, places].any(1) for label, places in columns.items()}
         kept = [label for label, truth in truths.items() if truth.any() and not truth.all()]
         if kept:
-            pair = (np.stack([values[label] for label in kept], axis=1) for values in (chances, truths))
-            found[family] = _family(kept, *pair, Patients(patients, seed))
+            chance, truth = (np.stack([values[label] for label in kept], axis=1) for values in (chances, truths))
+            found[family] = _family(kept, chance, truth, Patients(patients, seed))
     return found
 
 
