@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,8 +70,9 @@ class Asked(FakeModel):
         self.assembly.dataset = self.dataset
         self.reply: Callable[[Any], str] = lambda prompt: "yes"
 
-    def dataset(self, split: Any) -> Dataset:
-        records = load_records(self.config.data, split, 0)
+    def dataset(self, split: Any, fold: int | None = None) -> Dataset:
+        data = self.config.data if fold is None else replace(self.config.data, fold=fold)
+        records = load_records(data, split, 0)
         return Dataset(records, self.assembly.tokenizer, self.assembly.text, self.assembly.signal)
 
     def written(self, prompt: Any, new: int) -> Any:

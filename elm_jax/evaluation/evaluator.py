@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
     scorer = Scorer(options.protocol, options.wordnet, options.bert_model, _end_token(model))
     out, first = results_folder(config, split), jax.process_index() == 0
     numbers = options.folds or (config.data.fold,)
-    datasets = [_dataset(model, split, number) for number in numbers]
+    datasets = [model.assembly.dataset(split, number) for number in numbers]
     folds = [_fold(model, number, data) for number, data in zip(numbers, datasets, strict=True)]
     store = Store(out, _identity(model, split, datasets)) if first else None
     _keep_problems(folds, store)
@@ -115,15 +115,6 @@ def results_folder(config: Config, split: str) -> Path:
     """Where the evaluation of a split of `data.names` is: `eval/<datasets>-<split>` in the run's folder."""
     names = "_".join(Path(name.partition(":")[0]).stem for name in config.data.names)
     return Path(config.workdir) / "eval" / f"{names}-{split}"
-
-
-def _dataset(model: TrainedModel, split: str, fold: int) -> Dataset:
-    """The split of one fold, with the model as it is."""
-    if fold == model.config.data.fold:
-        return model.assembly.dataset(split)
-    config = model.config
-    data = replace(config, data=replace(config.data, fold=fold))
-    return replace(model.assembly, config=data).dataset(split)
 
 
 def _fold(model: TrainedModel, number: int, dataset: Dataset) -> _Fold:

@@ -148,6 +148,27 @@ def test_scores_are_there_before_the_controls_are_run(ask: Ask, monkeypatch: pyt
     assert not is_evaluated(model.config, "test"), "a restart runs it again"
 
 
+def test_folds_are_evaluated_with_one_model_and_what_training_saw_of_them_is_said(ask: Ask, tmp_path: Path) -> None:
+    splits = ["fold1_test", "fold1_test", "fold1_train", "fold2_test", "fold2_test", "fold2_test", "fold1_train"]
+    rows = [
+        {"ecg_path": f"ecg_{i if i < 5 else 0}.npy", "text": ["x", "Is it?", ["yes" if i < 4 else "no"]], "name": "x",
+         "patient_id": f"p{2 if i == 3 else i}", "split": split}
+        for i, split in enumerate(splits)
+    ]  # fmt: skip
+    (tmp_path / "folds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"eval__controls": ["zeros"], "eval__protocol": "elm-2026-08", "data__val_fraction": 0.0}
+    model = ask(data__names=["folds.jsonl"], eval__folds=[1, 2], **keys)
+    out = evaluate(model.config)
+    found = json.loads((out / "metrics.json").read_text())
+    assert [(run["fold"], run["n"]) for run in found["runs"]] == [(1, 2), (2, 3)]
+    assert found["metrics"]["exact_match"]["value"] == pytest.approx((1 + 1 / 3) / 2), "the mean over folds"
+    assert found["over_runs"]["exact_match"]["std"] == pytest.approx((2 / 3) / 2**0.5)
+    assert found["questions_about_training_patients"] == 1, "patient 2 is in the training records of fold 1"
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert sorted(line["fold"] for line in lines) == [1, 1, 2, 2, 2] and len(model.prompts) == 10
+    assert {"id", "prompt", "answer", "truth", "seconds"} <= set(lines[0])
+
+
 def test_nothing_to_ask_is_an_error(ask: Ask) -> None:
     model = ask(data__max_bad_records=0.3, eval__limit=1)
     Path(model.config.data.root, "ecg_0.npy").unlink()
