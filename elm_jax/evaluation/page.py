@@ -14,6 +14,7 @@ th, td { padding: .2rem .6rem; border-bottom: 1px solid #e6e6ea; text-align: lef
 th { font-weight: 600; background: #f7f7f9 } small { color: #6b6b76; white-space: nowrap }
 figure { margin: 1rem 0 } figure img { width: 100%; border: 1px solid #e6e6ea } figure[hidden] { display: none }
 pre { white-space: pre-wrap; background: #f7f7f9; padding: .6rem } svg { max-width: 100%; height: auto; display: block }
+td[style] small { color: inherit }
 .right { color: #1f7a4d } .wrong { color: #b3261e } nav a { margin-right: 1rem }
 """
 

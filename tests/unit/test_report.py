@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -120,3 +121,20 @@ def test_a_bar_is_as_long_as_its_value_and_its_interval_lies_about_it():
     widths = [float(rect.attrib["width"]) for rect in root.iter("rect")]
     assert widths[1] == pytest.approx(2 * widths[0])
     assert "half" in "".join(root.itertext()) and "[0.400, 0.600]" in "".join(root.itertext())
+
+
+BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here; set CHROMIUM to one")
+def test_a_browser_opens_it_without_errors_or_network(report, tmp_path):
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom",
+               "--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND", "--no-first-run",
+               "--disable-background-networking", "--disable-component-update"]  # fmt: skip
+    done = subprocess.run([str(BROWSER), *options, (report / "report.html").as_uri()], capture_output=True, text=True,
+                          timeout=240)  # fmt: skip
+    assert not re.search(r"CONSOLE|Uncaught|Refused", done.stderr), done.stderr[-3000:]
+    lines = len(json.loads(re.findall(r'id="rows">(.*?)</script>', done.stdout, re.DOTALL)[0]))
+    assert f'<span id="hits">{lines} of {lines}</span>' in done.stdout, "the script ran: the list is filled"
+    assert len(re.findall(r"<figure(?![^>]*hidden)", done.stdout)) == 1, "one example at a time"
