@@ -63,9 +63,10 @@ class Assembly:
     encoder: Mapping[str, Any]  # the fields of the encoder's own config
     structure: Structure
 
-    def dataset(self, split: Any) -> Dataset:
-        """One split of `data.names`."""
-        records = load_records(self.config.data, split, self.config.seed)
+    def dataset(self, split: Any, fold: int | None = None) -> Dataset:
+        """One split of `data.names`, of another fold than `data.fold` if that is given."""
+        data = self.config.data if fold is None else replace(self.config.data, fold=fold)
+        records = load_records(data, split, self.config.seed)
         augments = split == "train" and (self.signal.augment_ecg or self.signal.augment_rgb)
         return Dataset(records, self.tokenizer, self.text, self.signal, augments)
 

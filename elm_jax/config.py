@@ -15,6 +15,7 @@ from elm_jax import compat, schema
 from elm_jax.data.chat_forms import CHAT_FORMS
 from elm_jax.data.ecg import LEADS
 from elm_jax.errors import UserError, closest
+from elm_jax.evaluation.protocols import PROTOCOLS
 from elm_jax.schema import key
 
 ALIASES = {"llava": "linear_llava", "fuyu": "base_elf"}
@@ -165,9 +166,13 @@ class EvalConfig:
         ("zeros", "noise", "text_only", "shuffled"), "what the ECG is replaced by, to compare",
         choices=("zeros", "noise", "text_only", "shuffled"),
     )  # fmt: skip
-    folds: tuple[int, ...] | None = key(None, "folds to average over", unbuilt="averaging over folds")
-    seeds: tuple[int, ...] | None = key(None, "seeds to average over", unbuilt="averaging over seeds")
+    folds: tuple[int, ...] | None = key(None, "folds to average over; None is data.fold", limit="at least 1")
+    seeds: tuple[int, ...] | None = key(None, "seeds to average over; None is seed", limit="at least 0")
     limit: int | None = key(None, "evaluate only the first so many questions", limit="at least 1")
+    labels: str | None = key(None, "PTB-XL's folder: also ask for each of its statements whether the ECG shows it")
+    protocol: str = key("ours", "by which rules answers are scored", choices=tuple(PROTOCOLS))
+    wordnet: str | None = key(None, "folder of WordNet's files, for METEOR; None looks in the usual places")
+    bert_model: str | None = key(None, "model of BERTScore, which is computed if it is named or the protocol has it")
 
 
 @dataclass(frozen=True)
@@ -259,7 +264,7 @@ def help_text() -> str:
     lines = []
     for name, k in SCHEMA.items():
         choices = f": {', '.join(k.choices)}" if k.choices else ""
-        later = k.unbuilt or ", ".join(k.later)
+        later = ", ".join(k.later)
         kind = schema.type_name(k.accepts or k.type)
         lines.append(f"  --config.{name}={schema.to_text(k.default)}  ({kind})")
         lines.append(f"      {k.meaning}{choices}{f' (not built yet: {later})' if later else ''}")

@@ -1,11 +1,12 @@
-"""Evaluate a run: answers, scores, controls, pictures.
+"""Evaluate a run: answers, scores, controls, a report.
 
     python -m elm_jax.evaluate --checkpoint runs/demo
     python -m elm_jax.evaluate --config configs/demo.py --config.workdir=runs/demo
     python -m elm_jax.evaluate --checkpoint runs/demo --split train --config.eval.limit=200
 
 --checkpoint W: the run's folder; --step latest, best (default) or a number; --split train, val or test.
---config.eval.* say how; they default to the run's own. Results are in W/eval/<datasets>-<split>/.
+--config.eval.* say how; they default to the run's own. Results are in W/eval/<datasets>-<split>/: metrics.json,
+predictions.jsonl, report.html. Stopped and started again, an evaluation goes on where it was.
 """
 
 import sys

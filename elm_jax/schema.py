@@ -44,12 +44,11 @@ class Key:
     choices: tuple[str, ...] = ()
     later: tuple[str, ...] = ()  # values that are known but not built yet
     limit: str = ""  # a name in LIMITS
-    unbuilt: str = ""  # the feature behind this key, where only the default works so far
     accepts: Any = None  # the type that may be written, where it is wider than `type`
 
 
 def key(default: Any, meaning: str, **rules: Any) -> Any:
-    """A dataclass field for one key; `rules` are the last five fields of `Key`."""
+    """A dataclass field for one key; `rules` are the last four fields of `Key`."""
     metadata = {"meaning": meaning, **rules}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -84,8 +83,6 @@ def check(where: str, k: Key, value: Any) -> Any:
         value = fit(value, k.accepts or k.type)
     except TypeError:
         raise UserError(where, shown(value), type_name(k.accepts or k.type), default) from None
-    if k.unbuilt and value != k.default:
-        raise UserError(where, shown(value), to_text(k.default), f"{k.unbuilt} is not built yet")
     items = value if isinstance(value, tuple) else () if value is None else (value,)
     for item in items:
         if k.choices and item not in k.choices:

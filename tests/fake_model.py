@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from elm_jax.config import Config, resolve
 from elm_jax.data.chat import add_tokens, stop_ids
-from elm_jax.data.dataset import text_spec
+from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.demo import demo_tokenizer
 from elm_jax.data.represent import signal_spec
+from elm_jax.data.sources import load_records
 
 SECONDS, RATE = 10, 50
 
@@ -58,3 +60,26 @@ class FakeModel:
         if answer == "fail":
             raise KeyboardInterrupt
         return [answer]
+
+
+class Asked(FakeModel):
+    """A `FakeModel` that has data and answers every prompt of a batch: `reply` says what, of what it is asked."""
+
+    def __init__(self, config: Config, context: int) -> None:
+        super().__init__(config, context=context)
+        self.assembly.dataset = self.dataset
+        self.reply: Callable[[Any], str] = lambda prompt: "yes"
+
+    def dataset(self, split: Any, fold: int | None = None) -> Dataset:
+        data = self.config.data if fold is None else replace(self.config.data, fold=fold)
+        records = load_records(data, split, 0)
+        return Dataset(records, self.assembly.tokenizer, self.assembly.text, self.assembly.signal)
+
+    def written(self, prompt: Any, new: int) -> Any:
+        return prompt
+
+    def answers(self, prompts: Sequence[Any], options: Any, size: int | None = None, seed: int = 0) -> list[str]:
+        for prompt in prompts:
+            assert 0 < len(prompt.rendered.ids) <= self.assembly.llm.max_len - options.max_new_tokens
+        self.prompts += prompts
+        return [self.reply(prompt) for prompt in prompts]

@@ -5,7 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal, overload
@@ -14,7 +14,7 @@ import numpy as np
 
 from elm_jax.config import DataConfig
 from elm_jax.data.represent import FLATLINE, NOISE
-from elm_jax.data.tables import Part, Source, identities, open_source
+from elm_jax.data.tables import KINDS, Part, Source, identities, open_source
 from elm_jax.data.text import decode_text
 from elm_jax.errors import UserError
 
@@ -29,7 +29,7 @@ class Record:
 
     patient: who it is about ("a+b" for ECGs of two); id: "<dataset>:<row>", or "<dataset>:<split>:<row>"
     where rows are numbered per split; dataset: index into data.names; problem: what is wrong with the record
-    itself, where no conversation can be made of it.
+    itself, where no conversation can be made of it; fields: what of `tables.KINDS` it says about its question.
     """
 
     ecg_paths: tuple[str, ...]
@@ -39,6 +39,7 @@ class Record:
     id: str
     dataset: int
     problem: UserError | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class _Rows:
             row_id,
             self.dataset,
             problem,
+            {key: str(row[key]) for key in KINDS if row.get(key) not in (None, "")},
         )
 
     def patients(self) -> list[tuple[str, ...]]:

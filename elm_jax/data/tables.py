@@ -26,7 +26,8 @@ SPLIT_NAMES = {
     "validation": "val",
     "dev": "val",
 }
-COLUMNS = ("ecg_path", "text", "name", "patient_id", "split")
+KINDS = ("question_type", "attribute_type", "attribute", "template_id")  # of ECG-QA, to score by
+COLUMNS = ("ecg_path", "text", "name", "patient_id", "split", *KINDS)
 _CHUNK = 100_000
 SUFFIXES = (".parquet", ".json", ".jsonl")
 

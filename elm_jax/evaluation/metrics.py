@@ -1,230 +1,357 @@
-"""Scores of generated answers, with confidence intervals, and what blind answers would have scored.
+"""From predictions to scores: every metric with its interval, by kind of question, beside what blind answers score.
 
-Protocol: a response may consist of thinking and answer; answers are compared. A pair without a truth is left
-out, an empty answer counts. Every metric is a number from 0 to 1 per pair; a score is their mean. Intervals
-come from a bootstrap over patients: questions about the same patient stand or fall together.
+A metric sums k numbers over pairs of answer and truth and makes a score of the sums, so that the mean of a score and
+corpus BLEU are resampled alike. A pair without a truth is left out; the rest is the protocol's (`protocols`).
 """
 
 from __future__ import annotations
 
-import re
-import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
-PROTOCOL = "elm-jax-1: answer part, empty truths left out, empty answers kept, bootstrap over patients"
-RESAMPLES = 1000
-HEART_RATE_TOLERANCE = 5
+from elm_jax.errors import UserError
+from elm_jax.evaluation.ecg_qa import is_ecg_qa, set_matches
+from elm_jax.evaluation.protocols import BERT_METRICS, BERT_MODEL, PROTOCOLS, Protocol, seen_by
+from elm_jax.evaluation.scores import answers as compared
+from elm_jax.evaluation.scores import overlap
+from elm_jax.evaluation.scores.bert import BertScore
+from elm_jax.evaluation.scores.meteor import meteor
+from elm_jax.evaluation.scores.wordnet import WordNet, find_wordnet
+from elm_jax.evaluation.statistics import Patients, ci95
+
+FIELDS = ("name", "question_type", "attribute_type", "attribute", "template_id")  # what questions are grouped by
 _CANDIDATES = 32
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+Score = Callable[[str, str], float]
+Predictions = Iterable[Mapping[str, Any]]
 
 
-def split_response(text: str) -> tuple[str, str]:
-    """(thinking, answer), stripped: the answer is what answer tags hold, else what follows the thinking."""
-    if "</think>" in text and "<think>" not in text:
-        text = "<think>" + text
-    thinking = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
-    tagged = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    rest = text[thinking.end() :] if thinking else text
-    return (thinking[1].strip() if thinking else ""), (tagged[1] if tagged else rest).strip()
+@dataclass(frozen=True)
+class Pair:
+    """An answer and its truth as the protocol compares them; `answers` is the truth as a set, where it is one."""
+
+    id: str
+    patient: str
+    answer: str
+    truth: str
+    thinking: str = ""
+    true_thinking: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    answers: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        return self.fields.get("name", "")
 
 
-def exact_match(answer: str, truth: str) -> float:
-    """1 if the two strings are equal."""
-    return float(answer == truth)
+@dataclass(frozen=True)
+class Metric:
+    """rows: pairs -> (n, k); value: sums (..., k) -> (...); asked: whether a pair has this metric.
+
+    score: of one pair, where the metric is the mean of such. cheap: whether blind answers are searched for the best.
+    """
+
+    rows: Callable[[Sequence[Pair]], np.ndarray]
+    value: Callable[[np.ndarray], np.ndarray]
+    asked: Callable[[Pair], bool]
+    score: Score | None = None
+    cheap: bool = False
+    numbers: bool = False  # whether truths are whole numbers, so that numbers between them are blind answers too
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether it is the mean of what each pair scores: its first number, the second being 1."""
+        return self.value is _ratio
 
 
-def token_f1(answer: str, truth: str) -> float:
-    """F1 of the words in common, lower-cased and without ASCII punctuation; two texts without words agree."""
-    ours, theirs = Counter(_words(answer)), Counter(_words(truth))
-    if not ours or not theirs:
-        return float(not ours and not theirs)
-    return 2 * (ours & theirs).total() / (ours.total() + theirs.total())
+def _everyone(_: Pair) -> bool:
+    return True
 
 
-def same_words(answer: str, truth: str) -> float:
-    """1 if the two agree but for case, ASCII punctuation and spaces."""
-    return float(_words(answer) == _words(truth))
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums[..., 0] / sums[..., 1]
 
 
-def within_5_bpm(answer: str, truth: str) -> float:
-    """1 if the first whole number of the answer is within 5 of that of the truth."""
-    ours, theirs = first_integer(answer), first_integer(truth)
-    return float(ours is not None and theirs is not None and abs(ours - theirs) <= HEART_RATE_TOLERANCE)
+def _mean_of(score: Score, asked: Callable[[Pair], bool] = _everyone, **more: Any) -> Metric:
+    def rows(pairs: Sequence[Pair]) -> np.ndarray:
+        known: dict[tuple[str, str], float] = {}  # answers repeat
+        for pair in pairs:
+            key = pair.answer, pair.truth
+            if key not in known:
+                known[key] = score(*key)
+        return np.array([[known[p.answer, p.truth], 1.0] for p in pairs]).reshape(-1, 2)
+
+    return Metric(rows, _ratio, asked, score, **more)
 
 
-def first_integer(text: str) -> int | None:
-    """The first run of ASCII digits as a number, None if there is none."""
-    match = re.search(r"[0-9]+", text)
-    return int(match[0][:18]) if match else None
+def _bleu_rows(pairs: Sequence[Pair]) -> np.ndarray:
+    return np.array([overlap.bleu_counts(pair.answer, pair.truth) for pair in pairs]).reshape(-1, 10)
 
 
-def _words(text: str) -> list[str]:
-    return text.lower().translate(_NO_PUNCTUATION).split()
+def _set_rows(pairs: Sequence[Pair]) -> np.ndarray:
+    right = set_matches([pair.answer for pair in pairs], [pair.answers for pair in pairs])
+    return np.stack([right, np.ones(len(pairs))], axis=1)
 
 
-METRICS: dict[str, Callable[[str, str], float]] = {
-    "exact_match": exact_match,
-    "token_f1": token_f1,
-    "signal_type.accuracy": same_words,
-    "heart_rate.within_5_bpm": within_5_bpm,
+def _called(name: str) -> Callable[[Pair], bool]:
+    return lambda pair: pair.name == name
+
+
+_PLAIN: dict[str, Metric] = {
+    "exact_match": _mean_of(compared.exact_match, cheap=True),
+    "token_f1": _mean_of(compared.token_f1, cheap=True),
+    "bleu4": Metric(_bleu_rows, overlap.bleu, _everyone),
+    "rouge_l": _mean_of(overlap.rouge_l),
+    "rouge_package_1": _mean_of(partial(overlap.rouge_n_of_sets, n=1)),
+    "rouge_package_2": _mean_of(partial(overlap.rouge_n_of_sets, n=2)),
+    "rouge_package_l": _mean_of(overlap.rouge_l_of_sets),
 }
-# Metrics that make sense for one kind of question only: the `name` of its records.
-ASKED_BY = {"signal_type.accuracy": "signal_type", "heart_rate.within_5_bpm": "heart_rate"}
+# For one kind of question only: its records' name is the first part.
+_OWN: dict[str, Metric] = {
+    "signal_type.accuracy": _mean_of(compared.same_words, _called("signal_type"), cheap=True),
+    "heart_rate.within_5_bpm": _mean_of(compared.within_5_bpm, _called("heart_rate"), cheap=True, numbers=True),
+    "answer_set_match": Metric(_set_rows, _ratio, lambda pair: bool(pair.answers) and is_ecg_qa(pair.name)),
+}
 
 
 def is_right(name: str, answer: str, truth: str) -> bool:
     """Whether an answer to a question called `name` counts as right: by its own metric, else by its words."""
-    metric = next((metric for metric, asked in ASKED_BY.items() if asked == name), None)
-    score = METRICS[metric] if metric else same_words
-    return bool(score(split_response(answer)[1], split_response(truth)[1]))
+    own = next((m.score for key, m in _OWN.items() if m.score and key.partition(".")[0] == name), None)
+    score = own or compared.same_words
+    return bool(score(compared.split_response(answer)[1], compared.split_response(truth)[1]))
+
+
+class Scorer:
+    """The metrics of a protocol, with what they need: WordNet and BERTScore's model where they are found.
+
+    `unavailable` says, of each metric that the protocol has and that cannot be computed here, why. `end_token` is
+    what stands behind an answer that ended by itself.
+
+    Raises:
+        UserError: `wordnet` or `bert_model` was named, and is not there.
+    """
+
+    def __init__(
+        self, protocol: str = "ours", wordnet: str | None = None, bert_model: str | None = None, end_token: str = "",
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.name, self.protocol, self.seed, self._end = protocol, PROTOCOLS[protocol], seed, end_token
+        self.unavailable: dict[str, str] = {}
+        self.metrics: dict[str, Metric] = {}
+        for name in self.protocol.metrics:
+            metric = _PLAIN[name] if name in _PLAIN else self._meteor(wordnet)
+            if metric is not None:
+                self.metrics[name] = metric
+        if self.protocol.bert or bert_model is not None:
+            self.metrics |= self._bert(bert_model)
+        if self.protocol.own_metrics:
+            self.metrics |= _OWN
+
+    def _meteor(self, folder: str | None) -> Metric | None:
+        try:
+            words = WordNet(find_wordnet(folder))
+        except UserError as error:
+            if folder is not None:
+                raise
+            self.unavailable["meteor"] = str(error)
+            return None
+        return _mean_of(lambda answer, truth: meteor(answer, truth, words))
+
+    def _bert(self, name: str | None) -> dict[str, Metric]:
+        try:
+            model = BertScore(name or BERT_MODEL)
+        except UserError as error:
+            if name is not None:
+                raise
+            self.unavailable |= dict.fromkeys(BERT_METRICS, str(error))
+            return {}
+        known: dict[tuple[str, str], np.ndarray] = {}
+
+        def rows(pairs: Sequence[Pair], column: int) -> np.ndarray:
+            new = list(dict.fromkeys((p.answer, p.truth) for p in pairs if (p.answer, p.truth) not in known))
+            if new:
+                known.update(zip(new, model.scores(*zip(*new, strict=True)), strict=True))
+            return np.array([[known[p.answer, p.truth][column], 1.0] for p in pairs]).reshape(-1, 2)
+
+        return {m: Metric(partial(rows, column=i), _ratio, _everyone) for i, m in enumerate(BERT_METRICS)}
+
+    def pairs(self, predictions: Predictions) -> list[Pair]:
+        """The pairs that the protocol scores. A prediction has id, answer, truth, and perhaps name, patient, ended,
+        answers and the other FIELDS."""
+        kept = (p for p in predictions if p["truth"] and (p["answer"] or self.protocol.empty_answers))
+        return [_pair(p, self.protocol, self._end) for p in kept]
+
+    def table(self, predictions: Predictions) -> Table:
+        """The predictions, ready to be summed."""
+        pairs = self.pairs(predictions)
+        rows = {}
+        for name, metric in self.metrics.items():
+            asked = np.array([metric.asked(pair) for pair in pairs], bool)
+            if asked.any():
+                found = metric.rows([pair for pair, yes in zip(pairs, asked, strict=True) if yes])
+                rows[name] = np.zeros((len(pairs), found.shape[1]))
+                rows[name][asked] = found
+        return Table(self, pairs, rows)
+
+
+def question_id(p: Mapping[str, Any]) -> str:
+    """What tells a prediction's question from others, in the same run or another one."""
+    return "/".join(str(p[key]) for key in ("id", "fold", "seed") if key in p)
+
+
+def _pair(p: Mapping[str, Any], protocol: Protocol, end: str) -> Pair:
+    thinking, answer = seen_by(protocol, p["answer"], end if p.get("ended", True) else "")
+    true_thinking, truth = seen_by(protocol, p["truth"], end)
+    return Pair(
+        id=question_id(p),
+        patient=str(p.get("patient") or p["id"]),
+        answer=answer,
+        truth=truth,
+        thinking=thinking,
+        true_thinking=true_thinking,
+        fields={name: str(p[name]) for name in FIELDS if p.get(name) not in (None, "")},
+        answers=frozenset(p.get("answers", ())),
+    )
 
 
 @dataclass(frozen=True)
-class _Pair:
-    id: str
-    name: str
-    patient: str
-    answer: str
-    truth: str
+class Table:
+    """n pairs and what each metric sums over them, (n, k); zeros for pairs that it does not ask."""
+
+    scorer: Scorer
+    pairs: list[Pair]
+    rows: Mapping[str, np.ndarray]
+
+    @cached_property
+    def patients(self) -> Patients:
+        return Patients([pair.patient for pair in self.pairs], self.scorer.seed)
+
+    def part(self, chosen: Sequence[int] | np.ndarray) -> Table:
+        """Some of the pairs, and the metrics that ask at least one of them."""
+        rows = {name: values[chosen] for name, values in self.rows.items()}
+        return Table(self.scorer, [self.pairs[i] for i in chosen], {n: r for n, r in rows.items() if r.any()})
+
+    def values(self) -> dict[str, float]:
+        """{metric: score}."""
+        metrics = self.scorer.metrics
+        return {name: float(metrics[name].value(rows.sum(0))) for name, rows in self.rows.items()}
+
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """{metric: {"value", "ci95"}}, the interval by a bootstrap over patients."""
+        if not self.rows:
+            return {}
+        found, start = {}, 0
+        resampled = self.patients.resampled(np.concatenate(list(self.rows.values()), axis=1))
+        for (name, rows), value in zip(self.rows.items(), self.values().values(), strict=True):
+            sums = resampled[:, start : start + rows.shape[1]]
+            start += rows.shape[1]
+            found[name] = {"value": value, "ci95": ci95(self.scorer.metrics[name].value(sums))}
+        return found
+
+    def groups(self, name: str) -> dict[str, list[int]]:
+        """Level of a field -> the places of its pairs."""
+        found: dict[str, list[int]] = {}
+        for i, pair in enumerate(self.pairs):
+            if name in pair.fields:
+                found.setdefault(pair.fields[name], []).append(i)
+        return dict(sorted(found.items()))
+
+    def by(self) -> dict[str, dict[str, Any]]:
+        """{field: {level: {metric: {"value", "ci95", "n"}}}} for the fields that pairs have."""
+        found = {}
+        for name in FIELDS:
+            levels = self.groups(name)
+            if levels:
+                found[name] = {
+                    level: {m: score | {"n": len(places)} for m, score in self.part(places).scores().items()}
+                    for level, places in levels.items()
+                }
+        return found
+
+    def answered(self, answers: Sequence[str]) -> Table:
+        """The same questions with other answers."""
+        pairs = [replace(pair, answer=answer) for pair, answer in zip(self.pairs, answers, strict=True)]
+        rows = {}
+        for name, mine in self.rows.items():
+            metric = self.scorer.metrics[name]
+            if name not in BERT_METRICS:  # too slow for what it would say
+                asked = [i for i, pair in enumerate(pairs) if metric.asked(pair)]
+                rows[name] = np.zeros_like(mine)
+                rows[name][asked] = metric.rows([pairs[i] for i in asked])
+        return Table(self.scorer, pairs, rows)
+
+    def thinking(self) -> Table:
+        """The pairs whose truth thinks, with thinking in place of answers."""
+        thought = [pair for pair in self.pairs if pair.true_thinking]
+        pairs = [replace(p, answer=p.thinking, truth=p.true_thinking, fields={}) for p in thought]
+        metrics = {n: m for n, m in self.scorer.metrics.items() if n not in _OWN} if pairs else {}
+        return Table(self.scorer, pairs, {name: metric.rows(pairs) for name, metric in metrics.items()})
 
 
-def _pairs(predictions: Iterable[Mapping[str, Any]]) -> list[_Pair]:
-    return [
-        _Pair(
-            id=str(p["id"]),
-            name=str(p.get("name", "")),
-            patient=str(p.get("patient") or p["id"]),
-            answer=split_response(p["answer"])[1],
-            truth=split_response(p["truth"])[1],
-        )
-        for p in predictions
-        if p["truth"]
-    ]
+def aggregate(predictions: Predictions, scorer: Scorer | None = None) -> dict[str, Any]:
+    """Scores of predictions: "protocol", "n", "metrics", "by", "baselines" and more, as `metrics.json` has them.
 
-
-def aggregate(predictions: Iterable[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
-    """Scores of predictions, "protocol", "n", "metrics", "by", "baselines", as `metrics.json` has them.
-
-    A prediction is {"id", "name", "answer", "truth"} and, for the intervals, "patient" (missing: its own).
-    metrics: {metric: {"value", "ci95": [low, high]}}; by: {"name": {level: {metric: the same and "n"}}}.
+    metrics: {metric: {"value", "ci95": [low, high]}}; by: {field: {level: {metric: the same and "n"}}}.
     baselines: "constant" is {metric: what one answer to all its questions would score at best, chosen with
     the truths in hand}; "majority" is {metric: the score of each name's most frequent truth}.
     """
-    pairs = _pairs(predictions)
-    groups = {
-        name: [pair for pair in pairs if pair.name == name] for name in sorted({pair.name for pair in pairs})
+    scorer = scorer or Scorer()
+    table = scorer.table(predictions)
+    result: dict[str, Any] = {
+        "protocol": scorer.name,
+        "protocol_meaning": scorer.protocol.meaning,
+        "n": len(table.pairs),
+        "empty_answers": sum(not pair.answer for pair in table.pairs),
+        "metrics": table.scores(),
+        "unavailable": scorer.unavailable,
+        "by": table.by(),
+        "baselines": baselines(table),
     }
-    subjects = {
-        metric: groups.get(ASKED_BY[metric], []) if metric in ASKED_BY else pairs for metric in METRICS
-    }
-    subjects = {metric: subject for metric, subject in subjects.items() if subject}
-    levels = {
-        name: {
-            metric: _score(group, metric, seed) | {"n": len(group)}
-            for metric in METRICS
-            if ASKED_BY.get(metric, name) == name
-        }
-        for name, group in groups.items()
-    }
-    return {
-        "protocol": PROTOCOL,
-        "n": len(pairs),
-        "metrics": {metric: _score(subject, metric, seed) for metric, subject in subjects.items()},
-        "by": {"name": levels},
-        "baselines": {
-            "constant": {
-                metric: best_constant([pair.truth for pair in subject], metric)[1]
-                for metric, subject in subjects.items()
-            },
-            "majority": {metric: _majority(subject, metric) for metric, subject in subjects.items()},
-        },
-    }
+    thinking = table.thinking()
+    if thinking.pairs and scorer.protocol.parts:
+        result["thinking"] = {"n": len(thinking.pairs), "metrics": thinking.scores()}
+    return result
 
 
-def signal_dependence(
-    real: Iterable[Mapping[str, Any]], control: Iterable[Mapping[str, Any]], seed: int = 0
-) -> dict[str, Any]:
-    """How many exact matches hang on the signal: {"value", "ci95", "p"} of real minus control, paired by id.
-
-    `control` holds the predictions for the same questions under a control, once or several times each.
-    `p` is two-sided, from flipping the sign of each patient's difference at random; it is at least
-    1 / (RESAMPLES + 1).
-    """
-    pairs, others = _pairs(real), _pairs(control)
-    scores: dict[str, list[float]] = {}
-    for other, value in zip(others, _values(others, "exact_match"), strict=True):
-        scores.setdefault(other.id, []).append(float(value))
-    missing = [pair.id for pair in pairs if pair.id not in scores]
-    assert pairs and not missing, f"the control lacks predictions: {missing[:3]}"
-    values = _values(pairs, "exact_match") - np.array([np.mean(scores[pair.id]) for pair in pairs])
-    sums, counts = _by_patient(values, pairs)
-    rng = np.random.default_rng(seed)
-    flipped = [abs(rng.choice((-1.0, 1.0), len(sums)) @ sums) for _ in range(RESAMPLES)]
-    extreme = sum(total >= abs(sums.sum()) - 1e-9 for total in flipped)
-    return {
-        "value": float(values.mean()),
-        "ci95": _ci95(sums, counts, seed),
-        "p": (1 + extreme) / (1 + RESAMPLES),
+def baselines(table: Table) -> dict[str, dict[str, float]]:
+    """What answers that know no ECG and no question's words would score, by metric."""
+    if not table.pairs:
+        return {"constant": {}, "majority": {}}
+    common = {
+        name: Counter(table.pairs[i].truth for i in places).most_common(1)[0][0]
+        for name, places in (table.groups("name") or {"": range(len(table.pairs))}).items()
     }
+    majority = table.answered([common[pair.name] for pair in table.pairs]).values()
+    constant = {name: _constant(table, name) for name in majority}
+    return {"constant": constant, "majority": majority}
 
 
-def best_constant(truths: Sequence[str], metric: str) -> tuple[str, float]:
+def _constant(table: Table, name: str) -> float:
+    metric = table.scorer.metrics[name]
+    pairs = [pair for pair in table.pairs if metric.asked(pair)]
+    truths = [pair.truth for pair in pairs]
+    if metric.score is not None and metric.cheap:
+        return best_constant(truths, metric.score, metric.numbers)[1]
+    answer = Counter(truths).most_common(1)[0][0]
+    return float(metric.value(metric.rows([replace(pair, answer=answer) for pair in pairs]).sum(0)))
+
+
+def best_constant(truths: Sequence[str], score: Score, numbers: bool = False) -> tuple[str, float]:
     """The single answer that scores best against `truths`, and its score.
 
-    Tried are the most frequent truths, and for a heart rate every number between the truths.
+    Tried are the most frequent truths, and where truths are `numbers` every number between them.
     """
     counts = Counter(truths)
     candidates = [truth for truth, _ in counts.most_common(_CANDIDATES)]
-    if metric == "heart_rate.within_5_bpm":
-        rates = [rate for rate in map(first_integer, counts) if rate is not None and rate < 1000]
+    if numbers:
+        rates = [rate for rate in map(compared.first_integer, counts) if rate is not None and rate < 1000]
         candidates += [str(rate) for rate in range(min(rates, default=0), max(rates, default=0) + 1)]
-    score = METRICS[metric]
-    scores = [
-        sum(n * score(answer, truth) for truth, n in counts.items()) / len(truths) for answer in candidates
-    ]
+    scores = [sum(n * score(answer, truth) for truth, n in counts.items()) / len(truths) for answer in candidates]
     best = int(np.argmax(scores))
     return candidates[best], scores[best]
-
-
-def _majority(pairs: Sequence[_Pair], metric: str) -> float:
-    truths: dict[str, list[str]] = {}
-    for pair in pairs:
-        truths.setdefault(pair.name, []).append(pair.truth)
-    answers = {name: Counter(of_name).most_common(1)[0][0] for name, of_name in truths.items()}
-    return float(np.mean([METRICS[metric](answers[pair.name], pair.truth) for pair in pairs]))
-
-
-def _score(pairs: Sequence[_Pair], metric: str, seed: int) -> dict[str, Any]:
-    values = _values(pairs, metric)
-    return {"value": float(values.mean()), "ci95": _ci95(*_by_patient(values, pairs), seed)}
-
-
-def _values(pairs: Sequence[_Pair], metric: str) -> np.ndarray:
-    score = METRICS[metric]
-    return np.array([score(pair.answer, pair.truth) for pair in pairs])
-
-
-def _by_patient(values: np.ndarray, pairs: Sequence[_Pair]) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and number of the values of each patient."""
-    _, patient = np.unique([pair.patient for pair in pairs], return_inverse=True)
-    return np.bincount(patient, values), np.bincount(patient).astype(float)
-
-
-def _ci95(sums: np.ndarray, counts: np.ndarray, seed: int) -> list[float]:
-    """Percentile bootstrap of the mean: patients drawn with replacement, RESAMPLES times.
-
-    Patients with the same sum and count are interchangeable, so only how many of each are drawn is drawn.
-    """
-    kinds, patients = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
-    rng = np.random.default_rng(seed)
-    rows = max(1, 4_000_000 // len(kinds))  # bounds the memory
-    means = []
-    for start in range(0, RESAMPLES, rows):
-        drawn = rng.multinomial(len(sums), patients / len(sums), min(rows, RESAMPLES - start))
-        means.append(drawn @ kinds[:, 0] / (drawn @ kinds[:, 1]))
-    return [float(bound) for bound in np.percentile(np.concatenate(means), (2.5, 97.5))]

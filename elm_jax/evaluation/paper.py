@@ -11,7 +11,7 @@ import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ class Example:
 def draw_ecg(
     signal: np.ndarray,
     sampling_rate: float,
-    path: str | os.PathLike[str] | None = None,
+    path: str | os.PathLike[str] | IO[bytes] | None = None,
     *,
     ax: Axes | None = None,
     title: str = "",
@@ -227,6 +227,6 @@ def _bold(size: float) -> dict[str, Any]:
     return {"weight": "bold", "va": "center", "fontsize": size}
 
 
-def _save(figure: Figure, path: str | os.PathLike[str], dpi: int) -> None:
+def _save(figure: Figure, path: str | os.PathLike[str] | IO[bytes], dpi: int) -> None:
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=dpi, format="png")

@@ -147,9 +147,21 @@ def test_a_config_learns_evaluates_and_goes_on(
     (folder,) = (workdir / "eval").iterdir()
     results = json.loads((folder / "metrics.json").read_text())
     assert results["n"] == 2 and set(results["controls"]) == {"zeros"} and results["step"] == STEPS
+    if name not in QUICK:
+        check_attention(command, workdir, next((records / "ptb_xl" / "preprocessed_500").glob("*.npy")))
     run(command, "train", *flags(name, shared, records, workdir, train__steps=STEPS + 2, **alone))
     after = losses(workdir)
     assert list(after) == list(range(1, STEPS + 3)) and {n: after[n] for n in first} == first
+
+
+def check_attention(command: Command, workdir: Path, ecg: Path) -> None:
+    """What `analyze` leaves of any model: weights that sum to 1, and tokens that cover the ECG from its start."""
+    run(command, "analyze", "--checkpoint", str(workdir), "--ecg", str(ecg), "--question", "What is it?")
+    found = json.loads((workdir / "analysis" / "attention.json").read_text())
+    assert abs(sum(token["weight"] for token in found["tokens"]) - 1) < 1e-4
+    (tokens,) = found["ecgs"]
+    assert tokens and 0 < found["ecg_share"] < 1 and tokens[0]["parts"][0][0] == tokens[0]["parts"][0][2] == 0
+    assert (workdir / "analysis" / "attention_1.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

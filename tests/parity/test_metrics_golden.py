@@ -1,35 +1,108 @@
-"""Exact match, token F1 and the split into thinking and answer against the reference."""
+"""Every metric of the reference against its goldens."""
 
 import json
 
 import numpy as np
 import pytest
 
-from elm_jax.evaluation.metrics import exact_match, split_response, token_f1
+from elm_jax.errors import UserError
+from elm_jax.evaluation.classification import classification, pretrain_breakdown
+from elm_jax.evaluation.metrics import Scorer
+from elm_jax.evaluation.scores.answers import exact_match, split_response, token_f1
+from elm_jax.evaluation.scores.meteor import meteor
+from elm_jax.evaluation.scores.overlap import bleu, bleu_counts, rouge_l
+from elm_jax.evaluation.scores.wordnet import WordNet, find_wordnet
+from elm_jax.evaluation.statistics import student_t
+
+NAMES = {"ACC": "exact_match", "F1": "token_f1", "BLEU-4": "bleu4", "ROUGE-L": "rouge_l", "METEOR": "meteor"}
 
 
 @pytest.fixture
-def strings(shared):
-    return json.loads((shared / "golden/metrics_strings/cases.json").read_text())
+def cases(shared):
+    return lambda name: json.loads((shared / f"golden/metrics_{name}/cases.json").read_text())
 
 
-def test_every_pair(strings):
-    for pair in strings["pairs"]:
-        assert bool(exact_match(pair["hyp"], pair["ref"])) == pair["acc"], pair
-        assert token_f1(pair["hyp"], pair["ref"]) == pytest.approx(pair["token_f1"], abs=1e-9), pair
+@pytest.fixture(scope="module")
+def wordnet():
+    try:
+        return WordNet(find_wordnet())
+    except UserError as missing:
+        pytest.skip(str(missing))
 
 
-def test_means_leave_out_empty_truths_and_keep_empty_answers(strings):
-    cases = strings["evaluate_strings"]
-    assert cases
-    for name, case in cases.items():
-        pairs = [strings["pairs"][i] for i in case["indices"] if strings["pairs"][i]["ref"]]
-        for metric, key in ((exact_match, "ACC"), (token_f1, "F1")):
-            mean = np.mean([metric(pair["hyp"], pair["ref"]) for pair in pairs]) if pairs else 0.0
-            assert mean == pytest.approx(case["scores"][key], abs=1e-9), name
+def test_every_pair(cases):
+    for pair in cases("strings")["pairs"]:
+        hyp, ref = pair["hyp"], pair["ref"]
+        assert bool(exact_match(hyp, ref)) == pair["acc"], pair
+        assert token_f1(hyp, ref) == pytest.approx(pair["token_f1"], abs=1e-9), pair
+        assert rouge_l(hyp, ref) == pytest.approx(pair["rougeL_f"], abs=1e-9), pair
+        assert float(bleu(np.array(bleu_counts(hyp, ref)))) == pytest.approx(pair["bleu4_single"], abs=1e-9), pair
 
 
-def test_split_response(shared):
-    cases = json.loads((shared / "golden/metrics_split_response/cases.json").read_text())
-    for case in cases:
+def test_meteor_of_every_pair(cases, wordnet):
+    for pair in cases("strings")["pairs"]:
+        assert meteor(pair["hyp"], pair["ref"], wordnet) == pytest.approx(pair["meteor"], abs=1e-9), pair
+
+
+@pytest.mark.parametrize("protocol", ["ours", "elm-2026-08"])
+def test_scores_leave_out_empty_truths_and_keep_empty_answers(cases, protocol):
+    strings, scorer = cases("strings"), Scorer(protocol)
+    for name, case in strings["evaluate_strings"].items():
+        pairs = [strings["pairs"][i] for i in case["indices"]]
+        lines = [{"id": str(i), "answer": p["hyp"], "truth": p["ref"]} for i, p in enumerate(pairs)]
+        found = scorer.table(lines).values()
+        for theirs, ours in NAMES.items():
+            if ours not in scorer.unavailable:
+                # Where no pair is left the reference says 0, and we say nothing.
+                assert found.get(ours, 0.0) == pytest.approx(case["scores"][theirs], abs=1e-9), (name, ours)
+
+
+def test_split_response(cases):
+    for case in cases("split_response"):
         assert split_response(case["text"]) == (case["thinking"], case["answer"]), case
+
+
+def test_statistics_over_runs(cases):
+    for case in cases("statistics"):
+        for path, expected in leaves(case["out"]):
+            runs = [100 * np.mean(at(result["metrics"], path)) for result in case["results"]]
+            found = student_t(runs)
+            assert found["mean"] == pytest.approx(expected["mean"], abs=1e-9)
+            if len(runs) == 1:
+                assert found["std"] is None and found["ci95"] is None and expected["std"] == "NaN"
+            else:
+                assert found["std"] == pytest.approx(expected["std"], abs=1e-9)
+                assert found["ci95"] == pytest.approx(expected["conf_interval"], abs=1e-9)
+
+
+def test_classes_and_confusions(cases):
+    for case in cases("classification"):
+        found = classification(case["refs"], case["hyps"])
+        assert found["accuracy"] == case["per_class_acc"]
+        assert found["confusion"] == case["confusion_matrix"]
+        assert found["other"] == case["other_counts"]
+
+
+def test_statements_missed_and_made_up(cases):
+    short = {"missed_instances": "missed_inst", "extra_instances": "extra_inst"}
+    for case in cases("pretrain_breakdown"):
+        found = pretrain_breakdown(case["refs"], [hyp or "" for hyp in case["hyps"]])
+        for name, value in found.items():
+            expected = case["out"][short.get(name, name)]
+            if name.startswith("top_"):  # the order of equally frequent ones is not defined there
+                value, expected = (sorted(map(tuple, pairs)) for pairs in (value, expected))
+            assert value == expected, name
+
+
+def leaves(tree, path=()):
+    for name, value in tree.items():
+        if "mean" in value:
+            yield (*path, name), value
+        else:
+            yield from leaves(value, (*path, name))
+
+
+def at(tree, path):
+    for name in path:
+        tree = tree[name]
+    return tree

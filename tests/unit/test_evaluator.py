@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_model import RATE, SECONDS, FakeModel, fake_config
+from fake_model import RATE, SECONDS, Asked, fake_config
 from texts import write_records
 
 from elm_jax.config import Config
-from elm_jax.data.dataset import Dataset
-from elm_jax.data.sources import Record, load_records
+from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
-from elm_jax.evaluation import evaluator
-from elm_jax.evaluation.evaluator import evaluate, is_evaluated, results_folder, shuffled_recordings, summary
+from elm_jax.evaluation import controls, evaluator
+from elm_jax.evaluation.controls import shuffled_recordings
+from elm_jax.evaluation.evaluator import evaluate, is_evaluated, results_folder
 from elm_jax.evaluation.metrics import aggregate, is_right
+from elm_jax.evaluation.results import summary
 
 
 def dataset_of(records: list[Record]) -> Any:
@@ -84,27 +85,6 @@ def test_only_some_records_may_take_part_in_shuffling() -> None:
     assert {path for (path, _), in given.values()} == {f"{i}.npy" for i in range(0, 12, 2)}
 
 
-class Asked(FakeModel):
-    """A `FakeModel` that answers every prompt of a batch with yes."""
-
-    def __init__(self, config: Config, context: int) -> None:
-        super().__init__(config, context=context)
-        self.assembly.dataset = self.dataset
-
-    def dataset(self, split: Any) -> Dataset:
-        records = load_records(self.config.data, split, 0)
-        return Dataset(records, self.assembly.tokenizer, self.assembly.text, self.assembly.signal)
-
-    def written(self, prompt: Any, new: int) -> Any:
-        return prompt
-
-    def answers(self, prompts: Sequence[Any], options: Any, size: int | None = None, seed: int = 0) -> list[str]:
-        for prompt in prompts:
-            assert 0 < len(prompt.rendered.ids) <= self.assembly.llm.max_len - options.max_new_tokens
-        self.prompts += prompts
-        return ["yes"] * len(prompts)
-
-
 Ask = Callable[..., Asked]
 
 
@@ -155,17 +135,38 @@ def test_one_bad_record_too_many_is_an_error(ask: Ask, context: int, who: int, w
         evaluate(model.config)
     assert why in str(caught.value)
     assert who == 5 or not model.prompts, "lengths are known before anything is generated"
-    assert not results_folder(model.config, "test").exists()
+    assert not (results_folder(model.config, "test") / "metrics.json").exists()
 
 
 def test_scores_are_there_before_the_controls_are_run(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ask(data__max_bad_records=0.3)
-    monkeypatch.setattr(evaluator, "shuffled_recordings", lambda *_: 1 / 0)
+    monkeypatch.setattr(controls, "shuffled_recordings", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate(model.config)
     assert results(model.config)["metrics"]["exact_match"]["value"] == 4 / 7
     assert (results_folder(model.config, "test") / "examples.png").is_file()
     assert not is_evaluated(model.config, "test"), "a restart runs it again"
+
+
+def test_folds_are_evaluated_with_one_model_and_what_training_saw_of_them_is_said(ask: Ask, tmp_path: Path) -> None:
+    splits = ["fold1_test", "fold1_test", "fold1_train", "fold2_test", "fold2_test", "fold2_test", "fold1_train"]
+    rows = [
+        {"ecg_path": f"ecg_{i if i < 5 else 0}.npy", "text": ["x", "Is it?", ["yes" if i < 4 else "no"]], "name": "x",
+         "patient_id": f"p{2 if i == 3 else i}", "split": split}
+        for i, split in enumerate(splits)
+    ]  # fmt: skip
+    (tmp_path / "folds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"eval__controls": ["zeros"], "eval__protocol": "elm-2026-08", "data__val_fraction": 0.0}
+    model = ask(data__names=["folds.jsonl"], eval__folds=[1, 2], **keys)
+    out = evaluate(model.config)
+    found = json.loads((out / "metrics.json").read_text())
+    assert [(run["fold"], run["n"]) for run in found["runs"]] == [(1, 2), (2, 3)]
+    assert found["metrics"]["exact_match"]["value"] == pytest.approx((1 + 1 / 3) / 2), "the mean over folds"
+    assert found["over_runs"]["exact_match"]["std"] == pytest.approx((2 / 3) / 2**0.5)
+    assert found["questions_about_training_patients"] == 1, "patient 2 is in the training records of fold 1"
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert sorted(line["fold"] for line in lines) == [1, 1, 2, 2, 2] and len(model.prompts) == 10
+    assert {"id", "prompt", "answer", "truth", "seconds"} <= set(lines[0])
 
 
 def test_nothing_to_ask_is_an_error(ask: Ask) -> None:

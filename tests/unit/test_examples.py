@@ -13,8 +13,7 @@ from texts import chat_tokenizer, write_records
 from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
-from elm_jax.evaluation import evaluator
-from elm_jax.evaluation.evaluator import Question
+from elm_jax.evaluation import examples
 
 TURNS = [{"from": "human", "value": "Is the rhythm regular?"}, {"from": "gpt", "value": "yes"}]
 
@@ -28,11 +27,10 @@ def drawn(folder: Path, present: int, monkeypatch: pytest.MonkeyPatch, **keys: A
     text = text_spec(config.data, "qwen2", 1, "sft", ())
     records = load_records(config.data, "test", 0)
     dataset = Dataset(records, chat_tokenizer(), text, signal_spec(config.data, 0))
-    questions = [Question(i, 0, "yes") for i in range(4)]
-    predictions = [{"name": "x", "answer": "yes", "truth": "yes"}] * 4
+    predictions = [{"id": f"records.jsonl:{i}#0", "name": "x", "answer": "yes", "truth": "yes"} for i in range(4)]
     pictures: list[int] = []
-    monkeypatch.setattr(evaluator, "gallery", lambda examples, *_: pictures.append(len(examples)))
-    evaluator._draw(folder / "examples.png", dataset, questions, predictions)
+    monkeypatch.setattr(examples, "gallery", lambda shown, *_: pictures.append(len(shown)))
+    examples.draw_examples(folder / "examples.png", dataset, predictions)
     return pictures
 
 

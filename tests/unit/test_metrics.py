@@ -5,13 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elm_jax.evaluation.metrics import (
-    aggregate,
-    best_constant,
+from elm_jax.evaluation.dependence import signal_dependence
+from elm_jax.evaluation.metrics import aggregate, best_constant
+from elm_jax.evaluation.scores.answers import (
     exact_match,
     first_integer,
     same_words,
-    signal_dependence,
     split_response,
     token_f1,
     within_5_bpm,
@@ -72,8 +71,8 @@ def test_named_metrics_score_their_own_questions():
     assert result["metrics"]["signal_type.accuracy"]["value"] == 1
     assert result["metrics"]["exact_match"]["value"] == pytest.approx(3 / 6)
     levels = result["by"]["name"]
-    assert set(levels["heart_rate"]) == {"exact_match", "token_f1", "heart_rate.within_5_bpm"}
-    assert set(levels["verify"]) == {"exact_match", "token_f1"}
+    assert set(levels["heart_rate"]) - set(levels["verify"]) == {"heart_rate.within_5_bpm"}
+    assert set(levels["verify"]) - {"meteor"} == {"exact_match", "token_f1", "bleu4", "rouge_l"}
     assert levels["signal_type"]["exact_match"] == {"value": 0.0, "ci95": [0.0, 0.0], "n": 2}
 
 
@@ -86,7 +85,7 @@ def test_without_predictions_there_are_no_scores():
 
 def test_best_constant_rate_is_the_strongest_number_even_one_that_never_occurs():
     truths = ["60", "61", "69", "70", "120"]
-    answer, score = best_constant(truths, "heart_rate.within_5_bpm")
+    answer, score = best_constant(truths, within_5_bpm, numbers=True)
     assert answer == "65"
     assert score == 0.8
     every = [np.mean([within_5_bpm(str(rate), truth) for truth in truths]) for rate in range(40, 151)]
@@ -129,14 +128,31 @@ def test_intervals_are_reproducible():
 def test_signal_dependence_finds_a_difference_and_finds_none():
     real = [prediction(i, "70", "70") for i in range(100)]
     blind = [prediction(i, "70" if i % 2 else "80", "70") for i in range(100)]
-    found = signal_dependence(real, blind)
+    found = signal_dependence(real, {"zeros": blind})
+    assert found is not None and found["control"] == "zeros" and found["mcnemar_p"] == 2 * 0.5**50
     assert found["value"] == 0.5
     assert found["ci95"][0] > 0.35
     assert found["p"] < 0.01
-    none = signal_dependence(real, list(reversed(real)))
-    assert none == {"value": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
+    none = signal_dependence(real, {"shuffled": list(reversed(real)), "zeros": blind})
+    assert none is not None and none["control"] == "shuffled", "it tells most, so it is taken where it is there"
+    assert (none["value"], none["ci95"], none["p"], none["mcnemar_p"]) == (0.0, [0.0, 0.0], 1.0, 1.0)
+    assert none["by_control"]["zeros"]["value"] == 0.5 and none["by_name"]["heart_rate"]["value"] == 0.0
+    assert signal_dependence(real, {}) is None
+
+
+def test_signal_dependence_counts_several_answers_under_the_control_as_their_mean():
+    real = [prediction(i, "70", "70") for i in range(40)]
+    draws = [prediction(i, "70" if draw else "80", "70", draw=draw) for draw in range(2) for i in range(40)]
+    found = signal_dependence(real, {"shuffled": draws})
+    assert found is not None and found["value"] == 0.5 and "mcnemar_p" not in found
+
+
+def test_a_patient_with_many_questions_is_one_witness():
+    real = [prediction(i, "70", "70", patient="one") for i in range(100)]
+    found = signal_dependence(real, {"zeros": [p | {"answer": ""} for p in real]})
+    assert found is not None and found["value"] == 1.0 and found["p"] == 1.0
 
 
 def test_signal_dependence_needs_the_same_questions():
     with pytest.raises(AssertionError, match="lacks predictions"):
-        signal_dependence([prediction(0, "70", "70")], [prediction(1, "70", "70")])
+        signal_dependence([prediction(0, "70", "70")], {"zeros": [prediction(1, "70", "70")]})

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from elm_jax.data.prepare.output import PTB_XL_REPORTS, compact, write_json, write_table
 from elm_jax.data.prepare.ptb_xl import INDEX, read_index, segment_counts
 from elm_jax.data.prepare.splits import SPLITS, leaks, split_of
+from elm_jax.data.tables import KINDS
 from elm_jax.errors import UserError
 
 FORMS = ("paraphrased", "template")
@@ -100,7 +101,13 @@ def _row(question: dict[str, Any], form: str, paths: list[str], who: list[str], 
         "split": split,
         "form": form,
         "sample_id": question.get("sample_id"),
+        **{kind: _as_text(question.get(kind)) for kind in KINDS},
     }
+
+
+def _as_text(value: Any) -> str | None:
+    """What a question says of its kind: one text, whether it is a name, a number or a list of names."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else None if value is None else str(value)
 
 
 def _report(

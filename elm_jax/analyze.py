@@ -1,0 +1,68 @@
+"""Where a model looks: attention from the answer to ECG and text, drawn on the waveform.
+
+    python -m elm_jax.analyze --checkpoint runs/demo --ecg demo:test:3 --question "What is the heart rate?"
+
+Leaves attention_1.png (one for each --ecg) and attention.json in --out (default: W/analysis). The weights are the mean
+over layers, heads and the answer's tokens. "parts" in the JSON: first and last lead, first and last sample (ends
+excluded) that an ECG token stands for. --answer TEXT: look at this answer in place of the model's own.
+"""
+
+import json
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from elm_jax import cli
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the arguments, answer the question, draw the attention."""
+    parser = cli.Parser(
+        prog="python -m elm_jax.analyze", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", metavar="W", required=True, help="the run's folder")
+    parser.add_argument("--step", default="best", help="latest, best or a number")
+    parser.add_argument("--ecg", metavar="F", action="append", required=True, help="an ECG; may be repeated")
+    parser.add_argument("--question", required=True, help="what is asked; several ECGs stand at its <ecg> markers")
+    parser.add_argument("--answer", help="look at this answer")
+    parser.add_argument("--out", type=Path, metavar="D", help="where to write; default: W/analysis")
+    flags = cli.ConfigFlags.parse(argv)
+    options = parser.parse_args(flags.rest)
+    from elm_jax.data.chat import Turn, render_prompt
+    from elm_jax.data.represent import DEMO, FLATLINE, NOISE
+    from elm_jax.evaluation.attention import attention
+    from elm_jax.evaluation.attention_picture import as_json, draw_attention
+    from elm_jax.inference.model import Prompt, TrainedModel
+    from elm_jax.inference.session import read_input
+    from elm_jax.runtime.compilation import keep_compiled
+    from elm_jax.training.run import config_of_run
+
+    keep_compiled()
+    model = TrainedModel(config_of_run(options.checkpoint, flags), options.step)
+    assembly, spec = model.assembly, model.assembly.signal
+    ecgs = [read_input(path, spec, number) for number, path in enumerate(options.ecg)]
+    text: dict[str, Any] = asdict(assembly.text) | {"max_len": None}
+    rendered = render_prompt([Turn("user", options.question)], assembly.tokenizer, n_ecgs=len(ecgs), **text)
+    prompt = Prompt(rendered, [ecg.signal for ecg in ecgs])
+    answer = options.answer if options.answer is not None else model.answers([prompt], model.config.eval)[0]
+    found = attention(model, prompt, answer)
+    out = options.out or model.folder / "analysis"
+    out.mkdir(parents=True, exist_ok=True)
+    title = f"{options.question}  →  {answer or '(empty)'}"
+    for number, path in enumerate(options.ecg):
+        generated = path in (NOISE, FLATLINE) or path.startswith(DEMO)
+        signal = spec.load_raw(path if generated else str(Path(path).expanduser().absolute()), number)
+        picture = out / f"attention_{number + 1}.png"
+        draw_attention(found, number, signal, spec.sampling_rate, spec.leads, title, picture)
+    facts = {"question": options.question, "answer": answer, "ecg": options.ecg, "step": model.step}
+    (out / "attention.json").write_text(json.dumps(as_json(found, facts), indent=1) + "\n", encoding="utf-8")
+    print(f"answer: {answer}")
+    print(f"attention to ECGs: {found.ecg_share:.3f} (uniform: {found.uniform_share:.3f})")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guard(main))

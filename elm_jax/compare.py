@@ -1,0 +1,45 @@
+"""Compare runs that answered the same questions: scores side by side, and which differences are more than chance.
+
+    python -m elm_jax.compare runs/a runs/b
+    python -m elm_jax.compare runs/a runs/b runs/c --eval ecg_qa-test --out comparison
+
+Each run must have been evaluated: python -m elm_jax.evaluate. Differences are paired by question and resampled by
+patient; * marks those that are significant (p < 0.05) after Holm's correction for all that is compared. --out D writes
+D/compare.json and D/compare.html.
+"""
+
+import json
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+
+from elm_jax import cli
+from elm_jax.evaluation.protocols import PROTOCOLS
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the arguments, compare, print the tables."""
+    parser = cli.Parser(
+        prog="python -m elm_jax.compare", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="W", help="run folders")
+    parser.add_argument("--eval", metavar="NAME", help="the evaluation, where the runs have several")
+    parser.add_argument("--protocol", default="ours", choices=tuple(PROTOCOLS), help="by which answers are scored")
+    parser.add_argument("--out", type=Path, metavar="D", help="a folder for compare.json and compare.html")
+    options = parser.parse_args(argv)
+    from elm_jax.evaluation.comparison import check_evaluation, compare, html_of, text_of
+    from elm_jax.training.run import run_folder
+
+    folders = [run_folder(str(path), "compare") for path in options.runs]
+    check_evaluation(folders, options.eval)
+    result = compare(folders, options.eval, options.protocol)
+    print(text_of(result))
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "compare.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (options.out / "compare.html").write_text(html_of(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guard(main))

@@ -1,0 +1,212 @@
+"""Asking a model: questions in chunks, under a condition, with answers kept as they come."""
+
+from __future__ import annotations
+
+import sys
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from elm_jax.config import EvalConfig
+from elm_jax.data.dataset import Dataset
+from elm_jax.data.text import to_turns
+from elm_jax.errors import UserError
+from elm_jax.evaluation.controls import Loaded, Question, Source
+from elm_jax.evaluation.ecg_qa import answer_list
+from elm_jax.evaluation.store import AnswerFile
+from elm_jax.inference.model import Prompt, TrainedModel
+from elm_jax.runtime import distributed
+
+BATCHES = 8  # of a chunk: what is asked again at most after a stop, and what is read ahead
+
+
+@dataclass(frozen=True)
+class Said:
+    """The answer to prompt number `place`; `ended`: by itself, not for want of room."""
+
+    place: int
+    text: str
+    seconds: float
+    ended: bool
+
+
+def ask(model: TrainedModel, prompts: Sequence[Prompt], options: EvalConfig, seed: int) -> Iterator[Said]:
+    """The answers to prompts, as they come."""
+    for number, start in enumerate(range(0, len(prompts), options.batch_size)):
+        batch = prompts[start : start + options.batch_size]
+        begun = time.perf_counter()
+        answers = model.answers(batch, options, options.batch_size, seed=zlib.crc32(f"{seed}:{number}".encode()))
+        seconds = (time.perf_counter() - begun) / len(batch)
+        for place, text in enumerate(answers, start):
+            length = len(model.assembly.tokenizer.encode(text, add_special_tokens=False))
+            yield Said(place, text, seconds, length < options.max_new_tokens)
+
+
+class BadRecords:
+    """Records that cannot be evaluated: each is named on stderr, and one too many is an error.
+
+    keep: what else to do with a new one.
+    """
+
+    def __init__(self, dataset: Dataset, limit: float) -> None:
+        self.dataset, self.allowed = dataset, limit * len(dataset)
+        self.found: set[int] = set()
+        self.keep: Callable[[int, UserError], None] | None = None
+
+    def note(self, record: int, error: UserError) -> None:
+        """Leave a record out. Raises UserError if there are too many."""
+        if record in self.found:
+            return
+        self.found.add(record)
+        name = f"record {self.dataset.records[record].id}"
+        where = error.where if error.where.startswith("record ") else f"{name}: {error.where}"
+        if len(self.found) > self.allowed:
+            limit = f"{self.allowed:g} records may be bad (--config.data.max_bad_records)"
+            raise UserError(where, error.found, error.expected, f"{error.fix}; at most {limit}")
+        told = UserError(where, error.found, error.expected, error.fix)
+        if jax.process_index() == 0:
+            tqdm.write(f"left out: {told}", file=sys.stderr)
+        if self.keep is not None:
+            self.keep(record, told)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions to be asked under one condition. `marks` tell its answers from those of other runs in the file."""
+
+    source: Source
+    questions: Sequence[Question]
+    seed: int
+    marks: dict[str, int]
+
+
+class Asker:
+    """Asks the tasks of an evaluation, one after the other, with a bar that shows the time left for all of them."""
+
+    def __init__(self, model: TrainedModel, options: EvalConfig, total: int, progress: bool) -> None:
+        self.model, self.options = model, options
+        self._bar = tqdm(total=total, unit="answers", disable=not progress or jax.process_index() > 0, smoothing=0.05)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+    def answers(self, task: Task, file: AnswerFile | None, bad: BadRecords | None = None) -> dict[Question, Any]:
+        """Question -> prediction. Known ones are taken out of `file`, others added to it (None: not this process).
+
+        A record that cannot be read goes to `bad`, or raises.
+        """
+        self._bar.set_description(task.source.condition)
+        chunks = self._chunks(task)
+        known = bad.found if bad else set()
+        ids = [[_id(task, q) for q in chunk if q.record not in known] for chunk in chunks]
+        kept = file.take(ids) if file else []
+        done = int(distributed.gather(file.whole if file else 0)[0])
+        by_id = {line["id"]: line for line in kept}
+        predictions = {q: by_id[_id(task, q)] for q in task.questions if _id(task, q) in by_id}
+        self._pass_over(sum(len(chunk) for chunk in chunks[:done]))
+        for number, loaded in enumerate(_read_ahead(task.source, chunks[done:]), done):
+            prompts = self._written(loaded, bad)
+            seed = zlib.crc32(f"{task.seed}:{task.source.condition}:{number}".encode())
+            for said in ask(self.model, list(prompts.values()), self.options, seed) if prompts else ():
+                question = list(prompts)[said.place]
+                line = _line(task, question, prompts[question].rendered.prompt, said)
+                predictions[question] = line
+                if file:
+                    file.append(line)
+                self._bar.update()
+        return predictions
+
+    def _pass_over(self, count: int) -> None:
+        """Answers that are there already: the rate, and so the time left, is that of answers made now."""
+        self._bar.update(count)
+        if not self._bar.disable:
+            self._bar.initial += count
+
+    def _written(self, loaded: Loaded, bad: BadRecords | None) -> dict[Question, Prompt]:
+        prompts, unread = {}, dict(loaded[1])
+        for question, prompt in loaded[0].items():
+            try:
+                prompts[question] = self.model.written(prompt, self.options.max_new_tokens)
+            except UserError as error:
+                unread[question.record] = error
+        for record, error in unread.items():
+            if bad is None:
+                raise error
+            bad.note(record, error)
+        return {q: prompt for q, prompt in prompts.items() if q.record not in unread}
+
+    def _chunks(self, task: Task) -> list[list[Question]]:
+        """The questions, like lengths together: less padding, few shapes."""
+        lengths = [len(task.source.prompt(q).ids) for q in task.questions]
+        if lengths:
+            room = self.model.assembly.llm.max_len - self.options.max_new_tokens
+            check_lengths(f"condition {task.source.condition}", lengths, room)
+        order, size = np.argsort(lengths, kind="stable"), BATCHES * self.options.batch_size
+        return [[task.questions[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+
+
+def check_lengths(where: str, lengths: Sequence[int], room: int) -> None:
+    """Raise UserError unless all prompts have a token and at most `room`."""
+    if max(lengths) > room:
+        expected = f"at most {room}, the model's context less eval.max_new_tokens"
+        fix = "shorten it, or lower --config.eval.max_new_tokens"
+        raise UserError(where, f"a prompt of {max(lengths)} tokens", expected, fix)
+    if min(lengths) == 0:
+        fix = "leave text_only out of --config.eval.controls, or use a tokenizer with a bos token"
+        raise UserError(where, "a prompt without a token", "a token to go on from", fix)
+
+
+def asked_of(text: Any) -> list[tuple[str, str]]:
+    """(question, answer) for each answer that a record's text has; a text without questions has empty ones."""
+    found, question = [], ""
+    for turn in to_turns(text):
+        if turn.role == "user":
+            question = turn.text
+        elif turn.role == "assistant" and turn.text:
+            found.append((question, turn.text))
+    return found
+
+
+def _read_ahead(source: Source, chunks: Sequence[Sequence[Question]]) -> Iterator[Loaded]:
+    """What each chunk loads; the next one is read while the model answers this one."""
+    with ThreadPoolExecutor(1) as reader:
+        pending: deque[Future[Loaded]] = deque()
+        for chunk in chunks:
+            pending.append(reader.submit(source.load, chunk))
+            if len(pending) == 2:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _id(task: Task, question: Question) -> str:
+    return f"{task.source.dataset.records[question.record].id}#{question.turn}"
+
+
+def _line(task: Task, question: Question, prompt: str, said: Said) -> dict[str, Any]:
+    record = task.source.dataset.records[question.record]
+    asked = asked_of(record.text)
+    answers = answer_list(record.text)
+    return {
+        "id": _id(task, question),
+        **task.marks,
+        "name": record.name,
+        "patient": record.patient,
+        **record.fields,
+        "question": asked[min(question.turn, len(asked) - 1)][0] if asked else "",
+        "prompt": prompt,
+        "answer": said.text,
+        "truth": question.truth,
+        **({"answers": answers} if answers else {}),
+        "ended": said.ended,
+        "seconds": round(said.seconds, 6),
+    }

@@ -1,0 +1,175 @@
+"""Where a model looks while it answers: attention from the answer's tokens to the ECG's and the text's.
+
+The mean over layers and heads, as in ECG-Byte (section 5.5). It says what is mixed into the answer's states, not what
+causes the answer: `dependence` tells that. T tokens, N signal tokens of an ECG, H heads, d head size, L samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elm_jax.assemble import CONNECTORS
+from elm_jax.data.batch import empty_signals, put_signal
+from elm_jax.data.represent import SignalSpec
+from elm_jax.inference.model import Prompt, TrainedModel
+from elm_jax.models.attention import padding_mask
+from elm_jax.models.connectors import SIGNAL_KINDS
+from elm_jax.models.decoder import Decoder, Layer, Window
+from elm_jax.models.elm import ELM
+from elm_jax.models.hints import placed
+from elm_jax.runtime.mesh import MeshPlacement
+
+# Encoders whose signal tokens follow each other in time, each over all leads; and those that go lead after lead.
+IN_TIME, LEAD_BY_LEAD = ("merl", "mtae"), ("st_mem", "mlae")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What the answer's tokens attend to, summing to 1 over the prompt and the answer before each.
+
+    tokens: the prompt's and the answer's, as text. weights: (T,) of all of them. ecg_tokens: of each ECG the places of
+    its tokens. spans: of each ECG and token the part of the signal that it stands for: (first lead, last lead, first
+    sample, last sample), ends excluded; a token of several parts has several. answer_start: where the answer begins.
+    """
+
+    tokens: list[str]
+    weights: np.ndarray
+    ecg_tokens: list[list[int]]
+    spans: list[list[list[tuple[int, int, int, int]]]]
+    answer_start: int
+
+    @property
+    def ecg_share(self) -> float:
+        """The part of the attention that goes to ECGs."""
+        return float(sum(self.weights[places].sum() for places in self.ecg_tokens))
+
+    @property
+    def uniform_share(self) -> float:
+        """The part that ECGs would have if each token of the prompt had the same."""
+        return sum(map(len, self.ecg_tokens)) / max(1, self.answer_start)
+
+    def over_signal(self, ecg: int, shape: tuple[int, int]) -> np.ndarray:
+        """(C, L): the weights of one ECG's tokens spread over the signal, relative to the largest."""
+        spread = np.zeros(shape)
+        for place, parts in zip(self.ecg_tokens[ecg], self.spans[ecg], strict=True):
+            size = sum((b - a) * (d - c) for a, b, c, d in parts)
+            for a, b, c, d in parts:
+                spread[a:b, c:d] += self.weights[place] / size
+        return spread / spread.max() if spread.max() > 0 else spread
+
+
+def attention(model: TrainedModel, prompt: Prompt, answer: str) -> Attention:
+    """The attention while `answer`, tokenised anew, is read back after the prompt."""
+    tokenizer = model.assembly.tokenizer
+    written = model.written(prompt, model.config.eval.max_new_tokens)
+    said = np.asarray(tokenizer.encode(answer, add_special_tokens=False) or [model.stops[0]], np.int32)
+    start = len(written.rendered.ids)
+    ids = np.concatenate([written.rendered.ids, said])[: model.assembly.llm.max_len]
+    weights = _weights(model, written, ids)
+    # A token's answer is made in the place before it.
+    mean = weights[start - 1 : len(ids) - 1 if len(ids) > start else start].mean(0)
+    places = _ecg_places(model, prompt, written)
+    spans = [_spans(model, ids[where], len(where)) for where in places]
+    return Attention([tokenizer.decode([int(i)]) for i in ids], mean, places, spans, start)
+
+
+def _weights(model: TrainedModel, prompt: Prompt, ids: np.ndarray) -> np.ndarray:
+    """(T, T): the mean over layers and heads."""
+    slot = np.full((1, len(ids)), -1, np.int32)
+    positions = prompt.rendered.signal_positions
+    slot[0, positions.reshape(-1)] = np.arange(positions.size)
+    signals = empty_signals(model.assembly.signal.layout, 1, max(1, len(prompt.signals)))
+    counts = np.zeros((1, max(1, len(prompt.signals))), np.float32)
+    for place, signal in enumerate(prompt.signals):
+        put_signal(signals, (0, place), signal)
+        counts[0, place] = 1
+    structure = model.assembly.structure
+
+    @jax.jit
+    def run(arrays: Any, tokens: Any, slot: Any, signals: Any, counts: Any) -> jax.Array:
+        with placed(MeshPlacement(model.mesh)):
+            elm: ELM = structure.bind(arrays)
+            x = elm.inputs(tokens, slot, elm.signal_embeddings(signals, counts))
+            return _mean_weights(elm.llm, x)
+
+    return np.asarray(run(model.arrays, ids[None], slot, signals, counts))[0]
+
+
+def _mean_weights(llm: Decoder, x: jax.Array) -> jax.Array:
+    """Embeddings (B, T, D) -> attention (B, T, T)."""
+    valid = jnp.ones(x.shape[:2], jnp.int32)
+    positions = llm.prompt_positions(valid)
+    rotary, masks = llm.rotary(positions), llm.masks(padding_mask(valid), positions, positions)
+
+    def body(layer: Layer, window: Window, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        q, k, v = layer.project(x, rotary)
+        attended = llm.attend(q, k, v, masks[window], "xla")
+        return layer.combine(x, attended), _head_mean(llm, q, k, masks[window])
+
+    _, stacked = llm.scan_layers(body, llm.placed(x, positions))
+    return stacked.mean(0)
+
+
+def _head_mean(llm: Decoder, q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """(B, T, S): what `attend` weighs values by, read off values that are unit vectors, d of them at a time."""
+    size, keys = k.shape[-1], k.shape[1]
+    parts = []
+    for first in range(0, keys, size):
+        unit = jnp.eye(keys, size, -first, dtype=jnp.float32)
+        values = jnp.broadcast_to(unit[None, :, None], (*k.shape[:3], size))
+        parts.append(llm.attend(q, k, values, mask, "xla").mean(2))
+    return jnp.concatenate(parts, axis=-1)[..., :keys]
+
+
+def _ecg_places(model: TrainedModel, prompt: Prompt, written: Prompt) -> list[list[int]]:
+    """Of each ECG the places of its tokens in the written prompt."""
+    if written.signals or not prompt.signals:
+        return [[int(i) for i in row] for row in written.rendered.signal_positions]
+    symbols = model.assembly.signal.tokens
+    assert symbols is not None
+    own = np.flatnonzero(np.isin(written.rendered.ids, symbols.llm_ids))
+    breaks = np.flatnonzero(np.diff(own) > 1) + 1
+    return [[int(i) for i in part] for part in np.split(own, breaks)]
+
+
+def _spans(model: TrainedModel, ids: np.ndarray, count: int) -> list[list[tuple[int, int, int, int]]]:
+    """The parts of the signal that the tokens of one ECG stand for."""
+    spec, config = model.assembly.signal, model.config
+    leads, samples = spec.shape
+    if spec.tokens is not None:
+        return _symbol_spans(spec, ids)
+    in_time = config.encoder.name in IN_TIME or CONNECTORS[config.elm] in SIGNAL_KINDS
+    if in_time:
+        edges = np.linspace(0, samples, count + 1).round().astype(int)
+        return [[(0, leads, int(a), int(b))] for a, b in zip(edges, edges[1:], strict=False)]
+    if config.encoder.name in LEAD_BY_LEAD:
+        edges = np.linspace(0, leads * samples, count + 1).round().astype(int)
+        return [_unrolled(int(a), int(b), samples) for a, b in zip(edges, edges[1:], strict=False)]
+    return [[(0, leads, 0, samples)]] * count  # an image: its vector stands for all of it
+
+
+def _symbol_spans(spec: SignalSpec, ids: np.ndarray) -> list[list[tuple[int, int, int, int]]]:
+    """A symbol stands for as many samples as it spells; leads follow one another."""
+    assert spec.tokens is not None
+    own = {int(token): i for i, token in enumerate(spec.tokens.llm_ids)}
+    ends = np.cumsum(spec.tokens.coder.lengths[[own[int(token)] for token in ids]])
+    starts = np.concatenate([[0], ends[:-1]])
+    return [_unrolled(int(a), int(b), spec.shape[1]) for a, b in zip(starts, ends, strict=True)]
+
+
+def _unrolled(start: int, end: int, samples: int) -> list[tuple[int, int, int, int]]:
+    """Samples [start, end) of all leads, one after the other, lead by lead."""
+    parts = []
+    while start < end:
+        lead, first = divmod(start, samples)
+        last = min(samples, first + end - start)
+        parts.append((lead, lead + 1, first, last))
+        start += last - first
+    return parts
+
+

@@ -1,0 +1,222 @@
+"""Several runs on the same questions: their scores side by side, and which differences are more than chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elm_jax.errors import UserError, nearest
+from elm_jax.evaluation.dependence import METRIC, difference_ci95
+from elm_jax.evaluation.evaluator import predictions_in
+from elm_jax.evaluation.metrics import Scorer, Table, question_id
+from elm_jax.evaluation.page import page, table
+from elm_jax.evaluation.statistics import ci95
+from elm_jax.evaluation.store import CONTROLS, AnswerFile
+from elm_jax.evaluation.svg import Bar, bars
+from elm_jax.training.run import read_json
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+def compare(folders: Sequence[Path], evaluation: str | None = None, protocol: str = "ours") -> dict[str, Any]:
+    """Compare the run folders' evaluations called `evaluation` (None: the one that all have).
+
+    {"evaluation", "protocol", "n", "runs": {run: {"metrics", "signal_dependence"}}, "differences": [{"a", "b",
+    "metrics": {metric: {"value", "ci95", "p", "p_holm"}}, "signal_dependence": {"value", "ci95", "p"} or None}]}: a's
+    score less b's, paired by question, on the questions that all answered. The interval is a bootstrap over patients. p
+    flips signs patient by patient where a metric is a mean, and else is twice the part of the resamples on the other
+    side of zero; p_holm is corrected for all metrics of all pairs (Holm 1979).
+
+    Raises:
+        UserError: fewer than two runs, no common evaluation, or no common question.
+    """
+    if len(folders) < 2:
+        raise UserError("compare", f"{len(folders)} run", "at least two", "name more run folders")
+    name = evaluation or _common_evaluation(folders)
+    names = _names(folders)
+    told = [read_json(folder / "eval" / name / "metrics.json") for folder in folders]
+    lines = _on_common_questions([predictions_in(folder / "eval" / name) for folder in folders], name)
+    scorer = Scorer(protocol, end_token=str(told[0].get("end_token", "")))
+    if not scorer.protocol.empty_answers:
+        kept = [{question_id(line) for line in run if line["answer"]} for run in lines]
+        both = set.intersection(*kept)
+        lines = [[line for line in run if question_id(line) in both] for run in lines]
+    tables = [scorer.table(run) for run in lines]
+    runs = {
+        run: {"metrics": scores.scores(), "signal_dependence": before.get("signal_dependence")}
+        for run, scores, before in zip(names, tables, told, strict=True)
+    }
+    pairs = [
+        {"a": names[i], "b": names[j], "metrics": _differences(tables[i], tables[j])}
+        for i, j in combinations(range(len(folders)), 2)
+    ]
+    _correct(pairs)
+    owed = [_owed(folder / "eval" / name, table) for folder, table in zip(folders, tables, strict=True)]
+    for pair, (i, j) in zip(pairs, combinations(range(len(folders)), 2), strict=True):
+        pair["signal_dependence"] = _difference_of_owed(owed[i], owed[j], tables[i])
+    return {
+        "evaluation": name, "protocol": protocol, "n": len(tables[0].pairs), "unavailable": scorer.unavailable,
+        "runs": runs, "differences": pairs,
+    }  # fmt: skip
+
+
+def _differences(a: Table, b: Table) -> dict[str, dict[str, Any]]:
+    """{metric: a's score less b's, with its interval and p}; both tables hold the same questions in one order."""
+    found = {}
+    for name in (name for name in a.rows if name in b.rows):
+        metric, patients = a.scorer.metrics[name], a.patients
+        mine, theirs = a.rows[name], b.rows[name]
+        width = mine.shape[1]
+        sums = patients.resampled(np.concatenate([mine, theirs], axis=1))
+        resampled = metric.value(sums[:, :width]) - metric.value(sums[:, width:])
+        value = float(metric.value(mine.sum(0)) - metric.value(theirs.sum(0)))
+        p = patients.flip_p(mine[:, 0] - theirs[:, 0]) if metric.is_mean else _crossing_p(resampled)
+        found[name] = {"value": value, "ci95": ci95(resampled), "p": p}
+    return found
+
+
+def _owed(folder: Path, table: Table) -> np.ndarray | None:
+    """(n,) what each question of the table owes to the signal: right or not, less that with shuffled ECGs."""
+    path = folder / CONTROLS / "shuffled.jsonl"
+    if not path.is_file():
+        return None
+    control = table.scorer.table(AnswerFile(path).lines)
+    scores: dict[str, list[float]] = {}
+    for pair, (value, _) in zip(control.pairs, control.rows[METRIC], strict=True):
+        scores.setdefault(pair.id, []).append(float(value))
+    own = table.rows[METRIC][:, 0]
+    known = all(pair.id in scores for pair in table.pairs)
+    return own - np.array([np.mean(scores[pair.id]) for pair in table.pairs]) if known else None
+
+
+def _difference_of_owed(a: np.ndarray | None, b: np.ndarray | None, table: Table) -> dict[str, Any] | None:
+    if a is None or b is None:
+        return None
+    values = a - b
+    return {
+        "value": float(values.mean()),
+        "ci95": difference_ci95(values, table),
+        "p": table.patients.flip_p(values),
+    }
+
+
+def _crossing_p(resampled: np.ndarray) -> float:
+    """Two-sided p of a resampled difference: how often it is on the other side of zero."""
+    below, above = np.mean(resampled <= 0), np.mean(resampled >= 0)
+    return float(min(1.0, max(2 * min(below, above), 1 / (len(resampled) + 1))))
+
+
+def _correct(pairs: Sequence[Mapping[str, Any]]) -> None:
+    """Add p_holm to every difference."""
+    every = sorted((d for pair in pairs for d in pair["metrics"].values()), key=lambda d: d["p"])
+    least = 0.0
+    for rank, difference in enumerate(every):
+        least = max(least, min(1.0, (len(every) - rank) * difference["p"]))
+        difference["p_holm"] = least
+
+
+def _on_common_questions(runs: Sequence[Lines], name: str) -> list[list[Mapping[str, Any]]]:
+    """The lines of each run about the questions that all answered, in one order."""
+    by_id = [{question_id(line): line for line in run} for run in runs]
+    common = [key for key in by_id[0] if all(key in other for other in by_id)]
+    for key in common:
+        if len({lines[key]["truth"] for lines in by_id}) > 1:
+            fix = "compare evaluations of the same data"
+            raise UserError(f"eval/{name}", f"other true answers to {key}", "the same questions", fix)
+    if not common:
+        raise UserError(f"eval/{name}", "no question that all runs answered", "the same test questions",
+                        "evaluate the runs on the same data")  # fmt: skip
+    return [[lines[key] for key in common] for lines in by_id]
+
+
+def _common_evaluation(folders: Sequence[Path]) -> str:
+    found = [{path.parent.name for path in folder.glob("eval/*/predictions.jsonl")} for folder in folders]
+    common = sorted(set.intersection(*found))
+    if len(common) != 1:
+        have = "; ".join(f"{f}: {', '.join(sorted(n)) or 'none'}" for f, n in zip(folders, found, strict=True))
+        fix = f"give --eval {common[0]}" if common else "evaluate all runs on the same data"
+        raise UserError("compare", have, "one evaluation that all runs have", fix)
+    return common[0]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Short names of the runs, all different."""
+    short = [folder.resolve().name for folder in folders]
+    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+
+
+def text_of(result: Mapping[str, Any]) -> str:
+    """The comparison as two tables."""
+    runs, metrics = result["runs"], list(next(iter(result["runs"].values()))["metrics"])
+    width = max(map(len, (*metrics, "signal dependence")))
+    head = f"{result['evaluation']}, {result['n']} questions, protocol {result['protocol']}"
+    lines = [head, " " * width + "".join(f"{_cut(name):>26}" for name in runs)]
+    for metric in metrics:
+        cells = (f"{_told(run['metrics'].get(metric)):>26}" for run in runs.values())
+        lines.append(f"{metric:<{width}}" + "".join(cells))
+    told = "".join(f"{_told(run['signal_dependence']):>26}" for run in runs.values())
+    lines += [f"{'signal dependence':<{width}}{told}", ""]
+    lines += [f"no {metric}: {reason}" for metric, reason in result["unavailable"].items()]
+    for pair in result["differences"]:
+        lines.append(f"{pair['a']} less {pair['b']}")
+        for metric, d in pair["metrics"].items():
+            mark = "*" if d["p_holm"] < 0.05 else " "
+            lines.append(f"  {metric:<{width}} {_told(d):>26}   p = {d['p']:<8.2g} corrected {d['p_holm']:<8.2g}{mark}")
+        owed = pair["signal_dependence"]
+        if owed:
+            lines.append(f"  {'signal dependence':<{width}} {_told(owed):>26}   p = {owed['p']:.2g}")
+    return "\n".join(lines)
+
+
+def html_of(result: Mapping[str, Any]) -> str:
+    """The comparison as one page."""
+    sections = []
+    metrics = list(next(iter(result["runs"].values()))["metrics"])
+    for metric in metrics:
+        rows = [(name, run["metrics"].get(metric)) for name, run in result["runs"].items()]
+        shown = [Bar(name, score["value"], tuple(score["ci95"])) for name, score in rows if score]
+        differences = [
+            [f"{pair['a']} less {pair['b']}", _told(d), f"{d['p']:.2g}", f"{d['p_holm']:.2g}"]
+            for pair in result["differences"]
+            if (d := pair["metrics"].get(metric))
+        ]
+        head = ["difference", "with 95 % interval", "p", "p, corrected (Holm)"]
+        sections.append((metric, bars(metric, shown) + table(head, differences)))
+    owed = [[name, _told(run["signal_dependence"]), ""] for name, run in result["runs"].items()]
+    owed += [
+        [f"{pair['a']} less {pair['b']}", _told(d), f"{d['p']:.2g}"]
+        for pair in result["differences"]
+        if (d := pair["signal_dependence"])
+    ]
+    head = ["run", "signal dependence, with 95 % interval", "p"]
+    sections.append(("Does the model read the ECG?", table(head, owed)))
+    intro = f"<p>{result['n']} questions that all runs answered · protocol {result['protocol']}</p>"
+    return page(f"{result['evaluation']}: {', '.join(result['runs'])}", intro, sections)
+
+
+def _told(score: Mapping[str, Any] | None) -> str:
+    if not score:
+        return ""
+    return f"{score['value']:.3f} [{score['ci95'][0]:.3f}, {score['ci95'][1]:.3f}]"
+
+
+def _cut(name: str) -> str:
+    return name if len(name) < 25 else f"{name[:11]}…{name[-12:]}"
+
+
+def evaluation_names(folder: Path) -> list[str]:
+    """What a run folder was evaluated on."""
+    return sorted(path.parent.name for path in folder.glob("eval/*/metrics.json"))
+
+
+def check_evaluation(folders: Sequence[Path], name: str | None) -> None:
+    """Raise UserError unless every folder has the evaluation `name`."""
+    for folder in folders:
+        known = evaluation_names(folder)
+        if name is not None and name not in known:
+            fix = nearest(name, known) or "evaluate the run on it"
+            raise UserError("--eval", f"{name}, which {folder} lacks", ", ".join(known) or "an evaluation", fix)

@@ -1,0 +1,87 @@
+"""Does the model read the ECG? How much of a score is owed to the signal, with a paired test.
+
+The signal-dependence score is what the same questions score with their own ECG less what they score with another
+patient's. Another ECG is as good an ECG, and answers stay as frequent as they were, so that what a model knows of
+questions and answers alone cancels; zeros, noise and no ECG at all also show how it bears what it has never seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from elm_jax.evaluation.metrics import Predictions, Scorer, Table
+from elm_jax.evaluation.statistics import ci95, mcnemar_p
+
+METRIC = "exact_match"
+PREFERRED = ("shuffled", "zeros", "noise", "text_only")
+
+
+def signal_dependence(
+    real: Predictions, controls: Mapping[str, Predictions], scorer: Scorer | None = None
+) -> dict[str, Any] | None:
+    """{"value", "ci95", "p"} of exact matches, real minus control, paired by question; None without a control.
+
+    The control is "shuffled" where it is there, and is named. "by_control" has the same for every control,
+    "by_metric" for every mean of a score, "by_name" for every kind of question. A control may hold several answers to
+    a question, whose scores are averaged. `p` is two-sided, from flipping the sign of each patient's difference at
+    random; "mcnemar_p", where a question has one control answer, is McNemar's exact test, which takes questions for
+    independent.
+    """
+    scorer = scorer or Scorer()
+    ours, others = scorer.table(real), {name: scorer.table(p) for name, p in controls.items()}
+    chosen = next((name for name in PREFERRED if name in others), None)
+    if chosen is None or not ours.pairs:
+        return None
+    control = others[chosen]
+    means = [name for name in ours.rows if name in control.rows and scorer.metrics[name].is_mean]
+    return {
+        **_difference(ours, control, METRIC),
+        "control": chosen,
+        "metric": METRIC,
+        "by_control": {name: _difference(ours, other, METRIC) for name, other in others.items()},
+        "by_metric": {name: _difference(ours, control, name) for name in means},
+        "by_name": {
+            level: _difference(ours.part(places), control, METRIC) for level, places in ours.groups("name").items()
+        },
+    }
+
+
+def _difference(real: Table, control: Table, metric: str) -> dict[str, Any]:
+    mine = _by_question(real, metric)
+    theirs = _by_question(control, metric)
+    missing = [key for key in mine if key not in theirs]
+    assert mine and not missing, f"the control lacks predictions: {missing[:3]}"
+    keys = list(mine)
+    ours = np.array([mine[key][0] for key in keys])
+    others = np.array([np.mean(theirs[key]) for key in keys])
+    values = ours - others
+    table = real.part([i for i, pair in enumerate(real.pairs) if pair.id in mine])
+    result = {
+        "value": float(values.mean()),
+        "ci95": difference_ci95(values, table),
+        "p": table.patients.flip_p(values),
+    }
+    if all(len(theirs[key]) == 1 for key in keys) and set(np.unique([ours, others])) <= {0.0, 1.0}:
+        result["mcnemar_p"] = mcnemar_p(ours, others)
+    return result
+
+
+def difference_ci95(values: np.ndarray, table: Table) -> list[float]:
+    """The interval of the mean of n paired differences, by a bootstrap over the table's patients."""
+    sums = table.patients.resampled(np.stack([values, np.ones_like(values)], axis=1))
+    return ci95(sums[:, 0] / sums[:, 1])
+
+
+def _by_question(table: Table, metric: str) -> dict[str, list[float]]:
+    """Question -> its scores, one for each answer to it; those that the metric does not ask are left out."""
+    found: dict[str, list[float]] = {}
+    if metric in table.rows:
+        for pair, (value, count) in zip(table.pairs, table.rows[metric], strict=True):
+            if count:
+                found.setdefault(pair.id, []).append(float(value))
+    return found
+
+

@@ -1,0 +1,111 @@
+"""ECG-QA: answers as sets out of a closed vocabulary, types of questions, and what a question alone tells.
+
+Oh et al. 2023. The official metric is the exact match of the set of answers, for each type of question; ECG-LM's
+"average" is the mean over the three types that ask about one ECG.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from elm_jax.evaluation.scores.answers import same_words, words
+
+SINGLE = ("single-verify", "single-choose", "single-query")
+_TYPES = re.compile(r"(single|comparison_consecutive|comparison_irrelevant)-(verify|choose|query)")
+_SEPARATORS = re.compile(r"[,;\n]+")
+
+
+def is_ecg_qa(name: str) -> bool:
+    """Whether records called `name` are ECG-QA's."""
+    return _TYPES.fullmatch(name) is not None
+
+
+def answer_list(text: Any) -> list[str]:
+    """The true answers of a record's `text` [question_type, question, answers]; none where it has another form."""
+    if not isinstance(text, list | tuple) or len(text) != 3 or not isinstance(text[1], str):
+        return []
+    given = text[2] if isinstance(text[2], list | tuple) else [text[2]]
+    return [str(answer) for answer in given]
+
+
+def set_matches(answers: Sequence[str], truths: Sequence[Iterable[str]]) -> np.ndarray:
+    """1 for each answer that spells exactly its set of true answers, in any order, (n,).
+
+    The vocabulary is that of all truths. An answer may separate them by commas, semicolons or only blanks.
+    """
+    sets = [frozenset(_folded(one) for one in truth) for truth in truths]
+    longest = max((name.count(" ") + 1 for truth in sets for name in truth), default=1)
+    known = frozenset().union(*sets) if sets else frozenset()
+    parsed: dict[str, frozenset[str]] = {text: parse_answers(text, known, longest) for text in set(answers)}
+    return np.array([float(parsed[text] == truth) for text, truth in zip(answers, sets, strict=True)])
+
+
+def parse_answers(text: str, known: frozenset[str], longest: int) -> frozenset[str]:
+    """The answers that a text spells. `known` are all that there are, folded, of at most `longest` words.
+
+    From the left the longest known answer is taken, and a word that begins none of them stands for itself: what was
+    said beside the truth makes a set another one.
+    """
+    whole = _folded(text)
+    if whole in known:
+        return frozenset([whole])
+    found: set[str] = set()
+    for part in filter(None, map(_folded, _SEPARATORS.split(text))):
+        left = part.split(" ")
+        while left:
+            length = next((n for n in range(min(longest, len(left)), 0, -1) if " ".join(left[:n]) in known), 1)
+            found.add(" ".join(left[:length]))
+            left = left[length:]
+    return frozenset(found)
+
+
+def average_of_types(by_type: dict[str, Any], metric: str) -> float | None:
+    """ECG-LM's average: the unweighted mean over the types about one ECG; None unless all three were asked."""
+    if not all(metric in by_type.get(kind, {}) for kind in SINGLE):
+        return None
+    return float(np.mean([by_type[kind][metric]["value"] for kind in SINGLE]))
+
+
+class QuestionOnly:
+    """Answers learnt from questions without ECGs: the most frequent answer to the same words in training, else to
+    questions of the same name, else to any."""
+
+    def __init__(self, asked: Iterable[tuple[str, str, str]]) -> None:
+        """`asked`: (name, question, answer) of each question in training."""
+        counts: dict[tuple[str, ...], Counter[str]] = {}
+        for name, question, answer in asked:
+            for key in ((name, _question(question)), (name,), ()):
+                counts.setdefault(key, Counter())[answer] += 1
+        self._best = {key: max(sorted(found), key=found.__getitem__) for key, found in counts.items()}
+
+    def __bool__(self) -> bool:
+        return bool(self._best)
+
+    def answer(self, name: str, question: str) -> str:
+        """The answer that training makes most likely."""
+        keys: Sequence[tuple[str, ...]] = ((name, _question(question)), (name,), ())
+        return next(self._best[key] for key in keys if key in self._best)
+
+
+def macro_f1(truths: Sequence[str], answers: Sequence[str], same: Callable[[str, str], float] = same_words) -> float:
+    """Unweighted mean of the F1 of each true answer; as OpenTSLM scores a template of ECG-QA-CoT."""
+    scores = []
+    for option in sorted(set(truths)):
+        given = [bool(same(answer, option)) for answer in answers]
+        true = [truth == option for truth in truths]
+        right = sum(a and b for a, b in zip(given, true, strict=True))
+        scores.append(2 * right / (sum(given) + sum(true)))
+    return float(np.mean(scores))
+
+
+def _question(text: str) -> str:
+    return " ".join(words(text))
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split()).strip(" .")

@@ -1,0 +1,255 @@
+"""`report.html`: an evaluation on one page that needs nothing else: no network, no other file.
+
+Scores beside controls and blind answers, what the score owes to the signal, what was taken for what, and examples
+with their ECGs.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from elm_jax.data.dataset import Dataset
+from elm_jax.evaluation import svg
+from elm_jax.evaluation.examples import chosen_examples
+from elm_jax.evaluation.metrics import is_right
+from elm_jax.evaluation.page import page, table
+from elm_jax.evaluation.paper import Example, draw_ecg
+from elm_jax.evaluation.svg import Bar
+
+SHOWN, LISTED = 24, 500  # examples with their ECG, and predictions in the list
+_COLOURS = 32  # of an ECG's picture: paper, grid and ink
+_LEVELS = 40  # rows of a table by kind
+
+Results = Mapping[str, Any]
+
+
+def write_report(out: Path, results: Results, predictions: Sequence[Mapping[str, Any]], dataset: Dataset) -> None:
+    """Write `report.html` and the plots in it, `plots/*.svg`."""
+    plots = _plots(results)
+    (out / "plots").mkdir(exist_ok=True)
+    for name, plot in plots.items():
+        text = plot.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+        (out / "plots" / f"{name}.svg").write_text(text, encoding="utf-8")
+    sections = [
+        ("Scores", _scores(results) + plots["scores"]),
+        ("Does the model read the ECG?", _dependence(results) + plots.get("dependence", "")),
+        ("By kind of question", _by(results)),
+        ("What was taken for what", _confusions(results) + _wrong(plots) + _statements(results, plots)),
+        ("Examples", _examples(predictions, dataset)),
+        ("Answers", _listed(predictions)),
+    ]
+    title = f"{out.parent.parent.name}: {out.name}"
+    text = page(title, _facts(results), [(name, body) for name, body in sections if body])
+    temporary = out / "report.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(out / "report.html")
+
+
+def _facts(results: Results) -> str:
+    parts = [
+        f"{results['n']} questions", f"split {results['split']}", f"checkpoint of step {results['step']}",
+        f"protocol <b>{escape(results['protocol'])}</b>: {escape(results['protocol_meaning'])}",
+        f"{results['empty_answers']} empty answers", f"{results['bad']} records left out",
+    ]  # fmt: skip
+    if results.get("questions_about_training_patients"):
+        parts.append(f"<b>{results['questions_about_training_patients']} questions about patients of the training</b>")
+    missing = [f"<b>No {escape(name)}:</b> {escape(why)}" for name, why in results["unavailable"].items()]
+    return "".join(f"<p>{text}</p>" for text in (" · ".join(parts), *missing))
+
+
+def _scores(results: Results) -> str:
+    columns = {"score": results["metrics"], **results["controls"]}
+    blind = results["baselines"]
+    head = ["metric", *columns, *(f"best {name} answer" for name in blind)]
+    rows = [
+        [name, *(_cell(s.get(name)) for s in columns.values()), *(_number(s.get(name)) for s in blind.values())]
+        for name in results["metrics"]
+    ]
+    over = results.get("over_runs", {})
+    runs = [
+        [name, _number(v["mean"]), _number(v["std"]), _interval(v["ci95"])] for name, v in over.items()
+    ]
+    more = f"<h3>Over {len(results.get('runs', ()))} runs (Student's t)</h3>" if runs else ""
+    return table(head, rows) + more + (table(["metric", "mean", "deviation", "95 %"], runs) if runs else "")
+
+
+def _plots(results: Results) -> dict[str, str]:
+    plots = {"scores": svg.bars("scores with 95 % intervals", [_bar(n, s) for n, s in results["metrics"].items()])}
+    dependence = results.get("signal_dependence")
+    if dependence:
+        rows = [_bar(f"less {name}", d, svg.ORANGE) for name, d in dependence["by_control"].items()]
+        rows += [_bar(f"{name}, less {dependence['control']}", d) for name, d in dependence["by_name"].items()]
+        rows = rows[:_LEVELS]
+        low = min(0.0, *(row.interval[0] if row.interval else row.value for row in rows))
+        plots["dependence"] = svg.bars("exact matches owed to the signal", rows, -1.0 if low < -0.05 else low, 1.0)
+    for kind, wrong in results["top_wrong"].items():
+        if wrong:
+            rows = [(item["answer"] or "(empty)", item["count"]) for item in wrong]
+            plots[f"wrong_{_file(kind)}"] = svg.counts(f"wrong answers: {kind}", rows, svg.RED)
+    for kind, found in results["classification"].items():
+        if found["other"]:
+            rows = [(answer or "(empty)", count) for answer, count in list(found["other"].items())[:10]]
+            plots[f"other_{_file(kind)}"] = svg.counts(f"answers that are no class: {kind}", rows, svg.GREY)
+    for kind, found in results.get("statements", {}).items():
+        for side in ("missed", "extra"):
+            if found[f"top_{side}"]:
+                rows = [(str(name), int(count)) for name, count in found[f"top_{side}"]]
+                plots[f"{side}_{_file(kind)}"] = svg.counts(f"{side} statements: {kind}", rows, svg.ORANGE)
+    return plots
+
+
+def _dependence(results: Results) -> str:
+    found = results.get("signal_dependence")
+    if not found:
+        return ""
+    rows = [
+        [name, _signed(d["value"]), _interval(d["ci95"]), f"{d['p']:.2g}", _p(d.get("mcnemar_p"))]
+        for name, d in found["by_control"].items()
+    ]
+    low, high = found["ci95"]
+    said = "reads the signal" if low > 0 and found["p"] < 0.01 else "does not show that it reads the signal"
+    text = (
+        f"<p>Of its exact matches the model owes <b>{found['value']:.3f}</b> [{low:.3f}, {high:.3f}] to the ECG"
+        f" (score less control <i>{escape(found['control'])}</i>, paired by question, p = {found['p']:.2g}):"
+        f" it {said}.</p>"
+    )
+    return text + table(["control", "difference", "95 %", "p (signs flipped by patient)", "p (McNemar)"], rows)
+
+
+def _by(results: Results) -> str:
+    parts = []
+    for name, levels in results["by"].items():
+        metrics = list(dict.fromkeys(metric for scores in levels.values() for metric in scores))
+        rows = [
+            [level, str(next(iter(scores.values()))["n"]) if scores else "0", *(_cell(scores.get(m)) for m in metrics)]
+            for level, scores in list(levels.items())[:_LEVELS]
+        ]
+        more = f"<p>and {len(levels) - _LEVELS} more, in metrics.json</p>" if len(levels) > _LEVELS else ""
+        parts.append(f"<h3>{escape(name)}</h3>" + table([name, "n", *metrics], rows) + more)
+    for name, scores in results.get("ecgbench", {}).items():
+        parts.append(f"<h3>ECGBench: {escape(name)}</h3>" + table(list(scores), [[_cell(s) for s in scores.values()]]))
+    for family, scores in results.get("labels", {}).items():
+        head = ["labels", "macro F1", "micro F1", "macro AUC"]
+        cells = [_cell(scores[name]) for name in ("macro_f1", "micro_f1", "macro_auc")]
+        row = [str(len(scores["labels"])), *cells]
+        parts.append(f"<h3>PTB-XL, asked label by label: {escape(family)}</h3>" + table(head, [row]))
+    average = results.get("ecg_qa", {}).get("average_of_single_types")
+    parts.append("" if average is None else f"<p>Mean over ECG-QA's three types about one ECG: {average:.3f}</p>")
+    return "".join(parts)
+
+
+def _confusions(results: Results) -> str:
+    parts = []
+    for kind, found in results["classification"].items():
+        rows = []
+        for truth, counts in found["confusion"].items():
+            total = sum(counts.values()) or 1
+            cells = "".join(
+                f'<td style="background:rgba(47,93,155,{0.75 * n / total:.2f})">{n}'
+                f"<small> {100 * n / total:.0f} %</small></td>"
+                for n in counts.values()
+            )
+            rates = found["report"][truth]
+            numbers = "".join(f"<td>{rates[name]:.3f}</td>" for name in ("precision", "recall", "f1"))
+            rows.append(f"<tr><th>{escape(truth)}</th>{cells}{numbers}</tr>")
+        columns = next(iter(found["confusion"].values()))
+        names = "".join(f"<th>{escape(name)}</th>" for name in (*columns, "precision", "recall", "F1"))
+        body = f"<table><tr><th>truth \\ answer</th>{names}</tr>{''.join(rows)}</table>"
+        parts.append(f"<h3>{escape(kind or 'all questions')}</h3>{body}")
+    return "".join(parts)
+
+
+def _wrong(plots: Mapping[str, str]) -> str:
+    found = [plot for name, plot in plots.items() if name.startswith(("wrong_", "other_"))]
+    return f"<h3>Most frequent wrong answers</h3>{''.join(found)}" if found else ""
+
+
+def _statements(results: Results, plots: Mapping[str, str]) -> str:
+    parts = []
+    for kind, found in results.get("statements", {}).items():
+        counts = {name: value for name, value in found.items() if not name.startswith("top_")}
+        parts.append(f"<h3>Statements: {escape(kind)}</h3>" + table(list(counts), [[str(v) for v in counts.values()]]))
+    return "".join([*parts, *(plot for name, plot in plots.items() if name.startswith(("missed_", "extra_")))])
+
+
+def _examples(predictions: Sequence[Mapping[str, Any]], dataset: Dataset) -> str:
+    found = chosen_examples(dataset, predictions, SHOWN)
+    cards = []
+    for number, (line, example) in enumerate(found):
+        mark = "right" if example.correct else "wrong"
+        kind = escape(str(line.get("name", "")))
+        cards.append(
+            f'<figure class="card" data-kind="{kind}" data-mark="{mark}"><figcaption><b>{escape(example.question)}</b>'
+            f'<br><span class="{mark}">Answer: {escape(example.answer) or "(empty)"}</span> · Truth:'
+            f" {escape(example.truth)} <small>{kind} · {escape(str(line['id']))} · {line['seconds']:.3f} s</small>"
+            f'</figcaption><img alt="ECG {number + 1}" src="{_picture(example, dataset.signal.sampling_rate)}">'
+            f"<details><summary>prompt</summary><pre>{escape(str(line['prompt']))}</pre></details></figure>"
+        )
+    kinds = sorted({str(line.get("name", "")) for line, _ in found})
+    options = "".join(f'<option value="{escape(kind)}">{escape(kind)}</option>' for kind in kinds)
+    control = (
+        f'<p><select id="kind"><option value="">every kind</option>{options}</select> <select id="mark">'
+        '<option value="">right and wrong</option><option value="right">right</option>'
+        '<option value="wrong">wrong</option></select>'
+        ' <button id="back">◀</button> <span id="place"></span> <button id="next">▶</button></p>'
+    )
+    return control + "".join(cards) if cards else ""
+
+
+def _picture(example: Example, rate: float) -> str:
+    """The ECG on paper as a data URL."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    draw_ecg(example.signal, rate, drawn)
+    Image.open(drawn).convert("RGB").quantize(_COLOURS).save(small, "png", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}"
+
+
+def _listed(predictions: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for line in predictions[:LISTED]:
+        right = is_right(str(line.get("name", "")), line["answer"], line["truth"])
+        texts = [line["id"], line.get("name", ""), line.get("question", ""), line["answer"], line["truth"]]
+        rows.append([*map(str, texts), "right" if right else "wrong", f"{line['seconds']:.3f}"])
+    note = f"<p>The first {LISTED} of {len(predictions)}.</p>" if len(predictions) > LISTED else ""
+    data = json.dumps(rows, ensure_ascii=False).replace("<", "\\u003c")
+    return (
+        f'{note}<p><input id="search" placeholder="search" size="40"> <span id="hits"></span></p>'
+        f'<script type="application/json" id="rows">{data}</script><table id="answers"></table>'
+    )
+
+
+def _bar(name: str, score: Mapping[str, Any], colour: str = svg.BLUE) -> Bar:
+    low_high = score.get("ci95")
+    return Bar(name, score["value"], tuple(low_high) if low_high else None, colour)
+
+
+def _cell(score: Mapping[str, Any] | None) -> str:
+    return "" if score is None else f"{_number(score['value'])} <small>{_interval(score.get('ci95'))}</small>"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}"
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return f"[{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""
+
+
+def _file(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name) or "all"

@@ -1,0 +1,56 @@
+"""Answers and single comparisons: thinking and answer, equality, words in common, numbers."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+
+HEART_RATE_TOLERANCE = 5
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def split_response(text: str) -> tuple[str, str]:
+    """(thinking, answer), stripped: the answer is what answer tags hold, else what follows the thinking."""
+    if "</think>" in text and "<think>" not in text:
+        text = "<think>" + text
+    thinking = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
+    tagged = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    rest = text[thinking.end() :] if thinking else text
+    return (thinking[1].strip() if thinking else ""), (tagged[1] if tagged else rest).strip()
+
+
+def exact_match(answer: str, truth: str) -> float:
+    """1 if the two strings are equal."""
+    return float(answer == truth)
+
+
+def token_f1(answer: str, truth: str) -> float:
+    """F1 of the words in common, lower-cased and without ASCII punctuation; two texts without words agree."""
+    ours, theirs = Counter(words(answer)), Counter(words(truth))
+    if not ours or not theirs:
+        return float(not ours and not theirs)
+    return 2 * (ours & theirs).total() / (ours.total() + theirs.total())
+
+
+def same_words(answer: str, truth: str) -> float:
+    """1 if the two agree but for case, ASCII punctuation and spaces."""
+    return float(words(answer) == words(truth))
+
+
+def within_5_bpm(answer: str, truth: str) -> float:
+    """1 if the first whole number of the answer is within 5 of that of the truth."""
+    ours, theirs = first_integer(answer), first_integer(truth)
+    return float(ours is not None and theirs is not None and abs(ours - theirs) <= HEART_RATE_TOLERANCE)
+
+
+def first_integer(text: str) -> int | None:
+    """The first run of ASCII digits as a number, None if there is none."""
+    match = re.search(r"[0-9]+", text)
+    return int(match[0][:18]) if match else None
+
+
+def words(text: str) -> list[str]:
+    """Lower-cased words without ASCII punctuation."""
+    return text.lower().translate(_NO_PUNCTUATION).split()

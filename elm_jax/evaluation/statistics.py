@@ -1,0 +1,89 @@
+"""How sure a score is: bootstrap over patients, Student's t over runs, and paired tests.
+
+n pairs, P patients, R resamples, k numbers that are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES, FLIPS = 1000, 9999
+_CELLS = 4_000_000  # of one chunk of resamples: bounds the memory
+
+
+class Patients:
+    """Who each of n pairs is about: questions about one patient stand or fall together.
+
+    `seed` decides the resamples: two sets of numbers about the same pairs are resampled alike.
+    """
+
+    def __init__(self, patients: Sequence[str], seed: int = 0) -> None:
+        names, self._of = np.unique(np.asarray(patients, dtype=object).astype(str), return_inverse=True)
+        self.count, self._seed = len(names), seed
+
+    def sums(self, rows: np.ndarray) -> np.ndarray:
+        """(n, k) -> (P, k), summed for each patient."""
+        return np.stack([np.bincount(self._of, column, self.count) for column in rows.T], axis=1)
+
+    def resampled(self, rows: np.ndarray) -> np.ndarray:
+        """(n, k) -> (R, k): the sums over as many patients as there are, drawn with replacement."""
+        sums = self.sums(rows)
+        return np.concatenate([drawn @ sums for drawn in self._draws()])
+
+    def weights(self) -> Iterator[np.ndarray]:
+        """For each resample how often each pair is in it, (n,)."""
+        for drawn in self._draws():
+            yield from drawn[:, self._of]
+
+    def flip_p(self, differences: np.ndarray) -> float:
+        """Two-sided p of n paired differences: signs flipped at random, patient by patient.
+
+        It is at least 1 / (FLIPS + 1).
+        """
+        sums = self.sums(differences[:, None])[:, 0]
+        rng = np.random.default_rng(self._seed)
+        size = max(1, _CELLS // self.count)
+        extreme = 0
+        for start in range(0, FLIPS, size):
+            kept = rng.integers(0, 2, (min(size, FLIPS - start), self.count), np.int8).astype(float)
+            extreme += int(np.count_nonzero(np.abs(2 * (kept @ sums) - sums.sum()) >= abs(sums.sum()) - 1e-9))
+        return (1 + extreme) / (1 + FLIPS)
+
+    def _draws(self) -> Iterator[np.ndarray]:
+        """How often each patient is drawn, in chunks (r, P)."""
+        rng = np.random.default_rng(self._seed)
+        size = max(1, _CELLS // self.count)
+        for start in range(0, RESAMPLES, size):
+            chosen = rng.integers(0, self.count, (min(size, RESAMPLES - start), self.count))
+            chosen += np.arange(len(chosen))[:, None] * self.count
+            counts = np.bincount(chosen.ravel(), minlength=len(chosen) * self.count)
+            yield counts.reshape(len(chosen), self.count).astype(float)
+
+
+def ci95(values: np.ndarray) -> list[float]:
+    """The middle 95 % of resampled values; those that a resample leaves undefined (NaN) are not counted."""
+    finite = values[np.isfinite(values)]
+    return [float(bound) for bound in np.percentile(finite, (2.5, 97.5))] if len(finite) else [float("nan")] * 2
+
+
+def student_t(values: Sequence[float]) -> dict[str, Any]:
+    """{"mean", "std", "ci95"} of runs: the sample's deviation, mean ± t(.975, n-1) std / sqrt(n).
+
+    One run has no deviation and no interval: None.
+    """
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return {"mean": mean, "std": None, "ci95": None}
+    std = float(np.std(values, ddof=1))
+    half = float(stats.t.ppf(0.975, n - 1)) * std / n**0.5
+    return {"mean": mean, "std": std, "ci95": [mean - half, mean + half]}
+
+
+def mcnemar_p(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Exact two-sided p of McNemar's test: of pairs right (1) or wrong (0) twice, only those that changed count."""
+    gained, lost = int(np.sum((ours == 1) & (theirs == 0))), int(np.sum((ours == 0) & (theirs == 1)))
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0

@@ -1,0 +1,157 @@
+"""An evaluation that is stopped goes on: as a program this is one, of a model that answers at once.
+
+It kills itself when it has written so many answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from fake_model import Asked, fake_config  # noqa: E402
+
+from elm_jax.evaluation import evaluator  # noqa: E402
+from elm_jax.evaluation.store import AnswerFile  # noqa: E402
+
+RECORDINGS = 12
+ANSWERS = RECORDINGS * 5 * (1 + 3 + evaluator.SHUFFLES)
+
+
+def config(folder: Path, **keys: Any) -> Any:
+    # A chunk has 8 batches: 16 questions.
+    names = [f"demo:train=16,val=4,test={RECORDINGS}"]
+    return fake_config(
+        **{"data__names": names, "workdir": str(folder), "log__progress": False, "eval__batch_size": 2, **keys}
+    )
+
+
+def reply(prompt: Any) -> str:
+    """Right now and then, in a way that the prompt and its ECGs decide."""
+    seen = prompt.rendered.prompt.encode() + b"".join(s.tobytes() for s in prompt.signals)
+    return random.Random(zlib.crc32(seen)).choice(["ecg", "noise", "flatline", "regular", "irregular", "72", ""])
+
+
+def model_of(conf: Any) -> Asked:
+    model = Asked(conf, 512)
+    model.reply = reply
+    return model
+
+
+def results(folder: Path) -> bytes:
+    return (folder / "eval" / "demo-test" / "metrics.json").read_bytes()
+
+
+def answered(folder: Path) -> int:
+    return sum(len(path.read_bytes().splitlines()) for path in folder.rglob("*.jsonl"))
+
+
+def evaluate_in_a_process(folder: Path, kill_after: int) -> int:
+    """Evaluate, and be killed after so many new answers (0: not at all); the exit status."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, __file__, str(folder), str(kill_after)], env=env, cwd=ROOT).returncode
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_and_restarted_it_gives_the_same_bytes(tmp_path: Path) -> None:
+    assert evaluate_in_a_process(tmp_path / "whole", 0) == 0
+    expected, rng, before = results(tmp_path / "whole"), random.Random(7), 0
+    for kill in (rng.randrange(1, ANSWERS // 3) for _ in range(4)):
+        assert evaluate_in_a_process(tmp_path / "broken", kill) in (-signal.SIGKILL, 0)
+        assert answered(tmp_path / "broken") > before - 17, "what was answered is kept, but for the open chunk"
+        before = answered(tmp_path / "broken")
+    assert evaluate_in_a_process(tmp_path / "broken", 0) == 0
+    assert results(tmp_path / "broken") == expected
+    assert answered(tmp_path / "broken") == ANSWERS == answered(tmp_path / "whole")
+
+
+def test_interrupted_it_asks_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("write_report", "draw_examples"):
+        monkeypatch.setattr(evaluator, name, lambda *_: None)
+
+    def run(folder: str, stop_at: int | None = None) -> int:
+        conf = config(tmp_path / folder)
+        model = model_of(conf)
+
+        def asked(prompt: Any) -> str:
+            if len(model.prompts) == stop_at:
+                raise KeyboardInterrupt
+            return reply(prompt)
+
+        model.reply = asked
+        monkeypatch.setattr(evaluator, "TrainedModel", lambda *_: model)
+        evaluator.evaluate(conf)
+        return len(model.prompts)
+
+    assert run("whole") == ANSWERS
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", stop_at=100)
+    left = answered(tmp_path / "broken")
+    assert 80 <= left < 100
+    assert ANSWERS - left <= run("broken") <= ANSWERS - left + 16
+    assert results(tmp_path / "broken") == results(tmp_path / "whole")
+    assert run("broken") == 0, "nothing is left to ask"
+
+
+def test_another_evaluation_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("write_report", "draw_examples"):
+        monkeypatch.setattr(evaluator, name, lambda *_: None)
+    asked = []
+    for keys in ({}, {"eval__protocol": "elm-2026-08"}, {"eval__max_new_tokens": 7}):
+        conf = config(tmp_path / "run", eval__controls=[], eval__limit=10, **keys)
+        model = model_of(conf)
+        monkeypatch.setattr(evaluator, "TrainedModel", lambda *_, model=model: model)
+        evaluator.evaluate(conf)
+        asked.append(len(model.prompts))
+    assert asked == [10, 0, 10], "another protocol only scores anew"
+
+
+def test_half_a_line_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"id": "a"}\n{"id": "b"}\n{"id": "c", "ans')
+    file = AnswerFile(path)
+    assert [line["id"] for line in file.take([["a"], ["b", "c"], ["d"]])] == ["a"] and file.whole == 1
+    file.append({"id": "z"})
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "z"]
+
+
+def test_greedy_answers_serve_all_seeds_and_drawn_ones_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("write_report", "draw_examples"):
+        monkeypatch.setattr(evaluator, name, lambda *_: None)
+    for temperature, asked in ((0.0, 10), (0.7, 20)):
+        conf = config(tmp_path / str(temperature), eval__controls=[], eval__limit=10, eval__seeds=[1337, 1338],
+                      eval__temperature=temperature)  # fmt: skip
+        model = model_of(conf)
+        monkeypatch.setattr(evaluator, "TrainedModel", lambda *_, model=model: model)
+        evaluator.evaluate(conf)
+        found = json.loads(results(tmp_path / str(temperature)))
+        assert len(model.prompts) == asked
+        assert found["n"] == 20 and [run["seed"] for run in found["runs"]] == [1337, 1338]
+        assert found["over_runs"]["exact_match"]["std"] == 0.0
+
+
+if __name__ == "__main__":
+    workdir, kill_after = Path(sys.argv[1]), int(sys.argv[2])
+    append, written = AnswerFile.append, [0]
+
+    def append_and_die(self: AnswerFile, line: dict[str, Any]) -> None:
+        append(self, line)
+        written[0] += 1
+        if written[0] == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    AnswerFile.append = append_and_die  # type: ignore[method-assign]
+    conf = config(workdir)
+    evaluator.TrainedModel = lambda *_: model_of(conf)  # type: ignore[assignment, misc]
+    evaluator.evaluate(conf)

@@ -1,0 +1,140 @@
+"""The report is one file that needs nothing else, and says what metrics.json says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as xml
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from elm_jax.evaluation.metrics import Scorer
+from elm_jax.evaluation.report import write_report
+from elm_jax.evaluation.results import results_of
+from elm_jax.evaluation.svg import Bar, bars
+
+VOID = {"meta", "link", "img", "br", "input"}
+
+
+class Page(HTMLParser):
+    """Tags that are opened and closed in order, what they load, and the scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.ids: set[str] = set()
+        self.scripts: list[tuple[str | None, str]] = []
+        self.pictures = 0
+        self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        known = dict(attrs)
+        self.pictures += tag == "img"
+        self.ids.add(known.get("id") or "")
+        self.loads += [known[key] for key in ("src", "href", "action", "data", "srcset") if known.get(key)]
+        if tag == "script":
+            self.scripts.append((known.get("type"), ""))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> out of place"
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    from fake_model import fake_config
+
+    from elm_jax.data.dataset import Dataset, text_spec
+    from elm_jax.data.demo import demo_tokenizer
+    from elm_jax.data.represent import signal_spec
+    from elm_jax.data.sources import load_records
+
+    config = fake_config(data__names=["demo:train=8,val=4,test=2"])
+    dataset = Dataset(load_records(config.data, "test", 0), demo_tokenizer(),
+                      text_spec(config.data, "qwen2", 1, "sft", ()), signal_spec(config.data, 0))  # fmt: skip
+    lines = [
+        {"id": f"{r.id}#0", "name": r.name, "patient": r.patient, "question": "a<b & </script>?", "prompt": "<signal>",
+         "answer": "ecg<script>" if i % 2 else "ecg", "truth": "ecg" if i % 3 else "noise", "seconds": 0.1}
+        for i, r in enumerate(dataset.records)
+    ]  # fmt: skip
+    facts = {"split": "test", "step": 3, "bad": 0}
+    results = results_of({"real": lines, "zeros": [{**line, "answer": ""} for line in lines]}, Scorer(), facts, {})
+    out = tmp_path_factory.mktemp("run") / "eval" / "demo-test"
+    out.mkdir(parents=True)
+    write_report(out, results, lines, dataset)
+    return out
+
+
+def test_the_page_loads_nothing_and_is_well_formed(report):
+    text = (report / "report.html").read_text()
+    page = Page(text)
+    assert page.pictures > 0
+    assert [load[:40] for load in page.loads if not load.startswith(("data:", "#"))] == []
+    assert not re.search(r"(?:https?:)?//[a-z]", re.sub(r"data:[^\"]*", "", text)), "an address of the network"
+    assert "@import" not in text and "url(" not in text and "default-src 'none'" in text
+    assert {load[1:] for load in page.loads if load.startswith("#")} <= page.ids, "a link to nowhere"
+
+
+def test_what_models_say_is_no_markup(report):
+    text = (report / "report.html").read_text()
+    assert "ecg<script>" not in text and "a&lt;b &amp; &lt;/script&gt;?" in text
+    data = [body for kind, body in Page(text).scripts if kind == "application/json"]
+    rows = json.loads(data[0])
+    assert rows[1][3] == "ecg<script>" and rows[1][2] == "a<b & </script>?"
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node here to read the script with")
+def test_the_script_is_javascript_and_finds_its_elements(report, tmp_path):
+    page = Page((report / "report.html").read_text())
+    (script,) = [body for kind, body in page.scripts if kind is None]
+    (tmp_path / "script.js").write_text(script)
+    subprocess.run(["node", "--check", str(tmp_path / "script.js")], check=True)
+    assert set(re.findall(r'by\("(\w+)"\)', script)) | {"kind", "mark"} <= page.ids
+
+
+def test_plots_are_svg_files_of_their_own(report):
+    found = sorted(path.name for path in (report / "plots").iterdir())
+    assert {"scores.svg", "dependence.svg"} <= set(found)
+    for name in found:
+        assert xml.parse(report / "plots" / name).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_a_bar_is_as_long_as_its_value_and_its_interval_lies_about_it():
+    root = xml.fromstring(bars("t", [Bar("half", 0.5, (0.4, 0.6)), Bar("one", 1.0)]))
+    widths = [float(rect.attrib["width"]) for rect in root.iter("rect")]
+    assert widths[1] == pytest.approx(2 * widths[0])
+    assert "half" in "".join(root.itertext()) and "[0.400, 0.600]" in "".join(root.itertext())
+
+
+BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here; set CHROMIUM to one")
+def test_a_browser_opens_it_without_errors_or_network(report, tmp_path):
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom",
+               "--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND", "--no-first-run",
+               "--disable-background-networking", "--disable-component-update"]  # fmt: skip
+    done = subprocess.run([str(BROWSER), *options, (report / "report.html").as_uri()], capture_output=True, text=True,
+                          timeout=240)  # fmt: skip
+    assert not re.search(r"CONSOLE|Uncaught|Refused", done.stderr), done.stderr[-3000:]
+    lines = len(json.loads(re.findall(r'id="rows">(.*?)</script>', done.stdout, re.DOTALL)[0]))
+    assert f'<span id="hits">{lines} of {lines}</span>' in done.stdout, "the script ran: the list is filled"
+    assert len(re.findall(r"<figure(?![^>]*hidden)", done.stdout)) == 1, "one example at a time"

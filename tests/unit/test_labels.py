@@ -1,0 +1,84 @@
+"""PTB-XL's statements asked one by one: what is asked, and what the scores are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_model import RATE, SECONDS, Asked, fake_config
+from sklearn.metrics import f1_score, roc_auc_score
+from texts import write_records
+
+from elm_jax.errors import UserError
+from elm_jax.evaluation.labels import Statement, ask_labels, label_scores, read_statements
+from elm_jax.evaluation.store import AnswerFile
+
+CODES = ("{'NORM': 100.0, 'SR': 0.0}", "{'IMI': 15.0, 'SR': 0.0}", "{'AFIB': 0.0}")
+DATABASE = "ecg_id,scp_codes\n" + "".join(f'{i},"{codes}"\n' for i, codes in enumerate(CODES, 1))
+STATEMENTS = (
+    ",description,diagnostic,form,rhythm,diagnostic_class,diagnostic_subclass\n"
+    "NORM,normal ECG,1.0,,,NORM,NORM\nIMI,inferior myocardial infarction,1.0,,,MI,IMI\n"
+    "AFIB,atrial fibrillation,,,1.0,,\nSR,sinus rhythm,,,1.0,,\n"
+)
+
+
+@pytest.fixture
+def ptb_xl(tmp_path):
+    (tmp_path / "ptbxl_database.csv").write_text(DATABASE)
+    (tmp_path / "scp_statements.csv").write_text(STATEMENTS)
+    paths = [f"records500_00000_0000{i}_hr_0.npy" for i in (1, 2, 3)]
+    for path in paths:
+        np.save(tmp_path / path, np.random.default_rng(0).normal(size=(12, SECONDS * RATE)))
+    write_records(tmp_path, [["x", "Report?", ["none"]]] * 3, paths, split="test")
+    return tmp_path
+
+
+class Knows(Asked):
+    """Gives "yes" 0.8 where the statement asked about is sinus rhythm, else 0.1."""
+
+    def option_probabilities(self, prompts: Any, options: Any) -> np.ndarray:
+        assert options == ("yes", "no")
+        self.prompts += prompts
+        yes = np.array([0.4 if "sinus rhythm" in prompt.rendered.prompt else 0.05 for prompt in prompts])
+        return np.stack([yes, 0.5 - yes], axis=1)
+
+
+def test_every_statement_is_asked_of_every_recording_and_kept(ptb_xl):
+    config = fake_config(data__names=["records.jsonl"], data__root=str(ptb_xl), eval__batch_size=3)
+    model = Knows(config, 512)
+    path = ptb_xl / "labels.jsonl"
+    found = ask_labels(model, model.dataset("test"), ptb_xl, AnswerFile(path))  # type: ignore[arg-type]
+    assert len(model.prompts) == 3 * 4
+    assert "Does this ECG show atrial fibrillation? Answer yes or no." in model.prompts[2].rendered.prompt
+    assert found["rhythm"]["macro_f1"]["value"] == pytest.approx(np.mean([0, 0.8]))
+    assert found["rhythm"]["labels"]["SR"] == {"f1": pytest.approx(0.8), "auc": 0.5, "n": 2}
+    assert set(found) == {"diagnostic", "rhythm", "superclass", "subclass"}, "no form statement was true of any"
+    again = ask_labels(model, model.dataset("test"), ptb_xl, AnswerFile(path))  # type: ignore[arg-type]
+    assert again == found and len(model.prompts) == 12, "nothing is asked twice"
+
+
+def test_a_folder_that_is_not_ptb_xls_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="scp_statements.csv"):
+        read_statements(tmp_path)
+
+
+def test_scores_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    true, p = rng.random((80, 3)) < 0.3, np.round(rng.random((80, 3)), 1)
+    statements = [Statement(code, code, {"form": code}) for code in "ABC"]
+    found = label_scores(p, true, statements, [str(i // 2) for i in range(80)])["form"]
+    assert found["macro_f1"]["value"] == pytest.approx(f1_score(true, p > 0.5, average="macro"))
+    assert found["micro_f1"]["value"] == pytest.approx(f1_score(true, p > 0.5, average="micro"))
+    assert found["macro_auc"]["value"] == pytest.approx(roc_auc_score(true, p, average="macro"))
+    for name in ("macro_f1", "micro_f1", "macro_auc"):
+        low, high = found[name]["ci95"]
+        assert low < found[name]["value"] < high
+
+
+def test_the_real_tables_have_the_families_that_the_paper_counts(shared):
+    statements = read_statements(shared / "real/ecg/ptbxl")
+    sizes = {family: len({s.families[family] for s in statements if family in s.families})
+             for family in ("diagnostic", "form", "rhythm", "superclass", "subclass")}  # fmt: skip
+    assert sizes == {"diagnostic": 44, "form": 19, "rhythm": 12, "superclass": 5, "subclass": 23}
+    assert len(statements) == 71

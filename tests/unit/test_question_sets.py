@@ -1,0 +1,92 @@
+"""ECG-QA's sets of answers and ECGBench's tasks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from elm_jax.evaluation.ecg_qa import QuestionOnly, answer_list, macro_f1, set_matches
+from elm_jax.evaluation.ecgbench import chosen_letter, ecgbench, found_labels, listed_options, same_characters
+from elm_jax.evaluation.metrics import Scorer
+from elm_jax.evaluation.results import results_of
+
+FACTS = {"split": "test", "step": 1, "bad": 0}
+
+
+def test_a_set_of_answers_is_right_in_any_order_and_only_whole():
+    truth = ["qt interval", "p duration"]
+    said = ["p duration qt interval", "QT interval, P duration.", "qt interval", "qt interval p duration noise", ""]
+    assert set_matches(said, [truth] * 5).tolist() == [1, 1, 0, 0, 0]
+
+
+def test_an_answer_with_a_comma_of_its_own_is_one_answer():
+    known = "conduction disturbance, complete"
+    assert set_matches([known, "none"], [[known], ["none"]]).tolist() == [1, 1]
+
+
+def test_answers_of_a_record_are_those_of_its_third_part():
+    assert answer_list(["single-query", "Which?", ["a", "b"]]) == ["a", "b"]
+    assert answer_list(["x", "Which?", "a"]) == ["a"] and answer_list("a report") == [] and answer_list(["a"] * 2) == []
+
+
+def test_ecg_qa_is_scored_by_type_template_and_attribute_beside_blind_answers():
+    kinds = {"single-verify": ("yes", "no"), "single-choose": ("a", "both"), "single-query": ("x y", "none")}
+    lines = []
+    for kind, (right, other) in kinds.items():
+        for i in range(10):
+            truth = right if i < 6 else other
+            said = truth if i % 2 else "nonsense"
+            fields = {"name": kind, "question_type": kind, "template_id": str(i % 2), "attribute": "noise"}
+            lines.append({"id": f"{kind}{i}", "answer": said, "truth": truth, "answers": [truth], **fields,
+                          "question": "Q?"})  # fmt: skip
+    known = {"asked": [(kind, "q", right) for kind, (right, _) in kinds.items()]}
+    result = results_of({"real": lines}, Scorer(), FACTS, known)
+    assert result["by"]["question_type"]["single-query"]["answer_set_match"]["value"] == 0.5
+    assert result["by"]["template_id"]["1"]["answer_set_match"] == {"value": 1.0, "ci95": [1.0, 1.0], "n": 15}
+    assert set(result["by"]["attribute"]) == {"noise"}
+    assert result["ecg_qa"]["average_of_single_types"] == pytest.approx(0.5)
+    assert result["baselines"]["majority"]["answer_set_match"] == pytest.approx(0.6)
+    assert result["baselines"]["question_only"]["answer_set_match"] == pytest.approx(0.6)
+
+
+def test_the_blind_baseline_learns_from_the_words_of_a_question():
+    blind = QuestionOnly([("v", "Is it A?", "yes"), ("v", "Is it B?", "no"), ("v", "is it b", "no")])
+    assert blind.answer("v", "IS IT A") == "yes" and blind.answer("v", "new") == "no" and blind.answer("w", "?") == "no"
+    assert not QuestionOnly([])
+
+
+def test_macro_f1_over_the_answers_of_a_template():
+    assert macro_f1(["a", "a", "b"], ["a", "b", "b"]) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [("B", "B"), ("C. Sinus rhythm", "C"), ("The correct option is D", "D"), ("Reasons. Answer: A", "A")],
+)
+def test_letters_are_found_as_pulse_finds_them(text, letter):
+    assert chosen_letter(text, "ABCD") == letter
+
+
+def test_an_answer_without_a_letter_draws_one_always_the_same():
+    drawn = [chosen_letter("it is unclear", "ABCDEFGH", f"q{i}") for i in range(64)]
+    assert drawn == [chosen_letter("it is unclear", "ABCDEFGH", f"q{i}") for i in range(64)] and len(set(drawn)) == 8
+    assert chosen_letter("Because", "ABCD", "k") in "ABCD", "a word is no letter"
+
+
+def test_pulses_looseness_is_kept():
+    assert found_labels("ABNORMAL", ("NORM", "ABNORMAL")) == [True, True]
+    assert same_characters("No", "on", ["no"]), "characters, in any order"
+    assert listed_options("What is it? Options: yes, no, not sure.") == ["yes", "no", "not sure"]
+
+
+def test_label_tasks_have_macro_f1_auc_and_hamming_loss():
+    truths, answers = ["NORM", "MI", "MI, CD", "HYP"], ["NORM", "MI", "MI", "NORM"]
+    lines = [{"id": str(i), "name": "ptb-test", "truth": t, "answer": a}
+             for i, (t, a) in enumerate(zip(truths, answers, strict=True))]  # fmt: skip
+    found = ecgbench(lines)["ecgbench"]["ptb-test"]
+    assert found["macro_f1"]["value"] == pytest.approx(np.mean([2 / 3, 1, 0, 0, 0]))
+    assert found["hamming_loss"]["value"] == pytest.approx(3 / 20)
+    assert found["macro_auc"]["value"] == pytest.approx(np.mean([(1 + 2 / 3) / 2, 1, 0.5, 0.5]))
+    assert ecgbench([{"name": "other"}]) == {}
+    letters = [{"id": "a", "name": "mmmu-ecg", "truth": "B", "answer": "B. x"}]
+    assert ecgbench(letters)["ecgbench"]["mmmu-ecg"]["accuracy"]["value"] == 1.0
