@@ -47,7 +47,7 @@ class FakeModel:
         self.seeds: list[int] = []
         self._answers = list(answers)
 
-    def answers(self, prompts: Sequence[Any], options: Any, size: int | None = None, seed: int = 0) -> list[str]:
+    def answers(self, prompts: Sequence[Any], options: Any, seed: int = 0) -> list[str]:
         assert options is self.config.eval and len(prompts) == 1
         for prompt in prompts:
             assert prompt.rendered.signal_positions.shape[0] == len(prompt.signals)

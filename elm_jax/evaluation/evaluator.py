@@ -200,7 +200,7 @@ def _predictions(
         if not prompts:
             continue
         begun = time.perf_counter()
-        answers = model.answers(list(prompts.values()), options, options.batch_size, seed=number)
+        answers = model.answers(list(prompts.values()), options, seed=number)
         seconds = (time.perf_counter() - begun) / len(prompts)
         for (question, prompt), answer in zip(prompts.items(), answers, strict=True):
             predictions[question] = _prediction(source.dataset, question, prompt.rendered.prompt, answer, seconds)

@@ -1,14 +1,14 @@
 """A trained model, ready to answer: a run folder's weights on a mesh, and batched generation from prompts.
 
-Dimension letters: B prompts, P prompt tokens, S signal slots.
+Dimension letters: B prompts, P prompt tokens, S signal slots, D model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,14 @@ import numpy as np
 from elm_jax.assemble import Assembly, assemble, make_arrays
 from elm_jax.config import Config, EvalConfig
 from elm_jax.data.batch import Signal, empty_signals, put_signal
-from elm_jax.data.chat import Rendered, decode, stop_ids
+from elm_jax.data.chat import Rendered, answer_ids, decode, stop_ids
 from elm_jax.data.ecg_tokens import write_prompt
 from elm_jax.errors import UserError
-from elm_jax.inference.generate import bucket, generate
+from elm_jax.inference.engine import CHUNK, Engine, Options
+from elm_jax.inference.requests import Event, Piece, Request
 from elm_jax.models.hints import placed
 from elm_jax.runtime.checkpoint import Checkpoints
-from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways, check_heads, make_mesh, replicated
+from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways, check_heads, make_mesh
 from elm_jax.training import run
 from elm_jax.training.state import array_shardings
 
@@ -34,6 +35,18 @@ class Prompt:
 
     rendered: Rendered
     signals: Sequence[Signal]
+
+
+class Answer(NamedTuple):
+    """An answer of `TrainedModel.stream`: the prompt's number, the text, seconds in the model, tokens drawn.
+
+    `seconds` are those from the prompt's turn to its end, of which others had their share.
+    """
+
+    number: int
+    text: str
+    seconds: float
+    tokens: int
 
 
 class TrainedModel:
@@ -53,19 +66,78 @@ class TrainedModel:
         self.step, arrays = self._load(which)
         self.arrays = arrays
         self.stops = stop_ids(self.assembly.tokenizer, self.assembly.text.family)
-        self._llm = self.assembly.structure.bind(arrays).llm
         self._embed = jax.jit(self._inputs, out_shardings=self._rows)
+        llm = self.assembly.structure.bind(arrays).llm
+        ways = batch_ways(self.mesh)
+        self._engine = Engine(llm, self._embedded, self.stops, MeshPlacement(self.mesh), ways)
 
-    def answers(
-        self, prompts: Sequence[Prompt], options: EvalConfig, size: int | None = None, seed: int = 0
-    ) -> list[str]:
-        """The model's answers, one per prompt. `size`: prompts are filled up to so many, so that shapes recur."""
-        prompts = [self.written(prompt, options.max_new_tokens) for prompt in prompts]
-        size = -(-max(size or 0, len(prompts)) // batch_ways(self.mesh)) * batch_ways(self.mesh)
-        ids = self._generate(prompts, size, options, seed)
-        return [
-            decode(row, self.assembly.tokenizer, self.assembly.text.family) for row in ids[: len(prompts)]
-        ]
+    def answers(self, prompts: Sequence[Prompt], options: EvalConfig, seed: int = 0) -> list[str]:
+        """The model's answers, one per prompt, in their order; see `stream`."""
+        found = {answer.number: answer.text for answer in self.stream(prompts, options, seed)}
+        return [found[number] for number in range(len(prompts))]
+
+    def stream(self, prompts: Iterable[Prompt], options: EvalConfig, seed: int = 0) -> Iterator[Answer]:
+        """Answers as they are finished. Prompts are read as rows become free, twice `options.batch_size` ahead.
+
+        Where answers are drawn (`options.temperature`), a prompt's depends on the seed and the prompt's number, not
+        on the others.
+
+        Raises:
+            UserError: a prompt does not fit the context beside `options.max_new_tokens`.
+        """
+        tokens: dict[int, list[int]] = {}
+        for event in self._events(prompts, options, seed):
+            tokens.setdefault(event.number, []).extend(event.tokens)
+            if event.seconds is not None:
+                ids = tokens.pop(event.number)
+                yield Answer(event.number, self._text(ids), event.seconds, len(ids))
+
+    def spoken(self, prompt: Prompt, options: EvalConfig, seed: int = 0) -> Iterator[str]:
+        """One answer in pieces, as it comes. Their sum is the answer."""
+        ids: list[int] = []
+        said = ""
+        for event in self._events([prompt], options, seed, chunk=1):
+            ids += event.tokens
+            text = self._text(ids)
+            # The last characters may still be parts of one, or white space that an answer does not end with.
+            sure = text if event.seconds is not None else text.rstrip("\N{REPLACEMENT CHARACTER} ")
+            if sure.startswith(said) and sure != said:
+                yield sure[len(said) :]
+                said = sure
+
+    def option_probabilities(self, prompts: Prompt | Sequence[Prompt], options: Sequence[str]) -> np.ndarray:
+        """(n, options) float64, or (options,) of a single prompt: how likely the answer begins with each option.
+
+        An option's probability is the product of its tokens'; these are divided by their sum over the options.
+        """
+        many = [prompts] if isinstance(prompts, Prompt) else list(prompts)
+        tokenizer, family = self.assembly.tokenizer, self.assembly.text.family
+        endings = [answer_ids(option, tokenizer, family) for option in options]
+        requests, starts = [], []
+        for prompt in many:
+            request = self._request(0, prompt, max(map(len, endings)))
+            start = len(request.ids)
+            for ending in endings:
+                ids = np.concatenate([request.ids, ending])
+                requests.append(replace(request, ids=ids, edges=(*request.edges, start - 1)))
+                starts.append(start)
+        scores = self._engine.score(requests, starts).reshape(len(many), len(options)).astype(np.float64)
+        likely = np.exp(scores - scores.max(axis=1, keepdims=True))
+        found = likely / likely.sum(axis=1, keepdims=True)
+        return found[0] if isinstance(prompts, Prompt) else found
+
+    def _events(
+        self, prompts: Iterable[Prompt], options: EvalConfig, seed: int, chunk: int = CHUNK
+    ) -> Iterator[Event]:
+        def requests() -> Iterator[Request]:
+            for number, prompt in enumerate(prompts):
+                yield self._request(number, prompt, options.max_new_tokens)
+
+        drawn = Options(options.temperature, options.top_p, options.repetition_penalty, seed)
+        return self._engine.run(requests(), options.batch_size, drawn, chunk)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return decode(ids, self.assembly.tokenizer, self.assembly.text.family)
 
     def written(self, prompt: Prompt, new: int) -> Prompt:
         """The prompt with its ECGs in the text, where ECGs are symbols.
@@ -86,46 +158,47 @@ class TrainedModel:
             )  # fmt: skip
         return Prompt(rendered, [])
 
-    def _generate(self, prompts: Sequence[Prompt], size: int, options: EvalConfig, seed: int) -> np.ndarray:
-        arrays = self._arrays(prompts, size, options.max_new_tokens)
-        on_devices = [jax.tree.map(lambda leaf: jax.device_put(leaf, self._rows), x) for x in arrays]
-        with placed(MeshPlacement(self.mesh)):
-            embeddings = self._embed(self.arrays, *on_devices[1:])
-            ids = generate(
-                self._llm, inputs_embeds=embeddings, attention_mask=on_devices[0],
-                max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
-                eos_ids=self.stops, key=jax.random.key(seed),
-            )  # fmt: skip
-        return np.asarray(jax.device_put(ids, replicated(self.mesh)))
-
-    def _arrays(self, prompts: Sequence[Prompt], size: int, new: int) -> tuple[Any, ...]:
-        """Mask, tokens, slots (B, P), signals (leaves (B, S, ...)), their weights (B, S); left-padded."""
-        longest = max(len(p.rendered.ids) for p in prompts)
-        if longest + new > self.assembly.llm.max_len:
+    def _request(self, number: int, prompt: Prompt, new: int) -> Request:
+        """What the engine is asked for a prompt."""
+        prompt = self.written(prompt, new)
+        rendered, context = prompt.rendered, self.assembly.llm.max_len
+        if not 0 < len(rendered.ids) <= context - new:
             raise UserError(
-                "eval.max_new_tokens", f"{new} beyond a prompt of {longest} tokens",
-                f"at most the model's context, {self.assembly.llm.max_len}, together",
+                "eval.max_new_tokens", f"{new} beyond a prompt of {len(rendered.ids)} tokens",
+                f"a prompt with a token, and at most the model's context, {context}, together",
                 "lower --config.eval.max_new_tokens",
             )  # fmt: skip
-        width = bucket(longest)
-        slots = max(1, max(len(p.signals) for p in prompts))
-        mask, tokens = np.zeros((size, width), np.int32), np.zeros((size, width), np.int32)
-        signal_slot = np.full((size, width), -1, np.int32)
-        signals = empty_signals(self.assembly.signal.layout, size, slots)
-        weights = np.zeros((size, slots), np.float32)
-        for row, prompt in enumerate(prompts):
-            ids, positions = prompt.rendered.ids, prompt.rendered.signal_positions
-            start = width - len(ids)
-            mask[row, start:], tokens[row, start:] = 1, ids
-            signal_slot[row, start + positions.reshape(-1)] = np.arange(positions.size)
-            for slot, signal in enumerate(prompt.signals):
-                put_signal(signals, (row, slot), signal)
+        edges = (rendered.system_end, rendered.signal_end)
+        return Request(number, rendered.ids, prompt.signals, rendered.signal_positions, edges, new)
+
+    def _embedded(self, pieces: Sequence[Piece], rows: int, width: int) -> jax.Array:
+        """The LLM's inputs (rows, width, D) of pieces of prompts, padded on the right."""
+        arrays = self._arrays(pieces, rows, width)
+        on_devices = [jax.tree.map(lambda leaf: jax.device_put(leaf, self._rows), x) for x in arrays]
+        return self._embed(self.arrays, *on_devices)
+
+    def _arrays(self, pieces: Sequence[Piece], rows: int, width: int) -> tuple[Any, ...]:
+        """Tokens and slots (B, P), signals (leaves (B, S, ...)) and their weights (B, S); S is a power of two, or 0."""
+        most = max(len(piece.request.ecgs(piece.begin, piece.end)) for piece in pieces)
+        slots = 1 << (most - 1).bit_length() if most else 0
+        tokens, signal_slot = np.zeros((rows, width), np.int32), np.full((rows, width), -1, np.int32)
+        signals = empty_signals(self.assembly.signal.layout, rows, slots)
+        weights = np.zeros((rows, slots), np.float32)
+        for row, piece in enumerate(pieces):
+            tokens[row, : len(piece.ids)] = piece.ids
+            ecgs = piece.request.ecgs(piece.begin, piece.end)
+            positions = piece.request.places[ecgs.start : ecgs.stop] - piece.begin
+            signal_slot[row, positions.reshape(-1)] = np.arange(positions.size)
+            for slot, ecg in enumerate(ecgs):
+                put_signal(signals, (row, slot), piece.request.signals[ecg])
                 weights[row, slot] = 1
-        return mask, tokens, signal_slot, signals, weights
+        return tokens, signal_slot, signals, weights
 
     def _inputs(self, arrays: Any, tokens: Any, slot: Any, signals: Any, weights: Any) -> jax.Array:
         with placed(MeshPlacement(self.mesh)):
             elm = self.assembly.structure.bind(arrays)
+            if not weights.shape[1]:
+                return elm.llm.embed(tokens, elm.dtype)
             return elm.inputs(tokens, slot, elm.signal_embeddings(signals, weights))
 
     @property

@@ -98,7 +98,7 @@ class Asked(FakeModel):
     def written(self, prompt: Any, new: int) -> Any:
         return prompt
 
-    def answers(self, prompts: Sequence[Any], options: Any, size: int | None = None, seed: int = 0) -> list[str]:
+    def answers(self, prompts: Sequence[Any], options: Any, seed: int = 0) -> list[str]:
         for prompt in prompts:
             assert 0 < len(prompt.rendered.ids) <= self.assembly.llm.max_len - options.max_new_tokens
         self.prompts += prompts
