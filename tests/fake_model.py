@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,14 +47,14 @@ class FakeModel:
         self.seeds: list[int] = []
         self._answers = list(answers)
 
-    def answers(self, prompts: Sequence[Any], options: Any, seed: int = 0) -> list[str]:
-        assert options is self.config.eval and len(prompts) == 1
-        for prompt in prompts:
-            assert prompt.rendered.signal_positions.shape[0] == len(prompt.signals)
-            assert len(prompt.rendered.ids) + options.max_new_tokens <= self.assembly.llm.max_len
-        self.prompts += prompts
+    def spoken(self, prompt: Any, options: Any, seed: int = 0) -> Iterator[str]:
+        assert options is self.config.eval
+        assert prompt.rendered.signal_positions.shape[0] == len(prompt.signals)
+        assert len(prompt.rendered.ids) + options.max_new_tokens <= self.assembly.llm.max_len
+        self.prompts.append(prompt)
         self.seeds.append(seed)
         answer = self._answers.pop(0) if self._answers else "60"
+        yield answer[:2]
         if answer == "fail":
             raise KeyboardInterrupt
-        return [answer]
+        yield answer[2:]

@@ -6,7 +6,7 @@ B rows that generate, R rows that begin, T tokens of a prompt (behind its prefix
 row, K key/value heads, d head size, L layers, V vocabulary, D width.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from elm_jax.models.decoder import Decoder, Layer, Window
 from elm_jax.models.hints import hint
 
 NONE = -1  # where there is no token
+Array = Any  # of JAX, or of NumPy on the host
 
 
 class Cache(NamedTuple):
@@ -40,18 +41,18 @@ class Rows(NamedTuple):
 class Prompts(NamedTuple):
     """R prompts that begin: each is a prefix that is known and what comes after it."""
 
-    x: jax.Array  # (R, T, D) embeddings, padded on the right
-    lengths: jax.Array  # (R,) tokens of x; 0: no prompt
-    before: jax.Array  # (R,) tokens of the prefix
+    x: Array  # (R, T, D) embeddings, padded on the right
+    lengths: Array  # (R,) tokens of x; 0: no prompt
+    before: Array  # (R,) tokens of the prefix
 
 
 class Start(NamedTuple):
     """How R rows begin; each has a leading axis of R."""
 
-    slot: jax.Array  # their places among the B; B: nowhere
-    left: jax.Array
-    number: jax.Array
-    seen: jax.Array | None  # (R, V)
+    slot: Array  # their places among the B; B: nowhere
+    left: Array
+    number: Array
+    seen: Array | None  # (R, V)
 
 
 def empty_cache(llm: Decoder, rows: int, places: int, dtype: jax.typing.DTypeLike) -> Cache:
@@ -64,8 +65,9 @@ def empty_cache(llm: Decoder, rows: int, places: int, dtype: jax.typing.DTypeLik
 def empty_rows(cache: Cache, vocabulary: int | None) -> Rows:
     """Rows that have not begun. `vocabulary`: V where there is a repetition penalty."""
     count = cache.keys.shape[1]
-    zeros = [jnp.zeros(count, jnp.int32) for _ in range(5)]
-    return Rows(cache, *zeros, None if vocabulary is None else jnp.zeros((count, vocabulary), bool))
+    length, last, left, number, drawn = (jnp.zeros(count, jnp.int32) for _ in range(5))
+    seen = None if vocabulary is None else jnp.zeros((count, vocabulary), bool)
+    return Rows(cache, length, last, left, number, drawn, seen)
 
 
 def spread(cache: Cache, axis: str | None) -> Cache:
@@ -133,11 +135,16 @@ def begin(
     seen = None
     if rows.seen is not None and start.seen is not None:
         seen = put(rows.seen, _marked(start.seen, token))
-    cache = spread(_stored(rows.cache, own, prefix, prompts.before, start.slot), "batch")
-    length, drawn = prompts.before + prompts.lengths, jnp.ones_like(left)
-    news = (length, token, left, start.number, drawn)
-    olds = (rows.length, rows.last, rows.left, rows.number, rows.drawn)
-    return Rows(cache, *(put(old, new) for old, new in zip(olds, news, strict=True)), seen), hint(token, None)
+    rows = Rows(
+        cache=spread(_stored(rows.cache, own, prefix, prompts.before, start.slot), "batch"),
+        length=put(rows.length, prompts.before + prompts.lengths),
+        last=put(rows.last, token),
+        left=put(rows.left, left),
+        number=put(rows.number, start.number),
+        drawn=put(rows.drawn, jnp.ones_like(left)),
+        seen=seen,
+    )
+    return rows, hint(token, None)
 
 
 def go_on(

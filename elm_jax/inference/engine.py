@@ -161,8 +161,8 @@ class _Run:
 
     def __init__(self, engine: Engine, rows: int, options: Options) -> None:
         self.engine, self.penalised = engine, options.penalty != 1
-        scalars = (jnp.float32(x) for x in (options.temperature, options.top_p, options.penalty))
-        self.sampling = Sampling(*scalars, jax.random.key(options.seed))
+        temperature, top_p, penalty = (jnp.float32(x) for x in options[:3])
+        self.sampling = Sampling(temperature, top_p, penalty, jax.random.key(options.seed))
         quarter = max(engine.ways, rows // 4 // engine.ways * engine.ways)
         self.sizes = sorted({engine.ways, quarter, rows})
         self.places: list[_Place | None] = [None] * rows

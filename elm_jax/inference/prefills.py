@@ -52,6 +52,10 @@ class Prefills:
         if capacity > self.directory.capacity:
             self.directory, self._pool = Prefixes(capacity), None
 
+    def forget(self) -> None:
+        """Know no beginnings."""
+        self.directory, self._pool = Prefixes(self.directory.capacity), None
+
     @property
     def places(self) -> int:
         """Tokens that a beginning in the pool may have."""
@@ -81,7 +85,7 @@ class Prefills:
             self.note("remember", prompts, pool)
             self._pool = programs.remember(self.model, pool, prompts, source, slot, any(known))
         except BaseException:  # the directory must not name what is not there
-            self.directory, self._pool = Prefixes(self.directory.capacity), None
+            self.forget()
             raise
 
     def _with_room(self, places: int, dtype: Any) -> Cache:

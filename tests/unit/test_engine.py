@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_llms import TINY, VOCABULARY, tiny_llm
 
-from elm_jax.inference.engine import Engine, Options
+from elm_jax.inference.engine import GREEDY, Engine, Options
 from elm_jax.inference.generate import generate
 from elm_jax.inference.requests import Piece, Request
 from elm_jax.models.decoder import Decoder
@@ -42,7 +42,7 @@ def requests(count: int, seed: int = 0, shared: int = 0, new: int = 9) -> list[R
     return made
 
 
-def answered(engine: Engine, asked: Sequence[Request], rows: int, options: Options = Options(), **more: int) -> dict:
+def answered(engine: Engine, asked: Sequence[Request], rows: int, options: Options = GREEDY, **more: int) -> dict:
     found: dict[int, list[int]] = {}
     ended: set[int] = set()
     for event in engine.run(iter(asked), rows, options, **more):
