@@ -35,6 +35,7 @@ from elm_jax.models.decoder import Decoder
 AHEAD = 2  # prompts read ahead, in units of the rows
 CHUNK = 32  # tokens a row between two looks of the host
 PAIRS = 2**22  # of a query and a key in one prefill, for each part of the mesh's rows: bounds its memory
+PER_CALL = 512  # tokens that could be computed in the time that a prefill takes whatever its size
 SCORED = 16  # rows that are scored at a time
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Engine:
     def __init__(
         self, llm: Decoder, embed: Embed, ends: Sequence[int], placement: hints.Placement | None = None, ways: int = 1
     ) -> None:
-        self.vocabulary, self.ways = llm.config.vocab_size, ways
+        self.vocabulary, self.ways, self.most_pairs = llm.config.vocab_size, ways, PAIRS * ways
         self.calls: Counter[str] = Counter()  # of each program with its shapes: as many entries as compilations
         self.model = programs.Model(*nnx.split(llm), placement)
         self.ends, self.end_ids = frozenset(ends), jnp.asarray(tuple(ends), jnp.int32)
@@ -126,23 +127,25 @@ class Engine:
     def _choose(
         self, waiting: list[Request], free: int, sizes: Sequence[int], wanted: Counter[bytes]
     ) -> list[Request]:
-        """Take the prompts that begin next out of `waiting`: the oldest, and those nearest to it in length."""
-        lengths = {request: len(request.ids) - self.prefills.directory.likely(request, wanted) for request in waiting}
+        """Take the prompts that begin next out of `waiting`: the oldest, and others of its length.
+
+        So many of them that the tokens computed, padding and PER_CALL included, are the fewest for each that counts.
+        """
+        known = self.prefills.directory
+        lengths = {request: len(request.ids) - known.likely(request, wanted) for request in waiting}
         order = sorted(waiting, key=lengths.__getitem__)
-        oldest = order.index(waiting[0])
-        count = min(free, len(waiting))
-        count = min(count, fitting(count, sizes))
-
-        def run() -> list[Request]:
-            first = max(0, oldest + 1 - count)
-            return order[first : first + count]
-
-        while count > self.ways:
-            wide = width(max(lengths[request] for request in run()))
-            if count * wide * (wide + self.prefills.places) <= PAIRS * self.ways:
-                break
-            count = max(self.ways, count // 2)
-        chosen = set(run())
+        sums = np.cumsum([0, *(lengths[request] for request in order)])
+        oldest, best = order.index(waiting[0]), (float("inf"), 0, 0)
+        for count in range(1, min(free, len(waiting)) + 1):
+            for first in (oldest + 1 - count, oldest):  # the oldest is the longest of them, or the shortest
+                first = min(max(first, 0), len(order) - count)
+                size, wide = fitting(count, sizes), width(lengths[order[first + count - 1]])
+                pairs = size * wide * (wide + self.prefills.places)
+                if size < count or (count > self.ways and pairs > self.most_pairs):
+                    continue
+                cost = (size * wide + PER_CALL) / (sums[first + count] - sums[first])
+                best = min(best, (cost, first, count))
+        chosen = set(order[best[1] : best[1] + best[2]])
         taken = [request for request in waiting if request in chosen]
         waiting[:] = [request for request in waiting if request not in chosen]
         return taken
@@ -163,8 +166,8 @@ class _Run:
         self.engine, self.penalised = engine, options.penalty != 1
         temperature, top_p, penalty = (jnp.float32(x) for x in options[:3])
         self.sampling = Sampling(temperature, top_p, penalty, jax.random.key(options.seed))
-        quarter = max(engine.ways, rows // 4 // engine.ways * engine.ways)
-        self.sizes = sorted({engine.ways, quarter, rows})
+        parts = {engine.divisible(-(-rows // part)) for part in (1, 2, 4)}
+        self.sizes = sorted({engine.ways, *parts})
         self.places: list[_Place | None] = [None] * rows
         self.rows: Rows | None = None
         self.dtype: Any = None
