@@ -12,7 +12,7 @@ _DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # of
 
 
 def in_characters(signal: np.ndarray, leads: tuple[str, ...], sampling_rate: float, width: int) -> list[str]:
-    """The ECG (C, L) in mV as lines of at most `width` characters: one lead below the other, all at one scale.
+    """The ECG (C, L) in mV as lines of at most `width` (40 or more) characters: one lead below the other, all at one scale.
 
     A column of dots reaches from the least to the greatest of its samples, so that no narrow peak is lost.
     """
@@ -44,4 +44,4 @@ def _characters(dots: np.ndarray) -> list[str]:
     even = np.pad(dots, ((0, -rows % 4), (0, -columns % 2)))
     cells = even.reshape(even.shape[0] // 4, 4, even.shape[1] // 2, 2)
     codes = 0x2800 + np.einsum("rycx,yx->rc", cells.astype(int), _DOTS)
-    return ["".join(map(chr, row)) for row in codes.tolist()]
+    return ["".join(map(chr, row)).replace("\u2800", " ") for row in codes.tolist()]  # some draw the empty one

@@ -30,7 +30,7 @@ VIT = {
 }  # fmt: skip
 KINDS = {
     "mlp_llava": {"connector__hidden": 48},
-    "conv_elf": {"encoder__name": None, "encoder__config": {}, "encoder__tokens": 5},
+    "conv_elf": {"update": "connector,llm", "encoder__name": None, "encoder__config": {}, "encoder__tokens": 5},
     "linear_llava": VIT,
     "ecg_byte": {"encoder__name": None, "encoder__config": {}, "encoder__tokens": 1, "data__representation": "symbolic",
                  "data__min_ecg_tokens": 8, "data__max_len": 128, "update": "llm"},
@@ -43,7 +43,8 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], As
     runs.prepare(monkeypatch, tmp_path / "cache")
 
     def make(elm: str) -> Assembly:
-        changes = dict(KINDS[elm])
+        # Untied: tied and untrained, a model would only repeat its last token.
+        changes = {"llm__scratch": {**runs.TINY["llm.scratch"], "tied": False}, **KINDS[elm]}
         if elm == "ecg_byte":
             EcgByte([]).save(tmp_path / "bpe.json")
             changes["data__ecg_tokenizer"] = str(tmp_path / "bpe.json")
@@ -59,7 +60,7 @@ def speaker(assembly: Assembly, sizes: tuple[int, int, int] = ONE) -> Speaker:
     arrays = make_arrays(assembly, array_shardings(assembly.structure, mesh))
     rng = np.random.default_rng(0)
     for name, x in arrays.items():
-        if name.startswith("llm.embedding"):
+        if name.startswith(("llm.embedding", "llm.head", "connector.")):
             noise = rng.standard_normal(x.shape).astype(x.dtype)
             arrays[name] = jax.device_put(np.asarray(x) + noise, x.sharding)
     return Speaker(assembly, mesh, arrays)
