@@ -8,7 +8,8 @@ process of its own, one after the other:
 
 - theirs: Hugging Face Transformers with SDPA, one question after the other with all of its prompt, as the reference
   evaluates; its ECGs are given as embeddings, so that its encoder costs nothing;
-- ours: `elm_jax`'s engine with 32 rows, with the encoder; twice, of which the second counts: the first compiles.
+- ours: `elm_jax`'s engine with 32 rows, recording by recording, with the encoder; twice, of which the second counts,
+  since the first compiles.
 
 Weights that nobody trained do not end their answers: each answer has as many tokens as the true one with its end, on
 both sides. In float32 both must say the same.
@@ -103,14 +104,15 @@ def _ours(args: argparse.Namespace) -> None:
     ).load()
     assembly, mesh = assemble(config), make_mesh(config.mesh, jax.devices()[:1])
     speaker = Speaker(assembly, mesh, make_arrays(assembly, array_shardings(assembly.structure, mesh)))
-    prompts = []
+    asked: list[tuple[str, Prompt]] = []
     for split in ("train", "val", "test"):
         dataset = assembly.dataset(split)
         for record in range(len(dataset)):
             for rendered, truth in dataset.prompts(record):
                 new = (len(answer_ids(truth, assembly.tokenizer, assembly.text.family)) + 1) * args.repeat
-                prompts.append(Prompt(rendered, dataset.signals(record), new))
-    prompts = prompts[: args.limit]
+                path = str(dataset.records[record].ecg_paths)
+                asked.append((path, Prompt(rendered, dataset.signals(record), new)))
+    prompts = [prompt for _, prompt in sorted(asked[: args.limit], key=lambda pair: pair[0])]
     firsts = {"load": os.getloadavg()[0]}
     seconds, work = [], []
     for _ in range(2):
@@ -130,7 +132,8 @@ def _ours(args: argparse.Namespace) -> None:
     np.savez(args.work / "prompts.npz", **arrays)
     calls = dict(speaker.engine.calls)
     told = {"first": seconds[0], "seconds": seconds[1], "questions": len(prompts), "new": sum(map(len, tokens))}
-    told |= {"rate": len(prompts) / seconds[1], "work": work[1] / len(prompts), "tokens": tokens[: len(part)], "calls": calls, **firsts}
+    told |= {"rate": len(prompts) / seconds[1], "work": work[1] / len(prompts), "tokens": tokens[: len(part)]}
+    told |= {"calls": calls, **firsts}
     (args.work / "ours.json").write_text(json.dumps(told))
 
 

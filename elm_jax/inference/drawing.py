@@ -12,7 +12,7 @@ _DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # of
 
 
 def in_characters(signal: np.ndarray, leads: tuple[str, ...], sampling_rate: float, width: int) -> list[str]:
-    """The ECG (C, L) in mV as lines of at most `width` (40 or more) characters: one lead below the other, all at one scale.
+    """The ECG (C, L) in mV as lines of at most `width` (40 or more) characters: lead below lead, all at one scale.
 
     A column of dots reaches from the least to the greatest of its samples, so that no narrow peak is lost.
     """

@@ -35,7 +35,8 @@ from elm_jax.models.decoder import Decoder
 AHEAD = 2  # prompts read ahead, in units of the rows
 CHUNK = 32  # tokens a row between two looks of the host
 PAIRS = 2**22  # of a query and a key in one prefill, for each part of the mesh's rows: bounds its memory
-PER_CALL = 512  # tokens that could be computed in the time that a prefill takes whatever its size
+PER_CALL = 256  # tokens that could be computed in the time that a prefill takes whatever its size
+ROOM = 256  # the places of a row are a multiple of it: where they grow, programs are compiled anew
 SCORED = 16  # rows that are scored at a time
 
 log = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ class _Run:
         prompts, pool, source, pieces = engine.prefills.make(chosen, wanted, self.sizes)
         count, wide = prompts.x.shape[:2]
         ends = [max(piece.begin + wide, piece.request.length) for piece in pieces]
-        rows = self._with_room(bucket(max(longest, *ends)), prompts)
+        rows = self._with_room(bucket(max(longest, *ends), ROOM), prompts)
         free = self.free[: len(chosen)]
         start = Start(
             slot=padded(free, count, len(self.places)),

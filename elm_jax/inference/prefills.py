@@ -20,7 +20,7 @@ from elm_jax.inference.prefixes import Prefixes
 from elm_jax.inference.programs import Model
 from elm_jax.inference.requests import Piece, Request
 
-NARROW = 16  # widths are multiples of it
+NARROW, ROOM = 8, 256  # widths are multiples of the one, the places of the pool of the other
 
 Embed = Callable[[Sequence[Piece], int, int], jax.Array]
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Prefills:
         known = [self.directory.find(request) for request, _ in missing]
         pieces = [Piece(r, k.length if k else 0, end) for (r, end), k in zip(missing, known, strict=True)]
         source, prompts = padded([k.row if k else 0 for k in known], count), self._prompts(pieces, count)
-        pool = self._with_room(bucket(max(p.begin for p in pieces) + prompts.x.shape[1]), prompts.x.dtype)
+        pool = self._with_room(bucket(max(p.begin for p in pieces) + prompts.x.shape[1], ROOM), prompts.x.dtype)
         try:
             rows = [self.directory.add(request, end).row for request, end in missing]
             slot = padded(rows, count, self.directory.capacity)
