@@ -5,34 +5,44 @@
 
 A line is a message to the model, or one of:
 
-    /ecg PATH   show an ECG: a .npy file, a WFDB record, demo:test:3, noise or flatline; as many as you like
-    /clear      begin a new conversation, without ECGs
-    /help       these lines
-    /quit       leave; so does the end of the input
+    /ecg PATH     show an ECG: a .npy file, a WFDB record, demo:test:3, noise or flatline; as many as you like
+    /system TEXT  another system prompt, from the next answer on; alone: the one there is
+    /save FILE    keep the conversation: FILE.json, a record as datasets have them, and FILE.txt to read
+    /clear        begin a new conversation, without ECGs
+    /help         these lines
+    /quit         leave; so does the end of the input
 
-Several ECGs stand where they came up, or at the markers <ecg> in your message. A message that begins with / is
-written with a blank before it. A model of phase pretrain goes on with your line; an empty line asks for a text.
+At a terminal ECGs are drawn in Braille characters, and answers come word by word. --png D writes each ECG as a
+picture, D/ecg_1.png and so on. Several ECGs stand where they came up, or at the markers <ecg> in your message. A
+message that begins with / is written with a blank before it. A model of phase pretrain goes on with your line; an
+empty line asks for a text.
 
 Input that is no terminal is read as a script: each answer is then one line, "assistant: ...". Errors are lines
 on stderr, "error: ...", and the chat goes on. --config.eval.* says how answers are made, such as
 --config.eval.max_new_tokens=64 or --config.eval.temperature=0.7.
 """
 
+import json
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from io import TextIOWrapper
+from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
 from elm_jax import cli
 from elm_jax.errors import UserError, nearest, one_line
 
 if TYPE_CHECKING:
-    from elm_jax.inference.session import Ecg, Session
+    import numpy as np
 
-COMMANDS = ("/ecg", "/clear", "/help", "/quit")
+    from elm_jax.inference.session import Session
+
+PICTURE_DPI = 100
+COMMANDS = ("/ecg", "/system", "/save", "/clear", "/help", "/quit")
 assert __doc__ is not None
 HELP = __doc__.split("\n\n")[3]
 
@@ -43,8 +53,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--checkpoint", metavar="W", required=True, help="the run's folder")
     parser.add_argument("--step", default="best", help="latest, best or a number")
     parser.add_argument("--ecg", metavar="F", action="append", default=[], help="begin with this ECG; may be repeated")
+    parser.add_argument("--png", metavar="D", type=Path, help="a folder for pictures of the ECGs")
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt other than the run's: a text or a file")
     flags = cli.ConfigFlags.parse(argv)
     options = parser.parse_args(flags.rest)
+    from elm_jax.data.dataset import read_system_prompt
     from elm_jax.data.represent import signal_spec
     from elm_jax.inference.model import TrainedModel
     from elm_jax.inference.session import Session, read_input
@@ -57,20 +70,23 @@ def main(argv: Sequence[str]) -> None:
     for path in options.ecg:  # what cannot be read is said before the model is loaded, which is slow
         read_input(path, waveforms)
     session = Session(TrainedModel(config, options.step))
+    if options.system is not None:
+        session.instruct(read_system_prompt(options.system) or "")
     print(_banner(session), file=sys.stderr)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):  # what is no text in the terminal's encoding is no reason to stop
             stream.reconfigure(errors="replace")
-    for path in options.ecg:
-        _show(session, session.add_ecg(path))
-    talk(session, is_terminal=sys.stdin.isatty() and sys.stdout.isatty())
+    talk(session, sys.stdin.isatty() and sys.stdout.isatty(), options.png, options.ecg)
 
 
-def talk(session: "Session", is_terminal: bool) -> None:
-    """Obey and answer line after line; a user's mistake is a line on stderr."""
+def talk(session: "Session", is_terminal: bool, pictures: Path | None = None, ecgs: Sequence[str] = ()) -> None:
+    """Show the ECGs, then obey and answer line after line; a user's mistake is a line on stderr."""
+    chat = _Chat(session, is_terminal, pictures)
+    for path in ecgs:
+        chat.show(path)
     for line in _typed() if is_terminal else sys.stdin:
         try:
-            if not _obey(session, line.rstrip("\r\n"), is_terminal):
+            if not chat.obey(line.rstrip("\r\n")):
                 return
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -78,40 +94,106 @@ def talk(session: "Session", is_terminal: bool) -> None:
             print("\nstopped; the question is not part of the conversation", file=sys.stderr, flush=True)
 
 
-def _obey(session: "Session", line: str, is_terminal: bool) -> bool:
-    """Do what one line says; False to leave."""
-    if line.startswith("/"):
-        name, _, argument = line.partition(" ")
-        return _command(session, name, argument.strip())
-    pretrained = session.model.config.phase == "pretrain"
-    if line.strip() or pretrained:
-        answer = session.say(line.strip())
-        if session.shortened:
-            room = f"the {session.room} tokens that a prompt may have"
+class _Chat:
+    """What a line does. `pictures`: the folder for them, if there shall be any."""
+
+    def __init__(self, session: "Session", is_terminal: bool, pictures: Path | None) -> None:
+        self.session, self.is_terminal, self.pictures = session, is_terminal, pictures
+
+    def obey(self, line: str) -> bool:
+        """Do what one line says; False to leave."""
+        if line.startswith("/"):
+            name, _, argument = line.partition(" ")
+            return self._command(name, argument.strip())
+        if line.strip() or self.session.model.config.phase == "pretrain":
+            self._answer(line.strip())
+        return True
+
+    def show(self, path: str) -> None:
+        """Add an ECG to the conversation, and draw it."""
+        ecg = self.session.add_ecg(path)
+        number = len(self.session.ecgs)
+        print(f"ecg {number}: {ecg.summary}", flush=True)
+        if self.is_terminal and "utf" in (sys.stdout.encoding or "").lower():
+            print("\n".join(self._drawn(ecg.recorded)), flush=True)
+        if self.pictures is not None:
+            print(f"ecg {number}: drawn in {self._written(ecg.recorded, number)}", flush=True)
+
+    def _drawn(self, recorded: "np.ndarray") -> list[str]:
+        from elm_jax.data.ecg import LEADS
+        from elm_jax.inference.drawing import in_characters
+
+        return in_characters(recorded, LEADS, self.session.spec.sampling_rate, get_terminal_size().columns)
+
+    def _written(self, recorded: "np.ndarray", number: int) -> Path:
+        """The file of the picture."""
+        from PIL import Image
+
+        from elm_jax.data.ecg import LEADS
+        from elm_jax.data.rasterize import draw
+
+        assert self.pictures is not None
+        path = self.pictures / f"ecg_{number}.png"
+        page = draw(recorded, self.session.spec.sampling_rate, LEADS, dpi=PICTURE_DPI)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(page).save(path)
+        except OSError as error:
+            raise UserError("--png", one_line(str(error)), "a folder that can be written", "name another") from error
+        return path
+
+    def _answer(self, text: str) -> None:
+        pieces, shown = [], False
+        for piece in self.session.spoken(text):
+            pieces.append(piece)
+            if self.is_terminal:
+                print(("" if shown else "assistant: ") + _printable(piece), end="", flush=True)
+                shown = True
+        if self.session.shortened:
+            room = f"the {self.session.room} tokens that a prompt may have"
             print(f"note: the conversation was shortened to {room}", file=sys.stderr, flush=True)
-        print(f"assistant: {_printable(answer) if is_terminal else one_line(_printable(answer))}", flush=True)
-    return True
+        if shown:
+            print(flush=True)
+        else:
+            print(f"assistant: {one_line(_printable(''.join(pieces)))}", flush=True)
+
+    def _command(self, name: str, argument: str) -> bool:
+        given = argument.strip("'\"")
+        if name in ("/ecg", "/save") and not given:
+            what = "name a file, demo:test:3, noise or flatline" if name == "/ecg" else "name a file"
+            raise UserError(name, "no path", f"{name} PATH", what)
+        if name == "/ecg":
+            self.show(given)
+        elif name == "/save":
+            print(f"saved in {' and '.join(map(str, save(self.session, Path(given).expanduser())))}", flush=True)
+        elif name == "/system":
+            if argument:
+                self.session.instruct(argument)
+            print(f"system prompt: {one_line(_printable(self.session.system or 'none'))}", flush=True)
+        elif name == "/clear":
+            self.session.clear()
+            print("cleared: no turns, no ECGs", flush=True)
+        elif name == "/help":
+            print(HELP, flush=True)
+        elif name != "/quit":
+            fix = nearest(name, COMMANDS) or "write a blank before a message that begins with /"
+            raise UserError(name, "an unknown command", f"{', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}", fix)
+        return name != "/quit"
 
 
-def _command(session: "Session", name: str, argument: str) -> bool:
-    if name == "/ecg":
-        path = argument.strip("'\"")
-        if not path:
-            raise UserError("/ecg", "no path", "/ecg PATH", "name a file, demo:test:3, noise or flatline")
-        _show(session, session.add_ecg(path))
-    elif name == "/clear":
-        session.clear()
-        print("cleared: no turns, no ECGs", flush=True)
-    elif name == "/help":
-        print(HELP, flush=True)
-    elif name != "/quit":
-        fix = nearest(name, COMMANDS) or "write a blank before a message that begins with /"
-        raise UserError(name, "an unknown command", "/ecg PATH, /clear, /help or /quit", fix)
-    return name != "/quit"
-
-
-def _show(session: "Session", ecg: "Ecg") -> None:
-    print(f"ecg {len(session.ecgs)}: {ecg.summary}", flush=True)
+def save(session: "Session", path: Path) -> tuple[Path, Path]:
+    """Write the conversation as a record, .json, and as text to read, .txt; their paths."""
+    path = path.with_suffix("") if path.suffix in (".json", ".txt") else path
+    files = path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.txt")
+    record = session.record()
+    lines = [f"{record['checkpoint']}, step {record['step']}", *(f"ecg {e.summary}" for e in session.ecgs)]
+    lines += [f"{turn['role']}: {turn['content']}" for turn in record["text"]]
+    try:
+        files[0].write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        files[1].write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError("/save", one_line(str(error)), "a file that can be written", "name another") from error
+    return files
 
 
 def _banner(session: "Session") -> str:

@@ -162,6 +162,9 @@ class EvalConfig:
     max_new_tokens: int = key(128, "longest answer, in tokens", limit="at least 1")
     temperature: float = key(0.0, "0 is greedy decoding", limit="at least 0")
     top_p: float = key(1.0, "nucleus of sampling", limit="above 0 and at most 1")
+    repetition_penalty: float = key(
+        1.0, "logits of tokens that were there already are divided by it, negative ones multiplied", limit="above 0"
+    )
     controls: tuple[str, ...] = key(
         ("zeros", "noise", "text_only", "shuffled"), "what the ECG is replaced by, to compare",
         choices=("zeros", "noise", "text_only", "shuffled"),

@@ -84,7 +84,7 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         _prepare(Path(folder), args)
-        print(f"{_machine(args.device)}\n")
+        print(f"{machine(args.device)}\n")
         print("| case | theirs, conv/s | ours, conv/s | times | theirs, GB above the state | ours | ratio |")
         print("|---|---|---|---|---|---|---|")
         for name in args.cases.split(","):
@@ -96,7 +96,7 @@ def main() -> None:
                 cells += [f"{theirs[key]:.3g}", f"{ours[key]:.3g}", f"{ours[key] / theirs[key]:.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"machine": _machine(args.device), "cases": found}, indent=1))
+        args.json.write_text(json.dumps({"machine": machine(args.device), "cases": found}, indent=1))
 
 
 # -- what both sides read ---------------------------------------------------------------------------------------
@@ -106,11 +106,36 @@ def _prepare(folder: Path, args: argparse.Namespace) -> None:
     """The LLM as a Hugging Face folder, and the tables of conversations."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+    write_llm(folder / "llm", args.tokenizer)
+    rows = pq.read_table(args.data / "ecg_qa.parquet").to_pylist()
+    real = [row | {"split": "train"} for row in rows if row["name"].startswith("single-")]
+    paths = sorted({row["ecg_path"] for row in real})
+    asked = sorted({json.loads(row["text"])[1] for row in real})
+
+    def ask(path: str, question: str) -> dict[str, Any]:
+        text = json.dumps(["single-verify", question, ["yes"]])
+        return {**real[0], "ecg_path": path, "patient_id": path, "text": text}
+
+    many = [ask(path, asked[(7 * i + k) % len(asked)]) for i, path in enumerate(paths) for k in range(QUESTIONS)]
+    equal = [ask(path, asked[0]) for path in paths]  # of one length each
+    for i, row in enumerate([*many, *equal]):
+        row["sample_id"] = i
+    data = folder / "data"
+    data.mkdir()
+    for child in args.data.iterdir():
+        (data / child.name).symlink_to(child.resolve())
+    (folder / "prompt.txt").write_text(_prompt(args.tokenizer))
+    for name, rows in (("real", real), ("many", many), ("equal", equal)):
+        pq.write_table(pa.Table.from_pylist(rows), data / f"bench_{name}.parquet")
+
+
+def write_llm(llm: Path, tokenizer: Path) -> None:
+    """A Hugging Face folder of the decoder with random weights."""
     from safetensors.numpy import save_file
 
-    llm = folder / "llm"
     llm.mkdir()
-    for file in args.tokenizer.iterdir():
+    for file in tokenizer.iterdir():
         if file.name.startswith(("tokenizer", "vocab", "merges", "special", "added", "chat")):
             (llm / file.name).write_bytes(file.read_bytes())
     config = {
@@ -138,27 +163,6 @@ def _prepare(folder: Path, args: argparse.Namespace) -> None:
         for n, s in sizes.items()
     }
     save_file(drawn, llm / "model.safetensors", metadata={"format": "pt"})
-
-    rows = pq.read_table(args.data / "ecg_qa.parquet").to_pylist()
-    real = [row | {"split": "train"} for row in rows if row["name"].startswith("single-")]
-    paths = sorted({row["ecg_path"] for row in real})
-    asked = sorted({json.loads(row["text"])[1] for row in real})
-
-    def ask(path: str, question: str) -> dict[str, Any]:
-        text = json.dumps(["single-verify", question, ["yes"]])
-        return {**real[0], "ecg_path": path, "patient_id": path, "text": text}
-
-    many = [ask(path, asked[(7 * i + k) % len(asked)]) for i, path in enumerate(paths) for k in range(QUESTIONS)]
-    equal = [ask(path, asked[0]) for path in paths]  # of one length each
-    for i, row in enumerate([*many, *equal]):
-        row["sample_id"] = i
-    data = folder / "data"
-    data.mkdir()
-    for child in args.data.iterdir():
-        (data / child.name).symlink_to(child.resolve())
-    (folder / "prompt.txt").write_text(_prompt(args.tokenizer))
-    for name, rows in (("real", real), ("many", many), ("equal", equal)):
-        pq.write_table(pa.Table.from_pylist(rows), data / f"bench_{name}.parquet")
 
 
 def _prompt(tokenizer: Path) -> str:
@@ -386,7 +390,7 @@ def _peak(device: str) -> float:
     return (jax.local_devices()[0].memory_stats() or {})["peak_bytes_in_use"] / 1e9
 
 
-def _machine(device: str) -> str:
+def machine(device: str) -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     if device == "gpu":

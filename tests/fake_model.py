@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.demo import demo_tokenizer
 from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
+from elm_jax.inference.speaker import Answer
 
 SECONDS, RATE = 10, 50
 
@@ -49,17 +50,17 @@ class FakeModel:
         self.seeds: list[int] = []
         self._answers = list(answers)
 
-    def answers(self, prompts: Sequence[Any], options: Any, size: int | None = None, seed: int = 0) -> list[str]:
-        assert options is self.config.eval and len(prompts) == 1
-        for prompt in prompts:
-            assert prompt.rendered.signal_positions.shape[0] == len(prompt.signals)
-            assert len(prompt.rendered.ids) + options.max_new_tokens <= self.assembly.llm.max_len
-        self.prompts += prompts
+    def spoken(self, prompt: Any, options: Any, seed: int = 0) -> Iterator[str]:
+        assert options is self.config.eval
+        assert prompt.rendered.signal_positions.shape[0] == len(prompt.signals)
+        assert len(prompt.rendered.ids) + options.max_new_tokens <= self.assembly.llm.max_len
+        self.prompts.append(prompt)
         self.seeds.append(seed)
         answer = self._answers.pop(0) if self._answers else "60"
+        yield answer[:2]
         if answer == "fail":
             raise KeyboardInterrupt
-        return [answer]
+        yield answer[2:]
 
 
 class Asked(FakeModel):
@@ -78,8 +79,8 @@ class Asked(FakeModel):
     def written(self, prompt: Any, new: int) -> Any:
         return prompt
 
-    def answers(self, prompts: Sequence[Any], options: Any, size: int | None = None, seed: int = 0) -> list[str]:
-        for prompt in prompts:
+    def stream(self, prompts: Sequence[Any], options: Any, seed: int = 0) -> Iterator[Answer]:
+        for number, prompt in enumerate(prompts):
             assert 0 < len(prompt.rendered.ids) <= self.assembly.llm.max_len - options.max_new_tokens
-        self.prompts += prompts
-        return [self.reply(prompt) for prompt in prompts]
+            self.prompts.append(prompt)
+            yield Answer(number, self.reply(prompt), 0.01, 1)

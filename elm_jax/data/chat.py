@@ -25,7 +25,7 @@ import tokenizers
 
 from elm_jax import compat as behaviours
 from elm_jax.data.chat_forms import CHAT_FORMS, ChatForm
-from elm_jax.data.chat_write import THINK_PREFIX, Draft, Style, fitted_chat, fitted_text, text_draft
+from elm_jax.data.chat_write import THINK_PREFIX, Draft, Style, Writer, fitted_chat, fitted_text, text_draft
 from elm_jax.data.messages import Message, answered, place, without_empty_answers
 from elm_jax.data.text import Turn, clean_text, count_marks, decode_text, to_turns
 from elm_jax.data.vocabulary import SIGNAL_TOKEN, THINK_TOKENS, Vocabulary, backend_of, vocabulary
@@ -39,6 +39,7 @@ __all__ = [
     "Rendered",
     "Turn",
     "add_tokens",
+    "answer_ids",
     "clean_text",
     "decode",
     "decode_text",
@@ -177,6 +178,13 @@ def stop_ids(tokenizer: Any, family: str) -> tuple[int, ...]:
     words = vocabulary(tokenizer)
     ids = [words.id(token) for token in (*_form(family).stops, *filter(None, [words.eos]))]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+def answer_ids(text: str, tokenizer: Any, family: str) -> np.ndarray:
+    """The ids (n,) int32 that an answer has behind its header, without its end token."""
+    writer = Writer(_style(tokenizer, family, 0, "sft", False, None, ()))
+    writer.tagged(text, edge=True)
+    return np.asarray(writer.draft().ids, np.int32)
 
 
 def decode(ids: Sequence[int] | np.ndarray, tokenizer: Any, family: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -40,14 +39,8 @@ class Said:
 
 def ask(model: TrainedModel, prompts: Sequence[Prompt], options: EvalConfig, seed: int) -> Iterator[Said]:
     """The answers to prompts, as they come."""
-    for number, start in enumerate(range(0, len(prompts), options.batch_size)):
-        batch = prompts[start : start + options.batch_size]
-        begun = time.perf_counter()
-        answers = model.answers(batch, options, options.batch_size, seed=zlib.crc32(f"{seed}:{number}".encode()))
-        seconds = (time.perf_counter() - begun) / len(batch)
-        for place, text in enumerate(answers, start):
-            length = len(model.assembly.tokenizer.encode(text, add_special_tokens=False))
-            yield Said(place, text, seconds, length < options.max_new_tokens)
+    for answer in model.stream(prompts, options, seed):
+        yield Said(answer.number, answer.text, answer.seconds, answer.tokens < options.max_new_tokens)
 
 
 class BadRecords:

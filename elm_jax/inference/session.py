@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from elm_jax.data.batch import Signal
-from elm_jax.data.chat import Rendered, Turn, render, render_prompt
+from elm_jax.data.chat import CHAT_FORMS, Rendered, Turn, render, render_prompt
 from elm_jax.data.chat_write import THINK_PREFIX
 from elm_jax.data.ecg import LEADS, Recording, read_recording
 from elm_jax.data.ecg_tokens import reserved
@@ -31,10 +31,11 @@ MISFIT = 0.5  # of a lead's own size: limb leads that are further apart than thi
 
 @dataclass(frozen=True, eq=False)
 class Ecg:
-    """An ECG as the model sees it, and in words: what was read of `path`."""
+    """An ECG as the model sees it, the leads as they were recorded (12, L) in mV, and in words what was read."""
 
     path: str
     signal: Signal
+    recorded: np.ndarray
     summary: str
 
 
@@ -60,7 +61,20 @@ class Session:
                 "eval.max_new_tokens", str(new), f"less than the model's context, {context}",
                 "lower --config.eval.max_new_tokens",
             )  # fmt: skip
+        self.system = model.assembly.text.system_prompt
         self.clear()
+
+    def instruct(self, text: str) -> None:
+        """Have another system prompt from the next answer on.
+
+        Raises:
+            UserError: the model's chat form has none, or it was pretrained, without any chat form.
+        """
+        spec = self.model.assembly.text
+        if spec.phase == "pretrain" or CHAT_FORMS[spec.family].system is None:
+            fix = "say it in a message"
+            raise UserError("system prompt", "one", f"none for a model of {spec.family}, phase {spec.phase}", fix)
+        self.system = text
 
     def clear(self) -> None:
         """Forget all turns and ECGs."""
@@ -78,7 +92,11 @@ class Session:
         return ecg
 
     def say(self, text: str) -> str:
-        """The model's answer to `text`. Where it raises, the conversation is as it was.
+        """The model's answer to `text`, whole; see `spoken`."""
+        return "".join(self.spoken(text))
+
+    def spoken(self, text: str) -> Iterator[str]:
+        """The model's answer to `text`, in pieces as it comes. Until it is whole, the conversation is as it was.
 
         When the conversation outgrows the context, the oldest turns go first, never an ECG (see `data.chat`).
 
@@ -86,19 +104,34 @@ class Session:
             UserError: not one marker for each new ECG, or even the shortest prompt does not fit.
         """
         if self.model.assembly.text.phase == "pretrain":
-            return self._answer(self._beginning(text))
+            yield from self._answer(self._beginning(text))
+            return
         turn = Turn("user", self._marked(text))
-        answer = self._answer(self._prompt([*self.turns, turn]))
+        pieces = []
+        for piece in self._answer(self._prompt([*self.turns, turn])):
+            pieces.append(piece)
+            yield piece
         prefix = THINK_PREFIX if self.model.assembly.text.explicit_thinking else ""
-        self.turns += [turn, Turn("assistant", prefix + answer)]
+        self.turns += [turn, Turn("assistant", prefix + "".join(pieces))]
         self._new = 0
-        return answer
 
-    def _answer(self, rendered: Rendered) -> str:
+    def record(self) -> dict[str, Any]:
+        """The conversation as a record, as datasets have them, with where the answers are from."""
+        turns = [{"role": turn.role, "content": turn.text} for turn in self.turns]
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return {
+            "ecg_path": [ecg.path for ecg in self.ecgs],
+            "text": [*system, *turns],
+            "name": "chat",
+            "checkpoint": str(self.model.folder),
+            "step": self.model.step,
+            "eval": asdict(self.model.config.eval),
+        }
+
+    def _answer(self, rendered: Rendered) -> Iterator[str]:
         prompt = Prompt(rendered, [ecg.signal for ecg in self.ecgs])
-        answer = self.model.answers([prompt], self.model.config.eval, seed=self._drawn)[0]
+        yield from self.model.spoken(prompt, self.model.config.eval, seed=self._drawn)
         self._drawn += 1
-        return answer
 
     def _marked(self, text: str) -> str:
         marks = count_marks(text)
@@ -148,7 +181,7 @@ class Session:
         )  # fmt: skip
 
     def _options(self, max_len: int | None = None) -> dict[str, Any]:
-        spec = asdict(self.model.assembly.text) | {"max_len": max_len}
+        spec = asdict(self.model.assembly.text) | {"max_len": max_len, "system_prompt": self.system}
         return {"tokenizer": self.model.assembly.tokenizer, "n_ecgs": len(self.ecgs), **spec}
 
 
@@ -168,19 +201,19 @@ def read_input(path: str, spec: SignalSpec, number: int = 0) -> Ecg:
         )  # fmt: skip
     key = zlib.crc32(f"{spec.seed}:{number}".encode())
     if path in (NOISE, FLATLINE) or path.startswith(DEMO):
-        signal, facts = spec.load(path, key), ["generated", _amount(len(LEADS), spec.sampling_rate, spec.length)]
+        file = path
+        facts = ["generated", _amount(len(LEADS), spec.sampling_rate, spec.length)]
     else:
         file = str(Path(path).expanduser().absolute())
         with _collected_notes(str(Path(file).parent)) as notes:
             recording = read_recording(Path(file), bare_rate=spec.sampling_rate)
-        signal = spec.load(file, key)
         amount = _amount(len(recording.leads), recording.sampling_rate, recording.signal.shape[1])
         facts = [amount, *notes, *_remarks(recording, spec)]
     if len(spec.leads) < len(LEADS):
         facts.append(f"only {', '.join(LEADS[i] for i in spec.leads)} used")
     if spec.perturb is not None:
         facts.append(f"replaced by {spec.perturb} (data.perturb)")
-    return Ecg(path, signal, f"{path}: {'; '.join(facts)}")
+    return Ecg(path, spec.load(file, key), spec.load_raw(file, key), f"{path}: {'; '.join(facts)}")
 
 
 def _amount(leads: int, rate: float, samples: int) -> str:

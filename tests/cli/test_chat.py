@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
 import pty
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_model import FakeModel, fake_config
+from PIL import Image
 
 from elm_jax import chat, cli
 from elm_jax.config import to_dict
@@ -91,6 +94,37 @@ def test_an_empty_line_asks_a_pretrained_model_for_a_text(typed) -> None:
     assert out[1:] == ["assistant: regular", "assistant: rhythm"] and err == ""
 
 
+def test_a_system_prompt_can_be_given_and_seen(typed) -> None:
+    out, err = typed(["/system", "/system Answer in one word.", "How are you?"], "Well.")
+    assert out == ["system prompt: Be brief.", "system prompt: Answer in one word.", "assistant: Well."] and err == ""
+
+
+def test_a_conversation_is_saved_as_a_record_and_to_read(typed, tmp_path: Path) -> None:
+    lines = ["/ecg demo:test:3", "How fast?", f"/save {tmp_path}/talk.json", "/save", f"/save {tmp_path}/no/where"]
+    out, err = typed(lines, "61")
+    assert out[-1] == f"saved in {tmp_path}/talk.json and {tmp_path}/talk.txt"
+    record = json.loads((tmp_path / "talk.json").read_text())
+    roles = [(turn["role"], turn["content"]) for turn in record["text"]]
+    assert roles == [("system", "Be brief."), ("user", "<ecg>How fast?"), ("assistant", "61")]
+    assert record["ecg_path"] == ["demo:test:3"] and record["step"] == 3
+    assert record["eval"]["max_new_tokens"] == 8
+    text = (tmp_path / "talk.txt").read_text()
+    assert "user: <ecg>How fast?\n\nassistant: 61\n" in text and "12 leads" in text
+    assert [line.split(":")[1] for line in err.splitlines()] == [" /save", " /save"]
+
+
+def test_ecgs_are_written_as_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    session = Session(FakeModel(fake_config()))  # type: ignore[arg-type]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/ecg demo:test:4"))
+    chat.talk(session, False, tmp_path / "ecgs", ["demo:test:3"])
+    out = capsys.readouterr().out.splitlines()
+    assert [line for line in out if "drawn" in line] == [
+        f"ecg {n}: drawn in {tmp_path}/ecgs/ecg_{n}.png" for n in (1, 2)
+    ]
+    pages = [np.asarray(Image.open(tmp_path / "ecgs" / f"ecg_{n}.png")) for n in (1, 2)]
+    assert pages[0].shape == pages[1].shape == (3300, 2000, 3) and not np.array_equal(*pages)
+
+
 def test_help_in_the_chat_names_every_command(typed) -> None:
     out, _ = typed(["/help"])
     assert [line.split()[0] for line in out] == list(chat.COMMANDS)
@@ -153,30 +187,39 @@ def test_a_scripted_chat_with_a_trained_run(tiny_run: Path, command: Command) ->
 
 
 @pytest.mark.slow
-def test_a_chat_at_a_terminal(tiny_run: Path, command_environment: dict[str, str]) -> None:
+def test_a_chat_at_a_terminal(tiny_run: Path, command_environment: dict[str, str], tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (50, 100))
     process = subprocess.Popen(
         [sys.executable, "-m", "elm_jax.chat", "--checkpoint", str(tiny_run)], stdin=theirs, stdout=theirs,
-        stderr=theirs, cwd=ROOT, env=command_environment | {"TERM": "dumb"},
+        stderr=theirs, cwd=ROOT, env=command_environment | {"TERM": "dumb", "PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
     os.close(theirs)
-    seen = ""
+    seen, reader = "", codecs.getincrementaldecoder("utf-8")()
 
     def until(mark: str, count: int = 1) -> None:
         nonlocal seen
         while seen.count(mark) < count:
-            seen += os.read(ours, 4096).decode()
+            seen += reader.decode(os.read(ours, 4096))
 
+    lines = ["/ecg demo:test:3", "What is the heart rate?", "/ecg nowhere", "/system Answer briefly.",
+             "/ecg demo:test:4", "Is <ecg> faster?", f"/save {tmp_path}/talk", "/clear"]  # fmt: skip
     try:
-        for number, line in enumerate(["/ecg demo:test:3", "What is the heart rate?", "/ecg nowhere"], 1):
+        for number, line in enumerate(lines, 1):
             until("you: ", number)
             os.write(ours, f"{line}\n".encode())
-        until("you: ", 4)
+        until("you: ", len(lines) + 1)
         os.write(ours, b"\x04")  # Ctrl-D
         assert process.wait(timeout=60) == 0
     finally:
         process.kill()
         os.close(ours)
     assert seen.index("/help says more") < seen.index("you: ")
-    assert "ecg 1: demo:test:3" in seen and "assistant: " in seen and "error: " in seen
+    assert "ecg 1: demo:test:3" in seen and seen.count("assistant: ") == 2 and seen.count("error: ") == 1
     assert seen.count("What is the heart rate?") == 1  # echoed by the terminal alone
+    drawn = [line for line in seen.splitlines() if any("\u2800" <= c <= "\u28ff" for c in line)]
+    assert len(drawn) > 2 * 12 and max(map(len, drawn)) <= 100 and any(line.startswith("V6") for line in drawn)
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    answers = [turn["content"] for turn in saved["text"] if turn["role"] == "assistant"]
+    assert saved["text"][0] == {"role": "system", "content": "Answer briefly."} and len(answers) == 2
+    assert "assistant: " + answers[0].split("\n")[0] in seen.replace("\r", "")

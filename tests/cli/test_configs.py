@@ -147,8 +147,7 @@ def test_a_config_learns_evaluates_and_goes_on(
     (folder,) = (workdir / "eval").iterdir()
     results = json.loads((folder / "metrics.json").read_text())
     assert results["n"] == 2 and set(results["controls"]) == {"zeros"} and results["step"] == STEPS
-    if name not in QUICK:
-        check_attention(command, workdir, next((records / "ptb_xl" / "preprocessed_500").glob("*.npy")))
+    check_attention(command, workdir, next((records / "ptb_xl" / "preprocessed_500").glob("*.npy")))
     run(command, "train", *flags(name, shared, records, workdir, train__steps=STEPS + 2, **alone))
     after = losses(workdir)
     assert list(after) == list(range(1, STEPS + 3)) and {n: after[n] for n in first} == first

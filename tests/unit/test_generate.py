@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from elm_jax.errors import UserError
-from elm_jax.inference.generate import bucket, generate, generate_from_prompt, nucleus
+from elm_jax.inference.generate import bucket, generate, generate_from_prompt
+from elm_jax.inference.sampling import nucleus
 from elm_jax.models import hints
 from elm_jax.models.attention import attend, choose_attention, packed_mask, padding_mask, positions_from_mask
 from elm_jax.models.decoder import Decoder

@@ -1,0 +1,259 @@
+"""Generation's programs: prompts into a key/value cache, and tokens out of it, for rows that come and go.
+
+Token p of a conversation has place p of its row in the cache: what a row has beyond its length is never seen.
+
+B rows that generate, R rows that begin, T tokens of a prompt (behind its prefix), P places of a prefix, S places of a
+row, K key/value heads, d head size, L layers, V vocabulary, D width.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from elm_jax.inference.sampling import Sampling, draw
+from elm_jax.models.decoder import Decoder, Layer, Window
+from elm_jax.models.hints import hint
+
+NONE = -1  # where there is no token
+Array = Any  # of JAX, or of NumPy on the host
+
+
+class Cache(NamedTuple):
+    """Keys and values, (L, B, S, K, d)."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Rows(NamedTuple):
+    """Conversations that go on; each but the cache has a leading axis of B."""
+
+    cache: Cache
+    length: jax.Array  # tokens in the cache
+    last: jax.Array  # the token drawn last, which is not in the cache yet
+    left: jax.Array  # tokens that may still be drawn; 0: the row has ended, or never began
+    number: jax.Array  # of the prompt
+    drawn: jax.Array  # tokens drawn so far
+    seen: jax.Array | None  # (B, V) bool: tokens of prompt and answer; None without a repetition penalty
+
+
+class Prompts(NamedTuple):
+    """R prompts that begin: each is a prefix that is known and what comes after it."""
+
+    x: Array  # (R, T, D) embeddings, padded on the right
+    lengths: Array  # (R,) tokens of x; 0: no prompt
+    before: Array  # (R,) tokens of the prefix
+
+
+class Start(NamedTuple):
+    """How R rows begin; each has a leading axis of R."""
+
+    slot: Array  # their places among the B; B: nowhere
+    left: Array
+    number: Array
+    seen: Array | None  # (R, V)
+
+
+def empty_cache(llm: Decoder, rows: int, places: int, dtype: jax.typing.DTypeLike) -> Cache:
+    """A cache of zeros. (What is never written must be finite: its weight is zero, and zero times NaN is not.)"""
+    c = llm.config
+    shape = (c.layers, rows, places, c.kv_heads, c.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def empty_rows(cache: Cache, vocabulary: int | None) -> Rows:
+    """Rows that have not begun. `vocabulary`: V where there is a repetition penalty."""
+    count = cache.keys.shape[1]
+    length, last, left, number, drawn = (jnp.zeros(count, jnp.int32) for _ in range(5))
+    seen = None if vocabulary is None else jnp.zeros((count, vocabulary), bool)
+    return Rows(cache, length, last, left, number, drawn, seen)
+
+
+def spread(cache: Cache, axis: str | None) -> Cache:
+    """The cache laid over the mesh: rows by the logical `axis` (None: whole everywhere), heads as the model's."""
+    return Cache(*(hint(x, None, axis, None, "kv_heads", None) for x in cache))
+
+
+def longer(cache: Cache, places: int) -> Cache:
+    """The cache with S = `places`, which is more than it had."""
+    return Cache(*(jnp.pad(x, ((0, 0), (0, 0), (0, places - x.shape[2]), (0, 0), (0, 0))) for x in cache))
+
+
+def taken(pool: Cache, source: jax.Array) -> Cache:
+    """Rows of the pool, (L, R, P, K, d), for prompts that begin with them."""
+    return spread(Cache(*(x[:, source] for x in pool)), "batch")
+
+
+def extend(llm: Decoder, prompts: Prompts, prefix: Cache | None) -> tuple[jax.Array, Cache]:
+    """States (R, T, D) before the final norm, and the keys and values (L, R, T, K, d), of prompts behind prefixes.
+
+    `prefix` (L, R, P, K, d); None: no prompt has one.
+    """
+    count, room = prompts.x.shape[1], 0 if prefix is None else prefix.keys.shape[2]
+    index, before = jnp.arange(count), prompts.before[:, None]
+    # Padding stands at the place of the last token: learned positions may end there.
+    positions = before + jnp.minimum(index, jnp.maximum(prompts.lengths - 1, 0)[:, None])
+    places = jnp.broadcast_to(jnp.arange(room), (len(positions), room))
+    past = jnp.broadcast_to((places < before)[:, None], (len(positions), count, room))
+    own = jnp.broadcast_to(index[:, None] >= index, (len(positions), count, count))
+    mask = jnp.concatenate([past, own], -1)[:, None]
+    masks = llm.masks(mask, positions, jnp.concatenate([places, positions], 1))
+    x, rotary = llm.placed(hint(prompts.x, "batch", None, None), positions), llm.rotary(positions)
+
+    def body(layer: Layer, window: Window, x: jax.Array, past: Cache | None) -> tuple[jax.Array, Cache]:
+        q, k, v = layer.project(x, rotary)
+        keys, values = k, v
+        if past is not None:
+            keys, values = jnp.concatenate([past.keys, k], 1), jnp.concatenate([past.values, v], 1)
+        return layer.combine(x, llm.attend(q, keys, values, masks[window])), Cache(k, v)
+
+    return llm.scan_layers(body, x, prefix)
+
+
+def remember(llm: Decoder, pool: Cache, prompts: Prompts, prefix: Cache | None, slot: jax.Array) -> Cache:
+    """The pool of prefixes with the keys and values of `prompts` behind their prefixes in the rows `slot` (R,)."""
+    _, own = extend(llm, prompts, prefix)
+    return spread(_stored(pool, own, prefix, prompts.before, slot), None)
+
+
+def begin(
+    llm: Decoder, rows: Rows, prompts: Prompts, prefix: Cache | None, start: Start, sampling: Sampling, ends: jax.Array
+) -> tuple[Rows, jax.Array]:
+    """Rows with new prompts in some places, and the first token (R,) of each of these; -1 where there is no prompt."""
+    x, own = extend(llm, prompts, prefix)
+    last = jnp.maximum(prompts.lengths - 1, 0)
+    logits = llm.logits(llm.norm(jnp.take_along_axis(x, last[:, None, None], 1)))[:, 0]
+    token = draw(logits, sampling, start.number, jnp.zeros_like(start.number), start.seen)
+    begun = prompts.lengths > 0
+    token = jnp.where(begun, token, NONE)
+    left = jnp.where(begun & ~jnp.isin(token, ends), start.left - 1, 0)
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return hint(old.at[start.slot].set(new, mode="drop"), "batch", *(None,) * (old.ndim - 1))
+
+    seen = None
+    if rows.seen is not None and start.seen is not None:
+        seen = put(rows.seen, _marked(start.seen, token))
+    rows = Rows(
+        cache=spread(_stored(rows.cache, own, prefix, prompts.before, start.slot), "batch"),
+        length=put(rows.length, prompts.before + prompts.lengths),
+        last=put(rows.last, token),
+        left=put(rows.left, left),
+        number=put(rows.number, start.number),
+        drawn=put(rows.drawn, jnp.ones_like(left)),
+        seen=seen,
+    )
+    return rows, hint(token, None)
+
+
+def go_on(
+    llm: Decoder,
+    rows: Rows,
+    sampling: Sampling,
+    ends: jax.Array,
+    room: int,
+    limit: jax.Array | int,
+    enough: jax.Array | int,
+    dtype: jax.typing.DTypeLike | None,
+) -> tuple[Rows, jax.Array]:
+    """Draw up to `limit` <= `room` tokens a row, until no more than `enough` rows go on -> rows, tokens (B, room).
+
+    What a row did not draw is -1. `dtype`: of the embeddings.
+    """
+
+    def goes_on(carry: tuple[jax.Array, Rows, jax.Array]) -> jax.Array:
+        step, rows, _ = carry
+        return (step < limit) & ((rows.left > 0).sum() > enough)
+
+    def advance(carry: tuple[jax.Array, Rows, jax.Array]) -> tuple[jax.Array, Rows, jax.Array]:
+        step, rows, output = carry
+        logits, cache = _next_logits(llm, rows, dtype)
+        token = draw(logits, sampling, rows.number, rows.drawn, rows.seen)
+        busy = rows.left > 0
+        token = jnp.where(busy, token, NONE)
+        moved = busy.astype(jnp.int32)
+        rows = Rows(
+            cache=cache,
+            length=rows.length + moved,
+            last=token,
+            left=jnp.where(busy & ~jnp.isin(token, ends), rows.left - 1, 0),
+            number=rows.number,
+            drawn=rows.drawn + moved,
+            seen=None if rows.seen is None else _marked(rows.seen, token),
+        )
+        return step + 1, rows, jax.lax.dynamic_update_index_in_dim(output, token, step, axis=1)
+
+    output = jnp.full((len(rows.left), room), NONE, jnp.int32)
+    _, rows, output = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), rows, output))
+    return rows._replace(cache=spread(rows.cache, "batch")), hint(output, None, None)
+
+
+def log_probabilities(
+    llm: Decoder, prompts: Prompts, prefix: Cache | None, ids: jax.Array, told: jax.Array
+) -> jax.Array:
+    """(R,): the sum of the log probabilities of the tokens that follow the prompts' places, where `told` (R, T).
+
+    `ids` (R, T): what comes after each place.
+    """
+    x, _ = extend(llm, prompts, prefix)
+    x = llm.norm(x)
+
+    def at(place: jax.Array) -> jax.Array:  # one place at a time: logits of all of them would not fit
+        logits = jax.nn.log_softmax(llm.logits(x[:, place]), axis=-1)
+        return jnp.take_along_axis(logits, ids[:, place, None], 1)[:, 0]
+
+    found = jax.lax.map(at, jnp.arange(x.shape[1]))  # (T, R)
+    return hint(jnp.where(told, found.T, 0.0).sum(1), None)
+
+
+def _next_logits(llm: Decoder, rows: Rows, dtype: jax.typing.DTypeLike | None) -> tuple[jax.Array, Cache]:
+    """Logits (B, V) behind the last token of each row, and the cache with that token in it."""
+    positions, count = rows.length[:, None], jnp.arange(len(rows.length))
+    places = jnp.broadcast_to(jnp.arange(rows.cache.keys.shape[2]), (len(count), rows.cache.keys.shape[2]))
+    masks = llm.masks((places <= positions)[:, None, None], positions, places)
+    x = llm.placed(llm.embed(jnp.maximum(rows.last, 0)[:, None], dtype), positions)
+    rotary = llm.rotary(positions)
+
+    def body(
+        layer: Layer, window: Window, carry: tuple[jax.Array, Cache], index: jax.Array
+    ) -> tuple[tuple[jax.Array, Cache], None]:
+        # The caches travel in the carry, where they are written in place; as inputs and outputs of the scan
+        # they would be copied whole for every token.
+        x, cache = carry
+        q, k, v = layer.project(x, rotary)
+        keys = cache.keys.at[index, count, rows.length].set(k[:, 0])
+        values = cache.values.at[index, count, rows.length].set(v[:, 0])
+        attended = llm.attend(q, keys[index], values[index], masks[window], "xla")
+        return (layer.combine(x, attended), Cache(keys, values)), None
+
+    (x, cache), _ = llm.scan_layers(body, (x, rows.cache), jnp.arange(llm.config.layers))
+    return llm.logits(llm.norm(x))[:, 0], cache
+
+
+def _stored(cache: Cache, own: Cache, prefix: Cache | None, before: jax.Array, slot: jax.Array) -> Cache:
+    """The cache with prefixes, cut to `before` (R,) tokens, and what comes after them in its rows `slot` (R,)."""
+    places = cache.keys.shape[2]
+
+    def laid(prefix: jax.Array | None, own: jax.Array) -> jax.Array:
+        if prefix is None:
+            rows = jnp.zeros((*own.shape[:2], places, *own.shape[3:]), own.dtype)
+        else:
+            kept = prefix[:, :, :places]
+            rows = jnp.pad(kept, ((0, 0), (0, 0), (0, places - kept.shape[2]), (0, 0), (0, 0)))
+        return _written(rows, own, before)
+
+    pairs = zip(cache, (None, None) if prefix is None else prefix, own, strict=True)
+    return Cache(*(whole.at[:, slot].set(laid(p, o), mode="drop") for whole, p, o in pairs))
+
+
+def _write(row: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(row, new, (0, at, 0, 0))
+
+
+_written = jax.vmap(_write, in_axes=(1, 1, 0), out_axes=1)
+
+
+def _marked(seen: jax.Array, token: jax.Array) -> jax.Array:
+    """`seen` (B, V) with the tokens (B,) of rows that drew one."""
+    return seen.at[jnp.arange(len(token)), jnp.where(token < 0, seen.shape[1], token)].set(True, mode="drop")

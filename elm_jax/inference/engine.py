@@ -1,0 +1,244 @@
+"""Many prompts through a fixed number of rows: a row that has ended is given to the next prompt at once.
+
+Prompts are read a few ahead. Beginnings that several of these share (the system prompt, an ECG that is asked about
+more than once) go through the model once, into a pool of prefixes, and are copied from there. All shapes come from a
+few sizes; `Engine.calls` counts them.
+
+All decisions depend on prompts and tokens alone, never on time, so that the processes of a mesh agree.
+
+B rows that generate, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from elm_jax.inference import programs
+from elm_jax.inference.decoding import NONE, Prompts, Rows, Start, empty_rows
+from elm_jax.inference.generate import bucket
+from elm_jax.inference.prefills import Embed, Prefills, fitting, padded, width
+from elm_jax.inference.requests import Event, Request
+from elm_jax.inference.sampling import Sampling
+from elm_jax.models import hints
+from elm_jax.models.decoder import Decoder
+
+AHEAD = 2  # prompts read ahead, in units of the rows
+CHUNK = 32  # tokens a row between two looks of the host
+PAIRS = 2**22  # of a query and a key in one prefill, for each part of the mesh's rows: bounds its memory
+PER_CALL = 256  # tokens that could be computed in the time that a prefill takes whatever its size
+ROOM = 256  # the places of a row are a multiple of it: where they grow, programs are compiled anew
+SCORED = 16  # rows that are scored at a time
+
+log = logging.getLogger(__name__)
+
+
+class Options(NamedTuple):
+    """How tokens are drawn; `penalty` 1 is none."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    penalty: float = 1.0
+    seed: int = 0
+
+
+GREEDY = Options()
+
+
+class Engine:
+    """Generation with one model.
+
+    Args:
+        llm: the decoder.
+        embed: (pieces, rows, width) -> (rows, width, D): the inputs of the pieces' tokens, padded on the right.
+        ends: ids that end an answer.
+        placement, ways: the mesh, and into how many parts it divides the rows.
+    """
+
+    def __init__(
+        self, llm: Decoder, embed: Embed, ends: Sequence[int], placement: hints.Placement | None = None, ways: int = 1
+    ) -> None:
+        self.vocabulary, self.ways, self.most_pairs = llm.config.vocab_size, ways, PAIRS * ways
+        self.calls: Counter[str] = Counter()  # of each program with its shapes: as many entries as compilations
+        self.model = programs.Model(*nnx.split(llm), placement)
+        self.ends, self.end_ids = frozenset(ends), jnp.asarray(tuple(ends), jnp.int32)
+        self.prefills = Prefills(self.model, embed, self.note)
+
+    def run(
+        self, requests: Iterable[Request], rows: int, options: Options = GREEDY, chunk: int = CHUNK
+    ) -> Iterator[Event]:
+        """Tokens as they are drawn, up to and with the token that ends an answer.
+
+        `rows`: how many prompts go on at a time; fewer where there are fewer. `chunk`: the most tokens of an event.
+        """
+        source, rows = iter(requests), self.divisible(rows)
+        waiting = list(islice(source, AHEAD * rows))
+        while rows % (2 * self.ways) == 0 and rows >= 2 * len(waiting):
+            rows //= 2
+        self.prefills.reserve(AHEAD * rows // 2 + 4)
+        run, wanted = _Run(self, rows, options), Counter[bytes]()
+        wanted.update(key for request in waiting for _, key in request.beginnings)
+        while waiting or run.busy:
+            while waiting and run.free:
+                for request in islice(source, AHEAD * rows - len(waiting)):
+                    waiting.append(request)
+                    wanted.update(key for _, key in request.beginnings)
+                chosen = self._choose(waiting, len(run.free), run.sizes, wanted)
+                yield from run.begin(chosen, wanted, max((r.length for r in waiting), default=0))
+                wanted.subtract(key for request in chosen for _, key in request.beginnings)
+            yield from run.go_on(chunk, rows - max(self.ways, rows // 4) if waiting else 0)
+
+    def score(self, requests: Sequence[Request], starts: Sequence[int]) -> np.ndarray:
+        """(n,) the log probability of tokens [start, T) of each request behind those before; start > 0."""
+        wanted = Counter(key for request in requests for _, key in request.beginnings)
+        size, found = self.divisible(SCORED), []
+        self.prefills.reserve(size + 4)
+        for first in range(0, len(requests), size):
+            part = requests[first : first + size]
+            prompts, pool, source, pieces = self.prefills.make(part, wanted, [size])
+            ids, told = (np.zeros(prompts.x.shape[:2], kind) for kind in (np.int32, bool))
+            for row, (piece, start) in enumerate(zip(pieces, starts[first:], strict=False)):
+                ids[row, : len(piece.ids) - 1] = piece.ids[1:]
+                told[row, start - 1 - piece.begin : len(piece.ids) - 1] = True
+            self.note("score", prompts, pool)
+            found.append(np.asarray(programs.score(self.model, pool, prompts, source, ids, told))[: len(part)])
+        return np.concatenate(found)
+
+    def divisible(self, rows: int) -> int:
+        """At least so many rows, in equal parts for the mesh."""
+        return -(-rows // self.ways) * self.ways
+
+    def note(self, program: str, *arrays: Any) -> None:
+        """Count a call of a program on such arrays, and log the first of them, which compiles it."""
+        shapes = ", ".join("x".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(arrays) if leaf.ndim > 2)
+        name = f"{program} ({shapes})"
+        self.calls[name] += 1
+        if self.calls[name] == 1:
+            log.info("generation: compiles %s, program %d", name, len(self.calls))
+
+    def _choose(
+        self, waiting: list[Request], free: int, sizes: Sequence[int], wanted: Counter[bytes]
+    ) -> list[Request]:
+        """Take the prompts that begin next out of `waiting`: the oldest, and others of its length.
+
+        So many of them that the tokens computed, padding and PER_CALL included, are the fewest for each that counts.
+        """
+        known = self.prefills.directory
+        lengths = {request: len(request.ids) - known.likely(request, wanted) for request in waiting}
+        order = sorted(waiting, key=lengths.__getitem__)
+        sums = np.cumsum([0, *(lengths[request] for request in order)])
+        oldest, best = order.index(waiting[0]), (float("inf"), 0, 0)
+        for count in range(1, min(free, len(waiting)) + 1):
+            for first in (oldest + 1 - count, oldest):  # the oldest is the longest of them, or the shortest
+                first = min(max(first, 0), len(order) - count)
+                size, wide = fitting(count, sizes), width(lengths[order[first + count - 1]])
+                pairs = size * wide * (wide + self.prefills.places)
+                if size < count or (count > self.ways and pairs > self.most_pairs):
+                    continue
+                cost = (size * wide + PER_CALL) / (sums[first + count] - sums[first])
+                best = min(best, (cost, first, count))
+        chosen = set(order[best[1] : best[1] + best[2]])
+        taken = [request for request in waiting if request in chosen]
+        waiting[:] = [request for request in waiting if request not in chosen]
+        return taken
+
+
+class _Place(NamedTuple):
+    """A row that goes on."""
+
+    request: Request
+    left: int  # tokens that may still be drawn
+    began: float
+
+
+class _Run:
+    """The rows of one call of `Engine.run`."""
+
+    def __init__(self, engine: Engine, rows: int, options: Options) -> None:
+        self.engine, self.penalised = engine, options.penalty != 1
+        temperature, top_p, penalty = (jnp.float32(x) for x in options[:3])
+        self.sampling = Sampling(temperature, top_p, penalty, jax.random.key(options.seed))
+        parts = {engine.divisible(-(-rows // part)) for part in (1, 2, 4)}
+        self.sizes = sorted({engine.ways, *parts})
+        self.places: list[_Place | None] = [None] * rows
+        self.rows: Rows | None = None
+        self.dtype: Any = None
+
+    @property
+    def free(self) -> list[int]:
+        return [row for row, place in enumerate(self.places) if place is None]
+
+    @property
+    def busy(self) -> bool:
+        return any(place is not None for place in self.places)
+
+    def begin(self, chosen: Sequence[Request], wanted: Counter[bytes], longest: int) -> Iterator[Event]:
+        """Begin these prompts in free rows; `longest`: what those that wait will need."""
+        began, engine = time.perf_counter(), self.engine
+        prompts, pool, source, pieces = engine.prefills.make(chosen, wanted, self.sizes)
+        count, wide = prompts.x.shape[:2]
+        ends = [max(piece.begin + wide, piece.request.length) for piece in pieces]
+        rows = self._with_room(bucket(max(longest, *ends), ROOM), prompts)
+        free = self.free[: len(chosen)]
+        start = Start(
+            slot=padded(free, count, len(self.places)),
+            left=padded([request.new for request in chosen], count),
+            number=padded([request.number for request in chosen], count),
+            seen=self._seen(chosen, count) if self.penalised else None,
+        )
+        engine.note("begin", prompts, pool, rows)
+        self.rows, first = programs.begin(
+            engine.model, rows, pool, prompts, source, start, self.sampling, engine.end_ids
+        )
+        for request, row, token in zip(chosen, free, np.asarray(first).tolist(), strict=False):
+            self.places[row] = _Place(request, request.new, began)
+            yield self._event(row, [token])
+
+    def go_on(self, chunk: int, enough: int) -> Iterator[Event]:
+        """Up to `chunk` tokens more of each row, until no more than `enough` go on."""
+        places, engine = [place for place in self.places if place], self.engine
+        if not places or self.rows is None:
+            return
+        engine.note("go_on", self.rows)
+        limit = min(chunk, CHUNK, max(place.left for place in places))
+        self.rows, output = programs.go_on(
+            engine.model, self.rows, self.sampling, engine.end_ids, CHUNK, limit, enough, self.dtype
+        )
+        tokens = np.asarray(output)
+        for row, place in enumerate(self.places):
+            if place is not None:
+                yield self._event(row, tokens[row][tokens[row] != NONE].tolist())
+
+    def _event(self, row: int, tokens: list[int]) -> Event:
+        place = self.places[row]
+        assert place is not None
+        left = place.left - len(tokens)
+        ended = not left or (bool(tokens) and tokens[-1] in self.engine.ends)
+        self.places[row] = None if ended else place._replace(left=left)
+        return Event(place.request.number, tokens, time.perf_counter() - place.began if ended else None)
+
+    def _with_room(self, places: int, prompts: Prompts) -> Rows:
+        """The rows with room for so many places; made at the first prompt."""
+        model, count = self.engine.model, len(self.places)
+        if self.rows is None:
+            self.dtype = prompts.x.dtype
+            cache = programs.make_cache(model, count, places, self.dtype, "batch")
+            return empty_rows(cache, self.engine.vocabulary if self.penalised else None)
+        if places > self.rows.cache.keys.shape[2]:
+            return self.rows._replace(cache=programs.longer(model, self.rows.cache, places, "batch"))
+        return self.rows
+
+    def _seen(self, chosen: Sequence[Request], count: int) -> np.ndarray:
+        seen = np.zeros((count, self.engine.vocabulary), bool)
+        for row, request in enumerate(chosen):
+            seen[row, request.ids] = True
+        return seen

@@ -1,0 +1,56 @@
+"""How a token is drawn from logits. A row's draws depend on the key, its number and the token's number alone.
+
+B rows, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Sampling(NamedTuple):
+    """temperature: 0 takes the likeliest token. top_p: the nucleus. penalty: what `penalised` takes. All scalars."""
+
+    temperature: jax.Array
+    top_p: jax.Array
+    penalty: jax.Array
+    key: jax.Array  # of jax.random; unused at temperature 0
+
+
+def draw(
+    logits: jax.Array, sampling: Sampling, number: jax.Array, drawn: jax.Array, seen: jax.Array | None
+) -> jax.Array:
+    """The next token (B,) int32 of rows with these numbers (B,), of each `drawn` (B,) tokens were drawn before.
+
+    `seen` (B, V): which tokens the repetition penalty is for; None: there is none.
+    """
+    logits = logits if seen is None else penalised(logits, seen, sampling.penalty)
+
+    def random() -> jax.Array:
+        def one(number: jax.Array, drawn: jax.Array, logits: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(jax.random.fold_in(sampling.key, number), drawn)
+            return jax.random.categorical(key, logits)
+
+        allowed = nucleus(logits / sampling.temperature, sampling.top_p)
+        return jax.vmap(one)(number, drawn, allowed).astype(jnp.int32)
+
+    return jax.lax.cond(sampling.temperature > 0, random, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+
+def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits (B, V) with -inf for all but the fewest tokens whose probabilities sum to top_p or more."""
+
+    def cut() -> jax.Array:
+        descending = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        threshold = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(logits >= threshold, logits, -jnp.inf)
+
+    return jax.lax.cond(top_p < 1, cut, lambda: logits)
+
+
+def penalised(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Logits (B, V) of tokens that were `seen` (B, V) divided by the penalty, or times it where they are negative."""
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)

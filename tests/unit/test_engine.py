@@ -1,0 +1,120 @@
+"""The engine: prompts through a few rows give what each gives alone, and few shapes are compiled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from generation import answered, engine_for, request, requests
+from tiny_llms import TINY, VOCABULARY, tiny_llm
+
+from elm_jax.inference import programs
+from elm_jax.inference.engine import AHEAD, Options
+from elm_jax.inference.generate import generate
+from elm_jax.inference.requests import Request
+from elm_jax.inference.sampling import penalised
+
+ENDS = (3, 7)
+DRAWN = Options(temperature=1.0, top_p=0.9, seed=5)
+
+
+@functools.cache
+def asked() -> list[Request]:
+    return requests(11, VOCABULARY, shared=6)
+
+
+@functools.cache
+def alone(family: str) -> dict[int, list[int]]:
+    """What `generate` makes of each prompt, in one batch with left padding."""
+    width = max(len(r.ids) for r in asked())
+    mask = np.arange(width) >= width - np.array([len(r.ids) for r in asked()])[:, None]
+    tokens = np.zeros(mask.shape, np.int32)
+    tokens[mask] = np.concatenate([r.ids for r in asked()])
+    out = np.asarray(generate(tiny_llm(family), tokens, None, mask, max_new_tokens=9, eos_ids=ENDS))
+    return {r.number: [int(t) for t in row if t >= 0][: r.new] for r, row in zip(asked(), out, strict=True)}
+
+
+@pytest.mark.parametrize(
+    "family, rows",
+    [("gemma2", 4), pytest.param("llama", 1, marks=pytest.mark.slow)]
+    + [pytest.param(family, 8, marks=pytest.mark.slow) for family in TINY],
+)
+def test_rows_that_are_refilled_answer_as_prompts_alone(family: str, rows: int) -> None:
+    """Gemma 2 has windows that are shorter than the prompts and their beginnings."""
+    expected = alone(family)
+    assert len({len(answer) for answer in expected.values()}) > 3, "the answers end together"
+    engine = engine_for(tiny_llm(family), ENDS)
+    assert answered(engine, asked(), rows) == expected
+    assert any(name.startswith("remember") for name in engine.calls), "nothing was shared"
+
+
+def test_neither_order_nor_sharing_nor_chunks_change_answers() -> None:
+    engine = engine_for(tiny_llm("gemma2"), ENDS)
+    expected = answered(engine, asked(), 4)
+    assert expected == alone("gemma2")
+    assert answered(engine, asked()[::-1], 4, chunk=2) == expected
+    unshared = [request(r.number, r.ids, r.new) for r in asked()]
+    assert answered(engine_for(tiny_llm("gemma2"), ENDS), unshared, 4) == expected
+
+
+def test_draws_depend_on_the_seed_and_the_prompts_number_alone() -> None:
+    engine = engine_for(tiny_llm("gemma2"), ENDS)
+    drawn = answered(engine, asked(), 4, DRAWN)
+    assert answered(engine, asked()[::-1], 2, DRAWN) == drawn
+    assert answered(engine, asked(), 4, DRAWN._replace(seed=6)) != drawn
+
+
+def test_prompts_are_read_as_rows_become_free() -> None:
+    read: list[int] = []
+
+    def prompts() -> Iterator[Request]:
+        for each in requests(40, VOCABULARY):
+            read.append(each.number)
+            yield each
+
+    ended: list[int] = []
+    for event in engine_for(tiny_llm("gemma2")).run(prompts(), 4):
+        ended += [event.number] * (event.seconds is not None)
+        assert len(read) <= len(ended) + 4 + AHEAD * 4
+    assert sorted(ended) == list(range(40))
+
+
+def test_programs_are_few_and_counted() -> None:
+    """Widths 16 and 32 times 1, 2 or 4 rows in a prefill, and one for the tokens; a second run compiles nothing."""
+    engine = engine_for(tiny_llm("gemma2"), ENDS)
+    answered(engine, requests(40, VOCABULARY), 4)
+    names = set(engine.calls)
+    assert len(names) <= 7 and sum(name.startswith("go_on") for name in names) == 1
+    before = programs._begin._cache_size(), programs._go_on._cache_size()
+    answered(engine, requests(40, VOCABULARY), 4)
+    assert set(engine.calls) == names
+    assert before == (programs._begin._cache_size(), programs._go_on._cache_size())
+    answered(engine, requests(40, VOCABULARY)[::-1], 4)
+    assert len(engine.calls) <= 7
+
+
+def test_a_prompt_that_is_longer_than_those_before_gets_room() -> None:
+    short, long = request(0, [5, 4, 9], 9), request(9, np.arange(1, 64).repeat(2), 4)
+    prompts = [request(n, short.ids, 9) for n in range(8)] + [long]
+    found = answered(engine_for(tiny_llm("gemma2")), iter(prompts), 1)
+    assert found[9] == answered(engine_for(tiny_llm("gemma2")), [long], 1)[9] and len(found[9]) == 4
+
+
+def test_scores_are_sums_of_log_probabilities() -> None:
+    llm = tiny_llm("gemma2")
+    engine, prompt = engine_for(llm), np.arange(1, 24)
+    ids = [np.concatenate([prompt, ending]) for ending in ([5], [9, 4], [9, 4, 7])]
+    found = engine.score([request(n, x, 0, 20, len(prompt) - 1) for n, x in enumerate(ids)], [len(prompt)] * 3)
+    for x, score in zip(ids, found, strict=True):
+        logits = np.asarray(llm(x[None])[0], np.float64)
+        logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected = sum(logs[place - 1, x[place]] for place in range(len(prompt), len(x)))
+        assert abs(score - expected) < 1e-4
+
+
+def test_the_repetition_penalty_is_hugging_faces() -> None:
+    logits, seen = jnp.array([[2.0, -2.0, 1.0, -1.0]]), jnp.array([[True, True, False, False]])
+    assert penalised(logits, seen, jnp.float32(4.0)).tolist() == [[0.5, -8.0, 1.0, -1.0]]
