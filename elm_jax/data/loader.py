@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grain.python as grain
 import numpy as np
@@ -64,6 +65,8 @@ class StepSource:
     def __getitem__(self, step: int) -> Loaded:
         rows = self.plan.rows(int(step))
         shape = self.plan.shape(rows)
+        if self.dataset.varies:  # a shorter conversation moves those behind it, and so the blocks that they see
+            shape = replace(shape, key_blocks=0)
         reader = _Reader(self.dataset, self.plan.index, self.plan.epoch_of(int(step)))
         per_micro = len(rows) // self.micro_batches
         mine = per_micro // self.parts
@@ -126,6 +129,12 @@ def unusable(dataset: Dataset, index: LengthIndex) -> list[BadRecord]:
     return found
 
 
+def _leave_signals(worker: int, workers: int) -> None:
+    """In a worker: what stops a run may be sent to all its processes, and the run still reads up to its last step."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def steps_from(source: StepSource, first: int, workers: int = 0) -> Iterator[Loaded]:
     """The steps from `first` on, in order, read ahead by threads (or by `workers` processes)."""
     steps = grain.MapDataset.range(first, len(source)).map(source.__getitem__)
@@ -134,5 +143,5 @@ def steps_from(source: StepSource, first: int, workers: int = 0) -> Iterator[Loa
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS(["elm_jax"])  # Grain reads flags of its own in the processes that it starts
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _leave_signals)
     yield from dataset

@@ -19,6 +19,7 @@ import numpy as np
 from elm_jax.data.batch import BLOCK, BatchShape, visible_blocks
 from elm_jax.errors import UserError
 
+ECG_ROWS = 2  # version of how rows that share ECGs are made: a run goes on as it began
 PLANNED_EPOCHS = 2  # epochs whose rows are kept: steps at the end of one are read ahead into the next
 LEAST_BLOCKS = 8  # of a row's attention: in shorter ones nothing is gained by leaving some out
 SPLIT_ROWS = 8  # open rows from which on questions about one ECG are divided over rows to fill them
