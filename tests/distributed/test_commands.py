@@ -70,7 +70,9 @@ def assert_same(found: Path, expected: Path, steps: int = STEPS) -> None:
     for step, values in theirs.items():
         assert mine[step].keys() == values.keys()
         for name, value in values.items():
-            assert mine[step][name] == pytest.approx(value, rel=1e-5), f"{name} of step {step}"
+            # Processes sum in another order than the devices of one, which gradients show more than losses.
+            bound = 1e-4 if name == "grad_norm" else 1e-5
+            assert mine[step][name] == pytest.approx(value, rel=bound), f"{name} of step {step}"
 
 
 @pytest.fixture(scope="module")
