@@ -24,8 +24,8 @@ SMALL = {
     "llm.scratch": '{"hidden":32,"layers":2,"heads":4,"kv_heads":2,"mlp":64,"max_len":128}', "train.batch_size": 8,
     "optim.schedule": "constant", "optim.warmup_ratio": 0, "data.val_fraction": 0,
 }  # fmt: skip
-# Processes sum in another order than the devices of one. The encoder's batch statistics enlarge that: half a unit in the
-# last place of an ECG moves the gradient's norm by up to 1e-2 (golden encoder_merl_batchnorm_train). Adam does the rest.
+# Processes sum in another order than the devices of one. The encoder's batch statistics enlarge that: half a unit in
+# the last place of an ECG moves the gradient's norm by up to 1e-2 (golden encoder_merl_batchnorm_train), and Adam more.
 FIRST, LATER = {"grad_norm": 1e-4}, {"loss": 1e-3, "grad_norm": 2e-2}
 LOGGED = {"train.log_every": 1, "train.save_every": 2, "eval.at_end": "false", "log.progress": "false"}
 REAL = {
