@@ -130,15 +130,18 @@ def unusable(dataset: Dataset, index: LengthIndex) -> list[BadRecord]:
 
 
 def _leave_signals(worker: int, workers: int) -> None:
-    """In a worker: what stops a run may be sent to all its processes, and the run still reads up to its last step."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    """In a worker: what stops a run may be sent to all its processes, and the run still reads up to its last step.
+
+    SIGTERM stays as it is: Grain ends its workers by it.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def steps_from(source: StepSource, first: int, workers: int = 0) -> Iterator[Loaded]:
     """The steps from `first` on, in order, read ahead by threads (or by `workers` processes)."""
     steps = grain.MapDataset.range(first, len(source)).map(source.__getitem__)
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     dataset = steps.to_iter_dataset(options)
     if workers:
         if not flags.FLAGS.is_parsed():
