@@ -139,7 +139,7 @@ def _leave_signals(worker: int, workers: int) -> None:
 
 
 def steps_from(source: StepSource, first: int, workers: int = 0) -> Iterator[Loaded]:
-    """The steps from `first` on, in order, read ahead by threads (or by `workers` processes)."""
+    """The steps from `first` on, in order, read ahead by a thread (or by `workers` processes)."""
     steps = grain.MapDataset.range(first, len(source)).map(source.__getitem__)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     dataset = steps.to_iter_dataset(options)

@@ -201,7 +201,8 @@ class Trainer:
                 str(self.folder), "a checkpoint of other data: records, tokenizer or system prompt have changed",
                 "the data that the run began with", "restore it, or start a new run with init_from",
             )  # fmt: skip
-        if self.config.data.share == "ecg" and meta.get("ecg_rows", 1) != ECG_ROWS:
+        data = self.config.data
+        if data.pack and data.share == "ecg" and meta.get("ecg_rows", 1) != ECG_ROWS:
             raise UserError(
                 str(self.folder), "a checkpoint of a version that divided questions about one ECG otherwise over rows",
                 f"version {ECG_ROWS}, whose order of samples differs", "finish it there, or start anew with init_from",
