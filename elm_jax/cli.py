@@ -50,7 +50,7 @@ def run(main: Callable[[Config], int | None], argv: Sequence[str] | None = None)
 
 
 def guard(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Call `command(argv)` and return the exit status: its own, 0 for None, 2 for a UserError.
+    """Call `command(argv)` and return the exit status: its own, 0 for None, that of a UserError (2, rarely 75).
 
     A UserError is one line on stderr, after the traceback if `--debug` is among the arguments. SystemExit and
     all other exceptions pass through.
@@ -66,7 +66,7 @@ def _report(error: UserError, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     print(f"error: {error}", file=sys.stderr)
-    return 2
+    return error.status
 
 
 class Parser(argparse.ArgumentParser):

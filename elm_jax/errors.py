@@ -11,6 +11,8 @@ class UserError(ValueError):
     Commands print it as `error: ...` and exit with status 2; it is never a fault of the program.
     """
 
+    status = 2
+
     def __init__(self, where: str, found: str, expected: str, fix: str) -> None:
         self.where, self.found, self.expected, self.fix = (one_line(s) for s in (where, found, expected, fix))
         super().__init__(f"{self.where}: found {self.found}; expected {self.expected}; {self.fix}")
@@ -18,6 +20,12 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, str, str]]:
         # Exceptions are pickled by their message; loader workers need the four parts to cross processes.
         return type(self), (self.where, self.found, self.expected, self.fix)
+
+
+class Absent(UserError):
+    """What was waited for did not come, and may come the next time: status 75 (sysexits.h: try again)."""
+
+    status = 75
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

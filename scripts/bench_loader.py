@@ -8,7 +8,7 @@ cache of texts helps. FOLDER of --recordings holds prepared .npy files; without 
 samples. Files are in the page cache: the disk is not measured.
 
 The processor time of a conversation is that of all processes of the loader; other work on the machine lengthens it too,
-by its share of the caches, but less than the wall-clock time. `data.workers` 0 reads with two threads of one process.
+by its share of the caches, but less than the wall-clock time. `data.workers` 0 reads with a thread of this process.
 """
 
 import argparse

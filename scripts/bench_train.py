@@ -1,6 +1,6 @@
 """Training speed beside PyTorch: the same model, weights and ECG-QA conversations; prints docs/benchmarks.md's table.
 
-    python scripts/bench_train.py --data FOLDER --tokenizer FOLDER [--device cpu|gpu] [--json FILE] [--cases ...]
+    python scripts/bench_train.py --against torch --data FOLDER --tokenizer FOLDER [--device cpu|gpu] [--json FILE]
 
 FOLDER is what `prepare` made (ecg_qa.parquet and the recordings); questions about one ECG are taken, behind a system
 prompt of the reference's length. The tokenizer is Qwen2.5's. The decoder has
@@ -73,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of prepare: ecg_qa.parquet, ptb_xl/")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of Qwen2.5's tokenizer")
+    parser.add_argument("--against", choices=["torch"], default="torch", help="what it is held against")
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--cases", default="equal,system,padded,many,ecg", help="which rows of the table")
     parser.add_argument("--json", type=Path, help="write the figures here too")

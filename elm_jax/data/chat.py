@@ -258,7 +258,12 @@ def _opened(
     messages = place(turns, n_ecgs, style.clean_answers, strip=form.strip and phase != "pretrain")
     if not style.signal_tokens:
         messages = [Message(message.role, (message.text,)) for message in messages]
-    return replace(style, system=prompt if has_system else None), messages, n_ecgs
+    return _with_system(style, prompt if has_system else None), messages, n_ecgs
+
+
+@lru_cache(maxsize=64)
+def _with_system(style: Style, system: str | None) -> Style:
+    return replace(style, system=system)
 
 
 def _answers(messages: list[Message]) -> str:
@@ -277,7 +282,7 @@ def _rendered(style: Style, draft: Draft, n_ecgs: int) -> Rendered:
         positions = positions.reshape(draft.ecgs, style.signal_tokens)
     else:
         positions = np.zeros((n_ecgs, 0), np.int32)
-    learn = np.frombuffer(bytearray(draft.learn), bool)
+    learn = np.frombuffer(draft.learn, bool)
     return Rendered(draft.prompt, ids, learn, positions, draft.system_end, draft.signal_end)
 
 

@@ -53,7 +53,7 @@ def pretrain_labels(ids: Sequence[int], bos: int, signal: int | None) -> list[bo
     return [i >= start for i in range(len(ids))]
 
 
-def kept(ids: Sequence[int], learn: Sequence[bool], signal: int | None, bos: int, limit: int) -> list[int]:
+def kept(ids: Sequence[int], learn: Sequence[int], signal: int | None, bos: int, limit: int) -> list[int]:
     """The indices that stay when single tokens are dropped.
 
     First go those after the first signal that are not learnt, then those that are learnt, then those before

@@ -14,9 +14,12 @@ from elm_jax.errors import UserError
 THINK_PREFIX = "<think>\n"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Style:
-    """All that decides how messages are written; `system` None: no system turn; the last four are compat."""
+    """All that decides how messages are written; `system` None: no system turn; the last four are compat.
+
+    Equal only to itself: styles are few, made once, and looked up for every conversation.
+    """
 
     words: Vocabulary
     form: ChatForm
@@ -36,11 +39,11 @@ class Style:
 
 
 class Draft(NamedTuple):
-    """`ecgs` is how many were written."""
+    """`learn` has a byte 0 or 1 for each id; `ecgs` is how many were written."""
 
     prompt: str
     ids: list[int]
-    learn: list[bool]
+    learn: bytearray
     system_end: int
     signal_end: int
     ecgs: int
@@ -151,15 +154,15 @@ class Writer:
     def draft(self) -> Draft:
         words, specials = self.style.words, self.style.specials
         ids: list[int] = []
-        learn: list[bool] = []
+        learn = bytearray()
         ends = [0]
         for text, known, learnt in self.segments:
             found = words.encode(text, specials) if known is None else known
             ids += found
-            learn += [learnt] * len(found)
+            learn += (b"\1" if learnt else b"\0") * len(found)
             ends.append(len(ids))
         prompt = "".join(segment.text for segment in self.segments)
-        learn[:1] = [False] * len(learn[:1])  # nothing predicts the first token: a text without bos begins with it
+        learn[:1] = bytes(len(learn[:1]))  # nothing predicts the first token: a text without bos begins with it
         return Draft(prompt, ids, learn, ends[self.system_segments], ends[self.signal_segments], self.ecgs)
 
 
@@ -178,10 +181,10 @@ def chat_draft(style: Style, messages: Sequence[Message], opening: str | None = 
     if opening is not None:
         writer.next_header(opening)
         draft = writer.draft()
-        return draft._replace(learn=[False] * len(draft.ids))
+        return draft._replace(learn=bytearray(len(draft.ids)))
     writer.template(style.form.final, learn=True)
     draft = writer.draft()
-    return draft._replace(learn=_labels(style, draft.ids)) if style.by_ids else draft
+    return draft._replace(learn=bytearray(_labels(style, draft.ids))) if style.by_ids else draft
 
 
 def text_draft(style: Style, ecgs: int, text: str | None) -> Draft:
@@ -198,7 +201,7 @@ def text_draft(style: Style, ecgs: int, text: str | None) -> Draft:
     draft = writer.draft()
     if style.by_ids and text is not None:
         signal = style.words.id(SIGNAL_TOKEN)
-        return draft._replace(learn=chat_compat.pretrain_labels(draft.ids, style.form_id(bos), signal))
+        return draft._replace(learn=bytearray(chat_compat.pretrain_labels(draft.ids, style.form_id(bos), signal)))
     return draft
 
 
@@ -243,7 +246,7 @@ def _needed(draft: Draft, is_open: bool) -> int:
     """Tokens through the last one that matters."""
     if is_open or not any(draft.learn):
         return len(draft.ids)
-    return len(draft.ids) - draft.learn[::-1].index(True)
+    return draft.learn.rindex(True) + 1
 
 
 def _cut(style: Style, draft: Draft, limit: int, is_open: bool = False) -> Draft:
@@ -270,8 +273,8 @@ def _labels(style: Style, ids: Sequence[int]) -> list[bool]:
 def _without_tokens(style: Style, draft: Draft, limit: int, pretrain: bool) -> Draft:
     bos, signal = style.form_id(style.form.pretrain[0]), style.words.id(SIGNAL_TOKEN)
     kept = chat_compat.kept(draft.ids, draft.learn, signal, bos, limit)
-    ids, learn = [draft.ids[i] for i in kept], [draft.learn[i] for i in kept]
+    ids, learn = [draft.ids[i] for i in kept], bytearray(draft.learn[i] for i in kept)
     if style.by_ids:
-        learn = chat_compat.pretrain_labels(ids, bos, signal) if pretrain else _labels(style, ids)
+        learn = bytearray(chat_compat.pretrain_labels(ids, bos, signal) if pretrain else _labels(style, ids))
     ends = [end if kept[:end] == list(range(end)) else 0 for end in (draft.system_end, draft.signal_end)]
     return draft._replace(ids=ids, learn=learn, system_end=ends[0], signal_end=ends[1])

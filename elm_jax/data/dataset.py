@@ -134,7 +134,7 @@ class Dataset:
         if len(ecgs) == 1 and behaviours.enabled("truncate_tokens", self.text.compat):
             return _cut_as_reference(self._rendered(record, None), ecgs[0], limit, least)
         # Where the symbols vary the text does not: it makes room as if each ECG had at least `least` of them.
-        kept = len(ecgs) * max(least - 1, 0) if self._varies else reserved(ecgs, least)
+        kept = len(ecgs) * max(least - 1, 0) if self.varies else reserved(ecgs, least)
         try:
             rendered = self._rendered(record, limit - kept)
         except UserError as error:
@@ -200,7 +200,7 @@ class Dataset:
             nothing = np.zeros(length, np.int32)
             return Conversation(index, nothing, nothing.astype(bool), nowhere, None)
         r = self.render(index, signals, length)
-        if len(r.ids) != length and not self._varies:
+        if len(r.ids) != length and not self.varies:
             found = f"{len(r.ids)} tokens where the run's plan has {length}: its ECG has changed"
             raise UserError(f"record {self.records[index].id}", found, "the ECG as it was", "start the run again")
         return Conversation(index, r.ids, r.supervised, nowhere, [])
@@ -228,10 +228,10 @@ class Dataset:
                 pq.write_table(pa.table(columns), temporary)
                 temporary.replace(path)
         # An ECG of which every epoch has other symbols is part of no prefix of a known length.
-        return _for_share(columns, "system" if share == "ecg" and self._varies else share)
+        return _for_share(columns, "system" if share == "ecg" and self.varies else share)
 
     @property
-    def _varies(self) -> bool:
+    def varies(self) -> bool:
         """Whether an ECG has other symbols in every epoch."""
         return self.augments and self.signal.augment_ecg and self._symbols is not None
 
@@ -254,7 +254,7 @@ class Dataset:
             record = self.records[i]
             columns["dataset"][i] = record.dataset
             try:
-                rendered = self._planned(i) if self._varies else self.render(i)
+                rendered = self._planned(i) if self.varies else self.render(i)
             except UserError as error:
                 bad.append(error)
                 if len(bad) > max_bad * len(self):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
+import grain.experimental
 import grain.python as grain
 import numpy as np
 from absl import flags
@@ -13,6 +19,10 @@ from elm_jax.data.batch import Batch, Conversation, Group, Signal, empty_batch, 
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.plan import LengthIndex, Plan, PlannedGroup, PlannedRow
 from elm_jax.errors import UserError
+
+_SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; what exceeds its room ends a process without a word
+_IN_FLIGHT = 4  # steps of a worker: made, waiting, sent and read
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,9 +33,11 @@ class BadRecord:
     error: str
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """One host's part of a step, and what the log wants to know of it."""
+class Loaded(NamedTuple):
+    """One host's part of a step, and what the log wants to know of it.
+
+    A pytree, so that a worker process hands its arrays over in shared memory.
+    """
 
     step: int
     batch: Batch  # arrays with the leading micro-batch axis A
@@ -61,13 +73,21 @@ class StepSource:
     def __len__(self) -> int:
         return self.steps
 
+    def empty(self, step: int) -> Batch:
+        """The arrays of a step, with nothing in them."""
+        rows = self.plan.rows(step)
+        shape = self.plan.shape(rows)
+        if self.dataset.varies:  # a shorter conversation moves those behind it, and so the blocks that they see
+            shape = replace(shape, key_blocks=0)
+        mine = len(rows) // self.micro_batches // self.parts
+        return empty_batch(shape, self.dataset.signal.layout, self.micro_batches, mine)
+
     def __getitem__(self, step: int) -> Loaded:
         rows = self.plan.rows(int(step))
-        shape = self.plan.shape(rows)
+        batch = self.empty(int(step))
         reader = _Reader(self.dataset, self.plan.index, self.plan.epoch_of(int(step)))
         per_micro = len(rows) // self.micro_batches
         mine = per_micro // self.parts
-        batch = empty_batch(shape, self.dataset.signal.layout, self.micro_batches, mine)
         for m in range(self.micro_batches):
             first = m * per_micro + self.part * mine
             for r, row in enumerate(rows[first : first + mine]):
@@ -126,13 +146,41 @@ def unusable(dataset: Dataset, index: LengthIndex) -> list[BadRecord]:
     return found
 
 
+def _leave_signals(worker: int, workers: int) -> None:
+    """In a worker: what stops a run may be sent to all its processes, and the run still reads up to its last step.
+
+    SIGTERM stays as it is: Grain ends its workers by it.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def steps_from(source: StepSource, first: int, workers: int = 0) -> Iterator[Loaded]:
-    """The steps from `first` on, in order, read ahead by threads (or by `workers` processes)."""
+    """The steps from `first` on, in order, read ahead by a thread (or by `workers` processes)."""
     steps = grain.MapDataset.range(first, len(source)).map(source.__getitem__)
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     dataset = steps.to_iter_dataset(options)
-    if workers:
+    if workers and first < len(source):
         if not flags.FLAGS.is_parsed():
             flags.FLAGS(["elm_jax"])  # Grain reads flags of its own in the processes that it starts
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        if not _fits_shared_memory(source, first, workers):
+            through_pipes = grain.experimental.DatasetOptions(min_shm_size=1 << 62)
+            dataset = grain.experimental.WithOptionsIterDataset(dataset, through_pipes)
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _leave_signals)
     yield from dataset
+
+
+def _fits_shared_memory(source: StepSource, first: int, workers: int) -> bool:
+    """Whether the workers' batches fit into shared memory (containers often have 64 MiB); says so where not."""
+    if not _SHARED_MEMORY.is_dir():
+        return True
+    batch = source.empty(first)
+    arrays = [*batch, *(batch.signals.values() if isinstance(batch.signals, dict) else ())]
+    needed = workers * _IN_FLIGHT * sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+    room = shutil.disk_usage(_SHARED_MEMORY).free
+    if needed > room:
+        _log.warning(
+            "%s has %d MiB free, the batches of data.workers=%d may take %d: they are sent through pipes, which is "
+            "slower (a container's room is set by --shm-size)", _SHARED_MEMORY, room >> 20, workers, needed >> 20,
+        )  # fmt: skip
+    return needed <= room

@@ -19,6 +19,7 @@ import numpy as np
 from elm_jax.data.batch import BLOCK, BatchShape, visible_blocks
 from elm_jax.errors import UserError
 
+ECG_ROWS = 2  # version of how rows that share ECGs are made: a run goes on as it began
 PLANNED_EPOCHS = 2  # epochs whose rows are kept: steps at the end of one are read ahead into the next
 LEAST_BLOCKS = 8  # of a row's attention: in shorter ones nothing is gained by leaving some out
 SPLIT_ROWS = 8  # open rows from which on questions about one ECG are divided over rows to fill them
@@ -322,10 +323,10 @@ def token_buckets(max_len: int, pack: bool = True) -> list[int]:
     """Row lengths in use, in multiples of 8.
 
     Packed rows are full but for the last of an epoch: an eighth, a quarter, a half and the whole of max_len. Rows of
-    one conversation have its length, in steps of an eighth of the next power of two.
+    one conversation have its length, in steps of 64 or of an eighth of the next power of two.
     """
     if pack:
         return [max(8, -(-max_len // (8 * d)) * 8) for d in (8, 4, 2, 1)]
-    steps = [max(8, power // 8) for power in (1 << n for n in range(6, max_len.bit_length() + 1))]
+    steps = [1 << max(6, n - 3) for n in range(6, max_len.bit_length() + 1)]
     found = {size for step in steps for size in range(step, 8 * step + 1, step) if size < max_len}
     return [*sorted(found), -(-max_len // 8) * 8]

@@ -119,7 +119,8 @@ class Embedding(nnx.Module):
         table = hint(weight(self.table, dtype or self.table[...].dtype), "vocab", None)
         each = copies(table, self.table.axes, len(tokens))
         look_up = jax.vmap(lambda table, tokens: jnp.take(table, tokens, axis=0, mode="clip"))
-        return look_up(each, tokens.reshape(len(each), -1, *tokens.shape[1:])).reshape(*tokens.shape, -1)
+        parts = tokens.reshape(len(each), len(tokens) // len(each), *tokens.shape[1:])
+        return look_up(each, parts).reshape(*tokens.shape, table.shape[-1])
 
 
 class LearnedPositions(nnx.Module):

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from elm_jax.assemble import Assembly, assemble
 from elm_jax.config import Config
 from elm_jax.data.batch import BatchShape
+from elm_jax.errors import UserError, one_line
 from elm_jax.models.hints import placed
 from elm_jax.planning.costs import cost
 from elm_jax.planning.hlo import Collective, Module, collectives
@@ -92,18 +93,32 @@ def assembled(config: Config, mesh: Mesh) -> Assembly:
         return assemble(config, weights=False)
 
 
+class TooLarge(UserError):
+    """The compiler found no program that fits the memory of a device."""
+
+
 def compile_step(assembly: Assembly, mesh: Mesh, shape: BatchShape, topology: Topology) -> Compiled:
     """Compile the train step that `elm_jax.train` would jit.
 
     Raises:
         UserError: the batch, the heads or a parameter do not divide over the mesh.
+        TooLarge: no program fits (TPUs; for others `Compiled.bytes` tells).
     """
     check_rows(assembly.config, mesh)
     check_heads(mesh, assembly.llm)
     started = time.perf_counter()
     program = train_program(assembly, mesh, shape, STEPS)
     lowered = program.step.lower(program.state, program.frozen, program.batch)
-    done = lowered.compile(compiler_options=compiler_options(topology.hardware.platform))
+    try:
+        done = lowered.compile(compiler_options=compiler_options(topology.hardware.platform))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        raise TooLarge(
+            f"the mesh {sizes} on {topology.name}", one_line(str(error))[:300], "a program that fits",
+            "lower --rows, set llm.remat=full, or take more devices or another mesh",
+        ) from error  # fmt: skip
     seconds, text = time.perf_counter() - started, done.as_text()
     memory = done.memory_analysis()
     held = Bytes(

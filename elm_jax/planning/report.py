@@ -158,7 +158,14 @@ class Planner:
                 "--search", f"no mesh of {self.where.name} that holds parameters and optimizer", "one that does",
                 "take more devices, or train with LoRA",
             )  # fmt: skip
-        plans = [self.plan(mesh) for mesh in meshes]
+        plans, problem = [], None
+        for mesh in meshes:
+            try:
+                plans.append(self.plan(mesh))
+            except program.TooLarge as error:
+                problem = error
+        if problem is not None and not plans:
+            raise problem
         return sorted(plans, key=lambda plan: (not plan.fits, -plan.tokens_per_second))
 
     def candidates(self) -> list[MeshConfig]:
@@ -209,14 +216,15 @@ class Planner:
         return self._nodes[fsdp, tensor]
 
     def _mfu(self, compiled: Compiled, times: Times) -> float:
-        """As training counts it, for full rows of one conversation each."""
+        """As training counts it, for full rows of one conversation each, or of what fits in the blocks of keys."""
         leaves, shape = self.assembly.structure.leaves, compiled.shape
         layers = {n: leaf for n, leaf in leaves.items() if n.startswith("llm.layers.") and not is_lora(n)}
         trained = any(name in compiled.program.state.trained for name in layers)
+        pairs = shape.tokens * (shape.tokens + 1) // 2
         flops = step_flops(
             self.assembly.llm, sum(math.prod(leaf.shape) for leaf in layers.values()), trained,
             compiled.rows * shape.tokens, compiled.rows * shape.targets,
-            compiled.rows * shape.tokens * (shape.tokens + 1) // 2,
+            compiled.rows * min(pairs, shape.tokens * shape.key_blocks * BLOCK or pairs),
         )  # fmt: skip
         return flops / times.total / (self.where.hardware.peak * compiled.mesh.size)
 

@@ -317,33 +317,22 @@ def processes(environment: Mapping[str, str] = os.environ) -> Finding:
     from elm_jax.runtime.launchers import ADDRESS, COUNT, INDEX, find
 
     name = "processes"
-    values = {variable: environment[variable] for variable in (ADDRESS, COUNT, INDEX) if variable in environment}
-    if not values:
-        try:
-            place = find(environment)
-        except UserError as error:
-            return Finding(name, FAIL, f"{error.where}: {error.found} instead of {error.expected}", error.fix)
-        if place is None:
-            return Finding(name, OK, f"this process works alone: {ADDRESS} is not set")
-        text = f"process {place.index} of {place.count}, started by {place.launcher}, process 0 at {place.address}"
-        return Finding(name, OK, text)
-    unset = f"unset {' '.join(values)}  # to work alone"
-    missing = [variable for variable in (ADDRESS, COUNT, INDEX) if variable not in values]
-    if missing:
-        text = f"{', '.join(values)} set, but not {', '.join(missing)}"
-        return Finding(name, FAIL, text, f"export {' '.join(f'{m}=...' for m in missing)}, or {unset}")
-    host, _, port = values[ADDRESS].rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        return Finding(name, FAIL, f"{ADDRESS}={values[ADDRESS]} is not host:port", f"export {ADDRESS}=host:1234")
-    if not (values[COUNT].isdigit() and values[INDEX].isdigit() and int(values[INDEX]) < int(values[COUNT])):
-        text = f"{INDEX}={values[INDEX]} is not a number from 0 to below {COUNT}={values[COUNT]}"
-        return Finding(name, FAIL, text, f"export {INDEX}=0  # another in each process")
+    try:
+        place = find(environment)
+    except UserError as error:
+        fix = error.fix.replace(f"or set {COUNT}=1", f"or export {COUNT}=1")
+        return Finding(name, FAIL, f"{error.where}: {error.found} instead of {error.expected}", fix)
+    if place is None:
+        values = [variable for variable in (ADDRESS, COUNT, INDEX) if variable in environment]
+        why = f"{', '.join(values)} set so" if values else f"{ADDRESS} is not set"
+        return Finding(name, OK, f"this process works alone: {why}")
+    host, _, port = place.address.rpartition(":")
     try:
         socket.getaddrinfo(host.strip("[]"), int(port))
     except OSError as error:
-        text = f"{ADDRESS}={values[ADDRESS]}: {host} has no address ({error.strerror or error})"
+        text = f"{place.address}: {host} has no address ({error.strerror or error})"
         return Finding(name, FAIL, text, f"export {ADDRESS}=...  # a host that `getent hosts` knows")
-    text = f"process {values[INDEX]} of {values[COUNT]}; the coordinator's host, {host}, has an address"
+    text = f"process {place.index} of {place.count}, started by {place.launcher}; {host}, of process 0, has an address"
     return Finding(name, OK, text)
 
 

@@ -37,7 +37,6 @@ class Variable:
 
 VARIABLES = (
     Variable("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9", "of the GPU's memory; JAX's own default is 0.75"),
-    Variable("NCCL_NVLS_ENABLE", "1", "sums are made in the NVLink switch"),
     Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", "kernels start in the order of their launch", HOPPER),
 )
 

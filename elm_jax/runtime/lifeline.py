@@ -19,14 +19,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from elm_jax.errors import UserError
+from elm_jax.errors import Absent, UserError
 from elm_jax.runtime.launchers import Place
 
 JOIN_TIMEOUT = "ELM_JAX_JOIN_TIMEOUT"  # seconds in which all processes must have come
 JOIN_SECONDS = 300.0
 SILENT_SECONDS = 60  # after which a host that no longer answers counts as gone
 GRACE_SECONDS = 10.0  # in which a process that hears that another has failed may end by itself
-LOST, FAILED = 75, 1  # exit status: another process is gone (try again); one has failed (as Python's own)
+LOST, FAILED = Absent.status, 1  # exit status: another process is gone (try again); one has failed (as Python's own)
 
 Facts = dict[str, Any]
 Judge = Callable[[list[Facts]], UserError | None]
@@ -53,7 +53,7 @@ class Lifeline:
         if error is None:
             self._tell({"left": self.place.index})
             return
-        status = 2 if isinstance(error, UserError) else FAILED
+        status = error.status if isinstance(error, UserError) else FAILED
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error)[:300]}"
         self._tell({"failed": self.place.index, "text": text, "status": status})
         _end_in(GRACE_SECONDS / 2, status)
@@ -91,7 +91,7 @@ class Lifeline:
             if not self._leaving.is_set():
                 self._leaving.set()  # the others end about now, too
                 status, index = message["status"], message["failed"]
-                who = "error:" if status == 2 else f"process {index} on {self.hosts[index]} has failed:"
+                who = "error:" if status != FAILED else f"process {index} on {self.hosts[index]} has failed:"
                 _end_in(GRACE_SECONDS, status, f"{who} {message['text']}")
 
     def _closed(self, index: int) -> None:
@@ -115,7 +115,7 @@ def join(place: Place, facts: Facts, judge: Judge) -> Lifeline:
     facts: JSON values of this process; `host` is added. judge: what is wrong with the facts of all, in order.
 
     Raises:
-        UserError: in every process that came, the same one: another is missing, or what `judge` returned.
+        UserError: in every process that came, the same one: another is missing (Absent), or what `judge` returned.
     """
     seconds = _seconds()
     own = {**facts, "host": socket.gethostname(), "index": place.index, "count": place.count}
@@ -156,7 +156,7 @@ def _receive_all(
                 line = _Line(server.accept()[0])
             except TimeoutError:
                 missing = [str(i) for i in range(place.count) if i not in known]
-                problem = UserError(
+                problem = Absent(
                     place.names[1], f"{len(known)} of {place.count} processes within {seconds:g} s, without number "
                     f"{', '.join(missing[:8])}{' and more' if len(missing) > 8 else ''}", "all of them",
                     f"see what the missing ones printed, or raise {JOIN_TIMEOUT}",
@@ -187,7 +187,7 @@ def _receive_all(
 
 
 def _wrong(problem: UserError) -> dict[str, Any]:
-    return {"error": [problem.where, problem.found, problem.expected, problem.fix]}
+    return {"error": [problem.where, problem.found, problem.expected, problem.fix], "status": problem.status}
 
 
 def _listen(place: Place) -> socket.socket:
@@ -219,7 +219,7 @@ def _report(
         except OSError as error:  # process 0 may start later, and its name may be known later
             reason = error.strerror or str(error)
         if time.monotonic() > deadline:
-            raise UserError(
+            raise Absent(
                 place.names[0], f"no answer of process 0 at {where[0]}:{where[1]} within {seconds:g} s ({reason})",
                 "process 0 listening there", f"see what process 0 printed, check the address, or raise {JOIN_TIMEOUT}",
             )  # fmt: skip
@@ -227,12 +227,12 @@ def _report(
     line.send(own)
     said = line.read(max(1.0, deadline - time.monotonic()) + 10.0)  # process 0 is the one to say who is missing
     if said is None:
-        raise UserError(
+        raise Absent(
             place.names[0], f"no answer of process 0 at {where[0]}:{where[1]}", "its roll call",
             "see what process 0 printed, and whether another program listens there",
         )  # fmt: skip
     if "error" in said:
-        raise UserError(*said["error"])
+        raise (Absent if said["status"] == LOST else UserError)(*said["error"])
     return {0: line}, said["hosts"]
 
 

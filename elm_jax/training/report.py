@@ -43,8 +43,10 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         """Take the other's steps as well."""
+        self.each += other.each  # in place: there is one for each step of the run
         for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+            if name != "each":
+                setattr(self, name, getattr(self, name) + value)
 
     def rates(self, flops: Flops, peak: float | None) -> dict[str, Any]:
         """The entries of a line that depend on time. `peak`: FLOP/s of all devices, where it is known."""

@@ -34,13 +34,13 @@ def submitted(tmp_path: Path, status: int, restarts: str | None = None) -> tuple
     return done.returncode, log.read_text().splitlines()
 
 
-@pytest.mark.parametrize("status", [0, 1, 2, 75, 143])
+@pytest.mark.parametrize("status", [0, 1, 2, 75, 137, 139, 143])
 def test_a_job_goes_on_after_its_time_limit_and_after_a_lost_process(tmp_path: Path, status: int) -> None:
     found, commands = submitted(tmp_path, status)
     assert found == status
     arguments = "--config.log.progress=false --config configs/demo.py --config.seed=1"
     assert commands[0].endswith(f"python -m elm_jax.train {arguments}")
-    assert commands[1:] == (["scontrol requeue 17"] if status in (75, 143) else [])
+    assert commands[1:] == (["scontrol requeue 17"] if status in (75, 137, 139, 143) else [])
 
 
 def test_a_job_does_not_go_on_for_ever(tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from texts import chat_tokenizer
 
 from elm_jax.config import DataConfig
+from elm_jax.data import loader
 from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Conversation, Group, collate
 from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.loader import Loaded, StepSource, steps_from, unusable
@@ -208,7 +209,7 @@ def test_the_hosts_parts_together_are_the_step(share: str, micro: int, parts: in
         read = [host[step] for host in hosts]
         together = Batch(*(np.concatenate(arrays, axis=1) for arrays in zip(*(r.batch for r in read), strict=True)))
         for one in read:
-            assert_equal(dataclasses.replace(one, batch=together), whole[step])
+            assert_equal(one._replace(batch=together), whole[step])
 
 
 @pytest.mark.parametrize("share", ["none", "system", "ecg"])
@@ -248,6 +249,20 @@ def test_worker_processes_read_what_threads_read(workers: int) -> None:
     found = list(steps_from(source(), 1, workers=workers))
     assert len(found) == len(expected) == 5
     for mine, theirs in zip(found, expected, strict=True):
+        assert_equal(mine, theirs)
+
+
+@pytest.mark.slow
+def test_batches_that_shared_memory_cannot_hold_go_through_pipes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = list(steps_from(source(), 1))
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 10))
+    monkeypatch.setattr(loader, "_SHARED_MEMORY", Path("/"))
+    found = list(steps_from(source(), 1, workers=1))
+    assert "--shm-size" in caplog.text
+    for mine, theirs in zip(found, expected, strict=True):
+        assert type(mine.batch.tokens) is np.ndarray
         assert_equal(mine, theirs)
 
 

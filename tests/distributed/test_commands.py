@@ -24,6 +24,9 @@ SMALL = {
     "llm.scratch": '{"hidden":32,"layers":2,"heads":4,"kv_heads":2,"mlp":64,"max_len":128}', "train.batch_size": 8,
     "optim.schedule": "constant", "optim.warmup_ratio": 0, "data.val_fraction": 0,
 }  # fmt: skip
+# Four processes sum in another order than four devices of one. The encoder's batch statistics enlarge that: half a unit
+# in the last place of an ECG moves the gradient's norm by up to 1e-2 (golden encoder_merl_batchnorm_train), Adam more.
+FIRST_OF_FOUR, LATER_OF_FOUR = {"grad_norm": 1e-4}, {"loss": 1e-3, "grad_norm": 2e-2}
 LOGGED = {"train.log_every": 1, "train.save_every": 2, "eval.at_end": "false", "log.progress": "false"}
 REAL = {
     "llm.name": "stories260K", "llm.compute_dtype": "float32", "llm.remat": "none", "data.max_len": 512,
@@ -32,6 +35,8 @@ REAL = {
     "train.batch_size": 8, "data.val_fraction": 0, "data.names": "ecg_qa.parquet,ptb_xl_reports.parquet",
 }  # fmt: skip
 Flags = dict[str, Any]
+Bounds = tuple[dict[str, float], dict[str, float]]
+EXACT: Bounds = ({}, {})
 
 
 def command(config: str, workdir: Path, flags: Flags) -> list[str]:
@@ -64,13 +69,15 @@ def train(count: int, *arguments: Any, **options: Any) -> None:
     runs.finish_all([start(command(*arguments), env=env, **options) for env in environments])
 
 
-def assert_same(found: Path, expected: Path, steps: int = STEPS) -> None:
+def assert_same(found: Path, expected: Path, steps: int = STEPS, bounds: Bounds = EXACT) -> None:
+    """The same values at each step, to 1e-5; `bounds`: others, of the first step and of later ones."""
     mine, theirs = runs.logged(found), runs.logged(expected)
     assert mine.keys() == theirs.keys() == set(range(1, steps + 1))
     for step, values in theirs.items():
         assert mine[step].keys() == values.keys()
         for name, value in values.items():
-            assert mine[step][name] == pytest.approx(value, rel=1e-5), f"{name} of step {step}"
+            bound = bounds[step > 1].get(name, 1e-5)
+            assert mine[step][name] == pytest.approx(value, rel=bound), f"{name} of step {step}"
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +107,8 @@ def test_processes_train_on_real_data_as_one_with_as_many_devices_does(real: Pat
     flags = {**REAL, "data.root": "data", "train.steps": STEPS}
     train(count, "configs/llava_merl.py", Path(f"together-{count}"), flags, cwd=real)
     train(1, "configs/llava_merl.py", Path(f"alone-{count}"), flags, cwd=real, devices=count)
-    assert_same(real / f"together-{count}", real / f"alone-{count}")
+    bounds = (FIRST_OF_FOUR, LATER_OF_FOUR) if count == 4 else EXACT
+    assert_same(real / f"together-{count}", real / f"alone-{count}", bounds=bounds)
 
 
 @pytest.fixture(scope="module")

@@ -61,13 +61,13 @@ def test_what_the_user_has_set_stays(monkeypatch: Patch, library: Path, capsys: 
     monkeypatch.setattr(gpu_settings, "is_any", lambda models: "H200" in models)
     monkeypatch.setattr(gpu_settings.metadata, "version", lambda _: "0.10.2")
     own = "--xla_gpu_enable_latency_hiding_scheduler=false --xla_foo=1"
-    environment = {"XLA_FLAGS": own, "NCCL_NVLS_ENABLE": "0"}
+    environment = {"XLA_FLAGS": own, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
     gpu_settings.apply(environment)
     assert environment["XLA_FLAGS"].endswith(own) and environment["XLA_FLAGS"].count("latency_hiding") == 1
-    assert environment["NCCL_NVLS_ENABLE"] == "0" and environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5" and environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     told = capsys.readouterr().err
     assert "jaxlib 0.10.2" in told and environment["XLA_FLAGS"] in told
-    assert "not known to it: xla_gpu_enable_triton_gemm" in told and "NCCL" not in told
+    assert "not known to it: xla_gpu_enable_triton_gemm" in told and "MEM_FRACTION" not in told
 
 
 def test_only_process_0_tells(monkeypatch: Patch, library: Path, capsys: pytest.CaptureFixture[str]) -> None:
