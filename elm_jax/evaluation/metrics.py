@@ -20,8 +20,7 @@ from elm_jax.evaluation.protocols import BERT_METRICS, BERT_MODEL, PROTOCOLS, Pr
 from elm_jax.evaluation.scores import answers as compared
 from elm_jax.evaluation.scores import overlap
 from elm_jax.evaluation.scores.bert import BertScore
-from elm_jax.evaluation.scores.meteor import meteor
-from elm_jax.evaluation.scores.wordnet import WordNet, find_wordnet
+from elm_jax.evaluation.scores.meteor import Meteor
 from elm_jax.evaluation.statistics import Patients, ci95
 
 FIELDS = ("name", "question_type", "attribute_type", "attribute", "template_id")  # what questions are grouped by
@@ -155,13 +154,12 @@ class Scorer:
 
     def _meteor(self, folder: str | None) -> Metric | None:
         try:
-            words = WordNet(find_wordnet(folder))
+            return _mean_of(Meteor(folder))
         except UserError as error:
             if folder is not None:
                 raise
             self.unavailable["meteor"] = str(error)
             return None
-        return _mean_of(lambda answer, truth: meteor(answer, truth, words))
 
     def _bert(self, name: str | None) -> dict[str, Metric]:
         try:

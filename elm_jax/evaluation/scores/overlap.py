@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 
-from elm_jax.evaluation.scores.porter import stem
-
 BLEU_ORDERS = 4
 _BLEU_EPSILON = 0.1
-_NOT_A_WORD = re.compile(r"[^a-z0-9]+")
 
 
 def bleu_counts(answer: str, truth: str) -> list[float]:
@@ -41,13 +39,15 @@ def bleu(sums: np.ndarray) -> np.ndarray:
 
 
 def rouge_l(answer: str, truth: str) -> float:
-    """F-measure of the longest common subsequence of stemmed words, as the `rouge_score` package has it. Lin 2004."""
-    ours, theirs = _stems(answer), _stems(truth)
-    if not ours or not theirs:
-        return 0.0
-    common = _common_length(ours, theirs)
-    precision, recall = common / len(ours), common / len(theirs)
-    return 2 * precision * recall / (precision + recall) if common else 0.0
+    """F-measure of the longest common subsequence of stemmed words, by the `rouge_score` package. Lin 2004."""
+    return float(_rouge().score(truth, answer)["rougeL"].fmeasure)
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # slow to import
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def rouge_n_of_sets(answer: str, truth: str, n: int) -> float:
@@ -76,25 +76,8 @@ def _sentences(text: str) -> list[str]:
     return [" ".join(part.split()) for part in text.split(".") if part]
 
 
-def _stems(text: str) -> list[str]:
-    """Words of ASCII letters and digits; those of more than three are stemmed."""
-    return [stem(word) if len(word) > 3 else word for word in _NOT_A_WORD.split(text.lower()) if word]
-
-
 def _runs(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-
-
-def _common_length(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of a longest common subsequence, a row of the table in one integer (Hyyro 2004)."""
-    places: dict[str, int] = {}
-    for i, word in enumerate(a):
-        places[word] = places.get(word, 0) | 1 << i
-    whole = row = (1 << len(a)) - 1
-    for word in b:
-        here = row & places.get(word, 0)
-        row = ((row + here) | (row - here)) & whole
-    return len(a) - row.bit_count()
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> list[str]:
