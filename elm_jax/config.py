@@ -174,7 +174,7 @@ class EvalConfig:
     limit: int | None = key(None, "evaluate only the first so many questions", limit="at least 1")
     labels: str | None = key(None, "PTB-XL's folder: also ask for each of its statements whether the ECG shows it")
     protocol: str = key("ours", "by which rules answers are scored", choices=tuple(PROTOCOLS))
-    wordnet: str | None = key(None, "folder of NLTK's data with corpora/wordnet, for METEOR; None looks in NLTK's places")
+    wordnet: str | None = key(None, "folder of NLTK's data, for METEOR's WordNet; None looks in NLTK's places")
     bert_model: str | None = key(None, "model of BERTScore, which is computed if it is named or the protocol has it")
 
 

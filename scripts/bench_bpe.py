@@ -10,8 +10,6 @@ several repetitions: run it on an idle machine.
 
 import argparse
 import ctypes
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import machine
 
 from elm_jax.config import DataConfig
 from elm_jax.data.ecg import read_recording, to_segment
@@ -43,7 +42,7 @@ def main() -> None:
     ecgs = _recordings(args.recordings)
     records = [EcgByte([]).to_symbols(ecg) for ecg in ecgs]
     coder = EcgByte.load(args.tokenizer) if args.tokenizer else EcgByte.train(records, MERGES)
-    print(f"{_machine()}; {len(ecgs)} recordings, {len(coder.merges)} merges\n")
+    print(f"{machine('numpy')}; {len(ecgs)} recordings, {len(coder.merges)} merges\n")
     print("| what | other algorithm | ours | times faster |\n|---|---|---|---|")
     _encoding(other, coder, ecgs, args.repeat)
     _feeding(coder, ecgs[:100], args.repeat)
@@ -163,14 +162,6 @@ def _least(work: Callable[[], object], repeat: int, clock: Callable[[], float] =
         work()
         times.append(clock() - start)
     return min(times)
-
-
-def _machine() -> str:
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, numpy {np.__version__}"
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ changes little, and in wall-clock seconds.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from machine import machine
 
 SIZES = {"hidden": 1536, "heads": 12, "kv_heads": 2, "mlp": 8960, "max_len": 1024}
 TOKENS, SIGNALS, TARGETS = 1024, 4, 64
@@ -37,7 +37,7 @@ def main() -> None:
         return
     rows = [_least(layers, scan, args.repeat) for scan in ([True, False] if args.unrolled else [True])
             for layers in args.layers]  # fmt: skip
-    result = {"machine": _machine(), "tokens": TOKENS, "sizes": SIZES, "rows": rows}
+    result = {"machine": machine("jax"), "tokens": TOKENS, "sizes": SIZES, "rows": rows}
     _print(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -95,15 +95,6 @@ def _print(result: dict[str, Any]) -> None:
         kind = "scan" if row["scan"] else "unrolled"
         times = " | ".join(f"{row[name]:.1f}" for name in ("trace_cpu_s", "compile_cpu_s", "cpu_s", "wall_s"))
         print(f"| {row['layers']} | {kind} | {times} | {row['cpu_s'] / first['cpu_s']:.2f} |")
-
-
-def _machine() -> str:
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    load = f", load {os.getloadavg()[0]:.0f}" if sys.platform != "win32" else ""
-    return f"{name}, {os.cpu_count()} cores{load}, Python {platform.python_version()}, jax {version('jax')}"
 
 
 if __name__ == "__main__":

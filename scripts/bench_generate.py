@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_train import SIGNAL_TOKENS, machine, write_llm
+from bench_train import SIGNAL_TOKENS, write_llm
+from machine import machine
 
 ROWS = 32
 
@@ -53,7 +54,8 @@ def main() -> None:
     ours, theirs = found["ours"], found["theirs"]
     same = np.mean([a == b for a, b in zip(ours.pop("tokens"), theirs.pop("tokens"), strict=False)])
     load = " and ".join(f"{side['load']:.1f}" for side in (ours, theirs))
-    print(f"{machine(args.device)}; load of the machine before each side: {load}\n")
+    on = machine("jax", "torch", "transformers", device=args.device)
+    print(f"{on}; load of the machine before each side: {load}\n")
     print("| side | questions | tokens | seconds | questions/s | times | processor seconds a question | times |")
     print("|---|---|---|---|---|---|---|---|")
     for name, side in found.items():
@@ -64,7 +66,7 @@ def main() -> None:
     for name, count in ours["calls"].items():
         print(f"- {count} calls of {name}")
     if args.json:
-        told = {"machine": machine(args.device), "rows": args.rows, "repeat": args.repeat, "equal": same, **found}
+        told = {"machine": on, "rows": args.rows, "repeat": args.repeat, "equal": same, **found}
         args.json.write_text(json.dumps(told, indent=1))
 
 

@@ -15,8 +15,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import machine
 from transformers import AutoTokenizer
 
 from elm_jax.config import DataConfig
@@ -57,7 +56,7 @@ def main() -> None:
         source = StepSource(dataset, plan, steps=plan.steps_before(1))
         source[0]
         result = {
-            "machine": _machine(), "share": args.share, "conversations": len(dataset),
+            "machine": machine("numpy", "grain"), "share": args.share, "conversations": len(dataset),
             "tokens_per_conversation": float(index.length.mean()), "recordings_are_real": args.recordings is not None,
             "split_us": _split(source), "workers": [_through(source, workers) for workers in args.workers],
         }  # fmt: skip
@@ -200,15 +199,6 @@ def _print(result: dict[str, Any]) -> None:
     for row in result["workers"]:
         figures = (f"{row['processor_us']:.0f}", f"{1e6 / row['processor_us']:.0f}", row["cores_used"])
         print(f"| {row['workers']} |", " | ".join(map(str, figures)), f"| {row['wall_per_s']}/s |")
-
-
-def _machine() -> str:
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    load = f"load {os.getloadavg()[0]:.0f}" if sys.platform != "win32" else ""
-    return f"{name}, {os.cpu_count()} cores, {load}, Python {platform.python_version()}, numpy {np.__version__}"
 
 
 if __name__ == "__main__":

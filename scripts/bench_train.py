@@ -17,7 +17,6 @@ A step of ours fixes which conversations a step of theirs has, and the losses of
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import machine
 
 SHAPE = {"hidden_size": 896, "num_hidden_layers": 8, "num_attention_heads": 14, "num_key_value_heads": 2,
          "intermediate_size": 4864, "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
@@ -85,7 +85,8 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         _prepare(Path(folder), args)
-        print(f"{machine(args.device)}\n")
+        on = machine("jax", "torch", "transformers", device=args.device)
+        print(f"{on}\n")
         print("| case | theirs, conv/s | ours, conv/s | times | theirs, GB above the state | ours | ratio |")
         print("|---|---|---|---|---|---|---|")
         for name in args.cases.split(","):
@@ -97,7 +98,7 @@ def main() -> None:
                 cells += [f"{theirs[key]:.3g}", f"{ours[key]:.3g}", f"{ours[key] / theirs[key]:.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(args.device), "cases": found}, indent=1))
+        args.json.write_text(json.dumps({"machine": on, "cases": found}, indent=1))
 
 
 # -- what both sides read ---------------------------------------------------------------------------------------
@@ -374,9 +375,6 @@ def _theirs(work: Path) -> None:
     )
 
 
-# -- the machine ------------------------------------------------------------------------------------------------
-
-
 def _resident() -> float:
     """GB that this process holds now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e9
@@ -389,17 +387,6 @@ def _peak(device: str) -> float:
     import jax
 
     return (jax.local_devices()[0].memory_stats() or {})["peak_bytes_in_use"] / 1e9
-
-
-def machine(device: str) -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    if device == "gpu":
-        name = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
-        ).stdout.strip()
-    packages = ", ".join(f"{package} {version(package)}" for package in ("jax", "torch", "transformers"))
-    return f"{name}, {os.cpu_count()} cores; Python {platform.python_version()}, {packages}"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Conversation, Group, collate, stack_micro_batches
+from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Conversation, Group, collate
 from elm_jax.models.connectors import build_connector
 from elm_jax.models.decoder import Decoder
 from elm_jax.models.elm import ELM
@@ -77,3 +77,8 @@ class RandomConversations:
 def batch_of(rows: Sequence[list[Group]], tokens: int = 64, signals: int = 8, targets: int = 24) -> Batch:
     """One micro-batch of these rows."""
     return stack_micro_batches([collate(list(rows), BatchShape(tokens, signals, targets), SIGNAL_LAYOUT)])
+
+
+def stack_micro_batches(batches: list[Batch]) -> Batch:
+    """Micro-batches of equal shape: every array gets the leading axis A."""
+    return jax.tree.map(lambda *parts: np.stack(parts), *batches)

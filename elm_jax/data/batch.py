@@ -237,14 +237,3 @@ def _ecgs_before(c: Conversation, prefix: int) -> int:
     if not c.signal_positions.size:
         return 0
     return int((c.signal_positions.max(axis=1) < prefix).sum())
-
-
-def stack_micro_batches(batches: list[Batch]) -> Batch:
-    """Stack A micro-batches of equal shape: every array gets the leading axis A."""
-    return Batch(*(_stacked(parts) for parts in zip(*batches, strict=True)))
-
-
-def _stacked(parts: tuple[Any, ...]) -> Any:
-    if isinstance(parts[0], dict):
-        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-    return np.stack(parts)

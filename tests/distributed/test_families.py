@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
-from support import LEADS, SAMPLES, SIGNAL_LAYOUT, SIGNAL_TOKENS, RandomConversations
+from support import LEADS, SAMPLES, SIGNAL_LAYOUT, SIGNAL_TOKENS, RandomConversations, stack_micro_batches
 from tiny_llms import TINY, VOCABULARY, WINDOW
 
 from elm_jax.config import MeshConfig, resolve
-from elm_jax.data.batch import Batch, BatchShape, Group, collate, stack_micro_batches
+from elm_jax.data.batch import Batch, BatchShape, Group, collate
 from elm_jax.errors import UserError
 from elm_jax.models.connectors import build_signal_connector
 from elm_jax.models.decoder import Decoder, DecoderConfig

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import runs
 from flax import nnx
-from support import LEADS, SIGNAL_LAYOUT, SIGNAL_TOKENS, RandomConversations
+from support import LEADS, SIGNAL_LAYOUT, SIGNAL_TOKENS, RandomConversations, stack_micro_batches
 
 from elm_jax.config import Config, MeshConfig, resolve
-from elm_jax.data.batch import Batch, BatchShape, Group, collate, stack_micro_batches
+from elm_jax.data.batch import Batch, BatchShape, Group, collate
 from elm_jax.models.connectors import build_connector
 from elm_jax.models.decoder import Decoder
 from elm_jax.models.elm import ELM

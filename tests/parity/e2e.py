@@ -20,7 +20,7 @@ from flax import nnx
 
 from elm_jax.assemble import CONNECTORS
 from elm_jax.config import Config, MeshConfig, resolve
-from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Conversation, Group, collate, stack_micro_batches
+from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Conversation, Group, collate
 from elm_jax.models.connectors import SIGNAL_KINDS, build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder
 from elm_jax.models.elm import ELM
@@ -214,7 +214,7 @@ def replay(case: Case, trace: Mapping[str, Any]) -> Replayed:
     for window in windows(trace):
         rates.append(peak * float(rate(len(rates))))
         micro = [case.batch(max(number, 0), empty=number < 0) for number in window]
-        state, metrics = step(state, kept, stack_micro_batches(micro))
+        state, metrics = step(state, kept(micro))
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
         squares = [np.sum(np.square(np.asarray(x, np.float64))) for x in state.trained.values()]

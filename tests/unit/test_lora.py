@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support import LEADS, SAMPLES, SIGNAL_LAYOUT, SIGNAL_TOKENS, RandomConversations, tiny_elm
+from support import LEADS, SAMPLES, SIGNAL_LAYOUT, SIGNAL_TOKENS, RandomConversations, stack_micro_batches, tiny_elm
 
 from elm_jax.config import Config, LoraConfig, MeshConfig, resolve
-from elm_jax.data.batch import Batch, BatchShape, Group, collate, stack_micro_batches
+from elm_jax.data.batch import Batch, BatchShape, Group, collate
 from elm_jax.errors import UserError
 from elm_jax.inference.generate import generate
 from elm_jax.models.connectors import build_signal_connector

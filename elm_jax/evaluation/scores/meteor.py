@@ -8,7 +8,7 @@ from typing import Any
 
 from elm_jax.errors import UserError
 
-_FIX = "run `python -m nltk.downloader wordnet`, or set --config.eval.wordnet or NLTK_DATA to where it is; METEOR needs it"
+_FIX = "run `python -m nltk.downloader wordnet`, or set --config.eval.wordnet or NLTK_DATA; METEOR needs it"
 
 
 class Meteor:
