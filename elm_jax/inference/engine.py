@@ -69,7 +69,7 @@ class Engine:
     ) -> None:
         self.vocabulary, self.ways, self.most_pairs = llm.config.vocab_size, ways, PAIRS * ways
         self.calls: Counter[str] = Counter()  # of each program with its shapes: as many entries as compilations
-        self.model = programs.Model(*nnx.split(llm), placement)
+        self.model = programs.Model(*nnx.split(llm if llm.scan else llm.unstacked()), placement)
         self.ends, self.end_ids = frozenset(ends), jnp.asarray(tuple(ends), jnp.int32)
         self.prefills = Prefills(self.model, embed, self.note)
 

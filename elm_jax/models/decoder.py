@@ -175,9 +175,10 @@ class Decoder(nnx.Module):
         with its own window, known when the step is traced. The body is rematerialised, layer by layer, as the
         model says.
         """
-        graph, state = nnx.split(self.layers)
         windows = self.config.windows
         period = len(windows)
+        alone = isinstance(self.layers, nnx.List)
+        graph, *states = _split_layers(self.layers)
 
         def layer_step(window: Window) -> Callable[[Any, Any], tuple[Any, Any]]:
             def step(carry: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -191,23 +192,31 @@ class Decoder(nnx.Module):
         def run(carry: Any, inputs: Any) -> tuple[Any, Any]:
             ys = []
             for place, step in enumerate(steps):
-                carry, y = step(carry, jax.tree.map(lambda leaf, i=place: leaf[i], inputs))
+                carry, y = step(carry, _layer(inputs, place))
                 ys.append(y)
             return carry, _stacked(ys)
 
         def fold(leaf: jax.Array) -> jax.Array:
             return leaf.reshape(-1, period, *leaf.shape[1:])
 
-        inputs, groups = jax.tree.map(fold, (state, xs)), self.config.layers // period
         if self.scan:
+            inputs, groups = jax.tree.map(fold, (states[0], xs)), self.config.layers // period
             carry, ys = jax.lax.scan(run, carry, inputs, length=groups)
-        else:
-            parts = []
-            for group in range(groups):
-                carry, part = run(carry, jax.tree.map(lambda leaf, i=group: leaf[i], inputs))
-                parts.append(part)
-            ys = _stacked(parts)
-        return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
+            return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
+        ys = []
+        for index in range(self.config.layers):
+            state = states[index] if alone else _layer(states[0], index)
+            carry, y = steps[index % period](carry, (state, _layer(xs, index)))
+            ys.append(y)
+        return carry, _stacked(ys)
+
+    def unstacked(self) -> "Decoder":
+        """The decoder with arrays of its own for each layer, unrolled: a slice of a stacked array is a copy."""
+        found = nnx.merge(*nnx.split(self))
+        graph, state = nnx.split(self.layers)
+        found.layers = nnx.List(nnx.merge(graph, part) for part in _unstacked(state, self.config.layers))
+        found.scan = False
+        return found
 
     def __call__(
         self,
@@ -312,6 +321,31 @@ def _logits(
         model = nnx.merge(graph, state)
         h = model.hidden(model.embed_prompt(prompt), model.prompt_positions(valid), padding_mask(valid))
         return model.logits(h)
+
+
+def _split_layers(layers: Any) -> tuple[Any, ...]:
+    """The graph of a layer, and the state of all layers stacked, or those of each."""
+    if not isinstance(layers, nnx.List):
+        return nnx.split(layers)
+    parts = [nnx.split(layer) for layer in layers]
+    return parts[0][0], *(state for _, state in parts)
+
+
+def _layer(stacked: Any, index: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
+def _unstacked(stacked: Any, layers: int) -> list[Any]:
+    """The slices of stacked arrays, each on its own and where the stack was."""
+
+    def slices(leaf: jax.Array) -> list[jax.Array]:
+        place = leaf.sharding
+        if isinstance(place, jax.sharding.NamedSharding):
+            place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*place.spec[1:]))
+        return jax.jit(lambda x: [x[i] for i in range(layers)], out_shardings=place)(leaf)
+
+    leaves, tree = jax.tree.flatten(stacked)
+    return [jax.tree.unflatten(tree, parts) for parts in zip(*map(slices, leaves), strict=True)]
 
 
 def _stacked(trees: list[Any]) -> Any:
