@@ -22,7 +22,6 @@ on stderr, "error: ...", and the chat goes on. --config.eval.* says how answers 
 --config.eval.max_new_tokens=64 or --config.eval.temperature=0.7.
 """
 
-import json
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
@@ -99,6 +98,7 @@ class _Chat:
 
     def __init__(self, session: "Session", is_terminal: bool, pictures: Path | None) -> None:
         self.session, self.is_terminal, self.pictures = session, is_terminal, pictures
+        self.shown = 0  # ECGs, of cleared conversations too: no picture is written twice
 
     def obey(self, line: str) -> bool:
         """Do what one line says; False to leave."""
@@ -112,12 +112,13 @@ class _Chat:
     def show(self, path: str) -> None:
         """Add an ECG to the conversation, and draw it."""
         ecg = self.session.add_ecg(path)
+        self.shown += 1
         number = len(self.session.ecgs)
         print(f"ecg {number}: {ecg.summary}", flush=True)
         if self.is_terminal and "utf" in (sys.stdout.encoding or "").lower():
             print("\n".join(self._drawn(ecg.recorded)), flush=True)
         if self.pictures is not None:
-            print(f"ecg {number}: drawn in {self._written(ecg.recorded, number)}", flush=True)
+            print(f"ecg {number}: drawn in {self._written(ecg.recorded)}", flush=True)
 
     def _drawn(self, recorded: "np.ndarray") -> list[str]:
         from elm_jax.data.ecg import LEADS
@@ -125,15 +126,15 @@ class _Chat:
 
         return in_characters(recorded, LEADS, self.session.spec.sampling_rate, get_terminal_size().columns)
 
-    def _written(self, recorded: "np.ndarray", number: int) -> Path:
-        """The file of the picture."""
+    def _written(self, recorded: "np.ndarray") -> Path:
+        """The file of the picture. The ECG is part of the conversation already, even where it cannot be written."""
         from PIL import Image
 
         from elm_jax.data.ecg import LEADS
         from elm_jax.data.rasterize import draw
 
         assert self.pictures is not None
-        path = self.pictures / f"ecg_{number}.png"
+        path = self.pictures / f"ecg_{self.shown}.png"
         page = draw(recorded, self.session.spec.sampling_rate, LEADS, dpi=PICTURE_DPI)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +166,7 @@ class _Chat:
         if name == "/ecg":
             self.show(given)
         elif name == "/save":
-            print(f"saved in {' and '.join(map(str, save(self.session, Path(given).expanduser())))}", flush=True)
+            print(f"saved in {' and '.join(map(str, self.session.save(given)))}", flush=True)
         elif name == "/system":
             if argument:
                 self.session.instruct(argument)
@@ -179,21 +180,6 @@ class _Chat:
             fix = nearest(name, COMMANDS) or "write a blank before a message that begins with /"
             raise UserError(name, "an unknown command", f"{', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}", fix)
         return name != "/quit"
-
-
-def save(session: "Session", path: Path) -> tuple[Path, Path]:
-    """Write the conversation as a record, .json, and as text to read, .txt; their paths."""
-    path = path.with_suffix("") if path.suffix in (".json", ".txt") else path
-    files = path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.txt")
-    record = session.record()
-    lines = [f"{record['checkpoint']}, step {record['step']}", *(f"ecg {e.summary}" for e in session.ecgs)]
-    lines += [f"{turn['role']}: {turn['content']}" for turn in record["text"]]
-    try:
-        files[0].write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        files[1].write_text("\n\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError("/save", one_line(str(error)), "a file that can be written", "name another") from error
-    return files
 
 
 def _banner(session: "Session") -> str:

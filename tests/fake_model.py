@@ -83,4 +83,4 @@ class Asked(FakeModel):
         for number, prompt in enumerate(prompts):
             assert 0 < len(prompt.rendered.ids) <= self.assembly.llm.max_len - options.max_new_tokens
             self.prompts.append(prompt)
-            yield Answer(number, self.reply(prompt), 0.01, 1)
+            yield Answer(number, self.reply(prompt), 0.01, 1, True)

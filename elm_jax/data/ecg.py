@@ -190,6 +190,12 @@ def _note(folder: str, message: str) -> None:
     _log.info("%s: %s", folder, message)
 
 
+def say_again() -> None:
+    """Let what was noted of folders be noted anew."""
+    _note.cache_clear()
+    _order_in.cache_clear()
+
+
 def _check_finite(path: str, signal: np.ndarray) -> None:
     if np.isfinite(signal.min()) and np.isfinite(signal.max()):  # NaN passes through both
         return

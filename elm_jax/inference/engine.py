@@ -1,4 +1,7 @@
-"""Many prompts through a fixed number of rows: a row that has ended is given to the next prompt at once.
+"""Many prompts through a fixed number of rows: rows that have ended are given to the next prompts.
+
+That is done once a quarter of them has ended, or after CHUNK tokens, since a prefill of one row costs almost as much as
+one of several.
 
 Prompts are read a few ahead. Beginnings that several of these share (the system prompt, an ECG that is asked about
 more than once) go through the model once, into a pool of prefixes, and are copied from there. All shapes come from a
@@ -35,7 +38,7 @@ from elm_jax.models.decoder import Decoder
 AHEAD = 2  # prompts read ahead, in units of the rows
 CHUNK = 32  # tokens a row between two looks of the host
 PAIRS = 2**22  # of a query and a key in one prefill, for each part of the mesh's rows: bounds its memory
-PER_CALL = 256  # tokens that could be computed in the time that a prefill takes whatever its size
+PER_CALL = {"cpu": 64, "": 256}  # by platform ("": any other): tokens that cost what a prefill does whatever its size
 ROOM = 256  # the places of a row are a multiple of it: where they grow, programs are compiled anew
 SCORED = 16  # rows that are scored at a time
 
@@ -68,10 +71,11 @@ class Engine:
         self, llm: Decoder, embed: Embed, ends: Sequence[int], placement: hints.Placement | None = None, ways: int = 1
     ) -> None:
         self.vocabulary, self.ways, self.most_pairs = llm.config.vocab_size, ways, PAIRS * ways
+        self.per_call = PER_CALL.get(placement.platform if placement else jax.default_backend(), PER_CALL[""])
         self.calls: Counter[str] = Counter()  # of each program with its shapes: as many entries as compilations
         self.model = programs.Model(*nnx.split(llm if llm.scan else llm.unstacked()), placement)
         self.ends, self.end_ids = frozenset(ends), jnp.asarray(tuple(ends), jnp.int32)
-        self.prefills = Prefills(self.model, embed, self.note)
+        self.prefills = Prefills(self.model, embed, self.most_pairs, self.note)
 
     def run(
         self, requests: Iterable[Request], rows: int, options: Options = GREEDY, chunk: int = CHUNK
@@ -84,7 +88,8 @@ class Engine:
         waiting = list(islice(source, AHEAD * rows))
         while rows % (2 * self.ways) == 0 and rows >= 2 * len(waiting):
             rows //= 2
-        self.prefills.reserve(AHEAD * rows // 2 + 4)
+        # Every part of the mesh holds the whole pool, but only its share of the rows.
+        self.prefills.reserve(AHEAD * rows // (self.ways + 1) + 4)
         run, wanted = _Run(self, rows, options), Counter[bytes]()
         wanted.update(key for request in waiting for _, key in request.beginnings)
         while waiting or run.busy:
@@ -100,8 +105,9 @@ class Engine:
     def score(self, requests: Sequence[Request], starts: Sequence[int]) -> np.ndarray:
         """(n,) the log probability of tokens [start, T) of each request behind those before; start > 0."""
         wanted = Counter(key for request in requests for _, key in request.beginnings)
-        size, found = self.divisible(SCORED), []
-        self.prefills.reserve(size + 4)
+        self.prefills.reserve(SCORED + 4)
+        longest = max((len(request.ids) for request in requests), default=1)
+        size, found = self.prefills.bounded(longest, sorted({self.ways, self.divisible(SCORED)})), []
         for first in range(0, len(requests), size):
             part = requests[first : first + size]
             prompts, pool, source, pieces = self.prefills.make(part, wanted, [size])
@@ -130,7 +136,7 @@ class Engine:
     ) -> list[Request]:
         """Take the prompts that begin next out of `waiting`: the oldest, and others of its length.
 
-        So many of them that the tokens computed, padding and PER_CALL included, are the fewest for each that counts.
+        So many of them that the tokens computed, padding and `per_call` included, are the fewest for each that counts.
         """
         known = self.prefills.directory
         lengths = {request: len(request.ids) - known.likely(request, wanted) for request in waiting}
@@ -144,7 +150,7 @@ class Engine:
                 pairs = size * wide * (wide + self.prefills.places)
                 if size < count or (count > self.ways and pairs > self.most_pairs):
                     continue
-                cost = (size * wide + PER_CALL) / (sums[first + count] - sums[first])
+                cost = (size * wide + self.per_call) / (sums[first + count] - sums[first])
                 best = min(best, (cost, first, count))
         chosen = set(order[best[1] : best[1] + best[2]])
         taken = [request for request in waiting if request in chosen]
@@ -192,10 +198,10 @@ class _Run:
         start = Start(
             slot=padded(free, count, len(self.places)),
             left=padded([request.new for request in chosen], count),
-            number=padded([request.number for request in chosen], count),
+            number=padded([request.draw for request in chosen], count),
             seen=self._seen(chosen, count) if self.penalised else None,
         )
-        engine.note("begin", prompts, pool, rows)
+        engine.note("begin, penalised" if self.penalised else "begin", prompts, pool, rows)
         self.rows, first = programs.begin(
             engine.model, rows, pool, prompts, source, start, self.sampling, engine.end_ids
         )
@@ -208,7 +214,7 @@ class _Run:
         places, engine = [place for place in self.places if place], self.engine
         if not places or self.rows is None:
             return
-        engine.note("go_on", self.rows)
+        engine.note("go_on, penalised" if self.penalised else "go_on", self.rows)
         limit = min(chunk, CHUNK, max(place.left for place in places))
         self.rows, output = programs.go_on(
             engine.model, self.rows, self.sampling, engine.end_ids, CHUNK, limit, enough, self.dtype

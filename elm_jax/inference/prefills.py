@@ -38,12 +38,13 @@ class Prefill(NamedTuple):
 class Prefills:
     """Makes prefills for one model; `sizes` are the numbers of rows that they have.
 
+    `most_pairs` of a query and a key are in one of them, unless one prompt has more: bounds its memory.
     `embed`: (pieces, rows, width) -> (rows, width, D), the inputs of the pieces' tokens, padded on the right.
     `note` is told each call: the program's name and its shapes.
     """
 
-    def __init__(self, model: Model, embed: Embed, note: Callable[..., None]) -> None:
-        self.model, self.embed, self.note = model, embed, note
+    def __init__(self, model: Model, embed: Embed, most_pairs: int, note: Callable[..., None]) -> None:
+        self.model, self.embed, self.most_pairs, self.note = model, embed, most_pairs, note
         self.directory = Prefixes(0)
         self._pool: Cache | None = None
 
@@ -53,8 +54,8 @@ class Prefills:
             self.directory, self._pool = Prefixes(capacity), None
 
     def forget(self) -> None:
-        """Know no beginnings."""
-        self.directory, self._pool = Prefixes(self.directory.capacity), None
+        """Know no beginnings, as at first: what comes next does not depend on what was before."""
+        self.directory, self._pool = Prefixes(0), None
 
     @property
     def places(self) -> int:
@@ -64,7 +65,7 @@ class Prefills:
     def make(self, chosen: Sequence[Request], wanted: Counter[bytes], sizes: Sequence[int]) -> Prefill:
         """These prompts. `wanted`: how many prompts have a beginning; what two have is shared."""
         for missing in self.directory.missing(chosen, wanted):
-            size = fitting(len(missing), sizes)
+            size = min(fitting(len(missing), sizes), self.bounded(max(end for _, end in missing), sizes))
             for first in range(0, len(missing), size):
                 self._remember(missing[first : first + size], size)
         known = [self.directory.find(request) for request in chosen]
@@ -73,19 +74,24 @@ class Prefills:
         source = padded([k.row if k else 0 for k in known], count)
         return Prefill(self._prompts(pieces, count), self._pool if any(known) else None, source, pieces)
 
+    def bounded(self, tokens: int, sizes: Sequence[int]) -> int:
+        """The most rows that prompts of so many tokens may have."""
+        wide = width(tokens)
+        return max((n for n in sizes if n * wide * (wide + self.places) <= self.most_pairs), default=min(sizes))
+
     def _remember(self, missing: Sequence[tuple[Request, int]], count: int) -> None:
         """Put beginnings [0, end) of requests into the pool, behind what is known of them."""
-        known = [self.directory.find(request) for request, _ in missing]
+        known = [self.directory.find(request, below=end) for request, end in missing]
         pieces = [Piece(r, k.length if k else 0, end) for (r, end), k in zip(missing, known, strict=True)]
         source, prompts = padded([k.row if k else 0 for k in known], count), self._prompts(pieces, count)
         pool = self._with_room(bucket(max(p.begin for p in pieces) + prompts.x.shape[1], ROOM), prompts.x.dtype)
         try:
             rows = [self.directory.add(request, end).row for request, end in missing]
             slot = padded(rows, count, self.directory.capacity)
-            self.note("remember", prompts, pool)
+            self.note("remember behind another" if any(known) else "remember", prompts, pool)
             self._pool = programs.remember(self.model, pool, prompts, source, slot, any(known))
         except BaseException:  # the directory must not name what is not there
-            self.forget()
+            self.directory, self._pool = Prefixes(self.directory.capacity), None
             raise
 
     def _with_room(self, places: int, dtype: Any) -> Cache:
@@ -100,8 +106,9 @@ class Prefills:
 
 
 def width(tokens: int) -> int:
-    """T of a prefill whose longest prompt has so many tokens."""
-    return bucket(tokens, NARROW)
+    """T of a prefill whose longest prompt has so many tokens: a sixteenth of a power of two more at most."""
+    step = max(NARROW, (1 << (tokens - 1).bit_length()) // 16)
+    return -(-tokens // step) * step
 
 
 def fitting(count: int, sizes: Sequence[int]) -> int:

@@ -23,10 +23,10 @@ class Prefixes:
         self.capacity = capacity
         self._known: dict[bytes, Known] = {}  # the least recently used first
 
-    def find(self, request: Request) -> Known | None:
-        """The longest beginning of the request that is in the pool; it counts as used."""
-        for _, key in reversed(request.beginnings):
-            if key in self._known:
+    def find(self, request: Request, below: int | None = None) -> Known | None:
+        """The longest beginning of the request (with less than `below` tokens) in the pool; it counts as used."""
+        for end, key in reversed(request.beginnings):
+            if key in self._known and (below is None or end < below):
                 self._known[key] = self._known.pop(key)
                 return self._known[key]
         return None

@@ -21,9 +21,9 @@ from elm_jax.data.batch import Signal
 class Request:
     """A prompt to be gone on with.
 
-    number: its own; the draws of its answer depend on it. ids: (T,) int32, T > 0. signals: its ECGs, whose
-    embeddings stand at `places` (n_ecgs, N). edges: ascending; tokens [0, edge) are a beginning that other prompts
-    may have, too. new: the most tokens that may be drawn.
+    number: its own. draw: what is drawn for it depends on this, beside the seed; less than 2**31. ids: (T,) int32,
+    T > 0. signals: its ECGs, whose embeddings stand at `places` (n_ecgs, N). edges: ascending; tokens [0, edge) are a
+    beginning that other prompts may have, too. new: the most tokens that may be drawn.
     """
 
     number: int
@@ -32,6 +32,7 @@ class Request:
     places: np.ndarray
     edges: tuple[int, ...]
     new: int
+    draw: int = 0
 
     @property
     def length(self) -> int:

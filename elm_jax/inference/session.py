@@ -5,6 +5,7 @@ C leads, L samples.
 
 from __future__ import annotations
 
+import json
 import logging
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,11 @@ import numpy as np
 from elm_jax.data.batch import Signal
 from elm_jax.data.chat import CHAT_FORMS, Rendered, Turn, render, render_prompt
 from elm_jax.data.chat_write import THINK_PREFIX
-from elm_jax.data.ecg import LEADS, Recording, read_recording
+from elm_jax.data.ecg import LEADS, Recording, read_recording, say_again
 from elm_jax.data.ecg_tokens import reserved
 from elm_jax.data.represent import DEMO, FLATLINE, NOISE, SignalSpec
 from elm_jax.data.text import count_marks
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, one_line
 from elm_jax.inference.model import Prompt, TrainedModel
 
 MARK = "<ecg>"
@@ -116,17 +117,42 @@ class Session:
         self._new = 0
 
     def record(self) -> dict[str, Any]:
-        """The conversation as a record, as datasets have them, with where the answers are from."""
+        """The conversation as a record, as datasets have them, with where the answers are from.
+
+        Raises:
+            UserError: the model goes on with texts, which are no conversation.
+        """
+        if self.model.assembly.text.phase == "pretrain":
+            raise UserError("/save", "a model of phase pretrain", "one that converses", "copy the text")
         turns = [{"role": turn.role, "content": turn.text} for turn in self.turns]
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return {
-            "ecg_path": [ecg.path for ecg in self.ecgs],
+            "ecg_path": [ecg.path for ecg in self.ecgs[: len(self.ecgs) - self._new]],
             "text": [*system, *turns],
             "name": "chat",
             "checkpoint": str(self.model.folder),
             "step": self.model.step,
             "eval": asdict(self.model.config.eval),
         }
+
+    def save(self, name: str) -> tuple[Path, Path]:
+        """Write the conversation as a record, `name`.json, and as text to read, `name`.txt; their paths.
+
+        Raises:
+            UserError: they cannot be written, or there is no conversation (`record`).
+        """
+        record = self.record()
+        lines = [f"{record['checkpoint']}, step {record['step']}", *(f"ecg {ecg.summary}" for ecg in self.ecgs)]
+        lines += [f"{turn['role']}: {turn['content']}" for turn in record["text"]]
+        try:
+            path = Path(name).expanduser()
+            path = path.with_suffix("") if path.suffix in (".json", ".txt") else path
+            files = path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.txt")
+            files[0].write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            files[1].write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError("/save", one_line(str(error)), "a file that can be written", "name another") from error
+        return files
 
     def _answer(self, rendered: Rendered) -> Iterator[str]:
         prompt = Prompt(rendered, [ecg.signal for ecg in self.ecgs])
@@ -204,16 +230,26 @@ def read_input(path: str, spec: SignalSpec, number: int = 0) -> Ecg:
         file = path
         facts = ["generated", _amount(len(LEADS), spec.sampling_rate, spec.length)]
     else:
-        file = str(Path(path).expanduser().absolute())
-        with _collected_notes(str(Path(file).parent)) as notes:
-            recording = read_recording(Path(file), bare_rate=spec.sampling_rate)
+        file, recording, notes = _read(path, spec)
         amount = _amount(len(recording.leads), recording.sampling_rate, recording.signal.shape[1])
         facts = [amount, *notes, *_remarks(recording, spec)]
     if len(spec.leads) < len(LEADS):
         facts.append(f"only {', '.join(LEADS[i] for i in spec.leads)} used")
     if spec.perturb is not None:
         facts.append(f"replaced by {spec.perturb} (data.perturb)")
-    return Ecg(path, spec.load(file, key), spec.load_raw(file, key), f"{path}: {'; '.join(facts)}")
+    return Ecg(file, spec.load(file, key), spec.load_raw(file, key), f"{path}: {'; '.join(facts)}")
+
+
+def _read(path: str, spec: SignalSpec) -> tuple[str, Recording, list[str]]:
+    """The absolute path, what is there, and what reading it took for granted."""
+    try:
+        file = Path(path).expanduser().absolute()
+        with _collected_notes(str(file.parent)) as notes:
+            return str(file), read_recording(file, bare_rate=spec.sampling_rate), notes
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # what no file can be called
+        raise UserError(one_line(path), one_line(str(error)), "the path of a recording", "correct it") from error
 
 
 def _amount(leads: int, rate: float, samples: int) -> str:
@@ -245,8 +281,9 @@ def _limb_leads_fit(signal: np.ndarray) -> bool:
 
 @contextmanager
 def _collected_notes(folder: str) -> Iterator[list[str]]:
-    """What reading says of `folder` in the log, where it says a thing once."""
+    """What reading says of `folder` in the log, said before or not."""
     notes: list[str] = []
+    say_again()
     handler = logging.Handler()
     handler.emit = lambda record: notes.append(record.getMessage().removeprefix(f"{folder}: "))
     logger = logging.getLogger(read_recording.__module__)

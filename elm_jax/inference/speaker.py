@@ -28,24 +28,28 @@ from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways
 class Prompt:
     """A rendered prompt with its ECGs as the run's `SignalSpec` loads them.
 
-    new: the most tokens of its answer; None: `eval.max_new_tokens`.
+    new: the most tokens of its answer; None: `eval.max_new_tokens`. draw: what is drawn depends on it, beside the seed;
+    from 0 to 2**31 - 1; None: the prompt's place among the others.
     """
 
     rendered: Rendered
     signals: Sequence[Signal]
     new: int | None = None
+    draw: int | None = None
 
 
 class Answer(NamedTuple):
     """An answer of `Speaker.stream`: the prompt's number, the text, seconds in the model, tokens drawn.
 
-    `seconds` are those from the prompt's turn to its end, of which others had their share.
+    `seconds` are those from the prompt's turn to its end, of which others had their share. ended: by an end token, not
+    for want of room.
     """
 
     number: int
     text: str
     seconds: float
     tokens: int
+    ended: bool
 
 
 class Speaker:
@@ -55,7 +59,8 @@ class Speaker:
         self.assembly, self.mesh, self.arrays, self.config = assembly, mesh, arrays, assembly.config
         self.stops = stop_ids(assembly.tokenizer, assembly.text.family)
         self._rows = batch_sharding(mesh, micro_batches=False)
-        self._embed = jax.jit(self._inputs, out_shardings=self._rows)
+        self._encode = jax.jit(self._signal_embeddings, out_shardings=self._rows)
+        self._splice = jax.jit(self._inputs, out_shardings=self._rows)
         llm = assembly.structure.bind(arrays).llm
         self.engine = Engine(llm, self._embedded, self.stops, MeshPlacement(mesh), batch_ways(mesh))
 
@@ -67,8 +72,8 @@ class Speaker:
     def stream(self, prompts: Iterable[Prompt], options: EvalConfig, seed: int = 0) -> Iterator[Answer]:
         """Answers as they are finished. Prompts are read as rows become free, twice `options.batch_size` ahead.
 
-        Where answers are drawn (`options.temperature`), a prompt's depends on the seed and the prompt's number, not
-        on the others.
+        Where answers are drawn (`options.temperature`), a prompt's depends on the seed and its `draw`, not on the
+        others.
 
         Raises:
             UserError: a prompt does not fit the context beside `options.max_new_tokens`.
@@ -78,7 +83,8 @@ class Speaker:
             tokens.setdefault(event.number, []).extend(event.tokens)
             if event.seconds is not None:
                 ids = tokens.pop(event.number)
-                yield Answer(event.number, self._text(ids), event.seconds, len(ids))
+                ended = bool(ids) and ids[-1] in self.stops
+                yield Answer(event.number, self._text(ids), event.seconds, len(ids), ended)
 
     def spoken(self, prompt: Prompt, options: EvalConfig, seed: int = 0) -> Iterator[str]:
         """One answer in pieces, as it comes. Their sum is the answer."""
@@ -153,14 +159,14 @@ class Speaker:
         """What the engine is asked for a prompt."""
         prompt = self.written(prompt, new)
         rendered, context = prompt.rendered, self.assembly.llm.max_len
-        if not 0 < len(rendered.ids) <= context - new:
+        if new < 1 or not 0 < len(rendered.ids) <= context - new:
             raise UserError(
                 "eval.max_new_tokens", f"{new} beyond a prompt of {len(rendered.ids)} tokens",
-                f"a prompt with a token, and at most the model's context, {context}, together",
+                f"a token at least of each, and at most the model's context, {context}, together",
                 "lower --config.eval.max_new_tokens",
             )  # fmt: skip
-        edges = (rendered.system_end, rendered.signal_end)
-        return Request(number, rendered.ids, prompt.signals, rendered.signal_positions, edges, new)
+        edges, draw = (rendered.system_end, rendered.signal_end), number if prompt.draw is None else prompt.draw
+        return Request(number, rendered.ids, prompt.signals, rendered.signal_positions, edges, new, draw)
 
     def embeddings(self, request: Request) -> jax.Array:
         """The LLM's inputs (T, D) of all of a prompt."""
@@ -170,8 +176,11 @@ class Speaker:
     def _embedded(self, pieces: Sequence[Piece], rows: int, width: int) -> jax.Array:
         """The LLM's inputs (rows, width, D) of pieces of prompts, padded on the right."""
         arrays = self._arrays(pieces, rows, width)
-        on_devices = [jax.tree.map(lambda leaf: jax.device_put(leaf, self._rows), x) for x in arrays]
-        return self._embed(self.arrays, *on_devices)
+        tokens, slot, signals, weights = (jax.tree.map(lambda x: jax.device_put(x, self._rows), x) for x in arrays)
+        slots = weights.shape[1]
+        self.engine.note(f"embed {rows}x{width}, {slots} ECGs in a row")
+        # An encoder takes long to compile: apart, it is compiled once for all widths.
+        return self._splice(self.arrays, tokens, slot, self._encode(self.arrays, signals, weights) if slots else None)
 
     def _arrays(self, pieces: Sequence[Piece], rows: int, width: int) -> tuple[Any, ...]:
         """Tokens and slots (B, P), signals (leaves (B, S, ...)) and their weights (B, S); S is a power of two, or 0."""
@@ -190,9 +199,11 @@ class Speaker:
                 weights[row, slot] = 1
         return tokens, signal_slot, signals, weights
 
-    def _inputs(self, arrays: Any, tokens: Any, slot: Any, signals: Any, weights: Any) -> jax.Array:
+    def _signal_embeddings(self, arrays: Any, signals: Any, weights: Any) -> Any:
+        with placed(MeshPlacement(self.mesh)):
+            return self.assembly.structure.bind(arrays).signal_embeddings(signals, weights)
+
+    def _inputs(self, arrays: Any, tokens: Any, slot: Any, embeddings: Any) -> Any:
         with placed(MeshPlacement(self.mesh)):
             elm = self.assembly.structure.bind(arrays)
-            if not weights.shape[1]:
-                return elm.llm.embed(tokens, elm.dtype)
-            return elm.inputs(tokens, slot, elm.signal_embeddings(signals, weights))
+            return elm.llm.embed(tokens, elm.dtype) if embeddings is None else elm.inputs(tokens, slot, embeddings)

@@ -212,6 +212,8 @@ class Decoder(nnx.Module):
 
     def unstacked(self) -> "Decoder":
         """The decoder with arrays of its own for each layer, unrolled: a slice of a stacked array is a copy."""
+        if isinstance(self.layers, nnx.List):
+            return self
         found = nnx.merge(*nnx.split(self))
         graph, state = nnx.split(self.layers)
         found.layers = nnx.List(nnx.merge(graph, part) for part in _unstacked(state, self.config.layers))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from generation import answered, engine_for, request, requests
 from tiny_llms import TINY, VOCABULARY, tiny_llm
 
 from elm_jax.inference import programs
 from elm_jax.inference.engine import AHEAD, Options
 from elm_jax.inference.generate import generate
+from elm_jax.inference.prefixes import Prefixes
 from elm_jax.inference.requests import Request
 from elm_jax.inference.sampling import penalised
 
@@ -94,6 +98,45 @@ def test_programs_are_few_and_counted() -> None:
     assert before == (programs._begin._cache_size(), programs._go_on._cache_size())
     answered(engine, requests(40, VOCABULARY)[::-1], 4)
     assert len(engine.calls) <= 10
+
+
+def test_beginnings_that_push_each_other_out_change_nothing() -> None:
+    """More beginnings than the pool has room for, the shorter parts of longer ones: what is lost is computed again."""
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        systems = rng.integers(1, VOCABULARY, (6, 4))
+        longer = [np.concatenate([systems[n % 6], rng.integers(1, VOCABULARY, 5)]) for n in range(12)]
+        prompts = []
+        for number in range(30):
+            start = longer[rng.integers(12)]
+            prompts.append(request(number, [*start, *rng.integers(1, VOCABULARY, rng.integers(1, 6))], 3, 4, 9))
+        plain = [request(r.number, r.ids, r.new) for r in prompts]
+        engine = engine_for(tiny_llm("llama"))
+        if seed == 0:
+            assert answered(engine, prompts, 2) == answered(engine_for(tiny_llm("llama")), plain, 2)
+        directory, known = Prefixes(3), set[bytes]()
+        wanted = Counter(key for r in prompts for _, key in r.beginnings)
+        for r in prompts:
+            for missing in directory.missing([r], wanted):
+                for one, end in missing:
+                    before = directory.find(one, below=end)
+                    assert before is None or before.length < end
+                    directory.add(one, end)
+                    known |= {key for edge, key in one.beginnings if edge == end}
+            wanted.subtract(key for _, key in r.beginnings)
+        assert len(known) > directory.capacity, "nothing was pushed out"
+
+
+def test_layers_with_arrays_of_their_own_answer_alike() -> None:
+    llm = tiny_llm("gemma2")
+    expected = answered(engine_for(llm, ENDS), asked(), 4)
+    assert answered(engine_for(llm.unstacked(), ENDS), asked(), 4) == expected
+    unrolled = nnx.merge(*nnx.split(llm))
+    unrolled.scan = False
+    engine = engine_for(unrolled, ENDS)
+    assert answered(engine, asked(), 4) == expected
+    kernels = [x for x in jax.tree.leaves(engine.model.state) if x.ndim == 3]
+    assert not kernels, "layers are still stacked"
 
 
 def test_a_prompt_that_is_longer_than_those_before_gets_room() -> None:

@@ -300,10 +300,24 @@ def test_a_bad_recording_is_a_user_error_that_names_the_file(tmp_path: Path, sig
     assert error.value.where == path
 
 
-@pytest.mark.parametrize("path", ["nowhere.npy", "nowhere", "demo:test", "demo:nothing:1", "."])
+@pytest.mark.parametrize(
+    "path", ["nowhere.npy", "nowhere", "demo:test", "demo:nothing:1", ".", "/", "~nosuchuser/x", "a" * 300, "a\0b.npy"]
+)
 def test_no_recording_is_a_user_error(path: str) -> None:
     with pytest.raises(UserError):
         read_input(path, SPEC)
+
+
+@pytest.mark.parametrize("name", [".", "/", "~nosuchuser/x", "a\0b", "nowhere/at/all"])
+def test_a_name_that_cannot_be_written_is_a_user_error(name: str) -> None:
+    with pytest.raises(UserError, match="/save"):
+        session().save(name)
+
+
+def test_what_was_assumed_of_a_folder_is_said_each_time(tmp_path: Path) -> None:
+    write(tmp_path / "a.npy", recording())
+    first, second = (read_input(str(tmp_path / "a.npy"), SPEC).summary for _ in range(2))
+    assert first == second and "no lead names" in second
 
 
 def test_relative_and_home_paths_are_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +327,7 @@ def test_relative_and_home_paths_are_the_users(tmp_path: Path, monkeypatch: pyte
     elsewhere = signal_spec(fake_config(data__root="/elsewhere").data, 0)
     for path in ("a.npy", "~/a.npy"):
         ecg = read_input(path, elsewhere)
-        assert ecg.path == path and ecg.signal.shape == (len(LEADS), 500)
+        assert ecg.path == str(tmp_path / "a.npy") and ecg.signal.shape == (len(LEADS), 500)
 
 
 def test_where_ecgs_are_symbols_old_turns_make_room_for_them(tmp_path: Path) -> None:

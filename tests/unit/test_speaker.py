@@ -118,3 +118,11 @@ def test_every_mesh_answers_alike(build, elm: str, sizes: tuple[int, int, int]) 
     layers, rows, places, heads, dim = keys.shape
     ways = sizes[0] * sizes[1], sizes[2]
     assert keys.sharding.shard_shape(keys.shape) == (layers, rows // ways[0], places, heads // ways[1], dim)
+
+
+def test_an_answer_without_a_token_is_refused(build: Callable[[str], Assembly]) -> None:
+    assembly = build("mlp_llava")
+    model = speaker(assembly)
+    prompt = replace(prompts(assembly)[0], new=0)
+    with pytest.raises(UserError, match="at least of each"):
+        model.answers([prompt], assembly.config.eval)
