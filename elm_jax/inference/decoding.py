@@ -85,10 +85,12 @@ def taken(pool: Cache, source: jax.Array) -> Cache:
     return spread(Cache(*(x[:, source] for x in pool)), "batch")
 
 
-def extend(llm: Decoder, prompts: Prompts, prefix: Cache | None) -> tuple[jax.Array, Cache]:
+def extend(
+    llm: Decoder, prompts: Prompts, prefix: Cache | None, wanted: jax.Array | None = None
+) -> tuple[jax.Array, Cache]:
     """States (R, T, D) before the final norm, and the keys and values (L, R, T, K, d), of prompts behind prefixes.
 
-    `prefix` (L, R, P, K, d); None: no prompt has one.
+    `prefix` (L, R, P, K, d); None: no prompt has one. `wanted` (R,): only the state at this place, (R, 1, D).
     """
     count, room = prompts.x.shape[1], 0 if prefix is None else prefix.keys.shape[2]
     index, before = jnp.arange(count), prompts.before[:, None]
@@ -102,13 +104,30 @@ def extend(llm: Decoder, prompts: Prompts, prefix: Cache | None) -> tuple[jax.Ar
     x, rotary = llm.placed(hint(prompts.x, "batch", None, None), positions), llm.rotary(positions)
 
     def body(layer: Layer, window: Window, x: jax.Array, past: Cache | None) -> tuple[jax.Array, Cache]:
-        q, k, v = layer.project(x, rotary)
-        keys, values = k, v
-        if past is not None:
-            keys, values = jnp.concatenate([past.keys, k], 1), jnp.concatenate([past.values, v], 1)
-        return layer.combine(x, llm.attend(q, keys, values, masks[window])), Cache(k, v)
+        q, *own = layer.project(x, rotary)
+        return layer.combine(x, llm.attend(q, *_behind(past, *own), masks[window])), Cache(*own)
 
-    return llm.scan_layers(body, x, prefix)
+    if wanted is None:
+        return llm.scan_layers(body, x, prefix)
+
+    def at(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.take_along_axis(x, jnp.expand_dims(wanted, [i for i in range(x.ndim) if i]), axis)
+
+    def last(layer: Layer, window: Window, x: jax.Array, past: Cache | None) -> tuple[jax.Array, Cache]:
+        """All of the last layer that is wanted: its keys and values, and one token's attention and MLP."""
+        q, *own = layer.project(x, rotary)
+        attended = llm.attend(at(q, 1), *_behind(past, *own), at(masks[window], 2), "xla")
+        return layer.combine(at(x, 1), attended), Cache(*own)
+
+    x, own = llm.scan_layers(body, x, prefix, last)
+    return (at(x, 1) if x.shape[1] > 1 else x), own
+
+
+def _behind(past: Cache | None, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The keys and values of all that a prompt sees."""
+    if past is None:
+        return keys, values
+    return jnp.concatenate([past.keys, keys], 1), jnp.concatenate([past.values, values], 1)
 
 
 def remember(llm: Decoder, pool: Cache, prompts: Prompts, prefix: Cache | None, slot: jax.Array) -> Cache:
@@ -121,9 +140,8 @@ def begin(
     llm: Decoder, rows: Rows, prompts: Prompts, prefix: Cache | None, start: Start, sampling: Sampling, ends: jax.Array
 ) -> tuple[Rows, jax.Array]:
     """Rows with new prompts in some places, and the first token (R,) of each of these; -1 where there is no prompt."""
-    x, own = extend(llm, prompts, prefix)
-    last = jnp.maximum(prompts.lengths - 1, 0)
-    logits = llm.logits(llm.norm(jnp.take_along_axis(x, last[:, None, None], 1)))[:, 0]
+    x, own = extend(llm, prompts, prefix, jnp.maximum(prompts.lengths - 1, 0))
+    logits = llm.logits(llm.norm(x))[:, 0]
     token = draw(logits, sampling, start.number, jnp.zeros_like(start.number), start.seen)
     begun = prompts.lengths > 0
     token = jnp.where(begun, token, NONE)

@@ -173,8 +173,7 @@ class _Run:
         self.engine, self.penalised = engine, options.penalty != 1
         temperature, top_p, penalty = (jnp.float32(x) for x in options[:3])
         self.sampling = Sampling(temperature, top_p, penalty, jax.random.key(options.seed))
-        parts = {engine.divisible(-(-rows // part)) for part in (1, 2, 4)}
-        self.sizes = sorted({engine.ways, *parts})
+        self.sizes = sorted({engine.ways, *(engine.divisible(-(-rows * part // 4)) for part in (1, 2, 3, 4))})
         self.places: list[_Place | None] = [None] * rows
         self.rows: Rows | None = None
         self.dtype: Any = None

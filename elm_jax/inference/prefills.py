@@ -20,7 +20,7 @@ from elm_jax.inference.prefixes import Prefixes
 from elm_jax.inference.programs import Model
 from elm_jax.inference.requests import Piece, Request
 
-NARROW, ROOM = 8, 256  # widths are multiples of the one, the places of the pool of the other
+NARROW, ROOM = 8, 64  # widths are multiples of the one, the places of the pool of the other
 
 Embed = Callable[[Sequence[Piece], int, int], jax.Array]
 log = logging.getLogger(__name__)

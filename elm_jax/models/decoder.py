@@ -168,8 +168,10 @@ class Decoder(nnx.Module):
         rope = self.config.rope
         return None if rope is None else rope.angles(positions, self.config.head_dim)
 
-    def scan_layers(self, body: Body, carry: Any, xs: Any = None) -> tuple[Any, Any]:
+    def scan_layers(self, body: Body, carry: Any, xs: Any = None, last: Body | None = None) -> tuple[Any, Any]:
         """Run `body(layer, window, carry, x) -> (carry, y)` through the layers; (last carry, stacked ys).
+
+        `last`: the body of the last layer where layers are unrolled; its carry may have another shape.
 
         `xs` is a pytree of arrays with a leading axis of L. A step of the scan runs one period of layers, each
         with its own window, known when the step is traced. The body is rematerialised, layer by layer, as the
@@ -180,7 +182,7 @@ class Decoder(nnx.Module):
         alone = isinstance(self.layers, nnx.List)
         graph, *states = _split_layers(self.layers)
 
-        def layer_step(window: Window) -> Callable[[Any, Any], tuple[Any, Any]]:
+        def layer_step(window: Window, body: Body = body) -> Callable[[Any, Any], tuple[Any, Any]]:
             def step(carry: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
                 layer_state, x = inputs
                 return body(nnx.merge(graph, layer_state), window, carry, x)
@@ -206,7 +208,10 @@ class Decoder(nnx.Module):
         ys = []
         for index in range(self.config.layers):
             state = states[index] if alone else _layer(states[0], index)
-            carry, y = steps[index % period](carry, (state, _layer(xs, index)))
+            step = steps[index % period]
+            if last is not None and index == self.config.layers - 1:
+                step = layer_step(windows[index % period], last)
+            carry, y = step(carry, (state, _layer(xs, index)))
             ys.append(y)
         return carry, _stacked(ys)
 
