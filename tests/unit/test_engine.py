@@ -87,17 +87,17 @@ def test_prompts_are_read_as_rows_become_free() -> None:
 
 
 def test_programs_are_few_and_counted() -> None:
-    """Widths 8, 16, 24 times 1, 2 or 4 rows in a prefill, and one for the tokens; a second run compiles nothing."""
+    """Widths 8, 16, 24 times 1 to 4 rows in a prefill, and one for the tokens; a second run compiles nothing."""
     engine = engine_for(tiny_llm("gemma2"), ENDS)
     answered(engine, requests(40, VOCABULARY), 4)
     names = set(engine.calls)
-    assert len(names) <= 10 and sum(name.startswith("go_on") for name in names) == 1
+    assert len(names) <= 13 and sum(name.startswith("go_on") for name in names) == 1
     before = programs._begin._cache_size(), programs._go_on._cache_size()
     answered(engine, requests(40, VOCABULARY), 4)
     assert set(engine.calls) == names
     assert before == (programs._begin._cache_size(), programs._go_on._cache_size())
     answered(engine, requests(40, VOCABULARY)[::-1], 4)
-    assert len(engine.calls) <= 10
+    assert len(engine.calls) <= 13
 
 
 def test_beginnings_that_push_each_other_out_change_nothing() -> None:
