@@ -24,6 +24,7 @@ from fake_model import Asked, fake_config  # noqa: E402
 
 from elm_jax.evaluation import evaluator  # noqa: E402
 from elm_jax.evaluation.store import AnswerFile  # noqa: E402
+from elm_jax.runtime import distributed  # noqa: E402
 
 RECORDINGS = 12
 ANSWERS = RECORDINGS * 5 * (1 + 3 + evaluator.SHUFFLES)
@@ -115,6 +116,65 @@ def test_another_evaluation_begins_anew(tmp_path: Path, monkeypatch: pytest.Monk
         evaluator.evaluate(conf)
         asked.append(len(model.prompts))
     assert asked == [10, 0, 10], "another protocol only scores anew"
+
+
+def test_keys_that_change_no_answer_keep_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("write_report", "draw_examples"):
+        monkeypatch.setattr(evaluator, name, lambda *_: None)
+    asked = []
+    others = {"max_bad_records": 0.5, "workers": 3, "pack": False, "share": "none", "val_fraction": 0.3, "subset": 0.5,
+              "augment_ecg": True, "augment_rgb": True, "weights": [2.0]}  # fmt: skip
+    for keys in ({}, {f"data__{name}": value for name, value in others.items()}, {"data__perturb": "zeros"}):
+        conf = config(tmp_path / "run", eval__controls=[], eval__limit=10, **keys)
+        model = model_of(conf)
+        monkeypatch.setattr(evaluator, "TrainedModel", lambda *_, model=model: model)
+        evaluator.evaluate(conf)
+        asked.append([prompt.rendered.prompt + str(zlib.crc32(prompt.signals[0])) for prompt in model.prompts])
+    assert [len(prompts) for prompts in asked] == [10, 0, 10] and asked[0] != asked[2]
+    conf = config(tmp_path / "new", eval__controls=[], eval__limit=10,
+                  **{f"data__{name}": value for name, value in others.items()})  # fmt: skip
+    model = model_of(conf)
+    monkeypatch.setattr(evaluator, "TrainedModel", lambda *_: model)
+    evaluator.evaluate(conf)
+    assert asked[0] == [prompt.rendered.prompt + str(zlib.crc32(prompt.signals[0])) for prompt in model.prompts]
+
+
+def test_a_process_without_the_answers_takes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As process 1 of two: what process 0 knows of an evaluation that goes on is all that it is told."""
+    for name in ("write_report", "draw_examples"):
+        monkeypatch.setattr(evaluator, name, lambda *_: None)
+    conf = config(tmp_path / "run", eval__controls=["zeros"])
+    model = model_of(conf)
+    monkeypatch.setattr(evaluator, "TrainedModel", lambda *_: model)
+    told: list[Any] = []
+    gather = distributed.gather
+    monkeypatch.setattr(distributed, "gather", lambda value: told.append(gather(value)) or told[-1])
+    evaluator.evaluate(conf)
+    lines = (tmp_path / "run" / "eval" / "demo-test" / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "eval" / "demo-test" / "predictions.jsonl").write_text("".join(lines[:40]))
+    (tmp_path / "run" / "eval" / "demo-test" / "controls" / "zeros.jsonl").unlink()
+    told.clear()
+    model.prompts.clear()
+    evaluator.evaluate(conf)
+    first = [prompt.rendered.prompt for prompt in model.prompts]
+    assert [int(value[0]) for value in told[1:]] == [2, 0], "whole chunks"
+
+    monkeypatch.setattr(evaluator.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(distributed, "gather", lambda value: told.pop(0))
+    model.prompts.clear()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    evaluator.evaluate(conf)
+    assert [prompt.rendered.prompt for prompt in model.prompts] == first and not told
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_answers_about_records_that_were_left_out_later_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps({"id": name}) + "\n" for name in "axbcxy"))
+    file = AnswerFile(path)
+    assert [line["id"] for line in file.take([["a"], ["c", "b"]], {"x", "y"})] == ["a", "b", "c"] and file.whole == 2
+    assert file.take([["d"]], {"x", "y"}) == [] and file.whole == 0
+    assert len(path.read_text().splitlines()) == 6
 
 
 def test_half_a_line_is_cut_off(tmp_path: Path) -> None:
