@@ -15,16 +15,24 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+import runs  # noqa: E402
 from fake_model import Asked, fake_config  # noqa: E402
 
+from elm_jax.assemble import assemble, make_arrays  # noqa: E402
+from elm_jax.config import MeshConfig  # noqa: E402
 from elm_jax.evaluation import evaluator  # noqa: E402
-from elm_jax.evaluation.store import AnswerFile  # noqa: E402
+from elm_jax.evaluation.store import AnswerFile, lines_in  # noqa: E402
+from elm_jax.inference.speaker import Speaker  # noqa: E402
 from elm_jax.runtime import distributed  # noqa: E402
+from elm_jax.runtime.mesh import make_mesh  # noqa: E402
+from elm_jax.training.state import array_shardings  # noqa: E402
 
 RECORDINGS = 12
 ANSWERS = RECORDINGS * 5 * (1 + 3 + evaluator.SHUFFLES)
@@ -184,6 +192,60 @@ def test_half_a_line_is_cut_off(tmp_path: Path) -> None:
     assert [line["id"] for line in file.take([["a"], ["b", "c"], ["d"]])] == ["a"] and file.whole == 1
     file.append({"id": "z"})
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "z"]
+
+
+def real_model(conf: Any) -> Any:
+    """A tiny model of random weights, moved so that answers differ; with nothing computed yet."""
+    assembly = assemble(conf)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    arrays, rng = make_arrays(assembly, array_shardings(assembly.structure, mesh)), np.random.default_rng(0)
+    for name, x in arrays.items():
+        if name.startswith(("llm.embedding", "llm.head", "connector.")):
+            arrays[name] = jax.device_put(np.asarray(x) + rng.standard_normal(x.shape).astype(x.dtype), x.sharding)
+    model: Any = Speaker(assembly, mesh, arrays)
+    model.step = 1
+    return model
+
+
+@pytest.mark.slow
+def test_a_real_model_stopped_anywhere_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has computed of prompts' beginnings before the stop is not there after it."""
+    runs.prepare(monkeypatch, tmp_path / "cache")
+    for name in ("write_report", "draw_examples"):
+        monkeypatch.setattr(evaluator, name, lambda *_: None)
+    append, written = AnswerFile.append, [0]
+
+    def append_and_stop(self: AnswerFile, line: dict[str, Any]) -> None:
+        append(self, line)
+        written[0] -= 1
+        if written[0] == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(AnswerFile, "append", append_and_stop)
+
+    def evaluated(folder: str, stop: int) -> Path:
+        scratch = {**runs.TINY["llm.scratch"], "tied": False}
+        conf = runs.config(
+            tmp_path / folder, data__names=["demo:train=8,val=4,test=8"], llm__scratch=scratch, eval__batch_size=2,
+            llm__compute_dtype="bfloat16", eval__max_new_tokens=6, eval__controls=["zeros"],
+        )  # fmt: skip
+        monkeypatch.setattr(evaluator, "TrainedModel", lambda *_: real_model(conf))
+        written[0] = stop
+        evaluator.evaluate(conf)
+        return tmp_path / folder / "eval" / "demo-test"
+
+    def answers(out: Path) -> list[dict[str, Any]]:
+        lines = [line for name in ("predictions.jsonl", "controls/zeros.jsonl") for line in lines_in(out / name)]
+        return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+    whole = evaluated("whole", 0)
+    for stop in (20, 25, 4):
+        with pytest.raises(KeyboardInterrupt):
+            evaluated("broken", stop)
+    broken = evaluated("broken", 0)
+    assert answers(broken) == answers(whole) and len(answers(whole)) == 2 * 8 * 5
+    assert len({line["answer"] for line in answers(whole)}) > 10, "the answers are all alike"
+    assert (broken / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
 
 
 def test_greedy_answers_serve_all_seeds_and_drawn_ones_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
