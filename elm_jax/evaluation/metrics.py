@@ -187,16 +187,16 @@ class Scorer:
         """The pairs that the protocol scores. A prediction has id, answer, truth, and perhaps name, patient, ended,
         answers and the other FIELDS."""
         empty = self.protocol.empty_answers
-        kept = (p for p in predictions if self._bare(p["truth"]) and (empty or self._bare(p["answer"])))
+        kept = (p for p in predictions if self._says(p["truth"]) and (empty or self._says(p["answer"])))
         return [_pair(p, self.protocol, self._end) for p in kept]
 
     def seen(self, text: str) -> str:
         """What the protocol compares of an answer that ended by itself."""
         return seen_by(self.protocol, text, self._end)[1]
 
-    def _bare(self, text: str) -> str:
-        """What the protocol compares of a text, without the end token, which is no answer."""
-        return seen_by(self.protocol, text, "")[1]
+    def _says(self, text: str) -> bool:
+        """Whether the protocol sees anything of a text, the end token aside. The reference takes blanks for text."""
+        return bool(seen_by(self.protocol, text, "")[1]) or text.isspace()
 
     def table(self, predictions: Predictions) -> Table:
         """The predictions, ready to be summed."""
