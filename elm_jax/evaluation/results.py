@@ -58,7 +58,8 @@ def _blind(table: Table, real: Lines, asked: Iterable[tuple[str, str, str]]) -> 
     """The same questions answered by who sees no ECG: by the majority, and by the questions' words."""
     found = {"majority": table.majority} if table.pairs else {}
     # Of training what the protocol sees of it, as of the truths here.
-    learnt = QuestionOnly((name, question, table.scorer.seen(answer)) for name, question, answer in asked)
+    seen = ((name, question, table.scorer.seen(answer)) for name, question, answer in asked)
+    learnt = QuestionOnly(one for one in seen if one[2])
     if learnt:
         questions = {question_id(line): (str(line.get("name", "")), str(line.get("question", ""))) for line in real}
         found["question_only"] = table.answered([learnt.answer(*questions[pair.id]) for pair in table.pairs])
@@ -92,7 +93,7 @@ def _runs(real: Lines, scorer: Scorer, result: dict[str, Any]) -> dict[str, Any]
     scores = [run["metrics"] for run in named if run["n"]]  # a run of which the protocol keeps no pair has no score
     shared = [name for name in (scores[0] if scores else ()) if all(name in run for run in scores)]
     over = {name: student_t([run[name] for run in scores]) for name in shared}
-    if scorer.protocol.intervals == "student_t":
+    if scorer.protocol.intervals == "student_t" and len(scores) > 1:
         result["metrics"] = {name: {"value": found["mean"], "ci95": found["ci95"]} for name, found in over.items()}
     return {"runs": named, "over_runs": over}
 
@@ -151,7 +152,7 @@ def summary(results: Mapping[str, Any]) -> str:
     width = max(map(len, results["metrics"]), default=0)
     widths = {name: max(11, len(name) + 2) for name in columns}
     if not results["metrics"]:
-        lines = ["nothing was scored: the protocol leaves all answers out"]
+        lines = ["nothing was scored: the protocol leaves out every answer"]
     else:
         lines = [" " * width + "".join(f"{name:>{widths[name]}}" for name in columns)]
     for metric in results["metrics"]:
