@@ -4,7 +4,8 @@
 
 Leaves attention_1.png (one for each --ecg) and attention.json in --out (default: W/analysis). The weights are the mean
 over layers, heads and the answer's tokens. "parts" in the JSON: first and last lead, first and last sample (ends
-excluded) that an ECG token stands for. --answer TEXT: look at this answer in place of the model's own.
+excluded) that an ECG token stands for. --answer TEXT: look at this answer in place of the model's own. A model of phase
+pretrain is given no --question.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_jax import cli
+from elm_jax.errors import UserError
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,13 +28,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--checkpoint", metavar="W", required=True, help="the run's folder")
     parser.add_argument("--step", default="best", help="latest, best or a number")
     parser.add_argument("--ecg", metavar="F", action="append", required=True, help="an ECG; may be repeated")
-    parser.add_argument("--question", required=True, help="what is asked; several ECGs stand at its <ecg> markers")
+    parser.add_argument("--question", help="what is asked; several ECGs stand at its <ecg> markers")
     parser.add_argument("--answer", help="look at this answer")
     parser.add_argument("--out", type=Path, metavar="D", help="where to write; default: W/analysis")
     flags = cli.ConfigFlags.parse(argv)
     options = parser.parse_args(flags.rest)
     from elm_jax.data.chat import Turn, render_prompt
-    from elm_jax.data.represent import DEMO, FLATLINE, NOISE
     from elm_jax.evaluation.attention import attention
     from elm_jax.evaluation.attention_picture import as_json, draw_attention
     from elm_jax.inference.model import Prompt, TrainedModel
@@ -43,25 +44,33 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled()
     model = TrainedModel(config_of_run(options.checkpoint, flags), options.step)
     assembly, spec = model.assembly, model.assembly.signal
+    question = _question(options.question, assembly.text.phase)
     ecgs = [read_input(path, spec, number) for number, path in enumerate(options.ecg)]
     text: dict[str, Any] = asdict(assembly.text) | {"max_len": None}
-    rendered = render_prompt([Turn("user", options.question)], assembly.tokenizer, n_ecgs=len(ecgs), **text)
+    rendered = render_prompt([Turn("user", question)], assembly.tokenizer, n_ecgs=len(ecgs), **text)
     prompt = Prompt(rendered, [ecg.signal for ecg in ecgs])
     answer = options.answer if options.answer is not None else model.answers([prompt], model.config.eval)[0]
     found = attention(model, prompt, answer)
     out = options.out or model.folder / "analysis"
     out.mkdir(parents=True, exist_ok=True)
-    title = f"{options.question}  →  {answer or '(empty)'}"
-    for number, path in enumerate(options.ecg):
-        generated = path in (NOISE, FLATLINE) or path.startswith(DEMO)
-        signal = spec.load_raw(path if generated else str(Path(path).expanduser().absolute()), number)
+    title = f"{question}  →  {answer or '(empty)'}"
+    for number, ecg in enumerate(ecgs):
         picture = out / f"attention_{number + 1}.png"
-        draw_attention(found, number, signal, spec.sampling_rate, spec.leads, title, picture)
-    facts = {"question": options.question, "answer": answer, "ecg": options.ecg, "step": model.step}
+        draw_attention(found, number, ecg.recorded, spec.sampling_rate, spec.leads, title, picture)
+    facts = {"question": question, "answer": answer, "ecg": options.ecg, "step": model.step}
     (out / "attention.json").write_text(json.dumps(as_json(found, facts), indent=1) + "\n", encoding="utf-8")
     print(f"answer: {answer}")
     print(f"attention to ECGs: {found.ecg_share:.3f} (uniform: {found.uniform_share:.3f})")
     print(f"written to {out}")
+
+
+def _question(asked: str | None, phase: str) -> str:
+    """What is asked: nothing of a pretrained model, which writes about the ECGs alone."""
+    if phase == "pretrain" and asked is not None:
+        raise UserError("--question", repr(asked), "none: a model of phase pretrain is asked nothing", "leave it out")
+    if phase != "pretrain" and asked is None:
+        raise UserError("--question", "none", "what is to be asked", 'give --question "What is the heart rate?"')
+    return asked or ""
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class FakeModel:
         signal, llm = signal_spec(config.data, config.seed), SimpleNamespace(max_len=context)
         self.assembly = SimpleNamespace(text=text, signal=signal, tokenizer=tokenizer, llm=llm)
         self.stops = stop_ids(tokenizer, family)
+        self.engine = SimpleNamespace(prefills=SimpleNamespace(forget=lambda: None))
         self.prompts: list[Any] = []
         self.seeds: list[int] = []
         self._answers = list(answers)

@@ -19,7 +19,7 @@ from elm_jax.data.dataset import Dataset
 from elm_jax.data.text import to_turns
 from elm_jax.errors import UserError
 from elm_jax.evaluation.controls import Loaded, Question, Source
-from elm_jax.evaluation.ecg_qa import answer_list
+from elm_jax.evaluation.ecg_qa import answer_list, is_ecg_qa
 from elm_jax.evaluation.store import AnswerFile
 from elm_jax.inference.model import Prompt, TrainedModel
 from elm_jax.runtime import distributed
@@ -93,15 +93,17 @@ class Asker:
         self._bar.close()
 
     def answers(self, task: Task, file: AnswerFile | None, bad: BadRecords | None = None) -> dict[Question, Any]:
-        """Question -> prediction. Known ones are taken out of `file`, others added to it (None: not this process).
+        """Question -> prediction. Known ones are taken out of `file`, others added to it.
 
-        A record that cannot be read goes to `bad`, or raises.
+        A process without a file takes part and gets nothing: it does not know what was answered before. A record that
+        cannot be read goes to `bad`, or raises.
         """
         self._bar.set_description(task.source.condition)
         chunks = self._chunks(task)
         known = bad.found if bad else set()
         ids = [[_id(task, q) for q in chunk if q.record not in known] for chunk in chunks]
-        kept = file.take(ids) if file else []
+        left_out = {_id(task, q) for q in task.questions if q.record in known}
+        kept = file.take(ids, left_out) if file else []
         done = int(distributed.gather(file.whole if file else 0)[0])
         by_id = {line["id"]: line for line in kept}
         predictions = {q: by_id[_id(task, q)] for q in task.questions if _id(task, q) in by_id}
@@ -109,12 +111,12 @@ class Asker:
         for number, loaded in enumerate(_read_ahead(task.source, chunks[done:]), done):
             prompts = self._written(loaded, bad)
             seed = zlib.crc32(f"{task.seed}:{task.source.condition}:{number}".encode())
+            self.model.engine.prefills.forget()  # so that a chunk comes out the same whatever went before it
             for said in ask(self.model, list(prompts.values()), self.options, seed) if prompts else ():
                 question = list(prompts)[said.place]
-                line = _line(task, question, prompts[question].rendered.prompt, said)
-                predictions[question] = line
                 if file:
-                    file.append(line)
+                    predictions[question] = _line(task, question, prompts[question].rendered.prompt, said)
+                    file.append(predictions[question])
                 self._bar.update()
         return predictions
 
@@ -189,11 +191,14 @@ def _line(task: Task, question: Question, prompt: str, said: Said) -> dict[str, 
     record = task.source.dataset.records[question.record]
     asked = asked_of(record.text)
     answers = answer_list(record.text)
+    # In a table that names its records otherwise, the text itself says what type of ECG-QA a question is.
+    kind = {"question_type": record.text[0]} if answers and is_ecg_qa(str(record.text[0])) else {}
     return {
         "id": _id(task, question),
         **task.marks,
         "name": record.name,
         "patient": record.patient,
+        **kind,
         **record.fields,
         "question": asked[min(question.turn, len(asked) - 1)][0] if asked else "",
         "prompt": prompt,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,10 @@ import numpy as np
 
 from elm_jax.errors import UserError, nearest
 from elm_jax.evaluation.dependence import METRIC, difference_ci95
-from elm_jax.evaluation.evaluator import predictions_in
 from elm_jax.evaluation.metrics import Scorer, Table, question_id
 from elm_jax.evaluation.page import page, table
 from elm_jax.evaluation.statistics import ci95
-from elm_jax.evaluation.store import CONTROLS, AnswerFile
+from elm_jax.evaluation.store import CONTROLS, lines_in, predictions_in
 from elm_jax.evaluation.svg import Bar, bars
 from elm_jax.training.run import read_json
 
@@ -26,10 +25,10 @@ def compare(folders: Sequence[Path], evaluation: str | None = None, protocol: st
     """Compare the run folders' evaluations called `evaluation` (None: the one that all have).
 
     {"evaluation", "protocol", "n", "runs": {run: {"metrics", "signal_dependence"}}, "differences": [{"a", "b",
-    "metrics": {metric: {"value", "ci95", "p", "p_holm"}}, "signal_dependence": {"value", "ci95", "p"} or None}]}: a's
+    "metrics": {metric: {"value", "ci95", "p", "p_holm"}}, "signal_dependence": the same or None}]}: a's
     score less b's, paired by question, on the questions that all answered. The interval is a bootstrap over patients. p
     flips signs patient by patient where a metric is a mean, and else is twice the part of the resamples on the other
-    side of zero; p_holm is corrected for all metrics of all pairs (Holm 1979).
+    side of zero; p_holm is corrected for all metrics and signal dependences of all pairs (Holm 1979).
 
     Raises:
         UserError: fewer than two runs, no common evaluation, or no common question.
@@ -42,7 +41,7 @@ def compare(folders: Sequence[Path], evaluation: str | None = None, protocol: st
     lines = _on_common_questions([predictions_in(folder / "eval" / name) for folder in folders], name)
     scorer = Scorer(protocol, end_token=str(told[0].get("end_token", "")))
     if not scorer.protocol.empty_answers:
-        kept = [{question_id(line) for line in run if line["answer"]} for run in lines]
+        kept = [{pair.id for pair in scorer.pairs(run)} for run in lines]
         both = set.intersection(*kept)
         lines = [[line for line in run if question_id(line) in both] for run in lines]
     tables = [scorer.table(run) for run in lines]
@@ -54,10 +53,10 @@ def compare(folders: Sequence[Path], evaluation: str | None = None, protocol: st
         {"a": names[i], "b": names[j], "metrics": _differences(tables[i], tables[j])}
         for i, j in combinations(range(len(folders)), 2)
     ]
-    _correct(pairs)
     owed = [_owed(folder / "eval" / name, table) for folder, table in zip(folders, tables, strict=True)]
     for pair, (i, j) in zip(pairs, combinations(range(len(folders)), 2), strict=True):
         pair["signal_dependence"] = _difference_of_owed(owed[i], owed[j], tables[i])
+    _correct([d for pair in pairs for d in (*pair["metrics"].values(), pair["signal_dependence"]) if d])
     return {
         "evaluation": name, "protocol": protocol, "n": len(tables[0].pairs), "unavailable": scorer.unavailable,
         "runs": runs, "differences": pairs,
@@ -81,12 +80,12 @@ def _differences(a: Table, b: Table) -> dict[str, dict[str, Any]]:
 
 def _owed(folder: Path, table: Table) -> np.ndarray | None:
     """(n,) what each question of the table owes to the signal: right or not, less that with shuffled ECGs."""
-    path = folder / CONTROLS / "shuffled.jsonl"
-    if not path.is_file():
+    lines = lines_in(folder / CONTROLS / "shuffled.jsonl")
+    if not lines or METRIC not in table.rows:
         return None
-    control = table.scorer.table(AnswerFile(path).lines)
+    control = table.scorer.table(lines)
     scores: dict[str, list[float]] = {}
-    for pair, (value, _) in zip(control.pairs, control.rows[METRIC], strict=True):
+    for pair, (value, _) in zip(control.pairs, control.rows.get(METRIC, ()), strict=True):
         scores.setdefault(pair.id, []).append(float(value))
     own = table.rows[METRIC][:, 0]
     known = all(pair.id in scores for pair in table.pairs)
@@ -110,9 +109,9 @@ def _crossing_p(resampled: np.ndarray) -> float:
     return float(min(1.0, max(2 * min(below, above), 1 / (len(resampled) + 1))))
 
 
-def _correct(pairs: Sequence[Mapping[str, Any]]) -> None:
+def _correct(differences: Iterable[dict[str, Any]]) -> None:
     """Add p_holm to every difference."""
-    every = sorted((d for pair in pairs for d in pair["metrics"].values()), key=lambda d: d["p"])
+    every = sorted(differences, key=lambda d: d["p"])
     least = 0.0
     for rank, difference in enumerate(every):
         least = max(least, min(1.0, (len(every) - rank) * difference["p"]))
@@ -163,12 +162,10 @@ def text_of(result: Mapping[str, Any]) -> str:
     lines += [f"no {metric}: {reason}" for metric, reason in result["unavailable"].items()]
     for pair in result["differences"]:
         lines.append(f"{pair['a']} less {pair['b']}")
-        for metric, d in pair["metrics"].items():
-            mark = "*" if d["p_holm"] < 0.05 else " "
-            lines.append(f"  {metric:<{width}} {_told(d):>26}   p = {d['p']:<8.2g} corrected {d['p_holm']:<8.2g}{mark}")
-        owed = pair["signal_dependence"]
-        if owed:
-            lines.append(f"  {'signal dependence':<{width}} {_told(owed):>26}   p = {owed['p']:.2g}")
+        for metric, d in (*pair["metrics"].items(), ("signal dependence", pair["signal_dependence"])):
+            if d:
+                p, mark = f"p = {d['p']:<8.2g} corrected {d['p_holm']:<8.2g}", "*" if d["p_holm"] < 0.05 else " "
+                lines.append(f"  {metric:<{width}} {_told(d):>26}   {p}{mark}")
     return "\n".join(lines)
 
 
@@ -186,13 +183,13 @@ def html_of(result: Mapping[str, Any]) -> str:
         ]
         head = ["difference", "with 95 % interval", "p", "p, corrected (Holm)"]
         sections.append((metric, bars(metric, shown) + table(head, differences)))
-    owed = [[name, _told(run["signal_dependence"]), ""] for name, run in result["runs"].items()]
+    owed = [[name, _told(run["signal_dependence"]), "", ""] for name, run in result["runs"].items()]
     owed += [
-        [f"{pair['a']} less {pair['b']}", _told(d), f"{d['p']:.2g}"]
+        [f"{pair['a']} less {pair['b']}", _told(d), f"{d['p']:.2g}", f"{d['p_holm']:.2g}"]
         for pair in result["differences"]
         if (d := pair["signal_dependence"])
     ]
-    head = ["run", "signal dependence, with 95 % interval", "p"]
+    head = ["run", "signal dependence, with 95 % interval", "p", "p, corrected (Holm)"]
     sections.append(("Does the model read the ECG?", table(head, owed)))
     intro = f"<p>{result['n']} questions that all runs answered · protocol {result['protocol']}</p>"
     return page(f"{result['evaluation']}: {', '.join(result['runs'])}", intro, sections)

@@ -88,7 +88,8 @@ def shuffled_recordings(
 
     Within records of one `name` and number of ECGs, patients are put in random order and all recordings move on by as
     many places as the patient with the most has. So each recording is given away once, answers of each kind stay as
-    frequent as they were, and a question keeps its patient only where one patient has half of the recordings.
+    frequent as they were, and a question keeps its patient only where one patient has half of the recordings. Where
+    all are of one patient, each question is given the next recording.
     """
     kinds: dict[tuple[str, int], dict[str, dict[Any, list[int]]]] = {}
     for i in range(len(dataset.records)) if among is None else among:
@@ -102,7 +103,7 @@ def shuffled_recordings(
     for patients in kinds.values():
         people = [list(patients.values())[i] for i in rng.permutation(len(patients))]
         places = [(recording, asked) for recordings in people for recording, asked in recordings.items()]
-        step = max(len(recordings) for recordings in people)
+        step = max(len(recordings) for recordings in people) if len(people) > 1 else 1
         for place, (_, asked) in enumerate(places):
             (paths, _), source = places[(place + step) % len(places)]
             instead = [(path, dataset.key(source[0], n)) for n, path in enumerate(paths)]

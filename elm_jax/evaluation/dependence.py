@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from elm_jax.evaluation.metrics import Predictions, Scorer, Table
+from elm_jax.evaluation.metrics import Table
 from elm_jax.evaluation.statistics import ci95, mcnemar_p
 
 METRIC = "exact_match"
 PREFERRED = ("shuffled", "zeros", "noise", "text_only")
 
 
-def signal_dependence(
-    real: Predictions, controls: Mapping[str, Predictions], scorer: Scorer | None = None
-) -> dict[str, Any] | None:
+def signal_dependence(ours: Table, others: Mapping[str, Table]) -> dict[str, Any] | None:
     """{"value", "ci95", "p"} of exact matches, real minus control, paired by question; None without a control.
+
+    ours: the answers with the right ECGs; others: those under each control, of the same scorer.
 
     The control is "shuffled" where it is there, and is named. "by_control" has the same for every control,
     "by_metric" for every mean of a score, "by_name" for every kind of question. A control may hold several answers to
@@ -30,13 +30,11 @@ def signal_dependence(
     random; "mcnemar_p", where a question has one control answer, is McNemar's exact test, which takes questions for
     independent.
     """
-    scorer = scorer or Scorer()
-    ours, others = scorer.table(real), {name: scorer.table(p) for name, p in controls.items()}
     chosen = next((name for name in PREFERRED if name in others), None)
     if chosen is None or not ours.pairs:
         return None
     control = others[chosen]
-    means = [name for name in ours.rows if name in control.rows and scorer.metrics[name].is_mean]
+    means = [name for name in ours.rows if name in control.rows and ours.scorer.metrics[name].is_mean]
     return {
         **_difference(ours, control, METRIC),
         "control": chosen,

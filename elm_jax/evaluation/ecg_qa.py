@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from elm_jax.evaluation.scores.answers import same_words, words
+from elm_jax.evaluation.scores.answers import words
 
 SINGLE = ("single-verify", "single-choose", "single-query")
 _TYPES = re.compile(r"(single|comparison_consecutive|comparison_irrelevant)-(verify|choose|query)")
@@ -64,11 +64,11 @@ def parse_answers(text: str, known: frozenset[str], longest: int) -> frozenset[s
     return frozenset(found)
 
 
-def average_of_types(by_type: dict[str, Any], metric: str) -> float | None:
+def average_of_types(by_type: Mapping[str, Mapping[str, float]], metric: str) -> float | None:
     """ECG-LM's average: the unweighted mean over the types about one ECG; None unless all three were asked."""
     if not all(metric in by_type.get(kind, {}) for kind in SINGLE):
         return None
-    return float(np.mean([by_type[kind][metric]["value"] for kind in SINGLE]))
+    return float(np.mean([by_type[kind][metric] for kind in SINGLE]))
 
 
 class QuestionOnly:
@@ -79,7 +79,7 @@ class QuestionOnly:
         """`asked`: (name, question, answer) of each question in training."""
         counts: dict[tuple[str, ...], Counter[str]] = {}
         for name, question, answer in asked:
-            for key in ((name, _question(question)), (name,), ()):
+            for key in ((name, _words_of(question)), (name,), ()):
                 counts.setdefault(key, Counter())[answer] += 1
         self._best = {key: max(sorted(found), key=found.__getitem__) for key, found in counts.items()}
 
@@ -88,22 +88,20 @@ class QuestionOnly:
 
     def answer(self, name: str, question: str) -> str:
         """The answer that training makes most likely."""
-        keys: Sequence[tuple[str, ...]] = ((name, _question(question)), (name,), ())
+        keys: Sequence[tuple[str, ...]] = ((name, _words_of(question)), (name,), ())
         return next(self._best[key] for key in keys if key in self._best)
 
 
-def macro_f1(truths: Sequence[str], answers: Sequence[str], same: Callable[[str, str], float] = same_words) -> float:
-    """Unweighted mean of the F1 of each true answer; as OpenTSLM scores a template of ECG-QA-CoT."""
-    scores = []
-    for option in sorted(set(truths)):
-        given = [bool(same(answer, option)) for answer in answers]
-        true = [truth == option for truth in truths]
-        right = sum(a and b for a, b in zip(given, true, strict=True))
-        scores.append(2 * right / (sum(given) + sum(true)))
-    return float(np.mean(scores))
+def macro_f1(truths: Sequence[str], answers: Sequence[str]) -> float:
+    """Unweighted mean of the F1 of each true answer, case, punctuation and spaces aside; as OpenTSLM scores a template
+    of ECG-QA-CoT."""
+    ours, theirs = [_words_of(text) for text in answers], [_words_of(text) for text in truths]
+    given, true = Counter(ours), Counter(theirs)
+    right = Counter(a for a, t in zip(ours, theirs, strict=True) if a == t)
+    return float(np.mean([2 * right[option] / (given[option] + true[option]) for option in true]))
 
 
-def _question(text: str) -> str:
+def _words_of(text: str) -> str:
     return " ".join(words(text))
 
 

@@ -47,15 +47,20 @@ def found_labels(text: str, labels: Sequence[str]) -> list[bool]:
 
 
 def chosen_letter(text: str, letters: str, key: str = "") -> str:
-    """The option that an answer chooses: the bare letter, "X.", "The correct option is X" or what follows "Answer:".
+    """The option that an answer chooses (`named_letter`).
 
-    PULSE draws a letter where none of these is found; here it is drawn from `key`, so that it is the same again.
+    PULSE draws a letter where it names none; here it is drawn from `key`, so that it is the same again.
     """
+    return named_letter(text, letters) or random.Random(key).choice(letters)
+
+
+def named_letter(text: str, letters: str) -> str | None:
+    """The bare letter, "X.", that of "The correct option is X" or what follows "Answer:"; None where there is none."""
     text = text.strip()
     if re.match(rf"[{letters}](?:\.|$)", text):
         return text[0]
     match = _CORRECT.search(text) or _ANSWER.search(text)
-    return match[1] if match and match[1] in letters else random.Random(key).choice(letters)
+    return match[1] if match and match[1] in letters else None
 
 
 def same_characters(answer: str, truth: str, options: Sequence[str]) -> bool:
@@ -83,9 +88,15 @@ def _subset(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         metrics = {"accuracy": lambda sums: sums[..., 0] / sums[..., 1]}
     resampled, sums = patients.resampled(rows), rows.sum(0)
     return {
-        metric: {"value": float(value(sums)), "ci95": ci95(value(resampled)), "n": len(lines)}
+        metric: {**_score(float(value(sums)), ci95(value(resampled))), "n": len(lines)}
         for metric, value in metrics.items()
     }
+
+
+def _score(value: float, interval: list[float]) -> dict[str, Any]:
+    """None for what is undefined: JSON has no NaN."""
+    defined = np.isfinite([value, *interval]).all()
+    return {"value": value, "ci95": interval} if defined else {"value": None, "ci95": None}
 
 
 def _right(name: str, line: Mapping[str, Any], answer: str, truth: str) -> bool:
@@ -93,7 +104,7 @@ def _right(name: str, line: Mapping[str, Any], answer: str, truth: str) -> bool:
         options = listed_options(str(line.get("question") or line["prompt"]))
         return same_characters(answer, truth, options)
     letters, key = LETTERS[name], str(line["id"])
-    return chosen_letter(answer, letters, key) == chosen_letter(truth, letters, key)
+    return chosen_letter(answer, letters, key) == named_letter(truth, letters)  # a truth without one is never right
 
 
 def label_counts(found: np.ndarray, true: np.ndarray) -> np.ndarray:

@@ -7,9 +7,8 @@ read or whose prompts do not fit are left out of all scores, within `data.max_ba
 from __future__ import annotations
 
 import itertools
-import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from elm_jax.errors import UserError
 from elm_jax.evaluation.answering import Asker, BadRecords, Task, asked_of, check_lengths
 from elm_jax.evaluation.controls import REAL, Question, Source
 from elm_jax.evaluation.examples import draw_examples
-from elm_jax.evaluation.labels import ask_labels
+from elm_jax.evaluation.labels import PtbXl, ask_labels, read_ptb_xl
 from elm_jax.evaluation.metrics import Scorer
 from elm_jax.evaluation.report import write_report
 from elm_jax.evaluation.results import results_of, summary
@@ -37,6 +36,9 @@ from elm_jax.training.run import read_json, write_json
 SHUFFLES = 3  # ways to give each question another recording: one draw alone is a coarse estimate
 # Of eval.*, what changes no answer.
 _SCORING = ("at_end", "controls", "protocol", "wordnet", "bert_model", "labels")
+# And of data.*: fingerprints tell which records there are, and what is asked is neither packed nor augmented.
+_TRAINING = ("val_fraction", "subset", "weights", "augment_ecg", "augment_rgb", "pack", "share", "workers",
+             "max_bad_records")  # fmt: skip
 ERROR = ("where", "found", "expected", "fix")  # the parts of a UserError
 
 Line = dict[str, Any]
@@ -64,8 +66,10 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
     `controls/*.jsonl` as they come; the same evaluation, stopped and started again, goes on behind the last of them.
 
     Raises:
-        UserError: no checkpoint, no such split, or too many records that cannot be evaluated.
+        UserError: no checkpoint, no such split, too many records that cannot be evaluated, or labels that cannot be
+            asked for.
     """
+    labels = _labels_asked(config)
     model, options = TrainedModel(config, which), config.eval
     scorer = Scorer(options.protocol, options.wordnet, options.bert_model, _end_token(model))
     out, first = results_folder(config, split), jax.process_index() == 0
@@ -87,8 +91,8 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         if first:
             write_json(out / "metrics.json", results_of(conditions, scorer, facts, known))
             draw_examples(out / "examples.png", folds[0].dataset, conditions[REAL])
-        if options.labels is not None:
-            facts["labels"] = _labels(model, folds[0].dataset, store, options.labels)
+        if labels is not None and store is not None:
+            facts["labels"] = _ask_labels(model, folds[0], store, labels)
         for name in options.controls:
             conditions[name] = _ask(asker, folds, store, name, config)
     if first:
@@ -99,16 +103,33 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
     return out
 
 
-def _labels(model: TrainedModel, dataset: Dataset, store: Store | None, folder: str) -> dict[str, Any]:
-    if store is None or jax.process_count() > 1:
+def _labels_asked(config: Config) -> PtbXl | None:
+    """PTB-XL's tables, where its statements are to be asked for."""
+    folder = config.eval.labels
+    if folder is None:
+        return None
+    if jax.process_count() > 1:
         raise UserError("eval.labels", "several processes", "one", "evaluate labels with one process")
-    return ask_labels(model, dataset, Path(folder), store.labels(), model.config.log.progress)
+    if config.phase == "pretrain":
+        expected = "phase 'sft', which answers questions"
+        raise UserError("eval.labels", "phase 'pretrain'", expected, "leave eval.labels out")
+    return read_ptb_xl(Path(folder))
+
+
+def _ask_labels(model: TrainedModel, fold: _Fold, store: Store, labels: PtbXl) -> dict[str, Any]:
+    """Of the recordings that are asked about; those that are left out here have no part in other scores."""
+    bad = BadRecords(fold.dataset, model.config.data.max_bad_records)
+    records = sorted({question.record for question in fold.questions})
+    return ask_labels(model, fold.dataset, records, labels, store.labels(), bad, model.config.log.progress)
 
 
 def is_evaluated(config: Config, split: str) -> bool:
-    """Whether the results of this split are there, with all the controls asked for."""
-    path = results_folder(config, split) / "metrics.json"
-    return path.is_file() and set(config.eval.controls) <= set(read_json(path)["controls"])
+    """Whether the results of this split are there, with all that was asked for."""
+    folder = results_folder(config, split)
+    if not (folder / "metrics.json").is_file() or not (folder / "report.html").is_file():
+        return False
+    found = read_json(folder / "metrics.json")
+    return set(config.eval.controls) <= set(found["controls"]) and (config.eval.labels is None or "labels" in found)
 
 
 def results_folder(config: Config, split: str) -> Path:
@@ -153,7 +174,10 @@ def _questions(dataset: Dataset, room: int, bad: BadRecords) -> Iterator[Questio
 
 
 def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: str, config: Config) -> list[Line]:
-    """What is answered under a condition in all folds and with all seeds, question by question."""
+    """What is answered under a condition in all folds and with all seeds, question by question.
+
+    Nothing in a process without a store.
+    """
     file, found = store.answers(condition) if store else None, []
     for fold, seed, draw in itertools.product(folds, _drawn_with(config), range(_draws(condition))):
         records = sorted({question.record for question in fold.questions})
@@ -163,7 +187,7 @@ def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: s
         source = Source(fold.dataset, condition, draw, records)
         asked = fold.asked if condition == REAL else fold.questions
         answers = asker.answers(Task(source, asked, seed, marks), file, fold.bad if condition == REAL else None)
-        found += [answers[question] for question in fold.questions]
+        found += [answers[question] for question in fold.questions] if file else []
     return _for_seeds(found, config)
 
 
@@ -216,6 +240,7 @@ def _safely_asked(text: Any) -> list[tuple[str, str]]:
 def _identity(model: TrainedModel, split: str, datasets: Sequence[Dataset]) -> dict[str, Any]:
     """All that answers depend on: other answers are no beginning of these."""
     config = to_dict(model.config)
+    config["data"] = {key: value for key, value in config["data"].items() if key not in _TRAINING}
     checkpoint = Path(model.config.workdir) / "checkpoints" / str(model.step)
     return {
         "step": model.step,
@@ -229,13 +254,3 @@ def _identity(model: TrainedModel, split: str, datasets: Sequence[Dataset]) -> d
 
 def _end_token(model: TrainedModel) -> str:
     return str(model.assembly.tokenizer.eos_token or "")
-
-
-def predictions_in(folder: Path) -> list[Mapping[str, Any]]:
-    """The predictions of an evaluation. Raises UserError where there are none."""
-    path = folder / "predictions.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        fix = "evaluate the run first: python -m elm_jax.evaluate --checkpoint W"
-        raise UserError(str(path), str(error), "an evaluation's predictions", fix) from error

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.sources import Record, patient_of
 from elm_jax.errors import UserError
+from elm_jax.evaluation.answering import BadRecords
 from elm_jax.evaluation.controls import Question, Source
 from elm_jax.evaluation.ecgbench import label_counts, macro_f1, micro_f1
 from elm_jax.evaluation.statistics import Patients, ci95
@@ -42,6 +43,19 @@ class Statement:
     families: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class PtbXl:
+    """PTB-XL's tables: the statements, and the codes of each recording by its number, five digits as in its path."""
+
+    statements: list[Statement]
+    truths: dict[str, frozenset[str]]
+
+
+def read_ptb_xl(folder: Path) -> PtbXl:
+    """The tables in PTB-XL's folder. Raises UserError where they are not there or not PTB-XL's."""
+    return PtbXl(read_statements(folder), read_truths(folder))
+
+
 def read_statements(folder: Path) -> list[Statement]:
     """The statements in scp_statements.csv. Raises UserError where the file is not there or not PTB-XL's."""
     found = []
@@ -61,34 +75,48 @@ def read_truths(folder: Path) -> dict[str, frozenset[str]]:
 
 
 def ask_labels(
-    model: TrainedModel, dataset: Dataset, folder: Path, file: AnswerFile, progress: bool = False
-) -> dict[str, Any]:
-    """Ask for every statement of every recording of the dataset that is PTB-XL's; `label_scores` of the answers.
+    model: TrainedModel, dataset: Dataset, records: Iterable[int], labels: PtbXl, file: AnswerFile, bad: BadRecords,
+    progress: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Ask for every statement of every recording of PTB-XL that `records` have; `label_scores` of the answers.
 
-    `file` keeps P(yes), one line a recording; recordings that are in it are not asked again.
+    `file` keeps P(yes), one line a recording; recordings that are in it are not asked again. One that cannot be asked
+    about goes to `bad` and is in no score.
 
     Raises:
-        UserError: no PTB-XL files in `folder`, or no recording of the dataset is in them.
+        UserError: no record is about a recording of PTB-XL, or too many cannot be read.
     """
-    statements, truths = read_statements(folder), read_truths(folder)
-    recordings: dict[str, Record] = {}
-    for record in dataset.records:
-        for path in record.ecg_paths[:1] if len(record.ecg_paths) == 1 else ():
-            number = patient_of(path, "")  # of PTB-XL's paths, the number of the record
-            if number in truths:
-                recordings.setdefault(number, record)
+    statements, recordings = labels.statements, _recordings(dataset, records, labels)
     if not recordings:
-        expected = f"recordings of {folder / DATABASE}"
+        expected = f"recordings of {DATABASE}"
         raise UserError("eval.labels", "none in this split", expected, "evaluate a table of PTB-XL's recordings")
     known = {line["id"]: line["p"] for line in file.lines if len(line["p"]) == len(statements)}
     rest = [number for number in sorted(recordings) if number not in known]
     for number in tqdm(rest, "labels", unit="recordings", disable=not progress):
-        known[number] = _asked(model, dataset, recordings[number], statements)
-        file.append({"id": number, "p": known[number]})
-    numbers = sorted(recordings)
-    true = np.array([[s.code in truths[number] for s in statements] for number in numbers])
-    patients = [recordings[number].patient for number in numbers]
+        model.engine.prefills.forget()  # so that a recording's answers do not depend on those before it
+        try:
+            known[number] = _asked(model, dataset, dataset.records[recordings[number]], statements)
+        except UserError as error:
+            bad.note(recordings[number], error)
+        else:
+            file.append({"id": number, "p": known[number]})
+    numbers = [number for number in sorted(recordings) if number in known]
+    if not numbers:
+        return {}
+    true = np.array([[s.code in labels.truths[number] for s in statements] for number in numbers])
+    patients = [dataset.records[recordings[number]].patient for number in numbers]
     return label_scores(np.array([known[number] for number in numbers]), true, statements, patients)
+
+
+def _recordings(dataset: Dataset, records: Iterable[int], labels: PtbXl) -> dict[str, int]:
+    """Number of a recording of PTB-XL -> the first of the records about it alone."""
+    found: dict[str, int] = {}
+    for record in records:
+        paths = dataset.records[record].ecg_paths
+        number = patient_of(paths[0], "") if len(paths) == 1 else ""  # of PTB-XL's paths, the number of the record
+        if number in labels.truths:
+            found.setdefault(number, record)
+    return found
 
 
 def _asked(model: TrainedModel, dataset: Dataset, record: Record, statements: Sequence[Statement]) -> list[float]:

@@ -102,6 +102,10 @@ def _called(name: str) -> Callable[[Pair], bool]:
     return lambda pair: pair.name == name
 
 
+def _has_answer_set(pair: Pair) -> bool:
+    return bool(pair.answers) and (is_ecg_qa(pair.name) or is_ecg_qa(pair.fields.get("question_type", "")))
+
+
 _PLAIN: dict[str, Metric] = {
     "exact_match": _mean_of(compared.exact_match, cheap=True),
     "token_f1": _mean_of(compared.token_f1, cheap=True),
@@ -115,7 +119,7 @@ _PLAIN: dict[str, Metric] = {
 _OWN: dict[str, Metric] = {
     "signal_type.accuracy": _mean_of(compared.same_words, _called("signal_type"), cheap=True),
     "heart_rate.within_5_bpm": _mean_of(compared.within_5_bpm, _called("heart_rate"), cheap=True, numbers=True),
-    "answer_set_match": Metric(_set_rows, _ratio, lambda pair: bool(pair.answers) and is_ecg_qa(pair.name)),
+    "answer_set_match": Metric(_set_rows, _ratio, _has_answer_set),
 }
 
 
@@ -182,8 +186,17 @@ class Scorer:
     def pairs(self, predictions: Predictions) -> list[Pair]:
         """The pairs that the protocol scores. A prediction has id, answer, truth, and perhaps name, patient, ended,
         answers and the other FIELDS."""
-        kept = (p for p in predictions if p["truth"] and (p["answer"] or self.protocol.empty_answers))
+        empty = self.protocol.empty_answers
+        kept = (p for p in predictions if self._says(p["truth"]) and (empty or self._says(p["answer"])))
         return [_pair(p, self.protocol, self._end) for p in kept]
+
+    def seen(self, text: str) -> str:
+        """What the protocol compares of an answer that ended by itself."""
+        return seen_by(self.protocol, text, self._end)[1]
+
+    def _says(self, text: str) -> bool:
+        """Whether the protocol sees anything of a text, the end token aside. The reference takes blanks for text."""
+        return bool(seen_by(self.protocol, text, "")[1]) or text.isspace()
 
     def table(self, predictions: Predictions) -> Table:
         """The predictions, ready to be summed."""
@@ -260,6 +273,13 @@ class Table:
                 found.setdefault(pair.fields[name], []).append(i)
         return dict(sorted(found.items()))
 
+    def kinds(self) -> dict[str, list[int]]:
+        """Name -> the places of its pairs, those without a name under ""."""
+        found: dict[str, list[int]] = {}
+        for i, pair in enumerate(self.pairs):
+            found.setdefault(pair.name, []).append(i)
+        return dict(sorted(found.items()))
+
     def by(self) -> dict[str, dict[str, Any]]:
         """{field: {level: {metric: {"value", "ci95", "n"}}}} for the fields that pairs have."""
         found = {}
@@ -284,6 +304,15 @@ class Table:
                 rows[name][asked] = metric.rows([pairs[i] for i in asked])
         return Table(self.scorer, pairs, rows)
 
+    @cached_property
+    def majority(self) -> Table:
+        """The same questions answered with the most frequent truth of their name."""
+        common = {
+            name: Counter(self.pairs[i].truth for i in places).most_common(1)[0][0]
+            for name, places in self.kinds().items()
+        }
+        return self.answered([common[pair.name] for pair in self.pairs])
+
     def thinking(self) -> Table:
         """The pairs whose truth thinks, with thinking in place of answers."""
         thought = [pair for pair in self.pairs if pair.true_thinking]
@@ -293,14 +322,18 @@ class Table:
 
 
 def aggregate(predictions: Predictions, scorer: Scorer | None = None) -> dict[str, Any]:
-    """Scores of predictions: "protocol", "n", "metrics", "by", "baselines" and more, as `metrics.json` has them.
+    """`scores_of` the table of predictions."""
+    return scores_of((scorer or Scorer()).table(predictions))
+
+
+def scores_of(table: Table) -> dict[str, Any]:
+    """Scores of a table: "protocol", "n", "metrics", "by", "baselines" and more, as `metrics.json` has them.
 
     metrics: {metric: {"value", "ci95": [low, high]}}; by: {field: {level: {metric: the same and "n"}}}.
     baselines: "constant" is {metric: what one answer to all its questions would score at best, chosen with
     the truths in hand}; "majority" is {metric: the score of each name's most frequent truth}.
     """
-    scorer = scorer or Scorer()
-    table = scorer.table(predictions)
+    scorer = table.scorer
     result: dict[str, Any] = {
         "protocol": scorer.name,
         "protocol_meaning": scorer.protocol.meaning,
@@ -321,11 +354,7 @@ def baselines(table: Table) -> dict[str, dict[str, float]]:
     """What answers that know no ECG and no question's words would score, by metric."""
     if not table.pairs:
         return {"constant": {}, "majority": {}}
-    common = {
-        name: Counter(table.pairs[i].truth for i in places).most_common(1)[0][0]
-        for name, places in (table.groups("name") or {"": range(len(table.pairs))}).items()
-    }
-    majority = table.answered([common[pair.name] for pair in table.pairs]).values()
+    majority = table.majority.values()
     constant = {name: _constant(table, name) for name in majority}
     return {"constant": constant, "majority": majority}
 

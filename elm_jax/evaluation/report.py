@@ -128,22 +128,40 @@ def _by(results: Results) -> str:
     parts = []
     for name, levels in results["by"].items():
         metrics = list(dict.fromkeys(metric for scores in levels.values() for metric in scores))
+        beside = results.get("baselines_by", {}).get(name, {})
+        blind = next(iter(beside.values()), {})
         rows = [
-            [level, str(next(iter(scores.values()))["n"]) if scores else "0", *(_cell(scores.get(m)) for m in metrics)]
+            [level, str(next(iter(scores.values()))["n"]) if scores else "0",
+             *(_cell(scores.get(m)) for m in metrics), *(_number(beside[level][b].get("exact_match")) for b in blind)]
             for level, scores in list(levels.items())[:_LEVELS]
-        ]
+        ]  # fmt: skip
         more = f"<p>and {len(levels) - _LEVELS} more, in metrics.json</p>" if len(levels) > _LEVELS else ""
-        parts.append(f"<h3>{escape(name)}</h3>" + table([name, "n", *metrics], rows) + more)
+        head = [name, "n", *metrics, *(f"exact_match, {b}" for b in blind)]
+        parts.append(f"<h3>{escape(name)}</h3>" + table(head, rows) + more)
     for name, scores in results.get("ecgbench", {}).items():
-        parts.append(f"<h3>ECGBench: {escape(name)}</h3>" + table(list(scores), [[_cell(s) for s in scores.values()]]))
+        parts.append(f"<h3>ECGBench: {escape(name)}</h3>" + _benchmark(scores))
     for family, scores in results.get("labels", {}).items():
         head = ["labels", "macro F1", "micro F1", "macro AUC"]
         cells = [_cell(scores[name]) for name in ("macro_f1", "micro_f1", "macro_auc")]
         row = [str(len(scores["labels"])), *cells]
         parts.append(f"<h3>PTB-XL, asked label by label: {escape(family)}</h3>" + table(head, [row]))
-    average = results.get("ecg_qa", {}).get("average_of_single_types")
-    parts.append("" if average is None else f"<p>Mean over ECG-QA's three types about one ECG: {average:.3f}</p>")
-    return "".join(parts)
+    return "".join([*parts, _ecg_qa(results.get("ecg_qa", {}))])
+
+
+def _benchmark(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    n = str(next(iter(scores.values()))["n"])
+    return table(["n", *scores], [[n, *map(_cell, scores.values())]])
+
+
+def _ecg_qa(found: Results) -> str:
+    text = ""
+    if "average_of_single_types" in found:
+        blind = "".join(f", of blind answers ({escape(n)}) {_number(v)}" for n, v in found["baselines"].items())
+        text += f"<p>Mean over ECG-QA's three types about one ECG: {found['average_of_single_types']:.3f}{blind}</p>"
+    if "template_macro_f1" in found:
+        plain, weighted = (_number(found["template_macro_f1"][name]) for name in ("unweighted", "weighted"))
+        text += f"<p>Macro F1, mean over templates: {plain}, weighted by questions: {weighted}</p>"
+    return text
 
 
 def _confusions(results: Results) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from elm_jax.evaluation.classification import classification, pretrain_breakdown, top_wrong
 from elm_jax.evaluation.controls import REAL
 from elm_jax.evaluation.dependence import signal_dependence
-from elm_jax.evaluation.ecg_qa import QuestionOnly, average_of_types
+from elm_jax.evaluation.ecg_qa import QuestionOnly, average_of_types, macro_f1
 from elm_jax.evaluation.ecgbench import ecgbench
-from elm_jax.evaluation.metrics import Scorer, Table, aggregate
+from elm_jax.evaluation.metrics import FIELDS, Scorer, Table, question_id, scores_of
 from elm_jax.evaluation.statistics import student_t
 
 MOST_CLASSES = 20
@@ -26,26 +28,54 @@ def results_of(
     question and "leaked", how many test questions of other folds are about its patients.
     """
     real = conditions[REAL]
-    result = aggregate(real, scorer)
-    table = scorer.table(real)
-    controls = {name: lines for name, lines in conditions.items() if name != REAL}
-    result["controls"] = {name: scorer.table(lines).scores() for name, lines in controls.items()}
+    tables = {name: scorer.table(lines) for name, lines in conditions.items()}
+    table = tables.pop(REAL)
+    result = scores_of(table)
+    result["controls"] = {name: control.scores() for name, control in tables.items()}
     result |= facts
     result |= _runs(real, scorer, result)
-    blind = QuestionOnly(known.get("asked", ()))
-    if blind:
-        answers = {line["id"]: blind.answer(str(line.get("name", "")), str(line.get("question", ""))) for line in real}
-        result["baselines"]["question_only"] = table.answered(
-            [answers[pair.id.partition("/")[0]] for pair in table.pairs]
-        ).values()
-    # Pairs must be the same under all conditions, so answers that a protocol leaves out count here.
-    paired = scorer if scorer.protocol.empty_answers else Scorer("ours")
-    dependence = signal_dependence(real, controls, paired)
+    blind = _blind(table, real, known.get("asked", ()))
+    if "question_only" in blind:
+        result["baselines"]["question_only"] = blind["question_only"].values()
+    result["baselines_by"] = _baselines_by(table, blind)
+    dependence = _dependence(conditions, table, tables)
     if dependence is not None:
         result["signal_dependence"] = dependence
     if "leaked" in known:
         result["questions_about_training_patients"] = known["leaked"]
-    return result | _kinds(table, result) | ecgbench(real)
+    return result | _kinds(table) | _ecg_qa(table, blind, result) | ecgbench(real)
+
+
+def _dependence(conditions: Mapping[str, Lines], table: Table, controls: Mapping[str, Table]) -> dict[str, Any] | None:
+    if not table.scorer.protocol.empty_answers:
+        # Pairs must be the same under all conditions, so answers that a protocol leaves out count here.
+        scorer = Scorer("ours")
+        table, controls = scorer.table(conditions[REAL]), {name: scorer.table(conditions[name]) for name in controls}
+    return signal_dependence(table, controls)
+
+
+def _blind(table: Table, real: Lines, asked: Iterable[tuple[str, str, str]]) -> dict[str, Table]:
+    """The same questions answered by who sees no ECG: by the majority, and by the questions' words."""
+    found = {"majority": table.majority} if table.pairs else {}
+    # Of training what the protocol sees of it, as of the truths here.
+    seen = ((name, question, table.scorer.seen(answer)) for name, question, answer in asked)
+    learnt = QuestionOnly(one for one in seen if one[2])
+    if learnt:
+        questions = {question_id(line): (str(line.get("name", "")), str(line.get("question", ""))) for line in real}
+        found["question_only"] = table.answered([learnt.answer(*questions[pair.id]) for pair in table.pairs])
+    return found
+
+
+def _baselines_by(table: Table, blind: Mapping[str, Table]) -> dict[str, Any]:
+    """{field: {level: {baseline: {metric: score}}}}: what stands beside `by`."""
+    return {
+        field: {
+            level: {name: other.part(places).values() for name, other in blind.items()}
+            for level, places in levels.items()
+        }
+        for field in FIELDS
+        if (levels := table.groups(field))
+    }
 
 
 def _runs(real: Lines, scorer: Scorer, result: dict[str, Any]) -> dict[str, Any]:
@@ -55,30 +85,58 @@ def _runs(real: Lines, scorer: Scorer, result: dict[str, Any]) -> dict[str, Any]
         runs.setdefault((line.get("fold"), line.get("seed")), []).append(line)
     if len(runs) < 2:
         return {}
-    scores = [scorer.table(lines).values() for lines in runs.values()]
-    over = {name: student_t([run[name] for run in scores]) for name in scores[0] if all(name in run for run in scores)}
-    if scorer.protocol.intervals == "student_t":
-        result["metrics"] = {name: {"value": found["mean"], "ci95": found["ci95"]} for name, found in over.items()}
+    tables = [scorer.table(lines) for lines in runs.values()]
     named = [
-        {"fold": fold, "seed": seed, "n": len(runs[fold, seed]), "metrics": values}
-        for (fold, seed), values in zip(runs, scores, strict=True)
+        {"fold": fold, "seed": seed, "n": len(table.pairs), "metrics": table.values()}
+        for (fold, seed), table in zip(runs, tables, strict=True)
     ]
+    scores = [run["metrics"] for run in named if run["n"]]  # a run of which the protocol keeps no pair has no score
+    shared = [name for name in (scores[0] if scores else ()) if all(name in run for run in scores)]
+    over = {name: student_t([run[name] for run in scores]) for name in shared}
+    if scorer.protocol.intervals == "student_t" and len(scores) > 1:
+        result["metrics"] = {name: {"value": found["mean"], "ci95": found["ci95"]} for name, found in over.items()}
     return {"runs": named, "over_runs": over}
 
 
-def _kinds(table: Table, result: Mapping[str, Any]) -> dict[str, Any]:
+def _ecg_qa(table: Table, blind: Mapping[str, Table], result: dict[str, Any]) -> dict[str, Any]:
+    """ECG-QA's mean over the three types about one ECG, beside that of blind answers, and macro F1 over templates."""
+    found: dict[str, Any] = {}
+    for field in ("question_type", "name"):
+        types = {kind: table.part(places).values() for kind, places in table.groups(field).items()}
+        average = average_of_types(types, "answer_set_match")
+        if average is not None:
+            levels = result["baselines_by"][field]
+            beside = {name: {kind: levels[kind][name] for kind in levels} for name in blind}
+            found["average_of_single_types"] = average
+            found["baselines"] = {name: average_of_types(by, "answer_set_match") for name, by in beside.items()}
+            break
+    templates = table.groups("template_id")
+    for level, places in templates.items():
+        chosen = [table.pairs[i] for i in places]
+        score = macro_f1([pair.truth for pair in chosen], [pair.answer for pair in chosen])
+        result["by"]["template_id"][level]["macro_f1"] = {"value": score, "n": len(places)}
+    if templates:
+        scores = [score["macro_f1"] for score in result["by"]["template_id"].values()]
+        values, sizes = [score["value"] for score in scores], [score["n"] for score in scores]
+        found["template_macro_f1"] = {
+            "unweighted": float(np.mean(values)),
+            "weighted": float(np.average(values, weights=sizes)),
+        }
+    return {"ecg_qa": found} if found else {}
+
+
+def _kinds(table: Table) -> dict[str, Any]:
     """What was answered in place of what: by kind of question, as classes where there are few, as statements where
-    truths are lists of these; and ECG-QA's average over types."""
+    truths are lists of these."""
     found: dict[str, Any] = {"top_wrong": {}, "classification": {}}
-    for name, places in (table.groups("name") or {"": list(range(len(table.pairs)))}).items():
+    for name, places in table.kinds().items():
         truths, answers = [table.pairs[i].truth for i in places], [table.pairs[i].answer for i in places]
         found["top_wrong"][name] = top_wrong(truths, answers)
         if 1 < len(set(truths)) <= MOST_CLASSES and len(set(truths)) < len(truths):
             found["classification"][name] = classification(truths, answers)
         if any(";" in truth for truth in truths):
             found.setdefault("statements", {})[name] = pretrain_breakdown(truths, answers)
-    average = average_of_types(result["by"].get("name", {}), "answer_set_match")
-    return found if average is None else {**found, "ecg_qa": {"average_of_single_types": average}}
+    return found
 
 
 def summary(results: Mapping[str, Any]) -> str:
@@ -91,9 +149,12 @@ def summary(results: Mapping[str, Any]) -> str:
             for name, scores in results["baselines"].items()
         },
     }
-    width = max(len(name) for name in results["metrics"])
+    width = max(map(len, results["metrics"]), default=0)
     widths = {name: max(11, len(name) + 2) for name in columns}
-    lines = [" " * width + "".join(f"{name:>{widths[name]}}" for name in columns)]
+    if not results["metrics"]:
+        lines = ["nothing was scored: the protocol leaves out every answer"]
+    else:
+        lines = [" " * width + "".join(f"{name:>{widths[name]}}" for name in columns)]
     for metric in results["metrics"]:
         cells = (
             f"{scores[metric]['value']:>{widths[name]}.3f}" if metric in scores else " " * widths[name]

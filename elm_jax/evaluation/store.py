@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,14 @@ Line = dict[str, Any]
 
 
 class Store:
-    """The folder of one evaluation. What it holds of another one (`identity` differs) goes.
-
-    resumed: whether there was something of this evaluation.
-    """
+    """The folder of one evaluation. What it holds of another one (`identity` differs) goes."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder = folder
         identity = json.loads(json.dumps(identity))
         path = folder / IDENTITY
-        self.resumed = path.is_file() and _read(path) == identity
         folder.mkdir(parents=True, exist_ok=True)
-        if not self.resumed:
+        if not path.is_file() or _read(path) != identity:
             for name in (PREDICTIONS, PROBLEMS, LABELS, "metrics.json", "report.html"):
                 (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / CONTROLS, ignore_errors=True)
@@ -64,11 +60,7 @@ class AnswerFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.lines, self._ends, end = path, [], [], 0
-        for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
-            value = _parsed(line)
-            if value is None:
-                break
-            end += len(line)
+        for value, end in _whole_lines(path.read_bytes()) if path.is_file() else ():
             self.lines.append(value)
             self._ends.append(end)
         self._taken = 0
@@ -76,21 +68,28 @@ class AnswerFile:
             with path.open("r+b") as file:
                 file.truncate(end)
 
-    def take(self, chunks: Sequence[Collection[str]]) -> list[Line]:
+    def take(self, chunks: Sequence[Collection[str]], left_out: Collection[str] = ()) -> list[Line]:
         """The lines of the next task as far as its chunks (of ids) are whole; what follows an unfinished one goes.
 
-        The number of chunks that are whole is `whole`.
+        The number of chunks that are whole is `whole`. Lines of ids that were `left_out` later are passed over.
         """
-        start = self._taken
+        taken: list[Line] = []
         self.whole = 0
         for ids in chunks:
-            found = self.lines[self._taken : self._taken + len(ids)]
+            found, end = [], self._taken
+            for place in range(self._taken, len(self.lines)):
+                if self.lines[place]["id"] not in left_out:
+                    if len(found) == len(ids):
+                        break
+                    found.append(self.lines[place])
+                end = place + 1
             if {line["id"] for line in found} != set(ids):
                 self._cut()
                 break
-            self._taken += len(ids)
+            taken += found
+            self._taken = end
             self.whole += 1
-        return self.lines[start : self._taken]
+        return taken
 
     def append(self, line: Line) -> None:
         """Write a line; it is in the file when this returns."""
@@ -105,6 +104,47 @@ class AnswerFile:
         if self.path.is_file():
             with self.path.open("r+b") as file:
                 file.truncate(self._ends[-1] if self._ends else 0)
+
+
+def predictions_in(folder: Path) -> list[Line]:
+    """The predictions of an evaluation. Raises UserError where there are none."""
+    found = lines_in(folder / PREDICTIONS)
+    if not found:
+        fix = "evaluate the run first: python -m elm_jax.evaluate --checkpoint W"
+        raise UserError(str(folder / PREDICTIONS), "no answer", "an evaluation's predictions", fix)
+    return found
+
+
+def lines_in(path: Path) -> list[Line]:
+    """The lines of a file of answers, which stays as it is; none where there is no file.
+
+    The beginning of a line that is still being written is left out.
+
+    Raises:
+        UserError: the file cannot be read, or is something else.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(str(path), str(error), "a file of answers", "check the folder") from error
+    found = list(_whole_lines(data))
+    if b"\n" in data[found[-1][1] if found else 0 :]:
+        fix = "evaluate the run again: python -m elm_jax.evaluate --checkpoint W"
+        raise UserError(f"{path}:{len(found) + 1}", "no JSON object", "an answer in each line", fix)
+    return [line for line, _ in found]
+
+
+def _whole_lines(data: bytes) -> Iterator[tuple[Line, int]]:
+    """The lines of a file up to the first that is none, each with the place of its end."""
+    end = 0
+    for line in data.splitlines(keepends=True):
+        value = _parsed(line)
+        if value is None:
+            return
+        end += len(line)
+        yield value, end
 
 
 def _read(path: Path) -> Mapping[str, Any] | None:

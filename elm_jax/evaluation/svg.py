@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-BLUE, GREY, ORANGE, GREEN, RED = "#2f5d9b", "#9a9aa6", "#d97a1e", "#1f7a4d", "#b3261e"
+BLUE, GREY, ORANGE, RED = "#2f5d9b", "#9a9aa6", "#d97a1e", "#b3261e"
 INK, FAINT = "#16161d", "#e6e6ea"
 _ROW, _LABEL, _PLOT, _NUMBER, _AXIS = 24, 210, 380, 150, 26
 _LONGEST = 80  # characters of a label

@@ -67,7 +67,7 @@ def test_an_evaluation_leaves_scores_controls_and_pictures(trained: Path) -> Non
     predictions = read_lines(folder / "predictions.jsonl")
     assert results["n"] == len(predictions) == 12 * 5
     assert set(results["controls"]) == {"zeros", "noise", "text_only", "shuffled"}
-    assert {"constant", "majority"} == set(results["baselines"])
+    assert {"constant", "majority"} <= set(results["baselines"])
     for name in ("exact_match", "token_f1", "signal_type.accuracy", "heart_rate.within_5_bpm"):
         low, high = results["metrics"][name]["ci95"]
         assert 0 <= low <= results["metrics"][name]["value"] <= high <= 1

@@ -12,18 +12,29 @@ import signal
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+import runs  # noqa: E402
 from fake_model import Asked, fake_config  # noqa: E402
 
+from elm_jax.assemble import assemble, make_arrays  # noqa: E402
+from elm_jax.config import MeshConfig  # noqa: E402
 from elm_jax.evaluation import evaluator  # noqa: E402
-from elm_jax.evaluation.store import AnswerFile  # noqa: E402
+from elm_jax.evaluation.store import AnswerFile, lines_in  # noqa: E402
+from elm_jax.inference.speaker import Speaker  # noqa: E402
+from elm_jax.runtime import distributed  # noqa: E402
+from elm_jax.runtime.mesh import make_mesh  # noqa: E402
+from elm_jax.training.state import array_shardings  # noqa: E402
 
 RECORDINGS = 12
 ANSWERS = RECORDINGS * 5 * (1 + 3 + evaluator.SHUFFLES)
@@ -117,6 +128,65 @@ def test_another_evaluation_begins_anew(tmp_path: Path, monkeypatch: pytest.Monk
     assert asked == [10, 0, 10], "another protocol only scores anew"
 
 
+def test_keys_that_change_no_answer_keep_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("write_report", "draw_examples"):
+        monkeypatch.setattr(evaluator, name, lambda *_: None)
+    asked = []
+    others = {"max_bad_records": 0.5, "workers": 3, "pack": False, "share": "none", "val_fraction": 0.3, "subset": 0.5,
+              "augment_ecg": True, "augment_rgb": True, "weights": [2.0]}  # fmt: skip
+    for keys in ({}, {f"data__{name}": value for name, value in others.items()}, {"data__perturb": "zeros"}):
+        conf = config(tmp_path / "run", eval__controls=[], eval__limit=10, **keys)
+        model = model_of(conf)
+        monkeypatch.setattr(evaluator, "TrainedModel", lambda *_, model=model: model)
+        evaluator.evaluate(conf)
+        asked.append([prompt.rendered.prompt + str(zlib.crc32(prompt.signals[0])) for prompt in model.prompts])
+    assert [len(prompts) for prompts in asked] == [10, 0, 10] and asked[0] != asked[2]
+    conf = config(tmp_path / "new", eval__controls=[], eval__limit=10,
+                  **{f"data__{name}": value for name, value in others.items()})  # fmt: skip
+    model = model_of(conf)
+    monkeypatch.setattr(evaluator, "TrainedModel", lambda *_: model)
+    evaluator.evaluate(conf)
+    assert asked[0] == [prompt.rendered.prompt + str(zlib.crc32(prompt.signals[0])) for prompt in model.prompts]
+
+
+def test_a_process_without_the_answers_takes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As process 1 of two: what process 0 knows of an evaluation that goes on is all that it is told."""
+    for name in ("write_report", "draw_examples"):
+        monkeypatch.setattr(evaluator, name, lambda *_: None)
+    conf = config(tmp_path / "run", eval__controls=["zeros"])
+    model = model_of(conf)
+    monkeypatch.setattr(evaluator, "TrainedModel", lambda *_: model)
+    told: list[Any] = []
+    gather = distributed.gather
+    monkeypatch.setattr(distributed, "gather", lambda value: told.append(gather(value)) or told[-1])
+    evaluator.evaluate(conf)
+    lines = (tmp_path / "run" / "eval" / "demo-test" / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "eval" / "demo-test" / "predictions.jsonl").write_text("".join(lines[:40]))
+    (tmp_path / "run" / "eval" / "demo-test" / "controls" / "zeros.jsonl").unlink()
+    told.clear()
+    model.prompts.clear()
+    evaluator.evaluate(conf)
+    first = [prompt.rendered.prompt for prompt in model.prompts]
+    assert [int(value[0]) for value in told[1:]] == [2, 0], "whole chunks"
+
+    monkeypatch.setattr(evaluator.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(distributed, "gather", lambda value: told.pop(0))
+    model.prompts.clear()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    evaluator.evaluate(conf)
+    assert [prompt.rendered.prompt for prompt in model.prompts] == first and not told
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_answers_about_records_that_were_left_out_later_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps({"id": name}) + "\n" for name in "axbcxy"))
+    file = AnswerFile(path)
+    assert [line["id"] for line in file.take([["a"], ["c", "b"]], {"x", "y"})] == ["a", "b", "c"] and file.whole == 2
+    assert file.take([["d"]], {"x", "y"}) == [] and file.whole == 0
+    assert len(path.read_text().splitlines()) == 6
+
+
 def test_half_a_line_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text('{"id": "a"}\n{"id": "b"}\n{"id": "c", "ans')
@@ -124,6 +194,66 @@ def test_half_a_line_is_cut_off(tmp_path: Path) -> None:
     assert [line["id"] for line in file.take([["a"], ["b", "c"], ["d"]])] == ["a"] and file.whole == 1
     file.append({"id": "z"})
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "z"]
+
+
+def real_model(conf: Any) -> Callable[[], Any]:
+    """Makes a tiny model of random weights, moved so that answers differ; each time with nothing computed yet."""
+    assembly = assemble(conf)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    arrays, rng = make_arrays(assembly, array_shardings(assembly.structure, mesh)), np.random.default_rng(0)
+    for name, x in arrays.items():
+        if name.startswith(("llm.embedding", "llm.head", "connector.")):
+            arrays[name] = jax.device_put(np.asarray(x) + rng.standard_normal(x.shape).astype(x.dtype), x.sharding)
+
+    def make() -> Any:
+        model: Any = Speaker(assembly, mesh, arrays)
+        model.step = 1
+        return model
+
+    return make
+
+
+@pytest.mark.slow
+def test_a_real_model_stopped_anywhere_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has computed of prompts' beginnings before the stop is not there after it."""
+    runs.prepare(monkeypatch, tmp_path / "cache")
+    for name in ("write_report", "draw_examples"):
+        monkeypatch.setattr(evaluator, name, lambda *_: None)
+    append, written = AnswerFile.append, [0]
+
+    def append_and_stop(self: AnswerFile, line: dict[str, Any]) -> None:
+        append(self, line)
+        written[0] -= 1
+        if written[0] == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(AnswerFile, "append", append_and_stop)
+
+    scratch = {**runs.TINY["llm.scratch"], "tied": False}
+    conf = runs.config(
+        tmp_path, data__names=["demo:train=8,val=4,test=6"], llm__scratch=scratch, eval__batch_size=2,
+        llm__compute_dtype="bfloat16", eval__max_new_tokens=6, eval__temperature=1.0, eval__controls=["zeros"],
+    )  # fmt: skip
+    make = real_model(conf)
+    monkeypatch.setattr(evaluator, "TrainedModel", lambda *_: make())
+
+    def evaluated(folder: str, stop: int) -> Path:
+        written[0] = stop
+        evaluator.evaluate(replace(conf, workdir=str(tmp_path / folder)))
+        return tmp_path / folder / "eval" / "demo-test"
+
+    def answers(out: Path) -> list[dict[str, Any]]:
+        lines = [line for name in ("predictions.jsonl", "controls/zeros.jsonl") for line in lines_in(out / name)]
+        return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+    whole = evaluated("whole", 0)
+    for stop in (20, 20):
+        with pytest.raises(KeyboardInterrupt):
+            evaluated("broken", stop)
+    broken = evaluated("broken", 0)
+    assert answers(broken) == answers(whole) and len(answers(whole)) == 2 * 6 * 5
+    assert len({line["answer"] for line in answers(whole)}) > 10, "the answers are all alike"
+    assert (broken / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
 
 
 def test_greedy_answers_serve_all_seeds_and_drawn_ones_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

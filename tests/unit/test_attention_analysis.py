@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from elm_jax.analyze import _question
+from elm_jax.errors import UserError
 from elm_jax.evaluation.attention import Attention, _mean_weights, _spans
 from elm_jax.models.decoder import Decoder
 from elm_jax.models.families import scratch_config
@@ -32,6 +34,13 @@ def test_weights_are_the_softmax_that_the_layers_use() -> None:
     scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     assert found == pytest.approx((weights / weights.sum(-1, keepdims=True)).mean(0), abs=1e-5)
+
+
+def test_a_pretrained_model_is_asked_nothing_and_others_are() -> None:
+    assert _question("What is it?", "sft") == "What is it?" and _question(None, "pretrain") == ""
+    for asked, phase in (("What is it?", "pretrain"), (None, "sft")):
+        with pytest.raises(UserError, match="--question"):
+            _question(asked, phase)
 
 
 def model(elm: str, encoder: str | None, **spec: Any) -> Any:

@@ -38,6 +38,26 @@ def test_equal_texts_score_one_and_empty_ones_zero(folder: Path) -> None:
     assert np.all(found[3] < 1)
 
 
+def test_texts_are_stripped(folder: Path) -> None:
+    found = BertScore(str(folder), layer=1).scores(["  sinus rhythm\n", " \n"], ["sinus rhythm", "af"])
+    assert found[0] == pytest.approx([1, 1, 1]) and found[1].tolist() == [0, 0, 0]
+
+
+def test_roberta_reads_the_first_word_as_one_behind_a_blank(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import RobertaConfig, RobertaModel, RobertaTokenizerFast
+
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4, "a": 5, "\u0120": 6, "\u0120a": 7}
+    whole = Tokenizer(models.BPE(words, [("\u0120", "a")], unk_token="<unk>"))
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    whole.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    RobertaTokenizerFast(tokenizer_object=whole).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    RobertaModel(RobertaConfig(vocab_size=len(words), max_position_embeddings=32, **sizes)).save_pretrained(tmp_path)
+    score = BertScore(str(tmp_path), layer=1)
+    assert score._tokenizer("a a")["input_ids"] == [0, 7, 7, 2]
+
+
 def test_precision_and_recall_change_places_with_the_texts(folder: Path) -> None:
     score = BertScore(str(folder), layer=2)
     one = score.scores(["sinus rhythm normal"], ["af ecg"])[0]

@@ -12,6 +12,7 @@ from elm_jax.compare import main
 from elm_jax.errors import UserError
 from elm_jax.evaluation.comparison import compare, text_of
 from elm_jax.evaluation.statistics import FLIPS
+from elm_jax.evaluation.store import lines_in
 
 
 def run(folder: Path, right: float, n: int = 120, name: str = "demo-test", **more: str) -> Path:
@@ -40,6 +41,34 @@ def test_a_difference_is_told_with_its_interval_and_whether_it_is_chance(tmp_pat
     corrected = [d["p_holm"] for metrics in of.values() for d in metrics.values()]
     assert all(d["p_holm"] >= d["p"] for metrics in of.values() for d in metrics.values()) and max(corrected) <= 1
     assert "a less b" in text_of(found) and "*" in text_of(found)
+
+
+def test_the_control_files_are_read_and_left_as_they_are(tmp_path):
+    folders = [run(tmp_path / name, right) for name, right in (("a", 0.9), ("b", 0.5))]
+    for folder in folders:
+        out = folder / "eval" / "demo-test"
+        (out / "controls").mkdir()
+        lines = (out / "predictions.jsonl").read_text().replace("it is so\"}", "it is not\"}")
+        lines = lines.replace('"answer": "it is so"', '"answer": "it is not"')
+        (out / "controls" / "shuffled.jsonl").write_text(lines + '{"id": "q0", "ans')
+    before = [path.read_bytes() for path in sorted(tmp_path.rglob("*.jsonl"))]
+    found = compare(folders)
+    owed = found["differences"][0]["signal_dependence"]
+    assert owed["value"] == pytest.approx(0.4) and owed["p_holm"] >= owed["p"]
+    assert [path.read_bytes() for path in sorted(tmp_path.rglob("*.jsonl"))] == before, "another process may write them"
+    assert "signal dependence" in text_of(found)
+
+
+def test_answers_may_hold_any_character(tmp_path):
+    a, b = (run(tmp_path / name, 0.5) for name in "ab")
+    path = a / "eval" / "demo-test" / "predictions.jsonl"
+    lines = lines_in(path)
+    lines[0]["answer"] = "one\u2028two\u0085three\x0bfour"
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    assert lines_in(path) == lines and compare([a, b])["n"] == 120
+    path.write_text("no answer\n")
+    with pytest.raises(UserError, match="predictions.jsonl:1"):
+        compare([a, b])
 
 
 def test_only_questions_that_all_answered_count(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +86,13 @@ def test_only_some_records_may_take_part_in_shuffling() -> None:
     assert {path for (path, _), in given.values()} == {f"{i}.npy" for i in range(0, 12, 2)}
 
 
+def test_recordings_of_one_patient_are_given_to_each_other() -> None:
+    records = [record(i, f"{i // 2}.npy", patient="one") for i in range(6)]
+    given = shuffled_recordings(dataset_of(records))
+    assert all(given[i][0][0] != f"{i // 2}.npy" for i in range(6))
+    assert {path for (path, _), in given.values()} == {"0.npy", "1.npy", "2.npy"}
+
+
 Ask = Callable[..., Asked]
 
 
@@ -120,10 +128,13 @@ def test_bad_records_are_named_counted_and_left_out_of_every_score(
     found = results(model.config)
     assert found["bad"] == 2 and found["n"] == 6 and found["metrics"]["exact_match"]["value"] == 3 / 6
     assert set(found["controls"]) == {"zeros", "noise", "text_only", "shuffled"} and is_evaluated(model.config, "test")
+    assert not is_evaluated(replace(model.config, eval=replace(model.config.eval, labels="ptbxl")), "test")
     errors = capsys.readouterr().err
     assert "left out: record records.jsonl:2: found a prompt of " in errors
     assert "left out: record records.jsonl:5: " in errors and "ecg_5.npy" in errors
     assert len(model.prompts) == 6 * (1 + 3 + evaluator.SHUFFLES)
+    (results_folder(model.config, "test") / "report.html").unlink()
+    assert not is_evaluated(model.config, "test"), "a stop before the report was written"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from elm_jax.evaluation.metrics import Scorer
-from elm_jax.evaluation.report import write_report
+from elm_jax.evaluation.report import _by, write_report
 from elm_jax.evaluation.results import results_of
 from elm_jax.evaluation.svg import Bar, bars
 
@@ -107,6 +107,13 @@ def test_the_script_is_javascript_and_finds_its_elements(report, tmp_path):
     (tmp_path / "script.js").write_text(script)
     subprocess.run(["node", "--check", str(tmp_path / "script.js")], check=True)
     assert set(re.findall(r'by\("(\w+)"\)', script)) | {"kind", "mark"} <= page.ids
+
+
+def test_benchmarks_are_tables_of_numbers_with_intervals():
+    lines = [{"id": str(i), "name": "ptb-test", "truth": "NORM", "answer": "NORM"} for i in range(4)]
+    text = _by(results_of({"real": lines}, Scorer(), {"split": "test", "step": 3, "bad": 0}, {}))
+    assert "<td>4</td>" in text and "0.000 <small>[0.000, 0.000]</small>" in text and "&lt;" not in text
+    assert "exact_match, majority" in text
 
 
 def test_plots_are_svg_files_of_their_own(report):

@@ -11,7 +11,9 @@ from sklearn.metrics import f1_score, roc_auc_score
 from texts import write_records
 
 from elm_jax.errors import UserError
-from elm_jax.evaluation.labels import Statement, ask_labels, label_scores, read_statements
+from elm_jax.evaluation import evaluator
+from elm_jax.evaluation.answering import BadRecords
+from elm_jax.evaluation.labels import PtbXl, Statement, ask_labels, label_scores, read_ptb_xl, read_statements
 from elm_jax.evaluation.store import AnswerFile
 
 CODES = ("{'NORM': 100.0, 'SR': 0.0}", "{'IMI': 15.0, 'SR': 0.0}", "{'AFIB': 0.0}")
@@ -44,18 +46,50 @@ class Knows(Asked):
         return np.stack([yes, 0.5 - yes], axis=1)
 
 
+def asked(model: Knows, tables: PtbXl, file: AnswerFile, bad: float = 0.0, records: Any = range(3)) -> dict[str, Any]:
+    dataset = model.dataset("test")
+    return ask_labels(model, dataset, records, tables, file, BadRecords(dataset, bad))  # type: ignore[arg-type]
+
+
 def test_every_statement_is_asked_of_every_recording_and_kept(ptb_xl):
     config = fake_config(data__names=["records.jsonl"], data__root=str(ptb_xl), eval__batch_size=3)
-    model = Knows(config, 512)
+    model, tables = Knows(config, 512), read_ptb_xl(ptb_xl)
     path = ptb_xl / "labels.jsonl"
-    found = ask_labels(model, model.dataset("test"), ptb_xl, AnswerFile(path))  # type: ignore[arg-type]
+    found = asked(model, tables, AnswerFile(path))
     assert len(model.prompts) == 3 * 4
     assert "Does this ECG show atrial fibrillation? Answer yes or no." in model.prompts[2].rendered.prompt
     assert found["rhythm"]["macro_f1"]["value"] == pytest.approx(np.mean([0, 0.8]))
     assert found["rhythm"]["labels"]["SR"] == {"f1": pytest.approx(0.8), "auc": 0.5, "n": 2}
     assert set(found) == {"diagnostic", "rhythm", "superclass", "subclass"}, "no form statement was true of any"
-    again = ask_labels(model, model.dataset("test"), ptb_xl, AnswerFile(path))  # type: ignore[arg-type]
+    again = asked(model, tables, AnswerFile(path))
     assert again == found and len(model.prompts) == 12, "nothing is asked twice"
+    asked(model, tables, AnswerFile(ptb_xl / "other.jsonl"), records=[1])
+    assert len(model.prompts) == 12 + 4, "only of the recordings that are asked about"
+
+
+def test_a_recording_that_cannot_be_read_is_left_out_within_the_limit(ptb_xl):
+    config = fake_config(data__names=["records.jsonl"], data__root=str(ptb_xl), eval__batch_size=3)
+    (ptb_xl / "records500_00000_00002_hr_0.npy").write_bytes(b"no array")
+    model, tables, path = Knows(config, 512), read_ptb_xl(ptb_xl), ptb_xl / "labels.jsonl"
+    found = asked(model, tables, AnswerFile(path), bad=0.4)
+    assert found["rhythm"]["n"] == 2 and len(model.prompts) == 2 * 4
+    with pytest.raises(UserError, match="data.max_bad_records"):
+        asked(model, tables, AnswerFile(path), bad=0.1)
+
+
+def test_labels_that_cannot_be_asked_for_are_an_error_before_any_question(ptb_xl, monkeypatch):
+    def refused(expected: str, **keys: Any) -> None:
+        data = {"data__names": ["records.jsonl"], "data__root": str(ptb_xl), "workdir": str(ptb_xl)}
+        model = Knows(fake_config(**data, **keys), 512)
+        monkeypatch.setattr(evaluator, "TrainedModel", lambda *_: model)
+        with pytest.raises(UserError, match=expected):
+            evaluator.evaluate(model.config)
+        assert not model.prompts
+
+    refused("ptbxl_database|scp_statements", eval__labels=str(ptb_xl / "nowhere"))
+    refused("phase 'pretrain'", eval__labels=str(ptb_xl), phase="pretrain")
+    monkeypatch.setattr(evaluator.jax, "process_count", lambda: 2)
+    refused("several processes", eval__labels=str(ptb_xl))
 
 
 def test_a_folder_that_is_not_ptb_xls_is_an_error(tmp_path):

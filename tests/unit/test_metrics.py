@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elm_jax.evaluation.dependence import signal_dependence
-from elm_jax.evaluation.metrics import aggregate, best_constant
+from elm_jax.evaluation.metrics import Scorer, aggregate, best_constant
 from elm_jax.evaluation.scores.answers import (
     exact_match,
     first_integer,
@@ -19,6 +19,11 @@ from elm_jax.evaluation.scores.answers import (
 
 def prediction(id, answer, truth, name="heart_rate", **more):
     return {"id": str(id), "name": name, "answer": answer, "truth": truth, **more}
+
+
+def dependence(real, controls):
+    scorer = Scorer()
+    return signal_dependence(scorer.table(real), {name: scorer.table(lines) for name, lines in controls.items()})
 
 
 @pytest.mark.parametrize(
@@ -128,31 +133,47 @@ def test_intervals_are_reproducible():
 def test_signal_dependence_finds_a_difference_and_finds_none():
     real = [prediction(i, "70", "70") for i in range(100)]
     blind = [prediction(i, "70" if i % 2 else "80", "70") for i in range(100)]
-    found = signal_dependence(real, {"zeros": blind})
+    found = dependence(real, {"zeros": blind})
     assert found is not None and found["control"] == "zeros" and found["mcnemar_p"] == 2 * 0.5**50
     assert found["value"] == 0.5
     assert found["ci95"][0] > 0.35
     assert found["p"] < 0.01
-    none = signal_dependence(real, {"shuffled": list(reversed(real)), "zeros": blind})
+    none = dependence(real, {"shuffled": list(reversed(real)), "zeros": blind})
     assert none is not None and none["control"] == "shuffled", "it tells most, so it is taken where it is there"
     assert (none["value"], none["ci95"], none["p"], none["mcnemar_p"]) == (0.0, [0.0, 0.0], 1.0, 1.0)
     assert none["by_control"]["zeros"]["value"] == 0.5 and none["by_name"]["heart_rate"]["value"] == 0.0
-    assert signal_dependence(real, {}) is None
+    assert dependence(real, {}) is None
 
 
 def test_signal_dependence_counts_several_answers_under_the_control_as_their_mean():
     real = [prediction(i, "70", "70") for i in range(40)]
     draws = [prediction(i, "70" if draw else "80", "70", draw=draw) for draw in range(2) for i in range(40)]
-    found = signal_dependence(real, {"shuffled": draws})
+    found = dependence(real, {"shuffled": draws})
     assert found is not None and found["value"] == 0.5 and "mcnemar_p" not in found
 
 
 def test_a_patient_with_many_questions_is_one_witness():
     real = [prediction(i, "70", "70", patient="one") for i in range(100)]
-    found = signal_dependence(real, {"zeros": [p | {"answer": ""} for p in real]})
+    found = dependence(real, {"zeros": [p | {"answer": ""} for p in real]})
     assert found is not None and found["value"] == 1.0 and found["p"] == 1.0
 
 
 def test_signal_dependence_needs_the_same_questions():
     with pytest.raises(AssertionError, match="lacks predictions"):
-        signal_dependence([prediction(0, "70", "70")], {"zeros": [prediction(1, "70", "70")]})
+        dependence([prediction(0, "70", "70")], {"zeros": [prediction(1, "70", "70")]})
+
+
+def test_named_and_unnamed_questions_have_a_majority_each():
+    named = [prediction(i, "x", "60") for i in range(3)]
+    unnamed = [prediction(f"u{i}", "x", truth, name="") for i, truth in enumerate(("a", "a", "b"))]
+    del unnamed[2]["name"]
+    assert aggregate(named + unnamed)["baselines"]["majority"]["exact_match"] == 5 / 6
+
+
+def test_a_truth_of_which_the_protocol_sees_nothing_is_no_truth():
+    lines = [prediction(0, "60", "<think>hm</think>"), prediction(1, "60", "60")]
+    lines.append(prediction(2, "<think></think>", "60"))
+    assert aggregate(lines)["n"] == 2, "the second answer is empty, and wrong"
+    assert aggregate(lines)["metrics"]["exact_match"]["value"] == 0.5
+    april = aggregate(lines, Scorer("elm-2026-04"))
+    assert (april["n"], april["empty_answers"]) == (2, 0), "there a thought is an answer, and tags are none"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from elm_jax.evaluation.ecg_qa import QuestionOnly, answer_list, macro_f1, set_matches
 from elm_jax.evaluation.ecgbench import chosen_letter, ecgbench, found_labels, listed_options, same_characters
 from elm_jax.evaluation.metrics import Scorer
-from elm_jax.evaluation.results import results_of
+from elm_jax.evaluation.results import results_of, summary
 
 FACTS = {"split": "test", "step": 1, "bad": 0}
 
@@ -47,6 +49,50 @@ def test_ecg_qa_is_scored_by_type_template_and_attribute_beside_blind_answers():
     assert result["ecg_qa"]["average_of_single_types"] == pytest.approx(0.5)
     assert result["baselines"]["majority"]["answer_set_match"] == pytest.approx(0.6)
     assert result["baselines"]["question_only"]["answer_set_match"] == pytest.approx(0.6)
+    assert result["ecg_qa"]["baselines"] == {"majority": pytest.approx(0.6), "question_only": pytest.approx(0.6)}
+    assert set(result["baselines_by"]) == set(result["by"])
+    assert result["baselines_by"]["name"]["single-query"]["majority"]["exact_match"] == pytest.approx(0.6)
+    assert result["by"]["template_id"]["1"]["macro_f1"] == {"value": 1.0, "n": 15}
+    assert result["ecg_qa"]["template_macro_f1"] == {"unweighted": pytest.approx(0.5), "weighted": pytest.approx(0.5)}
+
+
+def test_a_table_that_names_its_records_otherwise_is_scored_by_the_type_in_its_text():
+    lines = [{"id": kind, "name": "ecg-qa-ptbxl", "question_type": kind, "answer": "a, b", "truth": "b a",
+              "answers": ["b", "a"]} for kind in ("single-verify", "single-choose", "single-query")]  # fmt: skip
+    result = results_of({"real": lines}, Scorer(), FACTS, {})
+    assert result["metrics"]["answer_set_match"]["value"] == 1.0
+    assert result["ecg_qa"]["average_of_single_types"] == 1.0
+
+
+def test_what_training_knew_is_seen_as_the_protocol_sees_answers():
+    line = {"name": "x", "question": "Q?", "answer": "no", "truth": "<think>so</think>yes"}
+    lines = [{**line, "id": name} for name in "ab"]
+    known = {"asked": [("x", "q", "<think>other</think> yes")]}
+    for protocol in ("ours", "elm-2026-08"):
+        result = results_of({"real": lines}, Scorer(protocol), FACTS, known)
+        assert result["baselines"]["question_only"]["exact_match"] == 1.0
+    lines = [{**line, "truth": "yes", "ended": True} for line in lines]
+    known = {"asked": [("x", "q", "yes")]}
+    result = results_of({"real": lines}, Scorer("ecg-bench-2025", end_token="</s>"), FACTS, known)
+    assert result["baselines"]["question_only"]["exact_match"] == 1.0
+
+
+def test_ids_may_have_slashes_and_names_may_lack():
+    lines = [{"id": f"a/b.jsonl:{i}#0", "fold": 1, "question": "Q?", "answer": "yes", "truth": "no"} for i in range(3)]
+    named = [{**line, "id": f"c{i}", "name": "x"} for i, line in enumerate(lines)]
+    result = results_of({"real": lines + named}, Scorer(), FACTS, {"asked": [("x", "q", "no")]})
+    assert result["baselines"]["question_only"]["exact_match"] == 1.0
+    assert set(result["top_wrong"]) == {"", "x"}
+
+
+def test_where_nothing_is_scored_the_summary_says_so():
+    lines = [{"id": "a", "name": "x", "fold": fold, "answer": "", "truth": "no"} for fold in (1, 2)]
+    result = results_of({"real": lines, "zeros": lines}, Scorer("elm-2026-04"), FACTS, {})
+    assert result["n"] == 0 and result["metrics"] == {} and "nothing was scored" in summary(result)
+    said = [{**lines[0], "id": str(i), "answer": "no"} for i in range(3)]
+    result = results_of({"real": [*said, lines[1]]}, Scorer("elm-2026-04"), FACTS, {})
+    assert [run["n"] for run in result["runs"]] == [3, 0]
+    assert result["metrics"]["exact_match"]["value"] == 1.0 and "exact_match" in summary(result)
 
 
 def test_the_blind_baseline_learns_from_the_words_of_a_question():
@@ -90,3 +136,15 @@ def test_label_tasks_have_macro_f1_auc_and_hamming_loss():
     assert ecgbench([{"name": "other"}]) == {}
     letters = [{"id": "a", "name": "mmmu-ecg", "truth": "B", "answer": "B. x"}]
     assert ecgbench(letters)["ecgbench"]["mmmu-ecg"]["accuracy"]["value"] == 1.0
+
+
+def test_a_truth_without_a_letter_is_never_right():
+    lines = [{"id": f"q{i}", "name": "mmmu-ecg", "truth": "none of these", "answer": "who knows"} for i in range(20)]
+    assert ecgbench(lines)["ecgbench"]["mmmu-ecg"]["accuracy"]["value"] == 0.0
+
+
+def test_an_area_that_is_undefined_is_null():
+    lines = [{"id": str(i), "name": "ptb-test", "truth": "NORM", "answer": "NORM"} for i in range(4)]
+    found = ecgbench(lines)["ecgbench"]["ptb-test"]
+    assert found["macro_auc"] == {"value": None, "ci95": None, "n": 4} and found["hamming_loss"]["value"] == 0.0
+    json.dumps(found, allow_nan=False)

@@ -1,6 +1,7 @@
 """BERTScore: words matched by the similarity of their contextual embeddings. Zhang et al. 2020.
 
-As the `bert_score` package computes it without idf weights and without rescaling. It needs PyTorch and the weights.
+Defined as in the `bert_score` package without idf weights and without rescaling, texts stripped; not held against it.
+It needs PyTorch and the weights.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ class BertScore:
             import torch
             from transformers import AutoModel, AutoTokenizer
 
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, local_files_only=True)
             self._model: Any = AutoModel.from_pretrained(name, local_files_only=True).eval()
+            # RoBERTa has other tokens for a word behind a blank; the package reads the first one so too.
+            behind_blank = {"add_prefix_space": True} if self._model.config.model_type == "roberta" else {}
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, local_files_only=True, **behind_blank)
         except ImportError as error:
             raise UserError(where, str(error), "PyTorch, for BERTScore", 'pip install "elm-jax[torch]"') from error
         except (OSError, ValueError) as error:
@@ -48,7 +51,7 @@ class BertScore:
         found = np.zeros((len(answers), 3))
         for start in range(0, len(order), _BATCH):
             chosen = order[start : start + _BATCH]
-            ours, theirs = (self._embedded([str(texts[i]) for i in chosen]) for texts in (answers, truths))
+            ours, theirs = (self._embedded([str(texts[i]).strip() for i in chosen]) for texts in (answers, truths))
             for place, (a, b) in zip(chosen, zip(ours, theirs, strict=True), strict=True):
                 if str(answers[place]).strip() and str(truths[place]).strip():
                     found[place] = _matched(a, b)
