@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -46,7 +47,7 @@ class FakeModel:
         signal, llm = signal_spec(config.data, config.seed), SimpleNamespace(max_len=context)
         self.assembly = SimpleNamespace(text=text, signal=signal, tokenizer=tokenizer, llm=llm)
         self.stops = stop_ids(tokenizer, family)
-        self.engine = SimpleNamespace(prefills=SimpleNamespace(forget=lambda: None))
+        self.engine = SimpleNamespace(prefills=SimpleNamespace(forget=lambda: None), calls=Counter())
         self.prompts: list[Any] = []
         self.seeds: list[int] = []
         self._answers = list(answers)

@@ -7,7 +7,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ class Said:
 def ask(model: TrainedModel, prompts: Sequence[Prompt], options: EvalConfig, seed: int) -> Iterator[Said]:
     """The answers to prompts, as they come."""
     for answer in model.stream(prompts, options, seed):
-        yield Said(answer.number, answer.text, answer.seconds, answer.tokens < options.max_new_tokens)
+        yield Said(answer.number, answer.text, answer.seconds, answer.ended)
 
 
 class BadRecords:
@@ -108,9 +108,10 @@ class Asker:
         by_id = {line["id"]: line for line in kept}
         predictions = {q: by_id[_id(task, q)] for q in task.questions if _id(task, q) in by_id}
         self._pass_over(sum(len(chunk) for chunk in chunks[:done]))
-        for number, loaded in enumerate(_read_ahead(task.source, chunks[done:]), done):
-            prompts = self._written(loaded, bad)
-            seed = zlib.crc32(f"{task.seed}:{task.source.condition}:{number}".encode())
+        seed = zlib.crc32(f"{task.seed}:{task.source.condition}".encode())
+        for loaded in _read_ahead(task.source, chunks[done:]):
+            # What is drawn depends on the question, not on those that are asked beside it.
+            prompts = {q: replace(p, draw=_number(_id(task, q))) for q, p in self._written(loaded, bad).items()}
             self.model.engine.prefills.forget()  # so that a chunk comes out the same whatever went before it
             for said in ask(self.model, list(prompts.values()), self.options, seed) if prompts else ():
                 question = list(prompts)[said.place]
@@ -181,6 +182,10 @@ def _read_ahead(source: Source, chunks: Sequence[Sequence[Question]]) -> Iterato
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+def _number(name: str) -> int:
+    return zlib.crc32(name.encode()) >> 1
 
 
 def _id(task: Task, question: Question) -> str:

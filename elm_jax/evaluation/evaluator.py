@@ -99,6 +99,8 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         write_json(out / "metrics.json", results := results_of(conditions, scorer, facts, known))
         write_report(out, results, conditions[REAL], folds[0].dataset)
         print(summary(results), file=sys.stderr)
+        calls = model.engine.calls
+        print(f"generation: {len(calls)} programs compiled for {calls.total()} calls", file=sys.stderr)
         print(f"results are in {out}", file=sys.stderr)
     return out
 

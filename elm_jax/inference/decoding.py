@@ -172,20 +172,22 @@ def go_on(
     ends: jax.Array,
     room: int,
     limit: jax.Array | int,
-    enough: jax.Array | int,
+    patience: jax.Array | int,
     dtype: jax.typing.DTypeLike | None,
 ) -> tuple[Rows, jax.Array]:
-    """Draw up to `limit` <= `room` tokens a row, until no more than `enough` rows go on -> rows, tokens (B, room).
+    """Draw up to `limit` <= `room` tokens a row -> rows, tokens (B, room). What a row did not draw is -1.
 
-    What a row did not draw is -1. `dtype`: of the embeddings.
+    It ends early once rows have stood idle for `patience` tokens, all of them taken together. `dtype`: of the embeddings.
     """
 
-    def goes_on(carry: tuple[jax.Array, Rows, jax.Array]) -> jax.Array:
-        step, rows, _ = carry
-        return (step < limit) & ((rows.left > 0).sum() > enough)
+    def goes_on(carry: tuple[jax.Array, jax.Array, Rows, jax.Array]) -> jax.Array:
+        step, idle, rows, _ = carry
+        return (step < limit) & (rows.left > 0).any() & (idle < patience)
 
-    def advance(carry: tuple[jax.Array, Rows, jax.Array]) -> tuple[jax.Array, Rows, jax.Array]:
-        step, rows, output = carry
+    def advance(
+        carry: tuple[jax.Array, jax.Array, Rows, jax.Array],
+    ) -> tuple[jax.Array, jax.Array, Rows, jax.Array]:
+        step, idle, rows, output = carry
         logits, cache = _next_logits(llm, rows, dtype)
         token = draw(logits, sampling, rows.number, rows.drawn, rows.seen)
         busy = rows.left > 0
@@ -200,10 +202,11 @@ def go_on(
             drawn=rows.drawn + moved,
             seen=None if rows.seen is None else _marked(rows.seen, token),
         )
-        return step + 1, rows, jax.lax.dynamic_update_index_in_dim(output, token, step, axis=1)
+        idle += (rows.left == 0).sum(dtype=jnp.int32)
+        return step + 1, idle, rows, jax.lax.dynamic_update_index_in_dim(output, token, step, axis=1)
 
     output = jnp.full((len(rows.left), room), NONE, jnp.int32)
-    _, rows, output = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), rows, output))
+    _, _, rows, output = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), jnp.int32(0), rows, output))
     return rows._replace(cache=spread(rows.cache, "batch")), hint(output, None, None)
 
 

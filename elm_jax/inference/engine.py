@@ -1,7 +1,6 @@
 """Many prompts through a fixed number of rows: rows that have ended are given to the next prompts.
 
-That is done once a quarter of them has ended, or after CHUNK tokens, since a prefill of one row costs almost as much as
-one of several.
+A prefill of one row costs almost as much as one of several: rows stand idle until that has cost as much as a prefill.
 
 Prompts are read a few ahead. Beginnings that several of these share (the system prompt, an ECG that is asked about
 more than once) go through the model once, into a pool of prefixes, and are copied from there. All shapes come from a
@@ -35,7 +34,8 @@ from elm_jax.inference.sampling import Sampling
 from elm_jax.models import hints
 from elm_jax.models.decoder import Decoder
 
-AHEAD = 2  # prompts read ahead, in units of the rows
+AHEAD = 8  # prompts read ahead, in units of the rows
+NEVER = 2**31 - 1
 CHUNK = 32  # tokens a row between two looks of the host
 PAIRS = 2**22  # of a query and a key in one prefill, for each part of the mesh's rows: bounds its memory
 PER_CALL = {"cpu": 64, "": 256}  # by platform ("": any other): tokens that cost what a prefill does whatever its size
@@ -89,7 +89,7 @@ class Engine:
         while rows % (2 * self.ways) == 0 and rows >= 2 * len(waiting):
             rows //= 2
         # Every part of the mesh holds the whole pool, but only its share of the rows.
-        self.prefills.reserve(AHEAD * rows // (self.ways + 1) + 4)
+        self.prefills.reserve(2 * rows // (self.ways + 1) + 4)
         run, wanted = _Run(self, rows, options), Counter[bytes]()
         wanted.update(key for request in waiting for _, key in request.beginnings)
         while waiting or run.busy:
@@ -100,7 +100,7 @@ class Engine:
                 chosen = self._choose(waiting, len(run.free), run.sizes, wanted)
                 yield from run.begin(chosen, wanted, max((r.length for r in waiting), default=0))
                 wanted.subtract(key for request in chosen for _, key in request.beginnings)
-            yield from run.go_on(chunk, rows - max(self.ways, rows // 4) if waiting else 0)
+            yield from run.go_on(chunk, self.per_call if waiting else NEVER)
 
     def score(self, requests: Sequence[Request], starts: Sequence[int]) -> np.ndarray:
         """(n,) the log probability of tokens [start, T) of each request behind those before; start > 0."""
@@ -208,15 +208,15 @@ class _Run:
             self.places[row] = _Place(request, request.new, began)
             yield self._event(row, [token])
 
-    def go_on(self, chunk: int, enough: int) -> Iterator[Event]:
-        """Up to `chunk` tokens more of each row, until no more than `enough` go on."""
+    def go_on(self, chunk: int, patience: int) -> Iterator[Event]:
+        """Up to `chunk` tokens more of each row, as long as rows have not stood idle for `patience` tokens."""
         places, engine = [place for place in self.places if place], self.engine
         if not places or self.rows is None:
             return
         engine.note("go_on, penalised" if self.penalised else "go_on", self.rows)
         limit = min(chunk, CHUNK, max(place.left for place in places))
         self.rows, output = programs.go_on(
-            engine.model, self.rows, self.sampling, engine.end_ids, CHUNK, limit, enough, self.dtype
+            engine.model, self.rows, self.sampling, engine.end_ids, CHUNK, limit, patience, self.dtype
         )
         tokens = np.asarray(output)
         for row, place in enumerate(self.places):

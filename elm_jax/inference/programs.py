@@ -52,10 +52,10 @@ def begin(
 
 
 def go_on(
-    model: Model, rows: Rows, sampling: Sampling, ends: jax.Array, room: int, limit: int, enough: int, dtype: Any
+    model: Model, rows: Rows, sampling: Sampling, ends: jax.Array, room: int, limit: int, patience: int, dtype: Any
 ) -> tuple[Rows, jax.Array]:
     """`decoding.go_on`."""
-    return _go_on(model.graph, model.state, rows, sampling, ends, room, limit, enough, dtype, model.placement)
+    return _go_on(model.graph, model.state, rows, sampling, ends, room, limit, patience, dtype, model.placement)
 
 
 def score(model: Model, pool: Cache | None, prompts: Prompts, source: Host, ids: Host, told: Host) -> jax.Array:
@@ -101,11 +101,11 @@ def _begin(
 
 @partial(jax.jit, static_argnames=(*_STATIC, "room", "dtype"), donate_argnames=("rows",))
 def _go_on(
-    graph: Any, state: Any, rows: Rows, sampling: Sampling, ends: jax.Array, room: int, limit: Any, enough: Any,
+    graph: Any, state: Any, rows: Rows, sampling: Sampling, ends: jax.Array, room: int, limit: Any, patience: Any,
     dtype: Any, placement: Any,
 ) -> tuple[Rows, jax.Array]:  # fmt: skip
     with hints.placed(placement):
-        return decoding.go_on(nnx.merge(graph, state), rows, sampling, ends, room, limit, enough, dtype)
+        return decoding.go_on(nnx.merge(graph, state), rows, sampling, ends, room, limit, patience, dtype)
 
 
 @partial(jax.jit, static_argnames=_STATIC)

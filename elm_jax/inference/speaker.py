@@ -70,7 +70,7 @@ class Speaker:
         return [found[number] for number in range(len(prompts))]
 
     def stream(self, prompts: Iterable[Prompt], options: EvalConfig, seed: int = 0) -> Iterator[Answer]:
-        """Answers as they are finished. Prompts are read as rows become free, twice `options.batch_size` ahead.
+        """Answers as they are finished. Prompts are read as rows become free, eight times `options.batch_size` ahead.
 
         Where answers are drawn (`options.temperature`), a prompt's depends on the seed and its `draw`, not on the
         others.
