@@ -16,6 +16,7 @@ from elm_jax.models.decoder import Decoder, Layer, Window
 from elm_jax.models.hints import hint
 
 NONE = -1  # where there is no token
+ENDLESS = 2**31 - 1  # patience: rows may stand idle until all have ended
 Array = Any  # of JAX, or of NumPy on the host
 
 
@@ -177,7 +178,8 @@ def go_on(
 ) -> tuple[Rows, jax.Array]:
     """Draw up to `limit` <= `room` tokens a row -> rows, tokens (B, room). What a row did not draw is -1.
 
-    It ends early once rows have stood idle for `patience` tokens, all of them taken together. `dtype`: of the embeddings.
+    It ends early once rows have stood idle for `patience` tokens, all of them taken together. `dtype`: of the
+    embeddings.
     """
 
     def goes_on(carry: tuple[jax.Array, jax.Array, Rows, jax.Array]) -> jax.Array:

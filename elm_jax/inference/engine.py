@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 from elm_jax.inference import programs
-from elm_jax.inference.decoding import NONE, Prompts, Rows, Start, empty_rows
+from elm_jax.inference.decoding import ENDLESS, NONE, Prompts, Rows, Start, empty_rows
 from elm_jax.inference.generate import bucket
 from elm_jax.inference.prefills import Embed, Prefills, fitting, padded, width
 from elm_jax.inference.requests import Event, Request
@@ -35,7 +35,6 @@ from elm_jax.models import hints
 from elm_jax.models.decoder import Decoder
 
 AHEAD = 8  # prompts read ahead, in units of the rows
-NEVER = 2**31 - 1
 CHUNK = 32  # tokens a row between two looks of the host
 PAIRS = 2**22  # of a query and a key in one prefill, for each part of the mesh's rows: bounds its memory
 PER_CALL = {"cpu": 64, "": 256}  # by platform ("": any other): tokens that cost what a prefill does whatever its size
@@ -100,7 +99,7 @@ class Engine:
                 chosen = self._choose(waiting, len(run.free), run.sizes, wanted)
                 yield from run.begin(chosen, wanted, max((r.length for r in waiting), default=0))
                 wanted.subtract(key for request in chosen for _, key in request.beginnings)
-            yield from run.go_on(chunk, self.per_call if waiting else NEVER)
+            yield from run.go_on(chunk, self.per_call if waiting else ENDLESS)
 
     def score(self, requests: Sequence[Request], starts: Sequence[int]) -> np.ndarray:
         """(n,) the log probability of tokens [start, T) of each request behind those before; start > 0."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from elm_jax.errors import UserError
-from elm_jax.inference.decoding import Prompts, Start, begin, empty_cache, empty_rows, go_on
+from elm_jax.inference.decoding import ENDLESS, Prompts, Start, begin, empty_cache, empty_rows, go_on
 from elm_jax.inference.sampling import Sampling
 from elm_jax.models import hints
 from elm_jax.models.attention import positions_from_mask
@@ -90,7 +90,7 @@ def generate_from_prompt(
         start = Start(jnp.arange(rows), jnp.full(rows, max_new_tokens, jnp.int32), jnp.arange(rows), None)
         prompts = Prompts(x, lengths, jnp.zeros_like(lengths))
         begun, first = begin(llm, empty_rows(cache, None), prompts, None, start, sampling, eos_ids)
-        _, rest = go_on(llm, begun, sampling, eos_ids, max_new_tokens, max_new_tokens - 1, 0, x.dtype)
+        _, rest = go_on(llm, begun, sampling, eos_ids, max_new_tokens, max_new_tokens - 1, ENDLESS, x.dtype)
         return jnp.concatenate([first[:, None], rest[:, :-1]], axis=1)
 
 
