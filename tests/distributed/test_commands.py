@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +157,44 @@ def test_one_is_killed_the_others_name_it_and_the_run_goes_on(place: Path, one: 
     for step, values in expected.items():
         if step in found:
             assert found[step]["loss"] == pytest.approx(values["loss"], rel=1e-5)
+
+
+def evaluate(count: int, folder: Path, devices: int = 1) -> str:
+    """An evaluation by `count` processes to its end; what the first told."""
+    flags = {"eval.batch_size": 2, "eval.max_new_tokens": 6, "eval.controls": "shuffled", "log.progress": "false"}
+    values = [f"--config.{name}={value}" for name, value in flags.items()]
+    arguments = ["-m", "elm_jax.evaluate", "--checkpoint", str(folder), *values]
+    environments = together(count) if count > 1 else [{}]
+    return runs.finish_all([start(arguments, env=env, devices=devices) for env in environments])[0]
+
+
+def said(folder: Path) -> dict[str, list[tuple[str, str]]]:
+    """What was answered to each question, by file."""
+    (results,) = (folder / "eval").iterdir()
+    files = [results / "predictions.jsonl", *(results / "controls").iterdir()]
+    parsed = {file.name: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
+    return {name: [(line["id"], line["answer"]) for line in lines] for name, lines in parsed.items()}
+
+
+@pytest.mark.slow
+def test_processes_evaluate_as_one_with_as_many_devices_does_and_go_on_after_a_stop(place: Path, one: Path) -> None:
+    alone, both = place / "evaluated-alone", place / "evaluated-together"
+    for folder in (alone, both):
+        shutil.copytree(one, folder)
+    evaluate(1, alone, devices=2)
+    assert "programs compiled" in evaluate(2, both)
+    assert {name: sorted(answers) for name, answers in said(both).items()} == {
+        name: sorted(answers) for name, answers in said(alone).items()
+    }
+    (results,) = (both / "eval").iterdir()
+    whole, answers = (results / "metrics.json").read_bytes(), said(both)
+    lines = (results / "predictions.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) > 16, "a chunk has 16 questions"
+    (results / "predictions.jsonl").write_bytes(b"".join(lines[:-2]) + lines[-1][:20])
+    (results / "metrics.json").unlink()
+    shutil.rmtree(results / "controls")
+    evaluate(2, both)
+    assert said(both) == answers and (results / "metrics.json").read_bytes() == whole
 
 
 @pytest.mark.slow
