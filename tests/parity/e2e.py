@@ -214,7 +214,7 @@ def replay(case: Case, trace: Mapping[str, Any]) -> Replayed:
     for window in windows(trace):
         rates.append(peak * float(rate(len(rates))))
         micro = [case.batch(max(number, 0), empty=number < 0) for number in window]
-        state, metrics = step(state, kept(micro))
+        state, metrics = step(state, kept, stack_micro_batches(micro))
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
         squares = [np.sum(np.square(np.asarray(x, np.float64))) for x in state.trained.values()]
