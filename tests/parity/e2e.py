@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from support import stack_micro_batches
 
 from elm_jax.assemble import CONNECTORS
 from elm_jax.config import Config, MeshConfig, resolve
