@@ -147,6 +147,8 @@ class Session:
         try:
             path = Path(name).expanduser()
             path = path.with_suffix("") if path.suffix in (".json", ".txt") else path
+            if path.name in ("", ".."):
+                raise ValueError(f"{name!r} names a folder")
             files = path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.txt")
             files[0].write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
             files[1].write_text("\n\n".join(lines) + "\n", encoding="utf-8")

@@ -308,7 +308,7 @@ def test_no_recording_is_a_user_error(path: str) -> None:
         read_input(path, SPEC)
 
 
-@pytest.mark.parametrize("name", [".", "/", "~nosuchuser/x", "a\0b", "nowhere/at/all"])
+@pytest.mark.parametrize("name", [".", "..", "/", "~nosuchuser/x", "a\0b", "nowhere/at/all"])
 def test_a_name_that_cannot_be_written_is_a_user_error(name: str) -> None:
     with pytest.raises(UserError, match="/save"):
         session().save(name)
