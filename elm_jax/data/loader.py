@@ -73,9 +73,8 @@ class StepSource:
     def __len__(self) -> int:
         return self.steps
 
-    def empty(self, step: int) -> Batch:
-        """The arrays of a step, with nothing in them."""
-        rows = self.plan.rows(step)
+    def empty(self, rows: list[PlannedRow]) -> Batch:
+        """The arrays of a step with these rows, and nothing in them."""
         shape = self.plan.shape(rows)
         if self.dataset.varies:  # a shorter conversation moves those behind it, and so the blocks that they see
             shape = replace(shape, key_blocks=0)
@@ -84,7 +83,7 @@ class StepSource:
 
     def __getitem__(self, step: int) -> Loaded:
         rows = self.plan.rows(int(step))
-        batch = self.empty(int(step))
+        batch = self.empty(rows)
         reader = _Reader(self.dataset, self.plan.index, self.plan.epoch_of(int(step)))
         per_micro = len(rows) // self.micro_batches
         mine = per_micro // self.parts
@@ -174,7 +173,7 @@ def _fits_shared_memory(source: StepSource, first: int, workers: int) -> bool:
     """Whether the workers' batches fit into shared memory (containers often have 64 MiB); says so where not."""
     if not _SHARED_MEMORY.is_dir():
         return True
-    batch = source.empty(first)
+    batch = source.empty(source.plan.rows(first))
     arrays = [*batch, *(batch.signals.values() if isinstance(batch.signals, dict) else ())]
     needed = workers * _IN_FLIGHT * sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
     room = shutil.disk_usage(_SHARED_MEMORY).free

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Iterator
 
 import jax
@@ -17,7 +16,6 @@ from tiny_llms import TINY, VOCABULARY, tiny_llm
 from elm_jax.inference import programs
 from elm_jax.inference.engine import AHEAD, Options
 from elm_jax.inference.generate import generate
-from elm_jax.inference.prefixes import Prefixes
 from elm_jax.inference.requests import Request
 from elm_jax.inference.sampling import penalised
 
@@ -100,31 +98,17 @@ def test_programs_are_few_and_counted() -> None:
     assert len(engine.calls) <= 13
 
 
-def test_beginnings_that_push_each_other_out_change_nothing() -> None:
-    """More beginnings than the pool has room for, the shorter parts of longer ones: what is lost is computed again."""
-    for seed in range(12):
-        rng = np.random.default_rng(seed)
-        systems = rng.integers(1, VOCABULARY, (6, 4))
-        longer = [np.concatenate([systems[n % 6], rng.integers(1, VOCABULARY, 5)]) for n in range(12)]
-        prompts = []
-        for number in range(30):
-            start = longer[rng.integers(12)]
-            prompts.append(request(number, [*start, *rng.integers(1, VOCABULARY, rng.integers(1, 6))], 3, 4, 9))
-        plain = [request(r.number, r.ids, r.new) for r in prompts]
-        engine = engine_for(tiny_llm("llama"))
-        if seed == 0:
-            assert answered(engine, prompts, 2) == answered(engine_for(tiny_llm("llama")), plain, 2)
-        directory, known = Prefixes(3), set[bytes]()
-        wanted = Counter(key for r in prompts for _, key in r.beginnings)
-        for r in prompts:
-            for missing in directory.missing([r], wanted):
-                for one, end in missing:
-                    before = directory.find(one, below=end)
-                    assert before is None or before.length < end
-                    directory.add(one, end)
-                    known |= {key for edge, key in one.beginnings if edge == end}
-            wanted.subtract(key for _, key in r.beginnings)
-        assert len(known) > directory.capacity, "nothing was pushed out"
+def test_a_beginning_whose_own_beginning_was_pushed_out_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    system, *ecgs = (rng.integers(1, VOCABULARY, size) for size in (4, 5, 5))
+    prompts = [request(n, [*system, *ecgs[n // 2], *rng.integers(1, VOCABULARY, 3)], 3, 4, 9) for n in range(4)]
+    expected = answered(engine_for(tiny_llm("llama")), [request(r.number, r.ids, r.new) for r in prompts], 2)
+    engine = engine_for(tiny_llm("llama"))
+    assert answered(engine, prompts[:2], 2) == {n: expected[n] for n in (0, 1)}
+    known = engine.prefills.directory._known
+    assert len(known) == 2, "both beginnings are in the pool"
+    del known[prompts[0].beginnings[0][1]]
+    assert answered(engine, prompts, 2) == expected
 
 
 def test_layers_with_arrays_of_their_own_answer_alike() -> None:

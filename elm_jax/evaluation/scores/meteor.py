@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from elm_jax.errors import UserError
@@ -25,9 +26,10 @@ class Meteor:
         from nltk.corpus.reader.wordnet import WordNetCorpusReader
         from nltk.translate.meteor_score import single_meteor_score
 
-        if folder is not None and folder not in nltk.data.path:
-            nltk.data.path.insert(0, folder)  # it reads nothing that lies elsewhere
-        places = nltk.data.path if folder is None else [folder]
+        places = nltk.data.path
+        if folder is not None:
+            places = [str(Path(folder).expanduser().absolute())]
+            nltk.data.path[:0] = set(places).difference(nltk.data.path)  # it reads nothing that lies elsewhere
         wanted = "NLTK's corpora/wordnet"
         try:
             root: Any = nltk.data.find("corpora/wordnet", places)
@@ -37,7 +39,7 @@ class Meteor:
         except LookupError:
             raise UserError("eval.wordnet", f"no WordNet in {', '.join(places)}", wanted, _FIX) from None
         except (OSError, ValueError, AssertionError, StopIteration) as error:
-            raise UserError("eval.wordnet", f"{root}: {error}", f"{wanted}, whole", _FIX) from error
+            raise UserError("eval.wordnet", f"{', '.join(places)}: {error}", f"{wanted}, whole", _FIX) from error
         self._score = partial(single_meteor_score, wordnet=reader)
 
     def __call__(self, answer: str, truth: str) -> float:
