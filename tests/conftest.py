@@ -1,7 +1,10 @@
 """Environment and fixtures of all tests; runs before any test module imports jax."""
 
+import gc
 import os
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,22 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Properties promise results, not speed: on a busy machine a stall of 0.2 s in one example is no failure.
 settings.register_profile("elm_jax", deadline=None)
 settings.load_profile("elm_jax")
+
+
+MAPPINGS = 20_000  # Linux allows a process 65 530, and ends it inside LLVM where there are no more
+
+
+@pytest.fixture(autouse=True)
+def few_programs() -> Iterator[None]:
+    """Compiled programs are let go before there are too many: each keeps some mappings of memory (a mesh of 8: 100)."""
+    begun = time.perf_counter()
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" not in sys.modules or time.perf_counter() - begun < 0.1 or not maps.exists():
+        return  # counting takes milliseconds, and what was quick compiled little
+    if maps.read_bytes().count(b"\n") > MAPPINGS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 def shared_folder() -> Path:
