@@ -92,6 +92,7 @@ def extend(
     """States (R, T, D) before the final norm, and the keys and values (L, R, T, K, d), of prompts behind prefixes.
 
     `prefix` (L, R, P, K, d); None: no prompt has one. `wanted` (R,): only the state at this place, (R, 1, D).
+    Attention is always the reference path: scores must not rest on a kernel that nobody has tried on these shapes.
     """
     count, room = prompts.x.shape[1], 0 if prefix is None else prefix.keys.shape[2]
     index, before = jnp.arange(count), prompts.before[:, None]
@@ -106,7 +107,7 @@ def extend(
 
     def body(layer: Layer, window: Window, x: jax.Array, past: Cache | None) -> tuple[jax.Array, Cache]:
         q, *own = layer.project(x, rotary)
-        return layer.combine(x, llm.attend(q, *_behind(past, *own), masks[window])), Cache(*own)
+        return layer.combine(x, llm.attend(q, *_behind(past, *own), masks[window], "xla")), Cache(*own)
 
     if wanted is None:
         return llm.scan_layers(body, x, prefix)

@@ -118,9 +118,9 @@ class Embedding(nnx.Module):
         # Gathered along D only before the look-up; otherwise the partitioner replicates all of it.
         table = hint(weight(self.table, dtype or self.table[...].dtype), "vocab", None)
         each = copies(table, self.table.axes, len(tokens))
-        look_up = jax.vmap(lambda table, tokens: jnp.take(table, tokens, axis=0, mode="clip"))
         parts = tokens.reshape(len(each), len(tokens) // len(each), *tokens.shape[1:])
-        return look_up(each, parts).reshape(*tokens.shape, table.shape[-1])
+        found = jax.vmap(lambda table, tokens: _look_up(table, tokens, "clip"))(each, parts)
+        return found.reshape(*tokens.shape, table.shape[-1])
 
 
 class LearnedPositions(nnx.Module):
@@ -136,7 +136,31 @@ class LearnedPositions(nnx.Module):
         self.offset = offset
 
     def __call__(self, positions: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-        return jnp.take(weight(self.table, dtype), positions + self.offset, axis=0, mode="fill")
+        return _look_up(weight(self.table, dtype), positions + self.offset, "fill")
+
+
+def _look_up(table: jax.Array, index: jax.Array, beyond: Literal["clip", "fill"]) -> jax.Array:
+    """Rows (..., D) of a table (V, D); `beyond`: what an index outside it gives, as in `jnp.take`.
+
+    The table's gradient is summed in float32 and rounded to its dtype once: in bfloat16 a frequent token's sum would
+    stop growing after a few hundred terms.
+    """
+    rows, dtype = len(table), table.dtype
+
+    def take(table: jax.Array, index: jax.Array) -> jax.Array:
+        return jnp.take(table, index, axis=0, mode=beyond)
+
+    def forward(table: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return take(table, index), index
+
+    def backward(index: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None]:
+        like = jax.ShapeDtypeStruct((rows, cotangent.shape[-1]), jnp.float32)
+        summed = jax.linear_transpose(lambda table: take(table, index), like)(cotangent.astype(jnp.float32))
+        return summed[0].astype(dtype), None
+
+    found = jax.custom_vjp(take)
+    found.defvjp(forward, backward)
+    return found(table, jnp.asarray(index))
 
 
 def _table(

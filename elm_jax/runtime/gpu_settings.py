@@ -27,18 +27,30 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 
 @dataclass(frozen=True)
 class Variable:
-    """An environment variable; `models`: parts of the names of the GPUs that it is for, empty for all."""
+    """An environment variable.
+
+    models: parts of the names of the GPUs that it is for, empty for all. other_name: by which the user may have set it.
+    """
 
     name: str
     value: str
     why: str
     models: tuple[str, ...] = ()
+    other_name: str | None = None
+
+    def applies(self, environment: Mapping[str, str]) -> bool:
+        """Whether it is for the GPUs here, and the user has not set it."""
+        theirs = self.name in environment or self.other_name in environment
+        return not theirs and (not self.models or is_any(self.models))
 
 
 VARIABLES = (
-    Variable("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9", "of the GPU's memory; JAX's own default is 0.75"),
+    Variable(
+        "XLA_CLIENT_MEM_FRACTION", "0.9", "of the GPU's memory; JAX's own default is 0.75",
+        other_name="XLA_PYTHON_CLIENT_MEM_FRACTION",  # deprecated; jaxlib takes no GPU where both are set
+    ),
     Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", "kernels start in the order of their launch", HOPPER),
-)
+)  # fmt: skip
 
 
 def apply(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -53,7 +65,7 @@ def apply(environment: MutableMapping[str, str] = os.environ) -> None:
     version = metadata.version("jaxlib")
     flags, unknown = choose(environment, version, libraries())
     environment["XLA_FLAGS"] = " ".join([*flags, environment.get("XLA_FLAGS", "")]).strip()
-    added = {v.name: v.value for v in VARIABLES if v.name not in environment and (not v.models or is_any(v.models))}
+    added = {variable.name: variable.value for variable in VARIABLES if variable.applies(environment)}
     environment.update(added)
     if place is None or place.index == 0:
         told = [*(f"{name}={value}" for name, value in added.items()), f"XLA_FLAGS={environment['XLA_FLAGS']!r}"]

@@ -16,15 +16,19 @@ from typing import Any, TextIO
 import jax
 from tqdm import tqdm
 
-# Peak dense bfloat16 FLOP/s of one device, by a part of its `device_kind` (vendors' data sheets).
+# Peak dense bfloat16 FLOP/s of one device, by how its `device_kind` reads (vendors' data sheets): the first that is a
+# part of it.
 PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
+    "B200": 2250e12,
     "A100": 312e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
+    "TPU v5": 459e12,  # that is what a v5p calls itself
     "TPU v6": 918e12,
 }
 MFU_FORMULA = (
@@ -85,7 +89,7 @@ class MetricsFile:
 
 
 class Progress:
-    """The progress bar: step, loss, tokens/s, MFU, the wait for the loader and, from the bar itself, time left."""
+    """The progress bar: step, loss, tokens/s, MFU, the devices' wait for the host; from the bar itself, time left."""
 
     def __init__(self, total: int, initial: int, shown: bool, file: TextIO | None = None) -> None:
         self._bar = tqdm(
@@ -111,17 +115,24 @@ class Progress:
 
 
 class Profiler:
-    """Writes an XLA profile of the steps a to b - 1 (`log.profile_steps` "a:b") into `profile/` of a run's folder."""
+    """Writes an XLA profile of the steps a to b - 1 (`log.profile_steps` "a:b") into `profile/` of a run's folder.
 
-    def __init__(self, folder: Path, steps: str | None) -> None:
-        self.folder = folder / "profile"
+    settled: a context that is entered when the devices have done all that they were given, since they run behind the
+    loop.
+    """
+
+    def __init__(
+        self, folder: Path, steps: str | None, settled: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> None:
+        self.folder, self.settled = folder / "profile", settled
         self.first, self.last = (int(part) for part in steps.split(":")) if steps else (-1, -1)
         self.active = False
 
     def before(self, step: int) -> None:
         """Call before each step (counted from 0), so that the profile begins and ends between steps."""
         if step == self.first:
-            jax.profiler.start_trace(str(self.folder))
+            with self.settled():
+                jax.profiler.start_trace(str(self.folder))
             self.active = True
         elif step == self.last:
             self.close()
@@ -129,21 +140,23 @@ class Profiler:
     def close(self) -> None:
         """End the profile, if one has begun."""
         if self.active:
-            jax.profiler.stop_trace()
             self.active = False
+            with self.settled():
+                jax.profiler.stop_trace()
 
 
 class StepClock:
     """Seconds that each step took on the devices, told by a thread that waits for the steps' results.
 
     A step counts from when it was handed over, or from the end of the one before it, whichever came later, to when its
-    result was there. The loop itself never waits, and a wait copies nothing. What the clock cannot see is a device that
-    idles within a step.
+    result was there; from that end to the handing over the devices idled. The loop itself never waits, and a wait
+    copies nothing. What the clock cannot see is a device that idles within a step.
     """
 
     def __init__(self) -> None:
         self._steps: queue.Queue[tuple[float, Any] | None] = queue.Queue()
         self._seconds: list[float] = []
+        self._idle, self._ended = 0.0, time.perf_counter()
         self._thread = threading.Thread(target=self._watch, name="step clock", daemon=True)
         self._thread.start()
 
@@ -155,11 +168,16 @@ class StepClock:
         """Until the results of all steps handed over are there."""
         self._steps.join()
 
-    def lap(self) -> list[float]:
-        """Of the steps since the last call, in order. Waits for their results."""
+    def skip(self) -> None:
+        """What has passed since the last step ended is no idling. Call after `wait`."""
+        self._ended = time.perf_counter()
+
+    def lap(self) -> tuple[list[float], float]:
+        """The seconds of each step since the last call, in order, and those that the devices idled. Waits for them."""
         self.wait()
-        seconds, self._seconds = self._seconds, []
-        return seconds
+        found = self._seconds, self._idle
+        self._seconds, self._idle = [], 0.0
+        return found
 
     def close(self) -> None:
         """End the thread; one that waits for a result that may never come is left to end with the process."""
@@ -167,14 +185,14 @@ class StepClock:
         self._thread.join(timeout=1.0)
 
     def _watch(self) -> None:
-        ended = 0.0
         while (step := self._steps.get()) is not None:
             began, result = step
             with contextlib.suppress(Exception):  # of a step that failed, which the loop meets when it reads a result
                 jax.block_until_ready(result)
                 now = time.perf_counter()
-                self._seconds.append(now - max(began, ended))
-                ended = now
+                self._seconds.append(now - max(began, self._ended))
+                self._idle += max(0.0, began - self._ended)
+                self._ended = now
             self._steps.task_done()
 
 

@@ -85,12 +85,12 @@ class Trainer:
         self._announce(first)
         self._note_bad(first, unusable(self.dataset, self.plan.index))
         self._report_bad()
-        profiler = telemetry.Profiler(self.folder, self.config.log.profile_steps)
+        profiler = telemetry.Profiler(self.folder, self.config.log.profile_steps, self.report.paused)
         done = first
         # Nothing passes between host and devices unasked: what does would make the loop wait for the step.
         with StopSignal(active=jax.process_count() == 1) as stop, jax.transfer_guard("disallow"):
             try:
-                for loaded in self.report.read(self._steps(first)):
+                for loaded in self._steps(first):
                     done = loaded.step + 1
                     profiler.before(loaded.step)
                     line = self._advance(loaded)

@@ -28,8 +28,8 @@ Flops = Callable[[int, int, int], float]  # of (tokens, supervised tokens, atten
 
 @dataclasses.dataclass
 class Tally:
-    """What some steps did, and the seconds that passed meanwhile: all, those spent waiting for the loader, and those
-    of each step on the devices."""
+    """What some steps did, and the seconds that passed meanwhile: all, those that the devices had nothing to do, and
+    those of each step on the devices."""
 
     steps: int = 0
     tokens: int = 0
@@ -38,7 +38,7 @@ class Tally:
     conversations: int = 0
     pairs: int = 0
     seconds: float = 0.0
-    waited: float = 0.0
+    idle: float = 0.0
     each: list[float] = dataclasses.field(default_factory=list)
 
     def add(self, other: Tally) -> None:
@@ -61,7 +61,7 @@ class Tally:
             "supervised_tokens_per_s": round(self.supervised / seconds, 3),
             "padded_tokens_per_s": round(self.slots / seconds, 3),
             "conversations_per_s": round(self.conversations / seconds, 3),
-            "host_wait_share": round(self.waited / seconds, 6),
+            "host_wait_share": round(self.idle / seconds, 6),
             "mfu": None if peak is None else done / seconds / peak,
             "device_memory_gb": telemetry.device_memory_gb(),
         }
@@ -74,8 +74,8 @@ class Report:
     steps since the line before, of which the time of compiling, validating and saving is no part. `step_ms` is the time
     passed by the steps taken; `step_ms_p50` and `step_ms_p95` are of the steps as the devices took them
     (`telemetry.StepClock`).
-    `host_wait_share` is the part of the time in which the loop waited for the loader: what the devices can have lost
-    at most, since they may have been busy with earlier steps.
+    `host_wait_share` is the part of the time in which the devices had done all that they were given and waited for the
+    host: for the loader, or for a line to be written.
     """
 
     def __init__(self, folder: Path, config: Config, mesh: Mesh, flops: Flops, first: int, total: int) -> None:
@@ -97,16 +97,6 @@ class Report:
 
     # -- while it trains --------------------------------------------------------------------------------------
 
-    def read(self, steps: Iterator[Loaded]) -> Iterator[Loaded]:
-        """`steps`, with the time that the loop waits for each."""
-        while True:
-            asked = time.perf_counter()
-            loaded = next(steps, None)
-            self._now.waited += time.perf_counter() - asked
-            if loaded is None:
-                return
-            yield loaded
-
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """What happens here is no part of the steps' time. It begins when the steps before it are done."""
@@ -116,6 +106,7 @@ class Report:
             yield
         finally:
             self._mark += time.perf_counter() - began
+            self._clock.skip()
 
     def compiled(self, step: int, batch: Batch, seconds: float) -> None:
         """The train step was compiled for the shape of a batch, which `step` is the first to have."""
@@ -142,7 +133,8 @@ class Report:
         now, time_now = self._now, time.perf_counter()
         now.tokens = sum(int(values["tokens"]) for values in fetched)
         now.supervised = sum(int(values["supervised_tokens"]) for values in fetched)
-        now.seconds, now.each = time_now - self._mark, self._clock.lap()
+        now.seconds = time_now - self._mark
+        now.each, now.idle = self._clock.lap()
         micro, rows, length = loaded.batch.tokens.shape
         values = fetched[-1]
         tokens, slots = int(values["tokens"]), micro * rows * length * self._hosts

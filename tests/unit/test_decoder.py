@@ -11,6 +11,7 @@ from elm_jax.errors import UserError
 from elm_jax.inference.generate import generate
 from elm_jax.models.attention import Blocks, attend, choose_attention, packed_mask, padding_mask, windowed
 from elm_jax.models.decoder import Decoder
+from elm_jax.models.layers import Embedding, LearnedPositions
 
 PREFIX, BRANCHES = 6, (7, 5)  # tokens of a packed row; the window is smaller than each part
 
@@ -224,3 +225,19 @@ def test_every_layer_draws_its_own_dropout():
     states = llm.hidden(jnp.zeros((1, 2, 32)), jnp.zeros((1, 2), int), mask, jax.random.key(0))
     assert len(np.unique(np.round(states[0, 0], 3))) > 4, "the final norm keeps the sums of a token apart"
     assert not np.array_equal(states[0, 0], states[0, 1])
+
+
+@pytest.mark.parametrize("kind", ["embedding", "positions"])
+def test_gradients_of_a_frequent_row_are_summed_in_float32(kind):
+    """A token that comes 4096 times: in bfloat16 its sum would stop growing after some hundred."""
+    rngs, times, width = nnx.Rngs(0), 4096, 8
+    module = Embedding(6, width, rngs) if kind == "embedding" else LearnedPositions(6, 0, width, rngs)
+    index, graph, state = jnp.full((4, times // 4), 3), *nnx.split(module)
+    parts = jax.random.normal(jax.random.key(0), (*index.shape, width)) + 0.3
+
+    def loss(state, dtype):
+        return (nnx.merge(graph, state)(index, dtype) * parts.astype(dtype)).sum(dtype=jnp.float32)
+
+    low, high = (jax.jit(jax.grad(loss), static_argnums=1)(state, d)["table"][...] for d in (jnp.bfloat16, jnp.float32))
+    assert low.dtype == jnp.float32 and not low[jnp.arange(6) != 3].any()
+    np.testing.assert_allclose(low[3], high[3], rtol=0.01)

@@ -55,16 +55,20 @@ def test_nothing_is_set_without_gpus(capsys: pytest.CaptureFixture[str]) -> None
     assert environment == {"JAX_PLATFORMS": "cpu"} and capsys.readouterr().err == ""
 
 
-def test_what_the_user_has_set_stays(monkeypatch: Patch, library: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("fraction", ["XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"])
+def test_what_the_user_has_set_stays(
+    monkeypatch: Patch, library: Path, capsys: pytest.CaptureFixture[str], fraction: str
+) -> None:
     monkeypatch.setattr(gpu_settings, "gpus", lambda _: 8)
     monkeypatch.setattr(gpu_settings, "libraries", lambda: [library])
     monkeypatch.setattr(gpu_settings, "is_any", lambda models: "H200" in models)
     monkeypatch.setattr(gpu_settings.metadata, "version", lambda _: "0.10.2")
     own = "--xla_gpu_enable_latency_hiding_scheduler=false --xla_foo=1"
-    environment = {"XLA_FLAGS": own, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
+    environment = {"XLA_FLAGS": own, fraction: "0.5"}
     gpu_settings.apply(environment)
     assert environment["XLA_FLAGS"].endswith(own) and environment["XLA_FLAGS"].count("latency_hiding") == 1
-    assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5" and environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert [value for name, value in environment.items() if "MEM_FRACTION" in name] == ["0.5"]
+    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     told = capsys.readouterr().err
     assert "jaxlib 0.10.2" in told and environment["XLA_FLAGS"] in told
     assert "not known to it: xla_gpu_enable_triton_gemm" in told and "MEM_FRACTION" not in told
@@ -76,6 +80,7 @@ def test_only_process_0_tells(monkeypatch: Patch, library: Path, capsys: pytest.
     environment = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
     gpu_settings.apply(environment)
     assert "XLA_FLAGS" in environment and capsys.readouterr().err == ""
+    assert environment["XLA_CLIENT_MEM_FRACTION"] == "0.9"
 
 
 def test_the_model_of_a_gpu_is_what_the_driver_says(tmp_path: Path) -> None:

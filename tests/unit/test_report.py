@@ -62,8 +62,10 @@ def test_a_step_counts_from_the_end_of_the_one_before_it(clock: Clock) -> None:
     for seconds in (0.1, 0.2, 0.25):
         steps.step(now, Result(clock, now + seconds))
     steps.step(now + 0.35, Result(clock, now + 0.45))
-    np.testing.assert_allclose(steps.lap(), [0.1, 0.1, 0.05, 0.1])
-    assert steps.lap() == []
+    seconds, idle = steps.lap()
+    np.testing.assert_allclose(seconds, [0.1, 0.1, 0.05, 0.1])
+    assert idle == pytest.approx(0.1)
+    assert steps.lap() == ([], 0.0)
     steps.close()
 
 
@@ -71,7 +73,20 @@ def test_a_step_that_fails_does_not_stop_the_clock(clock: Clock) -> None:
     steps, now = StepClock(), clock.now
     steps.step(now, Result(clock, now, fails=True))
     steps.step(now, Result(clock, now + 0.05))
-    assert len(steps.lap()) == 1
+    assert len(steps.lap()[0]) == 1
+    steps.close()
+
+
+def test_what_is_skipped_is_no_idling(clock: Clock) -> None:
+    steps = StepClock()
+    clock.sleep(0.5)  # the first batch is loaded
+    steps.step(clock.now, Result(clock, clock.now + 0.1))
+    steps.wait()
+    clock.sleep(3.0)  # a checkpoint
+    steps.skip()
+    clock.sleep(0.2)
+    steps.step(clock.now, Result(clock, clock.now + 0.1))
+    assert steps.lap()[1] == pytest.approx(0.7)
     steps.close()
 
 
@@ -111,15 +126,12 @@ def test_rates_are_of_all_steps_since_the_last_line(report: Report, clock: Clock
     assert line["padding_fraction"] == 0.25 and (line["tokens"], line["supervised_tokens"]) == (REAL, 6)
 
 
-def test_the_wait_for_the_loader_is_a_share_of_the_time(report: Report, clock: Clock) -> None:
-    def slow() -> Iterator[Loaded]:
-        for step in range(2):
-            clock.sleep(0.1)
-            yield loaded(step)
-
-    for one in report.read(slow()):
-        report.took(one, metrics(), clock.now)
-        clock.sleep(0.3)
+def test_the_devices_wait_for_the_host_is_a_share_of_the_time(report: Report, clock: Clock) -> None:
+    for step in range(2):
+        clock.sleep(0.1)  # the loader, while the devices have nothing to do
+        report.took(loaded(step), metrics(), clock.now)
+        report._clock.wait()
+    clock.sleep(0.6)
     line, _ = report.line(loaded(1), 0.1)
     assert line["host_wait_share"] == pytest.approx(0.25)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,7 +58,11 @@ def test_flops_of_a_step() -> None:
     assert step_flops(llm, matrices, False, tokens, supervised, pairs) == 4 * (products + attention)
 
 
-@pytest.mark.parametrize(("kind", "peak"), [("NVIDIA H200", 989e12), ("TPU v5 lite", 197e12), ("cpu", None)])
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
+     ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("cpu", None)],
+)  # fmt: skip
 def test_peaks(kind: str, peak: float | None) -> None:
     assert peak_flops(kind) == peak
 
@@ -79,3 +85,23 @@ def test_a_tracker_without_its_package_is_the_users_error(monkeypatch: pytest.Mo
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ValueError, match=r"config.log.wandb.*pip install"):
         telemetry.trackers(tmp_path, wandb=True, tensorboard=False, config={})
+
+
+def test_a_profile_begins_and_ends_when_the_devices_have_done_what_they_were_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: list[str] = []
+
+    @contextlib.contextmanager
+    def settled() -> Iterator[None]:
+        told.append("settled")
+        yield
+
+    monkeypatch.setattr(telemetry.jax.profiler, "start_trace", lambda folder: told.append("start"))
+    monkeypatch.setattr(telemetry.jax.profiler, "stop_trace", lambda: told.append("stop"))
+    profiler = telemetry.Profiler(tmp_path, "2:4", settled)
+    for step in range(6):
+        profiler.before(step)
+        told.append(str(step))
+    profiler.close()
+    assert told == ["0", "1", "settled", "start", "2", "3", "settled", "stop", "4", "5"]
