@@ -118,7 +118,7 @@ class Embedding(nnx.Module):
         # Gathered along D only before the look-up; otherwise the partitioner replicates all of it.
         table = hint(weight(self.table, dtype or self.table[...].dtype), "vocab", None)
         each = copies(table, self.table.axes, len(tokens))
-        parts = tokens.reshape(len(each), len(tokens) // len(each), *tokens.shape[1:])
+        parts = jnp.asarray(tokens).reshape(len(each), len(tokens) // len(each), *tokens.shape[1:])
         found = jax.vmap(lambda table, tokens: _look_up(table, tokens, "clip"))(each, parts)
         return found.reshape(*tokens.shape, table.shape[-1])
 
@@ -160,7 +160,7 @@ def _look_up(table: jax.Array, index: jax.Array, beyond: Literal["clip", "fill"]
 
     found = jax.custom_vjp(take)
     found.defvjp(forward, backward)
-    return found(table, jnp.asarray(index))
+    return found(table, index)
 
 
 def _table(
