@@ -173,9 +173,11 @@ class StepClock:
         self._ended = time.perf_counter()
 
     def lap(self) -> tuple[list[float], float]:
-        """The seconds of each step since the last call, in order, and those that the devices idled. Waits for them."""
+        """The seconds of each step since the last call, in order, and those that the devices idled until now. Waits."""
         self.wait()
-        found = self._seconds, self._idle
+        now = time.perf_counter()
+        found = self._seconds, self._idle + now - self._ended
+        self._ended = now
         self._seconds, self._idle = [], 0.0
         return found
 

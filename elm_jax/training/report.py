@@ -130,11 +130,12 @@ class Report:
         """The line of this step, once it is done, and of each step since the last line whether it was finite."""
         fetched = jax.device_get(self._pending)
         self._pending = []
-        now, time_now = self._now, time.perf_counter()
+        now = self._now
         now.tokens = sum(int(values["tokens"]) for values in fetched)
         now.supervised = sum(int(values["supervised_tokens"]) for values in fetched)
-        now.seconds = time_now - self._mark
         now.each, now.idle = self._clock.lap()
+        time_now = time.perf_counter()
+        now.seconds = time_now - self._mark
         micro, rows, length = loaded.batch.tokens.shape
         values = fetched[-1]
         tokens, slots = int(values["tokens"]), micro * rows * length * self._hosts

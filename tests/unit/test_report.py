@@ -130,8 +130,8 @@ def test_the_devices_wait_for_the_host_is_a_share_of_the_time(report: Report, cl
     for step in range(2):
         clock.sleep(0.1)  # the loader, while the devices have nothing to do
         report.took(loaded(step), metrics(), clock.now)
+        report._clock.step(clock.now, Result(clock, clock.now + 0.3))
         report._clock.wait()
-    clock.sleep(0.6)
     line, _ = report.line(loaded(1), 0.1)
     assert line["host_wait_share"] == pytest.approx(0.25)
 
