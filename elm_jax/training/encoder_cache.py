@@ -28,7 +28,7 @@ from elm_jax.models.functional import Arrays
 from elm_jax.models.hints import placed
 from elm_jax.runtime import distributed
 from elm_jax.runtime.checkpoint import summaries
-from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways, host_part, replicated, to_device
+from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways, host_parts, replicated, to_device
 
 VERSION = 1
 ROWS = 16  # recordings of a batch on each way of the mesh
@@ -55,8 +55,8 @@ def keep_features(
     key = hashlib.sha256(repr((*told, config.llm.compute_dtype, weights)).encode()).hexdigest()[:32]
 
     rows = ROWS * batch_ways(mesh)
-    part, parts = host_part(mesh)
-    sharding, mine = batch_sharding(mesh, micro_batches=False), slice(part * rows // parts, (part + 1) * rows // parts)
+    sharding = batch_sharding(mesh, micro_batches=False)
+    mine = [part * ROWS + row for part in host_parts(mesh) for row in range(ROWS)]  # of a batch
 
     def encode(arrays: Arrays, signals: Any) -> jax.Array:
         with placed(MeshPlacement(mesh)):
@@ -85,9 +85,10 @@ def keep_features(
                     unread: list[int] = []
                     for at in range(0, len(part_of_them), rows):
                         places = part_of_them[at : at + rows]
-                        local = empty_signals(spec.layout, mine.stop - mine.start)
-                        read = pool.map(lambda place: _read(spec, wanted[place]), places[mine])
-                        for slot, (place, signal) in enumerate(zip(places[mine], read, strict=True)):
+                        local = empty_signals(spec.layout, len(mine))
+                        own_places = [places[row] for row in mine if row < len(places)]  # `mine` rises: the first slots
+                        read = pool.map(lambda place: _read(spec, wanted[place]), own_places)
+                        for slot, (place, signal) in enumerate(zip(own_places, read, strict=True)):
                             if signal is None:
                                 unread.append(place)
                             else:
