@@ -88,7 +88,7 @@ class Trainer:
         profiler = telemetry.Profiler(self.folder, self.config.log.profile_steps)
         done = first
         # Nothing passes between host and devices unasked: what does would make the loop wait for the step.
-        with StopSignal(active=jax.process_count() == 1) as stop, jax.transfer_guard("disallow"):
+        with StopSignal(together=jax.process_count() > 1) as stop, jax.transfer_guard("disallow"):
             try:
                 for loaded in self.report.read(self._steps(first)):
                     done = loaded.step + 1
