@@ -309,8 +309,9 @@ def _pack(bundles: list[_Bundle], max_len: int) -> list[PlannedRow]:
 def _best_fit(open_rows: list[_OpenRow], bundle: _Bundle) -> _OpenRow | None:
     """The first of the rows in which the bundle leaves the least room. Packing spends most of its time here."""
     best, least = None, 0
+    key, joined, alone = bundle.key, bundle.own, bundle.own + bundle.prefix
     for row in open_rows:
-        left = row.room - bundle.own - (0 if bundle.key in row.by_key else bundle.prefix)
+        left = row.room - (joined if key in row.by_key else alone)
         if left >= 0 and (best is None or left < least):
             best, least = row, left
     return best

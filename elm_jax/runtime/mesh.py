@@ -148,7 +148,7 @@ def to_device(mesh: Mesh, local: np.ndarray, sharding: NamedSharding, row_axis: 
     shape = list(local.shape)
     shape[row_axis] = size * batch_ways(mesh)
 
-    def held(index: tuple[slice, ...]) -> np.ndarray:
+    def held(index: Any) -> np.ndarray:  # slices, one for each axis
         first = size * parts.index((index[row_axis].start or 0) // size)
         return local[(slice(None),) * row_axis + (slice(first, first + size),)]
 
