@@ -2,7 +2,8 @@
 
 As a program this is the train command with one more ResNet layout, `tiny`, which compiles in a fraction of the
 time; and it sends itself the signal that TEST_SIGNAL asks for: `KILL@step=7` when the line of step 7 has been
-logged, `KILL@rename=6/optimizer` when that part of checkpoint 6 is about to be moved to its final name.
+logged, `KILL@rename=6/optimizer` when that part of checkpoint 6 is about to be moved to its final name. With TEST_MESH
+the devices of two processes take turns on the mesh, as neighbours on a torus may.
 """
 
 from __future__ import annotations
@@ -189,6 +190,16 @@ def _arm(asked: str) -> None:
     os.rename = rename_or_signal  # type: ignore[assignment]
 
 
+def _take_turns() -> None:
+    """Have the devices lie on the mesh in the order 0, n/2, 1, n/2 + 1, ..."""
+    import jax
+
+    from elm_jax.runtime import mesh
+
+    make_mesh = mesh.make_mesh
+    mesh.make_mesh = lambda config: make_mesh(config, np.reshape(jax.devices(), (2, -1)).T.ravel().tolist())
+
+
 if __name__ == "__main__":
     import elm_jax.train
     from elm_jax import cli
@@ -197,4 +208,6 @@ if __name__ == "__main__":
     merl.LAYOUTS["tiny"] = (merl.basic, (1,))
     if os.environ.get("TEST_SIGNAL"):
         _arm(os.environ["TEST_SIGNAL"])
+    if os.environ.get("TEST_MESH"):
+        _take_turns()
     cli.run(elm_jax.train.main)

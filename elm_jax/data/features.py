@@ -67,7 +67,7 @@ class FeatureWriter:
         folder = Path(features.folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._names, self._layout, self._stored = list(names), features.layout, _STORED[features.dtype]
-        # Processes with a common disk write the same part each; the last one to finish leaves it.
+        # Runs with a common disk may write the same part each; the last one to finish leaves it.
         self._part = folder / hashlib.sha256("\0".join(names).encode()).hexdigest()[:32]
         self._half = self._part.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
         self._file = self._half.open("wb")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +51,7 @@ class StepSource:
 
     Args:
         micro_batches: parts of the step that are accumulated; each is `plan.batch_rows / micro_batches` rows.
-        part, parts: this host and the number of hosts; each reads an equal run of every micro-batch's rows.
+        parts: which of the `ways` equal parts of every micro-batch's rows this host reads, one after another.
         steps: length of the source.
     """
 
@@ -62,13 +62,15 @@ class StepSource:
         *,
         steps: int,
         micro_batches: int = 1,
-        part: int = 0,
-        parts: int = 1,
+        parts: Sequence[int] = (0,),
+        ways: int = 1,
     ) -> None:
         rows = plan.batch_rows
-        assert rows % (micro_batches * parts) == 0, (rows, micro_batches, parts)
+        assert rows % (micro_batches * ways) == 0, (rows, micro_batches, ways)
         self.dataset, self.plan, self.steps = dataset, plan, steps
-        self.micro_batches, self.part, self.parts = micro_batches, part, parts
+        self.micro_batches = micro_batches
+        size = rows // micro_batches // ways
+        self._mine = [part * size + row for part in parts for row in range(size)]  # of a micro-batch
 
     def __len__(self) -> int:
         return self.steps
@@ -78,19 +80,16 @@ class StepSource:
         shape = self.plan.shape(rows)
         if self.dataset.varies:  # a shorter conversation moves those behind it, and so the blocks that they see
             shape = replace(shape, key_blocks=0)
-        mine = len(rows) // self.micro_batches // self.parts
-        return empty_batch(shape, self.dataset.signal.layout, self.micro_batches, mine)
+        return empty_batch(shape, self.dataset.signal.layout, self.micro_batches, len(self._mine))
 
     def __getitem__(self, step: int) -> Loaded:
         rows = self.plan.rows(int(step))
         batch = self.empty(rows)
         reader = _Reader(self.dataset, self.plan.index, self.plan.epoch_of(int(step)))
         per_micro = len(rows) // self.micro_batches
-        mine = per_micro // self.parts
         for m in range(self.micro_batches):
-            first = m * per_micro + self.part * mine
-            for r, row in enumerate(rows[first : first + mine]):
-                write_row(batch, (m, r), reader.row(row))
+            for r, row in enumerate(self._mine):
+                write_row(batch, (m, r), reader.row(rows[m * per_micro + row]))
         planned = [group for row in rows for group in row]
         conversations = sum(len(group.samples) for group in planned)
         pairs = sum(_attention_pairs(group, self.plan.index) for group in planned)

@@ -7,7 +7,6 @@ step number is the whole data state. No jax here.
 from __future__ import annotations
 
 import bisect
-import functools
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -64,7 +63,7 @@ class _Usage:
 
 
 class Plan:
-    """Rows of every step. Safe to use from several threads; a pickled copy plans anew.
+    """Rows of every step. Safe to use from several threads; a pickled copy has the epochs that were planned last.
 
     Args:
         index: the length index; samples of length 0 are left out.
@@ -95,22 +94,31 @@ class Plan:
         self.seed, self.weights, self.shuffle = seed, weights, shuffle
         self._epoch_ends: list[int] = []
         self._planned: dict[int, list[PlannedRow]] = {}
+        self._least: _Usage | None = None  # of signals and targets in a shape
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_planned": {}, "_lock": None}
+        return {**self.__dict__, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
     def steps_before(self, epoch: int) -> int:
-        """Number of steps in epochs 0 .. epoch - 1."""
+        """Number of steps in epochs 0 .. epoch - 1. How many rows an epoch packs into only its plan tells."""
         with self._lock:
             while len(self._epoch_ends) < epoch:
-                rows = len(self._rows_of_epoch(len(self._epoch_ends)))
+                rows = self._count_rows(len(self._epoch_ends))
                 before = self._epoch_ends[-1] if self._epoch_ends else 0
                 self._epoch_ends.append(before + -(-rows // self.batch_rows))
             return self._epoch_ends[epoch - 1] if epoch else 0
+
+    def _count_rows(self, epoch: int) -> int:
+        """Rows of an epoch. The first epochs planned stay, since a run begins with them, whatever else is counted."""
+        if not self.pack:
+            return len(self._order(epoch))
+        if epoch in self._planned or len(self._planned) < PLANNED_EPOCHS:
+            return len(self._rows_of_epoch(epoch))
+        return len(self._plan_epoch(epoch))
 
     def epoch_of(self, step: int) -> int:
         """The epoch in which `step` (from 0) falls."""
@@ -134,8 +142,9 @@ class Plan:
         """
         usage = [self._usage(row) for row in rows]
         tokens = next(t for t in token_buckets(self.max_len, self.pack) if t >= max(u.tokens for u in usage))
-        signals = bucket(max(u.signals for u in usage), self._least.signals)
-        targets = bucket(max(u.targets for u in usage), self._least.targets)
+        least = self._least_usage()
+        signals = bucket(max(u.signals for u in usage), least.signals)
+        targets = bucket(max(u.targets for u in usage), least.targets)
         return BatchShape(tokens, signals, targets, self._key_blocks(rows, tokens))
 
     def _key_blocks(self, rows: Sequence[PlannedRow], tokens: int) -> int:
@@ -152,11 +161,13 @@ class Plan:
         """Each group's prefix, and the tokens of its branches."""
         return [(g.prefix, (self.index.length[list(g.samples)] - g.prefix).tolist()) for g in row]
 
-    @functools.cached_property
-    def _least(self) -> _Usage:
-        usage = [self._usage(row) for row in self._rows_of_epoch(0)]
-        signals, targets = (max(getattr(u, name) for u in usage) for name in ("signals", "targets"))
-        return _Usage(signals=-(-bucket(signals) // 2), targets=-(-bucket(targets, 8) // 2))
+    def _least_usage(self) -> _Usage:
+        with self._lock:
+            if self._least is None:
+                usage = [self._usage(row) for row in self._rows_of_epoch(0)]
+                signals, targets = (max(getattr(u, name) for u in usage) for name in ("signals", "targets"))
+                self._least = _Usage(signals=-(-bucket(signals) // 2), targets=-(-bucket(targets, 8) // 2))
+            return self._least
 
     def _usage(self, row: PlannedRow) -> _Usage:
         tokens = signals = targets = 0
@@ -277,10 +288,8 @@ def _pack(bundles: list[_Bundle], max_len: int) -> list[PlannedRow]:
     waiting = deque(bundles)
     while waiting:
         bundle = waiting.popleft()
-        fitting = [row for row in open_rows if row.cost(bundle) <= row.room]
-        if fitting:
-            row = min(fitting, key=lambda r: r.room - r.cost(bundle))
-        else:
+        row = _best_fit(open_rows, bundle)
+        if row is None:
             if len(bundle.samples) > 2 and len(open_rows) >= SPLIT_ROWS:
                 emptiest = max(open_rows, key=lambda r: r.room)
                 part, rest = bundle.split(emptiest.room - bundle.prefix)
@@ -295,6 +304,17 @@ def _pack(bundles: list[_Bundle], max_len: int) -> list[PlannedRow]:
             open_rows.append(row)
         row.add(bundle)
     return rows + [row.close() for row in open_rows]
+
+
+def _best_fit(open_rows: list[_OpenRow], bundle: _Bundle) -> _OpenRow | None:
+    """The first of the rows in which the bundle leaves the least room. Packing spends most of its time here."""
+    best, least = None, 0
+    key, joined, alone = bundle.key, bundle.own, bundle.own + bundle.prefix
+    for row in open_rows:
+        left = row.room - (joined if key in row.by_key else alone)
+        if left >= 0 and (best is None or left < least):
+            best, least = row, left
+    return best
 
 
 def _take_turns(samples: np.ndarray, weight: float, epoch: int, seed: int, dataset: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata as metadata
 import json
 import os
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -141,10 +142,22 @@ def _initialize(place: Place, own: list[int] | None) -> None:
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Its service would catch SIGTERM, and nothing would look at it before the first step: see `listen_to_sigterm`.
+    jax.config.update("jax_enable_preemption_service", False)
     # JAX's own detection is off: under SLURM it would give each process one GPU, however many it has.
     jax.distributed.initialize(
         place.address, place.count, place.index, own, "deactivate", initialization_timeout=300
     )
+
+
+def listen_to_sigterm() -> None:
+    """From now on SIGTERM does not end this process: it tells all of them, which agree on a step after which to stop
+    (`Checkpoints.reached_preemption`). Once in a process."""
+    import jax
+    from jax._src import distributed  # no public call starts the service later than `initialize`
+
+    jax.config.update("jax_enable_preemption_service", True)
+    distributed.global_state.initialize_preemption_sync_manager()
 
 
 def _check_devices(expected: tuple[int, str] | None, index: int) -> None:
@@ -173,3 +186,34 @@ def gather(value: Any) -> list[Any]:
     padded[: len(own)] = own
     rows = np.asarray(process_allgather(padded))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def broadcast(value: Any, source: int) -> Any:
+    """The JSON value that the process number `source` brings; the others' is not looked at. All call it together."""
+    import jax
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    if jax.process_count() == 1:
+        return value
+    brings = jax.process_index() == source
+    own = np.frombuffer(json.dumps(value if brings else None).encode(), np.uint8)
+    size = int(broadcast_one_to_all(np.asarray(len(own), np.int32), brings))
+    return json.loads(np.asarray(broadcast_one_to_all(np.resize(own, size), brings)).tobytes())
+
+
+def writers(folder: Path, content: str) -> list[int]:
+    """For each process the number of the one that writes to its `folder`: the first that sees the same folder and
+    means to write the same `content`. All call it together.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    token = folder / f".{uuid.uuid4().hex}"
+    token.touch()
+    try:
+        tokens = gather([token.name, content])  # every process has left its own by now
+        first = next(i for i, (name, of) in enumerate(tokens) if of == content and (folder / name).exists())
+        return gather(first)  # all have looked by now
+    finally:
+        token.unlink()

@@ -5,30 +5,38 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
+from typing import Any
+
+from elm_jax.runtime import distributed
 
 
 class StopSignal:
     """While entered, SIGTERM, SIGINT and SIGUSR1 set `asked` instead of ending the process; a second one ends it.
 
-    Not where several processes run (`active=False`): they must agree on the step, which the checkpoint manager
-    arranges (`Checkpoints.reached_preemption`) on SIGTERM; SIGUSR1, which SLURM may send instead, becomes that.
+    Several processes (`together`) must agree on the step instead: JAX listens to SIGTERM while this is entered, and
+    `Checkpoints.reached_preemption` tells; SIGUSR1, which SLURM may send instead, becomes SIGTERM. It can be entered
+    once in a process.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, active: bool = True) -> None:
-        self.asked, self.active = False, active
-        self._before: dict[int, object] = {}
+    def __init__(self, together: bool = False) -> None:
+        self.asked, self.together = False, together
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
+        handlers = {signal.SIGUSR1: _terminate} if self.together else dict.fromkeys(self.SIGNALS, self._ask)
         if threading.current_thread() is threading.main_thread():
-            handlers = dict.fromkeys(self.SIGNALS, self._ask) if self.active else {signal.SIGUSR1: _terminate}
-            self._before = {s: signal.signal(s, handler) for s, handler in handlers.items()}
+            self._before = {s: signal.getsignal(s) for s in self.SIGNALS}
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if self.together:
+            distributed.listen_to_sigterm()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         if self.asked:

@@ -65,7 +65,7 @@ def find(environment: Mapping[str, str]) -> Place | None:
     Raises:
         UserError: a variable is missing or wrong; names it.
     """
-    if environment.get(COUNT) == "1" and environment.get(INDEX, "0") == "0":
+    if _alone(environment):
         return None
     launcher = next((known for known in LAUNCHERS if known.present in environment), None)
     if launcher is not SLURM and launcher is not MPI:
@@ -111,6 +111,8 @@ def expected_devices(environment: Mapping[str, str], on_node: tuple[int, int] = 
     gpus = environment.get(name, "")
     if SLURM.present not in environment or not gpus.isdigit() or gpus == "0":
         return None
+    if _alone(environment):
+        return None  # the tasks of a sweep share out their node's GPUs as they like
     if environment.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
         return None  # the user wants no GPU
     if int(gpus) % on_node[1]:
@@ -119,6 +121,11 @@ def expected_devices(environment: Mapping[str, str], on_node: tuple[int, int] = 
             "one process a node, or as many as divide its GPUs", "set --ntasks-per-node",
         )  # fmt: skip
     return int(gpus) // on_node[1], name
+
+
+def _alone(environment: Mapping[str, str]) -> bool:
+    """Whether the user wants this process to work alone, whatever started it."""
+    return environment.get(COUNT) == "1" and environment.get(INDEX, "0") == "0"
 
 
 def _number(environment: Mapping[str, str], name: str, launcher: _Launcher) -> int:

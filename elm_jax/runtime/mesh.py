@@ -131,33 +131,30 @@ def batch_ways(mesh: Mesh) -> int:
 
 
 @functools.cache
-def host_part(mesh: Mesh) -> tuple[int, int]:
-    """(part, parts): this process's devices hold the part-th of `parts` equal runs of a batch's rows.
+def host_parts(mesh: Mesh) -> tuple[int, ...]:
+    """Which of the `batch_ways` equal parts of a batch's rows this process's devices hold, in rising order.
 
-    Processes whose devices differ in `tensor` only hold, and read, the same rows.
-
-    Raises:
-        UserError: the rows of a process are not one run.
+    They need not follow each other: on the torus of a TPU the chips of a host are neighbours in several directions.
+    Processes whose devices differ in `tensor` only hold, and read, the same parts.
     """
-    ways = batch_ways(mesh)
-    devices = mesh.devices.reshape(ways, -1)
-    mine = [way for way in range(ways) if any(d.process_index == jax.process_index() for d in devices[way])]
-    part, rest = divmod(mine[0], len(mine))
-    if rest or ways % len(mine) or mine != list(range(mine[0], mine[-1] + 1)):
-        raise UserError(
-            "mesh", f"parts {mine} of {ways} of the rows on one process", "equal runs of rows on each process",
-            "choose data x fsdp as a multiple of the number of processes, or tensor as one of their devices",
-        )  # fmt: skip
-    return part, ways // len(mine)
+    devices = mesh.devices.reshape(batch_ways(mesh), -1)
+    return tuple(way for way, row in enumerate(devices) if any(d.process_index == jax.process_index() for d in row))
 
 
 def to_device(mesh: Mesh, local: np.ndarray, sharding: NamedSharding, row_axis: int) -> jax.Array:
-    """A global array of which this process holds `local`: its part of the rows (`host_part`)."""
+    """A global array of which this process holds `local`: its parts of the rows, one after another (`host_parts`)."""
+    parts = host_parts(mesh)
+    size = local.shape[row_axis] // len(parts)
     shape = list(local.shape)
-    shape[row_axis] *= host_part(mesh)[1]
+    shape[row_axis] = size * batch_ways(mesh)
+
+    def held(index: Any) -> np.ndarray:  # slices, one for each axis
+        first = size * parts.index((index[row_axis].start or 0) // size)
+        return local[(slice(None),) * row_axis + (slice(first, first + size),)]
+
     # With several processes this is no explicit transfer to JAX's guard, though it is meant.
     with jax.transfer_guard_host_to_device("allow"):
-        return jax.make_array_from_process_local_data(sharding, local, tuple(shape))
+        return jax.make_array_from_callback(tuple(shape), sharding, held)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ B recordings of a batch, N signal tokens, E encoder width.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,12 +30,13 @@ from elm_jax.models.functional import Arrays
 from elm_jax.models.hints import placed
 from elm_jax.runtime import distributed
 from elm_jax.runtime.checkpoint import summaries
-from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways, host_part, replicated, to_device
+from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways, host_parts, replicated, to_device
 
 VERSION = 1
 ROWS = 16  # recordings of a batch on each way of the mesh
 PART = 4096  # recordings that an interruption loses at most
 READERS = 4
+SEEN_SECONDS = 120.0  # in which a disk shows what another host has written: NFS keeps listings for a minute
 
 
 def keep_features(
@@ -43,20 +46,24 @@ def keep_features(
 
     Those that are in the folder `cache` already are not computed again: it knows them by the encoder's weights, the
     preparation of the signals, and each file's path, size and time; nothing is ever removed. Recordings that cannot be
-    read are left out. What is done is kept, part by part, if this is interrupted. Raises UserError for a full disk.
+    read are left out. What is done is kept, part by part, if this is interrupted. Of several processes one writes for
+    all that see the same folder.
+
+    Raises:
+        UserError: the disk is full, or does not show what another process has written.
     """
     config, structure = assembly.config, encoder_structure(assembly)
     own = {name.removeprefix("encoder."): x for name, x in arrays.items() if name.startswith("encoder.")}
     spec = replace(assembly.signal, root=str(Path(assembly.signal.root).absolute()))
     if spec.perturb != "noise":
         spec = replace(spec, seed=0)  # nothing of a recording is drawn from it
-    told = (VERSION, spec, config.encoder.name, config.encoder.tokens, assembly.encoder, config.compat)
+    facts = (VERSION, spec, config.encoder.name, config.encoder.tokens, assembly.encoder, config.compat)
     weights = sorted(summaries(own).items())
-    key = hashlib.sha256(repr((*told, config.llm.compute_dtype, weights)).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((*facts, config.llm.compute_dtype, weights)).encode()).hexdigest()[:32]
 
     rows = ROWS * batch_ways(mesh)
-    part, parts = host_part(mesh)
-    sharding, mine = batch_sharding(mesh, micro_batches=False), slice(part * rows // parts, (part + 1) * rows // parts)
+    sharding = batch_sharding(mesh, micro_batches=False)
+    mine = [part * ROWS + row for part in host_parts(mesh) for row in range(ROWS)]  # of a batch
 
     def encode(arrays: Arrays, signals: Any) -> jax.Array:
         with placed(MeshPlacement(mesh)):
@@ -73,33 +80,64 @@ def keep_features(
     names = [spec.name_of(*recording) for recording in wanted]
     first = {name: place for place, name in reversed(list(enumerate(names)))}
     own_missing = [place for name, place in first.items() if name not in features]
-    missing = sorted({place for places in distributed.gather(own_missing) for place in places})
-    size = len(missing) * int(np.prod(shape)) * features.layout.dtype.itemsize
+    if not any(distributed.gather(bool(own_missing))):
+        return features
+    size = len(own_missing) * int(np.prod(shape)) * features.layout.dtype.itemsize
+    kept: set[str] = set()
     try:
+        writers = distributed.writers(Path(features.folder), hashlib.sha256("\0".join(names).encode()).hexdigest())
+        writes = writers[jax.process_index()] == jax.process_index()
+        told = [distributed.broadcast(own_missing, writer) for writer in sorted(set(writers))]
+        missing = sorted({place for places in told for place in places})
         with ThreadPoolExecutor(READERS) as pool, tqdm(
             total=len(missing), desc=f"encoding recordings, {size / 1e9:.2g} GB", disable=not progress, mininterval=1.0
         ) as bar:
             for begin in range(0, len(missing), PART):
                 part_of_them = missing[begin : begin + PART]
-                with FeatureWriter(features, [names[place] for place in part_of_them]) as writer:
+                names_of_part = [names[place] for place in part_of_them]
+                writer = FeatureWriter(features, names_of_part) if writes else None
+                with writer or contextlib.nullcontext():
                     unread: list[int] = []
                     for at in range(0, len(part_of_them), rows):
                         places = part_of_them[at : at + rows]
-                        local = empty_signals(spec.layout, mine.stop - mine.start)
-                        read = pool.map(lambda place: _read(spec, wanted[place]), places[mine])
-                        for slot, (place, signal) in enumerate(zip(places[mine], read, strict=True)):
+                        local = empty_signals(spec.layout, len(mine))
+                        own_places = [places[row] for row in mine if row < len(places)]  # `mine` rises: the first slots
+                        read = pool.map(lambda place: _read(spec, wanted[place]), own_places)
+                        for slot, (place, signal) in enumerate(zip(own_places, read, strict=True)):
                             if signal is None:
                                 unread.append(place)
                             else:
                                 put_signal(local, (slot,), signal)
                         batch = jax.tree.map(lambda x: to_device(mesh, x, sharding, row_axis=0), local)
-                        writer.put(np.asarray(run(own, batch))[: len(places)])
+                        outputs = jax.block_until_ready(run(own, batch))  # so that no process is batches ahead
+                        if writer:
+                            writer.put(np.asarray(outputs)[: len(places)])
                         bar.update(len(places))
-                    writer.leave_out({names[place] for places in distributed.gather(unread) for place in places})
+                    left_out = {names[place] for places in distributed.gather(unread) for place in places}
+                    kept |= set(names_of_part) - left_out
+                    if writer:
+                        writer.leave_out(left_out)
+        distributed.gather(None)  # every writer has left its last part
     except OSError as error:
         fix = f"make room for {size / 1e9:.2g} GB, set ELM_JAX_CACHE to another folder, or encoder.cache=False"
         raise UserError(features.folder, error.strerror or str(error), "a place to write to", fix) from error
-    return Features(features.folder, features.shape, features.dtype)  # which reads what there is now
+    return _seen(features, kept)
+
+
+def _seen(features: Features, names: set[str]) -> Features:
+    """`features` as its folder is now, with all `names` in it: a network's disk may show some of them late."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while True:
+        now = Features(features.folder, features.shape, features.dtype)
+        absent = [name for name in names if name not in now]
+        if not absent:
+            return now
+        if time.monotonic() > deadline:
+            raise UserError(
+                features.folder, f"{len(absent)} outputs absent that another process has written", "to see them here",
+                "let ELM_JAX_CACHE be a folder that all processes see alike, and start again",
+            )  # fmt: skip
+        time.sleep(1.0)
 
 
 def _read(spec: SignalSpec, recording: tuple[str, int]) -> Any:

@@ -28,7 +28,7 @@ from elm_jax.runtime import distributed, telemetry
 from elm_jax.runtime.checkpoint import Checkpoints
 from elm_jax.runtime.compilation import cache_folder
 from elm_jax.runtime.faults import StopSignal
-from elm_jax.runtime.mesh import batch_sharding, check_heads, host_part, make_mesh, to_device
+from elm_jax.runtime.mesh import batch_sharding, batch_ways, check_heads, host_parts, make_mesh, to_device
 from elm_jax.training import run
 from elm_jax.training.attention_check import checked_attention, tell
 from elm_jax.training.encoder_cache import keep_features
@@ -88,7 +88,7 @@ class Trainer:
         profiler = telemetry.Profiler(self.folder, self.config.log.profile_steps, self.report.paused)
         done = first
         # Nothing passes between host and devices unasked: what does would make the loop wait for the step.
-        with StopSignal(active=jax.process_count() == 1) as stop, jax.transfer_guard("disallow"):
+        with StopSignal(together=jax.process_count() > 1) as stop, jax.transfer_guard("disallow"):
             try:
                 for loaded in self._steps(first):
                     done = loaded.step + 1
@@ -130,14 +130,18 @@ class Trainer:
             max_len=data.max_len, pack=data.pack, seed=seed, weights=data.weights if shuffle else None, shuffle=shuffle,
         )  # fmt: skip
 
+    def _source(self, dataset: Dataset, plan: Plan, steps: int, micro_batches: int = 1) -> StepSource:
+        """This process's parts of the steps."""
+        parts, ways = host_parts(self.mesh), batch_ways(self.mesh)
+        return StepSource(dataset, plan, steps=steps, micro_batches=micro_batches, parts=parts, ways=ways)
+
     def _prepare_validation(self) -> None:
         """The validation part, where the config keeps one."""
         self.validation: StepSource | None = None
         if self.config.data.val_fraction > 0:
             dataset = self.assembly.dataset("val")
             plan = self._plan(dataset, self.config.seed, shuffle=False)
-            part, parts = host_part(self.mesh)
-            self.validation = StepSource(dataset, plan, steps=plan.steps_before(1), part=part, parts=parts)
+            self.validation = self._source(dataset, plan, plan.steps_before(1))
 
     def _build(self) -> None:
         structure, config = self.assembly.structure, self.config
@@ -215,11 +219,7 @@ class Trainer:
     # -- one step ---------------------------------------------------------------------------------------------
 
     def _steps(self, first: int) -> Iterator[Loaded]:
-        accum = self.config.optim.accum_steps
-        part, parts = host_part(self.mesh)
-        source = StepSource(
-            self.dataset, self.plan, steps=self.total_steps, micro_batches=accum, part=part, parts=parts
-        )
+        source = self._source(self.dataset, self.plan, self.total_steps, self.config.optim.accum_steps)
         return steps_from(source, first, self.config.data.workers)
 
     def _advance(self, loaded: Loaded) -> dict[str, Any] | None:

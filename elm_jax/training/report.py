@@ -21,7 +21,7 @@ from elm_jax.config import Config, to_dict
 from elm_jax.data.batch import Batch
 from elm_jax.data.loader import Loaded
 from elm_jax.runtime import telemetry
-from elm_jax.runtime.mesh import host_part
+from elm_jax.runtime.mesh import batch_ways, host_parts
 
 Flops = Callable[[int, int, int], float]  # of (tokens, supervised tokens, attention pairs)
 
@@ -88,7 +88,7 @@ class Report:
         self._bar = telemetry.Progress(total, first, log.progress and self._first_process)
         peak = telemetry.peak_flops(mesh.devices.flat[0].device_kind)
         self._peak = None if peak is None else peak * mesh.size
-        self._flops, self._hosts = flops, host_part(mesh)[1]
+        self._flops, self._ways, self._parts = flops, batch_ways(mesh), len(host_parts(mesh))
         self._clock = telemetry.StepClock()
         self._now, self._all = Tally(), Tally()
         self._pending: list[dict[str, jax.Array]] = []  # what the steps since the last line left on the devices
@@ -122,7 +122,7 @@ class Report:
         self._pending.append(metrics)
         now, (micro, rows, tokens) = self._now, loaded.batch.tokens.shape
         now.steps += 1
-        now.slots += micro * rows * tokens * self._hosts
+        now.slots += micro * rows * tokens * self._ways // self._parts
         now.conversations += loaded.conversations
         now.pairs += loaded.attention_pairs
 
@@ -138,7 +138,7 @@ class Report:
         now.seconds = time_now - self._mark
         micro, rows, length = loaded.batch.tokens.shape
         values = fetched[-1]
-        tokens, slots = int(values["tokens"]), micro * rows * length * self._hosts
+        tokens, slots = int(values["tokens"]), micro * rows * length * self._ways // self._parts
         line = {
             "step": loaded.step + 1,
             "loss": float(values["loss"]),

@@ -149,7 +149,7 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(
 def test_the_hosts_draw_alike(folder: Path) -> None:
     made = dataset(folder, "stacked_signal", "vit")
     whole = by_sample(source(made, 2)[1].batch)
-    parts = [by_sample(source(made, 2, part=p, parts=2)[1].batch) for p in range(2)]
+    parts = [by_sample(source(made, 2, parts=(p,), ways=2)[1].batch) for p in range(2)]
     assert {i: True for i in whole} == {i: is_same(x, whole[i]) for part in parts for i, x in part.items()}
 
 

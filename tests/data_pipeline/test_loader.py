@@ -201,13 +201,18 @@ def assert_equal(found: Loaded, expected: Loaded) -> None:
 
 @pytest.mark.parametrize("share", ["none", "system", "ecg"])
 @pytest.mark.parametrize("micro", [1, 2])
-@pytest.mark.parametrize("parts", [2, 4])
-def test_the_hosts_parts_together_are_the_step(share: str, micro: int, parts: int) -> None:
+@pytest.mark.parametrize("hosts", [[(0,), (1,)], [(0, 1), (2, 3)], [(0, 3), (1, 2)], [(0, 2, 3), (1,)]], ids=str)
+def test_the_hosts_parts_together_are_the_step(share: str, micro: int, hosts: list[tuple[int, ...]]) -> None:
+    """On a torus a host's parts do not run on; it reads them one after another."""
     whole = source(share, micro_batches=micro)
-    hosts = [source(share, micro_batches=micro, part=p, parts=parts) for p in range(parts)]
+    ways = sum(map(len, hosts))
+    sources = [source(share, micro_batches=micro, parts=parts, ways=ways) for parts in hosts]
+    order = np.argsort([part for parts in hosts for part in parts])
     for step in (0, 3):
-        read = [host[step] for host in hosts]
-        together = Batch(*(np.concatenate(arrays, axis=1) for arrays in zip(*(r.batch for r in read), strict=True)))
+        read = [host[step] for host in sources]
+        joined = [np.concatenate(arrays, axis=1) for arrays in zip(*(r.batch for r in read), strict=True)]
+        parts = [np.split(array, ways, axis=1) for array in joined]
+        together = Batch(*(np.concatenate([each[at] for at in order], axis=1) for each in parts))
         for one in read:
             assert_equal(one._replace(batch=together), whole[step])
 

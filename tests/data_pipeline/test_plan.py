@@ -113,6 +113,22 @@ def test_rows_do_not_depend_on_what_was_asked_before(case: tuple[LengthIndex, di
     assert [plan.epoch_of(step) for step in range(len(in_order))] == sorted(map(plan.epoch_of, range(len(in_order))))
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_what_a_run_begins_with_is_planned_once(pack: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though all its epochs are counted first; and in a worker not again."""
+    planned: list[int] = []
+    plan_epoch = Plan._plan_epoch
+    monkeypatch.setattr(Plan, "_plan_epoch", lambda self, epoch: planned.append(epoch) or plan_epoch(self, epoch))
+    plan = Plan(index_of([5] * 40, list(range(40)), "system"), rows=2, max_len=64, pack=pack, seed=0)
+    plan.steps_before(5)
+    assert planned == ([0, 1, 2, 3, 4] if pack else []), "rows of one conversation need no plan to be counted"
+    plan.shape(plan.rows(0))
+    worker = pickle.loads(pickle.dumps(plan))
+    for one in (plan, worker):
+        one.shape(one.rows(one.steps_before(1) - 1))
+    assert planned.count(0) == 1, planned
+
+
 @given(plans())
 def test_every_row_of_a_step_fits_its_shape_and_shapes_are_few(case: tuple[LengthIndex, dict]) -> None:
     index, settings = case

@@ -56,6 +56,14 @@ def test_one_process_begins_and_two_end_it(place: Path, one: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_rows_of_a_process_need_not_run_on(place: Path, one: Path) -> None:
+    """As on a torus."""
+    folder, options = place / "turns", {**DATA, "train__steps": STEPS}
+    runs.finish_all([runs.start(folder, devices=4, env={**env, "TEST_MESH": "1"}, **options) for env in runs.two()])
+    assert_agree(runs.logged(folder), runs.logged(one))
+
+
+@pytest.mark.slow
 def test_one_process_is_terminated_and_both_stop_at_the_same_step(place: Path, one: Path) -> None:
     """And one process goes on."""
     folder = place / "terminated"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,9 @@ from elm_jax.data.ecg import LEADS
 from elm_jax.data.features import Features, FeatureWriter
 from elm_jax.data.represent import signal_spec
 from elm_jax.errors import UserError
+from elm_jax.runtime import distributed
 from elm_jax.runtime.checkpoint import fingerprint
+from elm_jax.training import encoder_cache
 from elm_jax.training.loop import Trainer, train
 
 FROZEN = {"update": ["connector", "llm"], "train__steps": 3}
@@ -67,6 +72,51 @@ def test_all_files_of_a_record_are_in_its_name_and_noise_is_told_apart(tmp_path:
     assert spec.name_of("r", 0) != before
     assert spec.name_of("flatline", 1) != spec.name_of("flatline", 2)
     assert replace(spec, perturb=None).name_of("flatline", 1) == replace(spec, perturb=None).name_of("flatline", 2)
+
+
+class Processes:
+    """Threads that stand for processes: `gather` and `index` as each of them sees them."""
+
+    def __init__(self, count: int) -> None:
+        self.values: list[Any] = [None] * count
+        self.barrier, self.own = threading.Barrier(count), threading.local()
+
+    def gather(self, value: Any) -> list[Any]:
+        self.values[self.own.index] = value
+        self.barrier.wait(30)
+        found = list(self.values)
+        self.barrier.wait(30)
+        return found
+
+    def run(self, each: Callable[[int], Any]) -> list[Any]:
+        def as_process(index: int) -> Any:
+            self.own.index = index
+            return each(index)
+
+        with ThreadPoolExecutor(len(self.values)) as pool:
+            return list(pool.map(as_process, range(len(self.values))))
+
+
+def test_one_process_writes_to_each_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it would write something else there."""
+    processes = Processes(5)
+    monkeypatch.setattr(distributed, "gather", processes.gather)
+    seen = [(tmp_path / name, content) for name, content in ("ax", "ax", "bx", "ay", "bx")]
+    found = processes.run(lambda index: distributed.writers(*seen[index]))
+    assert found == [[0, 0, 2, 3, 2]] * 5
+    assert not [file for folder in tmp_path.iterdir() for file in folder.iterdir()], "a token was left behind"
+
+
+@pytest.mark.slow
+def test_a_process_for_which_another_one_writes_writes_nothing_and_must_see_what_that_one_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder_cache, "SEEN_SECONDS", 0.0)
+    monkeypatch.setattr(distributed, "writers", lambda *_: [1])
+    monkeypatch.setattr(distributed, "broadcast", lambda value, source: value)
+    with pytest.raises(UserError, match="outputs absent that another process has written"):
+        Trainer(runs.config(tmp_path / "run", encoder__cache=True, **FROZEN), tmp_path / "run")._build()
+    assert not [file for file in (tmp_path / "cache" / "encoder").rglob("*") if file.is_file()]
 
 
 @pytest.mark.slow

@@ -37,6 +37,17 @@ def test_alone() -> None:
     assert launchers.expected_devices(one_node) == (8, "SLURM_GPUS_ON_NODE")
 
 
+def test_a_task_that_is_a_run_of_its_own_sees_what_it_is_given() -> None:
+    """A sweep: eight tasks of a node, each told to work alone on one of its GPUs."""
+    task = {
+        **SLURM, "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3", "SLURM_STEP_TASKS_PER_NODE": "8",
+        "JAX_NUM_PROCESSES": "1", "CUDA_VISIBLE_DEVICES": "3",
+    }  # fmt: skip
+    assert find(task) is None and launchers.expected_devices(task) is None
+    told = {**task, launchers.DEVICES: "1"}
+    assert launchers.expected_devices(told) == (1, launchers.DEVICES)
+
+
 def test_plain_variables() -> None:
     assert found(PLAIN) == Place("the environment", "host-0:1234", 4, 3)
     assert found({**PLAIN, "ELM_JAX_DEVICES_PER_PROCESS": "8"}).devices == (8, "ELM_JAX_DEVICES_PER_PROCESS")

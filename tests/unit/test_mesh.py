@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,11 +28,30 @@ from elm_jax.runtime.mesh import (
     MeshPlacement,
     batch_sharding,
     batch_ways,
-    host_part,
+    host_parts,
     make_mesh,
     partition_spec,
     to_device,
 )
+
+# Of each part of the rows the hosts that hold it, and of each host its parts.
+PARTS_OF_TPU = """
+import json, sys
+import jax
+from jax.experimental import topologies
+from elm_jax.config import MeshConfig
+from elm_jax.runtime import mesh as module
+
+name, sizes = sys.argv[1], json.loads(sys.argv[2])
+devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+mesh = module.make_mesh(MeshConfig(*sizes), devices)
+owners = [[d.process_index for d in row] for row in mesh.devices.reshape(module.batch_ways(mesh), -1)]
+parts = []
+for host in sorted({d.process_index for d in devices}):
+    jax.process_index = lambda: host
+    parts.append(module.host_parts.__wrapped__(mesh))
+print(json.dumps([owners, parts]))
+"""
 
 
 @functools.cache
@@ -84,35 +107,80 @@ def test_every_axis_of_the_rules_exists() -> None:
 # -- hosts ----------------------------------------------------------------------------------------------------
 
 
-def rows_of_host(sizes: tuple[int, int, int], host: int, per_host: int) -> tuple[int, int]:
-    """`host_part` where devices belong to hosts in runs of `per_host`."""
-    owners = np.arange(np.prod(sizes)) // per_host
-    devices = np.array([SimpleNamespace(process_index=int(o)) for o in owners]).reshape(sizes)
-    stand_in: Any = SimpleNamespace(devices=devices, shape=dict(zip(AXES, sizes, strict=True)))
+def parts_of_host(mesh: Any, host: int) -> tuple[int, ...]:
+    """`host_parts` as the process number `host` sees it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "process_index", lambda: host)
-        return host_part.__wrapped__(stand_in)
+        return host_parts.__wrapped__(mesh)
+
+
+def owned(owners: np.ndarray) -> Any:
+    """A mesh whose devices belong to the processes `owners` (data, fsdp, tensor)."""
+    devices = np.array([SimpleNamespace(process_index=int(o)) for o in owners.flat]).reshape(owners.shape)
+    return SimpleNamespace(devices=devices, shape=dict(zip(AXES, owners.shape, strict=True)))
 
 
 @given(st.tuples(*[st.sampled_from([1, 2, 4])] * 3), st.sampled_from([1, 2, 4, 8]))
 def test_the_hosts_together_hold_every_row_as_their_devices_do(sizes: tuple[int, int, int], per_host: int) -> None:
     total = int(np.prod(sizes))
     per_host = min(per_host, total)
-    ways = sizes[0] * sizes[1]
+    mesh = owned((np.arange(total) // per_host).reshape(sizes))
     for host in range(total // per_host):
-        part, parts = rows_of_host(sizes, host, per_host)
         mine = {device // sizes[2] for device in range(host * per_host, (host + 1) * per_host)}
-        assert set(range(part * ways // parts, (part + 1) * ways // parts)) == mine
+        assert parts_of_host(mesh, host) == tuple(sorted(mine))
 
 
-def test_rows_that_do_not_run_on_are_the_users_error() -> None:
-    with pytest.raises(UserError, match="mesh"):
-        rows_of_host((1, 3, 2), host=0, per_host=3)
+def test_a_hosts_rows_need_not_run_on() -> None:
+    """As on a torus, where a host's 2 x 2 chips are neighbours along two axes of the mesh."""
+    x, y = np.meshgrid(np.arange(4), np.arange(4), indexing="ij")
+    torus = x // 2 * 2 + y // 2
+    mesh = owned(torus[..., None])
+    assert [parts_of_host(mesh, host) for host in range(4)] == [
+        (0, 1, 4, 5), (2, 3, 6, 7), (8, 9, 12, 13), (10, 11, 14, 15)
+    ]  # fmt: skip
+    divided = owned(torus[:, None, :])  # the second axis is `tensor`: two hosts read the same rows
+    assert [parts_of_host(divided, host) for host in range(4)] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, sizes", [("v5p:4x4x4", (16, 4, 1)), ("v5p:4x8x8", (32, 8, 1)), ("v5e:8x8", (8, 8, 1))])
+def test_every_host_of_a_tpu_slice_reads_the_parts_of_its_chips(name: str, sizes: tuple[int, int, int]) -> None:
+    pytest.importorskip("libtpu")
+    told = subprocess.run(
+        [sys.executable, "-c", PARTS_OF_TPU, name, json.dumps(sizes)], text=True, capture_output=True, timeout=300,
+        check=True, env={**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"},
+    )  # fmt: skip
+    owners, parts = json.loads(told.stdout.splitlines()[-1])
+    for host, mine in enumerate(parts):
+        assert mine == [part for part, row in enumerate(owners) if host in row] and mine
+    assert any(mine != list(range(mine[0], mine[0] + len(mine))) for mine in parts), "a case without any torus"
+
+
+def test_local_rows_go_to_the_devices_that_hold_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where devices lie in another order than the rows, and this process holds but some of the parts."""
+    order = [5, 2, 7, 0, 3, 6, 1, 4]
+    mesh = make_mesh(MeshConfig(2, 4, 1), [jax.devices()[i] for i in order])
+    whole = np.arange(2 * 16 * 3).reshape(2, 16, 3)
+    placed = to_device(mesh, whole, batch_sharding(mesh), row_axis=1)
+    np.testing.assert_array_equal(placed, whole)
+
+    mine = (1, 2, 6)
+    monkeypatch.setattr(module, "host_parts", lambda _: mine)
+    held: dict[int, np.ndarray] = {}
+
+    def some(shape: tuple[int, ...], sharding: Any, callback: Any) -> None:
+        held.update({part: callback(sharding.devices_indices_map(shape)[mesh.devices.flat[part]]) for part in mine})
+
+    monkeypatch.setattr(jax, "make_array_from_callback", some)
+    local = np.concatenate([whole[:, 2 * part : 2 * part + 2] for part in mine], axis=1)
+    to_device(mesh, local, batch_sharding(mesh), row_axis=1)
+    for part in mine:
+        np.testing.assert_array_equal(held[part], whole[:, 2 * part : 2 * part + 2])
 
 
 def test_one_process_holds_all_rows() -> None:
     mesh = mesh_of(2, 2, 2)
-    assert host_part(mesh) == (0, 1) and batch_ways(mesh) == 4
+    assert host_parts(mesh) == (0, 1, 2, 3) and batch_ways(mesh) == 4
     local = np.arange(2 * 8 * 3).reshape(2, 8, 3)
     placed = to_device(mesh, local, batch_sharding(mesh), row_axis=1)
     np.testing.assert_array_equal(placed, local)
