@@ -4,6 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 
 from elm_jax.evaluation.classification import classification, pretrain_breakdown
 from elm_jax.evaluation.metrics import Scorer
@@ -53,6 +56,16 @@ def test_every_pair(cases):
         assert token_f1(hyp, ref) == pytest.approx(pair["token_f1"], abs=1e-9), pair
         assert rouge_l(hyp, ref) == pytest.approx(pair["rougeL_f"], abs=1e-9), pair
         assert float(bleu(np.array(bleu_counts(hyp, ref)))) == pytest.approx(pair["bleu4_single"], abs=1e-9), pair
+
+
+WORDS = st.lists(st.sampled_from("a fast slow rhythms rhythm normal normally QRS 12 beats, beat.".split()), max_size=90)
+
+
+@given(WORDS, WORDS)
+def test_rouge_l_is_that_of_the_package(ours, theirs):
+    answer, truth = " ".join(ours), " ".join(theirs)
+    expected = RougeScorer(["rougeL"], use_stemmer=True).score(truth, answer)["rougeL"].fmeasure
+    assert rouge_l(answer, truth) == expected
 
 
 def test_meteor_of_every_pair(cases, wordnet):

@@ -21,7 +21,7 @@ from elm_jax.errors import UserError
 from elm_jax.evaluation import controls, evaluator
 from elm_jax.evaluation.controls import shuffled_recordings
 from elm_jax.evaluation.evaluator import evaluate, is_evaluated, results_folder
-from elm_jax.evaluation.metrics import aggregate, is_right
+from elm_jax.evaluation.metrics import Scorer, is_right, scores_of
 from elm_jax.evaluation.results import summary
 
 
@@ -71,7 +71,7 @@ def test_a_summary_has_a_column_for_each_control_and_baseline() -> None:
         {"id": str(i), "name": "heart_rate", "patient": str(i), "answer": "60", "truth": str(60 + 10 * (i % 2))}
         for i in range(20)
     ]
-    results = aggregate(predictions)
+    results = scores_of(Scorer().table(predictions))
     results["controls"] = {"zeros": {"exact_match": {"value": 0.25, "ci95": [0, 1]}}}
     lines = summary(results).splitlines()
     assert lines[0].split() == ["score", "zeros", "constant", "majority"]
