@@ -88,6 +88,9 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         bad = sum(len(fold.bad.found) for fold in folds)
         facts: dict[str, Any] = {"split": split, "step": model.step, "end_token": _end_token(model), "bad": bad}
 
+        if config.eval.seeds and not options.temperature:
+            facts["greedy_for_seeds"] = list(config.eval.seeds)
+
         if first:
             write_json(out / "metrics.json", results_of(conditions, scorer, facts, known))
             draw_examples(out / "examples.png", folds[0].dataset, conditions[REAL])
@@ -176,7 +179,7 @@ def _questions(dataset: Dataset, room: int, bad: BadRecords) -> Iterator[Questio
 
 
 def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: str, config: Config) -> list[Line]:
-    """What is answered under a condition in all folds and with all seeds, question by question.
+    """What is answered under a condition in all folds and with all seeds that answers are drawn with.
 
     Nothing in a process without a store.
     """
@@ -184,13 +187,13 @@ def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: s
     for fold, seed, draw in itertools.product(folds, _drawn_with(config), range(_draws(condition))):
         records = sorted({question.record for question in fold.questions})
         marks = {"fold": fold.number} if config.eval.folds else {}
-        marks |= {"seed": seed} if config.eval.seeds else {}
+        marks |= {"seed": seed} if config.eval.seeds and config.eval.temperature else {}
         marks |= {"draw": draw} if _draws(condition) > 1 else {}
         source = Source(fold.dataset, condition, draw, records)
         asked = fold.asked if condition == REAL else fold.questions
         answers = asker.answers(Task(source, asked, seed, marks), file, fold.bad if condition == REAL else None)
         found += [answers[question] for question in fold.questions] if file else []
-    return _for_seeds(found, config)
+    return found
 
 
 def _draws(condition: str) -> int:
@@ -198,16 +201,9 @@ def _draws(condition: str) -> int:
 
 
 def _drawn_with(config: Config) -> tuple[int, ...]:
-    """The seeds that answers are drawn with; greedy answers are the same with each."""
+    """The seeds that answers are drawn with; greedy answers are the same with each, and so are one run."""
     seeds = config.eval.seeds or (config.seed,)
     return seeds if config.eval.temperature else seeds[:1]
-
-
-def _for_seeds(lines: list[Line], config: Config) -> list[Line]:
-    """The lines for every seed, where these were answered with one of them for all."""
-    seeds = config.eval.seeds or ()
-    alike = seeds if len(seeds) > len(_drawn_with(config)) else ()
-    return [{**line, "seed": seed} for seed in alike for line in lines] if alike else lines
 
 
 def _total(folds: Iterable[_Fold], config: Config) -> int:
@@ -244,13 +240,15 @@ def _identity(model: TrainedModel, split: str, datasets: Sequence[Dataset]) -> d
     config = to_dict(model.config)
     config["data"] = {key: value for key, value in config["data"].items() if key not in _TRAINING}
     checkpoint = Path(model.config.workdir) / "checkpoints" / str(model.step)
+    # Greedy answers are the same with every seed.
+    scoring = _SCORING if model.config.eval.temperature else (*_SCORING, "seeds")
     return {
         "step": model.step,
         "saved": checkpoint.stat().st_mtime_ns if checkpoint.is_dir() else None,
         "split": split,
         "data": [dataset.fingerprint for dataset in datasets],
         "config": {key: config[key] for key in ("seed", "data", "llm", "mesh", "compat")},
-        "eval": {key: value for key, value in asdict(model.config.eval).items() if key not in _SCORING},
+        "eval": {key: value for key, value in asdict(model.config.eval).items() if key not in scoring},
     }
 
 

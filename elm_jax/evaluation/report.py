@@ -59,6 +59,8 @@ def _facts(results: Results) -> str:
         f"protocol <b>{escape(results['protocol'])}</b>: {escape(results['protocol_meaning'])}",
         f"{results['empty_answers']} empty answers", f"{results['bad']} records left out",
     ]  # fmt: skip
+    if "greedy_for_seeds" in results:
+        parts.append(f"greedy answers, one run for the seeds {', '.join(map(str, results['greedy_for_seeds']))}")
     if results.get("questions_about_training_patients"):
         parts.append(f"<b>{results['questions_about_training_patients']} questions about patients of the training</b>")
     missing = [f"<b>No {escape(name)}:</b> {escape(why)}" for name, why in results["unavailable"].items()]

@@ -256,19 +256,28 @@ def test_a_real_model_stopped_anywhere_says_the_same(tmp_path: Path, monkeypatch
     assert (broken / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
 
 
-def test_greedy_answers_serve_all_seeds_and_drawn_ones_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_answers_are_one_run_for_all_seeds_and_drawn_ones_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("write_report", "draw_examples"):
         monkeypatch.setattr(evaluator, name, lambda *_: None)
-    for temperature, asked in ((0.0, 10), (0.7, 20)):
-        conf = config(tmp_path / str(temperature), eval__controls=[], eval__limit=10, eval__seeds=[1337, 1338],
-                      eval__temperature=temperature)  # fmt: skip
+
+    def evaluated(**keys: Any) -> tuple[int, dict[str, Any]]:
+        keys = {"eval__controls": ["zeros"], "eval__limit": 10, "eval__protocol": "elm-2026-08", **keys}
+        conf = config(tmp_path / str(keys.get("eval__temperature", 0)), **keys)
         model = model_of(conf)
-        monkeypatch.setattr(evaluator, "TrainedModel", lambda *_, model=model: model)
+        monkeypatch.setattr(evaluator, "TrainedModel", lambda *_: model)
         evaluator.evaluate(conf)
-        found = json.loads(results(tmp_path / str(temperature)))
-        assert len(model.prompts) == asked
-        assert found["n"] == 20 and [run["seed"] for run in found["runs"]] == [1337, 1338]
-        assert found["over_runs"]["exact_match"]["std"] == 0.0
+        return len(model.prompts), json.loads(results(Path(conf.workdir)))
+
+    asked, alone = evaluated()
+    assert asked == 20
+    asked, greedy = evaluated(eval__seeds=[1337, 1338, 1339])
+    assert asked == 0, "these are the answers"
+    assert greedy.pop("greedy_for_seeds") == [1337, 1338, 1339] and greedy == alone, "copies are no evidence"
+    asked, drawn = evaluated(eval__seeds=[1337, 1338], eval__temperature=0.7)
+    assert asked == 40 and drawn["n"] == 20 and [run["seed"] for run in drawn["runs"]] == [1337, 1338]
+    assert drawn["over_runs"]["exact_match"]["std"] == 0.0 and "greedy_for_seeds" not in drawn
 
 
 if __name__ == "__main__":
