@@ -27,8 +27,8 @@ def signal_dependence(ours: Table, others: Mapping[str, Table]) -> dict[str, Any
     The control is "shuffled" where it is there, and is named. "by_control" has the same for every control,
     "by_metric" for every mean of a score, "by_name" for every kind of question. A control may hold several answers to
     a question, whose scores are averaged. `p` is two-sided, from flipping the sign of each patient's difference at
-    random; "mcnemar_p", where each question was answered once with its ECG and once under the control, is McNemar's exact
-    test, which takes answers for independent.
+    random; "mcnemar_p", where each question was answered once with its ECG and once under the control, is McNemar's
+    exact test, which takes questions for independent.
     """
     chosen = next((name for name in PREFERRED if name in others), None)
     if chosen is None or not ours.pairs:

@@ -34,7 +34,7 @@ Predictions = Iterable[Mapping[str, Any]]
 class Pair:
     """An answer and its truth as the protocol compares them.
 
-    id: of the question in a run (a fold, a seed), asked: of the question alone. answers: the truth as a set, if it is one.
+    id: of the question in a run (a fold, a seed); asked: of the question alone. answers: the truth as a set, if any.
     """
 
     id: str
@@ -129,17 +129,20 @@ class Scorer:
     """The metrics of a protocol, with what they need: WordNet and BERTScore's model where they are found.
 
     `unavailable` says, of each metric that the protocol has and that cannot be computed here, why. `end_token` is
-    what stands behind an answer that ended by itself.
+    what stands behind an answer that ended by itself. `must`: whether what is named must be there.
+
+    What it has scored it keeps: see `rows`.
 
     Raises:
-        UserError: `wordnet` or `bert_model` was named, and is not there.
+        UserError: they must, and are not.
     """
 
     def __init__(
         self, protocol: str = "ours", wordnet: str | None = None, bert_model: str | None = None, end_token: str = "",
-        seed: int = 0,
+        seed: int = 0, must: bool = True,
     ) -> None:  # fmt: skip
         self.name, self.protocol, self.seed, self._end = protocol, PROTOCOLS[protocol], seed, end_token
+        self._must = must
         self.unavailable: dict[str, str] = {}
         self.metrics: dict[str, Metric] = {}
         for name in self.protocol.metrics:
@@ -156,7 +159,7 @@ class Scorer:
         try:
             return _mean_of(Meteor(folder))
         except UserError as error:
-            if folder is not None:
+            if folder is not None and self._must:
                 raise
             self.unavailable["meteor"] = str(error)
             return None
@@ -165,7 +168,7 @@ class Scorer:
         try:
             model = BertScore(name or BERT_MODEL)
         except UserError as error:
-            if name is not None:
+            if name is not None and self._must:
                 raise
             self.unavailable |= dict.fromkeys(BERT_METRICS, str(error))
             return {}

@@ -24,8 +24,9 @@ def results_of(
 ) -> dict[str, Any]:
     """What metrics.json holds. No times are in it: the same answers give the same bytes.
 
-    conditions: predictions under `real` and each control. facts: stand as they are beside the scores. known: of training, "asked" (name, question, answer) of each
-    question and "leaked", how many test questions of other folds are about its patients.
+    conditions: predictions under `real` and each control. facts: what stands beside the scores as it is. known: of
+    training, "asked" (name, question, answer) of each question and "leaked", how many test questions of other folds are
+    about its patients.
     """
     real = conditions[REAL]
     tables = {name: scorer.table(lines) for name, lines in conditions.items()}

@@ -214,7 +214,7 @@ def test_mcnemar_is_for_questions_that_were_answered_once():
     real = [prediction(i, "70", "70", seed=seed) for seed in range(5) for i in range(20)]
     blind = [p | {"answer": "80"} for p in real]
     found = dependence(real, {"zeros": blind})
-    assert found is not None and found["value"] == 1.0 and "mcnemar_p" not in found, "five answers are no five questions"
+    assert found is not None and found["value"] == 1.0 and "mcnemar_p" not in found, "five answers to a question"
 
 
 def test_the_stem_of_a_word_is_found_once():

@@ -10,7 +10,10 @@ from typing import Any
 from elm_jax.errors import UserError
 from elm_jax.evaluation.scores.stems import WORDS, stemmer
 
-_FIX = "run `python -m nltk.downloader wordnet`, or set --config.eval.wordnet or NLTK_DATA; METEOR needs it"
+_FIX = (
+    "run `python -m nltk.downloader wordnet`, or set --config.eval.wordnet (of compare: --wordnet) or NLTK_DATA;"
+    " METEOR needs it"
+)
 
 
 class Meteor:
