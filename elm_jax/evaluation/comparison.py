@@ -36,7 +36,7 @@ def compare(
     The signal dependence is of all these questions under the first control that all runs answered, named in "control";
     it is None where there is none. Under a protocol that leaves out empty answers it counts them as wrong.
 
-    wordnet, bert_model: as `eval.wordnet` and `eval.bert_model`; None: what a run's configuration names, if it is there.
+    wordnet, bert_model: as `eval.wordnet` and `eval.bert_model`; None: what a run's configuration names, if there.
 
     Raises:
         UserError: fewer than two runs, no common evaluation, no common question, or no such WordNet or model.

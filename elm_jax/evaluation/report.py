@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -34,7 +35,8 @@ Results = Mapping[str, Any]
 def write_report(out: Path, results: Results, predictions: Sequence[Mapping[str, Any]], dataset: Dataset) -> None:
     """Write `report.html` and the plots in it, `plots/*.svg`."""
     plots = _plots(results)
-    (out / "plots").mkdir(exist_ok=True)
+    shutil.rmtree(out / "plots", ignore_errors=True)  # under another protocol there may have been others
+    (out / "plots").mkdir()
     for name, plot in plots.items():
         text = plot.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
         (out / "plots" / f"{name}.svg").write_text(text, encoding="utf-8")

@@ -41,7 +41,7 @@ def test_every_pair(cases):
         assert float(bleu(np.array(bleu_counts(hyp, ref)))) == pytest.approx(pair["bleu4_single"], abs=1e-9), pair
 
 
-WORDS = st.lists(st.sampled_from(["a", "fast", "rhythms", "rhythm", "normal", "normally", "QRS", "12", "beats,", "beat."]))
+WORDS = st.lists(st.sampled_from(["a", "fast", "rhythms", "rhythm", "normal", "normally", "QRS", "12", "beats,"]))
 
 
 @given(WORDS, WORDS)

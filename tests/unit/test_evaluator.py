@@ -180,6 +180,23 @@ def test_folds_are_evaluated_with_one_model_and_what_training_saw_of_them_is_sai
     assert {"id", "prompt", "answer", "truth", "seconds"} <= set(lines[0])
 
 
+@pytest.mark.parametrize(
+    ("names", "folder"),
+    [
+        (["demo"], "demo-test"),
+        (["demo:train=8,val=4,test=2"], "demo-test"),
+        (["ecg_qa.parquet", "reports.jsonl"], "ecg_qa_reports-test"),
+        (["ecg_qa/test.parquet"], "ecg_qa_test-test"),
+        (["reports/test.parquet"], "reports_test-test"),
+        (["/data/prepared/ecg_qa.parquet"], "ecg_qa-test"),
+        (["/other/ecg_qa.parquet"], "other_ecg_qa-test"),
+    ],
+)
+def test_evaluations_of_different_files_have_different_folders(names: list[str], folder: str) -> None:
+    config = fake_config(data__names=names, data__root="/data/prepared", workdir="run")
+    assert results_folder(config, "test") == Path("run/eval") / folder
+
+
 def test_nothing_to_ask_is_an_error(ask: Ask) -> None:
     model = ask(data__max_bad_records=0.3, eval__limit=1)
     Path(model.config.data.root, "ecg_0.npy").unlink()
