@@ -19,7 +19,8 @@ empty line asks for a text.
 
 Input that is no terminal is read as a script: each answer is then one line, "assistant: ...". Errors are lines
 on stderr, "error: ...", and the chat goes on. --config.eval.* says how answers are made, such as
---config.eval.max_new_tokens=64 or --config.eval.temperature=0.7.
+--config.eval.max_new_tokens=64 or --config.eval.temperature=0.7. Where answers are drawn, --config.eval.seeds=7 draws
+others.
 """
 
 import sys

@@ -5,7 +5,8 @@
 
 Each run must have been evaluated: python -m elm_jax.evaluate. Differences are paired by question and resampled by
 patient; * marks those that are significant (p < 0.05) after Holm's correction for all that is compared. --out D writes
-D/compare.json and D/compare.html.
+D/compare.json and D/compare.html. METEOR's WordNet and BERTScore's model are those that the runs' configurations name,
+where they are on this machine; --wordnet and --bert-model name others.
 """
 
 import json
@@ -26,6 +27,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="W", help="run folders")
     parser.add_argument("--eval", metavar="NAME", help="the evaluation, where the runs have several")
     parser.add_argument("--protocol", default="ours", choices=tuple(PROTOCOLS), help="by which answers are scored")
+    parser.add_argument("--wordnet", metavar="D", help="folder of NLTK's data, for METEOR's WordNet")
+    parser.add_argument("--bert-model", metavar="NAME", help="model of BERTScore")
     parser.add_argument("--out", type=Path, metavar="D", help="a folder for compare.json and compare.html")
     options = parser.parse_args(argv)
     from elm_jax.evaluation.comparison import check_evaluation, compare, html_of, text_of
@@ -33,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
 
     folders = [run_folder(str(path), "compare") for path in options.runs]
     check_evaluation(folders, options.eval)
-    result = compare(folders, options.eval, options.protocol)
+    result = compare(folders, options.eval, options.protocol, options.wordnet, options.bert_model)
     print(text_of(result))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,7 @@ class FakeModel:
         text = text_spec(config.data, family, config.encoder.tokens, config.phase, config.compat)
         signal, llm = signal_spec(config.data, config.seed), SimpleNamespace(max_len=context)
         self.assembly = SimpleNamespace(text=text, signal=signal, tokenizer=tokenizer, llm=llm)
+        self.arrays: dict[str, Any] = {}
         self.stops = stop_ids(tokenizer, family)
         self.engine = SimpleNamespace(prefills=SimpleNamespace(forget=lambda: None), calls=Counter())
         self.prompts: list[Any] = []

@@ -35,3 +35,22 @@ def learnt(rendered: Rendered) -> list[list[int]]:
     """The runs of supervised ids."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], rendered.supervised, [False]]).astype(int)))
     return [rendered.ids[start:end].tolist() for start, end in edges.reshape(-1, 2)]
+
+
+def write_wordnet(folder: Path, synsets: dict[str, list[list[str]]] | None = None) -> None:
+    """The files of a WordNet of these synsets: {part of speech: lists of words}."""
+    folder.mkdir(parents=True)
+    for part, letter in (("noun", "n"), ("verb", "v"), ("adj", "a"), ("adv", "r")):
+        index: dict[str, list[str]] = {}
+        data = "  1 WordNet 3.0 Copyright\n"
+        for words in (synsets or {}).get(part, []):
+            for word in words:
+                index.setdefault(word, []).append(f"{len(data):08d}")
+            lemmas = " ".join(f"{word} 0" for word in words)
+            data += f"{len(data):08d} 00 {letter} {len(words):02x} {lemmas} 000 | for a test\n"
+        lines = [f"{w} {letter} {len(at)} 0 {len(at)} 0 {' '.join(at)}\n" for w, at in sorted(index.items())]
+        (folder / f"data.{part}").write_text(data)
+        (folder / f"index.{part}").write_text("".join(lines))
+        (folder / f"{part}.exc").write_text("")
+    (folder / "index.sense").write_text("")
+    (folder / "lexnames").write_text("00\tall\t0\n")

@@ -16,6 +16,7 @@ from elm_jax.evaluation.attention import Attention
 
 WORDS = 20  # text tokens in the picture
 _INK, _HEAT, _BAR = "#16161d", "Oranges", "#2f5d9b"
+_PLAIN: dict[str, Any] = {"parse_math": False}  # what is asked and answered may look like a formula
 _DEEPEST = 2.0  # in relative weights: the trace stays readable on the largest, which is 1
 
 
@@ -32,7 +33,7 @@ def draw_attention(
         column, row = divmod(place, rows)
         _lead(figure.add_subplot(grid[row, column]), signal[lead], weights[place], rate, LEADS[lead])
     _words(figure.add_subplot(grid[rows, :]), found)
-    figure.suptitle("\n".join(textwrap.wrap(title, 140)), fontsize=11, ha="left", x=0.01)
+    figure.suptitle("\n".join(textwrap.wrap(title, 140)), fontsize=11, ha="left", x=0.01, **_PLAIN)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=100, format="png")
 
@@ -56,7 +57,7 @@ def _words(ax: Axes, found: Attention) -> None:
     top = sorted(sorted(text, key=lambda i: -found.weights[i])[:WORDS])
     names = [f"{found.tokens[i].strip() or repr(found.tokens[i])}{'*' if i >= found.answer_start else ''}" for i in top]
     ax.bar(range(len(top)), found.weights[top], color=_BAR)
-    ax.set_xticks(range(len(top)), names, rotation=45, ha="right", fontsize=8)
+    ax.set_xticks(range(len(top)), names, rotation=45, ha="right", fontsize=8, **_PLAIN)
     ax.set_title(
         f"ECG tokens have {found.ecg_share:.1%} of the attention (with the same for every token of the prompt:"
         f" {found.uniform_share:.1%}). Text tokens with most of the rest; * in the answer",

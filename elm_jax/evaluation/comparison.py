@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from elm_jax.errors import UserError, nearest
-from elm_jax.evaluation.dependence import METRIC, difference_ci95
+from elm_jax.evaluation.dependence import METRIC, PREFERRED, by_question, pairing, tested
 from elm_jax.evaluation.metrics import Scorer, Table, question_id
 from elm_jax.evaluation.page import page, table
 from elm_jax.evaluation.statistics import ci95
@@ -21,46 +21,64 @@ from elm_jax.training.run import read_json
 Lines = Sequence[Mapping[str, Any]]
 
 
-def compare(folders: Sequence[Path], evaluation: str | None = None, protocol: str = "ours") -> dict[str, Any]:
+def compare(
+    folders: Sequence[Path], evaluation: str | None = None, protocol: str = "ours",
+    wordnet: str | None = None, bert_model: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Compare the run folders' evaluations called `evaluation` (None: the one that all have).
 
-    {"evaluation", "protocol", "n", "runs": {run: {"metrics", "signal_dependence"}}, "differences": [{"a", "b",
-    "metrics": {metric: {"value", "ci95", "p", "p_holm"}}, "signal_dependence": the same or None}]}: a's
-    score less b's, paired by question, on the questions that all answered. The interval is a bootstrap over patients. p
-    flips signs patient by patient where a metric is a mean, and else is twice the part of the resamples on the other
-    side of zero; p_holm is corrected for all metrics and signal dependences of all pairs (Holm 1979).
+    {"evaluation", "protocol", "n", "control", "runs": {run: {"metrics", "signal_dependence": {"value", "ci95", "p",
+    "n"}}}, "differences": [{"a", "b", "metrics": {metric: {"value", "ci95", "p", "p_holm"}}, "signal_dependence"}]}:
+    a's score less b's, paired by question, on the questions that all answered. The interval is a bootstrap over
+    patients. p flips signs patient by patient where a metric is a mean, and else is twice the part of the resamples on
+    the other side of zero; p_holm is corrected for all metrics and signal dependences of all pairs (Holm 1979).
+
+    The signal dependence is of all these questions under the first control that all runs answered, named in "control";
+    it is None where there is none. Under a protocol that leaves out empty answers it counts them as wrong.
+
+    wordnet, bert_model: as `eval.wordnet` and `eval.bert_model`; None: what a run's configuration names, if there.
 
     Raises:
-        UserError: fewer than two runs, no common evaluation, or no common question.
+        UserError: fewer than two runs, no common evaluation, no common question, or no such WordNet or model.
     """
     if len(folders) < 2:
         raise UserError("compare", f"{len(folders)} run", "at least two", "name more run folders")
     name = evaluation or _common_evaluation(folders)
-    names = _names(folders)
-    told = [read_json(folder / "eval" / name / "metrics.json") for folder in folders]
-    lines = _on_common_questions([predictions_in(folder / "eval" / name) for folder in folders], name)
-    scorer = Scorer(protocol, end_token=str(told[0].get("end_token", "")))
+    names, outs = _names(folders), [folder / "eval" / name for folder in folders]
+    lines = _on_common_questions([predictions_in(out) for out in outs], name)
+    end_token = str(read_json(outs[0] / "metrics.json").get("end_token", ""))
+    scorer = _scorer(folders, protocol, wordnet, bert_model, end_token)
+    control, owed, asked = _owed(outs, lines, pairing(scorer))
     if not scorer.protocol.empty_answers:
         kept = [{pair.id for pair in scorer.pairs(run)} for run in lines]
         both = set.intersection(*kept)
         lines = [[line for line in run if question_id(line) in both] for run in lines]
     tables = [scorer.table(run) for run in lines]
     runs = {
-        run: {"metrics": scores.scores(), "signal_dependence": before.get("signal_dependence")}
-        for run, scores, before in zip(names, tables, told, strict=True)
+        run: {"metrics": scores.scores(), "signal_dependence": tested(o, asked) | {"n": len(o)} if control else None}
+        for run, scores, o in zip(names, tables, owed, strict=True)
     }
     pairs = [
-        {"a": names[i], "b": names[j], "metrics": _differences(tables[i], tables[j])}
+        {"a": names[i], "b": names[j], "metrics": _differences(tables[i], tables[j]),
+         "signal_dependence": tested(owed[i] - owed[j], asked) if control else None}
         for i, j in combinations(range(len(folders)), 2)
-    ]
-    owed = [_owed(folder / "eval" / name, table) for folder, table in zip(folders, tables, strict=True)]
-    for pair, (i, j) in zip(pairs, combinations(range(len(folders)), 2), strict=True):
-        pair["signal_dependence"] = _difference_of_owed(owed[i], owed[j], tables[i])
+    ]  # fmt: skip
     _correct([d for pair in pairs for d in (*pair["metrics"].values(), pair["signal_dependence"]) if d])
     return {
-        "evaluation": name, "protocol": protocol, "n": len(tables[0].pairs), "unavailable": scorer.unavailable,
-        "runs": runs, "differences": pairs,
+        "evaluation": name, "protocol": protocol, "n": len(tables[0].pairs), "control": control,
+        "unavailable": scorer.unavailable, "runs": runs, "differences": pairs,
     }  # fmt: skip
+
+
+def _scorer(folders: Sequence[Path], protocol: str, wordnet: str | None, bert_model: str | None, end: str) -> Scorer:
+    """With what is named, which must be there; else with what the runs name, which this machine may lack."""
+    is_named = wordnet is not None or bert_model is not None
+    if not is_named:
+        told = [read_json(folder / "config.json").get("eval", {}) for folder in folders]
+        wordnet, bert_model = (
+            next((one[key] for one in told if one.get(key)), None) for key in ("wordnet", "bert_model")
+        )
+    return Scorer(protocol, wordnet, bert_model, end, must=is_named)
 
 
 def _differences(a: Table, b: Table) -> dict[str, dict[str, Any]]:
@@ -78,29 +96,25 @@ def _differences(a: Table, b: Table) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _owed(folder: Path, table: Table) -> np.ndarray | None:
-    """(n,) what each question of the table owes to the signal: right or not, less that with shuffled ECGs."""
-    lines = lines_in(folder / CONTROLS / "shuffled.jsonl")
-    if not lines or METRIC not in table.rows:
-        return None
-    control = table.scorer.table(lines)
-    scores: dict[str, list[float]] = {}
-    for pair, (value, _) in zip(control.pairs, control.rows.get(METRIC, ()), strict=True):
-        scores.setdefault(pair.id, []).append(float(value))
-    own = table.rows[METRIC][:, 0]
-    known = all(pair.id in scores for pair in table.pairs)
-    return own - np.array([np.mean(scores[pair.id]) for pair in table.pairs]) if known else None
+def _owed(outs: Sequence[Path], lines: Sequence[Lines], scorer: Scorer) -> tuple[str | None, list[np.ndarray], Table]:
+    """The control; of each run (n,) what each question owes to the signal: right or not, less that under the control;
+    the table of the n questions. The control is the first under which all runs answered all of them, or None."""
+    tables = [_right_or_not(scorer, run) for run in lines]
+    for control in PREFERRED if tables[0].pairs else ():
+        answered = [_right_or_not(scorer, lines_in(out / CONTROLS / f"{control}.jsonl")) for out in outs]
+        known = [by_question(table, METRIC) for table in answered]
+        if all(pair.id in scores for pair in tables[0].pairs for scores in known):
+            owed = [
+                table.rows[METRIC][:, 0] - np.array([np.mean(scores[pair.id]) for pair in table.pairs])
+                for table, scores in zip(tables, known, strict=True)
+            ]
+            return control, owed, tables[0]
+    return None, [np.zeros(0) for _ in outs], tables[0]
 
 
-def _difference_of_owed(a: np.ndarray | None, b: np.ndarray | None, table: Table) -> dict[str, Any] | None:
-    if a is None or b is None:
-        return None
-    values = a - b
-    return {
-        "value": float(values.mean()),
-        "ci95": difference_ci95(values, table),
-        "p": table.patients.flip_p(values),
-    }
+def _right_or_not(scorer: Scorer, lines: Lines) -> Table:
+    pairs = scorer.pairs(lines)
+    return Table(scorer, pairs, {METRIC: scorer.rows(METRIC, pairs)} if pairs else {})
 
 
 def _crossing_p(resampled: np.ndarray) -> float:
@@ -153,6 +167,8 @@ def text_of(result: Mapping[str, Any]) -> str:
     runs, metrics = result["runs"], list(next(iter(result["runs"].values()))["metrics"])
     width = max(map(len, (*metrics, "signal dependence")))
     head = f"{result['evaluation']}, {result['n']} questions, protocol {result['protocol']}"
+    if result["control"]:
+        head += f"; signal dependence: exact match less {result['control']}"
     lines = [head, " " * width + "".join(f"{_cut(name):>26}" for name in runs)]
     for metric in metrics:
         cells = (f"{_told(run['metrics'].get(metric)):>26}" for run in runs.values())
@@ -183,7 +199,9 @@ def html_of(result: Mapping[str, Any]) -> str:
         ]
         head = ["difference", "with 95 % interval", "p", "p, corrected (Holm)"]
         sections.append((metric, bars(metric, shown) + table(head, differences)))
-    owed = [[name, _told(run["signal_dependence"]), "", ""] for name, run in result["runs"].items()]
+    owed = [
+        [name, _told(d), f"{d['p']:.2g}", ""] for name, run in result["runs"].items() if (d := run["signal_dependence"])
+    ]
     owed += [
         [f"{pair['a']} less {pair['b']}", _told(d), f"{d['p']:.2g}", f"{d['p_holm']:.2g}"]
         for pair in result["differences"]
@@ -191,7 +209,8 @@ def html_of(result: Mapping[str, Any]) -> str:
     ]
     head = ["run", "signal dependence, with 95 % interval", "p", "p, corrected (Holm)"]
     sections.append(("Does the model read the ECG?", table(head, owed)))
-    intro = f"<p>{result['n']} questions that all runs answered · protocol {result['protocol']}</p>"
+    less = f" · signal dependence: exact match less {result['control']}" if result["control"] else ""
+    intro = f"<p>{result['n']} questions that all runs answered · protocol {result['protocol']}{less}</p>"
     return page(f"{result['evaluation']}: {', '.join(result['runs'])}", intro, sections)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from elm_jax.evaluation.metrics import Table
+from elm_jax.evaluation.metrics import Scorer, Table
 from elm_jax.evaluation.statistics import ci95, mcnemar_p
 
 METRIC = "exact_match"
@@ -27,53 +27,34 @@ def signal_dependence(ours: Table, others: Mapping[str, Table]) -> dict[str, Any
     The control is "shuffled" where it is there, and is named. "by_control" has the same for every control,
     "by_metric" for every mean of a score, "by_name" for every kind of question. A control may hold several answers to
     a question, whose scores are averaged. `p` is two-sided, from flipping the sign of each patient's difference at
-    random; "mcnemar_p", where a question has one control answer, is McNemar's exact test, which takes questions for
-    independent.
+    random; "mcnemar_p", where each question was answered once with its ECG and once under the control, is McNemar's
+    exact test, which takes questions for independent.
     """
     chosen = next((name for name in PREFERRED if name in others), None)
     if chosen is None or not ours.pairs:
         return None
     control = others[chosen]
+    known = by_question(control, METRIC)  # once for all kinds of question: it holds several answers to each
     means = [name for name in ours.rows if name in control.rows and ours.scorer.metrics[name].is_mean]
     return {
-        **_difference(ours, control, METRIC),
+        **_difference(ours, known, METRIC),
         "control": chosen,
         "metric": METRIC,
-        "by_control": {name: _difference(ours, other, METRIC) for name, other in others.items()},
-        "by_metric": {name: _difference(ours, control, name) for name in means},
+        "by_control": {name: _difference(ours, by_question(other, METRIC), METRIC) for name, other in others.items()},
+        "by_metric": {name: _difference(ours, by_question(control, name), name) for name in means},
         "by_name": {
-            level: _difference(ours.part(places), control, METRIC) for level, places in ours.groups("name").items()
+            level: _difference(ours.part(places), known, METRIC) for level, places in ours.groups("name").items()
         },
     }
 
 
-def _difference(real: Table, control: Table, metric: str) -> dict[str, Any]:
-    mine = _by_question(real, metric)
-    theirs = _by_question(control, metric)
-    missing = [key for key in mine if key not in theirs]
-    assert mine and not missing, f"the control lacks predictions: {missing[:3]}"
-    keys = list(mine)
-    ours = np.array([mine[key][0] for key in keys])
-    others = np.array([np.mean(theirs[key]) for key in keys])
-    values = ours - others
-    table = real.part([i for i, pair in enumerate(real.pairs) if pair.id in mine])
-    result = {
-        "value": float(values.mean()),
-        "ci95": difference_ci95(values, table),
-        "p": table.patients.flip_p(values),
-    }
-    if all(len(theirs[key]) == 1 for key in keys) and set(np.unique([ours, others])) <= {0.0, 1.0}:
-        result["mcnemar_p"] = mcnemar_p(ours, others)
-    return result
+def pairing(scorer: Scorer) -> Scorer:
+    """The scorer of paired differences: pairs must be the same everywhere, so answers that a protocol leaves out count
+    here, as `ours` has it."""
+    return scorer if scorer.protocol.empty_answers else Scorer("ours")
 
 
-def difference_ci95(values: np.ndarray, table: Table) -> list[float]:
-    """The interval of the mean of n paired differences, by a bootstrap over the table's patients."""
-    sums = table.patients.resampled(np.stack([values, np.ones_like(values)], axis=1))
-    return ci95(sums[:, 0] / sums[:, 1])
-
-
-def _by_question(table: Table, metric: str) -> dict[str, list[float]]:
+def by_question(table: Table, metric: str) -> dict[str, list[float]]:
     """Question -> its scores, one for each answer to it; those that the metric does not ask are left out."""
     found: dict[str, list[float]] = {}
     if metric in table.rows:
@@ -83,3 +64,22 @@ def _by_question(table: Table, metric: str) -> dict[str, list[float]]:
     return found
 
 
+def tested(values: np.ndarray, table: Table) -> dict[str, Any]:
+    """{"value", "ci95", "p"} of the mean of n paired differences, by the patients of the table's n pairs."""
+    sums = table.patients.resampled(np.stack([values, np.ones_like(values)], axis=1))
+    return {"value": float(values.mean()), "ci95": ci95(sums[:, 0] / sums[:, 1]), "p": table.patients.flip_p(values)}
+
+
+def _difference(real: Table, theirs: Mapping[str, list[float]], metric: str) -> dict[str, Any]:
+    mine = by_question(real, metric)
+    missing = [key for key in mine if key not in theirs]
+    assert mine and not missing, f"the control lacks predictions: {missing[:3]}"
+    keys = list(mine)
+    ours = np.array([mine[key][0] for key in keys])
+    others = np.array([np.mean(theirs[key]) for key in keys])
+    table = real.part([i for i, pair in enumerate(real.pairs) if pair.id in mine])
+    result = tested(ours - others, table)
+    once = all(len(theirs[key]) == 1 for key in keys) and len({pair.asked for pair in table.pairs}) == len(keys)
+    if once and set(np.unique([ours, others])) <= {0.0, 1.0}:
+        result["mcnemar_p"] = mcnemar_p(ours, others)
+    return result

@@ -31,6 +31,7 @@ from elm_jax.evaluation.results import results_of, summary
 from elm_jax.evaluation.store import Store
 from elm_jax.inference.model import TrainedModel
 from elm_jax.runtime import distributed
+from elm_jax.runtime.checkpoint import fingerprint
 from elm_jax.training.run import read_json, write_json
 
 SHUFFLES = 3  # ways to give each question another recording: one draw alone is a coarse estimate
@@ -64,6 +65,7 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
     Writes `metrics.json`, `report.html` and `examples.png` into `eval/<datasets>-<split>/`: the scores of the real
     ECGs before the controls are run, and all of it again with them. Answers are appended to `predictions.jsonl` and
     `controls/*.jsonl` as they come; the same evaluation, stopped and started again, goes on behind the last of them.
+    What another evaluation has left there is moved to `previous-1`, `previous-2` and so on.
 
     Raises:
         UserError: no checkpoint, no such split, too many records that cannot be evaluated, or labels that cannot be
@@ -76,7 +78,8 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
     numbers = options.folds or (config.data.fold,)
     datasets = [model.assembly.dataset(split, number) for number in numbers]
     folds = [_fold(model, number, data) for number, data in zip(numbers, datasets, strict=True)]
-    store = Store(out, _identity(model, split, datasets)) if first else None
+    identity = _identity(model, split, datasets)
+    store = Store(out, identity) if first else None
     _keep_problems(folds, store)
     asker = Asker(model, options, _total(folds, config), config.log.progress)
     with closing(asker):
@@ -87,6 +90,8 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         known = _known(config, folds) if first else {}
         bad = sum(len(fold.bad.found) for fold in folds)
         facts: dict[str, Any] = {"split": split, "step": model.step, "end_token": _end_token(model), "bad": bad}
+        if config.eval.seeds and not options.temperature:
+            facts["greedy_for_seeds"] = list(config.eval.seeds)
 
         if first:
             write_json(out / "metrics.json", results_of(conditions, scorer, facts, known))
@@ -135,9 +140,21 @@ def is_evaluated(config: Config, split: str) -> bool:
 
 
 def results_folder(config: Config, split: str) -> Path:
-    """Where the evaluation of a split of `data.names` is: `eval/<datasets>-<split>` in the run's folder."""
-    names = "_".join(Path(name.partition(":")[0]).stem for name in config.data.names)
+    """Where the evaluation of a split of `data.names` is: `eval/<datasets>-<split>` in the run's folder.
+
+    A dataset is called as its file or folder is; one in a folder below `data.root` has the folder's name too, as many
+    datasets have a file of the same name: that of `ecg_qa/test.parquet` is `ecg_qa_test`.
+    """
+    names = "_".join(_called(name, config.data.root) for name in config.data.names)
     return Path(config.workdir) / "eval" / f"{names}-{split}"
+
+
+def _called(name: str, root: str) -> str:
+    path = Path(name.partition(":")[0])
+    if path.is_absolute() and path.is_relative_to(Path(root).absolute()):
+        path = path.relative_to(Path(root).absolute())
+    folders = [part for part in path.parent.parts if part not in (path.anchor, "..")]
+    return "_".join([*folders, path.stem])
 
 
 def _fold(model: TrainedModel, number: int, dataset: Dataset) -> _Fold:
@@ -176,7 +193,7 @@ def _questions(dataset: Dataset, room: int, bad: BadRecords) -> Iterator[Questio
 
 
 def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: str, config: Config) -> list[Line]:
-    """What is answered under a condition in all folds and with all seeds, question by question.
+    """What is answered under a condition in all folds and with all seeds that answers are drawn with.
 
     Nothing in a process without a store.
     """
@@ -184,13 +201,13 @@ def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: s
     for fold, seed, draw in itertools.product(folds, _drawn_with(config), range(_draws(condition))):
         records = sorted({question.record for question in fold.questions})
         marks = {"fold": fold.number} if config.eval.folds else {}
-        marks |= {"seed": seed} if config.eval.seeds else {}
+        marks |= {"seed": seed} if config.eval.seeds and config.eval.temperature else {}
         marks |= {"draw": draw} if _draws(condition) > 1 else {}
         source = Source(fold.dataset, condition, draw, records)
         asked = fold.asked if condition == REAL else fold.questions
         answers = asker.answers(Task(source, asked, seed, marks), file, fold.bad if condition == REAL else None)
         found += [answers[question] for question in fold.questions] if file else []
-    return _for_seeds(found, config)
+    return found
 
 
 def _draws(condition: str) -> int:
@@ -198,16 +215,9 @@ def _draws(condition: str) -> int:
 
 
 def _drawn_with(config: Config) -> tuple[int, ...]:
-    """The seeds that answers are drawn with; greedy answers are the same with each."""
+    """The seeds that answers are drawn with; greedy answers are the same with each, and so are one run."""
     seeds = config.eval.seeds or (config.seed,)
     return seeds if config.eval.temperature else seeds[:1]
-
-
-def _for_seeds(lines: list[Line], config: Config) -> list[Line]:
-    """The lines for every seed, where these were answered with one of them for all."""
-    seeds = config.eval.seeds or ()
-    alike = seeds if len(seeds) > len(_drawn_with(config)) else ()
-    return [{**line, "seed": seed} for seed in alike for line in lines] if alike else lines
 
 
 def _total(folds: Iterable[_Fold], config: Config) -> int:
@@ -240,17 +250,18 @@ def _safely_asked(text: Any) -> list[tuple[str, str]]:
 
 
 def _identity(model: TrainedModel, split: str, datasets: Sequence[Dataset]) -> dict[str, Any]:
-    """All that answers depend on: other answers are no beginning of these."""
+    """All that answers depend on: other answers are no beginning of these. Every process must ask for it."""
     config = to_dict(model.config)
     config["data"] = {key: value for key, value in config["data"].items() if key not in _TRAINING}
-    checkpoint = Path(model.config.workdir) / "checkpoints" / str(model.step)
+    # Greedy answers are the same with every seed.
+    scoring = _SCORING if model.config.eval.temperature else (*_SCORING, "seeds")
     return {
         "step": model.step,
-        "saved": checkpoint.stat().st_mtime_ns if checkpoint.is_dir() else None,
+        "weights": fingerprint(model.arrays),
         "split": split,
-        "data": [dataset.fingerprint for dataset in datasets],
+        "records": [dataset.fingerprint for dataset in datasets],
         "config": {key: config[key] for key in ("seed", "data", "llm", "mesh", "compat")},
-        "eval": {key: value for key, value in asdict(model.config.eval).items() if key not in _SCORING},
+        "eval": {key: value for key, value in asdict(model.config.eval).items() if key not in scoring},
     }
 
 

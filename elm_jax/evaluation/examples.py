@@ -15,8 +15,9 @@ EXAMPLES = 6  # ECGs in the picture
 
 
 def draw_examples(path: Path, dataset: Dataset, predictions: Sequence[Mapping[str, Any]]) -> None:
-    """A picture of questions with their ECGs and answers."""
+    """A picture of questions with their ECGs and answers; none where there is nothing to show."""
     examples = [example for _, example in chosen_examples(dataset, predictions, EXAMPLES)]
+    path.unlink(missing_ok=True)
     if examples:
         gallery(examples, dataset.signal.sampling_rate, path)
 

@@ -32,9 +32,13 @@ Predictions = Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Pair:
-    """An answer and its truth as the protocol compares them; `answers` is the truth as a set, where it is one."""
+    """An answer and its truth as the protocol compares them.
+
+    id: of the question in a run (a fold, a seed); asked: of the question alone. answers: the truth as a set, if any.
+    """
 
     id: str
+    asked: str
     patient: str
     answer: str
     truth: str
@@ -50,14 +54,17 @@ class Pair:
 
 @dataclass(frozen=True)
 class Metric:
-    """rows: pairs -> (n, k); value: sums (..., k) -> (...); asked: whether a pair has this metric.
+    """What is summed over pairs, and the score that is made of the sums.
 
-    score: of one pair, where the metric is the mean of such. cheap: whether blind answers are searched for the best.
+    counts: answer, truth -> k numbers of this pair; or rows: pairs -> (n, k), where they are compared together.
+    value: sums (..., k) -> (...). asked: whether a pair has this metric. score: of one pair, where the metric is the
+    mean of such. cheap: whether blind answers are searched for the best.
     """
 
-    rows: Callable[[Sequence[Pair]], np.ndarray]
     value: Callable[[np.ndarray], np.ndarray]
     asked: Callable[[Pair], bool]
+    counts: Callable[[str, str], Sequence[float]] | None = None
+    rows: Callable[[Sequence[Pair]], np.ndarray] | None = None
     score: Score | None = None
     cheap: bool = False
     numbers: bool = False  # whether truths are whole numbers, so that numbers between them are blind answers too
@@ -78,19 +85,7 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
 
 
 def _mean_of(score: Score, asked: Callable[[Pair], bool] = _everyone, **more: Any) -> Metric:
-    def rows(pairs: Sequence[Pair]) -> np.ndarray:
-        known: dict[tuple[str, str], float] = {}  # answers repeat
-        for pair in pairs:
-            key = pair.answer, pair.truth
-            if key not in known:
-                known[key] = score(*key)
-        return np.array([[known[p.answer, p.truth], 1.0] for p in pairs]).reshape(-1, 2)
-
-    return Metric(rows, _ratio, asked, score, **more)
-
-
-def _bleu_rows(pairs: Sequence[Pair]) -> np.ndarray:
-    return np.array([overlap.bleu_counts(pair.answer, pair.truth) for pair in pairs]).reshape(-1, 10)
+    return Metric(_ratio, asked, lambda answer, truth: (score(answer, truth), 1.0), score=score, **more)
 
 
 def _set_rows(pairs: Sequence[Pair]) -> np.ndarray:
@@ -109,7 +104,7 @@ def _has_answer_set(pair: Pair) -> bool:
 _PLAIN: dict[str, Metric] = {
     "exact_match": _mean_of(compared.exact_match, cheap=True),
     "token_f1": _mean_of(compared.token_f1, cheap=True),
-    "bleu4": Metric(_bleu_rows, overlap.bleu, _everyone),
+    "bleu4": Metric(overlap.bleu, _everyone, overlap.bleu_counts),
     "rouge_l": _mean_of(overlap.rouge_l),
     "rouge_package_1": _mean_of(partial(overlap.rouge_n_of_sets, n=1)),
     "rouge_package_2": _mean_of(partial(overlap.rouge_n_of_sets, n=2)),
@@ -119,7 +114,7 @@ _PLAIN: dict[str, Metric] = {
 _OWN: dict[str, Metric] = {
     "signal_type.accuracy": _mean_of(compared.same_words, _called("signal_type"), cheap=True),
     "heart_rate.within_5_bpm": _mean_of(compared.within_5_bpm, _called("heart_rate"), cheap=True, numbers=True),
-    "answer_set_match": Metric(_set_rows, _ratio, _has_answer_set),
+    "answer_set_match": Metric(_ratio, _has_answer_set, rows=_set_rows),
 }
 
 
@@ -134,17 +129,20 @@ class Scorer:
     """The metrics of a protocol, with what they need: WordNet and BERTScore's model where they are found.
 
     `unavailable` says, of each metric that the protocol has and that cannot be computed here, why. `end_token` is
-    what stands behind an answer that ended by itself.
+    what stands behind an answer that ended by itself. `must`: whether what is named must be there.
+
+    What it has scored it keeps: see `rows`.
 
     Raises:
-        UserError: `wordnet` or `bert_model` was named, and is not there.
+        UserError: they must, and are not.
     """
 
     def __init__(
         self, protocol: str = "ours", wordnet: str | None = None, bert_model: str | None = None, end_token: str = "",
-        seed: int = 0,
+        seed: int = 0, must: bool = True,
     ) -> None:  # fmt: skip
         self.name, self.protocol, self.seed, self._end = protocol, PROTOCOLS[protocol], seed, end_token
+        self._must = must
         self.unavailable: dict[str, str] = {}
         self.metrics: dict[str, Metric] = {}
         for name in self.protocol.metrics:
@@ -155,12 +153,13 @@ class Scorer:
             self.metrics |= self._bert(bert_model)
         if self.protocol.own_metrics:
             self.metrics |= _OWN
+        self._known: dict[str, dict[tuple[str, str], Sequence[float]]] = {name: {} for name in self.metrics}
 
     def _meteor(self, folder: str | None) -> Metric | None:
         try:
             return _mean_of(Meteor(folder))
         except UserError as error:
-            if folder is not None:
+            if folder is not None and self._must:
                 raise
             self.unavailable["meteor"] = str(error)
             return None
@@ -169,7 +168,7 @@ class Scorer:
         try:
             model = BertScore(name or BERT_MODEL)
         except UserError as error:
-            if name is not None:
+            if name is not None and self._must:
                 raise
             self.unavailable |= dict.fromkeys(BERT_METRICS, str(error))
             return {}
@@ -181,7 +180,23 @@ class Scorer:
                 known.update(zip(new, model.scores(*zip(*new, strict=True)), strict=True))
             return np.array([[known[p.answer, p.truth][column], 1.0] for p in pairs]).reshape(-1, 2)
 
-        return {m: Metric(partial(rows, column=i), _ratio, _everyone) for i, m in enumerate(BERT_METRICS)}
+        return {m: Metric(_ratio, _everyone, rows=partial(rows, column=i)) for i, m in enumerate(BERT_METRICS)}
+
+    def rows(self, name: str, pairs: Sequence[Pair]) -> np.ndarray:
+        """(n, k): what the metric `name` sums over the pairs, of which there is at least one.
+
+        The same answer to the same truth is scored once as long as there is this scorer: answers repeat, under the
+        controls too, and all is summed again whenever there is more of it.
+        """
+        metric, known = self.metrics[name], self._known[name]
+        if metric.counts is None:
+            assert metric.rows is not None, name
+            return metric.rows(pairs)
+        keys = [(pair.answer, pair.truth) for pair in pairs]
+        for key in keys:
+            if key not in known:
+                known[key] = metric.counts(*key)
+        return np.array([known[key] for key in keys], float)
 
     def pairs(self, predictions: Predictions) -> list[Pair]:
         """The pairs that the protocol scores. A prediction has id, answer, truth, and perhaps name, patient, ended,
@@ -205,7 +220,7 @@ class Scorer:
         for name, metric in self.metrics.items():
             asked = np.array([metric.asked(pair) for pair in pairs], bool)
             if asked.any():
-                found = metric.rows([pair for pair, yes in zip(pairs, asked, strict=True) if yes])
+                found = self.rows(name, [pair for pair, yes in zip(pairs, asked, strict=True) if yes])
                 rows[name] = np.zeros((len(pairs), found.shape[1]))
                 rows[name][asked] = found
         return Table(self, pairs, rows)
@@ -221,6 +236,7 @@ def _pair(p: Mapping[str, Any], protocol: Protocol, end: str) -> Pair:
     true_thinking, truth = seen_by(protocol, p["truth"], end)
     return Pair(
         id=question_id(p),
+        asked=str(p["id"]),
         patient=str(p.get("patient") or p["id"]),
         answer=answer,
         truth=truth,
@@ -301,7 +317,7 @@ class Table:
             if name not in BERT_METRICS:  # too slow for what it would say
                 asked = [i for i, pair in enumerate(pairs) if metric.asked(pair)]
                 rows[name] = np.zeros_like(mine)
-                rows[name][asked] = metric.rows([pairs[i] for i in asked])
+                rows[name][asked] = self.scorer.rows(name, [pairs[i] for i in asked])
         return Table(self.scorer, pairs, rows)
 
     @cached_property
@@ -317,13 +333,8 @@ class Table:
         """The pairs whose truth thinks, with thinking in place of answers."""
         thought = [pair for pair in self.pairs if pair.true_thinking]
         pairs = [replace(p, answer=p.thinking, truth=p.true_thinking, fields={}) for p in thought]
-        metrics = {n: m for n, m in self.scorer.metrics.items() if n not in _OWN} if pairs else {}
-        return Table(self.scorer, pairs, {name: metric.rows(pairs) for name, metric in metrics.items()})
-
-
-def aggregate(predictions: Predictions, scorer: Scorer | None = None) -> dict[str, Any]:
-    """`scores_of` the table of predictions."""
-    return scores_of((scorer or Scorer()).table(predictions))
+        names = [name for name in self.scorer.metrics if name not in _OWN] if pairs else []
+        return Table(self.scorer, pairs, {name: self.scorer.rows(name, pairs) for name in names})
 
 
 def scores_of(table: Table) -> dict[str, Any]:
@@ -366,7 +377,7 @@ def _constant(table: Table, name: str) -> float:
     if metric.score is not None and metric.cheap:
         return best_constant(truths, metric.score, metric.numbers)[1]
     answer = Counter(truths).most_common(1)[0][0]
-    return float(metric.value(metric.rows([replace(pair, answer=answer) for pair in pairs]).sum(0)))
+    return float(metric.value(table.scorer.rows(name, [replace(pair, answer=answer) for pair in pairs]).sum(0)))
 
 
 def best_constant(truths: Sequence[str], score: Score, numbers: bool = False) -> tuple[str, float]:
@@ -379,6 +390,9 @@ def best_constant(truths: Sequence[str], score: Score, numbers: bool = False) ->
     if numbers:
         rates = [rate for rate in map(compared.first_integer, counts) if rate is not None and rate < 1000]
         candidates += [str(rate) for rate in range(min(rates, default=0), max(rates, default=0) + 1)]
-    scores = [sum(n * score(answer, truth) for truth, n in counts.items()) / len(truths) for answer in candidates]
-    best = int(np.argmax(scores))
-    return candidates[best], scores[best]
+    sums = [0.0] * len(candidates)
+    for truth, n in counts.items():
+        for i, answer in enumerate(candidates):
+            sums[i] += n * score(answer, truth)
+    best = int(np.argmax(sums))
+    return candidates[best], sums[best] / len(truths)

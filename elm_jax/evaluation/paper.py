@@ -30,6 +30,7 @@ _ROW_MM, _EDGE_MM, _PULSE_MM, _LINE_MM, _MARGIN_MM = 30.0, 5.0, 10.0, 7.0, 3.0
 _INCH = 25.4
 _PAPER, _FINE, _STRONG, _INK, _GREY = "#fffaf7", "#fae3df", "#efb9b2", "#16161d", "#6b6b76"
 _RIGHT, _WRONG, _BLUE, _ORANGE = "#1f7a4d", "#b3261e", "#2f5d9b", "#d97a1e"
+_PLAIN: dict[str, Any] = {"parse_math": False}  # what data or a model says may look like a formula, a broken one too
 _LABEL_BOX = {"facecolor": _PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
 
 
@@ -86,8 +87,8 @@ def gallery(
         _draw(ax, example.signal, sampling_rate, _shorten(example.question, 100), ("",))
         colour, mark = (_RIGHT, "correct") if example.correct else (_WRONG, "wrong")
         answer = _shorten(example.answer, 45) or "(empty)"
-        ax.text(0, _line(0), f"Answer: {answer}", color=colour, **_bold(12))
-        ax.text(0.45 * x1, _line(0), f"Truth: {_shorten(example.truth, 45)}", color=_INK, **_bold(12))
+        ax.text(0, _line(0), f"Answer: {answer}", color=colour, **_PLAIN, **_bold(12))
+        ax.text(0.45 * x1, _line(0), f"Truth: {_shorten(example.truth, 45)}", color=_INK, **_PLAIN, **_bold(12))
         ax.text(x1 + x0, _line(0), mark, color=colour, ha="right", **_bold(12))
     _save(figure, path, dpi=80)
 
@@ -157,9 +158,9 @@ def _draw(ax: Axes, signal: np.ndarray, sampling_rate: float, title: str, captio
         width - 1.5, 2.3, note, ha="right", va="center", fontsize=7, color=_GREY, bbox=_LABEL_BOX, zorder=3
     )
     if title:
-        ax.text(0, height + 0.55 * _LINE_MM, title, color=_INK, **_bold(12))
+        ax.text(0, height + 0.55 * _LINE_MM, title, color=_INK, **_PLAIN, **_bold(12))
     for index, text in enumerate(caption):
-        ax.text(0, _line(index), text, color=_INK, va="center", fontsize=10)
+        ax.text(0, _line(index), text, color=_INK, va="center", fontsize=10, **_PLAIN)
 
 
 def _view(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -34,7 +35,8 @@ Results = Mapping[str, Any]
 def write_report(out: Path, results: Results, predictions: Sequence[Mapping[str, Any]], dataset: Dataset) -> None:
     """Write `report.html` and the plots in it, `plots/*.svg`."""
     plots = _plots(results)
-    (out / "plots").mkdir(exist_ok=True)
+    shutil.rmtree(out / "plots", ignore_errors=True)  # under another protocol there may have been others
+    (out / "plots").mkdir()
     for name, plot in plots.items():
         text = plot.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
         (out / "plots" / f"{name}.svg").write_text(text, encoding="utf-8")
@@ -59,6 +61,8 @@ def _facts(results: Results) -> str:
         f"protocol <b>{escape(results['protocol'])}</b>: {escape(results['protocol_meaning'])}",
         f"{results['empty_answers']} empty answers", f"{results['bad']} records left out",
     ]  # fmt: skip
+    if "greedy_for_seeds" in results:
+        parts.append(f"greedy answers, one run for the seeds {', '.join(map(str, results['greedy_for_seeds']))}")
     if results.get("questions_about_training_patients"):
         parts.append(f"<b>{results['questions_about_training_patients']} questions about patients of the training</b>")
     missing = [f"<b>No {escape(name)}:</b> {escape(why)}" for name, why in results["unavailable"].items()]

@@ -9,7 +9,7 @@ import numpy as np
 
 from elm_jax.evaluation.classification import classification, pretrain_breakdown, top_wrong
 from elm_jax.evaluation.controls import REAL
-from elm_jax.evaluation.dependence import signal_dependence
+from elm_jax.evaluation.dependence import pairing, signal_dependence
 from elm_jax.evaluation.ecg_qa import QuestionOnly, average_of_types, macro_f1
 from elm_jax.evaluation.ecgbench import ecgbench
 from elm_jax.evaluation.metrics import FIELDS, Scorer, Table, question_id, scores_of
@@ -24,8 +24,9 @@ def results_of(
 ) -> dict[str, Any]:
     """What metrics.json holds. No times are in it: the same answers give the same bytes.
 
-    conditions: predictions under `real` and each control. known: of training, "asked" (name, question, answer) of each
-    question and "leaked", how many test questions of other folds are about its patients.
+    conditions: predictions under `real` and each control. facts: what stands beside the scores as it is. known: of
+    training, "asked" (name, question, answer) of each question and "leaked", how many test questions of other folds are
+    about its patients.
     """
     real = conditions[REAL]
     tables = {name: scorer.table(lines) for name, lines in conditions.items()}
@@ -47,9 +48,8 @@ def results_of(
 
 
 def _dependence(conditions: Mapping[str, Lines], table: Table, controls: Mapping[str, Table]) -> dict[str, Any] | None:
-    if not table.scorer.protocol.empty_answers:
-        # Pairs must be the same under all conditions, so answers that a protocol leaves out count here.
-        scorer = Scorer("ours")
+    scorer = pairing(table.scorer)
+    if scorer is not table.scorer:
         table, controls = scorer.table(conditions[REAL]), {name: scorer.table(conditions[name]) for name in controls}
     return signal_dependence(table, controls)
 

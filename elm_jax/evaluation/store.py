@@ -6,8 +6,9 @@ made together: after a stop, a chunk that lacks some is asked again whole, and s
 
 from __future__ import annotations
 
+import itertools
 import json
-import shutil
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,23 @@ from elm_jax.training.run import read_json, write_json
 
 IDENTITY, PROBLEMS = "evaluation.json", "problems.jsonl"
 PREDICTIONS, LABELS, CONTROLS = "predictions.jsonl", "labels.jsonl", "controls"
+# All that an evaluation leaves. Its identity is moved last, so that who is stopped meanwhile goes on with it.
+LEFT = (PREDICTIONS, PROBLEMS, LABELS, CONTROLS, "metrics.json", "report.html", "examples.png", "plots", IDENTITY)
+_MOVING = "previous.tmp"
 Line = dict[str, Any]
 
 
 class Store:
-    """The folder of one evaluation. What it holds of another one (`identity` differs) goes."""
+    """The folder of one evaluation. What it holds of another one (`identity` differs) goes to a folder in it,
+    `previous-1` and so on, and a line on stderr says so."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder = folder
         identity = json.loads(json.dumps(identity))
         path = folder / IDENTITY
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.is_file() or _read(path) != identity:
-            for name in (PREDICTIONS, PROBLEMS, LABELS, "metrics.json", "report.html"):
-                (folder / name).unlink(missing_ok=True)
-            shutil.rmtree(folder / CONTROLS, ignore_errors=True)
+        if (folder / _MOVING).is_dir() or not path.is_file() or _read(path) != identity:
+            _set_aside(folder, identity)
             write_json(path, identity)
         self._problems = AnswerFile(folder / PROBLEMS)
 
@@ -53,6 +56,31 @@ class Store:
     def note(self, problem: Line) -> None:
         """Keep a problem."""
         self._problems.append(problem)
+
+
+def _set_aside(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Move what another evaluation has left into the next `previous-<n>`."""
+    moving, left = folder / _MOVING, [name for name in LEFT if (folder / name).exists()]
+    if not left and not moving.is_dir():
+        return
+    moving.mkdir(exist_ok=True)
+    for name in left:
+        (folder / name).rename(moving / name)
+    before = _read(moving / IDENTITY) or {}
+    aside = next(path for n in itertools.count(1) if not (path := folder / f"previous-{n}").exists())
+    moving.rename(aside)
+    other = ", ".join(_differing(before, identity)) or "keys"
+    print(f"{folder} held another evaluation, with other {other}: it is now in {aside}", file=sys.stderr)
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> Iterator[str]:
+    """The dotted keys whose values differ."""
+    for key in dict.fromkeys((*before, *now)):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differing(old, new, f"{section}{key}.")
+        elif old != new:
+            yield f"{section}{key}"
 
 
 class AnswerFile:
@@ -150,7 +178,7 @@ def _whole_lines(data: bytes) -> Iterator[tuple[Line, int]]:
 def _read(path: Path) -> Mapping[str, Any] | None:
     try:
         return read_json(path)
-    except UserError:  # a stop while it was written: nothing of worth can be there yet
+    except UserError:  # none, or not whole
         return None
 
 

@@ -48,6 +48,9 @@ class Session:
     `<ecg>` markers in them. In phase "pretrain" there are no questions: what is said is the beginning of a text
     about the ECGs, possibly empty, which the model goes on with, and nothing of it is kept.
 
+    Where answers are drawn (`eval.temperature`), the seed and an answer's number decide how: the first of `eval.seeds`,
+    else `seed`; answers are numbered from the start of the session on.
+
     Raises:
         UserError: `eval.max_new_tokens` leaves no room for a prompt.
     """
@@ -63,6 +66,7 @@ class Session:
                 "lower --config.eval.max_new_tokens",
             )  # fmt: skip
         self.system = model.assembly.text.system_prompt
+        self._drawn = 0  # answers so far, of cleared conversations too: where answers are drawn, no two are drawn alike
         self.clear()
 
     def instruct(self, text: str) -> None:
@@ -83,7 +87,6 @@ class Session:
         self.ecgs: list[Ecg] = []
         self.shortened = False  # whether the last prompt had to be shortened to fit the context
         self._new = 0  # ECGs that no question has come with yet
-        self._drawn = 0  # answers so far: where answers are drawn, each has a seed of its own
 
     def add_ecg(self, path: str) -> Ecg:
         """Read an ECG for the next question: `read_input`, which says what it raises."""
@@ -157,8 +160,9 @@ class Session:
         return files
 
     def _answer(self, rendered: Rendered) -> Iterator[str]:
-        prompt = Prompt(rendered, [ecg.signal for ecg in self.ecgs])
-        yield from self.model.spoken(prompt, self.model.config.eval, seed=self._drawn)
+        prompt, config = Prompt(rendered, [ecg.signal for ecg in self.ecgs]), self.model.config
+        seed = (config.eval.seeds or (config.seed,))[0]
+        yield from self.model.spoken(prompt, config.eval, seed=zlib.crc32(f"{seed}:{self._drawn}".encode()))
         self._drawn += 1
 
     def _marked(self, text: str) -> str:

@@ -4,6 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from texts import write_wordnet
 
 from elm_jax.evaluation.classification import classification, pretrain_breakdown
 from elm_jax.evaluation.metrics import Scorer
@@ -28,24 +32,6 @@ def wordnet(tmp_path_factory):
     return str(folder)
 
 
-def write_wordnet(folder, synsets):
-    """The files of a WordNet of these synsets: {part of speech: lists of words}."""
-    folder.mkdir(parents=True)
-    for part, letter in (("noun", "n"), ("verb", "v"), ("adj", "a"), ("adv", "r")):
-        data, index = "  1 WordNet 3.0 Copyright\n", {}
-        for words in synsets.get(part, []):
-            for word in words:
-                index.setdefault(word, []).append(f"{len(data):08d}")
-            lemmas = " ".join(f"{word} 0" for word in words)
-            data += f"{len(data):08d} 00 {letter} {len(words):02x} {lemmas} 000 | for a test\n"
-        lines = [f"{w} {letter} {len(at)} 0 {len(at)} 0 {' '.join(at)}\n" for w, at in sorted(index.items())]
-        (folder / f"data.{part}").write_text(data)
-        (folder / f"index.{part}").write_text("".join(lines))
-        (folder / f"{part}.exc").write_text("")
-    (folder / "index.sense").write_text("")
-    (folder / "lexnames").write_text("00\tall\t0\n")
-
-
 def test_every_pair(cases):
     for pair in cases("strings")["pairs"]:
         hyp, ref = pair["hyp"], pair["ref"]
@@ -53,6 +39,16 @@ def test_every_pair(cases):
         assert token_f1(hyp, ref) == pytest.approx(pair["token_f1"], abs=1e-9), pair
         assert rouge_l(hyp, ref) == pytest.approx(pair["rougeL_f"], abs=1e-9), pair
         assert float(bleu(np.array(bleu_counts(hyp, ref)))) == pytest.approx(pair["bleu4_single"], abs=1e-9), pair
+
+
+WORDS = st.lists(st.sampled_from(["a", "fast", "rhythms", "rhythm", "normal", "normally", "QRS", "12", "beats,"]))
+
+
+@given(WORDS, WORDS)
+def test_rouge_l_is_that_of_the_package(ours, theirs):
+    answer, truth = " ".join(ours), " ".join(theirs)
+    expected = RougeScorer(["rougeL"], use_stemmer=True).score(truth, answer)["rougeL"].fmeasure
+    assert rouge_l(answer, truth) == expected
 
 
 def test_meteor_of_every_pair(cases, wordnet):

@@ -30,7 +30,7 @@ from fake_model import Asked, fake_config  # noqa: E402
 from elm_jax.assemble import assemble, make_arrays  # noqa: E402
 from elm_jax.config import MeshConfig  # noqa: E402
 from elm_jax.evaluation import evaluator  # noqa: E402
-from elm_jax.evaluation.store import AnswerFile, lines_in  # noqa: E402
+from elm_jax.evaluation.store import AnswerFile, Store, lines_in  # noqa: E402
 from elm_jax.inference.speaker import Speaker  # noqa: E402
 from elm_jax.runtime import distributed  # noqa: E402
 from elm_jax.runtime.mesh import make_mesh  # noqa: E402
@@ -126,6 +126,77 @@ def test_another_evaluation_begins_anew(tmp_path: Path, monkeypatch: pytest.Monk
         evaluator.evaluate(conf)
         asked.append(len(model.prompts))
     assert asked == [10, 0, 10], "another protocol only scores anew"
+
+
+def test_what_another_evaluation_left_is_kept_aside_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run" / "eval" / "demo-test"
+
+    def evaluated(**keys: Any) -> str:
+        conf = config(tmp_path / "run", eval__controls=["zeros"], **keys)
+        monkeypatch.setattr(evaluator, "TrainedModel", lambda *_: model_of(conf))
+        evaluator.evaluate(conf)
+        return capsys.readouterr().err
+
+    def files(folder: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    assert "held another" not in evaluated(eval__limit=10)
+    first = files(out)
+    assert {"predictions.jsonl", "controls/zeros.jsonl", "metrics.json", "report.html", "examples.png",
+            "plots/scores.svg", "evaluation.json"} <= set(first)  # fmt: skip
+    said = evaluated(eval__limit=12, data__perturb="zeros")
+    assert f"with other config.data.perturb, eval.limit: it is now in {out}/previous-1" in said
+    assert files(out / "previous-1") == first
+    second = {name: held for name, held in files(out).items() if not name.startswith("previous")}
+    assert f"with other eval.batch_size: it is now in {out}/previous-2" in evaluated(
+        eval__limit=12, data__perturb="zeros", eval__batch_size=3
+    )
+    assert files(out / "previous-2") == second and files(out / "previous-1") == first
+
+
+def test_a_stop_while_old_answers_are_moved_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("predictions.jsonl", "metrics.json", "problems.jsonl"):
+        (tmp_path / name).write_text('{"id": "old"}\n')
+    (tmp_path / "evaluation.json").write_text('{"split": "val"}')
+    rename = Path.rename
+
+    def stopped(path: Path, target: Path) -> Path:
+        if path.name == "metrics.json":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path, {"split": "test"})
+    monkeypatch.setattr(Path, "rename", rename)
+    for _ in range(2):
+        Store(tmp_path, {"split": "test"}).answers("real").append({"id": "new"})
+    assert sorted(path.name for path in (tmp_path / "previous-1").iterdir()) == [
+        "evaluation.json", "metrics.json", "predictions.jsonl", "problems.jsonl",
+    ]  # fmt: skip
+    assert [line["id"] for line in lines_in(tmp_path / "predictions.jsonl")] == ["new", "new"]
+    assert not (tmp_path / "previous-2").exists()
+
+
+def test_a_copied_run_keeps_its_answers_and_one_with_other_weights_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("write_report", "draw_examples"):
+        monkeypatch.setattr(evaluator, name, lambda *_: None)
+    asked = []
+    for stamp, weight in ((1, 1.0), (2, 1.0), (2, 2.0)):
+        conf = config(tmp_path / "run", eval__controls=[], eval__limit=10)
+        checkpoint = tmp_path / "run" / "checkpoints" / "3"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        os.utime(checkpoint, (stamp, stamp))
+        model = model_of(conf)
+        model.arrays = {"llm.norm": jax.numpy.full(3, weight)}
+        monkeypatch.setattr(evaluator, "TrainedModel", lambda *_, model=model: model)
+        evaluator.evaluate(conf)
+        asked.append(len(model.prompts))
+    assert asked == [10, 0, 10]
 
 
 def test_keys_that_change_no_answer_keep_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,19 +327,28 @@ def test_a_real_model_stopped_anywhere_says_the_same(tmp_path: Path, monkeypatch
     assert (broken / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
 
 
-def test_greedy_answers_serve_all_seeds_and_drawn_ones_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_answers_are_one_run_for_all_seeds_and_drawn_ones_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("write_report", "draw_examples"):
         monkeypatch.setattr(evaluator, name, lambda *_: None)
-    for temperature, asked in ((0.0, 10), (0.7, 20)):
-        conf = config(tmp_path / str(temperature), eval__controls=[], eval__limit=10, eval__seeds=[1337, 1338],
-                      eval__temperature=temperature)  # fmt: skip
+
+    def evaluated(**keys: Any) -> tuple[int, dict[str, Any]]:
+        keys = {"eval__controls": ["zeros"], "eval__limit": 10, "eval__protocol": "elm-2026-08", **keys}
+        conf = config(tmp_path / str(keys.get("eval__temperature", 0)), **keys)
         model = model_of(conf)
-        monkeypatch.setattr(evaluator, "TrainedModel", lambda *_, model=model: model)
+        monkeypatch.setattr(evaluator, "TrainedModel", lambda *_: model)
         evaluator.evaluate(conf)
-        found = json.loads(results(tmp_path / str(temperature)))
-        assert len(model.prompts) == asked
-        assert found["n"] == 20 and [run["seed"] for run in found["runs"]] == [1337, 1338]
-        assert found["over_runs"]["exact_match"]["std"] == 0.0
+        return len(model.prompts), json.loads(results(Path(conf.workdir)))
+
+    asked, alone = evaluated()
+    assert asked == 20
+    asked, greedy = evaluated(eval__seeds=[1337, 1338, 1339])
+    assert asked == 0, "these are the answers"
+    assert greedy.pop("greedy_for_seeds") == [1337, 1338, 1339] and greedy == alone, "copies are no evidence"
+    asked, drawn = evaluated(eval__seeds=[1337, 1338], eval__temperature=0.7)
+    assert asked == 40 and drawn["n"] == 20 and [run["seed"] for run in drawn["runs"]] == [1337, 1338]
+    assert drawn["over_runs"]["exact_match"]["std"] == 0.0 and "greedy_for_seeds" not in drawn
 
 
 if __name__ == "__main__":

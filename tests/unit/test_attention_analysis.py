@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from flax import nnx
 from elm_jax.analyze import _question
 from elm_jax.errors import UserError
 from elm_jax.evaluation.attention import Attention, _mean_weights, _spans
+from elm_jax.evaluation.attention_picture import draw_attention
 from elm_jax.models.decoder import Decoder
 from elm_jax.models.families import scratch_config
 
@@ -76,3 +78,10 @@ def test_weights_are_spread_over_the_signal() -> None:
     assert found.ecg_share == pytest.approx(0.8) and found.uniform_share == pytest.approx(2 / 3)
     spread = found.over_signal(0, (2, 10))
     assert np.all(spread[:, :5] == 1) and spread[:, 5:] == pytest.approx(np.full((2, 5), 1 / 3))
+
+
+def test_words_that_look_like_a_formula_are_drawn_as_they_are(tmp_path: Path) -> None:
+    tokens = ["$\\boxed", "{yes}$", "<signal>"]
+    found = Attention(tokens, np.array([0.2, 0.3, 0.5]), [[2]], [[[(0, 1, 0, 500)]]], 1)
+    draw_attention(found, 0, np.zeros((12, 500)), 50.0, (0,), "Is it $\\boxed{so}$?", tmp_path / "attention.png")
+    assert (tmp_path / "attention.png").is_file()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from texts import write_wordnet
 
 from elm_jax import cli
 from elm_jax.compare import main
@@ -23,8 +24,7 @@ def run(folder: Path, right: float, n: int = 120, name: str = "demo-test", **mor
     lines = [{"id": f"q{i}", "name": "x", "patient": str(i), "prompt": "", "truth": "it is so",
               "answer": "it is so" if i < right * n else "it is not", **more} for i in range(n)]  # fmt: skip
     (out / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    owed = {"value": 0.1, "ci95": [0.0, 0.2], "p": 0.03, "control": "shuffled"}
-    (out / "metrics.json").write_text(json.dumps({"signal_dependence": owed, "end_token": "</s>"}))
+    (out / "metrics.json").write_text(json.dumps({"end_token": "</s>"}))
     return folder
 
 
@@ -32,7 +32,7 @@ def test_a_difference_is_told_with_its_interval_and_whether_it_is_chance(tmp_pat
     folders = [run(tmp_path / name, right) for name, right in (("a", 0.9), ("b", 0.5), ("c", 0.5))]
     found = compare(folders)
     assert found["n"] == 120 and list(found["runs"]) == ["a", "b", "c"]
-    assert found["runs"]["a"]["signal_dependence"]["value"] == 0.1
+    assert found["control"] is None and found["runs"]["a"]["signal_dependence"] is None, "no control was run"
     of = {(pair["a"], pair["b"]): pair["metrics"] for pair in found["differences"]}
     assert of["a", "b"]["exact_match"]["value"] == pytest.approx(0.4)
     assert of["a", "b"]["exact_match"]["p"] == pytest.approx(1 / (FLIPS + 1))
@@ -57,6 +57,53 @@ def test_the_control_files_are_read_and_left_as_they_are(tmp_path):
     assert owed["value"] == pytest.approx(0.4) and owed["p_holm"] >= owed["p"]
     assert [path.read_bytes() for path in sorted(tmp_path.rglob("*.jsonl"))] == before, "another process may write them"
     assert "signal dependence" in text_of(found)
+
+
+def answer_controls(folder: Path, control: str, answer: str) -> Path:
+    """Let the run have this answer to every question under a control."""
+    out = folder / "eval" / "demo-test"
+    (out / "controls").mkdir(exist_ok=True)
+    lines = [line | {"answer": answer} for line in lines_in(out / "predictions.jsonl")]
+    (out / "controls" / f"{control}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_the_signal_dependence_is_of_the_questions_that_all_answered(tmp_path):
+    # Of the first 60 questions a has 54 right, of the others none.
+    a, b = (answer_controls(run(tmp_path / name, 0.45, n), "shuffled", "") for name, n in (("a", 120), ("b", 60)))
+    found = compare([a, b])
+    owed = found["runs"]["a"]["signal_dependence"]
+    assert found["n"] == owed["n"] == 60 and found["control"] == "shuffled"
+    assert owed["value"] == pytest.approx(54 / 60) and owed["p"] < 0.001
+    assert owed["ci95"][0] < 54 / 60 < owed["ci95"][1]
+
+
+@pytest.mark.parametrize("protocol", ["elm-2026-04", "ecg-bench-2025"])
+def test_empty_answers_under_a_control_do_not_end_the_comparison(tmp_path, protocol):
+    folders = [answer_controls(run(tmp_path / name, right), "shuffled", "") for name, right in (("a", 0.9), ("b", 0.5))]
+    owed = compare(folders, protocol=protocol)["differences"][0]["signal_dependence"]
+    assert owed["value"] == pytest.approx(0.4) and owed["p_holm"] < 0.05
+
+
+def test_the_control_is_one_that_all_runs_have(tmp_path):
+    folders = [answer_controls(run(tmp_path / name, 0.5), "zeros", "") for name in "ab"]
+    found = compare([answer_controls(folders[0], "shuffled", ""), folders[1]])
+    assert found["control"] == "zeros" and "less zeros" in text_of(found)
+
+
+def test_meteor_is_scored_with_the_wordnet_that_runs_or_flags_name(tmp_path, monkeypatch):
+    folders = [run(tmp_path / name, 0.5) for name in "ab"]
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path / "nowhere")])
+    assert "meteor" in compare(folders)["unavailable"]
+    write_wordnet(tmp_path / "nltk" / "corpora" / "wordnet")
+    found = compare(folders, wordnet=str(tmp_path / "nltk"))
+    assert "meteor" in found["differences"][0]["metrics"] and "meteor" not in found["unavailable"]
+    (folders[1] / "config.json").write_text(json.dumps({"eval": {"wordnet": str(tmp_path / "nltk")}}))
+    assert "meteor" in compare(folders)["runs"]["a"]["metrics"]
+    (folders[1] / "config.json").write_text(json.dumps({"eval": {"wordnet": str(tmp_path / "gone")}}))
+    assert "gone" in compare(folders)["unavailable"]["meteor"], "the runs' machine had it"
+    with pytest.raises(UserError, match="gone"):
+        compare(folders, wordnet=str(tmp_path / "gone"))
 
 
 def test_answers_may_hold_any_character(tmp_path):

@@ -308,6 +308,13 @@ def test_paper_is_to_scale():
     assert ax.get_aspect() == 1
 
 
+@pytest.mark.parametrize("text", ["$\\boxed{yes}$", "$", "a_b^$c$"])
+def test_what_data_and_models_say_is_drawn_as_it_is_not_as_a_formula(tmp_path, text):
+    signal = np.zeros((12, 500))
+    gallery([Example(signal, text, text, text, True)], 50.0, tmp_path / "gallery.png")
+    draw_ecg(signal, 50.0, tmp_path / "ecg.png", title=text, caption=(text,))
+
+
 def test_paper_shows_every_lead_at_its_place():
     ax = Figure().add_subplot()
     signal = np.tile(np.arange(12.0)[:, None] / 20, (1, 1000)) * np.where(np.arange(1000) % 20 == 0, 1, 0)

@@ -21,7 +21,7 @@ from elm_jax.errors import UserError
 from elm_jax.evaluation import controls, evaluator
 from elm_jax.evaluation.controls import shuffled_recordings
 from elm_jax.evaluation.evaluator import evaluate, is_evaluated, results_folder
-from elm_jax.evaluation.metrics import aggregate, is_right
+from elm_jax.evaluation.metrics import Scorer, is_right, scores_of
 from elm_jax.evaluation.results import summary
 
 
@@ -71,7 +71,7 @@ def test_a_summary_has_a_column_for_each_control_and_baseline() -> None:
         {"id": str(i), "name": "heart_rate", "patient": str(i), "answer": "60", "truth": str(60 + 10 * (i % 2))}
         for i in range(20)
     ]
-    results = aggregate(predictions)
+    results = scores_of(Scorer().table(predictions))
     results["controls"] = {"zeros": {"exact_match": {"value": 0.25, "ci95": [0, 1]}}}
     lines = summary(results).splitlines()
     assert lines[0].split() == ["score", "zeros", "constant", "majority"]
@@ -178,6 +178,23 @@ def test_folds_are_evaluated_with_one_model_and_what_training_saw_of_them_is_sai
     lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert sorted(line["fold"] for line in lines) == [1, 1, 2, 2, 2] and len(model.prompts) == 10
     assert {"id", "prompt", "answer", "truth", "seconds"} <= set(lines[0])
+
+
+@pytest.mark.parametrize(
+    ("names", "folder"),
+    [
+        (["demo"], "demo-test"),
+        (["demo:train=8,val=4,test=2"], "demo-test"),
+        (["ecg_qa.parquet", "reports.jsonl"], "ecg_qa_reports-test"),
+        (["ecg_qa/test.parquet"], "ecg_qa_test-test"),
+        (["reports/test.parquet"], "reports_test-test"),
+        (["/data/prepared/ecg_qa.parquet"], "ecg_qa-test"),
+        (["/other/ecg_qa.parquet"], "other_ecg_qa-test"),
+    ],
+)
+def test_evaluations_of_different_files_have_different_folders(names: list[str], folder: str) -> None:
+    config = fake_config(data__names=names, data__root="/data/prepared", workdir="run")
+    assert results_folder(config, "test") == Path("run/eval") / folder
 
 
 def test_nothing_to_ask_is_an_error(ask: Ask) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import xml.etree.ElementTree as xml
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -121,6 +122,17 @@ def test_plots_are_svg_files_of_their_own(report):
     assert {"scores.svg", "dependence.svg"} <= set(found)
     for name in found:
         assert xml.parse(report / "plots" / name).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_plots_of_an_earlier_scoring_do_not_stay(tmp_path):
+    lines = [{"id": "0", "name": "x", "answer": "a", "truth": "b", "question": "", "prompt": "", "seconds": 0.1}]
+    out, nobody = tmp_path / "eval" / "demo-test", SimpleNamespace(records=[])
+    out.mkdir(parents=True)
+    for answer, names in (("a", {"scores.svg", "wrong_x.svg"}), ("b", {"scores.svg"})):
+        lines[0]["answer"] = answer
+        results = results_of({"real": lines}, Scorer(), {"split": "test", "step": 3, "bad": 0}, {})
+        write_report(out, results, lines, nobody)
+        assert {path.name for path in (out / "plots").iterdir()} == names
 
 
 def test_a_bar_is_as_long_as_its_value_and_its_interval_lies_about_it():

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elm_jax.evaluation import dependence as dependence_module
+from elm_jax.evaluation import metrics
 from elm_jax.evaluation.dependence import signal_dependence
-from elm_jax.evaluation.metrics import Scorer, aggregate, best_constant
+from elm_jax.evaluation.metrics import Scorer, best_constant, scores_of
 from elm_jax.evaluation.scores.answers import (
     exact_match,
     first_integer,
@@ -15,10 +17,16 @@ from elm_jax.evaluation.scores.answers import (
     token_f1,
     within_5_bpm,
 )
+from elm_jax.evaluation.scores.overlap import rouge_l
+from elm_jax.evaluation.scores.stems import stemmer
 
 
 def prediction(id, answer, truth, name="heart_rate", **more):
     return {"id": str(id), "name": name, "answer": answer, "truth": truth, **more}
+
+
+def aggregate(predictions, scorer=None):
+    return scores_of((scorer or Scorer()).table(predictions))
 
 
 def dependence(real, controls):
@@ -177,3 +185,41 @@ def test_a_truth_of_which_the_protocol_sees_nothing_is_no_truth():
     assert aggregate(lines)["metrics"]["exact_match"]["value"] == 0.5
     april = aggregate(lines, Scorer("elm-2026-04"))
     assert (april["n"], april["empty_answers"]) == (2, 0), "there a thought is an answer, and tags are none"
+
+
+def test_an_answer_to_a_truth_is_scored_once_in_all_tables_of_a_scorer(monkeypatch):
+    compared = []
+
+    def score(answer, truth):
+        compared.append((answer, truth))
+        return 1.0
+
+    monkeypatch.setitem(metrics._PLAIN, "rouge_l", metrics._mean_of(score))
+    scorer = Scorer()
+    for _ in range(2):
+        scores_of(scorer.table([prediction(i, "a b", f"a {i % 3}", name="x") for i in range(9)]))
+    assert len(compared) == len(set(compared)) == 3 + 3, "three answers, and the majority's answer to each truth"
+
+
+def test_a_control_is_gone_through_once_for_all_kinds_of_question(monkeypatch):
+    real = [prediction(i, "70", "70", name=f"kind {i % 20}") for i in range(40)]
+    seen, by_question = [], dependence_module.by_question
+    monkeypatch.setattr(dependence_module, "by_question", lambda t, m: seen.append(len(t.pairs)) or by_question(t, m))
+    found = dependence(real, {"shuffled": [line | {"draw": draw} for draw in range(3) for line in real]})
+    assert found is not None and len(found["by_name"]) == 20
+    assert seen.count(120) <= 2 + len(found["by_metric"])
+
+
+def test_mcnemar_is_for_questions_that_were_answered_once():
+    real = [prediction(i, "70", "70", seed=seed) for seed in range(5) for i in range(20)]
+    blind = [p | {"answer": "80"} for p in real]
+    found = dependence(real, {"zeros": blind})
+    assert found is not None and found["value"] == 1.0 and "mcnemar_p" not in found, "five answers to a question"
+
+
+def test_the_stem_of_a_word_is_found_once():
+    stem = stemmer().stem
+    rouge_l("rhythms of rhythms", "a rhythms")
+    before = stem.cache_info()
+    rouge_l("rhythms again", "rhythms of rhythms")
+    assert stem.cache_info().hits >= before.hits + 3 and stem.cache_info().misses <= before.misses + 1

@@ -6,7 +6,7 @@ import pytest
 
 from elm_jax.config import resolve
 from elm_jax.errors import UserError
-from elm_jax.evaluation.metrics import Scorer, aggregate
+from elm_jax.evaluation.metrics import Scorer, scores_of
 from elm_jax.evaluation.protocols import PROTOCOLS
 from elm_jax.evaluation.results import results_of
 from elm_jax.evaluation.scores.overlap import rouge_l_of_sets, rouge_n_of_sets
@@ -29,7 +29,7 @@ def test_a_config_names_a_protocol_and_a_result_says_which():
     with pytest.raises(UserError, match="eval.protocol"):
         resolve({"eval": {"protocol": "elm-2025"}})
     for name in PROTOCOLS:
-        assert aggregate([line(0, "a", "a")], Scorer(name))["protocol"] == name
+        assert scores_of(Scorer(name).table([line(0, "a", "a")]))["protocol"] == name
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_in_2025_rouge_counted_different_words_once():
 
 @pytest.mark.parametrize("protocol", ["elm-2026-04", "ecg-bench-2025"])
 def test_bertscore_that_cannot_be_computed_is_said(protocol):
-    result = aggregate([line(0, "a", "a")], Scorer(protocol))
+    result = scores_of(Scorer(protocol).table([line(0, "a", "a")]))
     if "bert_f1" not in result["metrics"]:  # this machine has no RoBERTa
         assert "roberta-large" in result["unavailable"]["bert_f1"] or "PyTorch" in result["unavailable"]["bert_f1"]
     assert "bert_f1" not in Scorer("ours").unavailable, "not asked for"
@@ -95,7 +95,7 @@ def test_published_intervals_are_students_over_runs_and_ours_are_over_patients()
 
 def test_thinking_is_scored_apart_where_the_truth_thinks():
     lines = [line(0, "<think>a b</think>yes", "<think>a c</think>yes"), line(1, "no", "no")]
-    result = aggregate(lines, Scorer("ours"))
+    result = scores_of(Scorer("ours").table(lines))
     assert result["thinking"]["n"] == 1 and result["n"] == 2
     assert result["thinking"]["metrics"]["token_f1"]["value"] == 0.5
-    assert "thinking" not in aggregate(lines, Scorer("elm-2026-04"))
+    assert "thinking" not in scores_of(Scorer("elm-2026-04").table(lines))

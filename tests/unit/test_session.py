@@ -33,6 +33,10 @@ def prompts(talk: Session) -> list[str]:
     return [prompt.rendered.prompt for prompt in talk.model.prompts]  # type: ignore[attr-defined]
 
 
+def seeds(talk: Session) -> list[int]:
+    return talk.model.seeds  # type: ignore[attr-defined]
+
+
 def test_a_first_question_is_asked_as_the_records_of_the_run_ask_it() -> None:
     config = fake_config()
     talk = session()
@@ -149,7 +153,28 @@ def test_each_answer_is_drawn_with_a_seed_of_its_own() -> None:
         talk = session(phase=phase)
         for _ in range(3):
             talk.say("a")
-        assert talk.model.seeds == [0, 1, 2]  # type: ignore[attr-defined]
+        assert len(set(seeds(talk))) == 3
+
+
+def test_after_clear_the_same_question_is_drawn_anew_and_after_a_restart_alike() -> None:
+    drawn = []
+    for _ in range(2):
+        talk = session()
+        talk.say("a")
+        talk.clear()
+        talk.say("a")
+        assert len(set(seeds(talk))) == 2
+        drawn.append(seeds(talk))
+    assert drawn[0] == drawn[1]
+
+
+def test_the_users_seed_decides_what_is_drawn() -> None:
+    drawn = []
+    for keys in ({}, {"seed": 1}, {"eval__seeds": [7]}, {"seed": 1, "eval__seeds": [7, 8]}):
+        talk = session(**keys)
+        talk.say("a")
+        drawn += seeds(talk)
+    assert len(set(drawn)) == 3 and drawn[2] == drawn[3], "eval.seeds before seed"
 
 
 def test_a_long_conversation_loses_its_oldest_turns_and_no_ecg() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
+from functools import lru_cache
 
 HEART_RATE_TOLERANCE = 5
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -28,10 +29,16 @@ def exact_match(answer: str, truth: str) -> float:
 
 def token_f1(answer: str, truth: str) -> float:
     """F1 of the words in common, lower-cased and without ASCII punctuation; two texts without words agree."""
-    ours, theirs = Counter(words(answer)), Counter(words(truth))
+    ours, theirs = _counted(answer), _counted(truth)
     if not ours or not theirs:
         return float(not ours and not theirs)
     return 2 * (ours & theirs).total() / (ours.total() + theirs.total())
+
+
+@lru_cache(1024)
+def _counted(text: str) -> Counter[str]:
+    """How often each word occurs. Remembered, as one truth is compared with many blind answers in a row."""
+    return Counter(words(text))
 
 
 def same_words(answer: str, truth: str) -> float:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from elm_jax.errors import UserError
+from elm_jax.evaluation.scores.stems import WORDS, stemmer
 
-_FIX = "run `python -m nltk.downloader wordnet`, or set --config.eval.wordnet or NLTK_DATA; METEOR needs it"
+_FIX = (
+    "run `python -m nltk.downloader wordnet`, or set --config.eval.wordnet (of compare: --wordnet) or NLTK_DATA;"
+    " METEOR needs it"
+)
 
 
 class Meteor:
@@ -40,7 +44,8 @@ class Meteor:
             raise UserError("eval.wordnet", f"no WordNet in {', '.join(places)}", wanted, _FIX) from None
         except (OSError, ValueError, AssertionError, StopIteration) as error:
             raise UserError("eval.wordnet", f"{', '.join(places)}: {error}", f"{wanted}, whole", _FIX) from error
-        self._score = partial(single_meteor_score, wordnet=reader)
+        reader.synsets = lru_cache(WORDS)(reader.synsets)  # it reads them in its files
+        self._score = partial(single_meteor_score, stemmer=stemmer(), wordnet=reader)
 
     def __call__(self, answer: str, truth: str) -> float:
         """The score of one pair; words are what stands between blanks, in lower case."""
