@@ -57,6 +57,11 @@ class _Fold:
     def questions(self) -> list[Question]:
         return [question for question in self.asked if question.record not in self.bad.found]
 
+    @property
+    def records(self) -> list[int]:
+        """Those that are asked about."""
+        return sorted({question.record for question in self.questions})
+
 
 def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
     """Evaluate the run in `config.workdir` on a split of `data.names`; returns the folder with the results.
@@ -92,7 +97,7 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
             write_json(out / "metrics.json", results_of(conditions, scorer, facts, known))
             draw_examples(out / "examples.png", folds[0].dataset, conditions[REAL])
         if labels is not None and store is not None:
-            facts["labels"] = _ask_labels(model, folds[0], store, labels)
+            facts |= _ask_labels(model, folds, store, labels)
         for name in options.controls:
             conditions[name] = _ask(asker, folds, store, name, config)
     if first:
@@ -118,11 +123,16 @@ def _labels_asked(config: Config) -> PtbXl | None:
     return read_ptb_xl(Path(folder))
 
 
-def _ask_labels(model: TrainedModel, fold: _Fold, store: Store, labels: PtbXl) -> dict[str, Any]:
-    """Of the recordings that are asked about; those that are left out here have no part in other scores."""
-    bad = BadRecords(fold.dataset, model.config.data.max_bad_records)
-    records = sorted({question.record for question in fold.questions})
-    return ask_labels(model, fold.dataset, records, labels, store.labels(), bad, model.config.log.progress)
+def _ask_labels(model: TrainedModel, folds: Sequence[_Fold], store: Store, labels: PtbXl) -> dict[str, Any]:
+    """The scores of the recordings that are asked about in any fold, and how many of these are left out here alone."""
+    records = [fold.dataset.records[i] for fold in folds for i in fold.records]
+    like = folds[0].dataset
+    dataset = Dataset(records, like.tokenizer, like.text, like.signal)
+    bad = BadRecords(dataset, model.config.data.max_bad_records)
+    found = ask_labels(
+        model, dataset, range(len(records)), labels, store.labels(), bad, model.config.log.progress
+    )
+    return {"labels": found, "labels_bad": len(bad.found)}
 
 
 def is_evaluated(config: Config, split: str) -> bool:
@@ -182,11 +192,10 @@ def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: s
     """
     file, found = store.answers(condition) if store else None, []
     for fold, seed, draw in itertools.product(folds, _drawn_with(config), range(_draws(condition))):
-        records = sorted({question.record for question in fold.questions})
         marks = {"fold": fold.number} if config.eval.folds else {}
         marks |= {"seed": seed} if config.eval.seeds else {}
         marks |= {"draw": draw} if _draws(condition) > 1 else {}
-        source = Source(fold.dataset, condition, draw, records)
+        source = Source(fold.dataset, condition, draw, fold.records)
         asked = fold.asked if condition == REAL else fold.questions
         answers = asker.answers(Task(source, asked, seed, marks), file, fold.bad if condition == REAL else None)
         found += [answers[question] for question in fold.questions] if file else []

@@ -61,6 +61,8 @@ def _facts(results: Results) -> str:
     ]  # fmt: skip
     if results.get("questions_about_training_patients"):
         parts.append(f"<b>{results['questions_about_training_patients']} questions about patients of the training</b>")
+    if results.get("labels_bad"):
+        parts.append(f"{results['labels_bad']} more recordings left out of the labels")
     missing = [f"<b>No {escape(name)}:</b> {escape(why)}" for name, why in results["unavailable"].items()]
     return "".join(f"<p>{text}</p>" for text in (" · ".join(parts), *missing))
 
