@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from elm_jax.inference.model import TrainedModel
 from elm_jax.runtime import distributed
 from elm_jax.training.run import read_json, write_json
 
+ASKED = 2  # raised where other questions are asked of the same data, or in another order: known answers then go
 SHUFFLES = 3  # ways to give each question another recording: one draw alone is a coarse estimate
 # Of eval.*, what changes no answer.
 _SCORING = ("at_end", "controls", "protocol", "wordnet", "bert_model", "labels")
@@ -81,6 +83,9 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
     numbers = options.folds or (config.data.fold,)
     datasets = [model.assembly.dataset(split, number) for number in numbers]
     folds = [_fold(model, number, data) for number, data in zip(numbers, datasets, strict=True)]
+    _check_alike(folds)
+    if "text_only" in options.controls:
+        _check_text_only(folds)
     store = Store(out, _identity(model, split, datasets)) if first else None
     _keep_problems(folds, store)
     asker = Asker(model, options, _total(folds, config), config.log.progress)
@@ -157,6 +162,25 @@ def _fold(model: TrainedModel, number: int, dataset: Dataset) -> _Fold:
     return _Fold(number, dataset, asked, bad)
 
 
+def _check_alike(folds: Sequence[_Fold]) -> None:
+    """Raise UserError unless all processes ask the same: of different questions, some would be waited for forever."""
+    told = repr([(fold.asked, sorted(fold.bad.found)) for fold in folds])
+    each = distributed.gather(zlib.crc32(told.encode()))
+    for index, one in enumerate(each):
+        if one != each[0]:
+            found = f"other questions in process {index} than in process 0"
+            raise UserError("data.names", found, "the same in every process", "give all of them the same files")
+
+
+def _check_text_only(folds: Sequence[_Fold]) -> None:
+    """Raise UserError where a prompt is nothing without its ECG: in phase pretrain all or none, in others none is."""
+    for fold in folds:
+        for record in fold.records[:1]:
+            prompts = Source(fold.dataset, "text_only").dataset.prompts(record)
+            lengths = [len(prompt.ids) for prompt, _ in prompts]
+            check_lengths("condition text_only", lengths, max(lengths))
+
+
 def _keep_problems(folds: Sequence[_Fold], store: Store | None) -> None:
     """Note the recordings that could not be read before a stop, and from now on keep what is found of them."""
     known = distributed.gather(store.problems() if store else [])[0]
@@ -169,20 +193,24 @@ def _keep_problems(folds: Sequence[_Fold], store: Store | None) -> None:
 
 
 def _keep(store: Store, fold: int, record: int, error: UserError) -> None:
-    store.note({"fold": fold, "record": record, **{part: getattr(error, part) for part in ERROR}})
+    store.note({"fold": fold, "record": record, **dict(zip(ERROR, error.parts, strict=True))})
 
 
 def _questions(dataset: Dataset, room: int, bad: BadRecords) -> Iterator[Question]:
-    """The questions of all records whose prompts leave room for an answer: have at most `room` tokens."""
+    """The questions of all records whose prompts leave room for an answer: have at most `room` tokens.
+
+    That is whatever ECGs stand in them, so that what can be asked about the real ones can be asked under all controls.
+    """
     for record in range(len(dataset)):
         try:
             prompts = dataset.prompts(record)
-            check_lengths(f"record {dataset.records[record].id}", [len(prompt.ids) for prompt, _ in prompts], room)
+            lengths = [dataset.room(prompt) for prompt, _ in prompts]
+            check_lengths(f"record {dataset.records[record].id}", lengths, room)
         except UserError as error:
             bad.note(record, error)
             continue
-        for turn, (_, truth) in enumerate(prompts):
-            yield Question(record, turn, truth)
+        for turn, (length, (_, truth)) in enumerate(zip(lengths, prompts, strict=True)):
+            yield Question(record, turn, truth, length)
 
 
 def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: str, config: Config) -> list[Line]:
@@ -254,6 +282,7 @@ def _identity(model: TrainedModel, split: str, datasets: Sequence[Dataset]) -> d
     config["data"] = {key: value for key, value in config["data"].items() if key not in _TRAINING}
     checkpoint = Path(model.config.workdir) / "checkpoints" / str(model.step)
     return {
+        "asked": ASKED,
         "step": model.step,
         "saved": checkpoint.stat().st_mtime_ns if checkpoint.is_dir() else None,
         "split": split,
