@@ -6,7 +6,7 @@ questions of its kind were asked about.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -81,6 +81,22 @@ class Source:
         if (path, key) not in read:
             read[path, key] = self.dataset.signal.load(path, key)
         return read[path, key]
+
+
+def kept_ecgs(dataset: Dataset, other: Mapping[int, int], questions: Iterable[Question]) -> dict[str, int]:
+    """{"answers": n, "own_ecg": ..., "same_patient": ...}: how many questions a shuffle asks about an ECG of theirs.
+
+    other: what `shuffled_records` gave. same_patient: about another ECG of a patient of theirs.
+    """
+    records, found = dataset.records, {"answers": 0, "own_ecg": 0, "same_patient": 0}
+    for question in questions:
+        mine, given = records[question.record], records[other[question.record]]
+        found["answers"] += 1
+        if _ecgs(mine) == _ecgs(given):
+            found["own_ecg"] += 1
+        elif set(mine.patient.split("+")) & set(given.patient.split("+")):
+            found["same_patient"] += 1
+    return found
 
 
 def shuffled_records(dataset: Dataset, seed: int = 0, among: Iterable[int] | None = None) -> dict[int, int]:

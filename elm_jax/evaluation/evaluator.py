@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from elm_jax.data.dataset import Dataset
 from elm_jax.data.sources import load_records
 from elm_jax.errors import UserError
 from elm_jax.evaluation.answering import Asker, BadRecords, Task, asked_of, check_lengths
-from elm_jax.evaluation.controls import REAL, Question, Source
+from elm_jax.evaluation.controls import REAL, Question, Source, kept_ecgs, shuffled_records
 from elm_jax.evaluation.examples import draw_examples
 from elm_jax.evaluation.labels import PtbXl, ask_labels, read_ptb_xl
 from elm_jax.evaluation.metrics import Scorer
@@ -106,6 +107,8 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         for name in options.controls:
             conditions[name] = _ask(asker, folds, store, name, config)
     if first:
+        if "shuffled" in options.controls:
+            facts["shuffled_ecgs"] = _kept_ecgs(folds)
         write_json(out / "metrics.json", results := results_of(conditions, scorer, facts, known))
         write_report(out, results, conditions[REAL], folds[0].dataset)
         print(summary(results), file=sys.stderr)
@@ -228,6 +231,15 @@ def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: s
         answers = asker.answers(Task(source, asked, seed, marks), file, fold.bad if condition == REAL else None)
         found += [answers[question] for question in fold.questions] if file else []
     return _for_seeds(found, config)
+
+
+def _kept_ecgs(folds: Sequence[_Fold]) -> dict[str, int]:
+    """`kept_ecgs` of all shuffles together."""
+    found: Counter[str] = Counter()
+    for fold, draw in itertools.product(folds, range(_draws("shuffled"))):
+        given = shuffled_records(fold.dataset, draw, fold.records)
+        found.update(kept_ecgs(fold.dataset, given, fold.questions))
+    return dict(found)
 
 
 def _draws(condition: str) -> int:

@@ -22,6 +22,7 @@ from elm_jax.evaluation.examples import chosen_examples
 from elm_jax.evaluation.metrics import is_right
 from elm_jax.evaluation.page import page, table
 from elm_jax.evaluation.paper import Example, draw_ecg
+from elm_jax.evaluation.results import kept_text
 from elm_jax.evaluation.svg import Bar
 
 SHOWN, LISTED = 24, 500  # examples with their ECG, and predictions in the list
@@ -123,6 +124,7 @@ def _dependence(results: Results) -> str:
         f" (score less control <i>{escape(found['control'])}</i>, paired by question, p = {found['p']:.2g}):"
         f" it {said}.</p>"
     )
+    text += f"<p><b>{escape(kept)}</b></p>" if (kept := kept_text(results)) else ""
     return text + table(["control", "difference", "95 %", "p (signs flipped by patient)", "p (McNemar)"], rows)
 
 

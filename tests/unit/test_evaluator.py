@@ -19,7 +19,7 @@ from elm_jax.config import Config
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 from elm_jax.evaluation import controls, evaluator
-from elm_jax.evaluation.controls import shuffled_records
+from elm_jax.evaluation.controls import Question, kept_ecgs, shuffled_records
 from elm_jax.evaluation.evaluator import evaluate, is_evaluated, results_folder
 from elm_jax.evaluation.metrics import aggregate, is_right
 from elm_jax.evaluation.results import summary
@@ -83,6 +83,17 @@ def test_a_kind_of_one_patient_is_given_the_ecgs_of_other_kinds() -> None:
     assert {given[i][0] for i in range(6)} == {f"{i}.npy" for i in range(6)}, "what is frequent stays among its own"
 
 
+def test_ecgs_that_could_not_be_shuffled_are_counted() -> None:
+    pairs = [record(i, "b.npy", f"{i}.npy", patient=f"x+{i}") for i in (1, 2)]
+    dataset = dataset_of([record(0, "a.npy"), *pairs])
+    asked = [Question(record, turn, "yes") for record, turn in ((0, 0), (0, 1), (1, 0), (2, 0))]
+    found = kept_ecgs(dataset, shuffled_records(dataset), asked)
+    assert found == {"answers": 4, "own_ecg": 2, "same_patient": 2}
+    many = dataset_of([record(i, f"{i}.npy", name=str(i)) for i in range(4)])
+    none = kept_ecgs(many, shuffled_records(many), [Question(i, 0, "") for i in range(4)])
+    assert none == {"answers": 4, "own_ecg": 0, "same_patient": 0}
+
+
 def test_a_summary_has_a_column_for_each_control_and_baseline() -> None:
     predictions = [
         {"id": str(i), "name": "heart_rate", "patient": str(i), "answer": "60", "truth": str(60 + 10 * (i % 2))}
@@ -94,6 +105,11 @@ def test_a_summary_has_a_column_for_each_control_and_baseline() -> None:
     assert lines[0].split() == ["score", "zeros", "constant", "majority"]
     exact = next(line for line in lines if line.startswith("exact_match")).split()
     assert exact == ["exact_match", "0.500", "0.250", "0.500", "0.500"]
+    results["shuffled_ecgs"] = {"answers": 60, "own_ecg": 0, "same_patient": 0}
+    assert summary(results).splitlines() == lines
+    results["shuffled_ecgs"] |= {"own_ecg": 3, "same_patient": 6}
+    told = summary(results).splitlines()[-1]
+    assert "of 60 answers 3 are about the question's own ECG and 6 about another one of the same patient" in told
 
 
 def test_only_some_records_may_take_part_in_shuffling() -> None:
