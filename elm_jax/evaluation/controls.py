@@ -26,7 +26,7 @@ REAL = "real"
 class Question:
     """One answer to be generated: which record, which of its answers, what is true, and how long the prompt is.
 
-    tokens: those of the prompt with its ECG's placeholders; prompts of like lengths are asked together.
+    tokens: of the prompt, whatever its ECGs are (`Dataset.room`); ECGs with prompts of like length are asked together.
     """
 
     record: int
