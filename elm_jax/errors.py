@@ -17,9 +17,14 @@ class UserError(ValueError):
         self.where, self.found, self.expected, self.fix = (one_line(s) for s in (where, found, expected, fix))
         super().__init__(f"{self.where}: found {self.found}; expected {self.expected}; {self.fix}")
 
+    @property
+    def parts(self) -> tuple[str, str, str, str]:
+        """What it is made of anew."""
+        return self.where, self.found, self.expected, self.fix
+
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, str, str]]:
         # Exceptions are pickled by their message; loader workers need the four parts to cross processes.
-        return type(self), (self.where, self.found, self.expected, self.fix)
+        return type(self), self.parts
 
 
 class Absent(UserError):

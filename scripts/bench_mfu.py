@@ -5,8 +5,8 @@
 
 Each case is one `python -m elm_jax.train` in a process of its own: a LLaVA ELM with Qwen2.5's sizes and random weights
 behind a frozen MERL encoder, on generated ECGs whose conversations are packed into whole rows. The figures are those of
-`metrics.jsonl` after the steps that compile. A checkpoint is written at the end of a case (12 bytes a trained parameter,
-in the folder for temporary files) and removed with it.
+`metrics.jsonl` after the steps that compile. A checkpoint is written at the end of a case (12 bytes a trained
+parameter, in the folder for temporary files) and removed with it.
 """
 
 import argparse
@@ -63,8 +63,9 @@ def run(folder: Path, name: str, args: argparse.Namespace) -> dict[str, Any]:
     own, tokens, rows, _ = CASES[name]
     tokens, rows = 256 if args.tiny else tokens, args.rows or rows
     recordings = max(64, args.steps * rows * tokens // 100)  # of some 100 tokens each, all questions about it together
+    demo = json.dumps([f"demo:train={recordings},val=8,test=8"])
     values = COMMON | own | {
-        "llm.scratch": SIZES[name] | (TINY if args.tiny else {}), "data.names": json.dumps([f"demo:train={recordings},val=8,test=8"]),
+        "llm.scratch": SIZES[name] | (TINY if args.tiny else {}), "data.names": demo,
         "data.max_len": tokens, "train.batch_size": rows, "train.steps": args.steps, "workdir": folder / "run",
     }  # fmt: skip
     flags = [f"--config.{key}={value}" for key, value in values.items()]

@@ -161,6 +161,11 @@ class Dataset:
         except UserError as error:
             raise UserError(f"record {record.id}", error.found, error.expected, error.fix) from error
 
+    def room(self, prompt: Rendered) -> int:
+        """The tokens that one of `prompts` may have, whatever its ECGs are: symbols keep `data.min_ecg_tokens`."""
+        kept = max(self._symbols.least, 1) if self._symbols is not None else 1
+        return len(prompt.ids) + len(prompt.signal_positions) * (kept - 1)
+
     def _ecgs(self, record: Record) -> int:
         if record.problem is not None:
             raise record.problem

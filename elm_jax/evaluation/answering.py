@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from elm_jax.config import EvalConfig
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.text import to_turns
 from elm_jax.errors import UserError
-from elm_jax.evaluation.controls import Loaded, Question, Source
+from elm_jax.evaluation.controls import Loaded, Question, Recording, Source
 from elm_jax.evaluation.ecg_qa import answer_list, is_ecg_qa
 from elm_jax.evaluation.store import AnswerFile
 from elm_jax.inference.model import Prompt, TrainedModel
@@ -99,7 +99,7 @@ class Asker:
         cannot be read goes to `bad`, or raises.
         """
         self._bar.set_description(task.source.condition)
-        chunks = self._chunks(task)
+        chunks = chunks_of(task.source, task.questions, BATCHES * self.options.batch_size)
         known = bad.found if bad else set()
         ids = [[_id(task, q) for q in chunk if q.record not in known] for chunk in chunks]
         left_out = {_id(task, q) for q in task.questions if q.record in known}
@@ -109,9 +109,9 @@ class Asker:
         predictions = {q: by_id[_id(task, q)] for q in task.questions if _id(task, q) in by_id}
         self._pass_over(sum(len(chunk) for chunk in chunks[:done]))
         seed = zlib.crc32(f"{task.seed}:{task.source.condition}".encode())
-        for loaded in _read_ahead(task.source, chunks[done:]):
-            # What is drawn depends on the question, not on those that are asked beside it.
-            prompts = {q: replace(p, draw=_number(_id(task, q))) for q, p in self._written(loaded, bad).items()}
+        rest = [[q for q in chunk if q.record not in known] for chunk in chunks[done:]]
+        for loaded in _read_ahead(task.source, rest):
+            prompts = self._prompts(task, loaded, bad)
             self.model.engine.prefills.forget()  # so that a chunk comes out the same whatever went before it
             for said in ask(self.model, list(prompts.values()), self.options, seed) if prompts else ():
                 question = list(prompts)[said.place]
@@ -127,34 +127,54 @@ class Asker:
         if not self._bar.disable:
             self._bar.initial += count
 
-    def _written(self, loaded: Loaded, bad: BadRecords | None) -> dict[Question, Prompt]:
-        prompts, unread = {}, dict(loaded[1])
-        for question, prompt in loaded[0].items():
-            try:
-                prompts[question] = self.model.written(prompt, self.options.max_new_tokens)
-            except UserError as error:
-                unread[question.record] = error
+    def _prompts(self, task: Task, loaded: Loaded, bad: BadRecords | None) -> dict[Question, Prompt]:
+        """The prompts of a chunk, but for those that a process cannot read. All of them must call it together."""
+        unread = _anywhere(loaded[1])
         for record, error in unread.items():
             if bad is None:
                 raise error
             bad.note(record, error)
-        return {q: prompt for q, prompt in prompts.items() if q.record not in unread}
+        # What is drawn depends on the question, not on those that are asked beside it.
+        return {
+            q: replace(self.model.written(prompt, self.options.max_new_tokens), draw=_number(_id(task, q)))
+            for q, prompt in loaded[0].items()
+            if q.record not in unread
+        }
 
-    def _chunks(self, task: Task) -> list[list[Question]]:
-        """The questions, like lengths together: less padding, few shapes."""
-        lengths = [len(task.source.prompt(q).ids) for q in task.questions]
-        if lengths:
-            room = self.model.assembly.llm.max_len - self.options.max_new_tokens
-            check_lengths(f"condition {task.source.condition}", lengths, room)
-        order, size = np.argsort(lengths, kind="stable"), BATCHES * self.options.batch_size
-        return [[task.questions[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+
+def chunks_of(source: Source, questions: Sequence[Question], size: int) -> list[list[Question]]:
+    """The questions in chunks of at most `size`. What this depends on is the questions and their ECGs alone.
+
+    Those about the same ECGs stand together in one chunk, unless they alone are more than a chunk: an ECG is read, and
+    goes through the model, once a chunk. ECGs whose longest prompts are of like length follow each other: less
+    padding, few shapes.
+    """
+    by_ecgs: dict[tuple[Recording, ...], list[Question]] = {}
+    for record, asked in itertools.groupby(questions, lambda question: question.record):
+        by_ecgs.setdefault(source.about(record), []).extend(asked)
+    chunks: list[list[Question]] = [[]]
+    for together in sorted(by_ecgs.values(), key=lambda asked: max(question.tokens for question in asked)):
+        for part in (together[start : start + size] for start in range(0, len(together), size)):
+            if len(chunks[-1]) + len(part) > size:
+                chunks.append([])
+            chunks[-1] += part
+    return [chunk for chunk in chunks if chunk]
+
+
+def _anywhere(errors: Mapping[int, UserError]) -> dict[int, UserError]:
+    """Record -> what is wrong with it, of all processes: one that cannot read a file must not go its own way."""
+    found: dict[int, UserError] = {}
+    for part in distributed.gather([(record, *error.parts) for record, error in errors.items()]):
+        for record, *parts in part:
+            found.setdefault(record, UserError(*parts))
+    return dict(sorted(found.items()))
 
 
 def check_lengths(where: str, lengths: Sequence[int], room: int) -> None:
     """Raise UserError unless all prompts have a token and at most `room`."""
     if max(lengths) > room:
         expected = f"at most {room}, the model's context less eval.max_new_tokens"
-        fix = "shorten it, or lower --config.eval.max_new_tokens"
+        fix = "shorten it, or lower --config.eval.max_new_tokens (or data.min_ecg_tokens, where ECGs are symbols)"
         raise UserError(where, f"a prompt of {max(lengths)} tokens", expected, fix)
     if min(lengths) == 0:
         fix = "leave text_only out of --config.eval.controls, or use a tokenizer with a bos token"

@@ -6,14 +6,16 @@ questions of its kind were asked about.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.represent import FLATLINE, NOISE
+from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 from elm_jax.inference.model import Prompt
 
@@ -22,14 +24,19 @@ REAL = "real"
 
 @dataclass(frozen=True)
 class Question:
-    """One answer to be generated: which record, which of its answers, and what is true."""
+    """One answer to be generated: which record, which of its answers, what is true, and how long the prompt is.
+
+    tokens: of the prompt, whatever its ECGs are (`Dataset.room`); ECGs with prompts of like length are asked together.
+    """
 
     record: int
     turn: int
     truth: str
+    tokens: int = 0
 
 
 Loaded = tuple[dict[Question, Prompt], dict[int, UserError]]  # prompts with ECGs, and records that cannot be read
+Recording = tuple[str, int]  # a path, and the key of the noise where it names none
 
 
 class Source:
@@ -45,67 +52,102 @@ class Source:
         elif condition in ("zeros", "noise"):
             signal = replace(signal, perturb=condition)
         self.dataset = Dataset(dataset.records, dataset.tokenizer, text, signal)
-        self.other = shuffled_recordings(dataset, seed, records) if condition == "shuffled" else None
+        self.other = shuffled_records(dataset, seed, records) if condition == "shuffled" else {}
 
-    def prompt(self, question: Question) -> Any:
-        return self.dataset.prompts(question.record)[question.turn][0]
+    def about(self, record: int) -> tuple[Recording, ...]:
+        """The recordings that stand in the prompts of a record, or would, had they ECGs."""
+        record = self.other.get(record, record)
+        paths = self.dataset.records[record].ecg_paths
+        return tuple(_recording(path, self.dataset.key(record, place)) for place, path in enumerate(paths))
 
     def load(self, questions: Sequence[Question]) -> Loaded:
-        """Prompts with their ECGs; a recording that several questions are about is read once."""
-        read: dict[tuple[str, int], Any] = {}
+        """Prompts with their ECGs. A recording is read once; adjacent questions of a record are rendered at once."""
+        read: dict[Recording, Any] = {}
         prompts: dict[Question, Prompt] = {}
         unread: dict[int, UserError] = {}
-        for question in questions:
-            rendered = self.prompt(question)
-            recordings = self._recordings(question.record)[: len(rendered.signal_positions)]
+        for record, asked in groupby(questions, lambda question: question.record):
+            all_turns = self.dataset.prompts(record)
+            rendered = {question: all_turns[question.turn][0] for question in asked}
+            most = max(len(prompt.signal_positions) for prompt in rendered.values())
             try:
-                prompts[question] = Prompt(rendered, [self._signal(path, key, read) for path, key in recordings])
+                ecgs = [self._signal(path, key, read) for path, key in self.about(record)[:most]]
             except UserError as error:
-                unread[question.record] = error
+                unread[record] = error
+                continue
+            prompts |= {q: Prompt(prompt, ecgs[: len(prompt.signal_positions)]) for q, prompt in rendered.items()}
         return prompts, unread
 
-    def _signal(self, path: str, key: int, read: dict[tuple[str, int], Any]) -> Any:
-        at = (path, key if path in (NOISE, FLATLINE) else 0)
-        if at not in read:
-            read[at] = self.dataset.signal.load(path, key)
-        return read[at]
-
-    def _recordings(self, record: int) -> list[tuple[str, int]]:
-        if self.dataset.text.signal_tokens == 0:
-            return []
-        if self.other is not None:
-            return self.other[record]
-        paths = self.dataset.records[record].ecg_paths
-        return [(path, self.dataset.key(record, place)) for place, path in enumerate(paths)]
+    def _signal(self, path: str, key: int, read: dict[Recording, Any]) -> Any:
+        if (path, key) not in read:
+            read[path, key] = self.dataset.signal.load(path, key)
+        return read[path, key]
 
 
-def shuffled_recordings(
-    dataset: Dataset, seed: int = 0, among: Iterable[int] | None = None
-) -> dict[int, list[tuple[str, int]]]:
-    """Record -> the recordings (path, noise key) that it is asked about instead: those of another patient.
+def kept_ecgs(dataset: Dataset, other: Mapping[int, int], questions: Iterable[Question]) -> dict[str, int]:
+    """{"answers": n, "own_ecg": ..., "same_patient": ...}: how many questions a shuffle asks about an ECG of theirs.
+
+    other: what `shuffled_records` gave. same_patient: about another ECG of a patient of theirs.
+    """
+    records, found = dataset.records, {"answers": 0, "own_ecg": 0, "same_patient": 0}
+    for question in questions:
+        mine, given = records[question.record], records[other[question.record]]
+        found["answers"] += 1
+        if _ecgs(mine) == _ecgs(given):
+            found["own_ecg"] += 1
+        elif set(mine.patient.split("+")) & set(given.patient.split("+")):
+            found["same_patient"] += 1
+    return found
+
+
+def shuffled_records(dataset: Dataset, seed: int = 0, among: Iterable[int] | None = None) -> dict[int, int]:
+    """Record -> the record about whose recordings it is asked instead: one of another patient.
 
     Only the records `among` (None: all) take part.
 
-    Within records of one `name` and number of ECGs, patients are put in random order and all recordings move on by as
-    many places as the patient with the most has. So each recording is given away once, answers of each kind stay as
-    frequent as they were, and a question keeps its patient only where one patient has half of the recordings. Where
-    all are of one patient, each question is given the next recording.
+    Recordings move within records of one `name` and number of ECGs, so that answers of each kind stay as frequent as
+    they were. Where these are all of one patient, the recordings of all records with as many ECGs are moved, and the
+    records of this kind are given what they get by that.
     """
-    kinds: dict[tuple[str, int], dict[str, dict[Any, list[int]]]] = {}
+    by_count: dict[int, dict[str, list[int]]] = {}
     for i in range(len(dataset.records)) if among is None else among:
         record = dataset.records[i]
-        blank = any(path in (NOISE, FLATLINE) for path in record.ecg_paths)
-        recording = (record.ecg_paths, record.id if blank else "")
-        patients = kinds.setdefault((record.name, len(record.ecg_paths)), {})
-        patients.setdefault(record.patient, {}).setdefault(recording, []).append(i)
+        by_count.setdefault(len(record.ecg_paths), {}).setdefault(record.name, []).append(i)
     rng = np.random.default_rng(seed)
-    given: dict[int, list[tuple[str, int]]] = {}
-    for patients in kinds.values():
-        people = [list(patients.values())[i] for i in rng.permutation(len(patients))]
-        places = [(recording, asked) for recordings in people for recording, asked in recordings.items()]
-        step = max(len(recordings) for recordings in people) if len(people) > 1 else 1
-        for place, (_, asked) in enumerate(places):
-            (paths, _), source = places[(place + step) % len(places)]
-            instead = [(path, dataset.key(source[0], n)) for n, path in enumerate(paths)]
-            given |= dict.fromkeys(asked, instead)
+    given: dict[int, int] = {}
+    for kinds in by_count.values():
+        moved = [_moved(dataset.records, kind, rng) for kind in kinds.values() if _patients(dataset, kind) > 1]
+        if len(moved) < len(kinds):
+            given |= _moved(dataset.records, [i for kind in kinds.values() for i in kind], rng)
+        for kind in moved:
+            given |= kind
     return given
+
+
+def _patients(dataset: Dataset, records: Iterable[int]) -> int:
+    return len({dataset.records[i].patient for i in records})
+
+
+def _moved(records: Sequence[Record], chosen: Iterable[int], rng: np.random.Generator) -> dict[int, int]:
+    """Each of the chosen records -> the first of those about the recording that it is given.
+
+    Patients are put in random order and all recordings move on by as many places as the patient with the most has. So
+    each recording is given away once, and a question keeps its patient only where one patient has half of the
+    recordings. Where all are of one patient, each question is given the next recording.
+    """
+    patients: dict[str, dict[Any, list[int]]] = {}
+    for i in chosen:
+        patients.setdefault(records[i].patient, {}).setdefault(_ecgs(records[i]), []).append(i)
+    people = [list(patients.values())[i] for i in rng.permutation(len(patients))]
+    places = [asked for recordings in people for asked in recordings.values()]
+    step = max(len(recordings) for recordings in people) if len(people) > 1 else 1
+    return {i: places[(n + step) % len(places)][0] for n, asked in enumerate(places) for i in asked}
+
+
+def _ecgs(record: Record) -> Any:
+    """What tells a record's ECGs from those of others: the noise of each is its own."""
+    blank = any(path in (NOISE, FLATLINE) for path in record.ecg_paths)
+    return record.ecg_paths, record.id if blank else ""
+
+
+def _recording(path: str, key: int) -> Recording:
+    return path, key if path in (NOISE, FLATLINE) else 0

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import sys
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -22,7 +24,7 @@ from elm_jax.data.dataset import Dataset
 from elm_jax.data.sources import load_records
 from elm_jax.errors import UserError
 from elm_jax.evaluation.answering import Asker, BadRecords, Task, asked_of, check_lengths
-from elm_jax.evaluation.controls import REAL, Question, Source
+from elm_jax.evaluation.controls import REAL, Question, Source, kept_ecgs, shuffled_records
 from elm_jax.evaluation.examples import draw_examples
 from elm_jax.evaluation.labels import PtbXl, ask_labels, read_ptb_xl
 from elm_jax.evaluation.metrics import Scorer
@@ -34,6 +36,7 @@ from elm_jax.runtime import distributed
 from elm_jax.runtime.checkpoint import fingerprint
 from elm_jax.training.run import read_json, write_json
 
+ASKED = 2  # raised where other questions are asked of the same data, or in another order: known answers then go
 SHUFFLES = 3  # ways to give each question another recording: one draw alone is a coarse estimate
 # Of eval.*, what changes no answer.
 _SCORING = ("at_end", "controls", "protocol", "wordnet", "bert_model", "labels")
@@ -58,6 +61,11 @@ class _Fold:
     def questions(self) -> list[Question]:
         return [question for question in self.asked if question.record not in self.bad.found]
 
+    @property
+    def records(self) -> list[int]:
+        """Those that are asked about."""
+        return sorted({question.record for question in self.questions})
+
 
 def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
     """Evaluate the run in `config.workdir` on a split of `data.names`; returns the folder with the results.
@@ -78,6 +86,9 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
     numbers = options.folds or (config.data.fold,)
     datasets = [model.assembly.dataset(split, number) for number in numbers]
     folds = [_fold(model, number, data) for number, data in zip(numbers, datasets, strict=True)]
+    _check_alike(folds)
+    if "text_only" in options.controls:
+        _check_text_only(folds)
     identity = _identity(model, split, datasets)
     store = Store(out, identity) if first else None
     _keep_problems(folds, store)
@@ -97,10 +108,12 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
             write_json(out / "metrics.json", results_of(conditions, scorer, facts, known))
             draw_examples(out / "examples.png", folds[0].dataset, conditions[REAL])
         if labels is not None and store is not None:
-            facts["labels"] = _ask_labels(model, folds[0], store, labels)
+            facts |= _ask_labels(model, folds, store, labels)
         for name in options.controls:
             conditions[name] = _ask(asker, folds, store, name, config)
     if first:
+        if "shuffled" in options.controls:
+            facts["shuffled_ecgs"] = _kept_ecgs(folds)
         write_json(out / "metrics.json", results := results_of(conditions, scorer, facts, known))
         write_report(out, results, conditions[REAL], folds[0].dataset)
         print(summary(results), file=sys.stderr)
@@ -123,11 +136,16 @@ def _labels_asked(config: Config) -> PtbXl | None:
     return read_ptb_xl(Path(folder))
 
 
-def _ask_labels(model: TrainedModel, fold: _Fold, store: Store, labels: PtbXl) -> dict[str, Any]:
-    """Of the recordings that are asked about; those that are left out here have no part in other scores."""
-    bad = BadRecords(fold.dataset, model.config.data.max_bad_records)
-    records = sorted({question.record for question in fold.questions})
-    return ask_labels(model, fold.dataset, records, labels, store.labels(), bad, model.config.log.progress)
+def _ask_labels(model: TrainedModel, folds: Sequence[_Fold], store: Store, labels: PtbXl) -> dict[str, Any]:
+    """The scores of the recordings that are asked about in any fold, and how many of these are left out here alone."""
+    records = [fold.dataset.records[i] for fold in folds for i in fold.records]
+    like = folds[0].dataset
+    dataset = Dataset(records, like.tokenizer, like.text, like.signal)
+    bad = BadRecords(dataset, model.config.data.max_bad_records)
+    found = ask_labels(
+        model, dataset, range(len(records)), labels, store.labels(), bad, model.config.log.progress
+    )
+    return {"labels": found, "labels_bad": len(bad.found)}
 
 
 def is_evaluated(config: Config, split: str) -> bool:
@@ -164,6 +182,25 @@ def _fold(model: TrainedModel, number: int, dataset: Dataset) -> _Fold:
     return _Fold(number, dataset, asked, bad)
 
 
+def _check_alike(folds: Sequence[_Fold]) -> None:
+    """Raise UserError unless all processes ask the same: of different questions, some would be waited for forever."""
+    told = repr([(fold.asked, sorted(fold.bad.found)) for fold in folds])
+    each = distributed.gather(zlib.crc32(told.encode()))
+    for index, one in enumerate(each):
+        if one != each[0]:
+            found = f"other questions in process {index} than in process 0"
+            raise UserError("data.names", found, "the same in every process", "give all of them the same files")
+
+
+def _check_text_only(folds: Sequence[_Fold]) -> None:
+    """Raise UserError where a prompt is nothing without its ECG: in phase pretrain all or none, in others none is."""
+    for fold in folds:
+        for record in fold.records[:1]:
+            prompts = Source(fold.dataset, "text_only").dataset.prompts(record)
+            lengths = [len(prompt.ids) for prompt, _ in prompts]
+            check_lengths("condition text_only", lengths, max(lengths))
+
+
 def _keep_problems(folds: Sequence[_Fold], store: Store | None) -> None:
     """Note the recordings that could not be read before a stop, and from now on keep what is found of them."""
     known = distributed.gather(store.problems() if store else [])[0]
@@ -176,20 +213,24 @@ def _keep_problems(folds: Sequence[_Fold], store: Store | None) -> None:
 
 
 def _keep(store: Store, fold: int, record: int, error: UserError) -> None:
-    store.note({"fold": fold, "record": record, **{part: getattr(error, part) for part in ERROR}})
+    store.note({"fold": fold, "record": record, **dict(zip(ERROR, error.parts, strict=True))})
 
 
 def _questions(dataset: Dataset, room: int, bad: BadRecords) -> Iterator[Question]:
-    """The questions of all records whose prompts leave room for an answer: have at most `room` tokens."""
+    """The questions of all records whose prompts leave room for an answer: have at most `room` tokens.
+
+    That is whatever ECGs stand in them, so that what can be asked about the real ones can be asked under all controls.
+    """
     for record in range(len(dataset)):
         try:
             prompts = dataset.prompts(record)
-            check_lengths(f"record {dataset.records[record].id}", [len(prompt.ids) for prompt, _ in prompts], room)
+            lengths = [dataset.room(prompt) for prompt, _ in prompts]
+            check_lengths(f"record {dataset.records[record].id}", lengths, room)
         except UserError as error:
             bad.note(record, error)
             continue
-        for turn, (_, truth) in enumerate(prompts):
-            yield Question(record, turn, truth)
+        for turn, (length, (_, truth)) in enumerate(zip(lengths, prompts, strict=True)):
+            yield Question(record, turn, truth, length)
 
 
 def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: str, config: Config) -> list[Line]:
@@ -199,15 +240,23 @@ def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: s
     """
     file, found = store.answers(condition) if store else None, []
     for fold, seed, draw in itertools.product(folds, _drawn_with(config), range(_draws(condition))):
-        records = sorted({question.record for question in fold.questions})
         marks = {"fold": fold.number} if config.eval.folds else {}
         marks |= {"seed": seed} if config.eval.seeds and config.eval.temperature else {}
         marks |= {"draw": draw} if _draws(condition) > 1 else {}
-        source = Source(fold.dataset, condition, draw, records)
+        source = Source(fold.dataset, condition, draw, fold.records)
         asked = fold.asked if condition == REAL else fold.questions
         answers = asker.answers(Task(source, asked, seed, marks), file, fold.bad if condition == REAL else None)
         found += [answers[question] for question in fold.questions] if file else []
     return found
+
+
+def _kept_ecgs(folds: Sequence[_Fold]) -> dict[str, int]:
+    """`kept_ecgs` of all shuffles together."""
+    found: Counter[str] = Counter()
+    for fold, draw in itertools.product(folds, range(_draws("shuffled"))):
+        given = shuffled_records(fold.dataset, draw, fold.records)
+        found.update(kept_ecgs(fold.dataset, given, fold.questions))
+    return dict(found)
 
 
 def _draws(condition: str) -> int:
@@ -256,6 +305,7 @@ def _identity(model: TrainedModel, split: str, datasets: Sequence[Dataset]) -> d
     # Greedy answers are the same with every seed.
     scoring = _SCORING if model.config.eval.temperature else (*_SCORING, "seeds")
     return {
+        "asked": ASKED,
         "step": model.step,
         "weights": fingerprint(model.arrays),
         "split": split,

@@ -23,6 +23,7 @@ from elm_jax.evaluation.examples import chosen_examples
 from elm_jax.evaluation.metrics import is_right
 from elm_jax.evaluation.page import page, table
 from elm_jax.evaluation.paper import Example, draw_ecg
+from elm_jax.evaluation.results import kept_text
 from elm_jax.evaluation.svg import Bar
 
 SHOWN, LISTED = 24, 500  # examples with their ECG, and predictions in the list
@@ -65,6 +66,8 @@ def _facts(results: Results) -> str:
         parts.append(f"greedy answers, one run for the seeds {', '.join(map(str, results['greedy_for_seeds']))}")
     if results.get("questions_about_training_patients"):
         parts.append(f"<b>{results['questions_about_training_patients']} questions about patients of the training</b>")
+    if results.get("labels_bad"):
+        parts.append(f"{results['labels_bad']} more recordings left out of the labels")
     missing = [f"<b>No {escape(name)}:</b> {escape(why)}" for name, why in results["unavailable"].items()]
     return "".join(f"<p>{text}</p>" for text in (" · ".join(parts), *missing))
 
@@ -125,6 +128,7 @@ def _dependence(results: Results) -> str:
         f" (score less control <i>{escape(found['control'])}</i>, paired by question, p = {found['p']:.2g}):"
         f" it {said}.</p>"
     )
+    text += f"<p><b>{escape(kept)}</b></p>" if (kept := kept_text(results)) else ""
     return text + table(["control", "difference", "95 %", "p (signs flipped by patient)", "p (McNemar)"], rows)
 
 

@@ -170,4 +170,17 @@ def summary(results: Mapping[str, Any]) -> str:
             f"signal dependence (score less {dependence['control']}): {dependence['value']:.3f}"
             f" [{low:.3f}, {high:.3f}], p = {dependence['p']:.2g}"
         )
+    if kept := kept_text(results):
+        lines.append(kept)
     return "\n".join(lines)
+
+
+def kept_text(results: Mapping[str, Any]) -> str:
+    """What the control `shuffled` could not shuffle, in a sentence; nothing where all questions got another's ECG."""
+    found = results.get("shuffled_ecgs", {})
+    if not found or not found["own_ecg"] + found["same_patient"]:
+        return ""
+    return (
+        f"shuffled: of {found['answers']} answers {found['own_ecg']} are about the question's own ECG and"
+        f" {found['same_patient']} about another one of the same patient, for want of others"
+    )

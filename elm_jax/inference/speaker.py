@@ -21,7 +21,7 @@ from elm_jax.errors import UserError
 from elm_jax.inference.engine import CHUNK, Engine, Options
 from elm_jax.inference.requests import Event, Piece, Request
 from elm_jax.models.hints import placed
-from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways
+from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways, whole_to_device
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Speaker:
     def _embedded(self, pieces: Sequence[Piece], rows: int, width: int) -> jax.Array:
         """The LLM's inputs (rows, width, D) of pieces of prompts, padded on the right."""
         arrays = self._arrays(pieces, rows, width)
-        tokens, slot, signals, weights = (jax.tree.map(lambda x: jax.device_put(x, self._rows), x) for x in arrays)
+        tokens, slot, signals, weights = (jax.tree.map(lambda x: whole_to_device(x, self._rows), x) for x in arrays)
         slots = weights.shape[1]
         self.engine.note(f"embed {rows}x{width}, {slots} ECGs in a row")
         # An encoder takes long to compile: apart, it is compiled once for all widths.

@@ -157,6 +157,14 @@ def to_device(mesh: Mesh, local: np.ndarray, sharding: NamedSharding, row_axis: 
         return jax.make_array_from_callback(tuple(shape), sharding, held)
 
 
+def whole_to_device(whole: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A global array of which every process holds the whole: each device takes its part.
+
+    `jax.device_put` would send the array around among the processes, to see that they hold the same.
+    """
+    return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
+
+
 @dataclass(frozen=True)
 class MeshPlacement:
     """Where the models' axes lie on `mesh`: the runtime's side of `elm_jax.models.hints`."""

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import runs
 
@@ -159,13 +160,16 @@ def test_one_is_killed_the_others_name_it_and_the_run_goes_on(place: Path, one: 
             assert found[step]["loss"] == pytest.approx(values["loss"], rel=1e-5)
 
 
+def evaluation(folder: Path, **more: Any) -> list[str]:
+    flags = {"eval.batch_size": 2, "eval.max_new_tokens": 6, "eval.controls": "shuffled", "log.progress": "false"}
+    values = [f"--config.{name}={value}" for name, value in {**flags, **more}.items()]
+    return ["-m", "elm_jax.evaluate", "--checkpoint", str(folder), *values]
+
+
 def evaluate(count: int, folder: Path, devices: int = 1) -> str:
     """An evaluation by `count` processes to its end; what the first told."""
-    flags = {"eval.batch_size": 2, "eval.max_new_tokens": 6, "eval.controls": "shuffled", "log.progress": "false"}
-    values = [f"--config.{name}={value}" for name, value in flags.items()]
-    arguments = ["-m", "elm_jax.evaluate", "--checkpoint", str(folder), *values]
     environments = together(count) if count > 1 else [{}]
-    return runs.finish_all([start(arguments, env=env, devices=devices) for env in environments])[0]
+    return runs.finish_all([start(evaluation(folder), env=env, devices=devices) for env in environments])[0]
 
 
 def said(folder: Path) -> dict[str, list[tuple[str, str]]]:
@@ -195,6 +199,30 @@ def test_processes_evaluate_as_one_with_as_many_devices_does_and_go_on_after_a_s
     shutil.rmtree(results / "controls")
     evaluate(2, both)
     assert said(both) == answers and (results / "metrics.json").read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_recording_that_one_process_alone_cannot_read_is_left_out_by_both(place: Path, one: Path) -> None:
+    folder = place / "evaluated-apart"
+    shutil.copytree(one, folder)
+    rows = [
+        {"ecg_path": f"ecg_{i}.npy", "text": ["x", f"Is it{' so' * i}?", ["yes"]], "name": "x", "patient_id": str(i),
+         "split": "test"}
+        for i in range(20)
+    ]  # fmt: skip
+    hosts = [place / "host0", place / "host1"]
+    for host in hosts:
+        (host / "data").mkdir(parents=True)
+        (host / "data" / "apart.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for i in range(20):
+            np.save(host / "data" / f"ecg_{i}.npy", np.random.default_rng(i).normal(size=(12, 2500)))
+    (hosts[1] / "data" / "ecg_3.npy").unlink()
+    own = {"data.names": "apart.jsonl", "data.root": "data", "data.max_bad_records": 0.1}
+    processes = [
+        start(evaluation(folder, **own), cwd=host, env=env) for host, env in zip(hosts, together(2), strict=True)
+    ]
+    assert "left out: record apart.jsonl:3" in runs.finish_all(processes)[0]
+    assert {len(answers) for answers in said(folder).values()} == {19, 3 * 19}
 
 
 @pytest.mark.slow

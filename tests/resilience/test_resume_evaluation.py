@@ -238,7 +238,8 @@ def test_a_process_without_the_answers_takes_part(tmp_path: Path, monkeypatch: p
     model.prompts.clear()
     evaluator.evaluate(conf)
     first = [prompt.rendered.prompt for prompt in model.prompts]
-    assert [int(value[0]) for value in told[1:]] == [2, 0], "whole chunks"
+    known = [value[0] for value in told[2:] if isinstance(value[0], int)]
+    assert known == [2, 0], "whole chunks"
 
     monkeypatch.setattr(evaluator.jax, "process_index", lambda: 1)
     monkeypatch.setattr(distributed, "gather", lambda value: told.pop(0))

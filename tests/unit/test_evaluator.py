@@ -19,14 +19,20 @@ from elm_jax.config import Config
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 from elm_jax.evaluation import controls, evaluator
-from elm_jax.evaluation.controls import shuffled_recordings
+from elm_jax.evaluation.controls import Question, kept_ecgs, shuffled_records
 from elm_jax.evaluation.evaluator import evaluate, is_evaluated, results_folder
 from elm_jax.evaluation.metrics import Scorer, is_right, scores_of
 from elm_jax.evaluation.results import summary
 
 
+def shuffled(records: list[Record], **options: Any) -> dict[int, tuple[str, ...]]:
+    """Record -> the paths of the ECGs that it is asked about."""
+    given = shuffled_records(dataset_of(records), **options)
+    return {i: records[other].ecg_paths for i, other in given.items()}
+
+
 def dataset_of(records: list[Record]) -> Any:
-    return SimpleNamespace(records=records, key=lambda i, place=0: (1000 + i, place))
+    return SimpleNamespace(records=records)
 
 
 def record(i: int, *paths: str, name: str = "kind", patient: str | None = None) -> Record:
@@ -39,31 +45,53 @@ def test_shuffling_gives_every_question_the_recording_of_another_patient() -> No
     records += [record(i, f"{i}.npy", name="other") for i in range(18, 26)]
     records += [record(i, f"{i}a.npy", f"{i}b.npy") for i in range(26, 30)]
     owner = {r.ecg_paths: (r.patient, r.name) for r in records}
-    given = shuffled_recordings(dataset_of(records))
+    given = shuffled(records)
     assert sorted(given) == list(range(len(records)))
-    for i, recordings in given.items():
-        paths = tuple(path for path, _ in recordings)
+    for i, paths in given.items():
         patient, name = owner[paths]
         assert patient != records[i].patient and name == records[i].name
         assert len(paths) == len(records[i].ecg_paths)
     # Questions about one recording get one other recording, and each is given as often as it was asked about.
-    assert len({given[i][0] for i in (0, 1, 2)}) == 1
-    assert set(Counter(given[i][0][0] for i in range(18)).values()) == {3}
-    assert [place for _, (_, place) in given[26]] == [0, 1]
+    assert len({given[i] for i in (0, 1, 2)}) == 1
+    assert set(Counter(given[i] for i in range(18)).values()) == {3}
 
 
 def test_shuffling_keeps_how_frequent_noise_and_flat_lines_are() -> None:
     kinds = ["noise", "flatline", "x"] * 200
     records = [record(i, kind if kind != "x" else f"{i}.npy") for i, kind in enumerate(kinds)]
-    given = shuffled_recordings(dataset_of(records))
-    after = Counter(given[i][0][0] if given[i][0][0] in kinds else "x" for i in given)
+    given = shuffled(records)
+    after = Counter(path if path in kinds else "x" for (path,) in given.values())
     assert after == Counter(kinds)
-    kept = np.mean([given[i][0][0] == kinds[i] for i in given if kinds[i] != "x"])
+    kept = np.mean([given[i] == (kinds[i],) for i in given if kinds[i] != "x"])
     assert 0.2 < kept < 0.47  # as often as chance has it: a third
 
 
 def test_one_recording_alone_stays_as_it_is() -> None:
-    assert shuffled_recordings(dataset_of([record(0, "a.npy")])) == {0: [("a.npy", (1000, 0))]}
+    assert shuffled([record(0, "a.npy")]) == {0: ("a.npy",)}
+
+
+def test_a_kind_of_one_patient_is_given_the_ecgs_of_other_kinds() -> None:
+    distinct = [record(i, f"{i}.npy", name=f"row {i}") for i in range(10)]
+    given = shuffled(distinct)
+    assert all(given[i] != (f"{i}.npy",) for i in range(10)), "a name for each row"
+    assert Counter(given.values()) == Counter(r.ecg_paths for r in distinct), "each is given once"
+    lonely = [*(record(i, f"{i}.npy") for i in range(6)), record(6, "6.npy", name="rare", patient="p6")]
+    lonely += [record(7, "7a.npy", "7b.npy"), record(8, "8.npy", name="rare", patient="p6")]
+    given = shuffled(lonely)
+    assert {given[6][0], given[8][0]} <= {f"{i}.npy" for i in range(6)}, "rather another patient than another ECG"
+    assert given[7] == ("7a.npy", "7b.npy"), "the only one of two ECGs"
+    assert {given[i][0] for i in range(6)} == {f"{i}.npy" for i in range(6)}, "what is frequent stays among its own"
+
+
+def test_ecgs_that_could_not_be_shuffled_are_counted() -> None:
+    pairs = [record(i, "b.npy", f"{i}.npy", patient=f"x+{i}") for i in (1, 2)]
+    dataset = dataset_of([record(0, "a.npy"), *pairs])
+    asked = [Question(record, turn, "yes") for record, turn in ((0, 0), (0, 1), (1, 0), (2, 0))]
+    found = kept_ecgs(dataset, shuffled_records(dataset), asked)
+    assert found == {"answers": 4, "own_ecg": 2, "same_patient": 2}
+    many = dataset_of([record(i, f"{i}.npy", name=str(i)) for i in range(4)])
+    none = kept_ecgs(many, shuffled_records(many), [Question(i, 0, "") for i in range(4)])
+    assert none == {"answers": 4, "own_ecg": 0, "same_patient": 0}
 
 
 def test_a_summary_has_a_column_for_each_control_and_baseline() -> None:
@@ -77,20 +105,25 @@ def test_a_summary_has_a_column_for_each_control_and_baseline() -> None:
     assert lines[0].split() == ["score", "zeros", "constant", "majority"]
     exact = next(line for line in lines if line.startswith("exact_match")).split()
     assert exact == ["exact_match", "0.500", "0.250", "0.500", "0.500"]
+    results["shuffled_ecgs"] = {"answers": 60, "own_ecg": 0, "same_patient": 0}
+    assert summary(results).splitlines() == lines
+    results["shuffled_ecgs"] |= {"own_ecg": 3, "same_patient": 6}
+    told = summary(results).splitlines()[-1]
+    assert "of 60 answers 3 are about the question's own ECG and 6 about another one of the same patient" in told
 
 
 def test_only_some_records_may_take_part_in_shuffling() -> None:
     records = [record(i, f"{i}.npy") for i in range(12)]
-    given = shuffled_recordings(dataset_of(records), among=range(0, 12, 2))
+    given = shuffled(records, among=range(0, 12, 2))
     assert sorted(given) == list(range(0, 12, 2))
-    assert {path for (path, _), in given.values()} == {f"{i}.npy" for i in range(0, 12, 2)}
+    assert {path for (path,) in given.values()} == {f"{i}.npy" for i in range(0, 12, 2)}
 
 
 def test_recordings_of_one_patient_are_given_to_each_other() -> None:
     records = [record(i, f"{i // 2}.npy", patient="one") for i in range(6)]
-    given = shuffled_recordings(dataset_of(records))
-    assert all(given[i][0][0] != f"{i // 2}.npy" for i in range(6))
-    assert {path for (path, _), in given.values()} == {"0.npy", "1.npy", "2.npy"}
+    given = shuffled(records)
+    assert all(given[i] != (f"{i // 2}.npy",) for i in range(6))
+    assert {path for (path,) in given.values()} == {"0.npy", "1.npy", "2.npy"}
 
 
 Ask = Callable[..., Asked]
@@ -151,7 +184,7 @@ def test_one_bad_record_too_many_is_an_error(ask: Ask, context: int, who: int, w
 
 def test_scores_are_there_before_the_controls_are_run(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ask(data__max_bad_records=0.3)
-    monkeypatch.setattr(controls, "shuffled_recordings", lambda *_: 1 / 0)
+    monkeypatch.setattr(controls, "shuffled_records", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate(model.config)
     assert results(model.config)["metrics"]["exact_match"]["value"] == 4 / 7

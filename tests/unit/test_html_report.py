@@ -75,7 +75,8 @@ def report(tmp_path_factory) -> Path:
          "answer": "ecg<script>" if i % 2 else "ecg", "truth": "ecg" if i % 3 else "noise", "seconds": 0.1}
         for i, r in enumerate(dataset.records)
     ]  # fmt: skip
-    facts = {"split": "test", "step": 3, "bad": 0}
+    kept = {"answers": 6, "own_ecg": 1, "same_patient": 2}
+    facts = {"split": "test", "step": 3, "bad": 0, "labels_bad": 4, "shuffled_ecgs": kept}
     results = results_of({"real": lines, "zeros": [{**line, "answer": ""} for line in lines]}, Scorer(), facts, {})
     out = tmp_path_factory.mktemp("run") / "eval" / "demo-test"
     out.mkdir(parents=True)
@@ -91,6 +92,12 @@ def test_the_page_loads_nothing_and_is_well_formed(report):
     assert not re.search(r"(?:https?:)?//[a-z]", re.sub(r"data:[^\"]*", "", text)), "an address of the network"
     assert "@import" not in text and "url(" not in text and "default-src 'none'" in text
     assert {load[1:] for load in page.loads if load.startswith("#")} <= page.ids, "a link to nowhere"
+
+
+def test_the_page_says_what_was_left_out_of_labels_and_what_could_not_be_shuffled(report):
+    text = (report / "report.html").read_text(encoding="utf-8")
+    assert "4 more recordings left out of the labels" in text
+    assert "of 6 answers 1 are about the question&#x27;s own ECG and 2 about another one of the same patient" in text
 
 
 def test_what_models_say_is_no_markup(report):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,35 @@ def test_a_recording_that_cannot_be_read_is_left_out_within_the_limit(ptb_xl):
     assert found["rhythm"]["n"] == 2 and len(model.prompts) == 2 * 4
     with pytest.raises(UserError, match="data.max_bad_records"):
         asked(model, tables, AnswerFile(path), bad=0.1)
+
+
+def test_the_recordings_of_all_folds_are_asked_about_once_and_those_left_out_are_counted(ptb_xl, monkeypatch):
+    for name in ("write_report", "draw_examples"):
+        monkeypatch.setattr(evaluator, name, lambda *_: None)
+    rows = [json.loads(line) for line in (ptb_xl / "records.jsonl").read_text().splitlines()]
+    folds = [(1, rows[0]), (2, rows[1]), (2, rows[0]), (3, rows[2])]
+    lines = [json.dumps({**row, "split": f"fold{fold}_test"}) + "\n" for fold, row in folds]
+    (ptb_xl / "folds.jsonl").write_text("".join(lines))
+
+    class Fails(Knows):
+        def option_probabilities(self, prompts: Any, options: Any) -> np.ndarray:
+            if np.array_equal(prompts[0].signals[0], lost):
+                raise UserError("eval.max_new_tokens", "too long a prompt", "a shorter one", "lower it")
+            return super().option_probabilities(prompts, options)
+
+    np.save(ptb_xl / rows[1]["ecg_path"], np.random.default_rng(1).normal(size=(12, SECONDS * RATE)))
+    config = fake_config(
+        data__names=["folds.jsonl"], data__root=str(ptb_xl), workdir=str(ptb_xl / "run"), eval__labels=str(ptb_xl),
+        eval__folds=[1, 2], eval__controls=[], log__progress=False, data__max_bad_records=0.4,
+    )  # fmt: skip
+    model = Fails(config, 512)
+    lost = model.dataset("test", 2).signals(0)[0]
+    monkeypatch.setattr(evaluator, "TrainedModel", lambda *_: model)
+    out = evaluator.evaluate(config)
+    results = json.loads((out / "metrics.json").read_text())
+    asked = [line["id"] for line in (json.loads(line) for line in (out / "labels.jsonl").read_text().splitlines())]
+    assert asked == ["00001"] and results["labels_bad"] == 1, "the second is of fold 2 alone, the third of no fold"
+    assert results["bad"] == 0 and results["n"] == 3, "it is in all other scores"
 
 
 def test_labels_that_cannot_be_asked_for_are_an_error_before_any_question(ptb_xl, monkeypatch):

@@ -18,6 +18,7 @@ from elm_jax.data.chat import render_prompt
 from elm_jax.data.symbolic import EcgByte
 from elm_jax.errors import UserError
 from elm_jax.inference import programs
+from elm_jax.inference.requests import Piece
 from elm_jax.inference.speaker import Prompt, Speaker
 from elm_jax.runtime.mesh import make_mesh
 from elm_jax.training.state import array_shardings
@@ -126,3 +127,20 @@ def test_an_answer_without_a_token_is_refused(build: Callable[[str], Assembly]) 
     prompt = replace(prompts(assembly)[0], new=0)
     with pytest.raises(UserError, match="at least of each"):
         model.answers([prompt], assembly.config.eval)
+
+
+def test_inputs_reach_the_devices_without_a_word_among_processes(
+    build: Callable[[str], Assembly], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several processes `jax.device_put` of what all of them hold gathers it from all, to see that it is alike."""
+    assembly = build("mlp_llava")
+    model = speaker(assembly, (4, 1, 1))
+    monkeypatch.setattr(jax, "device_put", lambda *_, **__: pytest.fail("asks the other processes"))
+    monkeypatch.setattr(model, "_encode", lambda arrays, signals, weights: (signals, weights))
+    monkeypatch.setattr(model, "_splice", lambda arrays, tokens, slot, encoded: (tokens, slot, *encoded))
+    requests = [model.request(i, prompt, 6) for i, prompt in enumerate(prompts(assembly, 4))]
+    pieces = [Piece(request, 0, len(request.ids)) for request in requests]
+    found, expected = model._embedded(pieces, 4, 64), model._arrays(pieces, 4, 64)
+    for x, whole in zip(found, expected, strict=True):
+        assert x.shape == whole.shape and x.dtype == whole.dtype and np.array_equal(x, whole)
+        assert {shard.data.shape for shard in x.addressable_shards} == {(1, *whole.shape[1:])}
