@@ -133,7 +133,16 @@ def _correct(differences: Iterable[dict[str, Any]]) -> None:
 
 
 def _on_common_questions(runs: Sequence[Lines], name: str) -> list[list[Mapping[str, Any]]]:
-    """The lines of each run about the questions that all answered, in one order."""
+    """The lines of each run about the questions that all answered, in one order.
+
+    Raises:
+        UserError: there are none, or a question has several true answers.
+    """
+    if len({any("seed" in line for line in run) for run in runs}) > 1:
+        raise UserError(
+            f"eval/{name}", "greedy answers, which are one run for all seeds, beside drawn ones of several seeds",
+            "answers of one kind", "evaluate all runs with eval.temperature=0, or draw without eval.seeds",
+        )  # fmt: skip
     by_id = [{question_id(line): line for line in run} for run in runs]
     common = [key for key in by_id[0] if all(key in other for other in by_id)]
     for key in common:

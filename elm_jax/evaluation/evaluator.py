@@ -113,7 +113,7 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
             conditions[name] = _ask(asker, folds, store, name, config)
     if first:
         if "shuffled" in options.controls:
-            facts["shuffled_ecgs"] = _kept_ecgs(folds)
+            facts["shuffled_ecgs"] = _kept_ecgs(folds, config)
         write_json(out / "metrics.json", results := results_of(conditions, scorer, facts, known))
         write_report(out, results, conditions[REAL], folds[0].dataset)
         print(summary(results), file=sys.stderr)
@@ -160,19 +160,11 @@ def is_evaluated(config: Config, split: str) -> bool:
 def results_folder(config: Config, split: str) -> Path:
     """Where the evaluation of a split of `data.names` is: `eval/<datasets>-<split>` in the run's folder.
 
-    A dataset is called as its file or folder is; one in a folder below `data.root` has the folder's name too, as many
-    datasets have a file of the same name: that of `ecg_qa/test.parquet` is `ecg_qa_test`.
+    A dataset is called as its file or folder is. Where two are called alike, the one that is evaluated later moves what
+    the other has left aside (`store.Store`).
     """
-    names = "_".join(_called(name, config.data.root) for name in config.data.names)
+    names = "_".join(Path(name.partition(":")[0]).stem for name in config.data.names)
     return Path(config.workdir) / "eval" / f"{names}-{split}"
-
-
-def _called(name: str, root: str) -> str:
-    path = Path(name.partition(":")[0])
-    if path.is_absolute() and path.is_relative_to(Path(root).absolute()):
-        path = path.relative_to(Path(root).absolute())
-    folders = [part for part in path.parent.parts if part not in (path.anchor, "..")]
-    return "_".join([*folders, path.stem])
 
 
 def _fold(model: TrainedModel, number: int, dataset: Dataset) -> _Fold:
@@ -250,10 +242,10 @@ def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: s
     return found
 
 
-def _kept_ecgs(folds: Sequence[_Fold]) -> dict[str, int]:
-    """`kept_ecgs` of all shuffles together."""
+def _kept_ecgs(folds: Sequence[_Fold], config: Config) -> dict[str, int]:
+    """`kept_ecgs` of all shuffled answers together."""
     found: Counter[str] = Counter()
-    for fold, draw in itertools.product(folds, range(_draws("shuffled"))):
+    for fold, _, draw in itertools.product(folds, _drawn_with(config), range(_draws("shuffled"))):
         given = shuffled_records(fold.dataset, draw, fold.records)
         found.update(kept_ecgs(fold.dataset, given, fold.questions))
     return dict(found)

@@ -18,7 +18,7 @@ from elm_jax.training.run import read_json, write_json
 
 IDENTITY, PROBLEMS = "evaluation.json", "problems.jsonl"
 PREDICTIONS, LABELS, CONTROLS = "predictions.jsonl", "labels.jsonl", "controls"
-# All that an evaluation leaves. Its identity is moved last, so that who is stopped meanwhile goes on with it.
+# All that an evaluation leaves. A move that was stopped is finished by the next one.
 LEFT = (PREDICTIONS, PROBLEMS, LABELS, CONTROLS, "metrics.json", "report.html", "examples.png", "plots", IDENTITY)
 _MOVING = "previous.tmp"
 Line = dict[str, Any]

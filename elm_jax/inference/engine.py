@@ -139,7 +139,8 @@ class Engine:
         """
         known = self.prefills.directory
         lengths = {request: len(request.ids) - known.likely(request, wanted) for request in waiting}
-        order = sorted(waiting, key=lengths.__getitem__)
+        # Of one width the oldest come first: questions about one ECG stay together, and find its beginning in the pool.
+        order = sorted(waiting, key=lambda request: width(lengths[request]))
         sums = np.cumsum([0, *(lengths[request] for request in order)])
         oldest, best = order.index(waiting[0]), (float("inf"), 0, 0)
         for count in range(1, min(free, len(waiting)) + 1):

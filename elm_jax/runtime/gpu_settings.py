@@ -36,11 +36,11 @@ class Variable:
     value: str
     why: str
     models: tuple[str, ...] = ()
-    other_name: str | None = None
+    other_name: str = ""
 
     def applies(self, environment: Mapping[str, str]) -> bool:
         """Whether it is for the GPUs here, and the user has not set it."""
-        theirs = self.name in environment or self.other_name in environment
+        theirs = any(name in environment for name in (self.name, self.other_name) if name)
         return not theirs and (not self.models or is_any(self.models))
 
 

@@ -168,9 +168,9 @@ class StepClock:
         """Until the results of all steps handed over are there."""
         self._steps.join()
 
-    def skip(self) -> None:
-        """What has passed since the last step ended is no idling. Call after `wait`."""
-        self._ended = time.perf_counter()
+    def skip(self, seconds: float) -> None:
+        """So much of what has passed since the last step ended is no idling. Call after `wait`."""
+        self._ended += seconds
 
     def lap(self) -> tuple[list[float], float]:
         """The seconds of each step since the last call, in order, and those that the devices idled until now. Waits."""

@@ -121,6 +121,8 @@ def keep_features(
     except OSError as error:
         fix = f"make room for {size / 1e9:.2g} GB, set ELM_JAX_CACHE to another folder, or encoder.cache=False"
         raise UserError(features.folder, error.strerror or str(error), "a place to write to", fix) from error
+    # What its writer has had before, this process may not see yet.
+    kept |= {names[place] for place in set(own_missing) - set(missing)}
     return _seen(features, kept)
 
 

@@ -105,8 +105,9 @@ class Report:
         try:
             yield
         finally:
-            self._mark += time.perf_counter() - began
-            self._clock.skip()
+            passed = time.perf_counter() - began
+            self._mark += passed
+            self._clock.skip(passed)
 
     def compiled(self, step: int, batch: Batch, seconds: float) -> None:
         """The train step was compiled for the shape of a batch, which `step` is the first to have."""

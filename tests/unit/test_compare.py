@@ -140,3 +140,9 @@ def test_the_command_prints_the_tables_and_writes_a_page(tmp_path, capsys):
     assert (tmp_path / "out" / "compare.html").read_text().startswith("<!DOCTYPE html>")
     assert cli.guard(main, [*folders, "--eval", "demo-tst"]) == 2
     assert "did you mean 'demo-test'?" in capsys.readouterr().err
+
+
+def test_greedy_answers_are_not_compared_with_those_of_several_seeds(tmp_path):
+    folders = [run(tmp_path / "greedy", 0.9), run(tmp_path / "drawn", 0.5, seed="1")]
+    with pytest.raises(UserError, match=r"beside drawn ones of several seeds.*eval\.temperature=0"):
+        compare(folders)

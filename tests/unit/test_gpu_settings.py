@@ -74,6 +74,20 @@ def test_what_the_user_has_set_stays(
     assert "not known to it: xla_gpu_enable_triton_gemm" in told and "MEM_FRACTION" not in told
 
 
+def test_the_environment_of_a_process_is_set(monkeypatch: Patch, library: Path) -> None:
+    """That of a process, unlike a dict, takes nothing but text."""
+    monkeypatch.setattr(gpu_settings, "gpus", lambda _: 1)
+    monkeypatch.setattr(gpu_settings, "libraries", lambda: [library])
+    monkeypatch.setattr(gpu_settings, "is_any", lambda _: True)
+    names = ("CUDA_DEVICE_MAX_CONNECTIONS", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    for name in ("XLA_FLAGS", *names):
+        monkeypatch.setenv(name, "")  # so that it is as before after the test
+    for name in names:
+        monkeypatch.delenv(name)
+    gpu_settings.apply()
+    assert [os.environ.get(name) for name in names] == ["1", "0.9", None]
+
+
 def test_only_process_0_tells(monkeypatch: Patch, library: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu_settings, "gpus", lambda _: 8)
     monkeypatch.setattr(gpu_settings, "libraries", lambda: [library])

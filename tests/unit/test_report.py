@@ -82,9 +82,10 @@ def test_what_is_skipped_is_no_idling(clock: Clock) -> None:
     clock.sleep(0.5)  # the first batch is loaded
     steps.step(clock.now, Result(clock, clock.now + 0.1))
     steps.wait()
+    clock.sleep(0.1)
     clock.sleep(3.0)  # a checkpoint
-    steps.skip()
-    clock.sleep(0.2)
+    steps.skip(3.0)
+    clock.sleep(0.1)
     steps.step(clock.now, Result(clock, clock.now + 0.1))
     assert steps.lap()[1] == pytest.approx(0.7)
     steps.close()
