@@ -29,7 +29,7 @@ settings.register_profile("elm_jax", deadline=None)
 settings.load_profile("elm_jax")
 
 
-MAPPINGS = 20_000  # Linux allows a process 65 530, and ends it inside LLVM where there are no more
+MAPPINGS = 30_000  # Linux allows a process 65 530, and ends it inside LLVM where there are no more
 
 
 @pytest.fixture(autouse=True)
