@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import compiling
 import pytest
 from hypothesis import settings
 
@@ -14,10 +15,8 @@ FAKE_DEVICES = 8
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile much and compute little: without LLVM's optimisations they take half the time.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={FAKE_DEVICES}"
-    " --xla_backend_optimization_level=0"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={FAKE_DEVICES} {compiling.FLAGS}"
 ).strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Compiled programs are shared between tests, between the processes they start, and with the next run.

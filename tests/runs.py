@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import compiling
 import numpy as np
 
 from elm_jax.cli import ConfigFlags
@@ -68,8 +69,8 @@ def prepare(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 
 def start_command(command: list[str], devices: int, env: dict[str, str]) -> subprocess.Popen[str]:
     """Start a command on `devices` fake devices, with `env` beside what is inherited."""
-    devices_flag = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": devices_flag, **env}
+    xla_flags = f"--xla_force_host_platform_device_count={devices} {compiling.FLAGS}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags, **env}
     return subprocess.Popen(
         command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import compiling
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "elm_jax" / "configs"
 SHARED_SETTINGS = ("base", "ecg_qa", "st_mem_full_training/recipe")  # no experiments of their own
 STAGES = [f"st_mem_full_training/stage{n}" for n in (1, 2, 3, 4)]
-COMPILING = "--xla_backend_optimization_level=0"  # half the time to compile; such small models run fast anyway
 STEPS = 24
 LLM = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "mlp": 64, "max_len": 1024}
 IMAGES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -129,7 +129,7 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 def run(command: Command, name: str, *arguments: str) -> None:
-    done = command(name, *arguments, XLA_FLAGS=COMPILING)
+    done = command(name, *arguments, XLA_FLAGS=compiling.FLAGS)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

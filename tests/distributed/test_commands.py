@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import compiling
 import numpy as np
 import pytest
 import runs
 
 STEPS = 6
-# Compiled without LLVM's optimisations, as in all tests.
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
+XLA_FLAGS = f"{compiling.FLAGS} --xla_force_host_platform_device_count="
 # The demo without an encoder: nothing else compiles as fast.
 SMALL = {
     "data.names": '["demo:train=48,val=8,test=8"]', "elm": "base_elf", "encoder.name": "None", "encoder.config": "{}",
