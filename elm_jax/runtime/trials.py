@@ -39,9 +39,15 @@ def examine(command: Sequence[str] = COMMAND, seconds: float = SECONDS) -> Itera
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "PYTHONPATH": path}
         )
-        timer = threading.Timer(seconds, process.kill)
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, end)
         timer.start()
-        trial, begun = "start", time.monotonic()
+        trial = "start"
         assert process.stdout is not None
         for line in process.stdout:
             try:
@@ -54,7 +60,7 @@ def examine(command: Sequence[str] = COMMAND, seconds: float = SECONDS) -> Itera
         status = process.wait()
         timer.cancel()
         errors.seek(0)
-        if time.monotonic() - begun >= seconds:
+        if status and late.is_set():
             yield Finding(trial, FAIL, f"{trial} did not end within {seconds:g} s")
         elif status:
             yield _death(trial, status, errors.read())
