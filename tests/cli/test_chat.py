@@ -10,7 +10,6 @@ import pty
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,13 +129,11 @@ def test_help_in_the_chat_names_every_command(typed) -> None:
     assert [line.split()[0] for line in out] == list(chat.COMMANDS)
 
 
-def test_help_is_fast_and_imports_no_jax(command: Command) -> None:
+def test_help_imports_no_jax(command: Command) -> None:
     script = "import sys; from elm_jax import chat, cli; cli.guard(chat.main, ['--help'])"
     check = f"try:\n    {script}\nfinally:\n    assert 'jax' not in sys.modules"
-    begun = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - begun < 5
     for word in (*chat.COMMANDS, "--checkpoint", "--step", "--ecg", "--config.eval"):
         assert word in done.stdout
 

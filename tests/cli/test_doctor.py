@@ -7,7 +7,6 @@ import importlib
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -396,10 +395,8 @@ def test_a_trial_that_kills_its_process_is_a_finding() -> None:
 
 
 def test_a_trial_that_hangs_is_a_finding() -> None:
-    begun = time.monotonic()
-    (finding,) = trials.examine(script("time.sleep(60)"), seconds=5)
+    (finding,) = trials.examine(script("time.sleep(900)"), seconds=5)
     says(finding, FAIL, "devices did not end within 5 s")
-    assert time.monotonic() - begun < 30
 
 
 @pytest.mark.parametrize("flag", ["--xla_nonsense=1", "--xla_cpu_enable_fast_math=maybe"])

@@ -6,7 +6,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -170,16 +169,22 @@ def test_ctrl_c_while_learning_writes_what_there_is(tmp_path):
     for i in range(8):
         np.save(tmp_path / f"{i}.npy", rng.normal(size=(12, 30000)).astype(np.float32))
     # A background job of a shell ignores SIGINT; a program in a terminal does not.
-    heard = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    heard = """
+import runpy, signal, tqdm
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Bar(tqdm.tqdm):
+    def update(self, n=1):
+        print("update:", n, flush=True)  # of one recording read, or of all merges so far
+tqdm.tqdm = Bar
+"""
     module = "runpy.run_module('elm_jax.ecg_byte', run_name='__main__', alter_sys=True)"
-    command = [sys.executable, "-uc", f"{heard}; {module}", "train", tmp_path, "--segment-len", "30000"]
+    command = [sys.executable, "-uc", heard + module, "train", tmp_path, "--segment-len", "30000"]
     flags = ["--num-merges", "1000000", "--threads", "1", "--out", tmp_path / "t.json"]
     process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("learning"):
+        if line.startswith("update: ") and int(line.split()[-1]) > 1:
             break
-    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 130, error

