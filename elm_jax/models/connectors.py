@@ -13,7 +13,7 @@ from flax import nnx
 from elm_jax import compat as behaviours
 from elm_jax.errors import UserError, nearest
 from elm_jax.models.hints import weight
-from elm_jax.models.layers import Axes, Linear, uniform
+from elm_jax.models.layers import Axes, Linear, plus, uniform
 from elm_jax.weights.rules import Rule
 
 
@@ -114,7 +114,7 @@ class _Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = weight(self.kernel, x.dtype)
         y = jax.lax.conv_general_dilated(x, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
-        return y + weight(self.bias, x.dtype)
+        return plus(y, self.bias)
 
 
 # The published weights of each kind; PyTorch's convolutions keep (out, in, time).

@@ -47,6 +47,19 @@ def uniform(bound: float) -> Init:
     return partial(jax.random.uniform, minval=-bound, maxval=bound)
 
 
+def plus(x: jax.Array, param: nnx.Variable, places: slice = slice(None)) -> jax.Array:
+    """x and a parameter (or these places of its first axis) that many rows of x share, in the dtype of x.
+
+    The parameter's gradient is summed in float32: in bfloat16 the sum over a batch would be off by a percent or more.
+    """
+    return (x + weight(param, jnp.float32)[places]).astype(x.dtype)
+
+
+def repeated(param: nnx.Variable, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A parameter once for each row of `shape`; its gradient is summed as that of `plus`."""
+    return jnp.broadcast_to(weight(param, jnp.float32), shape).astype(dtype)
+
+
 class Linear(nnx.Module):
     """(..., I) -> (..., O): x @ kernel (I, O), plus a bias (O,) if there is one.
 
@@ -72,7 +85,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ weight(self.kernel, x.dtype)
-        y = y if self.bias is None else y + weight(self.bias, x.dtype)
+        y = y if self.bias is None else plus(y, self.bias)
         return y if self.lora is None else y + self.lora(x)
 
 

@@ -11,7 +11,7 @@ from elm_jax.errors import UserError
 from elm_jax.inference.generate import generate
 from elm_jax.models.attention import Blocks, attend, choose_attention, packed_mask, padding_mask, windowed
 from elm_jax.models.decoder import Decoder
-from elm_jax.models.layers import Embedding, LearnedPositions
+from elm_jax.models.layers import Embedding, LearnedPositions, Linear, repeated
 
 PREFIX, BRANCHES = 6, (7, 5)  # tokens of a packed row; the window is smaller than each part
 
@@ -225,6 +225,25 @@ def test_every_layer_draws_its_own_dropout():
     states = llm.hidden(jnp.zeros((1, 2, 32)), jnp.zeros((1, 2), int), mask, jax.random.key(0))
     assert len(np.unique(np.round(states[0, 0], 3))) > 4, "the final norm keeps the sums of a token apart"
     assert not np.array_equal(states[0, 0], states[0, 1])
+
+
+@pytest.mark.parametrize("times", [64, 4096])
+def test_gradients_of_what_many_rows_share_are_summed_in_float32(times):
+    """Biases, and tokens and positions that are added to each row of a batch."""
+    linear = Linear(4, 8, (None, None), nnx.Rngs(0), bias=True)
+    token = nnx.Param(jnp.ones(8), axes=(None,))
+    graph, state = nnx.split((linear, token))
+    parts = jax.random.normal(jax.random.key(0), (times, 8)) + 0.3
+
+    def loss(state, dtype):
+        linear, token = nnx.merge(graph, state)
+        rows = linear(jnp.ones((times, 4), dtype)) + repeated(token, (times, 8), dtype)
+        assert rows.dtype == dtype
+        return (rows * parts.astype(dtype)).sum(dtype=jnp.float32)
+
+    low, high = (jax.jit(jax.grad(loss), static_argnums=1)(state, d) for d in (jnp.bfloat16, jnp.float32))
+    for place in (lambda state: state[0]["bias"], lambda state: state[1]):
+        np.testing.assert_allclose(place(low)[...], place(high)[...], rtol=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["embedding", "positions"])

@@ -23,7 +23,7 @@ from flax import nnx
 from elm_jax.errors import UserError, nearest
 from elm_jax.models.encoders.transformer import Transformer, TransformerConfig
 from elm_jax.models.hints import weight
-from elm_jax.models.layers import Held, LayerNorm, Linear, held, hold
+from elm_jax.models.layers import Held, LayerNorm, Linear, held, hold, plus, repeated
 from elm_jax.models.pooling import adaptive_average_pool
 from elm_jax.weights.rules import Rule, bare_name
 
@@ -214,9 +214,9 @@ class StMem(nnx.Module):
         """(B, C, L) -> (B, C, n, D) in `dtype`, after the last norm, without SEP tokens."""
         x = self.patch(self.config.cut(signals))
         batch, leads, patches, width = x.shape
-        sep = jnp.broadcast_to(weight(self.sep, x.dtype), (batch, leads, 1, width))
-        place = self.position[...].astype(x.dtype) + weight(self.lead, x.dtype)[:, None]  # (C, n + 2, D)
-        x = jnp.concatenate([sep, x, sep], 2) + place
+        sep = repeated(self.sep, (batch, leads, 1, width), x.dtype)
+        place = weight(self.position, jnp.float32) + weight(self.lead, jnp.float32)[:, None]  # (C, n + 2, D)
+        x = (jnp.concatenate([sep, x, sep], 2) + place).astype(x.dtype)
         x = self.transformer(x.reshape(batch, -1, width)).reshape(batch, leads, patches + 2, width)
         return self.norm(x[:, :, 1:-1])
 
@@ -268,14 +268,12 @@ class MaskedAutoencoder(nnx.Module):
     def encode(self, signals: jax.Array) -> jax.Array:
         """(B, C, L) -> (B, 1 + n, D) in `dtype`: CLS and the patches, after the encoder's last norm."""
         x = self.patch(self.config.cut(signals))
-        cls = jnp.broadcast_to(weight(self.cls, x.dtype), (x.shape[0], 1, x.shape[2]))
-        x = jnp.concatenate([cls, x], 1) + self.position[...].astype(x.dtype)
-        return self.norm(self.transformer(x))
+        cls = repeated(self.cls, (x.shape[0], 1, x.shape[2]), x.dtype)
+        return self.norm(self.transformer(plus(jnp.concatenate([cls, x], 1), self.position)))
 
     def decode(self, latent: jax.Array) -> jax.Array:
         """(B, 1 + n, D) -> (B, 1 + n, E): the output of the decoder's blocks, before its norm."""
-        x = self.to_decoder(latent)
-        return self.decoder(x + self.decoder_position[...].astype(x.dtype))
+        return self.decoder(plus(self.to_decoder(latent), self.decoder_position))
 
     def reconstruct(self, signals: jax.Array) -> jax.Array:
         """(B, C, L) -> (B, n, P), the decoder's patches."""

@@ -34,7 +34,7 @@ from elm_jax.models.encoders.vision import (
 )
 from elm_jax.models.encoders.vision_config import Siglip2Config, SiglipEcgConfig
 from elm_jax.models.hints import weight
-from elm_jax.models.layers import LayerNorm, Linear
+from elm_jax.models.layers import LayerNorm, Linear, plus, repeated
 from elm_jax.models.pooling import adaptive_average_pool
 from elm_jax.weights.rules import Rule
 
@@ -53,12 +53,11 @@ class PoolingHead(nnx.Module):
 
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """`valid` (B, P) bool says which tokens are seen."""
-        probe = jnp.broadcast_to(weight(self.probe, x.dtype), (x.shape[0], 1, x.shape[2]))
+        probe = repeated(self.probe, (x.shape[0], 1, x.shape[2]), x.dtype)
         width, kernel = x.shape[2], weight(self.qkv.kernel, x.dtype)
         assert self.qkv.bias is not None
-        bias = weight(self.qkv.bias, x.dtype)
-        q = probe @ kernel[:, :width] + bias[:width]
-        k, v = jnp.split(x @ kernel[:, width:] + bias[width:], 2, axis=-1)
+        q = plus(probe @ kernel[:, :width], self.qkv.bias, slice(width))
+        k, v = jnp.split(plus(x @ kernel[:, width:], self.qkv.bias, slice(width, None)), 2, axis=-1)
         q, k, v = (part.reshape(*part.shape[:2], self.heads, -1) for part in (q, k, v))
         out = attend(q, k, v, valid[:, None, None, :], q.shape[-1] ** -0.5, "xla")
         x = self.o(out.reshape(probe.shape))
@@ -140,7 +139,7 @@ class SiglipEcg(nnx.Module):
             raise UserError(WHERE, f"shape {signals.shape}", f"(batch, {leads} leads, {samples} samples)", fix)
         cut = signals.astype(self.dtype).reshape(-1, leads, samples // size, size)
         patches = cut.transpose(0, 2, 1, 3).reshape(-1, samples // size, leads * size)  # lead after lead
-        x = self.transformer(self.patches(patches) + weight(self.positions, self.dtype))
+        x = self.transformer(plus(self.patches(patches), self.positions))
         return adaptive_average_pool(self.post_norm(x), self.tokens)
 
 

@@ -17,7 +17,7 @@ from elm_jax.errors import UserError
 from elm_jax.models.encoders.transformer import Transformer
 from elm_jax.models.encoders.vision_config import ClipConfig, ImageConfig, VitConfig
 from elm_jax.models.hints import weight
-from elm_jax.models.layers import Held, LayerNorm, Linear
+from elm_jax.models.layers import Held, LayerNorm, Linear, plus, repeated
 from elm_jax.weights.rules import Rule, bare_name
 
 WHERE = "encoder input"
@@ -37,7 +37,7 @@ class PatchEmbedding(nnx.Module):
         size, batch, (rows, columns) = kernel.shape[0], images.shape[0], images.shape[1:3]
         cut = images.reshape(batch, rows // size, size, columns // size, size, 3)
         x = jnp.einsum("bhrwck,crkd->bhwd", cut, kernel).reshape(batch, -1, kernel.shape[-1])
-        return x if self.bias is None else x + weight(self.bias, x.dtype)
+        return x if self.bias is None else plus(x, self.bias)
 
 
 class Clip(nnx.Module):
@@ -72,8 +72,8 @@ class Clip(nnx.Module):
     def embed(self, images: jax.Array) -> jax.Array:
         """Normalised images (B, H, W, 3) -> (B, 1 + P, D), what the transformer reads."""
         x = self.patches(images)
-        cls = jnp.broadcast_to(weight(self.cls, x.dtype), (x.shape[0], 1, x.shape[2]))
-        return self.pre_norm(jnp.concatenate([cls, x], axis=1) + weight(self.positions, x.dtype))
+        cls = repeated(self.cls, (x.shape[0], 1, x.shape[2]), x.dtype)
+        return self.pre_norm(plus(jnp.concatenate([cls, x], axis=1), self.positions))
 
 
 class Vit(nnx.Module):
@@ -122,9 +122,9 @@ class Vit(nnx.Module):
             if mask.shape != x.shape[:2]:
                 fix = "give one value for each patch"
                 raise UserError(f"{WHERE} bool_masked_pos", f"shape {mask.shape}", str(x.shape[:2]), fix)
-            x = jnp.where(mask.astype(bool)[:, :, None], weight(self.mask_token, x.dtype), x)
-        cls = jnp.broadcast_to(weight(self.cls, x.dtype), (x.shape[0], 1, x.shape[2]))
-        return jnp.concatenate([cls, x], axis=1) + weight(self.positions, x.dtype)
+            x = jnp.where(mask.astype(bool)[:, :, None], repeated(self.mask_token, x.shape, x.dtype), x)
+        cls = repeated(self.cls, (x.shape[0], 1, x.shape[2]), x.dtype)
+        return plus(jnp.concatenate([cls, x], axis=1), self.positions)
 
 
 def mask_of(images: jax.Array, patches: int, ratio: float) -> jax.Array:
