@@ -39,10 +39,13 @@ def main(argv: Sequence[str]) -> None:
     from elm_jax.inference.model import Prompt, TrainedModel
     from elm_jax.inference.session import read_input
     from elm_jax.runtime.compilation import keep_compiled
+    from elm_jax.runtime.folders import writable_folder
     from elm_jax.training.run import config_of_run
 
     keep_compiled()
-    model = TrainedModel(config_of_run(options.checkpoint, flags), options.step)
+    config = config_of_run(options.checkpoint, flags)
+    out = writable_folder(options.out or Path(config.workdir) / "analysis", "--out")
+    model = TrainedModel(config, options.step)
     assembly, spec = model.assembly, model.assembly.signal
     question = _question(options.question, assembly.text.phase)
     ecgs = [read_input(path, spec, number) for number, path in enumerate(options.ecg)]
@@ -51,8 +54,6 @@ def main(argv: Sequence[str]) -> None:
     prompt = Prompt(rendered, [ecg.signal for ecg in ecgs])
     answer = options.answer if options.answer is not None else model.answers([prompt], model.config.eval)[0]
     found = attention(model, prompt, answer)
-    out = options.out or model.folder / "analysis"
-    out.mkdir(parents=True, exist_ok=True)
     title = f"{question}  →  {answer or '(empty)'}"
     for number, ecg in enumerate(ecgs):
         picture = out / f"attention_{number + 1}.png"

@@ -154,6 +154,9 @@ class _Chat:
         if self.session.shortened:
             room = f"the {self.session.room} tokens that a prompt may have"
             print(f"note: the conversation was shortened to {room}", file=sys.stderr, flush=True)
+        if self.session.cut:
+            left = f"the last {self.session.cut} tokens of ECGs, which found no room in its context"
+            print(f"note: the model did not see {left}", file=sys.stderr, flush=True)
         if shown:
             print(flush=True)
         else:

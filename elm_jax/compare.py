@@ -32,16 +32,17 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="D", help="a folder for compare.json and compare.html")
     options = parser.parse_args(argv)
     from elm_jax.evaluation.comparison import check_evaluation, compare, html_of, text_of
+    from elm_jax.runtime.folders import writable_folder
     from elm_jax.training.run import run_folder
 
+    out = None if options.out is None else writable_folder(options.out, "--out")
     folders = [run_folder(str(path), "compare") for path in options.runs]
     check_evaluation(folders, options.eval)
     result = compare(folders, options.eval, options.protocol, options.wordnet, options.bert_model)
     print(text_of(result))
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "compare.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        (options.out / "compare.html").write_text(html_of(result), encoding="utf-8")
+    if out is not None:
+        (out / "compare.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (out / "compare.html").write_text(html_of(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from elm_jax.config import Config, resolve
 from elm_jax.data.chat import add_tokens, stop_ids
@@ -14,7 +14,7 @@ from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.demo import demo_tokenizer
 from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
-from elm_jax.inference.speaker import Answer
+from elm_jax.inference.speaker import Answer, Speaker
 
 SECONDS, RATE = 10, 50
 
@@ -53,6 +53,9 @@ class FakeModel:
         self.seeds: list[int] = []
         self._answers = list(answers)
 
+    def written(self, prompt: Any, new: int) -> Any:
+        return Speaker.written(cast(Any, self), prompt, new)
+
     def spoken(self, prompt: Any, options: Any, seed: int = 0) -> Iterator[str]:
         assert options is self.config.eval
         assert prompt.rendered.signal_positions.shape[0] == len(prompt.signals)
@@ -78,9 +81,6 @@ class Asked(FakeModel):
         data = self.config.data if fold is None else replace(self.config.data, fold=fold)
         records = load_records(data, split, 0)
         return Dataset(records, self.assembly.tokenizer, self.assembly.text, self.assembly.signal)
-
-    def written(self, prompt: Any, new: int) -> Any:
-        return prompt
 
     def stream(self, prompts: Sequence[Any], options: Any, seed: int = 0) -> Iterator[Answer]:
         for number, prompt in enumerate(prompts):

@@ -116,7 +116,7 @@ class Asker:
             for said in ask(self.model, list(prompts.values()), self.options, seed) if prompts else ():
                 question = list(prompts)[said.place]
                 if file:
-                    predictions[question] = _line(task, question, prompts[question].rendered.prompt, said)
+                    predictions[question] = _line(task, question, prompts[question], said)
                     file.append(predictions[question])
                 self._bar.update()
         return predictions
@@ -212,7 +212,7 @@ def _id(task: Task, question: Question) -> str:
     return f"{task.source.dataset.records[question.record].id}#{question.turn}"
 
 
-def _line(task: Task, question: Question, prompt: str, said: Said) -> dict[str, Any]:
+def _line(task: Task, question: Question, prompt: Prompt, said: Said) -> dict[str, Any]:
     record = task.source.dataset.records[question.record]
     asked = asked_of(record.text)
     answers = answer_list(record.text)
@@ -226,10 +226,11 @@ def _line(task: Task, question: Question, prompt: str, said: Said) -> dict[str, 
         **kind,
         **record.fields,
         "question": asked[min(question.turn, len(asked) - 1)][0] if asked else "",
-        "prompt": prompt,
+        "prompt": prompt.rendered.prompt,
         "answer": said.text,
         "truth": question.truth,
         **({"answers": answers} if answers else {}),
         "ended": said.ended,
+        **({"ecg_tokens_cut": prompt.cut} if prompt.cut else {}),
         "seconds": round(said.seconds, 6),
     }

@@ -17,7 +17,7 @@ from elm_jax.evaluation.scores.answers import words
 
 SINGLE = ("single-verify", "single-choose", "single-query")
 _TYPES = re.compile(r"(single|comparison_consecutive|comparison_irrelevant)-(verify|choose|query)")
-_SEPARATORS = re.compile(r"[,;\n]+")
+_SEPARATORS = re.compile(r"[\s.]*[,;\n][\s.,;]*")
 
 
 def is_ecg_qa(name: str) -> bool:
@@ -36,32 +36,32 @@ def answer_list(text: Any) -> list[str]:
 def set_matches(answers: Sequence[str], truths: Sequence[Iterable[str]]) -> np.ndarray:
     """1 for each answer that spells exactly its set of true answers, in any order, (n,).
 
-    The vocabulary is that of all truths. An answer may separate them by commas, semicolons or only blanks.
+    The vocabulary is that of all truths. An answer may separate them by commas, semicolons or only blanks, and leave
+    out those that a true answer has of its own.
     """
     sets = [frozenset(_folded(one) for one in truth) for truth in truths]
-    longest = max((name.count(" ") + 1 for truth in sets for name in truth), default=1)
-    known = frozenset().union(*sets) if sets else frozenset()
+    names = sorted({name for truth in sets for name in truth})
+    known = {name.replace(",", ""): name for name in names} | {name: name for name in names}
+    longest = max((name.count(" ") + 1 for name in names), default=1)
     parsed: dict[str, frozenset[str]] = {text: parse_answers(text, known, longest) for text in set(answers)}
     return np.array([float(parsed[text] == truth) for text, truth in zip(answers, sets, strict=True)])
 
 
-def parse_answers(text: str, known: frozenset[str], longest: int) -> frozenset[str]:
-    """The answers that a text spells. `known` are all that there are, folded, of at most `longest` words.
+def parse_answers(text: str, known: Mapping[str, str], longest: int) -> frozenset[str]:
+    """The answers that a text spells. `known`: spelling -> answer of all that there are, folded, of at most `longest`
+    words.
 
-    From the left the longest known answer is taken, and a word that begins none of them stands for itself: what was
-    said beside the truth makes a set another one.
+    From the left the longest known answer is taken, over the text's separators only if they are its own, and a word
+    that begins none of them stands for itself: what was said beside the truth makes a set another one.
     """
-    whole = _folded(text)
-    if whole in known:
-        return frozenset([whole])
     found: set[str] = set()
-    for part in filter(None, map(_folded, _SEPARATORS.split(text))):
-        left = part.split(" ")
-        while left:
-            length = next((n for n in range(min(longest, len(left)), 0, -1) if " ".join(left[:n]) in known), 1)
-            found.add(" ".join(left[:length]))
-            left = left[length:]
-    return frozenset(found)
+    left = _folded(text).split()
+    while left:
+        spans = [" ".join(left[:n]).rstrip(",") for n in range(min(longest, len(left)), 0, -1)]
+        span = next((span for span in spans if span in known), spans[-1])
+        found.add(known.get(span, span))
+        left = left[len(spans) - spans.index(span) :]
+    return frozenset(found - {""})
 
 
 def average_of_types(by_type: Mapping[str, Mapping[str, float]], metric: str) -> float | None:
@@ -106,4 +106,5 @@ def _words_of(text: str) -> str:
 
 
 def _folded(text: str) -> str:
-    return " ".join(text.lower().split()).strip(" .")
+    """Lower-cased, with ", " for each separator, one blank between words and no stop at the end of a part."""
+    return " ".join(_SEPARATORS.sub(", ", text.lower()).split()).strip(" .,")

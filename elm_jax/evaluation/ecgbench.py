@@ -1,7 +1,7 @@
-"""The tasks of PULSE's ECGBench, scored as PULSE scores them. Liu et al. 2024, arXiv 2410.19008.
+"""The tasks of PULSE's ECGBench, by the rules of its evaluate_ecgbench.py. Liu et al. 2024, arXiv 2410.19008.
 
-A record's `name` is its subset. Labels are found as substrings of what is written, upper and lower case told apart (so
-that "ABNORMAL" also holds "NORM"); the AUC is that of these hard decisions.
+A record's `name` is its subset. Labels are found as substrings of what is written, upper and lower case told apart; the
+AUC is that of these hard decisions. All averages are over the labels that occur in the truths.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ LABELS: dict[str, tuple[str, ...]] = {
 LETTERS: dict[str, str] = {"csn-test-no-cot": "ABCDEFGH", "g12-test-no-cot": "ABCDEFGH", "mmmu-ecg": "ABCD"}
 OPTIONS = "ecgqa-test"
 
-_CORRECT = re.compile(r"[Tt]he correct option is\s*:?\s*\(?([A-H])\b")
-_ANSWER = re.compile(r"[Aa]nswer\s*(?:is)?\s*:\s*\(?([A-H])\b")
-_LISTED = re.compile(r"[Oo]ptions\s*:\s*(.+)")
+_LETTER, _DOTTED = re.compile("[A-H]"), re.compile(r"[A-H](?=\.)")
+_CORRECT, _ANSWER, _LISTED = "The correct option is ", "Answer:", "Options:"
+_ORDER = "Only answer based on the given Options without any explanation."  # stands behind the options
 
 
 def ecgbench(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -41,9 +41,21 @@ def ecgbench(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"ecgbench": {name: _subset(name, lines) for name, lines in sorted(subsets.items())}} if subsets else {}
 
 
-def found_labels(text: str, labels: Sequence[str]) -> list[bool]:
-    """Which labels the text holds."""
-    return [label in text for label in labels]
+def said_labels(name: str, answer: str) -> list[bool]:
+    """Which labels of a subset an answer holds. "ABNORMAL" also holds "NORM".
+
+    But in code15-test, which has both, they exclude each other, and only what follows the last "Answer:" is searched.
+    """
+    if "ABNORMAL" not in LABELS[name]:
+        return [label in answer for label in LABELS[name]]
+    answer = answer.rpartition(_ANSWER)[2]
+    return [label in answer and (label != "NORM" or "ABNORMAL" not in answer) for label in LABELS[name]]
+
+
+def true_labels(name: str, truth: str) -> list[bool]:
+    """Which labels of a subset are true; in code15-test "NORM" and "ABNORMAL" only where they are the whole truth."""
+    alone = ("NORM", "ABNORMAL") if "ABNORMAL" in LABELS[name] else ()
+    return [label == truth if label in alone else label in truth for label in LABELS[name]]
 
 
 def chosen_letter(text: str, letters: str, key: str = "") -> str:
@@ -51,28 +63,42 @@ def chosen_letter(text: str, letters: str, key: str = "") -> str:
 
     PULSE draws a letter where it names none; here it is drawn from `key`, so that it is the same again.
     """
-    return named_letter(text, letters) or random.Random(key).choice(letters)
+    return named_letter(text) or random.Random(key).choice(letters)
 
 
-def named_letter(text: str, letters: str) -> str | None:
-    """The bare letter, "X.", that of "The correct option is X" or what follows "Answer:"; None where there is none."""
+def named_letter(text: str) -> str | None:
+    """The letter A to H that a text names; None where there is none. The first rule that applies decides:
+
+    a bare letter; one before a dot (so "ECG." names G); what stands behind the last "The correct option is ", if it is
+    a letter; any capital behind the last "Answer:". Of several letters it is the first of the alphabet.
+    """
     text = text.strip()
-    if re.match(rf"[{letters}](?:\.|$)", text):
-        return text[0]
-    match = _CORRECT.search(text) or _ANSWER.search(text)
-    return match[1] if match and match[1] in letters else None
+    if _LETTER.fullmatch(text):
+        return text
+    if dotted := _DOTTED.findall(text):
+        return min(dotted)
+    if _CORRECT in text:
+        match = _LETTER.match(text.rpartition(_CORRECT)[2])
+        return match[0] if match else None
+    _, found, rest = text.rpartition(_ANSWER)
+    return min(_LETTER.findall(rest), default=None) if found else None
 
 
-def same_characters(answer: str, truth: str, options: Sequence[str]) -> bool:
-    """Whether the options that the answer names consist of the same characters as the truth: as loose as PULSE is."""
-    named = "".join(option for option in options if option.lower() in answer.lower())
-    return set(named) == set(truth)
+def same_options(answer: str, truth: str, options: Sequence[str]) -> bool:
+    """Whether the answer holds the options that the truth holds, and no other; upper and lower case are the same.
+
+    PULSE compares the options that the answer holds with a list of true ones. Where one of these contains another
+    option ("not sure": "no"), a right answer never scores there; here it does.
+    """
+    said, true = ([option.lower() in text.lower() for option in options] for text in (answer, truth))
+    return any(true) and said == true
 
 
 def listed_options(prompt: str) -> list[str]:
-    """The options that a question lists behind "Options:", separated by commas."""
-    match = _LISTED.search(prompt)
-    return [option.strip(" .") for option in match[1].split(",") if option.strip(" .")] if match else []
+    """The options that a question lists behind its last "Options:", separated by commas."""
+    _, found, rest = prompt.rpartition(_LISTED)
+    options = [option.strip(" .\n") for option in rest.partition(_ORDER)[0].split(",")] if found else []
+    return [option for option in options if option]
 
 
 def _subset(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -80,8 +106,12 @@ def _subset(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     answers = [split_response(line["answer"])[1] for line in lines]
     truths = [split_response(line["truth"])[1] for line in lines]
     if name in LABELS:
-        found, true = (np.array([found_labels(text, LABELS[name]) for text in texts]) for texts in (answers, truths))
-        rows, metrics = label_counts(found, true), LABEL_METRICS
+        found = np.array([said_labels(name, text) for text in answers])
+        true = np.array([true_labels(name, text) for text in truths])
+        occur = true.any(0)
+        if not occur.any():
+            return {metric: {"value": None, "ci95": None, "n": len(lines)} for metric in LABEL_METRICS}
+        rows, metrics = label_counts(found[:, occur], true[:, occur]), LABEL_METRICS
     else:
         right = [_right(name, *one) for one in zip(lines, answers, truths, strict=True)]
         rows = np.stack([right, np.ones(len(right))], axis=1).astype(float)
@@ -102,9 +132,9 @@ def _score(value: float, interval: list[float]) -> dict[str, Any]:
 def _right(name: str, line: Mapping[str, Any], answer: str, truth: str) -> bool:
     if name == OPTIONS:
         options = listed_options(str(line.get("question") or line["prompt"]))
-        return same_characters(answer, truth, options)
-    letters, key = LETTERS[name], str(line["id"])
-    return chosen_letter(answer, letters, key) == named_letter(truth, letters)  # a truth without one is never right
+        return same_options(answer, truth, options)
+    # The truth is its first character: one that begins with no letter is never right.
+    return chosen_letter(answer, LETTERS[name], str(line["id"])) == truth[:1]
 
 
 def label_counts(found: np.ndarray, true: np.ndarray) -> np.ndarray:

@@ -29,11 +29,12 @@ from elm_jax.evaluation.examples import draw_examples
 from elm_jax.evaluation.labels import PtbXl, ask_labels, read_ptb_xl
 from elm_jax.evaluation.metrics import Scorer
 from elm_jax.evaluation.report import write_report
-from elm_jax.evaluation.results import results_of, summary
+from elm_jax.evaluation.results import asked_with, results_of, summary
 from elm_jax.evaluation.store import Store
 from elm_jax.inference.model import TrainedModel
 from elm_jax.runtime import distributed
 from elm_jax.runtime.checkpoint import fingerprint
+from elm_jax.runtime.folders import writable_folder
 from elm_jax.training.run import read_json, write_json
 
 ASKED = 2  # raised where other questions are asked of the same data, or in another order: known answers then go
@@ -80,9 +81,11 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
             asked for.
     """
     labels = _labels_asked(config)
+    out, first = results_folder(config, split), jax.process_index() == 0
+    if first and Path(config.workdir).is_dir():
+        writable_folder(Path(config.workdir), "config.workdir")  # before the model takes its time
     model, options = TrainedModel(config, which), config.eval
     scorer = Scorer(options.protocol, options.wordnet, options.bert_model, _end_token(model))
-    out, first = results_folder(config, split), jax.process_index() == 0
     numbers = options.folds or (config.data.fold,)
     datasets = [model.assembly.dataset(split, number) for number in numbers]
     folds = [_fold(model, number, data) for number, data in zip(numbers, datasets, strict=True)]
@@ -101,6 +104,7 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         known = _known(config, folds) if first else {}
         bad = sum(len(fold.bad.found) for fold in folds)
         facts: dict[str, Any] = {"split": split, "step": model.step, "end_token": _end_token(model), "bad": bad}
+        facts["asked_with"] = asked_with(config)
         if config.eval.seeds and not options.temperature:
             facts["greedy_for_seeds"] = list(config.eval.seeds)
 

@@ -25,7 +25,7 @@ def draw_examples(path: Path, dataset: Dataset, predictions: Sequence[Mapping[st
 def chosen_examples(
     dataset: Dataset, predictions: Sequence[Mapping[str, Any]], count: int
 ) -> list[tuple[Mapping[str, Any], Example]]:
-    """At most `count` predictions about the dataset's records, each with its first ECG.
+    """At most `count` predictions about the dataset's records, each with its ECGs.
 
     The ECGs are drawn as recorded, whatever the model was shown; one that cannot be read is left out.
     """
@@ -44,12 +44,13 @@ def chosen_examples(
     for prediction in chosen.values():
         index = records[_record(prediction)]
         try:
-            signal = dataset.signal.load_raw(dataset.records[index].ecg_paths[0], dataset.key(index))
+            paths = dataset.records[index].ecg_paths
+            ecgs = [dataset.signal.load_raw(path, dataset.key(index, i)) for i, path in enumerate(paths)]
         except UserError:  # with data.perturb nothing has read it before
             continue
         right = is_right(str(prediction.get("name", "")), prediction["answer"], prediction["truth"])
         texts = str(prediction.get("question", "")), str(prediction["answer"]), str(prediction["truth"])
-        found.append((prediction, Example(signal, *texts, right)))
+        found.append((prediction, Example(ecgs, *texts, right)))
     return found
 
 

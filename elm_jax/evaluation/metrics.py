@@ -215,6 +215,7 @@ class Scorer:
 
     def table(self, predictions: Predictions) -> Table:
         """The predictions, ready to be summed."""
+        predictions = list(predictions)
         pairs = self.pairs(predictions)
         rows = {}
         for name, metric in self.metrics.items():
@@ -223,7 +224,8 @@ class Scorer:
                 found = self.rows(name, [pair for pair, yes in zip(pairs, asked, strict=True) if yes])
                 rows[name] = np.zeros((len(pairs), found.shape[1]))
                 rows[name][asked] = found
-        return Table(self, pairs, rows)
+        left_out = sum(self._says(p["truth"]) for p in predictions) - len(pairs)
+        return Table(self, pairs, rows, left_out)
 
 
 def question_id(p: Mapping[str, Any]) -> str:
@@ -249,11 +251,15 @@ def _pair(p: Mapping[str, Any], protocol: Protocol, end: str) -> Pair:
 
 @dataclass(frozen=True)
 class Table:
-    """n pairs and what each metric sums over them, (n, k); zeros for pairs that it does not ask."""
+    """n pairs and what each metric sums over them, (n, k); zeros for pairs that it does not ask.
+
+    left_out: answers that are none of the pairs, since they are empty and the protocol does not score such.
+    """
 
     scorer: Scorer
     pairs: list[Pair]
     rows: Mapping[str, np.ndarray]
+    left_out: int = 0
 
     @cached_property
     def patients(self) -> Patients:
@@ -340,6 +346,7 @@ class Table:
 def scores_of(table: Table) -> dict[str, Any]:
     """Scores of a table: "protocol", "n", "metrics", "by", "baselines" and more, as `metrics.json` has them.
 
+    n: of the answers that are scored; "empty_answers" counts all empty ones, scored or left out.
     metrics: {metric: {"value", "ci95": [low, high]}}; by: {field: {level: {metric: the same and "n"}}}.
     baselines: "constant" is {metric: what one answer to all its questions would score at best, chosen with
     the truths in hand}; "majority" is {metric: the score of each name's most frequent truth}.
@@ -349,7 +356,8 @@ def scores_of(table: Table) -> dict[str, Any]:
         "protocol": scorer.name,
         "protocol_meaning": scorer.protocol.meaning,
         "n": len(table.pairs),
-        "empty_answers": sum(not pair.answer for pair in table.pairs),
+        "empty_answers": sum(not pair.answer for pair in table.pairs) + table.left_out,
+        "empty_answers_left_out": table.left_out,
         "metrics": table.scores(),
         "unavailable": scorer.unavailable,
         "by": table.by(),

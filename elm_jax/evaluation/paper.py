@@ -36,9 +36,9 @@ _LABEL_BOX = {"facecolor": _PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.6
 
 @dataclass(frozen=True)
 class Example:
-    """One held-out question: `signal` (12, L) in mV as read, what was asked, what came and what is true."""
+    """One held-out question: its ECGs, each (12, L) in mV as read, what was asked, what came and what is true."""
 
-    signal: np.ndarray
+    ecgs: Sequence[np.ndarray]
     question: str
     answer: str
     truth: str
@@ -77,14 +77,15 @@ def gallery(
 ) -> None:
     """One PNG of ECGs of equal length: above each its question, below it the model's answer and the truth."""
     assert examples, "nothing to draw"
-    x0, x1, y0, y1 = _view(examples[0].signal, sampling_rate, True, 1)
+    x0, x1, y0, y1 = _view(examples[0].ecgs[0], sampling_rate, True, 1)
     columns = min(columns, len(examples))
     rows = -(-len(examples) // columns)
     figure = Figure(figsize=(columns * (x1 - x0) / _INCH, rows * (y1 - y0) / _INCH), facecolor="white")
     for index, example in enumerate(examples):
         row, column = divmod(index, columns)
         ax = figure.add_axes((column / columns, 1 - (row + 1) / rows, 1 / columns, 1 / rows))
-        _draw(ax, example.signal, sampling_rate, _shorten(example.question, 100), ("",))
+        first = f" (the first of {len(example.ecgs)} ECGs)" if len(example.ecgs) > 1 else ""
+        _draw(ax, example.ecgs[0], sampling_rate, _shorten(example.question, 100 - len(first)) + first, ("",))
         colour, mark = (_RIGHT, "correct") if example.correct else (_WRONG, "wrong")
         answer = _shorten(example.answer, 45) or "(empty)"
         ax.text(0, _line(0), f"Answer: {answer}", color=colour, **_PLAIN, **_bold(12))

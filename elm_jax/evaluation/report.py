@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from elm_jax.data.dataset import Dataset
@@ -22,8 +23,8 @@ from elm_jax.evaluation import svg
 from elm_jax.evaluation.examples import chosen_examples
 from elm_jax.evaluation.metrics import is_right
 from elm_jax.evaluation.page import page, table
-from elm_jax.evaluation.paper import Example, draw_ecg
-from elm_jax.evaluation.results import kept_text
+from elm_jax.evaluation.paper import draw_ecg
+from elm_jax.evaluation.results import SHOWN_CLASSES, kept_text, notes
 from elm_jax.evaluation.svg import Bar
 
 SHOWN, LISTED = 24, 500  # examples with their ECG, and predictions in the list
@@ -60,7 +61,8 @@ def _facts(results: Results) -> str:
     parts = [
         f"{results['n']} questions", f"split {results['split']}", f"checkpoint of step {results['step']}",
         f"protocol <b>{escape(results['protocol'])}</b>: {escape(results['protocol_meaning'])}",
-        f"{results['empty_answers']} empty answers", f"{results['bad']} records left out",
+        _drawn(results["asked_with"]), f"{results['empty_answers']} empty answers",
+        f"{results['bad']} records left out",
     ]  # fmt: skip
     if "greedy_for_seeds" in results:
         parts.append(f"greedy answers, one run for the seeds {', '.join(map(str, results['greedy_for_seeds']))}")
@@ -69,7 +71,24 @@ def _facts(results: Results) -> str:
     if results.get("labels_bad"):
         parts.append(f"{results['labels_bad']} more recordings left out of the labels")
     missing = [f"<b>No {escape(name)}:</b> {escape(why)}" for name, why in results["unavailable"].items()]
-    return "".join(f"<p>{text}</p>" for text in (" · ".join(parts), *missing))
+    told = [f"<b>{escape(note)}</b>" for note in notes(results)]
+    return "".join(f"<p>{text}</p>" for text in (" · ".join(parts), *told, *missing))
+
+
+def _drawn(how: Results) -> str:
+    """How answers came about."""
+    parts = [f"at most {how['max_new_tokens']} tokens an answer"]
+    if how["temperature"]:
+        parts.append(f"drawn at temperature {how['temperature']:g}, top_p {how['top_p']:g}")
+    else:
+        parts.append("greedy")
+    if how["repetition_penalty"] != 1:
+        parts.append(f"repetition penalty {how['repetition_penalty']:g}")
+    if how["limit"] is not None:
+        parts.append(f"the first {how['limit']} questions")
+    if how["compat"]:
+        parts.append(f"compat {', '.join(how['compat'])}")
+    return escape(", ".join(parts))
 
 
 def _scores(results: Results) -> str:
@@ -138,13 +157,15 @@ def _by(results: Results) -> str:
         metrics = list(dict.fromkeys(metric for scores in levels.values() for metric in scores))
         beside = results.get("baselines_by", {}).get(name, {})
         blind = next(iter(beside.values()), {})
+        compared = [metric for metric in ("exact_match", "answer_set_match") if metric in metrics]
         rows = [
             [level, str(next(iter(scores.values()))["n"]) if scores else "0",
-             *(_cell(scores.get(m)) for m in metrics), *(_number(beside[level][b].get("exact_match")) for b in blind)]
+             *(_cell(scores.get(m)) for m in metrics),
+             *(_number(beside[level][b].get(m)) for m in compared for b in blind)]
             for level, scores in list(levels.items())[:_LEVELS]
         ]  # fmt: skip
         more = f"<p>and {len(levels) - _LEVELS} more, in metrics.json</p>" if len(levels) > _LEVELS else ""
-        head = [name, "n", *metrics, *(f"exact_match, {b}" for b in blind)]
+        head = [name, "n", *metrics, *(f"{m}, {b}" for m in compared for b in blind)]
         parts.append(f"<h3>{escape(name)}</h3>" + table(head, rows) + more)
     for name, scores in results.get("ecgbench", {}).items():
         parts.append(f"<h3>ECGBench: {escape(name)}</h3>" + _benchmark(scores))
@@ -175,18 +196,18 @@ def _ecg_qa(found: Results) -> str:
 def _confusions(results: Results) -> str:
     parts = []
     for kind, found in results["classification"].items():
-        rows = []
+        rows, few = [], len(found["confusion"]) <= SHOWN_CLASSES
         for truth, counts in found["confusion"].items():
             total = sum(counts.values()) or 1
             cells = "".join(
                 f'<td style="background:rgba(47,93,155,{0.75 * n / total:.2f})">{n}'
                 f"<small> {100 * n / total:.0f} %</small></td>"
-                for n in counts.values()
+                for n in (counts.values() if few else [counts[truth]])
             )
             rates = found["report"][truth]
             numbers = "".join(f"<td>{rates[name]:.3f}</td>" for name in ("precision", "recall", "f1"))
             rows.append(f"<tr><th>{escape(truth)}</th>{cells}{numbers}</tr>")
-        columns = next(iter(found["confusion"].values()))
+        columns = next(iter(found["confusion"].values())) if few else ["right"]
         names = "".join(f"<th>{escape(name)}</th>" for name in (*columns, "precision", "recall", "F1"))
         body = f"<table><tr><th>truth \\ answer</th>{names}</tr>{''.join(rows)}</table>"
         parts.append(f"<h3>{escape(kind or 'all questions')}</h3>{body}")
@@ -212,11 +233,16 @@ def _examples(predictions: Sequence[Mapping[str, Any]], dataset: Dataset) -> str
     for number, (line, example) in enumerate(found):
         mark = "right" if example.correct else "wrong"
         kind = escape(str(line.get("name", "")))
+        names = [f"example {number + 1}, ECG {i + 1} of {len(example.ecgs)}" for i in range(len(example.ecgs))]
+        pictures = [
+            f'<img alt="{name}" title="{name}" src="{_picture(ecg, dataset.signal.sampling_rate)}">'
+            for name, ecg in zip(names, example.ecgs, strict=True)
+        ]
         cards.append(
             f'<figure class="card" data-kind="{kind}" data-mark="{mark}"><figcaption><b>{escape(example.question)}</b>'
             f'<br><span class="{mark}">Answer: {escape(example.answer) or "(empty)"}</span> · Truth:'
             f" {escape(example.truth)} <small>{kind} · {escape(str(line['id']))} · {line['seconds']:.3f} s</small>"
-            f'</figcaption><img alt="ECG {number + 1}" src="{_picture(example, dataset.signal.sampling_rate)}">'
+            f"</figcaption>{''.join(pictures)}"
             f"<details><summary>prompt</summary><pre>{escape(str(line['prompt']))}</pre></details></figure>"
         )
     kinds = sorted({str(line.get("name", "")) for line, _ in found})
@@ -230,10 +256,10 @@ def _examples(predictions: Sequence[Mapping[str, Any]], dataset: Dataset) -> str
     return control + "".join(cards) if cards else ""
 
 
-def _picture(example: Example, rate: float) -> str:
+def _picture(ecg: np.ndarray, rate: float) -> str:
     """The ECG on paper as a data URL."""
     drawn, small = io.BytesIO(), io.BytesIO()
-    draw_ecg(example.signal, rate, drawn)
+    draw_ecg(ecg, rate, drawn)
     Image.open(drawn).convert("RGB").quantize(_COLOURS).save(small, "png", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from elm_jax.config import Config
 from elm_jax.evaluation.classification import classification, pretrain_breakdown, top_wrong
 from elm_jax.evaluation.controls import REAL
 from elm_jax.evaluation.dependence import pairing, signal_dependence
@@ -15,7 +16,8 @@ from elm_jax.evaluation.ecgbench import ecgbench
 from elm_jax.evaluation.metrics import FIELDS, Scorer, Table, question_id, scores_of
 from elm_jax.evaluation.statistics import student_t
 
-MOST_CLASSES = 20
+MOST_CLASSES = 100
+SHOWN_CLASSES = 20  # of a confusion matrix on a page
 Lines = Sequence[Mapping[str, Any]]
 
 
@@ -24,7 +26,8 @@ def results_of(
 ) -> dict[str, Any]:
     """What metrics.json holds. No times are in it: the same answers give the same bytes.
 
-    conditions: predictions under `real` and each control. facts: what stands beside the scores as it is. known: of
+    conditions: predictions under `real` and each control. facts: what stands beside the scores as it is, `asked_with`
+    and the end token among it. known: of
     training, "asked" (name, question, answer) of each question and "leaked", how many test questions of other folds are
     about its patients.
     """
@@ -32,6 +35,8 @@ def results_of(
     tables = {name: scorer.table(lines) for name, lines in conditions.items()}
     table = tables.pop(REAL)
     result = scores_of(table)
+    result["unfinished_answers"] = sum(not line.get("ended", True) for line in real)
+    result["cut_ecgs"] = sum("ecg_tokens_cut" in line for line in real)
     result["controls"] = {name: control.scores() for name, control in tables.items()}
     result |= facts
     result |= _runs(real, scorer, result)
@@ -132,7 +137,8 @@ def _kinds(table: Table) -> dict[str, Any]:
     for name, places in table.kinds().items():
         truths, answers = [table.pairs[i].truth for i in places], [table.pairs[i].answer for i in places]
         found["top_wrong"][name] = top_wrong(truths, answers)
-        if 1 < len(set(truths)) <= MOST_CLASSES and len(set(truths)) < len(truths):
+        classes, n = len(set(truths)), len(truths)
+        if 1 < classes < n and classes <= min(MOST_CLASSES, max(SHOWN_CLASSES, n // 2)):
             found["classification"][name] = classification(truths, answers)
         if any(";" in truth for truth in truths):
             found.setdefault("statements", {})[name] = pretrain_breakdown(truths, answers)
@@ -170,9 +176,30 @@ def summary(results: Mapping[str, Any]) -> str:
             f"signal dependence (score less {dependence['control']}): {dependence['value']:.3f}"
             f" [{low:.3f}, {high:.3f}], p = {dependence['p']:.2g}"
         )
-    if kept := kept_text(results):
-        lines.append(kept)
+    lines += filter(None, [kept_text(results), *notes(results)])
     return "\n".join(lines)
+
+
+def asked_with(config: Config) -> dict[str, Any]:
+    """What decides how answers come about, beside the model and the questions; it stands with the scores."""
+    names = ("limit", "max_new_tokens", "temperature", "top_p", "repetition_penalty")
+    asked = {name: getattr(config.eval, name) for name in names}
+    return {**asked, "perturb": config.data.perturb, "compat": list(config.compat)}
+
+
+def notes(results: Mapping[str, Any]) -> list[str]:
+    """What one should know of the answers before one reads a score, in sentences; nothing where all is as expected."""
+    found, perturb = [], results["asked_with"]["perturb"]
+    if perturb is not None:
+        found.append(f"data.perturb={perturb}: the model was not shown the ECGs, and no score is about them")
+    if results["unfinished_answers"]:
+        most = results["asked_with"]["max_new_tokens"]
+        found.append(f"{results['unfinished_answers']} answers were cut off at {most} tokens (eval.max_new_tokens)")
+    if results["cut_ecgs"]:
+        found.append(f"{results['cut_ecgs']} questions had more symbols of ECGs than the model's context has room for")
+    if results["empty_answers_left_out"]:
+        found.append(f"{results['empty_answers_left_out']} empty answers are left out, by the protocol")
+    return found
 
 
 def kept_text(results: Mapping[str, Any]) -> str:

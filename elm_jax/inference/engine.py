@@ -87,8 +87,9 @@ class Engine:
         waiting = list(islice(source, AHEAD * rows))
         while rows % (2 * self.ways) == 0 and rows >= 2 * len(waiting):
             rows //= 2
-        # Every part of the mesh holds the whole pool, but only its share of the rows.
-        self.prefills.reserve(2 * rows // (self.ways + 1) + 4)
+        # Two beginnings a row: questions about one ECG that differ in length do not begin at once. Every part of the
+        # mesh holds the whole pool, but only its share of the rows.
+        self.prefills.reserve(4 * rows // (self.ways + 1) + 4)
         run, wanted = _Run(self, rows, options), Counter[bytes]()
         wanted.update(key for request in waiting for _, key in request.beginnings)
         while waiting or run.busy:

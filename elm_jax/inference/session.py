@@ -86,6 +86,7 @@ class Session:
         self.turns: list[Turn] = []
         self.ecgs: list[Ecg] = []
         self.shortened = False  # whether the last prompt had to be shortened to fit the context
+        self.cut = 0  # tokens of its ECGs, where these are symbols, that did not fit
         self._new = 0  # ECGs that no question has come with yet
 
     def add_ecg(self, path: str) -> Ecg:
@@ -102,7 +103,8 @@ class Session:
     def spoken(self, text: str) -> Iterator[str]:
         """The model's answer to `text`, in pieces as it comes. Until it is whole, the conversation is as it was.
 
-        When the conversation outgrows the context, the oldest turns go first, never an ECG (see `data.chat`).
+        When the conversation outgrows the context, the oldest turns go first (see `data.chat`), and only when the last
+        question alone is too long, symbols of ECGs (`cut` says how many).
 
         Raises:
             UserError: not one marker for each new ECG, or even the shortest prompt does not fit.
@@ -160,7 +162,10 @@ class Session:
         return files
 
     def _answer(self, rendered: Rendered) -> Iterator[str]:
-        prompt, config = Prompt(rendered, [ecg.signal for ecg in self.ecgs]), self.model.config
+        config = self.model.config
+        prompt = Prompt(rendered, [ecg.signal for ecg in self.ecgs])
+        prompt = self.model.written(prompt, config.eval.max_new_tokens)
+        self.cut = prompt.cut
         seed = (config.eval.seeds or (config.seed,))[0]
         yield from self.model.spoken(prompt, config.eval, seed=zlib.crc32(f"{seed}:{self._drawn}".encode()))
         self._drawn += 1
@@ -175,14 +180,17 @@ class Session:
         return text if marks else MARK * self._new + text
 
     def _prompt(self, turns: Sequence[Turn]) -> Rendered:
-        whole, room = render_prompt(turns, **self._options()), self._room_for_text
-        self.shortened = len(whole.ids) > room
-        if not self.shortened:
-            return whole
-        try:
-            return render_prompt(turns, **self._options(room))
-        except UserError as error:
-            raise self._too_long(error.expected) from error
+        whole, needed = render_prompt(turns, **self._options()), ""
+        for ecgs_are_whole in (True, False):
+            room = self._room_beside(ecgs_are_whole)
+            self.shortened = len(whole.ids) > room
+            if not self.shortened:
+                return whole
+            try:
+                return render_prompt(turns, **self._options(max(room, 1)))
+            except UserError as error:
+                needed = error.expected
+        raise self._too_long(needed)
 
     def _beginning(self, text: str) -> Rendered:
         """The prompt of a pretrained model: the ECGs, and the beginning of the text about them."""
@@ -195,15 +203,16 @@ class Session:
             rendered = render_prompt([Turn("user", "")], **self._options())
         else:
             raise UserError("message", "neither an ECG nor a text", "one of them", "give an ECG first")
-        if len(rendered.ids) > self._room_for_text:
+        if len(rendered.ids) > self._room_beside(whole=False):
             raise self._too_long(f"at least {len(rendered.ids)} for these ECGs and this text")
         return rendered
 
-    @property
-    def _room_for_text(self) -> int:
-        """The tokens that text and placeholders may have: the ECGs' symbols, cut short, need the others."""
-        tokens = self.spec.tokens
-        return self.room - (reserved([ecg.signal for ecg in self.ecgs], tokens.least) if tokens else 0)
+    def _room_beside(self, whole: bool) -> int:
+        """The tokens that text and placeholders may have beside the ECGs' symbols, which are whole or cut short."""
+        tokens, ecgs = self.spec.tokens, [ecg.signal for ecg in self.ecgs]
+        if tokens is None:
+            return self.room
+        return self.room - reserved(ecgs, max(map(len, ecgs), default=0) if whole else tokens.least)
 
     def _too_long(self, needed: str) -> UserError:
         new = self.model.config.eval.max_new_tokens

@@ -29,13 +29,15 @@ class Prompt:
     """A rendered prompt with its ECGs as the run's `SignalSpec` loads them.
 
     new: the most tokens of its answer; None: `eval.max_new_tokens`. draw: what is drawn depends on it, beside the seed;
-    from 0 to 2**31 - 1; None: the prompt's place among the others.
+    from 0 to 2**31 - 1; None: the prompt's place among the others. cut: tokens of its ECGs, where these are symbols,
+    for which the context had no room.
     """
 
     rendered: Rendered
     signals: Sequence[Signal]
     new: int | None = None
     draw: int | None = None
+    cut: int = 0
 
 
 class Answer(NamedTuple):
@@ -137,7 +139,9 @@ class Speaker:
         return decode(ids, self.assembly.tokenizer, self.assembly.text.family)
 
     def written(self, prompt: Prompt, new: int) -> Prompt:
-        """The prompt with its ECGs in the text, where ECGs are symbols.
+        """The prompt with its ECGs in the text, where ECGs are symbols: whole, unless the context ends before.
+
+        `data.max_len` is no limit here: it is training's (spec/elms.md §4).
 
         Raises:
             UserError: it does not fit the context beside `new` tokens, however its ECGs are cut.
@@ -146,14 +150,15 @@ class Speaker:
         if tokens is None or not prompt.signals:
             return prompt
         ecgs = cast(Sequence[np.ndarray], prompt.signals)
-        rendered = write_prompt(prompt.rendered, ecgs, tokens.least, min(self.config.data.max_len, room))
+        rendered = write_prompt(prompt.rendered, ecgs, tokens.least, room)
         if len(rendered.ids) > room:
             raise UserError(
                 "eval.max_new_tokens", f"{new} beyond a prompt of {len(rendered.ids)} tokens",
                 f"at most the model's context, {self.assembly.llm.max_len}, together",
                 "shorten the text, or lower --config.eval.max_new_tokens or --config.data.min_ecg_tokens",
             )  # fmt: skip
-        return replace(prompt, rendered=rendered, signals=[])
+        whole = len(prompt.rendered.ids) + sum(len(ecg) - 1 for ecg in ecgs)
+        return replace(prompt, rendered=rendered, signals=[], cut=whole - len(rendered.ids))
 
     def request(self, number: int, prompt: Prompt, new: int) -> Request:
         """What the engine is asked for a prompt."""

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that results go to: that can be written, or that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, one_line
+
+
+def writable_folder(out: Path, where: str) -> Path:
+    """`out`, made where it was missing. Raises UserError, which names `where`, unless files can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out
+    except OSError as error:
+        raise UserError(where, one_line(str(error)), "a folder that can be written", "name another") from error
 
 
 @contextlib.contextmanager

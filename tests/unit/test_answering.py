@@ -21,7 +21,6 @@ from elm_jax.errors import UserError
 from elm_jax.evaluation import answering, evaluator
 from elm_jax.evaluation.answering import chunks_of
 from elm_jax.evaluation.controls import Question, Source
-from elm_jax.inference.speaker import Speaker
 from elm_jax.runtime import distributed
 
 RECORDINGS, PER, BATCH = 9, 5, 2  # three questions about a recording are one record's; a chunk has 16
@@ -174,7 +173,6 @@ def test_a_question_that_any_ecg_would_make_too_long_is_left_out_before_the_firs
     model.assembly.text = replace(model.assembly.text, signal_tokens=1)
     model.assembly.signal = replace(model.assembly.signal, representation="symbolic", tokens=tokens, perturb="zeros")
     model.assembly.llm.max_len = 240
-    monkeypatch.setattr(model, "written", lambda prompt, new: Speaker.written(model, prompt, new))  # type: ignore[arg-type]
     lengths = [(q.record, q.tokens) for q in asked_of(model.dataset("test"))]
     long = {record for record, length in lengths if length + 99 + 8 > 240}
     assert long and all(length + 1 + 8 <= 240 for _, length in lengths), "with their own flat lines all fit"

@@ -300,7 +300,7 @@ def test_paper_is_to_scale():
 @pytest.mark.parametrize("text", ["$\\boxed{yes}$", "$", "a_b^$c$"])
 def test_what_data_and_models_say_is_drawn_as_it_is_not_as_a_formula(tmp_path, text):
     signal = np.zeros((12, 500))
-    gallery([Example(signal, text, text, text, True)], 50.0, tmp_path / "gallery.png")
+    gallery([Example([signal], text, text, text, True)], 50.0, tmp_path / "gallery.png")
     draw_ecg(signal, 50.0, tmp_path / "ecg.png", title=text, caption=(text,))
 
 
@@ -323,8 +323,8 @@ def test_pictures_are_png_files(tmp_path):
     draw_ecg(signal, 100.0, tmp_path / "ecg.png", title="How fast?", caption=("72", "71"))
     noise = np.random.default_rng(0).standard_normal((12, 1000))
     examples = [
-        Example(signal, "How fast?", "72", "71", True),
-        Example(noise, "What is it?", "", "noise", False),
+        Example([signal, noise], "How fast?", "72", "71", True),
+        Example([noise], "What is it?", "", "noise", False),
     ]
     gallery(examples, 100.0, tmp_path / "gallery.png")
     loss_plot([1, 2, 3], [3.0, float("nan"), 0.1], [None, None, 1.0], tmp_path / "loss.png")

@@ -22,7 +22,7 @@ from elm_jax.evaluation import controls, evaluator
 from elm_jax.evaluation.controls import Question, kept_ecgs, shuffled_records
 from elm_jax.evaluation.evaluator import evaluate, is_evaluated, results_folder
 from elm_jax.evaluation.metrics import Scorer, is_right, scores_of
-from elm_jax.evaluation.results import summary
+from elm_jax.evaluation.results import asked_with, summary
 
 
 def shuffled(records: list[Record], **options: Any) -> dict[int, tuple[str, ...]]:
@@ -100,6 +100,7 @@ def test_a_summary_has_a_column_for_each_control_and_baseline() -> None:
         for i in range(20)
     ]
     results = scores_of(Scorer().table(predictions))
+    results |= {"asked_with": asked_with(Config()), "unfinished_answers": 0, "cut_ecgs": 0}
     results["controls"] = {"zeros": {"exact_match": {"value": 0.25, "ci95": [0, 1]}}}
     lines = summary(results).splitlines()
     assert lines[0].split() == ["score", "zeros", "constant", "majority"]
@@ -110,6 +111,11 @@ def test_a_summary_has_a_column_for_each_control_and_baseline() -> None:
     results["shuffled_ecgs"] |= {"own_ecg": 3, "same_patient": 6}
     told = summary(results).splitlines()[-1]
     assert "of 60 answers 3 are about the question's own ECG and 6 about another one of the same patient" in told
+    results |= {"unfinished_answers": 2, "cut_ecgs": 1, "empty_answers_left_out": 5}
+    results["asked_with"]["perturb"] = "noise"
+    told = "\n".join(summary(results).splitlines()[-4:])
+    for what in ("the model was not shown the ECGs", "2 answers were cut off at 128 tokens", "1 questions", "5 empty"):
+        assert what in told
 
 
 def test_only_some_records_may_take_part_in_shuffling() -> None:

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from elm_jax.config import Config
 from elm_jax.evaluation.metrics import Scorer
 from elm_jax.evaluation.report import _by, write_report
-from elm_jax.evaluation.results import results_of
+from elm_jax.evaluation.results import asked_with, results_of
 from elm_jax.evaluation.svg import Bar, bars
 
 VOID = {"meta", "link", "img", "br", "input"}
@@ -58,6 +59,9 @@ class Page(HTMLParser):
             self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
 
 
+FACTS = {"split": "test", "step": 3, "bad": 0, "asked_with": asked_with(Config())}
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     from fake_model import fake_config
@@ -76,7 +80,7 @@ def report(tmp_path_factory) -> Path:
         for i, r in enumerate(dataset.records)
     ]  # fmt: skip
     kept = {"answers": 6, "own_ecg": 1, "same_patient": 2}
-    facts = {"split": "test", "step": 3, "bad": 0, "labels_bad": 4, "shuffled_ecgs": kept}
+    facts = {**FACTS, "labels_bad": 4, "shuffled_ecgs": kept}
     results = results_of({"real": lines, "zeros": [{**line, "answer": ""} for line in lines]}, Scorer(), facts, {})
     out = tmp_path_factory.mktemp("run") / "eval" / "demo-test"
     out.mkdir(parents=True)
@@ -119,7 +123,7 @@ def test_the_script_is_javascript_and_finds_its_elements(report, tmp_path):
 
 def test_benchmarks_are_tables_of_numbers_with_intervals():
     lines = [{"id": str(i), "name": "ptb-test", "truth": "NORM", "answer": "NORM"} for i in range(4)]
-    text = _by(results_of({"real": lines}, Scorer(), {"split": "test", "step": 3, "bad": 0}, {}))
+    text = _by(results_of({"real": lines}, Scorer(), FACTS, {}))
     assert "<td>4</td>" in text and "0.000 <small>[0.000, 0.000]</small>" in text and "&lt;" not in text
     assert "exact_match, majority" in text
 
@@ -137,7 +141,7 @@ def test_plots_of_an_earlier_scoring_do_not_stay(tmp_path):
     out.mkdir(parents=True)
     for answer, names in (("a", {"scores.svg", "wrong_x.svg"}), ("b", {"scores.svg"})):
         lines[0]["answer"] = answer
-        results = results_of({"real": lines}, Scorer(), {"split": "test", "step": 3, "bad": 0}, {})
+        results = results_of({"real": lines}, Scorer(), FACTS, {})
         write_report(out, results, lines, nobody)
         assert {path.name for path in (out / "plots").iterdir()} == names
 

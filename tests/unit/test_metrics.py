@@ -184,7 +184,7 @@ def test_a_truth_of_which_the_protocol_sees_nothing_is_no_truth():
     assert aggregate(lines)["n"] == 2, "the second answer is empty, and wrong"
     assert aggregate(lines)["metrics"]["exact_match"]["value"] == 0.5
     april = aggregate(lines, Scorer("elm-2026-04"))
-    assert (april["n"], april["empty_answers"]) == (2, 0), "there a thought is an answer, and tags are none"
+    assert (april["n"], april["empty_answers"]) == (2, 1), "there a thought is an answer; tags are none"
 
 
 def test_an_answer_to_a_truth_is_scored_once_in_all_tables_of_a_scorer(monkeypatch):

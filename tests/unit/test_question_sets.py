@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
 
 import numpy as np
 import pytest
 
+from elm_jax.config import Config
 from elm_jax.evaluation.ecg_qa import QuestionOnly, answer_list, macro_f1, set_matches
-from elm_jax.evaluation.ecgbench import chosen_letter, ecgbench, found_labels, listed_options, same_characters
+from elm_jax.evaluation.ecgbench import (
+    LABELS,
+    chosen_letter,
+    ecgbench,
+    listed_options,
+    named_letter,
+    said_labels,
+    same_options,
+    true_labels,
+)
 from elm_jax.evaluation.metrics import Scorer
-from elm_jax.evaluation.results import results_of, summary
+from elm_jax.evaluation.results import asked_with, results_of, summary
 
-FACTS = {"split": "test", "step": 1, "bad": 0}
+FACTS = {"split": "test", "step": 1, "bad": 0, "asked_with": asked_with(Config())}
 
 
 def test_a_set_of_answers_is_right_in_any_order_and_only_whole():
@@ -24,6 +36,23 @@ def test_a_set_of_answers_is_right_in_any_order_and_only_whole():
 def test_an_answer_with_a_comma_of_its_own_is_one_answer():
     known = "conduction disturbance, complete"
     assert set_matches([known, "none"], [[known], ["none"]]).tolist() == [1, 1]
+
+
+def test_answers_with_commas_of_their_own_stand_beside_others(shared):
+    with (shared / "real/text/ecgqa/ptbxl/answers.csv").open() as file:
+        classes = [row["class"] for row in csv.DictReader(file)]
+    (known,) = [name for name in classes if "," in name]
+    pairs = [pair for pair in itertools.permutations(classes, 2) if known in pair]
+    for separator in (" ", ", ", ",", "; ", "\n"):
+        assert set_matches([separator.join(pair) for pair in pairs], pairs).all(), repr(separator)
+    assert set_matches([" ".join(pair).replace(",", "") for pair in pairs], pairs).all()
+    others = [pairs[-1], *pairs[:-1]]
+    for wrong in ([" ".join(pair) for pair in others], [pair[0] for pair in pairs], [f"{a} {b} x" for a, b in pairs]):
+        assert not set_matches(wrong, pairs).any()
+
+
+def test_a_comma_between_two_answers_keeps_them_apart():
+    assert set_matches(["a, b", "a b", "b,a"], [["a", "b"], ["a b"], ["a", "b"]]).tolist() == [1, 1, 1]
 
 
 def test_answers_of_a_record_are_those_of_its_third_part():
@@ -107,10 +136,29 @@ def test_macro_f1_over_the_answers_of_a_template():
 
 @pytest.mark.parametrize(
     ("text", "letter"),
-    [("B", "B"), ("C. Sinus rhythm", "C"), ("The correct option is D", "D"), ("Reasons. Answer: A", "A")],
+    [
+        ("B", "B"),
+        ("C. Sinus rhythm", "C"),
+        ("The answer is B.", "B"),
+        ("I think it is C. Atrial fibrillation", "C"),
+        ("Rather D. than B.", "B"),  # the first of the alphabet
+        ("A normal ECG. Answer: B", "G"),
+        ("The correct option is D", "D"),
+        ("The correct option is A, no: The correct option is B", "B"),
+        ("The correct option is (B), Answer: B", None),
+        ("Reasons. Answer: A", "A"),
+        ("Answer: option D", "D"),
+        ("Answer: A, no: Answer: flutter, C", "C"),
+        ("Answer: none", None),
+        ("answer: B", None),
+        ("Because", None),
+        ("(B)", None),
+        ("Option I.", None),
+    ],
 )
-def test_letters_are_found_as_pulse_finds_them(text, letter):
-    assert chosen_letter(text, "ABCD") == letter
+def test_letters_are_found_by_the_rules_of_pulse(text, letter):
+    assert named_letter(text) == letter
+    assert chosen_letter(text, "ABCD") == (letter or chosen_letter("", "ABCD"))
 
 
 def test_an_answer_without_a_letter_draws_one_always_the_same():
@@ -119,10 +167,47 @@ def test_an_answer_without_a_letter_draws_one_always_the_same():
     assert chosen_letter("Because", "ABCD", "k") in "ABCD", "a word is no letter"
 
 
-def test_pulses_looseness_is_kept():
-    assert found_labels("ABNORMAL", ("NORM", "ABNORMAL")) == [True, True]
-    assert same_characters("No", "on", ["no"]), "characters, in any order"
-    assert listed_options("What is it? Options: yes, no, not sure.") == ["yes", "no", "not sure"]
+def test_labels_are_substrings_and_abnormal_holds_norm():
+    assert said_labels("ptb-test", "ABNORMAL. Answer: STTC") == [True, False, True, False, False]
+    assert said_labels("ptb-test", "norm") == [False] * 5
+    assert true_labels("ptb-test", "ABNORMAL, MI") == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "true"),
+    [
+        ("NORM", {"NORM"}, {"NORM"}),
+        ("ABNORMAL", {"ABNORMAL"}, {"ABNORMAL"}),
+        ("NORM, SB", {"NORM", "SB"}, {"SB"}),
+        ("ABNORMAL, RBBB", {"ABNORMAL", "RBBB"}, {"RBBB"}),
+        ("ABNORMAL or NORM", {"ABNORMAL"}, set()),
+        ("AF? Answer: LBBB? Answer: RBBB", {"RBBB"}, {"AF", "LBBB", "RBBB"}),
+        ("ABNORMAL. Answer: NORM", {"NORM"}, set()),
+    ],
+)
+def test_norm_and_abnormal_exclude_each_other_in_code15(text, said, true):
+    names = LABELS["code15-test"]
+    assert {name for name, holds in zip(names, said_labels("code15-test", text), strict=True) if holds} == said
+    assert {name for name, holds in zip(names, true_labels("code15-test", text), strict=True) if holds} == true
+
+
+def test_an_answer_names_the_true_options_and_no_other():
+    options = ["yes", "no", "not sure", "QT interval"]
+    assert same_options("It is YES.", "yes", options) and not same_options("yes or no", "yes", options)
+    assert same_options("qt interval and yes", "yesQT interval", options), "true options are joined without separators"
+    assert not same_options("on", "no", ["no", "on"]) and not same_options("lead II", "lead I", ["lead I", "lead II"])
+    assert same_options("not sure", "not sure", options), "an option within the right one makes nothing wrong"
+    assert not same_options("", "", options) and not same_options("maybe", "maybe", options)
+
+
+def test_options_are_those_behind_the_last_mark_without_the_order():
+    order = "Only answer based on the given Options without any explanation."
+    for rest in ("", ".", f". {order}", f" {order}", f"\n\n{order}", f"\n{order}\nASSISTANT: "):
+        assert listed_options(f"Options: a, b. Which? Options: yes, no, not sure{rest}") == ["yes", "no", "not sure"]
+    assert listed_options("Options: yes,\nno") == ["yes", "no"] and listed_options("yes, no") == []
+    line = {"id": "a", "name": "ecgqa-test", "question": f"Is it? Options: yes, no {order}", "truth": "no"}
+    found = ecgbench([{**line, "answer": "No."}, {**line, "answer": "yes"}])["ecgbench"]["ecgqa-test"]
+    assert found["accuracy"]["value"] == 0.5
 
 
 def test_label_tasks_have_macro_f1_auc_and_hamming_loss():
@@ -130,12 +215,28 @@ def test_label_tasks_have_macro_f1_auc_and_hamming_loss():
     lines = [{"id": str(i), "name": "ptb-test", "truth": t, "answer": a}
              for i, (t, a) in enumerate(zip(truths, answers, strict=True))]  # fmt: skip
     found = ecgbench(lines)["ecgbench"]["ptb-test"]
-    assert found["macro_f1"]["value"] == pytest.approx(np.mean([2 / 3, 1, 0, 0, 0]))
-    assert found["hamming_loss"]["value"] == pytest.approx(3 / 20)
+    assert found["macro_f1"]["value"] == pytest.approx(np.mean([2 / 3, 1, 0, 0]))
+    assert found["hamming_loss"]["value"] == pytest.approx(3 / 16)
     assert found["macro_auc"]["value"] == pytest.approx(np.mean([(1 + 2 / 3) / 2, 1, 0.5, 0.5]))
     assert ecgbench([{"name": "other"}]) == {}
     letters = [{"id": "a", "name": "mmmu-ecg", "truth": "B", "answer": "B. x"}]
     assert ecgbench(letters)["ecgbench"]["mmmu-ecg"]["accuracy"]["value"] == 1.0
+
+
+def test_averages_are_over_the_labels_that_occur_in_the_truths():
+    truths, answers = ["NORM", "MI", "MI"], ["NORM, HYP", "MI, HYP", "NORM"]
+    lines = [{"id": str(i), "name": "ptb-test", "truth": t, "answer": a}
+             for i, (t, a) in enumerate(zip(truths, answers, strict=True))]  # fmt: skip
+    found = ecgbench(lines)["ecgbench"]["ptb-test"]
+    assert found["macro_f1"]["value"] == pytest.approx(2 / 3) and found["macro_auc"]["value"] == pytest.approx(3 / 4)
+    assert found["hamming_loss"]["value"] == pytest.approx(2 / 6), "HYP is in no truth and counts nowhere"
+    nothing = ecgbench([{**lines[0], "truth": "none of these"}])["ecgbench"]["ptb-test"]
+    assert [score["value"] for score in nothing.values()] == [None] * 3
+
+
+def test_the_truth_of_a_choice_is_its_first_character():
+    lines = [{"id": "q", "name": "csn-test-no-cot", "truth": "B. Not A. Normal ECG.", "answer": "B"}]
+    assert ecgbench(lines)["ecgbench"]["csn-test-no-cot"]["accuracy"]["value"] == 1.0
 
 
 def test_a_truth_without_a_letter_is_never_right():

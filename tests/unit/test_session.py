@@ -355,16 +355,30 @@ def test_relative_and_home_paths_are_the_users(tmp_path: Path, monkeypatch: pyte
         assert ecg.path == str(tmp_path / "a.npy") and ecg.signal.shape == (len(LEADS), 500)
 
 
-def test_where_ecgs_are_symbols_old_turns_make_room_for_them(tmp_path: Path) -> None:
+def symbolic(tmp_path: Path, context: int) -> Session:
     EcgByte([b"aa"]).save(tmp_path / "bpe.json")
-    talk = session(context=200, encoder__tokens=1)
+    talk = session(context=context, encoder__tokens=1)
     tokens = add_ecg_tokens(talk.model.assembly.tokenizer, tmp_path / "bpe.json", 60)
     talk.spec = replace(talk.spec, representation="symbolic", leads=(1,), tokens=tokens)
+    talk.model.assembly.signal = talk.spec  # type: ignore[misc]
     ecg = talk.add_ecg("noise")
-    assert isinstance(ecg.signal, np.ndarray) and ecg.signal.shape[0] > 300
+    assert isinstance(ecg.signal, np.ndarray) and 300 < ecg.signal.shape[0] <= 500
+    return talk
+
+
+def test_where_ecgs_are_symbols_old_turns_make_room_for_all_of_them(tmp_path: Path) -> None:
+    talk = symbolic(tmp_path, context=700)
     for question in range(8):
         talk.say(f"Question {question}, and a little more of it?")
         (*_, prompt) = talk.model.prompts  # type: ignore[attr-defined]
-        text = len(prompt.rendered.ids) - 1
-        assert text + 60 <= 200 - talk.model.config.eval.max_new_tokens
+        assert talk.cut == 0 and talk.ecgs[0].signal.tobytes() in prompt.rendered.ids.tobytes()
     assert talk.shortened and len(talk.turns) == 16
+
+
+def test_symbols_for_which_the_context_has_no_room_are_cut_and_counted(tmp_path: Path) -> None:
+    talk = symbolic(tmp_path, context=200)
+    talk.say("Is it normal?")
+    (prompt,) = talk.model.prompts  # type: ignore[attr-defined]
+    assert len(prompt.rendered.ids) == 200 - talk.model.config.eval.max_new_tokens and not talk.shortened
+    kept = len(talk.ecgs[0].signal) - talk.cut
+    assert kept >= 60 and talk.ecgs[0].signal[:kept].tobytes() in prompt.rendered.ids.tobytes()

@@ -34,7 +34,9 @@ class BertScore:
             import torch
             from transformers import AutoModel, AutoTokenizer
 
-            self._model: Any = AutoModel.from_pretrained(name, local_files_only=True).eval()
+            # Where PEFT is installed, transformers asks the hub for adapters too, unless these are local as well.
+            local: dict[str, Any] = {"local_files_only": True, "adapter_kwargs": {"local_files_only": True}}
+            self._model: Any = AutoModel.from_pretrained(name, **local).eval()
             # RoBERTa has other tokens for a word behind a blank; the package reads the first one so too.
             behind_blank = {"add_prefix_space": True} if self._model.config.model_type == "roberta" else {}
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name, local_files_only=True, **behind_blank)
