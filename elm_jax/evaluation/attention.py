@@ -6,6 +6,7 @@ causes the answer: `dependence` tells that. T tokens, N signal tokens of an ECG,
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +14,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elm_jax.assemble import CONNECTORS
 from elm_jax.data.batch import empty_signals, put_signal
 from elm_jax.data.represent import SignalSpec
 from elm_jax.inference.model import Prompt, TrainedModel
 from elm_jax.models.attention import padding_mask
-from elm_jax.models.connectors import SIGNAL_KINDS
 from elm_jax.models.decoder import Decoder, Layer, Window
 from elm_jax.models.elm import ELM
+from elm_jax.models.encoders import ENCODERS
 from elm_jax.models.hints import placed
+from elm_jax.models.pooling import pooling_weights
 from elm_jax.runtime.mesh import MeshPlacement
 
-# Encoders whose signal tokens follow each other in time, each over all leads; and those that go lead after lead.
-IN_TIME, LEAD_BY_LEAD = ("merl", "mtae"), ("st_mem", "mlae")
+Part = tuple[int, int, int, int]  # of a signal: first lead, last lead, first sample, last sample; ends excluded
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The positions that an encoder pools to its tokens, in their order, as sections of a line of samples.
+
+    The line is the time, L, of all leads at once; `by_lead`: the leads one after the other, C·L. edges: from the
+    encoder's config and the line's length, where each position begins and, at last, where the last one ends. CLS has
+    no length.
+    """
+
+    edges: Callable[[Any, int], Sequence[int]]
+    by_lead: bool = False
+
+
+POOLED = {
+    # Its strides make 16: position k is made of samples on both sides of 16 k, and stands for those next to it.
+    "merl": Pooled(lambda config, length: (0, *range(8, length - 8, 16), length)),
+    "st_mem": Pooled(lambda config, length: range(0, length + 1, config.patch_size), by_lead=True),
+    "mtae": Pooled(lambda config, length: (0, *range(0, length + 1, config.patch_size))),
+    "mlae": Pooled(lambda config, length: (0, *range(0, length + 1, config.seq_len)), by_lead=True),
+    "siglip_ecg": Pooled(lambda config, length: range(0, length + 1, config.patch_size)),
+}
 
 
 @dataclass(frozen=True)
@@ -33,14 +56,14 @@ class Attention:
     """What the answer's tokens attend to, summing to 1 over the prompt and the answer before each.
 
     tokens: the prompt's and the answer's, as text. weights: (T,) of all of them. ecg_tokens: of each ECG the places of
-    its tokens. spans: of each ECG and token the part of the signal that it stands for: (first lead, last lead, first
-    sample, last sample), ends excluded; a token of several parts has several. answer_start: where the answer begins.
+    its tokens. spans: of each ECG and token the parts of the signal that it stands for: what it was made of, before the
+    encoder's layers mix them. answer_start: where the answer begins.
     """
 
     tokens: list[str]
     weights: np.ndarray
     ecg_tokens: list[list[int]]
-    spans: list[list[list[tuple[int, int, int, int]]]]
+    spans: list[list[list[Part]]]
     answer_start: int
 
     @property
@@ -137,23 +160,31 @@ def _ecg_places(model: TrainedModel, prompt: Prompt, written: Prompt) -> list[li
     return [[int(i) for i in part] for part in np.split(own, breaks)]
 
 
-def _spans(model: TrainedModel, ids: np.ndarray, count: int) -> list[list[tuple[int, int, int, int]]]:
-    """The parts of the signal that the tokens of one ECG stand for."""
-    spec, config = model.assembly.signal, model.config
+def _spans(model: TrainedModel, ids: np.ndarray, count: int) -> list[list[Part]]:
+    """The parts of the signal that the tokens of one ECG stand for; a token that has no place stands for all of it."""
+    spec, name = model.assembly.signal, model.config.encoder.name
     leads, samples = spec.shape
+    whole = [(0, leads, 0, samples)]
     if spec.tokens is not None:
         return _symbol_spans(spec, ids)
-    in_time = config.encoder.name in IN_TIME or CONNECTORS[config.elm] in SIGNAL_KINDS
-    if in_time:
-        edges = np.linspace(0, samples, count + 1).round().astype(int)
-        return [[(0, leads, int(a), int(b))] for a, b in zip(edges, edges[1:], strict=False)]
-    if config.encoder.name in LEAD_BY_LEAD:
-        edges = np.linspace(0, leads * samples, count + 1).round().astype(int)
-        return [_unrolled(int(a), int(b), samples) for a, b in zip(edges, edges[1:], strict=False)]
-    return [[(0, leads, 0, samples)]] * count  # an image: its vector stands for all of it
+    if spec.processing is not None:
+        return [whole] * count  # one vector of an image, from a CLS token, a mean or attention over all patches
+    if name is None:  # the connector's patches are the tokens
+        by_lead, edges = False, range(0, samples + 1, samples // count)
+    else:
+        pooled, config = POOLED[name], ENCODERS[name].config(model.assembly.encoder)
+        by_lead = pooled.by_lead
+        edges = pooled.edges(config, leads * samples if by_lead else samples)
+    spans = []
+    for inside in pooling_weights(len(edges) - 1, count) > 0:
+        positions = np.flatnonzero(inside)
+        a, b = int(edges[positions[0]]), int(edges[positions[-1] + 1])
+        parts = _unrolled(a, b, samples) if by_lead else [(0, leads, a, b)]
+        spans.append(parts if a < b else whole)  # CLS alone has read all of them
+    return spans
 
 
-def _symbol_spans(spec: SignalSpec, ids: np.ndarray) -> list[list[tuple[int, int, int, int]]]:
+def _symbol_spans(spec: SignalSpec, ids: np.ndarray) -> list[list[Part]]:
     """A symbol stands for as many samples as it spells; leads follow one another."""
     assert spec.tokens is not None
     own = {int(token): i for i, token in enumerate(spec.tokens.llm_ids)}
@@ -162,7 +193,7 @@ def _symbol_spans(spec: SignalSpec, ids: np.ndarray) -> list[list[tuple[int, int
     return [_unrolled(int(a), int(b), spec.shape[1]) for a, b in zip(starts, ends, strict=True)]
 
 
-def _unrolled(start: int, end: int, samples: int) -> list[tuple[int, int, int, int]]:
+def _unrolled(start: int, end: int, samples: int) -> list[Part]:
     """Samples [start, end) of all leads, one after the other, lead by lead."""
     parts = []
     while start < end:
@@ -171,5 +202,3 @@ def _unrolled(start: int, end: int, samples: int) -> list[tuple[int, int, int, i
         parts.append((lead, lead + 1, first, last))
         start += last - first
     return parts
-
-

@@ -154,14 +154,19 @@ def test_a_config_learns_evaluates_and_goes_on(
 
 
 def check_attention(command: Command, workdir: Path, ecg: Path) -> None:
-    """What `analyze` leaves of any model: weights that sum to 1, and tokens that cover the ECG from its start."""
-    pretrained = json.loads((workdir / "config.json").read_text())["phase"] == "pretrain"
-    question = [] if pretrained else ["--question", "What is it?"]
+    """What `analyze` leaves of any model: weights that sum to 1, and tokens of different places that cover the ECG."""
+    config = json.loads((workdir / "config.json").read_text())
+    question = [] if config["phase"] == "pretrain" else ["--question", "What is it?"]
     run(command, "analyze", "--checkpoint", str(workdir), "--ecg", str(ecg), *question)
     found = json.loads((workdir / "analysis" / "attention.json").read_text())
     assert abs(sum(token["weight"] for token in found["tokens"]) - 1) < 1e-4
     (tokens,) = found["ecgs"]
     assert tokens and 0 < found["ecg_share"] < 1 and tokens[0]["parts"][0][0] == tokens[0]["parts"][0][2] == 0
+    places = {json.dumps(token["parts"]) for token in tokens}
+    assert len(places) == len(tokens), "two tokens stand for the same part"
+    last = [part[1::2] for token in tokens for part in token["parts"]]
+    symbols = config["elm"] == "ecg_byte"  # which are cut where they find no room
+    assert symbols or max(last) == [len(config["data"]["leads"]), config["data"]["segment_len"]]
     assert (workdir / "analysis" / "attention_1.png").stat().st_size > 10_000
 
 

@@ -13,10 +13,14 @@ import pytest
 from flax import nnx
 
 from elm_jax.analyze import _question
+from elm_jax.data.images import PROCESSING
 from elm_jax.errors import UserError
-from elm_jax.evaluation.attention import Attention, _mean_weights, _spans
+from elm_jax.evaluation.attention import POOLED, Attention, _mean_weights, _spans, _symbol_spans
 from elm_jax.evaluation.attention_picture import draw_attention
+from elm_jax.models.connectors import SIGNAL_KINDS, build_signal_connector
 from elm_jax.models.decoder import Decoder
+from elm_jax.models.encoders import ENCODERS, build_encoder
+from elm_jax.models.encoders.merl import Conv
 from elm_jax.models.families import scratch_config
 
 T, HIDDEN = 11, 16
@@ -45,31 +49,109 @@ def test_a_pretrained_model_is_asked_nothing_and_others_are() -> None:
             _question(asked, phase)
 
 
-def model(elm: str, encoder: str | None, **spec: Any) -> Any:
-    signal = SimpleNamespace(shape=(3, 100), tokens=None, **spec)
-    config = SimpleNamespace(elm=elm, encoder=SimpleNamespace(name=encoder))
-    return SimpleNamespace(assembly=SimpleNamespace(signal=signal), config=config)
+LEADS, SAMPLES, PATCH = 3, 200, 25
+SIZES = {"num_leads": LEADS, "seq_len": SAMPLES}
+MAE = SIZES | {"embed_dim": 16, "depth": 1, "num_heads": 2}
+DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+FIELDS: dict[str, dict[str, Any]] = {
+    "merl": {"num_leads": LEADS, "resnet_type": "resnet18", "width": 8},
+    "st_mem": MAE | {"patch_size": PATCH},
+    "mtae": MAE | DECODER | {"patch_size": PATCH},
+    "mlae": MAE | DECODER,
+    "siglip_ecg": SIZES | TOWER | {"patch_size": PATCH},
+}
+IMAGES = {"clip", "vit", "siglip2"}
 
 
-@pytest.mark.parametrize(
-    ("elm", "encoder", "expected"),
-    [
-        ("mlp_llava", "merl", [[(0, 3, 0, 50)], [(0, 3, 50, 100)]]),
-        ("patch_elf", None, [[(0, 3, 0, 50)], [(0, 3, 50, 100)]]),
-        ("mlp_llava", "st_mem", [[(0, 1, 0, 100), (1, 2, 0, 50)], [(1, 2, 50, 100), (2, 3, 0, 100)]]),
-        ("mlp_llava", "clip", [[(0, 3, 0, 100)]] * 2),
-    ],
-)
-def test_tokens_stand_for_parts_of_the_signal(elm: str, encoder: str | None, expected: Any) -> None:
-    assert _spans(model(elm, encoder), np.zeros(2, np.int32), 2) == expected
+def spans_of(
+    name: str | None, tokens: int, fields: Any = None, shape: tuple[int, int] = (LEADS, SAMPLES), image: Any = None
+) -> Any:
+    signal = SimpleNamespace(shape=shape, tokens=None, processing=image)
+    config = SimpleNamespace(encoder=SimpleNamespace(name=name))
+    model: Any = SimpleNamespace(assembly=SimpleNamespace(signal=signal, encoder=fields or {}), config=config)
+    return _spans(model, np.zeros(tokens, np.int32), tokens)
+
+
+def drawn(spans: Any) -> np.ndarray:
+    """(N, C, L) bool: the samples that each token stands for."""
+    inside = np.zeros((len(spans), LEADS, SAMPLES), bool)
+    for token, parts in zip(inside, spans, strict=True):
+        for a, b, c, d in parts:
+            assert a < b and c < d and not token[a:b, c:d].any()
+            token[a:b, c:d] = True
+    return inside
+
+
+def read(module: Any) -> np.ndarray:
+    """(N, C, L) bool: the samples that each of an encoder's or connector's outputs changes with."""
+
+    def outputs(signal: jax.Array) -> jax.Array:
+        y = module(signal[None])[0]
+        return y @ jax.random.normal(jax.random.key(1), y.shape[-1:])
+
+    gradient = jax.jit(jax.jacrev(outputs))(jax.random.uniform(jax.random.key(2), (LEADS, SAMPLES)))
+    return np.asarray(gradient) != 0
+
+
+def without_mixing(name: str, tokens: int) -> Any:
+    """The encoder with nothing that carries one position's values to another: its embeddings, then its pooling."""
+    encoder: Any = build_encoder(name, FIELDS[name], tokens, nnx.Rngs(0))
+    for _, part in nnx.iter_graph(encoder):
+        if isinstance(part, Conv):
+            side = part.kernel.shape[0] // 2
+            part.kernel.set_value(jnp.zeros_like(part.kernel[...]).at[side].set(part.kernel[side]))
+    for part in ("transformer", "decoder"):
+        if hasattr(encoder, part):
+            setattr(encoder, part, lambda x: x)
+    return encoder
+
+
+# Tokens: one; that divide the positions (24 of ST-MEM, 8 of MTAE and SigLIP, 3 of MLAE, 13 of MERL), with and without
+# CLS, and that do not; more than there are.
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8, 9, 13, 24, 30])
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_token_stands_for_the_samples_that_are_pooled_to_it(name: str, tokens: int) -> None:
+    found, expected = drawn(spans_of(name, tokens, FIELDS[name])), read(without_mixing(name, tokens))
+    if name in ("mtae", "mlae"):
+        expected[~expected.any((1, 2))] = True  # CLS alone, which has no place
+    if name == "merl":  # of its positions, 16 samples apart, the middles are left
+        middles = np.arange(SAMPLES) % 16 == 0
+        assert np.array_equal(found & middles, expected)
+        ends = [(parts[0][2], parts[0][3]) for parts in spans_of(name, tokens, FIELDS[name])]
+        assert all((a % 16 == 8 or a == 0) and (b % 16 == 8 or b == SAMPLES) for a, b in ends), "half way between"
+    else:
+        assert np.array_equal(found, expected)
+    assert found.any(0).all(), "no part of the ECG is left out"
+
+
+@pytest.mark.parametrize("kind", SIGNAL_KINDS)
+@pytest.mark.parametrize("tokens", [1, 4, 10])
+def test_a_connectors_token_stands_for_the_samples_that_it_reads(kind: str, tokens: int) -> None:
+    connector = build_signal_connector(kind, LEADS, SAMPLES, tokens, 16, rngs=nnx.Rngs(0))
+    assert np.array_equal(drawn(spans_of(None, tokens)), read(connector))
+
+
+def test_tokens_of_the_shipped_sizes_stand_where_their_patches_are() -> None:
+    shape, sizes = (12, 2500), {"num_leads": 12, "seq_len": 2500}
+    one = [[(0, 12, 25 * i, 25 * i + 25)] for i in range(100)]
+    assert spans_of("siglip_ecg", 100, sizes, shape) == one
+    leads = [[(i, i + 1, 0, 2500)] for i in range(12)]
+    assert spans_of("mlae", 12, sizes, shape) == [leads[0], *(leads[i - 1] + leads[i] for i in range(1, 12))]
+    assert spans_of("mlae", 13, sizes, shape) == [[(0, 12, 0, 2500)], *leads]
+
+
+def test_the_token_of_an_image_stands_for_all_of_it_and_every_encoder_is_known() -> None:
+    assert spans_of("clip", 1, image=PROCESSING["clip"]) == [[(0, LEADS, 0, SAMPLES)]]
+    assert set(PROCESSING) == IMAGES and set(FIELDS) == set(POOLED) == set(ENCODERS) - IMAGES
 
 
 def test_symbols_stand_for_what_they_spell_lead_after_lead() -> None:
     coder = SimpleNamespace(lengths=np.array([1, 60, 90]))
-    one = model("ecg_byte", None)
-    one.assembly.signal.tokens = SimpleNamespace(coder=coder, llm_ids=np.array([10, 11, 12], np.int32))
+    tokens = SimpleNamespace(coder=coder, llm_ids=np.array([10, 11, 12], np.int32))
+    signal: Any = SimpleNamespace(shape=(3, 100), tokens=tokens)
     expected = [[(0, 1, 0, 90)], [(0, 1, 90, 100), (1, 2, 0, 50)], [(1, 2, 50, 51)]]
-    assert _spans(one, np.array([12, 11, 10]), 3) == expected
+    assert _symbol_spans(signal, np.array([12, 11, 10])) == expected
 
 
 def test_weights_are_spread_over_the_signal() -> None:
