@@ -23,6 +23,7 @@ PEAK_FLOPS = {
     "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
+    "GB200": 2500e12,
     "B200": 2250e12,
     "A100": 312e12,
     "TPU v4": 275e12,
@@ -33,7 +34,8 @@ PEAK_FLOPS = {
 }
 MFU_FORMULA = (
     "(6 or, where the LLM is frozen, 4) FLOPs x (layer parameters x tokens + width x vocabulary x supervised tokens "
-    "+ 2 x layers x heads x head size x attention pairs); recomputation, encoder and connector not counted"
+    "+ 2 x layers x heads x head size x attention pairs); pairs that a sliding window hides count, too; recomputation, "
+    "encoder and connector do not"
 )
 
 

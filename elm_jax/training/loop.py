@@ -245,8 +245,8 @@ class Trainer:
 
     def _log(self, loaded: Loaded, validates: bool) -> dict[str, Any]:
         done, optim = loaded.step + 1, self.config.optim
-        rate = optim.lr * batch_scale(optim, self.config.train) * float(self.rate(loaded.step))
-        line, finite = self.report.line(loaded, rate)
+        peak = optim.lr * batch_scale(optim, self.config.train)
+        line, finite = self.report.line(loaded, lambda updates: peak * float(self.rate(updates)))
         if validates:
             with self.report.paused():
                 line["val_loss"] = self._validate(done)

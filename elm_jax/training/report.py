@@ -127,8 +127,11 @@ class Report:
         now.conversations += loaded.conversations
         now.pairs += loaded.attention_pairs
 
-    def line(self, loaded: Loaded, learning_rate: float) -> tuple[dict[str, Any], list[bool]]:
-        """The line of this step, once it is done, and of each step since the last line whether it was finite."""
+    def line(self, loaded: Loaded, rate: Callable[[int], float]) -> tuple[dict[str, Any], list[bool]]:
+        """The line of this step, once it is done, and of each step since the last line whether it was finite.
+
+        rate: the learning rate after so many updates, of which steps without finite gradients are none.
+        """
         fetched = jax.device_get(self._pending)
         self._pending = []
         now = self._now
@@ -143,7 +146,7 @@ class Report:
         line = {
             "step": loaded.step + 1,
             "loss": float(values["loss"]),
-            "learning_rate": learning_rate,
+            "learning_rate": rate(int(values["updates"])),
             "grad_norm": float(values["grad_norm"]),
             "tokens": tokens,
             "supervised_tokens": int(values["supervised_tokens"]),

@@ -109,6 +109,7 @@ def make_train_step(
             "loss": loss,
             "grad_norm": norm,
             "finite": finite,
+            "updates": optax.tree.get_all_with_path(state.optimizer, "count")[0][1],  # so far, which set the rate
             "tokens": (batch.group_ids > 0).sum(),
             "supervised_tokens": (batch.target_weights > 0).sum(),
             "recordings": (batch.signal_weights > 0).sum(),

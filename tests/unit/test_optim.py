@@ -258,3 +258,14 @@ def test_the_rate_follows_the_schedule_and_the_batch() -> None:
     weights = {"w": jnp.zeros(1)}
     updates, _ = tx.update({"w": jnp.ones(1)}, tx.init(weights), weights)
     assert float(updates["w"][0]) == pytest.approx(-1e-2 * 8 / 4 * 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+def test_the_state_counts_the_updates_that_the_rate_follows(name: str) -> None:
+    """A step that is skipped restores the state: the rate that is logged must not run ahead of the one that is used."""
+    params = {"kernel": jnp.eye(4), "bias": jnp.ones(4)}
+    tx = make_optimizer(OptimConfig(name=name), TrainConfig(), 10, {"kernel": -1})
+    state = tx.init(params)
+    for done in range(3):
+        assert {int(count) for _, count in optax.tree.get_all_with_path(state, "count")} == {done}
+        _, state = tx.update(params, state, params)
