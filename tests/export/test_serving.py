@@ -23,6 +23,7 @@ def program() -> str:
     return blocks[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elm", ["mlp_llava", "linear_llava"])
 def test_the_program_of_the_page_answers_as_the_chat(elm: str, tmp_path: Path, monkeypatch, capsys) -> None:
     pytest.importorskip("torch")

@@ -36,6 +36,7 @@ def config(workdir: Path, coder: Path, **changes: object) -> Config:
     return runs.config(workdir, **{**KEYS, "data__ecg_tokenizer": str(coder), **changes})
 
 
+@pytest.mark.slow
 def test_symbols_keep_their_rows_and_their_meaning(
     tmp_path: Path, coders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

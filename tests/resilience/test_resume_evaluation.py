@@ -128,6 +128,7 @@ def test_another_evaluation_begins_anew(tmp_path: Path, monkeypatch: pytest.Monk
     assert asked == [10, 0, 10], "another protocol only scores anew"
 
 
+@pytest.mark.slow
 def test_what_another_evaluation_left_is_kept_aside_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

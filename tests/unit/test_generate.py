@@ -135,6 +135,7 @@ def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p():
         assert np.flatnonzero(np.isfinite(nucleus(logits, jnp.float32(top_p))[0])).tolist() == kept, top_p
 
 
+@pytest.mark.slow
 def test_sampled_frequencies_are_the_probabilities(llm):
     """First tokens drawn for many equal rows, against softmax(logits / temperature)."""
     temperature, tokens = 0.4, np.tile(np.array([[3, 9]]), (500, 1))
