@@ -104,7 +104,7 @@ def _report(plan: "Plan") -> str:
         lines.append(f"{kind:<20}{entry['count']:>6} a step, {_size(entry['bytes'])} a device")
     lines += [
         f"predicted     {1000 * times.total:.1f} ms a step, {plan.tokens_per_second:,.0f} tokens/s a device, MFU "
-        f"{plan.mfu:.1%}, {plan.scaling:.1%} of one node's speed a device",
+        f"{plan.mfu:.1%}, {plan.scaling:.1%} of {plan.baseline.name}'s speed a device",
         f"              products {1000 * times.products:.1f} ms, attention {1000 * times.attention:.1f}, other "
         f"{1000 * times.other:.1f}, waiting for links {1000 * times.exposed:.1f}",
     ]

@@ -12,8 +12,8 @@ GIGA, TERA = 1e9, 1e12
 class Hardware:
     """One kind of device and its links. Rates are per device and second, of links in one direction.
 
-    dimensions: how many sizes a topology of it has. memory: bytes that a program may use. node: devices that reach
-    each other through `inner`; those of different nodes do through `outer`.
+    dimensions: how many sizes a topology of it has. memory: bytes that a program may use. node: devices, at most, that
+    reach each other through `inner`; those of different nodes do through `outer`.
     products, attention, streaming, collectives: the parts of the peaks that are reached in practice (attention's peak
     is that of products).
     """
@@ -47,8 +47,9 @@ H100 = Hardware(
 
 HARDWARE = {
     "h100": H100,
-    # NVIDIA H200 data sheet: the same chip with 141 GB at 4.8 TB/s.
-    "h200": replace(H100, memory=141 * GIGA * USABLE, bandwidth=4.8 * TERA),
+    # NVIDIA H200 data sheet: the same chip with 141 GB at 4.8 TB/s. Its memory in bytes is what
+    # CUDA tells of a device (cudaDeviceProp.totalGlobalMem, as PyTorch prints it): 143156 MiB, that is 139.8 GiB.
+    "h200": replace(H100, memory=143156 * 2**20 * USABLE, bandwidth=4.8 * TERA),
     # Cloud TPU documentation, "TPU v5p": 459 TFLOP/s, 95 GB at 2765 GB/s, 4800 Gb/s between chips, both ways and all
     # links together. "TPU v5e": 197 TFLOP/s, 16 GB at 819 GB/s, 1600 Gb/s.
     "v5p": Hardware(

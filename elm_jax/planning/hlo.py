@@ -174,7 +174,7 @@ class Collective:
     kind: str
     payload: int
     group: tuple[int, ...]
-    largest: Array  # of what it carries
+    arrays: tuple[Array, ...]  # that it carries, of one device
     count: int
 
 
@@ -204,11 +204,10 @@ def collective(
     its name."""
     group, kind = tuple(instruction.group(devices)), str(instruction.collective)
     kind = "reduce-scatter" if kind == "all-reduce" and computation.startswith("all-reduce-scatter") else kind
-    inputs = [array for operand in module.operands(computation, instruction) for array in operand.arrays]
+    inputs = tuple(array for operand in module.operands(computation, instruction) for array in operand.arrays)
     grows = len(group) if kind == "all-gather" else 1
     payload = sum(array.bytes for array in inputs) * grows
-    largest = max(inputs, key=lambda array: array.bytes, default=Array("token", ()))
-    return Collective(kind, payload, group, largest, times)
+    return Collective(kind, payload, group, inputs, times)
 
 
 def _instruction(line: str) -> Instruction | None:

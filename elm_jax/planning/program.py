@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from elm_jax.assemble import Assembly, assemble
@@ -23,7 +24,7 @@ from elm_jax.models.hints import placed
 from elm_jax.planning.costs import cost
 from elm_jax.planning.hlo import Collective, Module, collectives
 from elm_jax.planning.topology import Topology
-from elm_jax.runtime.mesh import RULES, SMALL, MeshPlacement, check_heads, partition_spec
+from elm_jax.runtime.mesh import RULES, SMALL, MeshPlacement, batch_ways, check_heads, partition_spec
 from elm_jax.runtime.xla_flags import gpu_flags
 from elm_jax.training.program import TrainProgram, check_rows, train_program
 
@@ -161,31 +162,95 @@ def replicated_parameters(compiled: Compiled) -> list[str]:
 
 
 def whole_gradients(compiled: Compiled) -> list[str]:
-    """All-reduces that carry what a trained matrix is when it is gathered over fsdp: there should be none."""
-    if compiled.mesh.shape["fsdp"] == 1:
-        return []
-    shapes: dict[tuple[int, ...], str] = {}
-    leaves = compiled.assembly.structure.leaves
-    for name, x in compiled.program.state.trained.items():
-        own = len(leaves[name].axes)
-        spec = partition_spec(compiled.mesh, leaves[name].axes, x.shape, name)[-own:]
-        if "fsdp" not in spec or math.prod(x.shape[-own:]) < SMALL:
+    """What is all-reduced over fsdp though its parameter is divided there: there should be nothing (`all_reduced`)."""
+    state = compiled.program.state
+    divided: dict[str, Sequence[int]] = {}
+    whole = 0
+    for name, x in state.trained.items():
+        shard, gathered = _shapes(compiled, name, x.shape)
+        if shard == gathered:
+            whole += math.prod(x.shape)
+        elif math.prod(x.shape[-len(shard) :]) >= SMALL:
+            divided[name] = gathered
+    # The sums and the sums of squares that statistics are made of, and the gradients of these.
+    whole += 2 * sum(math.prod(x.shape) for x in state.statistics.values())
+    return all_reduced(compiled.collectives, compiled.mesh.shape, divided, whole * compiled.config.optim.accum_steps)
+
+
+def all_reduced(
+    carried: Iterable[Collective], ways: Mapping[str, int], divided: Mapping[str, Sequence[int]], whole: int
+) -> list[str]:
+    """What is all-reduced over the axis `fsdp` of a mesh of size `ways`, and should be in shards.
+
+    Matrices of which an array has the shape are named. XLA combines small all-reduces into flat ones, of which only the
+    size tells: where more elements are carried than what is `whole` on each device explains, the largest of these
+    arrays are given, as `bf16[8388608]`.
+
+    Args:
+        divided: the shapes that matrices divided over fsdp have when gathered.
+        whole: elements that may be all-reduced in a step; fewer than SMALL more (losses, norms, counts) pass too.
+    """
+    names = {_essential(shape): name for name, shape in divided.items()}
+    found, rest = set(), []
+    for one in carried:
+        if one.kind != "all-reduce" or not _varies("fsdp", one.group, ways):
             continue
-        ways = [compiled.mesh.shape["tensor"] if axis == "tensor" else 1 for axis in spec]
-        gathered = [size // n for size, n in zip(x.shape[-own:], ways, strict=True)]
-        shapes[_essential(gathered)] = name
-    carried = [c for c in compiled.collectives if c.kind == "all-reduce"]
-    return sorted({shapes[key] for c in carried if (key := _essential(c.largest.shape)) in shapes})
+        for array in one.arrays:
+            if (shape := _essential(array.shape)) in names:
+                found.add(names[shape])
+            else:
+                rest.append((array.size * one.count, array))
+    rest.sort(key=lambda item: item[0])
+    while sum(size for size, _ in rest) >= whole + SMALL:
+        _, array = rest.pop()
+        found.add(f"{array.dtype}[{','.join(map(str, array.shape))}]")
+    return sorted(found)
 
 
 def logits_of_all_tokens(compiled: Compiled) -> bool:
     """Whether the program holds (B, T, V), of one device, anywhere."""
-    ways = compiled.mesh.shape["data"] * compiled.mesh.shape["fsdp"]
-    rows = compiled.rows // compiled.config.optim.accum_steps // ways
-    columns = compiled.assembly.llm.vocab_size // compiled.mesh.shape["tensor"]
-    forms = {_essential((rows, compiled.shape.tokens, columns)), _essential((rows * compiled.shape.tokens, columns))}
-    arrays = (array for _, instruction, _ in compiled.module.runs() for array in instruction.arrays)
-    return any(_essential(array.shape) in forms for array in arrays)
+    mesh, llm, tokens = compiled.mesh, compiled.assembly.llm, compiled.shape.tokens
+    rows = compiled.rows // compiled.config.optim.accum_steps // batch_ways(mesh)
+    parameters = {**compiled.program.state.trained, **compiled.program.frozen}
+    known = {shape for name, x in parameters.items() for shape in _shapes(compiled, name, x.shape)}
+    return holds_logits(compiled.module, (rows, tokens, llm.vocab_size // mesh.shape["tensor"]), llm.hidden, known)
+
+
+def holds_logits(module: Module, logits: tuple[int, int, int], width: int, known: Iterable[Sequence[int]]) -> bool:
+    """Whether a program holds an array of the shape `logits` (B, T, V), or (B T, V).
+
+    Where a parameter has such a shape too (`known`), as the head (D, V) where B T is the width D, only a product over
+    `width` numbers counts: logits are one, and the head's gradient is a product over as many tokens as there are logits
+    at a time.
+    """
+    rows, tokens, columns = logits
+    forms = {_essential(logits), _essential((rows * tokens, columns))}
+    certain = forms - {_essential(shape) for shape in known}
+    flops = 2 * math.prod(logits) * width
+    for computation, instruction, _ in module.runs():
+        shapes = [_essential(array.shape) for array in instruction.arrays]
+        if any(shape in certain for shape in shapes):
+            return True
+        if shapes and shapes[0] in forms:
+            does = cost(module, computation, instruction)
+            if does is not None and does.flops == flops:
+                return True
+    return False
+
+
+def _shapes(compiled: Compiled, name: str, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of a parameter, without the axis of stacked layers: (a device's shard, the same gathered over fsdp)."""
+    axes, mesh = compiled.assembly.structure.leaves[name].axes, compiled.mesh
+    placed_on = partition_spec(mesh, axes, shape, name)
+    own = list(zip(shape, placed_on, strict=True))[-len(axes) :]
+    shard = tuple(size // mesh.shape.get(str(axis), 1) for size, axis in own)
+    return shard, tuple(size if axis == "fsdp" else n for n, (size, axis) in zip(shard, own, strict=True))
+
+
+def _varies(axis: str, group: Iterable[int], ways: Mapping[str, int]) -> bool:
+    """Whether a group, of places on a mesh of size `ways`, has devices that differ along an axis."""
+    places = np.unravel_index(list(group), tuple(ways.values()))[list(ways).index(axis)]
+    return len(set(places.tolist())) > 1
 
 
 def _essential(shape: Iterable[int]) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from elm_jax.planning import program, topology
 from elm_jax.planning.program import Compiled
 from elm_jax.planning.roofline import Times, step_times
 from elm_jax.planning.topology import Topology
-from elm_jax.runtime.mesh import make_mesh
+from elm_jax.runtime.mesh import batch_ways, make_mesh
 from elm_jax.runtime.telemetry import step_flops
 
 TARGETS = 8  # a row's tokens for each supervised one, where `Load.targets` is not given
@@ -54,13 +54,15 @@ class Load:
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled step and its prediction. `scaling`: tokens per second and device, relative to one node."""
+    """A compiled step and its prediction. `scaling`: tokens per second and device, relative to `baseline`: one node,
+    or the least larger part of the topology that holds the step (all of it where no other does)."""
 
     topology: Topology
     compiled: Compiled
     times: Times
     mfu: float
     scaling: float
+    baseline: Topology
 
     @property
     def fits(self) -> bool:
@@ -98,6 +100,7 @@ class Plan:
                 "step_ms": 1000 * times.total,
                 "mfu": self.mfu,
                 "scaling_efficiency": self.scaling,
+                "scaling_baseline": self.baseline.name,
                 "tokens_per_s_per_device": self.tokens_per_second,
                 "products_ms": 1000 * times.products,
                 "attention_ms": 1000 * times.attention,
@@ -129,7 +132,7 @@ class Planner:
         self.where, self.load, self.config = where, load, load.config(config, where.count)
         self.devices = topology.devices(where)
         self.assembly = program.assembled(self.config, make_mesh(MeshConfig(), self.devices))
-        self._nodes: dict[tuple[int, ...], float] = {}  # tokens per second and device on one node, by (fsdp, tensor)
+        self._speeds: dict[tuple[str, int, int, int], float | None] = {}  # see `_speed`
 
     def plan(self, mesh: MeshConfig | None = None) -> Plan:
         """The plan for a mesh (default: the config's).
@@ -139,8 +142,11 @@ class Planner:
         """
         compiled = self.compiled(mesh)
         times = self._times(compiled, self.where)
-        plan = Plan(self.where, compiled, times, self._mfu(compiled, times), 1.0)
-        return replace(plan, scaling=plan.tokens_per_second / self._alone(compiled, plan.tokens_per_second))
+        plan = Plan(self.where, compiled, times, self._mfu(compiled, times), 1.0, self.where)
+        for part in self.where.parts():
+            if (speed := self._speed(part, compiled)) is not None:
+                return replace(plan, scaling=plan.tokens_per_second / speed, baseline=part)
+        return plan
 
     def compiled(self, mesh: MeshConfig | None = None) -> Compiled:
         """The step for a mesh (default: the config's). Raises UserError as `plan`."""
@@ -174,7 +180,7 @@ class Planner:
         from elm_jax.training.program import check_rows, train_program
 
         found = []
-        node, llm = min(self.where.hardware.node, self.where.count), self.assembly.llm
+        node, llm = self.where.one_node().count, self.assembly.llm
         for tensor in _divisors(node if self.where.hardware.platform == "gpu" else min(8, self.where.count)):
             if llm.heads % tensor or llm.kv_heads % tensor:
                 continue
@@ -199,21 +205,27 @@ class Planner:
     def _times(self, compiled: Compiled, where: Topology) -> Times:
         return step_times(compiled.module, where.hardware, nodes(compiled.mesh, where))
 
-    def _alone(self, compiled: Compiled, speed: float) -> float:
-        """Tokens per second and device on one node, with as many rows on each part of the batch."""
-        where, mesh = self.where.one_node(), compiled.mesh
-        if where.count == self.where.count:
-            return speed
-        tensor = math.gcd(mesh.shape["tensor"], where.count)
-        fsdp = math.gcd(mesh.shape["fsdp"], where.count // tensor)
-        if (fsdp, tensor) not in self._nodes:
-            small = make_mesh(MeshConfig(-1, fsdp, tensor), topology.devices(where))
-            ways, small_ways = (m.shape["data"] * m.shape["fsdp"] for m in (mesh, small))
-            rows = compiled.rows // ways * small_ways
+    def _speed(self, part: Topology, compiled: Compiled) -> float | None:
+        """Tokens per second and device on a part of the topology, with as many rows on each part of the batch.
+
+        None where it does not fit in the memory (TPUs), or the mesh on the torus.
+        """
+        mesh = compiled.mesh
+        tensor = math.gcd(mesh.shape["tensor"], part.count)
+        fsdp = math.gcd(mesh.shape["fsdp"], part.count // tensor)
+        rows = compiled.rows // batch_ways(mesh) * (part.count // tensor)
+        key = part.name, fsdp, tensor, rows
+        if key not in self._speeds:
             config = replace(self.config, train=replace(self.config.train, batch_size=rows))
-            alone = self._compile(small, replace(self.assembly, config=config), where)
-            self._nodes[fsdp, tensor] = rows * alone.shape.tokens / self._times(alone, where).total / where.count
-        return self._nodes[fsdp, tensor]
+            try:
+                small = make_mesh(MeshConfig(-1, fsdp, tensor), topology.devices(part))
+                alone = self._compile(small, replace(self.assembly, config=config), part)
+            except UserError:
+                self._speeds[key] = None
+            else:
+                seconds = self._times(alone, part).total
+                self._speeds[key] = rows * alone.shape.tokens / seconds / part.count
+        return self._speeds[key]
 
     def _mfu(self, compiled: Compiled, times: Times) -> float:
         """As training counts it, for full rows of one conversation each, or of what fits in the blocks of keys."""

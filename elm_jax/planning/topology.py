@@ -6,7 +6,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -38,10 +38,23 @@ class Topology:
         return self.name.partition(":")[0]
 
     def one_node(self) -> Topology:
-        """The least part of it that has no network in it: what scaling is measured against."""
-        node = min(self.hardware.node, self.count)
-        sizes = {"tpu": (2, 2, 1)[: len(self.sizes)], "gpu": (1, node), "cpu": (node,)}[self.hardware.platform]
-        return Topology(f"{self.kind}:{'x'.join(map(str, sizes))}", self.hardware, sizes)
+        """One of its nodes: what has no network in it. Of a TPU, the chips of a host."""
+        if self.hardware.platform == "tpu":
+            return self._part(min(size, 1 if n == 2 else 2) for n, size in enumerate(self.sizes))
+        return self._part((1, self.sizes[1]) if self.hardware.platform == "gpu" else self.sizes)
+
+    def parts(self) -> Iterator[Topology]:
+        """Smaller ones, from one node on, each twice the one before: the shortest dimension grows, as TPU slices do."""
+        sizes = list(self.one_node().sizes)
+        while tuple(sizes) != self.sizes:
+            yield self._part(sizes)
+            short = [n for n, size in enumerate(sizes) if size < self.sizes[n]]
+            grown = min(reversed(short), key=lambda n: sizes[n])
+            sizes[grown] = min(2 * sizes[grown], self.sizes[grown])
+
+    def _part(self, sizes: Iterable[int]) -> Topology:
+        chosen = tuple(sizes)
+        return Topology(f"{self.kind}:{'x'.join(map(str, chosen))}", self.hardware, chosen)
 
 
 def parse(text: str) -> Topology:

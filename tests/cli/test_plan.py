@@ -44,7 +44,7 @@ def plan(command: Command, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def test_keys_of_the_contract(plan: dict[str, Any]) -> None:
     assert plan["fits"] is True and plan["compile_s"] > 0
     assert plan["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert {"step_ms", "mfu", "scaling_efficiency"} <= set(plan["predicted"])
+    assert {"step_ms", "mfu", "scaling_efficiency", "scaling_baseline"} <= set(plan["predicted"])
     assert set(plan["bytes_per_device"]) >= {"parameters", "optimizer", "activations_and_temporaries", "total"}
     assert plan["collectives"] and all(set(entry) == {"count", "bytes"} for entry in plan["collectives"].values())
     assert plan["rows_per_step"] == 16 and plan["supervised_tokens_per_row"] == 8
@@ -76,6 +76,16 @@ def test_no_parameter_is_replicated_and_no_logits_of_all_tokens_exist(plan: dict
     assert plan["checks"]["replicated_parameters"] == []
     assert plan["checks"]["logits_of_all_tokens"] is False
     assert plan["attention"] == "xla"
+
+
+@pytest.mark.parametrize(("targets", "found"), [(16, False), (WIDTH, True)])
+def test_a_row_as_long_as_the_model_is_wide_is_no_logits(
+    command: Command, tmp_path: Path, targets: int, found: bool
+) -> None:
+    """Its logits would have the shape of the head: they are there only where all tokens are supervised."""
+    mesh = ("--config.mesh.fsdp=2", "--topology=cpu:2", "--rows=1")
+    told = planned(command, tmp_path / "plan.json", *mesh, f"--config.data.max_len={WIDTH}", f"--targets={targets}")
+    assert told["checks"]["logits_of_all_tokens"] is found
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_collectives_by_kind_bytes_and_group(module: Module) -> None:
     assert found["all-reduce"].payload == whole // 8
     assert found["all-gather"].group == found["reduce-scatter"].group == tuple(range(8))
     assert found["all-reduce"].group == (0, 8)
-    assert found["reduce-scatter"].largest == Array("bf16", (3584, 3584))
+    assert found["reduce-scatter"].arrays == (Array("bf16", (3584, 3584)),)
 
 
 @pytest.mark.parametrize(

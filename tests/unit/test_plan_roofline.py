@@ -47,7 +47,7 @@ def test_a_collective_costs_what_the_schedule_waits_for() -> None:
 
 def test_a_group_with_several_devices_in_a_node_uses_all_their_network_cards() -> None:
     def seconds(*group: int, kind: str = "all-gather") -> tuple[str, float]:
-        one = Collective(kind, 10**9, group, Array("bf16", (10**9 // 2,)), 1)
+        one = Collective(kind, 10**9, group, (Array("bf16", (10**9 // 2,)),), 1)
         return communication_seconds(one, replace(H100, latency=0.0), [device // 8 for device in range(16)])
 
     across, within, all_of_both = seconds(0, 8), seconds(0, 1), seconds(*range(16))
@@ -77,13 +77,30 @@ def test_a_topology_that_is_none_is_refused(text: str) -> None:
     [
         ("h100:16x8", 128, "h100:1x8"),
         ("h100:1x4", 4, "h100:1x4"),
+        ("h100:2x4", 8, "h100:1x4"),  # the GPUs of its nodes, not those of a DGX
         ("v5p:4x4x4", 64, "v5p:2x2x1"),
+        ("v5e:1x1", 1, "v5e:1x1"),
         ("cpu:8", 8, "cpu:8"),
     ],
 )
 def test_a_topology_has_devices_and_a_node(text: str, devices: int, node: str) -> None:
     where = topology.parse(text)
     assert (where.count, where.one_node().name) == (devices, node)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("h100:1x8", []),
+        ("h100:3x4", ["1x4", "2x4"]),
+        ("v5e:8x16", ["2x2", "2x4", "4x4", "4x8", "8x8"]),
+        ("v5p:4x4x8", ["2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"]),
+        ("cpu:8", []),
+    ],
+)
+def test_parts_of_a_topology_grow_from_one_node(text: str, parts: list[str]) -> None:
+    where = topology.parse(text)
+    assert [part.name for part in where.parts()] == [f"{where.kind}:{part}" for part in parts]
 
 
 @pytest.mark.parametrize(("text", "package"), [("h100:1x8", "jax[cuda12]"), ("v5e:2x2", "jax[tpu]")])
