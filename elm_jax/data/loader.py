@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import multiprocessing
+import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +27,7 @@ from elm_jax.errors import UserError
 
 _SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; what exceeds its room ends a process without a word
 _IN_FLIGHT = 4  # steps of a worker: made, waiting, sent and read
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what asks a run to stop
 _log = logging.getLogger(__name__)
 
 
@@ -144,13 +150,31 @@ def unusable(dataset: Dataset, index: LengthIndex) -> list[BadRecord]:
     return found
 
 
-def _leave_signals(worker: int, workers: int) -> None:
-    """In a worker: what stops a run may be sent to all its processes, and the run still reads up to its last step.
+@contextlib.contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Processes started in here never see the signals that stop a run, from their first moment on.
 
-    SIGTERM stays as it is: Grain ends its workers by it.
+    Such a signal may be sent to all processes of the run, which still reads up to its last step. Grain ends its
+    workers by an event, and kills those that do not end.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # it would start with the first worker, and then unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """In a worker: do not go on without the process that reads, in whatever way it has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def steps_from(source: StepSource, first: int, workers: int = 0) -> Iterator[Loaded]:
@@ -158,14 +182,22 @@ def steps_from(source: StepSource, first: int, workers: int = 0) -> Iterator[Loa
     steps = grain.MapDataset.range(first, len(source)).map(source.__getitem__)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     dataset = steps.to_iter_dataset(options)
-    if workers and first < len(source):
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS(["elm_jax"])  # Grain reads flags of its own in the processes that it starts
-        if not _fits_shared_memory(source, first, workers):
-            through_pipes = grain.experimental.DatasetOptions(min_shm_size=1 << 62)
-            dataset = grain.experimental.WithOptionsIterDataset(dataset, through_pipes)
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _leave_signals)
-    yield from dataset
+    if not workers or first >= len(source):
+        yield from dataset
+        return
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["elm_jax"])  # Grain reads flags of its own in the processes that it starts
+    if not _fits_shared_memory(source, first, workers):
+        through_pipes = grain.experimental.DatasetOptions(min_shm_size=1 << 62)
+        dataset = grain.experimental.WithOptionsIterDataset(dataset, through_pipes)
+    iterator = iter(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _end_with_parent))
+    try:
+        with _stop_signals_blocked():
+            loaded = next(iterator)  # all workers are started for it
+        yield loaded
+        yield from iterator
+    finally:
+        iterator.close()  # Python would wait at its end for workers that are left: they do not see its SIGTERM
 
 
 def _fits_shared_memory(source: StepSource, first: int, workers: int) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata as metadata
 import json
 import os
+import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from elm_jax.runtime.lifeline import Facts, Lifeline
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 LOCAL_IDS = "JAX_LOCAL_DEVICE_IDS"  # JAX's own: which devices a process takes of those that it sees
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # one for all containers of a machine, whatever they are called
 
 
 @contextlib.contextmanager
@@ -76,7 +78,13 @@ def gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
     visible = environment.get(VISIBLE)
     if visible is not None:
         return 0 if visible.strip() in ("", "-1", "NoDevFiles") else len(visible.split(","))
-    return len([path for path in devices.glob("nvidia[0-9]*") if path.name.removeprefix("nvidia").isdigit()])
+    return len(_files(devices))
+
+
+def _files(devices: Path) -> list[str]:
+    """The GPUs' files that this process may open: a container or SLURM may keep others from it."""
+    names = [path.name for path in devices.glob("nvidia[0-9]*") if os.access(path, os.R_OK | os.W_OK)]
+    return sorted(name for name in names if name.removeprefix("nvidia").isdigit())
 
 
 def device_share(place: Place, seen: int) -> list[int] | None:
@@ -91,17 +99,30 @@ def device_share(place: Place, seen: int) -> list[int] | None:
     return list(range(number * share, (number + 1) * share))
 
 
+def claims(environment: Mapping[str, str], own: list[int] | None, devices: Path = Path("/dev")) -> list[str]:
+    """A name for each GPU that this process will take: its `own` of those that it sees, or all.
+
+    Equal names are one GPU. Numbers count among the files that a process may open, so these belong to the name.
+    """
+    seen = gpus(environment, devices)
+    visible = environment[VISIBLE].split(",") if VISIBLE in environment else [str(i) for i in range(seen)]
+    machine = BOOT.read_text().strip() if BOOT.exists() else socket.gethostname()
+    among = ",".join(_files(devices))
+    return [f"{machine} {among} {visible[i].strip()}" for i in (range(seen) if own is None else own) if i < seen]
+
+
 def _facts(environment: Mapping[str, str], place: Place, own: list[int] | None) -> Facts:
-    seen = gpus(environment)
+    claimed = claims(environment, own)
     return {
-        "gpus": seen if own is None or not seen else len(own), "visible": environment.get(VISIBLE),
+        "gpus": len(claimed), "claims": claimed, "visible": environment.get(VISIBLE),
         "expected": place.devices, "jax": metadata.version("jax"),
     }  # fmt: skip
 
 
 def judge(processes: list[Facts]) -> UserError | None:
-    """What is wrong with processes that bring these facts: other devices than expected, or other than the first's."""
-    first = processes[0]
+    """What is wrong with processes that bring these facts: other devices than expected, other than the first's, or
+    those of another process."""
+    first, taken = processes[0], {}
     for one in processes:
         where = f"process {one['index']} on {one['host']}"
         sees = _sees(one)
@@ -119,6 +140,14 @@ def judge(processes: list[Facts]) -> UserError | None:
                 "the same number in every process", "check how the launcher gives out GPUs, and python -m"
                 " elm_jax.doctor there",
             )  # fmt: skip
+        for gpu in one["claims"]:
+            other = taken.setdefault(gpu, one)
+            if other is not one:
+                return UserError(
+                    VISIBLE, f"{sees} in {where}, of which process {other['index']} on {other['host']} takes some too",
+                    "each GPU in one process", f"set {VISIBLE} for each process to GPUs of its own, or start one"
+                    " process a host",
+                )  # fmt: skip
     return None
 
 

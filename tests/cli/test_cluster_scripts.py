@@ -76,6 +76,7 @@ def test_pods_find_each_other() -> None:
         assert given[launchers.DEVICES] == str(container["resources"]["limits"]["nvidia.com/gpu"])
         assert [port["containerPort"] for port in container["ports"]] == [launchers.PORT, launchers.PORT + 1]
         assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+        assert job["template"]["spec"]["shareProcessNamespace"]  # process 1 would not hear SIGTERM before it trains
     services = {document["metadata"]["name"] for document in documents() if document["kind"] == "Service"}
     assert {job["template"]["spec"].get("subdomain") for job in jobs()} == {*services, None}
 

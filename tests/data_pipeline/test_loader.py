@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import multiprocessing
+import os
 import pickle
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +33,7 @@ from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
 from elm_jax.models.attention import packed_mask
 
+ROOT = Path(__file__).parents[2]
 N, SIGNAL_SHAPE = 3, (2, 5)
 SIGNAL_LAYOUT = ArraySpec(SIGNAL_SHAPE)
 
@@ -269,6 +276,79 @@ def test_batches_that_shared_memory_cannot_hold_go_through_pipes(
     for mine, theirs in zip(found, expected, strict=True):
         assert type(mine.batch.tokens) is np.ndarray
         assert_equal(mine, theirs)
+
+
+READING = """
+import multiprocessing, os, signal, sys, threading, time
+from elm_jax.data.loader import steps_from
+from elm_jax.runtime.faults import StopSignal
+
+sys.path[:0] = sys.argv[3:]
+from test_loader import source
+
+def stop():
+    os.killpg(0, signal.SIGTERM)
+
+def stop_when_one_starts():
+    while not multiprocessing.active_children():
+        time.sleep(0.001)
+    stop()
+
+if __name__ == "__main__":
+    workers, when = int(sys.argv[1]), sys.argv[2]
+    with StopSignal() as asked:
+        if when == "starting":
+            threading.Thread(target=stop_when_one_starts).start()
+        for loaded in steps_from(source(steps=60), 0, workers):
+            if when == "reading" and loaded.step == 0:
+                stop()
+            if when == "killed" and loaded.step == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if loaded.step == 40:  # no worker had read it when the signal came
+                break
+        print(loaded.step, asked.asked, flush=True)
+        sys.exit(143 if asked.asked else 0)
+"""
+
+
+def ended(tmp_path: Path, workers: int, when: str) -> tuple[int, str]:
+    """Status and output of a process of its own group that reads 60 steps, when its workers have ended, too: they
+    share its output, which `communicate` reads to the end."""
+    program = tmp_path / "reading.py"
+    program.write_text(READING)
+    tests = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    process = subprocess.Popen(
+        [sys.executable, str(program), str(workers), when, *tests], start_new_session=True, text=True,
+        stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        told, _ = process.communicate(timeout=240)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["starting", "reading"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_to_the_whole_group_stops_a_run_as_that_to_one_process(tmp_path: Path, workers: int, when: str) -> None:
+    """Its workers still read up to its last step, and end when it has ended."""
+    assert ended(tmp_path, workers, when) == (143, "40 True\n")
+
+
+@pytest.mark.slow
+def test_workers_do_not_outlive_a_run_that_is_killed(tmp_path: Path) -> None:
+    assert ended(tmp_path, 2, "killed") == (-signal.SIGKILL, "")
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_loop_that_reads() -> None:
+    steps = steps_from(source(steps=60), 0, workers=2)
+    next(steps)
+    assert len(multiprocessing.active_children()) == 2
+    steps.close()
+    assert not multiprocessing.active_children()
 
 
 # -- bad records ----------------------------------------------------------------------------------------------

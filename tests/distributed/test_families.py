@@ -145,9 +145,11 @@ def mesh_of(*sizes: int) -> Mesh:
     return make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "ways", "fix"), [(14, 2, 4, 2), (12, 2, 8, 2), (9, 3, 2, 1)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ways", "fix"), [(14, 2, 4, 2), (12, 2, 8, 2), (9, 3, 2, 1), (12, 12, 8, 4)]
+)
 def test_heads_that_do_not_divide(heads: int, kv_heads: int, ways: int, fix: int) -> None:
-    """Qwen2.5-0.5B and 1.5B among them."""
+    """Qwen2.5-0.5B, 1.5B and GPT-2 among them. The advice divides the devices, too."""
     sizes = {"hidden": 8 * heads, "layers": 1, "heads": heads, "kv_heads": kv_heads, "mlp": 64}
     advice = rf"expected a size that divides {heads} and {kv_heads}; set --config.mesh.tensor={fix}, and mesh.fsdp"
     with pytest.raises(UserError, match=advice):
@@ -168,6 +170,7 @@ def test_rows_that_do_not_divide() -> None:
         ((1, 8, 1), {"hidden": 164, "head_dim": 8, "mlp": 256}, r"mesh.fsdp: found 8 for .*164.*--config.mesh.fsdp=4"),
         ((1, 1, 8), {"mlp": 1004}, r"mesh.tensor: found 8 for llm.layers.mlp.\w+.kernel .*--config.mesh.tensor=4"),
         ((1, 1, 4), {"mlp": 1009}, r"mesh.tensor: found 4 .*--config.mesh.tensor=1"),
+        ((1, 1, 8), {"mlp": 1020}, r"mesh.tensor: found 8 .*--config.mesh.tensor=4"),  # 6 does not divide 8 devices
     ],
 )
 def test_widths_that_do_not_divide(sizes: Sizes, changed: dict[str, Any], advice: str) -> None:

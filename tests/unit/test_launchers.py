@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from elm_jax.errors import UserError
@@ -146,7 +150,7 @@ def test_the_gpus_of_a_node_are_shared_out(on_node, devices, seen: int, share: l
 
 
 def facts(index: int, **changes: object) -> distributed.Facts:
-    alike = {"gpus": 8, "visible": None, "expected": [8, "SLURM_GPUS_ON_NODE"], "jax": "0.10.2"}
+    alike = {"gpus": 8, "claims": [], "visible": None, "expected": [8, "SLURM_GPUS_ON_NODE"], "jax": "0.10.2"}
     return {"index": index, "host": f"node-{index}", **alike, **changes}
 
 
@@ -166,6 +170,55 @@ def test_processes_that_see_what_is_expected_pass() -> None:
 def test_one_that_sees_something_else_is_named(other: dict[str, object], named: str, told: str) -> None:
     problem = distributed.judge([facts(0), facts(1, **other)])
     assert problem is not None and problem.where == named and told in str(problem)
+
+
+@pytest.fixture
+def dev(monkeypatch: Patch, tmp_path: Path) -> Path:
+    """The devices' folder of a host of eight GPUs, where JAX knows them."""
+    monkeypatch.setattr(distributed.metadata, "entry_points", lambda group: [SimpleNamespace(name="xla_cuda12")])
+    for i in range(8):
+        (tmp_path / f"nvidia{i}").touch()
+    return tmp_path
+
+
+def judged(claims: list[list[str]]) -> UserError | None:
+    """Of the processes of one host."""
+    alike: dict[str, object] = {"host": "node-0", "gpus": len(claims[0]), "expected": None}
+    return distributed.judge([facts(i, claims=claimed, **alike) for i, claimed in enumerate(claims)])
+
+
+def test_two_processes_by_hand_that_take_the_same_gpus_are_named(dev: Path) -> None:
+    problem = judged([distributed.claims({}, None, dev)] * 2)
+    assert problem is not None and problem.where == "CUDA_VISIBLE_DEVICES"
+    assert "8 GPUs in process 1 on node-0, of which process 0 on node-0 takes some too" in str(problem)
+    assert "set CUDA_VISIBLE_DEVICES for each process" in problem.fix
+    overlapping = [distributed.claims({"CUDA_VISIBLE_DEVICES": visible}, None, dev) for visible in ("0,1", "1, 2")]
+    assert judged(overlapping) is not None
+
+
+def test_processes_of_a_host_with_gpus_of_their_own_pass(dev: Path, monkeypatch: Patch) -> None:
+    by_hand = [{"CUDA_VISIBLE_DEVICES": visible} for visible in ("0,1,2,3", "4,5,6,7")]
+    assert judged([distributed.claims(environment, None, dev) for environment in by_hand]) is None
+    assert judged([distributed.claims({}, own, dev) for own in ([0, 1, 2, 3], [4, 5, 6, 7])]) is None  # shared out
+    assert judged([distributed.claims({"JAX_PLATFORMS": "cpu"}, None, dev)] * 2) is None
+    # SLURM and containers may keep the other GPUs from a process, which counts its own from 0.
+    bound = []
+    for mine in ("nvidia2", "nvidia5"):
+        monkeypatch.setattr(os, "access", lambda path, mode, mine=mine: path.name == mine)
+        bound.append(distributed.claims({"CUDA_VISIBLE_DEVICES": "0"}, None, dev))
+    assert judged(bound) is None
+
+
+def test_containers_of_one_machine_that_take_the_same_gpus_are_named(dev: Path, monkeypatch: Patch) -> None:
+    """Each has a host name of its own; and machines may have the same one."""
+    claimed = []
+    for name in ("one", "other"):
+        monkeypatch.setattr(distributed, "BOOT", dev / name)
+        (dev / name).write_text(f"{name}\n")
+        claimed.append(distributed.claims({}, None, dev))
+    assert judged(claimed) is None
+    same = [facts(i, claims=claimed[0], expected=None) for i in range(2)]
+    assert same[0]["host"] != same[1]["host"] and distributed.judge(same) is not None
 
 
 def test_gpus_are_counted_without_starting_jax(monkeypatch: Patch, tmp_path) -> None:
