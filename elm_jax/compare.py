@@ -35,9 +35,9 @@ def main(argv: Sequence[str]) -> None:
     from elm_jax.runtime.folders import writable_folder
     from elm_jax.training.run import run_folder
 
-    out = None if options.out is None else writable_folder(options.out, "--out")
     folders = [run_folder(str(path), "compare") for path in options.runs]
     check_evaluation(folders, options.eval)
+    out = None if options.out is None else writable_folder(options.out, "--out")
     result = compare(folders, options.eval, options.protocol, options.wordnet, options.bert_model)
     print(text_of(result))
     if out is not None:

@@ -34,10 +34,10 @@ from elm_jax.evaluation.store import Store
 from elm_jax.inference.model import TrainedModel
 from elm_jax.runtime import distributed
 from elm_jax.runtime.checkpoint import fingerprint
-from elm_jax.runtime.folders import writable_folder
+from elm_jax.runtime.folders import check_writable
 from elm_jax.training.run import read_json, write_json
 
-ASKED = 2  # raised where other questions are asked of the same data, or in another order: known answers then go
+ASKED = 3  # raised where other questions are asked of the same data, or in another order: known answers then go
 SHUFFLES = 3  # ways to give each question another recording: one draw alone is a coarse estimate
 # Of eval.*, what changes no answer.
 _SCORING = ("at_end", "controls", "protocol", "wordnet", "bert_model", "labels")
@@ -82,8 +82,8 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
     """
     labels = _labels_asked(config)
     out, first = results_folder(config, split), jax.process_index() == 0
-    if first and Path(config.workdir).is_dir():
-        writable_folder(Path(config.workdir), "config.workdir")  # before the model takes its time
+    if first:
+        check_writable(out, "config.workdir")  # before the model takes its time
     model, options = TrainedModel(config, which), config.eval
     scorer = Scorer(options.protocol, options.wordnet, options.bert_model, _end_token(model))
     numbers = options.folds or (config.data.fold,)

@@ -39,6 +39,7 @@ CHUNK = 32  # tokens a row between two looks of the host
 PAIRS = 2**22  # of a query and a key in one prefill, for each part of the mesh's rows: bounds its memory
 PER_CALL = {"cpu": 64, "": 256}  # by platform ("": any other): tokens that cost what a prefill does whatever its size
 ROOM = 256  # the places of a row are a multiple of it: where they grow, programs are compiled anew
+SHORT = 512  # tokens of beginnings of which the pool holds twice as many
 SCORED = 16  # rows that are scored at a time
 
 log = logging.getLogger(__name__)
@@ -87,9 +88,10 @@ class Engine:
         waiting = list(islice(source, AHEAD * rows))
         while rows % (2 * self.ways) == 0 and rows >= 2 * len(waiting):
             rows //= 2
-        # Two beginnings a row: questions about one ECG that differ in length do not begin at once. Every part of the
-        # mesh holds the whole pool, but only its share of the rows.
-        self.prefills.reserve(4 * rows // (self.ways + 1) + 4)
+        # Two beginnings a row, since questions about one ECG that differ in length do not begin at once; of long ones a
+        # single one, for want of memory. Every part of the mesh holds the whole pool, but only its share of the rows.
+        longest = max((end for request in waiting for end, _ in request.beginnings), default=0)
+        self.prefills.reserve((4 if longest <= SHORT else 2) * rows // (self.ways + 1) + 4)
         run, wanted = _Run(self, rows, options), Counter[bytes]()
         wanted.update(key for request in waiting for _, key in request.beginnings)
         while waiting or run.busy:

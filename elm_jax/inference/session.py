@@ -180,17 +180,24 @@ class Session:
         return text if marks else MARK * self._new + text
 
     def _prompt(self, turns: Sequence[Turn]) -> Rendered:
-        whole, needed = render_prompt(turns, **self._options()), ""
-        for ecgs_are_whole in (True, False):
-            room = self._room_beside(ecgs_are_whole)
-            self.shortened = len(whole.ids) > room
-            if not self.shortened:
-                return whole
-            try:
-                return render_prompt(turns, **self._options(max(room, 1)))
-            except UserError as error:
-                needed = error.expected
-        raise self._too_long(needed)
+        whole, room = render_prompt(turns, **self._options()), self._room_beside(whole=True)
+        self.shortened = len(whole.ids) > room
+        if not self.shortened:
+            return whole
+        try:
+            return render_prompt(turns, **self._options(max(room, 1)))
+        except UserError:
+            alone, room = self._alone(turns[-1]), self._room_beside(whole=False)
+        try:
+            rendered = render_prompt([alone], **self._options(room))
+        except UserError as error:
+            raise self._too_long(error.expected) from error
+        self.shortened = len(rendered.ids) < len(whole.ids)
+        return rendered
+
+    def _alone(self, question: Turn) -> Turn:
+        """The question with all ECGs of the conversation before it."""
+        return question._replace(text=MARK * (len(self.ecgs) - count_marks(question.text)) + question.text)
 
     def _beginning(self, text: str) -> Rendered:
         """The prompt of a pretrained model: the ECGs, and the beginning of the text about them."""

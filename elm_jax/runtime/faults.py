@@ -41,6 +41,7 @@ class StopSignal:
     def _ask(self, number: int, _: FrameType | None) -> None:
         if self.asked:
             signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})  # it is blocked while workers of the loader start
             signal.raise_signal(number)
         self.asked = True
 

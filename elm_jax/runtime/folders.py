@@ -14,10 +14,17 @@ from elm_jax.errors import UserError, one_line
 
 def writable_folder(out: Path, where: str) -> Path:
     """`out`, made where it was missing. Raises UserError, which names `where`, unless files can be written there."""
+    check_writable(out, where)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def check_writable(out: Path, where: str) -> None:
+    """Raise UserError, which names `where`, unless `out` is a folder that can be written, or can be made one."""
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            return out
+        with tempfile.TemporaryFile(dir=there):
+            return
     except OSError as error:
         raise UserError(where, one_line(str(error)), "a folder that can be written", "name another") from error
 

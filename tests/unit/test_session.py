@@ -382,3 +382,7 @@ def test_symbols_for_which_the_context_has_no_room_are_cut_and_counted(tmp_path:
     assert len(prompt.rendered.ids) == 200 - talk.model.config.eval.max_new_tokens and not talk.shortened
     kept = len(talk.ecgs[0].signal) - talk.cut
     assert kept >= 60 and talk.ecgs[0].signal[:kept].tobytes() in prompt.rendered.ids.tobytes()
+    cut = talk.cut
+    for _ in range(3):
+        talk.say("Is it normal?")
+        assert talk.shortened and talk.cut == cut, "older turns go before any more of the ECG does"
