@@ -148,7 +148,8 @@ def test_a_config_learns_evaluates_and_goes_on(
     results = json.loads((folder / "metrics.json").read_text())
     assert results["n"] == 2 and set(results["controls"]) == {"zeros"} and results["step"] == STEPS
     check_attention(command, workdir, next((records / "ptb_xl" / "preprocessed_500").glob("*.npy")))
-    run(command, "train", *flags(name, shared, records, workdir, train__steps=STEPS + 2, **alone))
+    goes_on = {"train__steps": STEPS + 2, "eval__at_end": False}
+    run(command, "train", *flags(name, shared, records, workdir, **goes_on, **alone))
     after = losses(workdir)
     assert list(after) == list(range(1, STEPS + 3)) and {n: after[n] for n in first} == first
 
