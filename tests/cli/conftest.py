@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import compiling
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,10 +23,13 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def command_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a command of its own: one CPU device, nothing of the user's cache."""
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    """The environment of a command of its own: one CPU device, nothing of the user's cache.
+
+    Programs are compiled as all tests compile them; those of `test_train.py` as a user's are.
+    """
     cache = str(tmp_path_factory.mktemp("cache"))
-    return kept | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "ELM_JAX_CACHE": cache}
+    own = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "ELM_JAX_CACHE": cache, "XLA_FLAGS": compiling.FLAGS}
+    return {**os.environ, **own}
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import compiling
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,7 +128,7 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 def run(command: Command, name: str, *arguments: str) -> None:
-    done = command(name, *arguments, XLA_FLAGS=compiling.FLAGS)
+    done = command(name, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import compiling
 import numpy as np
 import pytest
 from import_weights import checkpoints
@@ -31,8 +32,8 @@ DATA = ["--config.data.names=('demo:train=16,val=4,test=4',)", f"--config.data.s
 @pytest.fixture(scope="module")
 def run_command(workplace: Path) -> Command:
     """run_command("chat", *arguments, text=...): `python -m elm_jax.chat` on one device, which must succeed."""
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment = kept | {"ELM_JAX_CACHE": str(workplace / "cache"), "PYTHONPATH": str(ROOT)}
+    own = {"ELM_JAX_CACHE": str(workplace / "cache"), "PYTHONPATH": str(ROOT), "XLA_FLAGS": compiling.FLAGS}
+    environment = {**os.environ, **own}
 
     def run(name: str, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
