@@ -27,9 +27,8 @@ def results_of(
     """What metrics.json holds. No times are in it: the same answers give the same bytes.
 
     conditions: predictions under `real` and each control. facts: what stands beside the scores as it is, `asked_with`
-    and the end token among it. known: of
-    training, "asked" (name, question, answer) of each question and "leaked", how many test questions of other folds are
-    about its patients.
+    among it. known: of training, "asked" (name, question, answer) of each question and "leaked", how many test
+    questions of other folds are about its patients.
     """
     real = conditions[REAL]
     tables = {name: scorer.table(lines) for name, lines in conditions.items()}
