@@ -4,8 +4,12 @@ A Source gives, per split, parts: rows of one table. Tables stay what they are (
 sequence of dictionaries); nothing here turns rows into Python objects before they are asked for.
 """
 
+import contextlib
+import hashlib
 import json
+import os
 import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -172,8 +176,7 @@ class _Hub:
         if split == "val":
             return []
         fold = f"fold{self.fold}_{split}"
-        table = self._load(fold)
-        _check_columns(self.name, table.column_names)
+        table = _plain(self.name, self._load(fold))
         return [Part(table, np.arange(len(table)), 0, f"{self.name}:{fold}:")]
 
     def _load(self, split: str) -> Any:
@@ -210,8 +213,6 @@ class _Files:
         self.tables = list(_tables(path))
         if not self.tables:
             raise UserError(str(path), "no records", f"files {', '.join(SUFFIXES)}", "check the folder")
-        for where, _, table in self.tables:
-            _check_columns(where, table.column_names)
 
     def parts(self, split: str) -> list[Part]:
         parts, offset = [], 0
@@ -249,9 +250,11 @@ def _tables(path: Path) -> Iterator[tuple[str, str | None, Any]]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         import datasets
 
-        saved: Any = datasets.load_from_disk(str(path))
+        with _unreadable(path, "a saved dataset"):
+            saved: Any = datasets.load_from_disk(str(path))
         for split, table in saved.items() if isinstance(saved, dict) else [(None, saved)]:
-            yield f"{path}{f'/{split}' if split else ''}", split, table
+            where = f"{path}{f'/{split}' if split else ''}"
+            yield where, split, _plain(where, table)
         return
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
     for file in files:
@@ -264,18 +267,76 @@ def _open(file: Path) -> Any:
 
     if file.suffix != ".parquet":
         return datasets.Dataset(_json_table(file))
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
+    return _plain(str(file), datasets.Dataset.from_file(str(_as_arrow(file))))
+
+
+def _as_arrow(file: Path) -> Path:
+    """A Parquet file's COLUMNS as an Arrow file that can be mapped into memory, which is kept by the file's content.
+
+    What the file says of its columns beyond their types (`datasets` features, pandas' metadata) is left out: a
+    feature may have what a row names fetched.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import config
+
+    with _unreadable(file, "a parquet file"):
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(repr(COLUMNS).encode(), digest_size=16))
+        kept = Path(config.HF_DATASETS_CACHE, "elm_jax", f"{digest.hexdigest()}.arrow")
+        if kept.is_file():
+            return kept
+        with pq.ParquetFile(file) as table:
+            fields = [table.schema_arrow.field(i) for i in range(len(table.schema_arrow))]
+            _check_columns(str(file), [field.name for field in fields])
+            types = {f.name: f.type for f in fields if f.name in COLUMNS}
+            plain = {n: t.value_type if pa.types.is_dictionary(t) else t for n, t in types.items()}
+            schema = pa.schema(list(plain.items()))
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            temporary = kept.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                for batch in table.iter_batches(columns=list(plain)):
+                    writer.write_batch(batch.select(list(plain)).cast(schema))
+        temporary.replace(kept)
+    return kept
+
+
+@contextlib.contextmanager
+def _unreadable(path: Path, expected: str) -> Iterator[None]:
+    """Errors of the libraries that read `path` are the user's."""
     try:
-        return datasets.Dataset.from_parquet(str(file))
-    except Exception as error:  # pyarrow's and the library's own errors
-        cause = error.__cause__ or error
-        raise UserError(
-            str(file), f"an unreadable file ({cause})", "a parquet file", "write it again"
-        ) from None
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow's and the library's own
+        found = f"an unreadable file ({error.__cause__ or error})"
+        raise UserError(str(path), found, expected, "write it again") from None
+
+
+def _plain(where: str, table: Any) -> Any:
+    """The COLUMNS of a table of the `datasets` library, which must be text and numbers.
+
+    Its other features (Image, Audio, ...) read, or fetch, what a row names as soon as the row is asked for.
+    """
+    _check_columns(where, table.column_names)
+    for name in COLUMNS:
+        feature = table.features.get(name)
+        if feature is not None and not _is_plain(feature, name == "ecg_path"):
+            raise UserError(
+                f"{where}, column {name}", f"the type {feature}", "text: paths of recordings" if name == "ecg_path"
+                else "text or numbers", "write the column as text",
+            )  # fmt: skip
+    return table.select_columns([name for name in COLUMNS if name in table.column_names])
+
+
+def _is_plain(feature: Any, flat: bool) -> bool:
+    """Whether a feature is made of values alone; `flat`: of one, or of a list of them."""
+    if isinstance(feature, Mapping):
+        return not flat and all(_is_plain(item, flat) for item in feature.values())
+    if isinstance(feature, list):
+        return all(_is_plain(item, flat) for item in feature)
+    kind = type(feature).__name__
+    return kind in ("Value", "ClassLabel") or (kind in ("List", "LargeList") and _is_plain(feature.feature, flat))
 
 
 def _json_table(file: Path) -> Any:

@@ -1,6 +1,7 @@
 """Records: where they come from, which belong to a split, who they are about, what is refused."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -8,10 +9,12 @@ from collections import Counter
 from dataclasses import replace
 from itertools import product
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import config
 
 from elm_jax.config import DataConfig
 from elm_jax.data.sources import load_records, patient_of
@@ -147,8 +150,6 @@ def test_without_any_sign_of_splits_all_is_train_and_test_says_what_to_do(tmp_pa
 
 
 def test_a_saved_dataset_is_read(tmp_path, data):
-    import datasets
-
     split = {"train": datasets.Dataset.from_list(rows(6)), "test": datasets.Dataset.from_list(rows(2))}
     datasets.DatasetDict(split).save_to_disk(tmp_path / "saved")
     split["train"].save_to_disk(tmp_path / "one")
@@ -194,6 +195,76 @@ def test_other_bad_files_are_named(tmp_path, data):
     assert "no records" in refusal(replace(data, names=("empty",)))
 
 
+def test_a_rewritten_file_is_read_anew_whatever_its_time_says(tmp_path, data):
+    """By another process, too, and with a size that is the same."""
+    path, seen = tmp_path / "a.parquet", []
+    code = "from elm_jax.data.tables import open_source as o; print(o('a.parquet', '.', 1).parts('train')[0].row(0))"
+    for answer in ("yes", "noo"):
+        save(path, [{"ecg_path": "x.npy", "text": answer}])
+        os.utime(path, ns=(10**18, 10**18))
+        seen.append(load(data)[0].text)
+        env = {**os.environ, "HF_DATASETS_CACHE": str(config.HF_DATASETS_CACHE)}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+        assert answer in done.stdout, done.stderr
+    assert seen == ["yes", "noo"]
+
+
+URL = "http://127.0.0.1:9/ecg.png"
+
+
+@pytest.fixture
+def connections(monkeypatch):
+    """Addresses that something tried to reach."""
+    tried = []
+
+    def connect(self, address):
+        tried.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr("socket.socket.connect", connect)
+    return tried
+
+
+def save_with_image(path, kind, column):
+    """A table of one record, whose `column` is an image that lies at URL; the library would fetch it to save it."""
+    told = {"ecg_path": {"dtype": "string", "_type": "Value"}, "text": {"dtype": "string", "_type": "Value"}}
+    told[column] = {"_type": "Image"}
+    table = pa.table({"ecg_path": ["x.npy"], "text": ["t"]} | {column: [{"bytes": None, "path": URL}]})
+    table = table.cast(datasets.Features.from_dict(told).arrow_schema)
+    if kind == "parquet":
+        pq.write_table(table, path)
+        return
+    datasets.Dataset(pa.table({n: table[n] for n in table.column_names})).save_to_disk(path)
+    info = json.loads((path / "dataset_info.json").read_text())
+    (path / "dataset_info.json").write_text(json.dumps(info | {"features": told}))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_what_a_feature_names_is_refused_and_not_fetched(tmp_path, data, connections, kind):
+    save_with_image(tmp_path / "a.parquet", kind, "ecg_path")
+    assert "a.parquet, column ecg_path: found the type" in refusal(data) and not connections
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_columns_that_are_no_part_of_a_record_are_never_read(tmp_path, data, connections, kind):
+    save_with_image(tmp_path / "a.parquet", kind, "picture")
+    assert load(data)[0].ecg_paths == ("x.npy",) and not connections
+
+
+def test_a_path_that_the_file_calls_an_image_is_a_path(tmp_path, data, connections):
+    """The metadata alone may say so, of a column of strings."""
+    told = {"info": {"features": {"ecg_path": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}}}
+    table = pa.table({"ecg_path": [URL], "text": ["t"]}).replace_schema_metadata({"huggingface": json.dumps(told)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert load(data)[0].ecg_paths == (URL,) and not connections
+
+
+def test_categories_are_read_as_their_text(tmp_path, data):
+    split = pa.array(["train", "test", "train"]).dictionary_encode()
+    pq.write_table(pa.table({"ecg_path": ["a", "b", "c"], "text": ["t"] * 3, "split": split}), tmp_path / "a.parquet")
+    assert [record.ecg_paths for record in load(data)] == [("a",), ("c",)]
+
+
 # ---- names
 
 
@@ -217,7 +288,6 @@ class Hub:
         self.owner, self.error, self.asked = owner, error, []
 
     def __call__(self, name, split):
-        import datasets
         from datasets.exceptions import DatasetNotFoundError
 
         self.asked.append((name, split))
