@@ -1,5 +1,11 @@
 """How tests compile: they compile much and compute little, on a CPU."""
 
+import os
+import platform
+import zlib
+from importlib.metadata import version
+from pathlib import Path
+
 from elm_jax.runtime.gpu_settings import known_flags, libraries
 
 # Without LLVM's optimisations, with the older of XLA's two ways to write loops, in one piece: a quarter of the time.
@@ -10,3 +16,12 @@ _WANTED = {
 }
 # For XLA_FLAGS. A flag that the installed jaxlib has no more would end the process.
 FLAGS = " ".join(f"--{name}={_WANTED[name]}" for name in known_flags(_WANTED, libraries()))
+
+
+def cache() -> Path:
+    """Where compiled programs are kept, by the version of jaxlib and the processor; what is in it may be deleted."""
+    processor = Path("/proc/cpuinfo")
+    features = processor.read_text().partition("\n\n")[0] if processor.exists() else platform.processor()
+    made_for = "".join(line for line in features.splitlines(keepends=True) if line.startswith(("model name", "flags")))
+    name = f"{version('jaxlib')}-{zlib.crc32((made_for or features).encode()):08x}"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elm_jax_tests" / name

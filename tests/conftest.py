@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,13 +20,24 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={FAKE_DEVICES} {compiling.FLAGS}"
 ).strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Compiled programs are shared between tests, between the processes they start, and with the next run.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))
+# Compiled programs are shared between tests, between the processes they start, and with the next run of any clone.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiling.cache()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 # Properties promise results, not speed: on a busy machine a stall of 0.2 s in one example is no failure.
 settings.register_profile("elm_jax", deadline=None)
 settings.load_profile("elm_jax")
+
+
+SLOW = 40  # a slow test takes as long as so many quick ones, about
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first, so that the two processes end together: each file is one process's alone."""
+    longest = Counter[Path]()
+    for item in items:
+        longest[item.path] += SLOW if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: -longest[item.path])
 
 
 MAPPINGS = 30_000  # Linux allows a process 65 530, and ends it inside LLVM where there are no more

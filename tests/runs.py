@@ -14,12 +14,12 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import compiling
 import numpy as np
+import warm
 
 from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config
@@ -81,7 +81,7 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start a tiny run on `devices` fake devices; `ask` is TEST_SIGNAL."""
     own = {"ELM_JAX_CACHE": str(workdir.parent / "cache"), "TEST_SIGNAL": ask, **(env or {})}
-    return start_command([sys.executable, __file__, *flags(workdir, **changes)], devices, own)
+    return start_command([*warm.python(own), __file__, *flags(workdir, **changes)], devices, own)
 
 
 def two() -> list[dict[str, str]]:

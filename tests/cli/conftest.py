@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import compiling
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -38,7 +38,7 @@ def command(command_environment: dict[str, str]) -> Command:
 
     def run(name: str, *arguments: str, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", f"elm_jax.{name}", *arguments], input=text, capture_output=True, encoding="utf-8",
+            [*warm.python(), "-m", f"elm_jax.{name}", *arguments], input=text, capture_output=True, encoding="utf-8",
             errors="surrogateescape", cwd=ROOT, env=command_environment | environment, timeout=600,
         )  # fmt: skip
 

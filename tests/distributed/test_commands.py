@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import compiling
 import numpy as np
 import pytest
 import runs
+import warm
 
 STEPS = 6
 XLA_FLAGS = f"{compiling.FLAGS} --xla_force_host_platform_device_count="
@@ -52,7 +52,7 @@ def start(
 ) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(runs.ROOT), "XLA_FLAGS": f"{XLA_FLAGS}{devices}", **(env or {})}
     return subprocess.Popen(
-        [sys.executable, *arguments], cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE,
+        [*warm.python(environment), *arguments], cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
 

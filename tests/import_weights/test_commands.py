@@ -6,13 +6,13 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import compiling
 import numpy as np
 import pytest
+import warm
 from import_weights import checkpoints
 from import_weights.conftest import Model
 from parity import e2e
@@ -37,7 +37,7 @@ def run_command(workplace: Path) -> Command:
 
     def run(name: str, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, "-m", f"elm_jax.{name}", *arguments], input=text, capture_output=True, text=True,
+            [*warm.python(), "-m", f"elm_jax.{name}", *arguments], input=text, capture_output=True, text=True,
             cwd=ROOT, env=environment, timeout=600,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]

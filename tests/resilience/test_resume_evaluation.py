@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import runs  # noqa: E402
+import warm  # noqa: E402
 from fake_model import Asked, fake_config  # noqa: E402
 
 from elm_jax.assemble import assemble, make_arrays  # noqa: E402
@@ -71,7 +72,7 @@ def answered(folder: Path) -> int:
 def evaluate_in_a_process(folder: Path, kill_after: int) -> int:
     """Evaluate, and be killed after so many new answers (0: not at all); the exit status."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, __file__, str(folder), str(kill_after)], env=env, cwd=ROOT).returncode
+    return subprocess.run([*warm.python(), __file__, str(folder), str(kill_after)], env=env, cwd=ROOT).returncode
 
 
 @pytest.mark.slow
