@@ -6,7 +6,7 @@ inside its `main`.
 
 Flags are written as ml_collections has them: `--config FILE` or `--config=FILE:ARGUMENT`, then
 `--config.optim.lr=1e-4`, `--config.optim.lr 1e-4`, `--config.data.pack` or `--noconfig.data.pack`. A list is
-`a,b` (or the flag several times), a dictionary JSON, or one entry of it: `--config.llm.scratch.layers=2`.
+`a,b`, a dictionary JSON, or one entry of it: `--config.llm.scratch.layers=2`. The last of two flags counts.
 """
 
 import argparse
@@ -92,7 +92,7 @@ class ConfigFlags:
     """The part of a command line that says the configuration, and the rest of it."""
 
     path: str | None = None
-    values: dict[str, Any] = field(default_factory=dict)  # dotted key -> value, in the order given
+    values: dict[str, Any] = field(default_factory=dict)  # dotted key -> value, in the order last given
     rest: list[str] = field(default_factory=list)
 
     @classmethod
@@ -143,9 +143,7 @@ class ConfigFlags:
     def _set(self, key: str, text: str) -> None:
         home = _home(key)
         value = schema.read_literal(text) if home != key else config.from_text(key, text)
-        before = self.values.get(key)
-        if isinstance(before, tuple) and isinstance(value, tuple):
-            value = before + value
+        self.values.pop(key, None)  # so that of a dictionary and an entry of it, too, the last one wins
         self.values[key] = value
 
 

@@ -254,12 +254,23 @@ def to_dict(cfg: Config) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(cfg)))
 
 
-def differences(old: Mapping[str, Any], new: Config) -> list[str]:
-    """Keys that `new` may not change when it resumes the run whose config.json is `old`, but does."""
+def differences(old: Mapping[str, Any], new: Config) -> dict[str, str]:
+    """Keys that `new` may not change when it resumes the run whose config.json is `old`, but does -> "was …, now …".
+
+    Of two dictionaries only the entries that differ are shown.
+    """
     defaults = _leaves(to_dict(Config()))
     before, after = dict(defaults) | dict(_leaves(old)), dict(_leaves(to_dict(new)))
-    changed = [name for name in before if name not in after or before[name] != after[name]]
-    return [name for name in changed if not name.startswith(RESUMABLE)]
+    changed = {}
+    for name, was in before.items():
+        now = after.get(name)
+        if (name in after and was == now) or name.startswith(RESUMABLE):
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):
+            same = {entry for entry in was if entry in now and was[entry] == now[entry]}
+            was, now = ({entry: x for entry, x in each.items() if entry not in same} for each in (was, now))
+        changed[name] = f"was {schema.shown(was)}, now {schema.shown(now)}"
+    return changed
 
 
 def help_text() -> str:

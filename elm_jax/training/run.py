@@ -34,14 +34,21 @@ def open_folder(config: Config) -> Path:
     """Make the run's folder and write config.json, or check that the folder is of this run.
 
     Raises:
-        UserError: the folder holds a run of another configuration; names the keys.
+        UserError: the folder holds a run of another configuration (names the keys, with both values), or one whose
+            config.json is gone.
     """
     folder = Path(config.workdir)
     path = folder / "config.json"
-    changed = differences(read_json(path), config) if path.is_file() else []
-    if changed and any(child.name.isdigit() for child in folder.glob("checkpoints/*")):
+    trained = (folder / "DONE").exists() or any(child.name.isdigit() for child in folder.glob("checkpoints/*"))
+    if not path.is_file() and (trained or (folder / TOKENIZER).exists() or (folder / INHERITED).exists()):
         raise UserError(
-            str(folder), f"a run with other {', '.join(changed)}", "the same configuration, to resume",
+            str(folder), "a run without config.json, which says what its weights are of", "the config.json of this run",
+            "put it back, or choose another --config.workdir",
+        )  # fmt: skip
+    changed = differences(read_json(path), config) if path.is_file() else {}
+    if changed and trained:
+        raise UserError(
+            str(folder), _other(changed), "the same configuration, to resume",
             "undo these changes, or choose another --config.workdir",
         )  # fmt: skip
     problem = ""
@@ -58,6 +65,10 @@ def open_folder(config: Config) -> Path:
     if problem:
         raise UserError("config.workdir", problem, "a folder that can be written", "name another")
     return folder
+
+
+def _other(changed: Mapping[str, str]) -> str:
+    return "a run with other " + "; ".join(f"{name} ({values})" for name, values in changed.items())
 
 
 def keep_tokenizer(folder: Path, tokenizer: Any, symbols: EcgTokens | None = None) -> None:
@@ -245,18 +256,10 @@ def config_of_run(checkpoint: str | None, flags: ConfigFlags) -> Config:
         folder = run_folder(checkpoint, "--checkpoint")
         tree = read_json(folder / "config.json") | {"workdir": str(folder), "mesh": {}}
         config = flags.over(tree)
-    changed = [
-        name
-        for name in differences(read_json(folder / "config.json"), config)
-        if not name.startswith("data.")
-    ]
+    before = read_json(folder / "config.json")
+    changed = {name: x for name, x in differences(before, config).items() if not name.startswith("data.")}
     if changed:
-        raise UserError(
-            str(folder),
-            f"a run with other {', '.join(changed)}",
-            "the run's own model",
-            "leave these keys as they are",
-        )
+        raise UserError(str(folder), _other(changed), "the run's own model", "leave these keys as they are")
     return config
 
 

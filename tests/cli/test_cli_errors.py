@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from elm_jax import cli
-from elm_jax.config import Config
+from elm_jax import cli, schema
+from elm_jax.cli import ConfigFlags
+from elm_jax.config import SCHEMA, Config
 from elm_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +56,7 @@ def error_line(capsys: pytest.CaptureFixture[str], *argv: str, main=None) -> str
 def test_flags_of_all_forms_reach_the_config() -> None:
     config = accepted(
         "--config.update=connector,llm", "--config.optim.lr", "1e-3", "--noconfig.data.pack",
-        "--config.train.early_stopping", "--config.data.names=a", "--config.data.names=b",
+        "--config.train.early_stopping", "--config.data.names=a,b",
         '--config.llm.scratch={"layers": 2}', "--config.llm.scratch.width=8", "--config.mesh.data", "-1",
         "--config.encoder.config.kind=small", "-config.seed=3", "--config.data.leads=0,V1",
     )  # fmt: skip
@@ -68,6 +69,19 @@ def test_flags_of_all_forms_reach_the_config() -> None:
     assert config.encoder.config == {"kind": "small"}
     assert config.mesh.data == -1 and config.seed == 3
     assert config.data.leads == ("I", "V1")
+
+
+@pytest.mark.parametrize("key", [name for name, known in SCHEMA.items() if tuple in schema.kinds(known.type)])
+def test_of_two_flags_with_lists_the_last_counts(key: str) -> None:
+    """They do not add up: who takes up a command and appends a flag means that one."""
+    flags = ConfigFlags.parse([f"--config.{key}=1,2", f"--config.{key}=3"])
+    assert flags.values == ConfigFlags.parse([f"--config.{key}=3"]).values
+
+
+def test_of_a_dictionary_and_an_entry_of_it_the_last_counts() -> None:
+    whole, entry = '--config.llm.scratch={"layers": 2}', "--config.llm.scratch.width=8"
+    assert accepted(whole, entry).llm.scratch == {"layers": 2, "width": 8}
+    assert accepted(whole, entry, whole).llm.scratch == {"layers": 2}
 
 
 def test_the_last_of_two_flags_counts_and_flags_go_over_the_file(config_file) -> None:

@@ -152,7 +152,17 @@ def test_the_checkpoint_of_another_run_is_refused(run: Run, tmp_path: Path) -> N
     (folder / "checkpoints" / "5").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"seed": 7}))
     line = run()
-    assert "seed" in line and str(folder) in line
+    assert "seed (was 7, now 0)" in line and str(folder) in line
+
+
+@pytest.mark.parametrize("left", ["checkpoints/5", "tokenizer", "inherited", "DONE"])
+def test_a_run_without_its_config_is_refused(run: Run, tmp_path: Path, left: str) -> None:
+    """Nothing would tell what it was trained with: the next start could go on with anything."""
+    write_recordings(tmp_path)
+    (tmp_path / "run" / left).mkdir(parents=True)
+    line = run()
+    assert f"{tmp_path / 'run'}: found a run without config.json" in line and "--config.workdir" in line
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_pickle_is_harmless_only_because_it_is_refused() -> None:

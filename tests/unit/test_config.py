@@ -267,18 +267,27 @@ def test_a_run_may_resume_with_other_places_and_lengths_only() -> None:
             "train": {"steps": 9, "epochs": 2, "save_every": 7, "keep": 1},
         }
     )  # fmt: skip
-    assert differences(old, allowed) == []
+    assert differences(old, allowed) == {}
     changed = resolve({"optim": {"lr": 1.0}, "data": {"names": ["a"]}, "encoder": {"config": {"width": 1}}})
     assert sorted(differences(old, changed)) == ["data.names", "encoder.config", "optim.lr"]
+
+
+def test_a_changed_key_is_shown_with_its_value_then_and_now() -> None:
+    old = to_dict(resolve({"train": {"eval_every": 3}, "encoder": {"config": {"width": 1, "resnet_type": "resnet18"}}}))
+    new = resolve({"train": {"eval_every": 5}, "encoder": {"config": {"width": 2, "resnet_type": "resnet18"}}})
+    assert differences(old, new) == {
+        "train.eval_every": "was 3, now 5",
+        "encoder.config": "was {'width': 1}, now {'width': 2}",
+    }
 
 
 def test_a_run_of_another_version_resumes_if_only_keys_at_their_default_are_new() -> None:
     old = to_dict(resolve({}))
     del old["optim"]["eps"]
-    assert differences(old, resolve({})) == []
-    assert differences(old, resolve({"optim": {"eps": 1e-6}})) == ["optim.eps"]
+    assert differences(old, resolve({})) == {}
+    assert differences(old, resolve({"optim": {"eps": 1e-6}})) == {"optim.eps": "was 1e-08, now 1e-06"}
     old["optim"]["gone"] = 1
-    assert differences(old, resolve({})) == ["optim.gone"]
+    assert differences(old, resolve({})) == {"optim.gone": "was 1, now None"}
 
 
 @pytest.mark.parametrize(
