@@ -46,7 +46,9 @@ POOLED = {
     "merl": Pooled(lambda config, length: (0, *range(8, length - 8, 16), length)),
     "st_mem": Pooled(lambda config, length: range(0, length + 1, config.patch_size), by_lead=True),
     "mtae": Pooled(lambda config, length: (0, *range(0, length + 1, config.patch_size))),
-    "mlae": Pooled(lambda config, length: (0, *range(0, length + 1, config.seq_len)), by_lead=True),
+    "mlae": Pooled(
+        lambda config, length: (0, *range(0, length + 1, config.patch_size * config.seq_len)), by_lead=True
+    ),
     "siglip_ecg": Pooled(lambda config, length: range(0, length + 1, config.patch_size)),
 }
 

@@ -143,9 +143,11 @@ _SIGNS: Mapping[str, tuple[str, ...]] = {
 
 
 def _among_autoencoders(names: Mapping[str, str], source: Source) -> str:
-    """MTAE's patches are of time, MLAE's are the leads: as many as there are, and as long as an ECG."""
+    """MTAE's patches are of time, MLAE's are leads, one or several of which make a patch; its head makes one."""
     tokens = _shape(source, _named(names, "mtae", "encoder.pos_embedding"), 3)[1]
-    return "mlae" if tokens - 1 == _LEADS else "mtae"
+    patch = _shape(source, _named(names, "mtae", "encoder.to_patch_embedding.1.weight"), 1)
+    head = _shape(source, _named(names, "mtae", "decoder_head.weight"), 2)
+    return "mlae" if tokens - 1 == _LEADS or patch[0] != head[0] else "mtae"
 
 
 def _encoder(names: Mapping[str, str], source: Source) -> Facts:
@@ -190,7 +192,7 @@ def _autoencoder(name: str, names: Mapping[str, str], source: Source) -> Facts:
     size, length = {
         "st_mem": (values, (tokens - 2) * values),
         "mtae": (values // _LEADS, (tokens - 1) * (values // _LEADS)),
-        "mlae": (1, values),
+        "mlae": (_LEADS // max(1, tokens - 1), values * (tokens - 1) // _LEADS),
     }[name]
     fed = _named(names, name, "encoder.block0.ff.fn.net.0.weight")
     sizes: dict[str, Any] = {

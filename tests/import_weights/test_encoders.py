@@ -121,6 +121,20 @@ def test_autoencoders_are_told_apart(golden: Golden, llm: list[str], tmp_path: P
     assert config["encoder"]["name"] == name and config["data"]["segment_len"] == golden_config["seq_len"]
 
 
+def test_an_mlae_with_several_leads_a_patch_is_known_by_its_head(llm: list[str], tmp_path: Path) -> None:
+    sizes = {
+        "seq_len": 40, "patch_size": 3, "embed_dim": 16, "depth": 1, "num_heads": 2,
+        "decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 1,
+    }  # fmt: skip
+    structure = structure_of(lambda: build_encoder("mlae", sizes, 1, nnx.Rngs(0)))
+    state = to_published("mlae", {name: np.ones(leaf.shape, leaf.dtype) for name, leaf in structure.leaves.items()})
+    run = imported(save(tmp_path / "mae.pt", state), tmp_path / "run", *llm)
+    same(arrays_of(run), state)
+    config = json.loads((run / "config.json").read_text())
+    assert config["encoder"]["name"] == "mlae" and config["data"]["segment_len"] == 40
+    assert config["encoder"]["config"]["patch_size"] == 3
+
+
 @pytest.mark.parametrize(
     ("folder", "name"), [("clip_eos2", "clip"), ("vit_mim", "vit"), ("siglip2_naflex", "siglip2")]
 )

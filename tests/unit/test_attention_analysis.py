@@ -139,6 +139,8 @@ def test_tokens_of_the_shipped_sizes_stand_where_their_patches_are() -> None:
     leads = [[(i, i + 1, 0, 2500)] for i in range(12)]
     assert spans_of("mlae", 12, sizes, shape) == [leads[0], *(leads[i - 1] + leads[i] for i in range(1, 12))]
     assert spans_of("mlae", 13, sizes, shape) == [[(0, 12, 0, 2500)], *leads]
+    threes = [leads[i] + leads[i + 1] + leads[i + 2] for i in range(0, 12, 3)]
+    assert spans_of("mlae", 5, {**sizes, "patch_size": 3}, shape) == [[(0, 12, 0, 2500)], *threes]
 
 
 def test_the_token_of_an_image_stands_for_all_of_it_and_every_encoder_is_known() -> None:

@@ -75,6 +75,23 @@ def test_patches_hold_the_samples_they_should(rng) -> None:
     np.testing.assert_array_equal(cut["mlae"], x)
 
 
+def test_a_patch_of_mlae_is_as_many_whole_leads_as_it_is_told(rng) -> None:
+    """Patches of three leads read three leads and no other; weights of one lead's head, as published, fit."""
+    sizes = {"num_leads": 6, "patch_size": 3}
+    config, x = MaeConfig.from_fields("mlae", config_for("mlae", **sizes)), normal(rng, 2, 6, 40)
+    assert config.patches == (2, 120)
+    np.testing.assert_array_equal(config.cut(x), [[np.concatenate(leads) for leads in (one[:3], one[3:])] for one in x])
+    tensors = published("mlae", rng, **sizes)
+    assert tensors["decoder_head.weight"].shape == (40, 8) and tensors["encoder.pos_embedding"].shape == (1, 3, 16)
+    encoder = load_encoder("mlae", tensors, 3, **config_for("mlae", **sizes))
+    plain, latent = encoder(x), encoder.module.encode(x)
+    swapped = encoder.module.encode(x[:, [3, 4, 5, 0, 1, 2]])
+    assert plain.shape == (2, 3, 8) and not np.allclose(latent, swapped, atol=1e-3)
+    embedded = encoder.module.patch(config.cut(x))
+    other = encoder.module.patch(config.cut(np.concatenate([x[:, :3], 0 * x[:, 3:]], 1)))
+    np.testing.assert_array_equal(embedded[:, 0], other[:, 0])
+
+
 @pytest.mark.parametrize(("name", "count"), [("st_mem", 24), ("mtae", 9), ("mlae", 4)])
 def test_tokens_are_bins_of_all_latents(rng, name: str, count: int) -> None:
     """As many tokens as latents: the latents themselves, lead after lead for ST-MEM, CLS first for the others."""
@@ -238,7 +255,9 @@ def test_the_published_sizes_are_the_default() -> None:
         ("mtae", {"mlp_ratio": "4"}, "config.mlp_ratio: found '4'; expected a positive number"),
         ("mtae", {"qkv_bias": 1}, "config.qkv_bias: found 1; expected True or False"),
         ("st_mem", {"patch_size": 99}, "config.patch_size: found 99; expected a divisor of seq_len, 2500.*to 100"),
-        ("mlae", {"patch_size": 2}, "config.patch_size: found 2; expected 1, a lead"),
+        ("mtae", {"patch_size": 3}, "config.patch_size: found 3; expected a divisor of seq_len, 2500.*to 100"),
+        ("mlae", {"patch_size": 5}, "config.patch_size: found 5; expected a divisor of num_leads, 12.*to 1"),
+        ("mlae", {"num_leads": 8, "patch_size": 3}, "config.patch_size: found 3; expected a divisor of num_leads, 8"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(name: str, config: dict, message: str) -> None:

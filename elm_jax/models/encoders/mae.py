@@ -1,11 +1,11 @@
 """The ECG encoders trained as masked autoencoders: ST-MEM (Na et al. 2024, arXiv 2402.09450), MTAE and MLAE.
 
 Flow: (B, C, L) signals -> patches -> a transformer -> (B, N, D). They differ in what a patch is: p samples of
-one lead (ST-MEM), p samples of all leads (MTAE, masked in time), all samples of one lead (MLAE, masked by lead).
+one lead (ST-MEM), p samples of all leads (MTAE, masked in time), all samples of p leads (MLAE, masked by lead).
 Nothing is masked here. The embedding of ST-MEM is the encoder's output, that of the others the decoder's last
 latents. All parameters of a checkpoint are held, so that it comes out as it went in; where no embedding depends
 on one of them (the mask token, the decoder's last norm and head), it is held and never trained.
-Dimension letters: B signals, C leads, L samples, p samples of a patch, n patches (of a lead for ST-MEM),
+Dimension letters: B signals, C leads, L samples, p samples (MLAE: leads) of a patch, n patches (of a lead for ST-MEM),
 P values of a patch, D and E widths of encoder and decoder, N signal tokens.
 """
 
@@ -68,29 +68,31 @@ def by_time(signals: Any, p: int) -> Any:
 
 
 def by_lead(signals: Any, p: int) -> Any:
-    """(B, C, L) as it is; a patch is one lead."""
-    assert p == 1
-    return signals
+    """(B, C, L) -> (B, n, p L), one lead after the other."""
+    batch, leads, samples = signals.shape
+    return signals.reshape(batch, leads // p, p * samples)
 
 
 @dataclass(frozen=True)
 class Patching:
-    """What a patch is. cut: signals (B, C, L) and p -> patches (..., n, P); size: p for a given L."""
+    """What a patch is. cut: signals (B, C, L) and p -> patches (..., n, P); whole: the field that p divides;
+    size: p for a given L."""
 
     cut: Callable[[Any, int], Any]
+    whole: str = "seq_len"
     size: Callable[[int], int] = calculate_patch_size
 
 
 PATCHINGS = {
     "st_mem": Patching(by_lead_and_time),
     "mtae": Patching(by_time),
-    "mlae": Patching(by_lead, lambda length: 1),
+    "mlae": Patching(by_lead, "num_leads", lambda length: 1),
 }
 
 
 @dataclass(frozen=True)
 class MaeConfig:
-    """Sizes of the encoder `name`: seq_len is L, num_leads C, patch_size p (for MLAE 1, a lead), embed_dim D.
+    """Sizes of the encoder `name`: seq_len is L, num_leads C, patch_size p, embed_dim D.
 
     train_positions: the position embeddings are parameters, as the reference has them in ST-MEM.
     """
@@ -111,7 +113,8 @@ class MaeConfig:
 
     @classmethod
     def from_fields(cls, name: str, config: Mapping[str, Any]) -> "MaeConfig":
-        """Read `encoder.config` for st_mem, mtae or mlae; without a patch_size it is chosen for the seq_len.
+        """Read `encoder.config` for st_mem, mtae or mlae; without a patch_size it is chosen for the seq_len
+        (for mlae 1: a lead).
 
         UserError for an unknown field or value. IGNORED_FIELDS are let pass.
         """
@@ -126,8 +129,10 @@ class MaeConfig:
         length = given.setdefault("seq_len", cls.seq_len)
         chosen = PATCHINGS[name].size(length)
         p = given.setdefault("patch_size", chosen)
-        if length % p or (name == "mlae" and p != 1):
-            expected = "1, a lead" if name == "mlae" else f"a divisor of seq_len, {length}"
+        whole = PATCHINGS[name].whole
+        size = given.get(whole, cls.num_leads)
+        if size % p:
+            expected = f"a divisor of {whole}, {size}"
             raise UserError("encoder.config.patch_size", str(p), expected, f"leave it out, or set it to {chosen}")
         for key in ("embed_dim", "decoder_embed_dim"):
             if given.get(key, 0) % 2:
@@ -251,7 +256,9 @@ class MaskedAutoencoder(nnx.Module):
         self.decoder_position = _position(config, 1, patches, 0, self.width)
         self.decoder = Transformer(config.decoder, rngs, param_dtype)
         self.decoder_norm = LayerNorm(self.width, DECODER_NORM_EPS, unused_dtype)
-        self.head = linear(self.width, size, ("embed", None), param_dtype=unused_dtype)
+        # The reference's MLAE ends in one lead, however many a patch has: without use, but its checkpoints have it so.
+        out = config.seq_len if config.name == "mlae" and not pretrain else size
+        self.head = linear(self.width, out, ("embed", None), param_dtype=unused_dtype)
         if not pretrain:
             self.mask = held(self.mask)
             hold(self.decoder_norm)
