@@ -1,4 +1,4 @@
-"""Who this process is among several, read from what started it: plain variables, Open MPI, SLURM or Kubernetes.
+"""Who this process is among several, read from what started it: plain variables, torchrun, MPI, SLURM or Kubernetes.
 
 Reads environment variables only, and imports no jax: what it says can be tested anywhere.
 """
@@ -40,20 +40,37 @@ class Place:
 
 @dataclass(frozen=True)
 class _Launcher:
-    """What a launcher sets. `present`: the variable that gives it away."""
+    """What a launcher sets. `present`: any of these gives it away; on_node: the variables of `Place.on_node`."""
 
     name: str
-    present: str
+    present: tuple[str, ...]
     count: str
     index: str
+    on_node: tuple[str, str] | None = None
 
 
-MPI = _Launcher("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
-SLURM = _Launcher("SLURM", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
-KUBERNETES = _Launcher("Kubernetes", "JOB_COMPLETION_INDEX", COUNT, "JOB_COMPLETION_INDEX")
-PLAIN = _Launcher("the environment", ADDRESS, COUNT, INDEX)
-# mpirun inside a SLURM job is started by srun, once a node, so that SLURM's own variables mean something else there.
-LAUNCHERS = (MPI, SLURM, KUBERNETES, PLAIN)
+ELASTIC = _Launcher(
+    "torchrun", ("TORCHELASTIC_RUN_ID",), "WORLD_SIZE", "RANK", ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+)
+MPI = _Launcher(
+    "Open MPI", ("OMPI_COMM_WORLD_SIZE",), "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK",
+    ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+)  # fmt: skip
+MVAPICH = _Launcher(
+    "MVAPICH", ("MV2_COMM_WORLD_RANK",), "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK",
+    ("MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+)  # fmt: skip
+PMI = _Launcher("PMI", ("PMI_RANK",), "PMI_SIZE", "PMI_RANK", ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"))
+SLURM = _Launcher("SLURM", ("SLURM_STEP_NODELIST",), "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+TORCH = _Launcher(
+    "PyTorch's variables", ("WORLD_SIZE", "RANK"), "WORLD_SIZE", "RANK", ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+)
+KUBERNETES = _Launcher("Kubernetes", ("JOB_COMPLETION_INDEX",), COUNT, "JOB_COMPLETION_INDEX")
+PLAIN = _Launcher("the environment", (ADDRESS,), COUNT, INDEX)
+PMIX = _Launcher("PMIx", ("PMIX_RANK",), COUNT, "PMIX_RANK")
+# torchrun and mpirun inside a SLURM job are started by srun, once a node: there SLURM's own variables mean something
+# else. Those of PyTorch may be left over from a shell or a script, so that SLURM goes before them.
+LAUNCHERS = (ELASTIC, MPI, MVAPICH, PMI, SLURM, TORCH, KUBERNETES, PLAIN, PMIX)
 
 
 def find(environment: Mapping[str, str]) -> Place | None:
@@ -67,36 +84,44 @@ def find(environment: Mapping[str, str]) -> Place | None:
     """
     if _alone(environment):
         return None
-    launcher = next((known for known in LAUNCHERS if known.present in environment), None)
-    if launcher is not SLURM and launcher is not MPI:
-        _check_started_by_srun(environment)
+    launcher = _launcher(environment)
     if launcher is None:
+        _check_started_by_srun(environment)
         for name in (COUNT, INDEX):
             if name in environment:
                 raise UserError(ADDRESS, "nothing", f"host:port of process 0, beside {name}", f"set it, {ALONE}")
         return None
-    names = {"count": launcher.count, "index": launcher.index}
-    if COUNT in environment:
-        names["count"] = COUNT
-    if INDEX in environment:
-        names["index"] = INDEX
-    count, index = (_number(environment, name, launcher) for name in (names["count"], names["index"]))
-    if launcher is SLURM and count == 1:
-        _check_nodes(environment)
+    count_name = COUNT if COUNT in environment else launcher.count
+    index_name = INDEX if INDEX in environment else launcher.index
+    if launcher is SLURM and count_name == SLURM.count:
+        _check_one_count(environment)
+    count, index = (_number(environment, name, launcher) for name in (count_name, index_name))
     if count == 1:
+        _check_nodes(environment, count_name)
         return None
     if index >= count:
         raise UserError(
-            names["index"], str(index), f"a number below {names['count']}={count}", "number the processes from 0"
+            index_name, str(index), f"a number below {count_name}={count}", f"number the processes from 0, {ALONE}"
         )
     given = ADDRESS in environment
     address = environment[ADDRESS] if given else _address(launcher, environment, index)
     on_node = _on_node(launcher, environment)
+    said_by = ADDRESS if given else "MASTER_ADDR" if launcher in (ELASTIC, TORCH) else launcher.present[0]
     return Place(
-        launcher.name, _checked_address(address), count, index,
-        (ADDRESS if given else launcher.present, names["count"], names["index"]),
+        launcher.name, _checked_address(address), count, index, (said_by, count_name, index_name),
         on_node, expected_devices(environment, on_node),
     )  # fmt: skip
+
+
+def _launcher(environment: Mapping[str, str]) -> _Launcher | None:
+    """The one that started this process. One that has started one process only says nothing of others."""
+    there = [known for known in LAUNCHERS if any(name in environment for name in known.present)]
+    if SLURM in there and environment.get(PMI.count) == environment.get(SLURM.count):
+        there = [known for known in there if known is not PMI]  # srun sets these, too
+    if len(there) > 1:
+        there = [known for known in there if known is not PMIX]  # it does not say how many there are
+    several = [known for known in there if environment.get(known.count) != "1"]
+    return next(iter(several or there), None)
 
 
 def expected_devices(environment: Mapping[str, str], on_node: tuple[int, int] = (0, 1)) -> tuple[int, str] | None:
@@ -109,7 +134,7 @@ def expected_devices(environment: Mapping[str, str], on_node: tuple[int, int] = 
         return _number(environment, DEVICES, PLAIN), DEVICES
     name = "SLURM_GPUS_ON_NODE"
     gpus = environment.get(name, "")
-    if SLURM.present not in environment or not gpus.isdigit() or gpus == "0":
+    if SLURM.present[0] not in environment or not gpus.isdigit() or gpus == "0":
         return None
     if _alone(environment):
         return None  # the tasks of a sweep share out their node's GPUs as they like
@@ -131,8 +156,8 @@ def _alone(environment: Mapping[str, str]) -> bool:
 def _number(environment: Mapping[str, str], name: str, launcher: _Launcher) -> int:
     value = environment.get(name, "")
     if not value.isdigit():
-        fix = f"set it in every process, {ALONE}" if name == COUNT else "set it in every process"
-        raise UserError(name, repr(value) if value else "nothing", f"a whole number, started by {launcher.name}", fix)
+        expected = f"a whole number, started by {launcher.name}"
+        raise UserError(name, repr(value) if value else "nothing", expected, f"set it in every process, {ALONE}")
     return int(value)
 
 
@@ -148,24 +173,34 @@ def _check_started_by_srun(environment: Mapping[str, str]) -> None:
     nodes = environment.get("SLURM_JOB_NUM_NODES", "1")
     if nodes.isdigit() and int(nodes) > 1 and ADDRESS not in environment:
         raise UserError(
-            SLURM.present, f"nothing, in a job of {nodes} nodes", "a process on each node, started by srun",
+            SLURM.present[0], f"nothing, in a job of {nodes} nodes", "a process on each node, started by srun",
             f"write srun before python, {ALONE}",
         )  # fmt: skip
 
 
-def _check_nodes(environment: Mapping[str, str]) -> None:
+def _check_nodes(environment: Mapping[str, str], count: str) -> None:
     nodes = environment.get("SLURM_JOB_NUM_NODES", "1")
     if nodes.isdigit() and int(nodes) > 1:
+        more = "set --ntasks-per-node (1, or the number of GPUs of a node)" if count == SLURM.count else "start more"
         raise UserError(
-            SLURM.count, f"1 process in a job of {nodes} nodes", "at least one process a node",
-            f"set --ntasks-per-node (1, or the number of GPUs of a node), {ALONE}",
+            count, f"1 process in a job of {nodes} nodes", "at least one process a node", f"{more}, {ALONE}"
+        )
+
+
+def _check_one_count(environment: Mapping[str, str]) -> None:
+    """Tasks of SLURM that start processes of their own, each with PyTorch's variables, are not those processes."""
+    ours, theirs = environment.get(SLURM.count), environment.get(TORCH.count)
+    if TORCH.index in environment and theirs not in (None, ours):
+        raise UserError(
+            TORCH.count, f"{theirs}, beside {SLURM.count}={ours}", "one number of processes",
+            f"start every process with srun and unset {TORCH.count} and {TORCH.index}, or use torchrun, {ALONE}",
         )  # fmt: skip
 
 
 def _on_node(launcher: _Launcher, environment: Mapping[str, str]) -> tuple[int, int]:
-    if launcher is MPI:
-        found = [environment.get(f"OMPI_COMM_WORLD_LOCAL_{what}", "") for what in ("RANK", "SIZE")]
-        return (int(found[0]), int(found[1])) if all(value.isdigit() for value in found) else (0, 1)
+    if launcher.on_node is not None:
+        local, size = (environment.get(name, "") for name in launcher.on_node)
+        return (int(local), int(size)) if local.isdigit() and size.isdigit() else (0, 1)
     if launcher is not SLURM:
         return 0, 1
     per_node = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
@@ -187,7 +222,7 @@ def first_node(nodes: str) -> str:
     """The first of a SLURM node list such as `gpu[001-004,007],login` -> `gpu001`."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
     if match is None:
-        raise UserError(SLURM.present, repr(nodes), "a list of nodes", f"set {ADDRESS} to host:port of process 0")
+        raise UserError(SLURM.present[0], repr(nodes), "a list of nodes", f"set {ADDRESS} to host:port of process 0")
     return "".join(part or "" for part in match.groups())
 
 
@@ -195,12 +230,27 @@ def _address(launcher: _Launcher, environment: Mapping[str, str], index: int) ->
     """host:port of process 0, as all processes of the job work it out for themselves."""
     if launcher is SLURM:
         name = f"{environment.get('SLURM_JOB_ID', '')}.{environment.get('SLURM_STEP_ID', '')}"
-        return f"{first_node(environment[SLURM.present])}:{_port(name)}"
+        return f"{first_node(environment[SLURM.present[0]])}:{_port(name)}"
     if launcher is MPI:
         return _mpi_address(environment)
     if launcher is KUBERNETES:
         return f"{_first_pod(index)}:{PORT}"
-    raise AssertionError(launcher)
+    if launcher in (ELASTIC, TORCH):
+        return _torch_address(launcher, environment)
+    raise UserError(
+        ADDRESS, "nothing", f"host:port of process 0, which {launcher.name} does not say",
+        f"give it to every process, as mpiexec -genv {ADDRESS} HOST:{PORT} does, {ALONE}",
+    )  # fmt: skip
+
+
+def _torch_address(launcher: _Launcher, environment: Mapping[str, str]) -> str:
+    host, port = environment.get("MASTER_ADDR"), _number(environment, "MASTER_PORT", launcher)
+    if not host:
+        expected = f"the host of process 0, beside {launcher.count}"
+        raise UserError("MASTER_ADDR", "nothing", expected, f"set it in every process, {ALONE}")
+    if launcher is ELASTIC:  # torchrun itself listens at this port
+        port = _port(f"{port} {environment[ELASTIC.present[0]]}")
+    return f"{host}:{port}"
 
 
 def _mpi_address(environment: Mapping[str, str]) -> str:

@@ -22,6 +22,14 @@ SLURM = {
     "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "1",
     "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8",
 }  # fmt: skip
+TORCH = {"MASTER_ADDR": "node-0", "MASTER_PORT": "29500", "WORLD_SIZE": "4", "RANK": "3"}
+TORCHRUN = {**TORCH, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+PMI = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+MVAPICH = {
+    "MV2_COMM_WORLD_SIZE": "4", "MV2_COMM_WORLD_RANK": "3",
+    "MV2_COMM_WORLD_LOCAL_RANK": "1", "MV2_COMM_WORLD_LOCAL_SIZE": "2",
+}  # fmt: skip
+WHERE = {"JAX_COORDINATOR_ADDRESS": "node-0:99"}
 KUBERNETES = {"JOB_COMPLETION_INDEX": "2", "JAX_NUM_PROCESSES": "4"}
 Patch = pytest.MonkeyPatch
 
@@ -103,6 +111,57 @@ def test_kubernetes(monkeypatch: Patch) -> None:
     assert found({**KUBERNETES, "JAX_COORDINATOR_ADDRESS": "train-workers-0-0.train:8476"}).index == 2
 
 
+def test_pytorchs_variables() -> None:
+    place = found(TORCH)
+    assert (place.launcher, place.address, place.count, place.index) == ("PyTorch's variables", "node-0:29500", 4, 3)
+    assert place.names == ("MASTER_ADDR", "WORLD_SIZE", "RANK") and place.on_node == (0, 1)
+    assert found({**TORCH, **WHERE}).address == "node-0:99"
+
+
+def test_torchrun_keeps_its_own_port() -> None:
+    """Its agent listens at MASTER_PORT; every process works out the same other one."""
+    place = found(TORCHRUN)
+    host, port = place.address.split(":")
+    assert (place.launcher, place.count, place.index, place.on_node) == ("torchrun", 4, 3, (1, 2))
+    assert host == "node-0" and 61000 <= int(port) < 65000
+    assert found({**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0"}).address == place.address
+    assert found({**TORCHRUN, "MASTER_PORT": "29501"}).address != place.address
+    in_slurm = found({**SLURM, **TORCHRUN, "LOCAL_WORLD_SIZE": "8"})  # srun started it, once a node
+    assert (in_slurm.launcher, in_slurm.index) == ("torchrun", 3) and in_slurm.devices == (1, "SLURM_GPUS_ON_NODE")
+
+
+@pytest.mark.parametrize("started, name", [(PMI, "PMI"), (MVAPICH, "MVAPICH")])
+def test_other_mpis_are_understood_but_for_the_address(started: dict[str, str], name: str) -> None:
+    place = found({**started, **WHERE})
+    assert (place.launcher, place.address, place.count, place.index) == (name, "node-0:99", 4, 3)
+    assert place.on_node == (1, 2)
+    with pytest.raises(UserError, match=f"JAX_COORDINATOR_ADDRESS: .*which {name} does not say; .*-genv"):
+        find(started)
+
+
+def test_of_two_launchers_the_one_that_started_the_process_counts() -> None:
+    """SLURM sets PMI's variables, too; PyTorch's may be left over, or be made of SLURM's."""
+    assert found({**SLURM, "PMI_RANK": "1", "PMI_SIZE": "2", "PMIX_RANK": "1"}).launcher == "SLURM"
+    assert found({**SLURM, **PMI, **WHERE}).launcher == "PMI"  # mpiexec, which srun started once a node
+    for left in ({"WORLD_SIZE": "9"}, {"MASTER_ADDR": "x", "MASTER_PORT": "1"}, {"RANK": "1", "WORLD_SIZE": "2"}):
+        place = found({**SLURM, **left})
+        assert (place.launcher, place.count, place.index) == ("SLURM", 2, 1)
+    assert found({**MPI, **TORCH}).launcher == "Open MPI"
+    # In a shell that srun started, as one task, more may be started by hand.
+    shell = {**SLURM, "SLURM_JOB_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "PMIX_RANK": "0"}
+    assert find(shell) is None
+    assert found({**shell, **TORCH}).launcher == "PyTorch's variables"
+    assert (found({**shell, **PLAIN}).launcher, found({**shell, **PLAIN}).index) == ("the environment", 3)
+
+
+def test_what_is_left_over_in_a_shell_does_not_make_several_processes_of_one() -> None:
+    assert find({"MASTER_ADDR": "node-0", "MASTER_PORT": "29500", "LOCAL_RANK": "0"}) is None
+    assert find({**TORCH, "WORLD_SIZE": "1", "RANK": "0"}) is None
+    assert find({"PMI_RANK": "0", "PMI_SIZE": "1"}) is None
+    for started in (TORCH, TORCHRUN, PMI, MVAPICH, {"PMIX_RANK": "1"}, {"RANK": "1"}, {"WORLD_SIZE": "2"}):
+        assert find({**started, "JAX_NUM_PROCESSES": "1"}) is None
+
+
 @pytest.mark.parametrize(
     "environment, named, told",
     [
@@ -115,6 +174,16 @@ def test_kubernetes(monkeypatch: Patch) -> None:
         ({"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "4"}, "SLURM_STEP_NODELIST", "srun"),
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, "SLURM_STEP_NUM_TASKS", "--ntasks-per-node"),
         ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "3(x2)"}, "SLURM_STEP_TASKS_PER_NODE", "divide its GPUs"),
+        ({"WORLD_SIZE": "2"}, "RANK", "JAX_NUM_PROCESSES=1"),
+        ({"RANK": "1"}, "WORLD_SIZE", "JAX_NUM_PROCESSES=1"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "29500"}, "MASTER_ADDR", "process 0"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "node-0"}, "MASTER_PORT", "nothing"),
+        ({**TORCH, "RANK": "4"}, "RANK", "below WORLD_SIZE=4"),
+        ({"PMI_RANK": "1"}, "PMI_SIZE", "nothing"),
+        ({"PMIX_RANK": "1"}, "JAX_NUM_PROCESSES", "PMIx"),
+        ({"PMIX_RANK": "1", "JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS", "which PMIx does not say"),
+        ({**SLURM, "RANK": "3", "WORLD_SIZE": "16"}, "WORLD_SIZE", "16, beside SLURM_STEP_NUM_TASKS=2"),
+        ({**SLURM, **TORCHRUN, "WORLD_SIZE": "1", "RANK": "0", "SLURM_STEP_NUM_TASKS": "1"}, "WORLD_SIZE", "2 nodes"),
         ({**{k: v for k, v in MPI.items() if "uri" not in k}}, "JAX_COORDINATOR_ADDRESS", "mpirun -x"),
     ],
 )
