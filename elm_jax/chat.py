@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
 
     keep_compiled()
     config = config_of_run(options.checkpoint, flags)
-    waveforms = replace(signal_spec(config.data, config.seed), representation="signal")
+    waveforms = replace(signal_spec(config.data, config.seed, compat=config.compat), representation="signal")
     for path in options.ecg:  # what cannot be read is said before the model is loaded, which is slow
         read_input(path, waveforms)
     session = Session(TrainedModel(config, options.step))

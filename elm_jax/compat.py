@@ -15,6 +15,7 @@ BEHAVIOURS: dict[str, str] = {
     "skip_zero_signals": "leave the text embedding of <signal> where a signal embedding is exactly zero",
     "signal_token_order": "add the ECG-Byte tokens to the LLM's in the order of the file, which is not sorted",
     "lead_order": "take a file's rows in the order they are stored in, whatever leads they are",
+    "spline_resampling": "resample by a cubic spline from first to last sample, with no low-pass before it",
     "rgb_250_dpi": "draw the ECG paper of rgb at 250 dots per inch before it is resized",
     "muon_by_name": "choose the matrices that Muon moves by words in their published names",
     "micro_batch_mean_loss": "average the loss over micro-batches, each the mean over its own tokens",

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from elm_jax import cli
+from elm_jax import cli, compat
 from elm_jax.data.prepare.ecg_qa import FORMS, Settings, prepare_ecg_qa
 from elm_jax.data.prepare.ptb_xl import prepare_ptb_xl
 from elm_jax.errors import UserError, nearest
@@ -44,6 +44,9 @@ def _parser() -> cli.Parser:
     ptb_xl.add_argument("--sampling-rate", type=float, default=250, help="Hz after resampling")
     ptb_xl.add_argument("--segment-len", type=int, default=2500, help="samples of a segment")
     ptb_xl.add_argument(
+        "--compat", default="", help="spline_resampling: resample as the reference does, with no low-pass"
+    )
+    ptb_xl.add_argument(
         "--report-language",
         choices=["as-is"],
         default="as-is",
@@ -73,7 +76,9 @@ def _parser() -> cli.Parser:
 
 
 def _ptb_xl(args: Namespace) -> dict[str, Any]:
-    return prepare_ptb_xl(args.raw, args.out, args.sampling_rate, args.segment_len)
+    names = tuple(filter(None, args.compat.split(",")))
+    compat.check(names)
+    return prepare_ptb_xl(args.raw, args.out, args.sampling_rate, args.segment_len, compat=names)
 
 
 def _ecg_qa(args: Namespace) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from elm_jax import compat as behaviours
 from elm_jax.data.npy import read_npy
+from elm_jax.data.resampling import resample, resample_by_spline
 from elm_jax.errors import UserError, nearest
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
@@ -210,9 +212,15 @@ def _check_finite(path: str, signal: np.ndarray) -> None:
     )
 
 
-def to_segment(recording: Recording, sampling_rate: float = 250, length: int = 2500) -> np.ndarray:
-    """The first `length` samples at `sampling_rate`: (C, length) float32. UserError if there are fewer."""
-    signal = at_rate(recording, sampling_rate)
+def to_segment(
+    recording: Recording, sampling_rate: float = 250, length: int = 2500, compat: Sequence[str] = ()
+) -> np.ndarray:
+    """The first `length` samples at `sampling_rate` Hz: (C, length) float32. UserError if there are fewer.
+
+    Resampled by `resample`, or as the reference does with the compat name `spline_resampling`.
+    """
+    behaviours.check(compat)
+    signal = _at_rate(recording, sampling_rate, compat, length)
     if signal.shape[1] < length:
         raise UserError(
             "recording",
@@ -223,43 +231,29 @@ def to_segment(recording: Recording, sampling_rate: float = 250, length: int = 2
     return np.ascontiguousarray(signal[:, :length], dtype=np.float32)
 
 
-def segments(recording: Recording, sampling_rate: float = 250, length: int = 2500) -> np.ndarray:
+def segments(
+    recording: Recording, sampling_rate: float = 250, length: int = 2500, compat: Sequence[str] = ()
+) -> np.ndarray:
     """All windows of `length` samples, one after the other: (n, C, length), n >= 0, in the signal's dtype.
 
-    What is left after the last whole window is dropped.
+    What is left after the last whole window is dropped. Resampled as by `to_segment`.
     """
-    signal = at_rate(recording, sampling_rate)
+    signal = _at_rate(recording, sampling_rate, compat)
     count = signal.shape[1] // length
     windows = signal[:, : count * length].reshape(len(signal), count, length)
     return np.ascontiguousarray(windows.swapaxes(0, 1))
 
 
-def at_rate(recording: Recording, sampling_rate: float) -> np.ndarray:
-    """The recording's signal (C, L') at `sampling_rate`, untouched where that is its own."""
-    if recording.sampling_rate == sampling_rate:
-        return recording.signal
-    return resample(recording.signal, recording.sampling_rate, sampling_rate).astype(recording.signal.dtype)
-
-
-def resample(signal: np.ndarray, rate: float, new_rate: float) -> np.ndarray:
-    """Cubic spline (not-a-knot) through (C, L), read at int(L * new_rate / rate) points: (C, L') float64.
-
-    Both grids run from the first sample to the last, as the reference's do, so a step is not exactly
-    1 / new_rate; nothing is filtered before.
-    """
-    samples = signal.shape[1]
-    count = int(samples * new_rate / rate)
-    if samples < 4 or count < 1:
-        raise UserError(
-            "recording",
-            f"{samples} samples at {rate:g} Hz",
-            f"enough to resample to {new_rate:g} Hz",
-            "leave it out",
-        )
-    from scipy.interpolate import CubicSpline  # slow to import, and not needed for prepared records
-
-    spline = CubicSpline(np.linspace(0.0, samples - 1.0, samples), signal.astype(np.float64), axis=1)
-    return spline(np.linspace(0.0, samples - 1.0, count))
+def _at_rate(
+    recording: Recording, sampling_rate: float, compat: Sequence[str], length: int | None = None
+) -> np.ndarray:
+    """The signal at `sampling_rate`, untouched where that is its own; cut behind `length` samples, or not."""
+    signal, rate = recording.signal, recording.sampling_rate
+    if rate == sampling_rate:
+        return signal
+    if behaviours.enabled("spline_resampling", compat):
+        return resample_by_spline(signal, rate, sampling_rate).astype(signal.dtype)
+    return resample(signal, rate, sampling_rate, length).astype(signal.dtype)
 
 
 def normalize(signal: np.ndarray, eps: float = 1e-6) -> np.ndarray:

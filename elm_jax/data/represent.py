@@ -50,7 +50,7 @@ class SignalSpec:
     augment_ecg: bool = False
     augment_rgb: bool = False
     dpi: int = DPI  # of the paper
-    rows_as_stored: bool = False  # whatever leads a file says its rows are
+    compat: tuple[str, ...] = ()  # of the reference's ways to read a recording
     features: Features | None = None
 
     @property
@@ -139,10 +139,10 @@ class SignalSpec:
         return self._from_file(os.path.join(self.root, path))
 
     def _from_file(self, path: str) -> np.ndarray:
-        order = LEADS if self.rows_as_stored else None
+        order = LEADS if behaviours.enabled("lead_order", self.compat) else None
         recording = read_recording(path, order, bare_rate=self.sampling_rate)
         try:
-            return to_segment(recording, self.sampling_rate, self.length)
+            return to_segment(recording, self.sampling_rate, self.length, self.compat)
         except UserError as error:
             raise UserError(path, error.found, error.expected, error.fix) from None
 
@@ -175,7 +175,7 @@ def signal_spec(
         augment_ecg=data.augment_ecg,
         augment_rgb=data.augment_rgb,
         dpi=REFERENCE_DPI if behaviours.enabled("rgb_250_dpi", compat) else DPI,
-        rows_as_stored=behaviours.enabled("lead_order", compat),
+        compat=compat,
     )
 
 

@@ -32,7 +32,7 @@ from elm_jax.runtime import distributed
 from elm_jax.runtime.checkpoint import summaries
 from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways, host_parts, replicated, to_device
 
-VERSION = 1
+VERSION = 2  # of what is kept; goes up when the same file and settings give another signal
 ROWS = 16  # recordings of a batch on each way of the mesh
 PART = 4096  # recordings that an interruption loses at most
 READERS = 4

@@ -11,12 +11,9 @@ from parity_log import compare
 from elm_jax.data.ecg import (
     AVL_FIRST,
     LEADS,
-    Recording,
     min_max,
     normalize,
     read_ecg,
-    resample,
-    segments,
     to_segment,
 )
 from elm_jax.errors import UserError
@@ -318,17 +315,7 @@ def test_damaged_wfdb_records_are_refused(tmp_path):
     assert "no lead" in refusal(write_wfdb(tmp_path, "short", names=LEADS[:8]))
 
 
-# ---- resampling, windows, normalisation
-
-
-def test_resampling_equals_the_golden(golden):
-    cases = np.load(golden("ecg_resample") / "cases.npz")
-    keys = {key.split("/")[0] for key in cases}
-    assert len(keys) >= 4
-    for key in keys:
-        rate, new_rate = map(float, key.split("to"))
-        ours = resample(cases[f"{key}/in"].T, rate, new_rate)
-        compare("ecg_resample", key, ours.T, cases[f"{key}/out"], 1e-8)
+# ---- normalisation
 
 
 def test_normalisation_equals_the_golden_in_both_dtypes(golden):
@@ -345,27 +332,6 @@ def test_normalisation_equals_the_golden_in_both_dtypes(golden):
 
 def test_a_constant_signal_is_zeros_even_without_eps():
     assert not normalize(np.full((12, 5), 7.0), eps=0).any()
-
-
-def test_equal_rates_leave_the_samples_alone():
-    recording = Recording(ramp(3000), LEADS, 250.0)
-    np.testing.assert_array_equal(to_segment(recording), ramp(3000)[:, :2500])
-
-
-def test_segments_are_every_whole_window_and_the_first_is_to_segment():
-    recording = Recording(ramp(1050, dtype=np.float64), LEADS, 500.0)
-    windows = segments(recording, 250, 200)
-    assert windows.shape == (2, 12, 200) and windows.dtype == np.float64
-    np.testing.assert_allclose(windows[0], to_segment(recording, 250, 200), atol=1e-6)
-    np.testing.assert_allclose(np.concatenate(windows, 1)[3], resample(recording.signal, 500, 250)[3, :400])
-    assert segments(recording, 250, 526).shape == (0, 12, 526)
-
-
-def test_what_is_too_short_is_refused():
-    with pytest.raises(UserError, match="500 samples at 250 Hz; expected at least 501"):
-        to_segment(Recording(ramp(1000), LEADS, 500.0), 250, 501)
-    with pytest.raises(UserError, match="3 samples"):
-        to_segment(Recording(ramp(3), LEADS, 500.0), 250, 1)
 
 
 # ---- real recordings

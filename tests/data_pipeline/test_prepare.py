@@ -12,12 +12,13 @@ import pytest
 import wfdb
 
 from elm_jax.config import DataConfig
-from elm_jax.data.ecg import LEADS, read_ecg, resample
+from elm_jax.data.ecg import LEADS, read_ecg
 from elm_jax.data.prepare.ecg_qa import Settings, prepare_ecg_qa
 from elm_jax.data.prepare.output import write_atomic
 from elm_jax.data.prepare.ptb_xl import prepare_ptb_xl, read_index
 from elm_jax.data.prepare.splits import leaks, split_of
 from elm_jax.data.represent import SignalSpec
+from elm_jax.data.resampling import resample, resample_by_spline
 from elm_jax.data.sources import load_records
 from elm_jax.errors import UserError
 
@@ -102,6 +103,21 @@ def test_the_order_of_leads_is_in_the_file_so_that_its_folder_does_not_matter(ra
     path.rename(moved)
     source = read_ecg(raw / "records500/00000/00001_hr").signal
     np.testing.assert_allclose(read_ecg(moved).signal, resample(source, 500, 250)[:, :200], atol=1e-5)
+
+
+def test_segments_are_resampled_as_the_reference_does_by_its_name_and_folders_are_not_mixed(raw, tmp_path):
+    assert prepare(raw, tmp_path, compat=("elm-2026-04",))["resampling"] == "spline"
+    source = read_ecg(raw / "records500/00000/00001_hr").signal
+    found = np.load(tmp_path / "ptb_xl/preprocessed_200/records500_00000_00001_hr_0.npy", allow_pickle=True).item()
+    np.testing.assert_allclose(found["ecg"], resample_by_spline(source, 500, 250)[:, :200], atol=1e-5)
+    with pytest.raises(UserError, match="found segments made with resampling spline; expected resampling low-pass"):
+        prepare(raw, tmp_path)
+    report = tmp_path / "prepare_report.json"
+    before = json.loads(report.read_text())
+    del before["resampling"]
+    report.write_text(json.dumps(before))
+    with pytest.raises(UserError, match="resampling of an earlier version"):
+        prepare(raw, tmp_path)
 
 
 def test_the_tables_load_and_split_by_the_official_folds(raw, tmp_path):

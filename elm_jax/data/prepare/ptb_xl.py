@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from elm_jax import compat as behaviours
 from elm_jax.data.ecg import read_recording, segments
 from elm_jax.data.prepare.output import (
     PTB_XL_FOLDER,
@@ -87,14 +88,25 @@ def _entry(path: Path, line: int, row: dict[str, str]) -> Entry:
 
 
 def prepare_ptb_xl(
-    raw: Path, out: Path, sampling_rate: float = 250, length: int = 2500, progress: bool = True
+    raw: Path,
+    out: Path,
+    sampling_rate: float = 250,
+    length: int = 2500,
+    progress: bool = True,
+    compat: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Prepare what of PTB-XL lies in `raw`; returns (and writes) the counts.
+    """Prepare what of PTB-XL lies in `raw`; returns (and writes) the counts. `compat` is as for `ecg.to_segment`.
 
     Records without files, unreadable or too short are counted and listed; files already there are kept.
     Raises UserError if nothing can be prepared, or `out` holds segments made with other settings.
     """
-    settings = {"dataset": "ptb_xl", "sampling_rate": sampling_rate, "segment_len": length}
+    resampling = "spline" if behaviours.enabled("spline_resampling", compat) else "low-pass"
+    settings = {
+        "dataset": "ptb_xl",
+        "sampling_rate": sampling_rate,
+        "segment_len": length,
+        "resampling": resampling,
+    }
     _check_settings(out / REPORT, settings)
     entries = read_index(raw / INDEX)
     high = (raw / "records500").is_dir()
@@ -113,10 +125,15 @@ def prepare_ptb_xl(
             continue
         if not count:
             try:
-                count = _write_segments(raw, name, entry, out, folder / stem, sampling_rate, length)
+                recording = replace(read_recording(raw / name, dtype=np.float64), report=entry.report)
+                windows = segments(recording, sampling_rate, length, compat)
             except UserError as error:
                 problems["unreadable"][name] = str(error)
                 continue
+            for number in reversed(range(len(windows))):
+                path = folder / f"{stem}_{number}.npy"
+                write_segment(path, out, windows[number], recording, name, sampling_rate)
+            count = len(windows)
         if count:
             prepared.append((entry, stem, count))
         else:
@@ -159,7 +176,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         if before.get("segment_len") == settings["segment_len"] and before.get(key) != value:
             raise UserError(
                 str(path),
-                f"segments made with {key} {before.get(key)}",
+                f"segments made with {key} {before.get(key, 'of an earlier version')}",
                 f"{key} {value}",
                 "give another --out",
             )
@@ -173,17 +190,6 @@ def segment_counts(folder: Path) -> dict[str, int]:
         if match:
             found.setdefault(match[1], set()).add(int(match[2]))
     return {stem: len(numbers) for stem, numbers in found.items() if 0 in numbers}
-
-
-def _write_segments(
-    raw: Path, name: str, entry: Entry, out: Path, stem: Path, sampling_rate: float, length: int
-) -> int:
-    recording = replace(read_recording(raw / name, dtype=np.float64), report=entry.report)
-    windows = segments(recording, sampling_rate, length)
-    for number in reversed(range(len(windows))):
-        path = stem.with_name(f"{stem.name}_{number}.npy")
-        write_segment(path, out, windows[number], recording, name, sampling_rate)
-    return len(windows)
 
 
 def _table_rows(folder: Path, entry: Entry, stem: str, count: int) -> Sequence[dict[str, Any]]:
