@@ -32,8 +32,8 @@ class DataConfig:
     root: str = key(".", "folder that the datasets and their ecg_path are relative to")
     fold: int = key(1, "which of the dataset's folds", limit="at least 1")
     val_fraction: float = key(
-        0.02, "part of the training patients kept for validation; 0 is no validation at all",
-        limit="at least 0 and below 1"
+        0.02, "part of the training patients kept for validation, of a dataset without a split val of its own; with 0 "
+        "such splits alone validate, where train.eval_every or early_stopping is set", limit="at least 0 and below 1",
     )
     representation: str = key(
         "signal", "what the model sees of an ECG", choices=("signal", "symbolic", "stacked_signal", "rgb")
@@ -342,8 +342,6 @@ def _check_together(c: Config) -> None:
          "true only in phase=sft", "change one of them"),
         (c.train.batch_size % accum == 0, "train.batch_size", str(c.train.batch_size),
          f"a multiple of optim.accum_steps={accum}", "change one of them"),
-        (not c.train.early_stopping or c.data.val_fraction > 0, "train.early_stopping",
-         "true without validation patients", "data.val_fraction above 0", "change one of them"),
         (len(free) <= 1, "mesh", f"-1 for {' and '.join(free)}", "-1 for one axis at most",
          "give the sizes of the others"),
         (first.isdecimal() and last.isdecimal() and int(first) < int(last), "log.profile_steps", repr(steps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -28,7 +29,8 @@ from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 
-INDEX_VERSION = 3
+INDEX_VERSION = 3  # of the fingerprint, which checkpoints hold
+KEPT_VERSION = 2  # of what a length index keeps on disk
 SPARE = 1.25  # of an ECG's symbols are planned for where augmentation varies them
 
 
@@ -105,11 +107,17 @@ class Dataset:
         Raises:
             UserError: the record has no answer, or does not fit; names the record.
         """
-        record = self.records[index]
-        try:
+        with self._naming(index) as record:
             if self._symbols is None:
                 return self._rendered(record, self.text.max_len)
             return self._with_symbols(record, self.signals(index) if ecgs is None else ecgs, length)
+
+    @contextlib.contextmanager
+    def _naming(self, index: int) -> Iterator[Record]:
+        """The record; it is named by errors of what is done with it."""
+        record = self.records[index]
+        try:
+            yield record
         except UserError as error:
             raise UserError(f"record {record.id}", error.found, error.expected, error.fix) from error
 
@@ -155,11 +163,9 @@ class Dataset:
 
         Where ECGs are symbols, one placeholder stands for each: `ecg_tokens.write_prompt` puts them in.
         """
-        record, spec = self.records[index], asdict(replace(self.text, max_len=None))
-        try:
+        spec = asdict(replace(self.text, max_len=None))
+        with self._naming(index) as record:
             return render_prompts(record.text, self.tokenizer, n_ecgs=self._ecgs(record), **spec)
-        except UserError as error:
-            raise UserError(f"record {record.id}", error.found, error.expected, error.fix) from error
 
     def room(self, prompt: Rendered) -> int:
         """The tokens that one of `prompts` may have, whatever its ECGs are: symbols keep `data.min_ecg_tokens`."""
@@ -218,7 +224,7 @@ class Dataset:
         Raises:
             UserError: more than the fraction `max_bad` of the records cannot be rendered; names the first.
         """
-        path = cache / f"{self.fingerprint}.parquet" if cache else None
+        path = cache / f"{self.fingerprint}.{KEPT_VERSION}.parquet" if cache else None
         if path and path.is_file():
             table = pq.read_table(path)
             columns = {name: table[name].to_numpy() for name in table.column_names}
@@ -252,6 +258,7 @@ class Dataset:
             "dataset",
         )
         columns = {n: np.zeros(len(self), np.uint64 if n.endswith("key") else np.int32) for n in names}
+        columns |= {n: np.zeros(len(self), kind) for n, kind in _CUTS.items()}
         bad: list[UserError] = []
         for i in tqdm(
             range(len(self)), desc="measuring conversations", disable=not progress, mininterval=1.0
@@ -259,18 +266,35 @@ class Dataset:
             record = self.records[i]
             columns["dataset"][i] = record.dataset
             try:
-                rendered = self._planned(i) if self.varies else self.render(i)
+                rendered, cuts = self._planned(i)
             except UserError as error:
                 bad.append(error)
                 if len(bad) > max_bad * len(self):
                     raise
                 continue
             _fill(columns, i, rendered, record)
+            for name, value in zip(_CUTS, cuts, strict=True):
+                columns[name][i] = value
         return columns
 
-    def _planned(self, index: int) -> Rendered:
-        """The record with room for what augmentation adds to its symbols; what exceeds it will be cut."""
-        return self.render(index, [np.zeros(int(SPARE * len(ecg)), np.int32) for ecg in self.signals(index)])
+    def _planned(self, index: int) -> tuple[Rendered, tuple[bool, int, bool]]:
+        """The record, with room for what augmentation adds to its symbols, and what of _CUTS `text.max_len` does to it.
+
+        What augmentation adds beyond that room will be cut.
+        """
+        limit, symbols = self.text.max_len, self._symbols
+        with self._naming(index) as record:
+            whole = self._rendered(record, None)
+            ecgs = [] if symbols is None else self.signals(index)
+        if symbols is None and (limit is None or len(whole.ids) <= limit):
+            return whole, (False, 0, False)
+        room = [np.resize(symbols.llm_ids, int(SPARE * len(ecg))) for ecg in ecgs] if symbols and self.varies else ecgs
+        rendered, amount = self.render(index, room), sum(map(len, ecgs))
+        last = int(np.flatnonzero(whole.supervised).max(initial=-1)) + 1 + amount - len(ecgs)
+        if limit is None or last <= limit:
+            return rendered, (False, 0, False)
+        lost = _answers(whole) - _answers(rendered)
+        return rendered, (True, lost, symbols is not None and np.isin(rendered.ids, symbols.llm_ids).sum() < amount)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -287,6 +311,21 @@ class Dataset:
             if self._symbols is not None:
                 digest.update(repr([self.signal.stamp(path) for path in record.ecg_paths]).encode())
         return digest.hexdigest()[:32]
+
+
+_CUTS = {"cut": bool, "lost_answers": np.int16, "cut_ecgs": bool}  # see LengthIndex
+
+
+def _answers(rendered: Rendered) -> int:
+    """How many answers are learnt."""
+    return int(np.count_nonzero(np.diff(rendered.supervised.astype(np.int8), prepend=0) == 1))
+
+
+def cuts(index: LengthIndex) -> dict[str, float]:
+    """How many conversations `data.max_len` cuts, their share of all, and what it takes of them."""
+    number = int(index.cut.sum())
+    return {"conversations": number, "share": number / max(len(index), 1), "answers": int(index.lost_answers.sum()),
+            "with_ecgs_cut": int(index.cut_ecgs.sum())}  # fmt: skip
 
 
 def _cut_as_reference(rendered: Rendered, ecg: np.ndarray, limit: int, least: int) -> Rendered:
@@ -338,4 +377,5 @@ def _for_share(columns: dict[str, np.ndarray], share: str) -> LengthIndex:
         prefix_ecgs=np.where(with_ecg, columns["ecgs"], nothing),
         shares_ecg=with_ecg,
         dataset=columns["dataset"],
+        **{name: columns[name] for name in _CUTS},
     )

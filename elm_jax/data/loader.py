@@ -50,6 +50,7 @@ class Loaded(NamedTuple):
     conversations: int  # of the whole step, as are the pairs
     attention_pairs: int  # query-key pairs that the masks allow
     bad: tuple[BadRecord, ...]  # in this host's part
+    truncated: int = 0  # conversations of the whole step that data.max_len cuts
 
 
 class StepSource:
@@ -97,9 +98,10 @@ class StepSource:
             for r, row in enumerate(self._mine):
                 write_row(batch, (m, r), reader.row(rows[m * per_micro + row]))
         planned = [group for row in rows for group in row]
-        conversations = sum(len(group.samples) for group in planned)
+        samples = [sample for group in planned for sample in group.samples]
+        truncated = int(self.plan.index.cut[samples].sum())
         pairs = sum(_attention_pairs(group, self.plan.index) for group in planned)
-        return Loaded(int(step), batch, conversations, pairs, tuple(reader.bad))
+        return Loaded(int(step), batch, len(samples), pairs, tuple(reader.bad), truncated)
 
 
 class _Reader:

@@ -37,6 +37,9 @@ class LengthIndex:
     prefix_ecgs: np.ndarray  # int32, signal slots inside the prefix
     shares_ecg: np.ndarray  # bool, whether the prefix holds the ECG
     dataset: np.ndarray  # int32, index into data.names
+    cut: np.ndarray  # bool, whether data.max_len takes anything of what matters, up to the last supervised token
+    lost_answers: np.ndarray  # int16, answers that it takes whole
+    cut_ecgs: np.ndarray  # bool, whether it takes symbols of ECGs
 
     def __len__(self) -> int:
         return len(self.length)

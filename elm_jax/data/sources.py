@@ -123,10 +123,10 @@ def load_records(data: DataConfig, split: Split, seed: int) -> Records:
     """The records of a split of all `data.names`, in their order.
 
     Validation records: those of a dataset's own split "val" where it has one, else about `val_fraction` of
-    its train split, whole patients chosen by a hash of (seed, patient); a record about patients of both
-    sides (two ECGs) is left out. `subset` keeps the first floor(subset * n) of each dataset's train records
-    in an order shuffled by `seed`. Raises UserError for unknown names, unreadable files, and a split
-    without records.
+    its train split (none where that is 0), whole patients chosen by a hash of (seed, patient); a record about
+    patients of both sides (two ECGs) is left out. `subset` keeps the first floor(subset * n) of each dataset's
+    train records in an order shuffled by `seed`. Raises UserError for unknown names, unreadable files, and a split
+    without records, but for validation that `val_fraction` 0 does not ask for.
     """
     if not data.names:
         raise UserError("data.names", "no dataset", "at least one", "name a dataset, a file or demo")
@@ -140,10 +140,12 @@ def load_records(data: DataConfig, split: Split, seed: int) -> Records:
         rows = _subset(rows, data.subset, seed)
     for index, name in enumerate(data.names):
         if not any(r.dataset == index and len(r.part.rows) for r in rows):
+            if split == "val" and data.val_fraction == 0:
+                continue
             if split == "train" or len(data.names) == 1:
                 raise _empty(name, split)
             _log.warning("dataset %s has no %s records", name, split)
-    if not rows:
+    if not rows and (split != "val" or data.val_fraction > 0):
         raise _empty(", ".join(data.names), split)
     return Records(rows)
 
@@ -151,7 +153,7 @@ def load_records(data: DataConfig, split: Split, seed: int) -> Records:
 def _empty(name: str, split: str) -> UserError:
     fix = {
         "train": "check data.subset, data.fold and the column split",
-        "val": "raise data.val_fraction, or give the dataset a split val",
+        "val": "raise data.val_fraction, give the dataset a split val, or set data.val_fraction=0 to validate nothing",
         "test": "add a column split, or a file whose name begins with test to a folder",
     }[split]
     return UserError(f"data.names: {name}", f"no {split} records", "at least one", fix)

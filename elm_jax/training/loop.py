@@ -18,9 +18,9 @@ import numpy as np
 from elm_jax.assemble import assemble, make_arrays, structure_behind_encoder
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch
-from elm_jax.data.dataset import Dataset
+from elm_jax.data.dataset import Dataset, cuts
 from elm_jax.data.loader import BadRecord, Loaded, StepSource, steps_from, unusable
-from elm_jax.data.plan import ECG_ROWS, Plan
+from elm_jax.data.plan import ECG_ROWS, LengthIndex, Plan
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays, Structure
 from elm_jax.models.lora import is_lora
@@ -125,6 +125,8 @@ class Trainer:
         data = self.config.data
         shown = self.config.log.progress and jax.process_index() == 0
         index = dataset.length_index(data.share, data.max_bad_records, cache_folder() / "index", shown)
+        if jax.process_index() == 0:
+            _tell_of_cuts("training" if shuffle else "validation", index, data.max_len)
         return Plan(
             index, rows=self.config.train.batch_size // (1 if shuffle else self.config.optim.accum_steps),
             max_len=data.max_len, pack=data.pack, seed=seed, weights=data.weights if shuffle else None, shuffle=shuffle,
@@ -136,12 +138,21 @@ class Trainer:
         return StepSource(dataset, plan, steps=steps, micro_batches=micro_batches, parts=parts, ways=ways)
 
     def _prepare_validation(self) -> None:
-        """The validation part, where the config keeps one."""
+        """The validation part, where the config asks for one and the data have it; says where they have not."""
         self.validation: StepSource | None = None
-        if self.config.data.val_fraction > 0:
-            dataset = self.assembly.dataset("val")
+        train = self.config.train
+        if not (self.config.data.val_fraction > 0 or train.early_stopping or train.eval_every is not None):
+            return
+        dataset = self.assembly.dataset("val")
+        if len(dataset):
             plan = self._plan(dataset, self.config.seed, shuffle=False)
             self.validation = self._source(dataset, plan, plan.steps_before(1))
+            return
+        fix = "set data.val_fraction above 0, or give a dataset a split val"
+        if train.early_stopping:
+            raise UserError("train.early_stopping", "true without validation records", "some to judge by", fix)
+        if jax.process_index() == 0:
+            print(f"warning: train.eval_every={train.eval_every}: nothing to validate on; {fix}", file=sys.stderr)
 
     def _build(self) -> None:
         structure, config = self.assembly.structure, self.config
@@ -349,6 +360,7 @@ class Trainer:
     def _announce(self, first: int) -> None:
         self.report.event("resume" if first else "start", first, mfu_formula=telemetry.MFU_FORMULA)
         self.report.event("attention", first, **dataclasses.asdict(self.attention))
+        self.report.event("truncated", first, max_len=self.config.data.max_len, **cuts(self.plan.index))
         trained = sum(x.size for x in self.state.trained.values())
         frozen = sum(x.size for x in self.frozen.values())
         kept = self.dataset.signal.features
@@ -378,3 +390,15 @@ class Trainer:
         if jax.process_index() == 0:
             run.write_done(self.folder, done, self.total_steps)
         self.checkpoints.close()
+
+
+def _tell_of_cuts(what: str, index: LengthIndex, max_len: int) -> None:
+    """Say, where it is so, how much of the conversations is cut off."""
+    told = cuts(index)
+    if told["conversations"]:
+        ecgs = f", {told['with_ecgs_cut']:,} of them within their ECGs" if told["with_ecgs_cut"] else ""
+        print(
+            f"warning: {what}: {told['conversations']:,} of {len(index):,} conversations ({told['share']:.1%}) exceed "
+            f"data.max_len={max_len} and are cut{ecgs} ({told['answers']:,} answers lost whole); raise data.max_len "
+            "to keep all", file=sys.stderr,
+        )  # fmt: skip

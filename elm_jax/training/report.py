@@ -36,6 +36,7 @@ class Tally:
     supervised: int = 0
     slots: int = 0
     conversations: int = 0
+    truncated: int = 0
     pairs: int = 0
     seconds: float = 0.0
     idle: float = 0.0
@@ -70,10 +71,10 @@ class Tally:
 class Report:
     """The log of one run, from its step `first` on. Process 0 writes.
 
-    A line's `loss`, `tokens` and the like are those of its step; what depends on time (see `Tally.rates`) is of all
-    steps since the line before, of which the time of compiling, validating and saving is no part. `step_ms` is the time
-    passed by the steps taken; `step_ms_p50` and `step_ms_p95` are of the steps as the devices took them
-    (`telemetry.StepClock`).
+    A line's `loss`, `tokens` and the like are those of its step. `truncated`, the conversations that data.max_len cut,
+    and what depends on time (see `Tally.rates`) are of all steps since the line before; the time of compiling,
+    validating and saving is no part. `step_ms` is the time passed by the steps taken; `step_ms_p50` and `step_ms_p95`
+    are of the steps as the devices took them (`telemetry.StepClock`).
     `host_wait_share` is the part of the time in which the devices had done all that they were given and waited for the
     host: for the loader, or for a line to be written.
     """
@@ -125,6 +126,7 @@ class Report:
         now.steps += 1
         now.slots += micro * rows * tokens * self._ways // self._parts
         now.conversations += loaded.conversations
+        now.truncated += loaded.truncated
         now.pairs += loaded.attention_pairs
 
     def line(self, loaded: Loaded, rate: Callable[[int], float]) -> tuple[dict[str, Any], list[bool]]:
@@ -151,6 +153,7 @@ class Report:
             "tokens": tokens,
             "supervised_tokens": int(values["supervised_tokens"]),
             "conversations": loaded.conversations,
+            "truncated": now.truncated,
             "recordings": int(values["recordings"]),
             "padding_fraction": round(1 - tokens / slots, 6),
             **now.rates(self._flops, self._peak),
@@ -181,7 +184,8 @@ class Report:
         self.event(
             name, step, steps=done.steps, seconds=round(time.perf_counter() - self._begun, 3),
             train_seconds=round(done.seconds, 3), tokens=done.tokens, supervised_tokens=done.supervised,
-            conversations=done.conversations, padding_fraction=round(1 - done.tokens / max(done.slots, 1), 6),
+            conversations=done.conversations, truncated=done.truncated,
+            padding_fraction=round(1 - done.tokens / max(done.slots, 1), 6),
             **done.rates(self._flops, self._peak), compile_seconds=round(sum(self._compiled), 3),
             compile_count=len(self._compiled),
         )  # fmt: skip

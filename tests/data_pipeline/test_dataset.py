@@ -15,11 +15,11 @@ from texts import chat_tokenizer, write_records
 
 from elm_jax.config import DataConfig
 from elm_jax.data.chat import add_tokens
-from elm_jax.data.dataset import Dataset, TextSpec, read_system_prompt, text_spec
+from elm_jax.data.dataset import Dataset, TextSpec, cuts, read_system_prompt, text_spec
 from elm_jax.data.demo import demo_tokenizer
 from elm_jax.data.loader import unusable
 from elm_jax.data.represent import signal_spec
-from elm_jax.data.sources import load_records
+from elm_jax.data.sources import Record, load_records
 from elm_jax.errors import UserError
 
 ANSWERED = [{"from": "human", "value": "Is this normal?"}, {"from": "gpt", "value": "yes"}]
@@ -38,13 +38,13 @@ def dataset(folder: Path, using: Any = None, **changes: Any) -> Dataset:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Records that were rendered."""
     seen: list[int] = []
-    render = Dataset.render
+    render = Dataset._rendered
 
-    def count(self: Dataset, index: int, ecgs: Any = None) -> Any:
-        seen.append(index)
-        return render(self, index, ecgs)
+    def count(self: Dataset, record: Record, max_len: int | None) -> Any:
+        seen.append(int(record.id.rpartition(":")[2]))
+        return render(self, record, max_len)
 
-    monkeypatch.setattr(Dataset, "render", count)
+    monkeypatch.setattr(Dataset, "_rendered", count)
     return seen
 
 
@@ -83,6 +83,21 @@ def test_the_index_says_what_rendering_gives(tmp_path: Path, share: str) -> None
         assert keys[0] == keys[1] != keys[2] and keys[4] not in keys[:4]
         assert index.prefix_ecgs.tolist() == [1, 1, 1, 0, 2, 1, 1], "ECGs within the question are not shared"
         assert keys[5] != keys[6], "each record's noise is its own"
+
+
+def test_the_index_says_what_max_len_takes(tmp_path: Path) -> None:
+    """Of conversations of one, two and three questions, and of one with a long question and one with a long answer."""
+    long_question = [{"from": "human", "value": "Is it so? " * 40}, ANSWERED[1]]
+    long_answer = [ANSWERED[0], {"from": "gpt", "value": "yes " * 150}]
+    write_records(tmp_path, [ANSWERED, ANSWERED * 2, ANSWERED * 3, long_question, long_answer])
+    whole = dataset(tmp_path, max_len=None)
+    assert cuts(whole.length_index("ecg", 0.0)) == {"conversations": 0, "share": 0.0, "answers": 0, "with_ecgs_cut": 0}
+    two = int(np.flatnonzero(whole.render(1).supervised)[-1]) + 1  # what follows the last answer is no part of it
+    index = dataset(tmp_path, max_len=two).length_index("ecg", 0.0)
+    assert index.cut.tolist() == [False, False, True, True, True]
+    assert index.lost_answers.tolist() == [0, 0, 1, 0, 0]
+    assert cuts(index) == {"conversations": 3, "share": 0.6, "answers": 1, "with_ecgs_cut": 0}
+    assert dataset(tmp_path, max_len=two - 1).length_index("ecg", 0.0).lost_answers.tolist() == [0, 1, 2, 0, 0]
 
 
 def test_a_record_takes_few_bytes(tmp_path: Path) -> None:

@@ -234,6 +234,14 @@ def test_what_is_logged_of_a_step_is_what_is_in_it(share: str) -> None:
         assert loaded.conversations == (batch.sample_ids >= 0).sum()
 
 
+def test_a_step_tells_how_many_of_its_conversations_are_cut() -> None:
+    dataset, index = demo("ecg")
+    index = replace(index, cut=np.arange(len(index)) % 3 == 0)
+    steps = StepSource(dataset, Plan(index, rows=2, max_len=128, pack=True, seed=0), steps=1)
+    shown = steps[0].batch.sample_ids
+    assert steps[0].truncated == sum(i % 3 == 0 for i in np.unique(shown[shown >= 0])) > 0
+
+
 def test_micro_batches_are_the_rows_in_order() -> None:
     one, two = source(micro_batches=1)[2].batch, source(micro_batches=2)[2].batch
     for name, a, b in zip(Batch._fields, one, two, strict=True):

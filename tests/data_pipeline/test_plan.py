@@ -39,6 +39,9 @@ def index_of(
         prefix_ecgs=ones * (share == "ecg"),
         shares_ecg=(ones * (share == "ecg")).astype(bool),
         dataset=np.array(datasets or [0] * count, np.int32),
+        cut=np.zeros(count, bool),
+        lost_answers=np.zeros(count, np.int16),
+        cut_ecgs=np.zeros(count, bool),
     )
 
 

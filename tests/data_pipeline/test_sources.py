@@ -347,6 +347,16 @@ def test_patient_numbers_read_as_floats_or_integers_are_the_same(tmp_path, data)
         assert load(data)[0].patient == "13243"
 
 
+def test_a_datasets_own_val_split_is_used_whatever_val_fraction_is(tmp_path, data):
+    save(tmp_path / "a.parquet", rows(20, split=["train", "val"]))
+    save(tmp_path / "b.parquet", rows(20, 20))
+    for fraction, others in ((0.0, 0), (0.5, 10)):
+        both = replace(data, names=("a.parquet", "b.parquet"), val_fraction=fraction)
+        found = Counter(record.dataset for record in load(both, "val"))
+        assert found == {0: 10, **({1: others} if others else {})}
+    assert len(load(replace(data, names=("b.parquet",)), "val")) == 0
+
+
 def test_validation_is_whole_patients_and_the_rest_is_train(tmp_path, data):
     save(tmp_path / "a.parquet", rows(1000, patients=100))
     data = replace(data, val_fraction=0.1)

@@ -86,6 +86,15 @@ def batch(dataset: Dataset, share: str, max_bad: float = 0.0, epoch: int = 0) ->
     return Batch(*(x[0] if not isinstance(x, dict) else x for x in loaded.batch)), [bad.id for bad in loaded.bad]
 
 
+@pytest.mark.parametrize("augments", [False, True])
+def test_the_index_says_which_ecgs_are_cut(made: Made, augments: bool) -> None:
+    whole = made.dataset(["a.npy"], [QUESTION], max_len=None).render(0)
+    room = len(whole.ids) if not augments else 2 * len(whole.ids)
+    for max_len, cut in ((room, False), (len(whole.ids) - 20, True)):
+        index = made.dataset(["a.npy"], [QUESTION], max_len=max_len, augments=augments).length_index("system", 0.0)
+        assert index.cut.tolist() == index.cut_ecgs.tolist() == [cut] and not index.lost_answers.any()
+
+
 def test_symbols_take_the_room_that_the_text_leaves(made: Made) -> None:
     whole = made.dataset(["a.npy"], [QUESTION])
     (ecg,) = whole.signals(0)

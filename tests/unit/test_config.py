@@ -239,7 +239,6 @@ def test_a_number_out_of_range_is_refused_with_the_range(key: str, value: Any) -
         ({"train": {"batch_size": 9}, "optim": {"accum_steps": 2}}, "train.batch_size"),
         ({"data": {"names": ["a"], "weights": [1, 2]}}, "data.weights"),
         ({"phase": "pretrain", "data": {"explicit_thinking": True}}, "data.explicit_thinking"),
-        ({"train": {"early_stopping": True}, "data": {"val_fraction": 0}}, "train.early_stopping"),
         ({"mesh": {"fsdp": -1}}, "mesh"),
         ({"log": {"profile_steps": "20:10"}}, "log.profile_steps"),
         ({"log": {"profile_steps": "ten"}}, "log.profile_steps"),

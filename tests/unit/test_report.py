@@ -93,7 +93,7 @@ def test_what_is_skipped_is_no_idling(clock: Clock) -> None:
 
 def loaded(step: int) -> Loaded:
     batch = empty_batch(BatchShape(TOKENS, 1, 4), ArraySpec((3, 8)), 1, ROWS)
-    return Loaded(step, batch, conversations=3, attention_pairs=50, bad=())
+    return Loaded(step, batch, conversations=3, attention_pairs=50, bad=(), truncated=2)
 
 
 def metrics(finite: bool = True) -> dict[str, jax.Array]:
@@ -125,6 +125,13 @@ def test_rates_are_of_all_steps_since_the_last_line(report: Report, clock: Clock
         assert line[f"{name}_per_s"] == pytest.approx(4 * amount / 0.5), name
     assert line["step_ms"] == 125 and 0 <= line["step_ms_p50"] <= line["step_ms_p95"]
     assert line["padding_fraction"] == 0.25 and (line["tokens"], line["supervised_tokens"]) == (REAL, 6)
+
+
+def test_cut_conversations_are_counted_since_the_last_line(report: Report, clock: Clock) -> None:
+    for step in range(5):
+        report.took(loaded(step), metrics(), clock.now)
+        if step in (2, 4):
+            assert report.line(loaded(step), float)[0]["truncated"] == {2: 6, 4: 4}[step]
 
 
 def test_the_devices_wait_for_the_host_is_a_share_of_the_time(report: Report, clock: Clock) -> None:
