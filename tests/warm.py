@@ -122,7 +122,7 @@ def serve(path: str) -> None:
     waiting = selectors.DefaultSelector()
     waiting.register(listening, selectors.EVENT_READ)
     waiting.register(0, selectors.EVENT_READ)
-    for name in STOPPING:  # sent to all processes of the tests: this one ends by its stdin, and takes its commands along
+    for name in STOPPING:  # sent to all processes of the tests: this one ends by its stdin
         signal.signal(name, signal.SIG_IGN)
     gc.collect()
     gc.freeze()
