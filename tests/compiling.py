@@ -18,10 +18,14 @@ _WANTED = {
 FLAGS = " ".join(f"--{name}={_WANTED[name]}" for name in known_flags(_WANTED, libraries()))
 
 
-def cache() -> Path:
-    """Where compiled programs are kept, by the version of jaxlib and the processor; what is in it may be deleted."""
+def built_for() -> str:
+    """What compiled programs, and the last bits of their results, depend on: jaxlib's version and the processor."""
     processor = Path("/proc/cpuinfo")
     features = processor.read_text().partition("\n\n")[0] if processor.exists() else platform.processor()
     made_for = "".join(line for line in features.splitlines(keepends=True) if line.startswith(("model name", "flags")))
-    name = f"{version('jaxlib')}-{zlib.crc32((made_for or features).encode()):08x}"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elm_jax_tests" / name
+    return f"{version('jaxlib')}-{zlib.crc32((made_for or features).encode()):08x}"
+
+
+def cache() -> Path:
+    """Where compiled programs are kept; what is in it may be deleted."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elm_jax_tests" / built_for()
