@@ -25,7 +25,8 @@ from elm_jax.data.images import PROCESSING, Processing
 from elm_jax.data.represent import SignalSpec, signal_spec
 from elm_jax.data.sources import load_records
 from elm_jax.data.symbolic import EcgByte
-from elm_jax.errors import UserError, one_line, some
+from elm_jax.data.vocabulary import load_tokenizer
+from elm_jax.errors import UserError, some
 from elm_jax.models.attention import choose_attention
 from elm_jax.models.connectors import SIGNAL_KINDS, build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder, DecoderConfig, Remat
@@ -95,7 +96,7 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
             f"set --config.data.max_len={llm.max_len}",
         )  # fmt: skip
     family = config.llm.chat or chat_family(
-        llm.model_type, tokenizer.get_vocab(), str(tokenizer.chat_template or "")
+        llm.model_type, tokenizer.get_vocab(), str(tokenizer.chat_template or ""), config.llm.name
     )
     text = text_spec(config.data, family, config.encoder.tokens, config.phase, config.compat)
     encoder = _encoder_fields(config)
@@ -317,7 +318,10 @@ def _began_with(config: Config, own: Path | None) -> Path | None:
 def _tokenizer(config: Config, own: Path | None, weights: bool) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch is no news here
     folder = _began_with(config, own)
-    tokenizer = _published_tokenizer(config.llm.name, weights) if folder is None else _read(folder)
+    if folder is None:
+        tokenizer = _published_tokenizer(config.llm.name, weights)
+    else:
+        tokenizer = load_tokenizer(folder, str(folder))
     if folder is not None and folder != own:
         _check_llm(config, tokenizer)
     add_tokens(tokenizer, config.phase)
@@ -344,15 +348,4 @@ def _published_tokenizer(name: str, weights: bool) -> Any:
         from elm_jax.data.demo import demo_tokenizer
 
         return demo_tokenizer()
-    folder = resolve_llm_folder(name, weights)
-    try:
-        return _read(folder)
-    except (OSError, ValueError) as error:
-        found = f"{folder} without a tokenizer that can be read ({one_line(str(error))[:120]})"
-        raise UserError("llm.name", found, "a folder with tokenizer.json", "add the tokenizer") from error
-
-
-def _read(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(resolve_llm_folder(name, weights))

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 from machine import machine
-from transformers import AutoTokenizer
 
 from elm_jax.config import DataConfig
 from elm_jax.data import loader
@@ -36,6 +35,7 @@ from elm_jax.data.loader import StepSource, steps_from
 from elm_jax.data.plan import Plan
 from elm_jax.data.represent import SignalSpec, signal_spec
 from elm_jax.data.sources import load_records
+from elm_jax.data.vocabulary import load_tokenizer
 
 ROWS, MAX_LEN, SIGNAL_TOKENS, PROMPT_TOKENS, RECORDINGS = 8, 2048, 50, 174, 256
 
@@ -79,7 +79,7 @@ def _dataset(args: argparse.Namespace, folder: Path) -> Dataset:
                 "split": "train",
             }  # fmt: skip
             file.write(json.dumps(row) + "\n")
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else demo_tokenizer()
+    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer") if args.tokenizer else demo_tokenizer()
     add_tokens(tokenizer)
     data = DataConfig(
         names=("questions.jsonl",), root=str(folder), share=args.share, max_len=MAX_LEN, val_fraction=0.0,

@@ -169,11 +169,10 @@ def write_llm(llm: Path, tokenizer: Path) -> None:
 
 def _prompt(tokenizer: Path) -> str:
     """A system prompt that takes PROMPT_TOKENS tokens together with the chat's own marks."""
-    from transformers import AutoTokenizer
-
     from elm_jax.data.prompts import DEFAULT
+    from elm_jax.data.vocabulary import load_tokenizer
 
-    count, words, text = AutoTokenizer.from_pretrained(tokenizer), (2 * DEFAULT).split(), ""
+    count, words, text = load_tokenizer(tokenizer), (2 * DEFAULT).split(), ""
     while len(count(text)["input_ids"]) < PROMPT_TOKENS - 5:
         text = f"{text} {words.pop(0)}".strip()
     return text

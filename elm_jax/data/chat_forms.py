@@ -83,6 +83,17 @@ CHAT_FORMS: dict[str, ChatForm] = {
         stops=("</s>",),
         strip=True,
     ),
+    # Its models were tuned with a sentence of its authors before the first question: `data.system_prompt` can be that.
+    "vicuna": ChatForm(
+        tokens=("<s>", "</s>"),
+        bos="<s>",
+        system=("", " "),
+        default_system=None,
+        user=("USER: ", " ASSISTANT:"),
+        answer=(" ", "</s>", ""),
+        pretrain=("<s>", "</s>"),
+        stops=("</s>",),
+    ),
     # Ours, for models that never had one (GPT-2, OPT): every turn ends with their end-of-text token.
     "gpt2": ChatForm(
         tokens=("{bos}", "{eos}"),

@@ -131,7 +131,7 @@ class Writer:
 
     def assistant(self, text: str) -> None:
         form, thought = self.style.form, self.style.thinking and text.startswith(THINK_PREFIX)
-        self._header()
+        self._header(text)
         if not text:  # only with compat: the reference leaves the header of an empty answer open
             return
         if thought:
@@ -141,14 +141,14 @@ class Writer:
         self.template(form.answer[2])
 
     def next_header(self, opening: str) -> None:
-        self._header()
+        self._header(opening)
         self.tagged(opening, edge=True)
 
-    def _header(self) -> None:
-        header, words = self.style.form.answer[0], self.style.words
-        bare = header.removesuffix(" ") if words.spaces_runs else header
+    def _header(self, answer: str) -> None:
+        header = self.style.form.answer[0]
+        bare = header.removesuffix(" ") if self.style.words.spaces_runs else header
         self.template(bare, edge=True)
-        if bare != header:  # the answer, a run of its own, brings its space
+        if bare != header and answer:  # which is a run of its own and brings its space
             self.segments.append(Segment(" ", (), False))
 
     def draft(self) -> Draft:

@@ -27,6 +27,7 @@ from elm_jax.data.ecg_tokens import EcgTokens, cut_ecgs, kept_as_reference, rese
 from elm_jax.data.plan import LengthIndex
 from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec
 from elm_jax.data.sources import Record
+from elm_jax.data.text import CONVERSATIONS
 from elm_jax.errors import UserError
 
 INDEX_VERSION = 3  # of the fingerprint, which checkpoints hold
@@ -175,6 +176,10 @@ class Dataset:
     def _ecgs(self, record: Record) -> int:
         if record.problem is not None:
             raise record.problem
+        if isinstance(record.text, str) and self.text.phase != "pretrain":
+            found = f"phase {self.text.phase} and text {record.text[:40]!r}, an answer without a question"
+            fix = "give it a question, or train on texts with --config.phase=pretrain"
+            raise UserError("text", found, CONVERSATIONS, fix)
         return len(record.ecg_paths) if self.text.signal_tokens else 0
 
     def signals(self, index: int, epoch: int | None = None) -> list[Signal]:

@@ -186,8 +186,6 @@ def demo_tokenizer(cache_dir: str | os.PathLike[str] | None = None) -> PreTraine
     Trained in a fraction of a second, always the same. With `cache_dir` it is loaded from there, and put
     there first if need be, as a Hugging Face tokenizer folder.
     """
-    from transformers import PreTrainedTokenizerFast
-
     if cache_dir is None:
         return _train_tokenizer()
     folder = Path(cache_dir)
@@ -197,7 +195,9 @@ def demo_tokenizer(cache_dir: str | os.PathLike[str] | None = None) -> PreTraine
             _train_tokenizer().save_pretrained(fresh)
             for name in sorted(os.listdir(fresh)):  # tokenizer.json before tokenizer_config.json
                 os.replace(Path(fresh, name), folder / name)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    from elm_jax.data.vocabulary import load_tokenizer
+
+    return load_tokenizer(folder, str(folder))
 
 
 def _train_tokenizer() -> PreTrainedTokenizerFast:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from elm_jax.errors import UserError
 
-_FORMS = "a list of turns, [question_type, question, answer] or a string"
+CONVERSATIONS = "turns with from and value, or role and content, or [question_type, question, answer]"
+_FORMS = f"{CONVERSATIONS} or a string"
 _TAG = re.compile(r"<\s*(?:ecg|image)\s*>\s*", re.IGNORECASE)
 _ECG_MARK = re.compile(r"<\s*ecg\s*>\s*", re.IGNORECASE)
 _PICTURE = re.compile(r"\b(?:image|picture)\b", re.IGNORECASE)

@@ -11,11 +11,12 @@ import json
 import re
 import weakref
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, one_line
 
 SIGNAL_TOKEN = "<signal>"
 THINK_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -24,6 +25,22 @@ _CACHED_TEXTS = 1024  # headers and system prompts always; questions and answers
 _FORM_FIX = 'use the family of the model, or "plain" for a base model (it needs an eos token)'
 _ECG_TOKEN = re.compile(r"signal_\d+")  # of the symbolic representation: in a message it is text
 _KNOWN: weakref.WeakKeyDictionary[Any, "Vocabulary"] = weakref.WeakKeyDictionary()
+
+
+def load_tokenizer(source: str | Path, where: str = "llm.name", **options: Any) -> Any:
+    """The transformers tokenizer in a local folder (or, with `options` that say so, of a name); the one place that
+    loads them: code that comes with a tokenizer is never run.
+
+    Raises:
+        UserError: none is there, it cannot be read, or it is nothing without its own code; names `where`.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # the readers of these files raise what they like, bare Exceptions among it
+        found = f"{source} without a tokenizer that can be read ({one_line(str(error))[:160]})"
+        raise UserError(where, found, "tokenizer.json and its config", "give a folder that has them") from error
 
 
 def vocabulary(tokenizer: Any) -> "Vocabulary":

@@ -4,7 +4,9 @@ A field that is not known, or has a value that this decoder does not compute, is
 but is another one.
 """
 
-from collections.abc import Mapping
+import logging
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +23,12 @@ __all__ = [
     "extended",
     "family_of",
     "from_hf",
+    "nearest_model",
     "scratch_config",
     "to_hf",
 ]
+
+_log = logging.getLogger(__name__)
 
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 _WINDOWS = ("sliding_window", "layer_types")
@@ -52,9 +57,15 @@ _SCRATCH_DEFAULTS: Mapping[str, Any] = {"kv_heads": None, "head_dim": None, "max
 def family_of(model_type: str, where: str = "llm") -> Family:
     """The family called `model_type`; UserError, with the list, if there is none."""
     if model_type not in FAMILIES:
-        fix = nearest(str(model_type), FAMILIES) or "use a model of one of these families"
+        fix = nearest_model(str(model_type), FAMILIES) or "use one of these families: no other is supported yet"
         raise UserError(where, f"model_type '{model_type}'", " or ".join(FAMILIES), fix)
     return FAMILIES[model_type]
+
+
+def nearest_model(name: str, choices: Iterable[str]) -> str:
+    """`nearest` of those with the numbers that `name` has, if any: other numbers are another model, no slip."""
+    numbers = re.sub(r"\D", "", name)
+    return nearest(name, [choice for choice in choices if numbers in ("", re.sub(r"\D", "", choice))])
 
 
 def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
@@ -137,14 +148,21 @@ def extended(config: DecoderConfig, needed: int) -> DecoderConfig:
     return config if needed <= config.vocab_size else replace(config, vocab_size=_rounded(needed))
 
 
-def chat_family(model_type: str, vocabulary: Mapping[str, int], template: str = "") -> str:
+def chat_family(model_type: str, vocabulary: Mapping[str, int], template: str = "", name: str = "") -> str:
     """The chat form of a model, by what its tokenizer can say: a key of CHAT_FORMS, "plain" where none fits.
 
     `vocabulary` is the tokenizer's token -> id (its `get_vocab()`), `template` its own chat template: marks that are no
-    tokens, as Llama 2's, are found there.
+    tokens, as Llama 2's, are found there. Where there are none, what is known of models called `name` holds. That, and
+    "plain", are guesses, which the log tells.
     """
-    forms = family_of(model_type).chat
-    return next((form for mark, form in forms if mark in vocabulary or mark in template), "plain")
+    family = family_of(model_type)
+    for mark, form in family.chat:
+        if mark in vocabulary or mark in template:
+            return form
+    named = name.rstrip("/").rpartition("/")[2].lower()
+    guess = next((form for part, form in family.called if part in named), "plain")
+    _log.warning("%s: no chat form in its tokenizer; %r is taken (set llm.chat if it is another)", name or "llm", guess)
+    return guess
 
 
 def _rounded(rows: int) -> int:

@@ -54,6 +54,7 @@ class Family:
     tied: what `tie_word_embeddings` is where a file does not say.
     windows: whether layers have windows, by `sliding_window` and `layer_types` (absent: every other layer).
     chat: (a token, the chat form of a model whose tokenizer has it), the first that fits.
+    called: (part of a model's name, its chat form), for models whose tokenizer says nothing of it.
     scratch: `llm.scratch` keys of this family, or other defaults than the common ones.
     buffers: ends of the names of tensors that are no parameters, which old exports saved and nobody reads.
     """
@@ -65,6 +66,7 @@ class Family:
     constants: Mapping[str, Any]
     only: Mapping[str, tuple[Any, ...]]
     chat: tuple[tuple[str, str], ...]
+    called: tuple[tuple[str, str], ...] = ()
     derived: frozenset[str] = frozenset()
     nullable: frozenset[str] = frozenset()
     irrelevant: frozenset[str] = frozenset()
@@ -146,7 +148,8 @@ _LLAMA = Family(
         "pretraining_tp": (1,),
         "layer_types": (None,),
     },
-    chat=(("<|start_header_id|>", "llama3"), ("[INST]", "llama2")),
+    chat=(("<|start_header_id|>", "llama3"), ("[INST]", "llama2"), ("ASSISTANT:", "vicuna")),
+    called=(("vicuna", "vicuna"), ("biomedgpt", "llama2")),  # BioMedGPT-LM goes on from Llama 2's chat model
 )
 _QWEN_ONLY = {
     "hidden_act": ("silu",),

@@ -202,14 +202,13 @@ def collective() -> Finding:
 
 def local_models() -> Finding:
     """Whether a tokenizer in a local folder can be used, as Hugging Face writes it, without the network."""
-    from transformers import AutoTokenizer
-
     from elm_jax.data.demo import demo_tokenizer
+    from elm_jax.data.vocabulary import load_tokenizer
 
     own, text = demo_tokenizer(), "What is the heart rate?"
     with tempfile.TemporaryDirectory() as folder:
         own.save_pretrained(folder)
-        read = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        read = load_tokenizer(folder, local_files_only=True)
     if read(text)["input_ids"] != own(text)["input_ids"]:
         text = "a tokenizer read from a local folder encodes otherwise than before"
         return Finding("local_models", FAIL, text, "pip install --force-reinstall transformers tokenizers")

@@ -18,9 +18,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from elm_jax import compat as behaviours
-from elm_jax.errors import UserError, nearest, some
+from elm_jax.errors import UserError, some
 from elm_jax.models.decoder import Decoder, DecoderConfig
-from elm_jax.models.families import ALIASES, Family, family_of, from_hf
+from elm_jax.models.families import ALIASES, FAMILIES, Family, family_of, from_hf, nearest_model
 from elm_jax.weights.rules import Index, Rule
 from elm_jax.weights.safetensors import Safetensors, forget
 
@@ -173,10 +173,9 @@ def resolve_llm_folder(name: str | Path, weights: bool = True) -> Path:
     repo = ALIASES.get(str(name), str(name))
     parts = repo.split("/")
     if len(parts) != 2 or parts[0] in ("", ".", "..", "~") or not parts[1]:
-        fix = (
-            nearest(repo, ALIASES)
-            or f"use a folder, owner/name of the Hugging Face hub, or {', '.join(ALIASES)}"
-        )
+        families = f"a model of the families {', '.join(FAMILIES)}, for others are not supported yet"
+        known = f"use a folder, owner/name of the Hugging Face hub, or {', '.join(ALIASES)}: {families}"
+        fix = nearest_model(repo, ALIASES) or known
         raise UserError("llm.name", f"'{name}', which is no folder", "a folder or a known name", fix)
     try:
         folder = Path(snapshot_download(repo, allow_patterns=_HUB_FILES if weights else _TOKENIZER_FILES))

@@ -185,6 +185,19 @@ def test_a_record_without_an_answer_is_named(tmp_path: Path) -> None:
         dataset(tmp_path).length_index("ecg", 0.0)
 
 
+@pytest.mark.parametrize("text", ["Sinus rhythm.", json.dumps("Sinus rhythm.")])
+def test_a_plain_string_is_a_text_of_pretraining_and_no_answer_to_an_empty_question(tmp_path: Path, text: str) -> None:
+    write_records(tmp_path, [text, ANSWERED])
+    found = dataset(tmp_path)
+    for use in (found.render, found.prompts):
+        with pytest.raises(UserError, match=r"records.jsonl:0.*phase sft.*'Sinus.*without a question.*from and value"):
+            use(0)
+        use(1)
+    with pytest.raises(UserError, match="records.jsonl:0.*config.phase=pretrain"):
+        found.length_index("none", 0.0)
+    assert "Sinus rhythm." in dataset(tmp_path, phase="pretrain").render(0).prompt
+
+
 def test_few_are_left_out_and_the_limit_holds_for_the_cache_too(tmp_path: Path) -> None:
     write_records(tmp_path, [ANSWERED, UNANSWERED, ANSWERED, UNANSWERED])
     made = dataset(tmp_path)

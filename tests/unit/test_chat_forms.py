@@ -1,13 +1,15 @@
 """The forms that the reference has not: Llama 2's, and ours for GPT-2 and OPT. And where answers end."""
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from elm_jax.data.chat import add_tokens, decode, render, render_prompts, stop_ids
+from elm_jax.data.chat import add_tokens, decode, render, render_prompt, render_prompts, stop_ids
 
 TALK = [
     {"from": "system", "value": "Be brief."},
@@ -81,6 +83,29 @@ def test_prompts_are_the_beginnings_of_what_is_learnt(family, request):
     assert [gold.strip() for _, gold in prompts] == ["a time", "the end"]
     for prompt, _ in prompts:
         assert prompt.ids.tolist() == whole[: len(prompt.ids)]
+
+
+def test_vicuna_writes_the_ids_of_the_published_training_code(golden, llama2):
+    """Conversations of the golden that begin with a question; there each ECG is the id -200."""
+    told = json.loads((golden("gem_fusion") / "templates.json").read_text())
+    signal, seen = llama2.convert_tokens_to_ids("<signal>"), 0
+    for case in told["cases"]:
+        system = case["prompt"].partition(" USER: ")[0]
+        turns = [{"from": who, "value": text} for who, text in case["after_preprocess_multimodal"]]
+        if turns[0]["from"] == "gpt" or "</s>" in str(turns):
+            continue
+        text = {"system_prompt": system, "signal_tokens": int(case["has_image"])}
+        rendered, theirs = render(turns, llama2, "vicuna", **text), case["stories260K"]
+        assert np.where(rendered.ids == signal, -200, rendered.ids).tolist() == theirs["input_ids"], case["name"]
+        assert rendered.supervised.tolist() == [bool(learnt) for learnt in theirs["labelled"]], case["name"]
+        seen += 1
+    assert seen >= 4
+
+
+def test_vicuna_asks_without_a_space_that_no_answer_follows(llama2):
+    rendered = render_prompt(TALK[:2], llama2, "vicuna")
+    assert rendered.prompt == "<s>Be brief. USER: <signal>\nOnce upon\n ASSISTANT:"
+    assert rendered.ids.tolist() == llama2(rendered.prompt, add_special_tokens=False)["input_ids"]
 
 
 def test_gpt2_ends_every_turn_with_its_end_of_text_token(gpt2):

@@ -12,7 +12,7 @@ from tiny_llms import TINY, tiny_config, tiny_llm
 from elm_jax.data.chat_forms import CHAT_FORMS
 from elm_jax.errors import UserError
 from elm_jax.models.families import ALIASES, FAMILIES, chat_family, extended, family_of, from_hf, scratch_config, to_hf
-from elm_jax.weights.load import load_llm, open_checkpoint, parameters, read_llm_config
+from elm_jax.weights.load import load_llm, open_checkpoint, parameters, read_llm_config, resolve_llm_folder
 from elm_jax.weights.rules import export
 from elm_jax.weights.safetensors import save_safetensors
 
@@ -85,6 +85,43 @@ def test_the_chat_form_follows_the_tokenizer():
     assert {form for family in FAMILIES.values() for _, form in family.chat} <= set(CHAT_FORMS)
     assert chat_family("qwen2", {"<|im_start|>": 1}) == "qwen2"
     assert chat_family("llama", {"<|im_start|>": 1}) == "plain"
+    assert chat_family("llama", {"<s>": 1}, "{{ 'USER: ' + content + ' ASSISTANT:' }}") == "vicuna"
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("vicuna-7b-v1.5", "vicuna"),
+        ("lmsys/vicuna-7b-v1.5", "vicuna"),
+        ("/models/Vicuna-13B/", "vicuna"),
+        ("biomedgpt-lm-7b", "llama2"),
+        ("PharMolix/BioMedGPT-LM-7B", "llama2"),
+        ("/models/vicuna/other", "plain"),
+    ],
+)
+def test_a_chat_form_that_no_tokenizer_tells_is_taken_by_name_and_said(caplog, name: str, form: str):
+    assert chat_family("llama", {"<s>": 1}, "", name) == form
+    (line,) = caplog.messages
+    assert name in line and repr(form) in line and "llm.chat" in line
+    caplog.clear()
+    assert chat_family("llama", {"<|start_header_id|>": 1}, "", name) == "llama3"
+    assert not caplog.messages, "what the tokenizer says is no guess"
+
+
+@pytest.mark.parametrize("name", ["qwen3.5-0.6b", "qwen3_5", "gemma-3-2b-it"])
+def test_a_family_that_is_not_supported_is_said_to_be_so_and_no_other_is_suggested(name: str):
+    for ask in (family_of, resolve_llm_folder):
+        with pytest.raises(UserError, match="supported yet") as told:
+            ask(name)
+        assert "did you mean" not in str(told.value)
+        assert all(family in str(told.value) for family in FAMILIES)
+
+
+def test_a_slip_in_the_name_of_a_model_is_still_recognised():
+    with pytest.raises(UserError, match="did you mean 'qwen3-0.6b'"):
+        resolve_llm_folder("qwen-3-06b")
+    with pytest.raises(UserError, match="did you mean 'gemma2'"):
+        family_of("gema2")
 
 
 def test_the_family_decides_its_biases(golden):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from elm_jax.data.vocabulary import load_tokenizer
 from elm_jax.errors import UserError
 
 # The layer that each model is read at, as the package has it.
@@ -32,19 +33,19 @@ class BertScore:
             raise UserError(where, name, expected, "name one of them; BERTScore reads each at its own layer")
         try:
             import torch
-            from transformers import AutoModel, AutoTokenizer
+            from transformers import AutoModel
 
             # Where PEFT is installed, transformers asks the hub for adapters too, unless these are local as well.
             local: dict[str, Any] = {"local_files_only": True, "adapter_kwargs": {"local_files_only": True}}
-            self._model: Any = AutoModel.from_pretrained(name, **local).eval()
+            self._model: Any = AutoModel.from_pretrained(name, trust_remote_code=False, **local).eval()
             # RoBERTa has other tokens for a word behind a blank; the package reads the first one so too.
             behind_blank = {"add_prefix_space": True} if self._model.config.model_type == "roberta" else {}
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, local_files_only=True, **behind_blank)
         except ImportError as error:
             raise UserError(where, str(error), "PyTorch, for BERTScore", 'pip install "elm-jax[torch]"') from error
         except (OSError, ValueError) as error:
             fix = f"download it with `hf download {name}`, or give a folder"
             raise UserError(where, f"no weights of {name} on this machine", "a downloaded model", fix) from error
+        self._tokenizer: Any = load_tokenizer(name, where, local_files_only=True, **behind_blank)
         self._torch, self._layer = torch, layer or known
 
     def scores(self, answers: Sequence[str], truths: Sequence[str]) -> np.ndarray:
