@@ -79,13 +79,18 @@ class Attention:
         return sum(map(len, self.ecg_tokens)) / max(1, self.answer_start)
 
     def over_signal(self, ecg: int, shape: tuple[int, int]) -> np.ndarray:
-        """(C, L): the weights of one ECG's tokens spread over the signal, relative to the largest."""
-        spread = np.zeros(shape)
+        """(C, L): the mean weight of the tokens that stand for each sample, relative to the largest.
+
+        Where spans of tokens overlap, they share the samples: equal weights are the same everywhere, and the sum over
+        the signal is the tokens' but for one factor. Samples that no token stands for have 0.
+        """
+        weight, tokens = np.zeros(shape), np.zeros(shape)
         for place, parts in zip(self.ecg_tokens[ecg], self.spans[ecg], strict=True):
-            size = sum((b - a) * (d - c) for a, b, c, d in parts)
             for a, b, c, d in parts:
-                spread[a:b, c:d] += self.weights[place] / size
-        return spread / spread.max() if spread.max() > 0 else spread
+                weight[a:b, c:d] += self.weights[place]
+                tokens[a:b, c:d] += 1
+        mean = weight / np.maximum(tokens, 1)
+        return mean / mean.max() if mean.max() > 0 else mean
 
 
 def attention(model: TrainedModel, prompt: Prompt, answer: str) -> Attention:

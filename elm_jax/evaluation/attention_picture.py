@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from elm_jax.data.ecg import LEADS
 from elm_jax.evaluation.attention import Attention
 
 WORDS = 20  # text tokens in the picture
-_INK, _HEAT, _BAR = "#16161d", "Oranges", "#2f5d9b"
+_INK, _BAR = "#16161d", "#2f5d9b"
+# The lighter half of a map: the trace stays readable on the largest.
+_HEAT = ListedColormap(colormaps["Oranges"](np.linspace(0, 0.5, 128)), "light oranges")
 _PLAIN: dict[str, Any] = {"parse_math": False}  # what is asked and answered may look like a formula
-_DEEPEST = 2.0  # in relative weights: the trace stays readable on the largest, which is 1
 
 
 def draw_attention(
@@ -29,9 +32,16 @@ def draw_attention(
     grid = figure.add_gridspec(rows + 1, 2, height_ratios=[1.0] * rows + [3.0])
     shape = len(leads), signal.shape[1]
     weights = found.over_signal(ecg, shape)
+    axes = []
     for place, lead in enumerate(leads):
         column, row = divmod(place, rows)
-        _lead(figure.add_subplot(grid[row, column]), signal[lead], weights[place], rate, LEADS[lead])
+        axes.append(figure.add_subplot(grid[row, column]))
+        _lead(axes[-1], signal[lead], weights[place], rate, LEADS[lead])
+        if row == rows - 1 or lead == leads[-1]:
+            axes[-1].set_xlabel("time in s", fontsize=8)
+    scale = figure.colorbar(axes[0].images[0], ax=axes, fraction=0.02, pad=0.01)
+    scale.set_label("attention, 1 where it is largest", fontsize=8)
+    scale.ax.tick_params(labelsize=7)
     _words(figure.add_subplot(grid[rows, :]), found)
     figure.suptitle("\n".join(textwrap.wrap(title, 140)), fontsize=11, ha="left", x=0.01, **_PLAIN)
     FigureCanvasAgg(figure)
@@ -43,7 +53,7 @@ def _lead(ax: Axes, trace: np.ndarray, weights: np.ndarray, rate: float, name: s
     trace = trace - np.median(trace)
     low, high = min(float(trace.min()), -0.5), max(float(trace.max()), 0.5)
     extent = (0.0, float(len(trace) / rate), low, high)
-    ax.imshow(weights[None], aspect="auto", extent=extent, cmap=_HEAT, vmin=0, vmax=_DEEPEST, interpolation="nearest")
+    ax.imshow(weights[None], aspect="auto", extent=extent, cmap=_HEAT, vmin=0, vmax=1, interpolation="nearest")
     ax.plot(seconds, trace, color=_INK, linewidth=0.8)
     ax.set_ylabel(name, rotation=0, ha="right", va="center", fontweight="bold")
     ax.set(xlim=extent[:2], ylim=(low, high), yticks=[])

@@ -15,6 +15,7 @@ from flax import nnx
 from elm_jax.analyze import _question
 from elm_jax.data.images import PROCESSING
 from elm_jax.errors import UserError
+from elm_jax.evaluation import attention_picture
 from elm_jax.evaluation.attention import POOLED, Attention, _mean_weights, _spans, _symbol_spans
 from elm_jax.evaluation.attention_picture import draw_attention
 from elm_jax.models.connectors import SIGNAL_KINDS, build_signal_connector
@@ -162,6 +163,27 @@ def test_weights_are_spread_over_the_signal() -> None:
     assert found.ecg_share == pytest.approx(0.8) and found.uniform_share == pytest.approx(2 / 3)
     spread = found.over_signal(0, (2, 10))
     assert np.all(spread[:, :5] == 1) and spread[:, 5:] == pytest.approx(np.full((2, 5), 1 / 3))
+
+
+def test_overlapping_tokens_share_their_samples() -> None:
+    edges = [(0, 312), (296, 632), (616, 952), (936, 1250)]
+    spans = [[(0, 2, a, b)] for a, b in edges]
+    even = Attention(list("abcd"), np.full(4, 0.2), [[0, 1, 2, 3]], [spans], 4)
+    assert even.over_signal(0, (2, 1250)) == pytest.approx(np.ones((2, 1250))), "equal weights are the same everywhere"
+    one = Attention(list("abcd"), np.array([0.0, 0.4, 0.2, 0.0]), [[0, 1, 2, 3]], [spans], 4)
+    spread = one.over_signal(0, (2, 1250))[0]
+    assert spread[[100, 300, 400, 620, 700, 940, 1000]] == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25, 0])
+
+
+def test_the_picture_has_seconds_and_a_colour_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(attention_picture, "FigureCanvasAgg", lambda figure: drawn.append(figure))
+    found = Attention(["a", "<signal>"], np.array([0.4, 0.6]), [[1]], [[[(0, 12, 0, 500)]]], 1)
+    draw_attention(found, 0, np.zeros((12, 500)), 50.0, tuple(range(12)), "Why?", tmp_path / "attention.png")
+    labels = [ax.get_xlabel() for ax in drawn[0].axes]
+    assert labels.count("time in s") == 2, "under each column"
+    (bar,) = (ax for ax in drawn[0].axes if ax.get_ylabel().startswith("attention"))
+    assert bar.get_ylim() == (0, 1)
 
 
 def test_words_that_look_like_a_formula_are_drawn_as_they_are(tmp_path: Path) -> None:
