@@ -12,10 +12,10 @@ A line is a message to the model, or one of:
     /help         these lines
     /quit         leave; so does the end of the input
 
-At a terminal ECGs are drawn in Braille characters, and answers come word by word. --png D writes each ECG as a
-picture, D/ecg_1.png and so on. Several ECGs stand where they came up, or at the markers <ecg> in your message. A
-message that begins with / is written with a blank before it. A model of phase pretrain goes on with your line; an
-empty line asks for a text.
+At a terminal ECGs are drawn in Braille characters, and answers come word by word. --png D draws each ECG on paper
+(25 mm/s, 10 mm/mV), D/ecg_1.png and so on. Several ECGs stand where they came up, or at the markers <ecg> in your
+message. A message that begins with / is written with a blank before it. A model of phase pretrain goes on with your
+line; an empty line asks for a text.
 
 Input that is no terminal is read as a script: each answer is then one line, "assistant: ...". Errors are lines
 on stderr, "error: ...", and the chat goes on. --config.eval.* says how answers are made, such as
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
     from elm_jax.inference.session import Session
 
-PICTURE_DPI = 100
 COMMANDS = ("/ecg", "/system", "/save", "/clear", "/help", "/quit")
 assert __doc__ is not None
 HELP = __doc__.split("\n\n")[3]
@@ -129,17 +128,13 @@ class _Chat:
 
     def _written(self, recorded: "np.ndarray") -> Path:
         """The file of the picture. The ECG is part of the conversation already, even where it cannot be written."""
-        from PIL import Image
-
-        from elm_jax.data.ecg import LEADS
-        from elm_jax.data.rasterize import draw
+        from elm_jax.evaluation.paper import draw_ecg
 
         assert self.pictures is not None
         path = self.pictures / f"ecg_{self.shown}.png"
-        page = draw(recorded, self.session.spec.sampling_rate, LEADS, dpi=PICTURE_DPI)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(page).save(path)
+            draw_ecg(recorded, self.session.spec.sampling_rate, path)
         except OSError as error:
             raise UserError("--png", one_line(str(error)), "a folder that can be written", "name another") from error
         return path

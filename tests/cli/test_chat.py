@@ -112,7 +112,7 @@ def test_a_conversation_is_saved_as_a_record_and_to_read(typed, tmp_path: Path) 
     assert [line.split(":")[1] for line in err.splitlines()] == [" /save", " /save"]
 
 
-def test_ecgs_are_written_as_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_ecgs_are_written_as_pictures_to_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     session = Session(FakeModel(fake_config()))  # type: ignore[arg-type]
     monkeypatch.setattr(sys, "stdin", io.StringIO("/ecg demo:test:4"))
     chat.talk(session, False, tmp_path / "ecgs", ["demo:test:3"])
@@ -121,7 +121,9 @@ def test_ecgs_are_written_as_pictures(tmp_path: Path, capsys: pytest.CaptureFixt
         f"ecg {n}: drawn in {tmp_path}/ecgs/ecg_{n}.png" for n in (1, 2)
     ]
     pages = [np.asarray(Image.open(tmp_path / "ecgs" / f"ecg_{n}.png")) for n in (1, 2)]
-    assert pages[0].shape == pages[1].shape == (3300, 2000, 3) and not np.array_equal(*pages)
+    width = 10 * 25 + 20 + 2 * 3  # mm: 10 s at 25 mm/s, a pulse of 10 mm/mV and edges, and a margin
+    assert pages[0].shape[1] == int(width / 25.4 * 110) and pages[0].shape == pages[1].shape
+    assert not np.array_equal(*pages)
 
 
 def test_help_in_the_chat_names_every_command(typed) -> None:
