@@ -3,10 +3,11 @@
     python -m elm_jax.compare runs/a runs/b
     python -m elm_jax.compare runs/a runs/b runs/c --eval ecg_qa-test --out comparison
 
-Each run must have been evaluated: python -m elm_jax.evaluate. Differences are paired by question and resampled by
-patient; * marks those that are significant (p < 0.05) after Holm's correction for all that is compared. --out D writes
-D/compare.json and D/compare.html. METEOR's WordNet and BERTScore's model are those that the runs' configurations name,
-where they are on this machine; --wordnet and --bert-model name others.
+Each run must have been evaluated: python -m elm_jax.evaluate. Differences are paired by question. p is how often the
+two runs' answers, swapped patient by patient, differ as much; * marks those that are significant (p < 0.05) after
+Holm's correction for all that is compared, which few patients do not allow. Intervals are a bootstrap over patients.
+--out D writes D/compare.json and D/compare.html. METEOR's WordNet and BERTScore's model are those that the runs'
+configurations name, where they are on this machine; --wordnet and --bert-model name others.
 """
 
 import json

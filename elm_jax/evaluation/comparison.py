@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from elm_jax.errors import UserError, nearest
 from elm_jax.evaluation.dependence import METRIC, PREFERRED, by_question, pairing, tested
 from elm_jax.evaluation.metrics import Scorer, Table, question_id
 from elm_jax.evaluation.page import page, table
-from elm_jax.evaluation.statistics import ci95
+from elm_jax.evaluation.results import short_text
+from elm_jax.evaluation.statistics import SIGNIFICANT, ci95, told_p
 from elm_jax.evaluation.store import CONTROLS, lines_in, predictions_in
 from elm_jax.evaluation.svg import Bar, bars
 from elm_jax.training.run import read_json
 
 Lines = Sequence[Mapping[str, Any]]
+_STAR = f"* significant: p below {SIGNIFICANT:g} after Holm's correction for all that is compared"
 
 
 def compare(
@@ -27,11 +30,13 @@ def compare(
 ) -> dict[str, Any]:  # fmt: skip
     """Compare the run folders' evaluations called `evaluation` (None: the one that all have).
 
-    {"evaluation", "protocol", "n", "control", "runs": {run: {"metrics", "signal_dependence": {"value", "ci95", "p",
-    "n"}}}, "differences": [{"a", "b", "metrics": {metric: {"value", "ci95", "p", "p_holm"}}, "signal_dependence"}]}:
+    {"evaluation", "protocol", "n", "patients", "least_p_holm", "control", "perfect", "runs": {run: {"metrics",
+    "signal_dependence": {"value", "ci95", "p", "n"}}}, "differences": [{"a", "b", "metrics": {metric: {"value", "ci95",
+    "p", "p_holm"}}, "signal_dependence"}]}:
     a's score less b's, paired by question, on the questions that all answered. The interval is a bootstrap over
-    patients. p flips signs patient by patient where a metric is a mean, and else is twice the part of the resamples on
-    the other side of zero; p_holm is corrected for all metrics and signal dependences of all pairs (Holm 1979).
+    patients. p is of one test for every metric: the two runs' answers swapped patient by patient
+    (`Patients.swap_p`). p_holm is corrected for all metrics and signal dependences of all pairs (Holm 1979); it
+    cannot be below least_p_holm, which the number of patients and of comparisons sets.
 
     The signal dependence is of all these questions under the first control that all runs answered, named in "control";
     it is None where there is none. Under a protocol that leaves out empty answers it counts them as wrong.
@@ -63,10 +68,13 @@ def compare(
          "signal_dependence": tested(owed[i] - owed[j], asked) if control else None}
         for i, j in combinations(range(len(folders)), 2)
     ]  # fmt: skip
-    _correct([d for pair in pairs for d in (*pair["metrics"].values(), pair["signal_dependence"]) if d])
+    compared = [d for pair in pairs for d in (*pair["metrics"].values(), pair["signal_dependence"]) if d]
+    _correct(compared)
+    patients = tables[0].patients
     return {
-        "evaluation": name, "protocol": protocol, "n": len(tables[0].pairs), "control": control,
-        "unavailable": scorer.unavailable, "runs": runs, "differences": pairs,
+        "evaluation": name, "protocol": protocol, "n": len(tables[0].pairs), "patients": patients.count,
+        "least_p_holm": min(1.0, len(compared) * patients.least_p), "control": control,
+        "unavailable": scorer.unavailable, "perfect": tables[0].perfect(), "runs": runs, "differences": pairs,
     }  # fmt: skip
 
 
@@ -91,7 +99,7 @@ def _differences(a: Table, b: Table) -> dict[str, dict[str, Any]]:
         sums = patients.resampled(np.concatenate([mine, theirs], axis=1))
         resampled = metric.value(sums[:, :width]) - metric.value(sums[:, width:])
         value = float(metric.value(mine.sum(0)) - metric.value(theirs.sum(0)))
-        p = patients.flip_p(mine[:, 0] - theirs[:, 0]) if metric.is_mean else _crossing_p(resampled)
+        p = patients.swap_p(mine, theirs, metric.value)
         found[name] = {"value": value, "ci95": ci95(resampled), "p": p}
     return found
 
@@ -115,12 +123,6 @@ def _owed(outs: Sequence[Path], lines: Sequence[Lines], scorer: Scorer) -> tuple
 def _right_or_not(scorer: Scorer, lines: Lines) -> Table:
     pairs = scorer.pairs(lines)
     return Table(scorer, pairs, {METRIC: scorer.rows(METRIC, pairs)} if pairs else {})
-
-
-def _crossing_p(resampled: np.ndarray) -> float:
-    """Two-sided p of a resampled difference: how often it is on the other side of zero."""
-    below, above = np.mean(resampled <= 0), np.mean(resampled >= 0)
-    return float(min(1.0, max(2 * min(below, above), 1 / (len(resampled) + 1))))
 
 
 def _correct(differences: Iterable[dict[str, Any]]) -> None:
@@ -175,23 +177,42 @@ def text_of(result: Mapping[str, Any]) -> str:
     """The comparison as two tables."""
     runs, metrics = result["runs"], list(next(iter(result["runs"].values()))["metrics"])
     width = max(map(len, (*metrics, "signal dependence")))
-    head = f"{result['evaluation']}, {result['n']} questions, protocol {result['protocol']}"
-    if result["control"]:
-        head += f"; signal dependence: exact match less {result['control']}"
-    lines = [head, " " * width + "".join(f"{_cut(name):>26}" for name in runs)]
+    lines = [f"{result['evaluation']}: {_asked(result)}", " " * width + "".join(f"{_cut(name):>26}" for name in runs)]
     for metric in metrics:
         cells = (f"{_told(run['metrics'].get(metric)):>26}" for run in runs.values())
         lines.append(f"{metric:<{width}}" + "".join(cells))
     told = "".join(f"{_told(run['signal_dependence']):>26}" for run in runs.values())
     lines += [f"{'signal dependence':<{width}}{told}", ""]
     lines += [f"no {metric}: {reason}" for metric, reason in result["unavailable"].items()]
+    lines += filter(None, [short_text(result), _no_star(result)])
     for pair in result["differences"]:
         lines.append(f"{pair['a']} less {pair['b']}")
         for metric, d in (*pair["metrics"].items(), ("signal dependence", pair["signal_dependence"])):
             if d:
-                p, mark = f"p = {d['p']:<8.2g} corrected {d['p_holm']:<8.2g}", "*" if d["p_holm"] < 0.05 else " "
-                lines.append(f"  {metric:<{width}} {_told(d):>26}   {p}{mark}")
+                p, mark = f"p {told_p(d['p']):<8} corrected {told_p(d['p_holm']):<8}", _star(d)
+                lines.append(f"  {metric:<{width}} {_told(d):>26}   {p}{mark}".rstrip())
     return "\n".join(lines)
+
+
+def _asked(result: Mapping[str, Any]) -> str:
+    """What all runs answered, and by which protocol it is scored."""
+    text = f"{result['n']} questions about {result['patients']} patients that all runs answered"
+    less = f"; signal dependence: exact match less {result['control']}" if result["control"] else ""
+    return f"{text}; protocol {result['protocol']}{less}"
+
+
+def _no_star(result: Mapping[str, Any]) -> str:
+    """Why no difference can be marked, in a sentence; nothing where one can."""
+    if result["least_p_holm"] < SIGNIFICANT:
+        return ""
+    return (
+        f"no difference can be significant: with {result['patients']} patients and so many comparisons the corrected p"
+        f" is at least {told_p(result['least_p_holm'])}"
+    )
+
+
+def _star(difference: Mapping[str, Any]) -> str:
+    return "*" if difference["p_holm"] < SIGNIFICANT else ""
 
 
 def html_of(result: Mapping[str, Any]) -> str:
@@ -202,25 +223,33 @@ def html_of(result: Mapping[str, Any]) -> str:
         rows = [(name, run["metrics"].get(metric)) for name, run in result["runs"].items()]
         shown = [Bar(name, score["value"], tuple(score["ci95"])) for name, score in rows if score]
         differences = [
-            [f"{pair['a']} less {pair['b']}", _told(d), f"{d['p']:.2g}", f"{d['p_holm']:.2g}"]
+            [f"{pair['a']} less {pair['b']}", _told(d), *_ps(d)]
             for pair in result["differences"]
             if (d := pair["metrics"].get(metric))
         ]
         head = ["difference", "with 95 % interval", "p", "p, corrected (Holm)"]
         sections.append((metric, bars(metric, shown) + table(head, differences)))
     owed = [
-        [name, _told(d), f"{d['p']:.2g}", ""] for name, run in result["runs"].items() if (d := run["signal_dependence"])
+        [name, _told(d), escape(told_p(d["p"])), ""]
+        for name, run in result["runs"].items()
+        if (d := run["signal_dependence"])
     ]
     owed += [
-        [f"{pair['a']} less {pair['b']}", _told(d), f"{d['p']:.2g}", f"{d['p_holm']:.2g}"]
+        [f"{pair['a']} less {pair['b']}", _told(d), *_ps(d)]
         for pair in result["differences"]
         if (d := pair["signal_dependence"])
     ]
     head = ["run", "signal dependence, with 95 % interval", "p", "p, corrected (Holm)"]
     sections.append(("Does the model read the ECG?", table(head, owed)))
-    less = f" · signal dependence: exact match less {result['control']}" if result["control"] else ""
-    intro = f"<p>{result['n']} questions that all runs answered · protocol {result['protocol']}{less}</p>"
+    missing = (f"no {metric}: {reason}" for metric, reason in result["unavailable"].items())
+    said = filter(None, [_asked(result), short_text(result), _no_star(result), _STAR, *missing])
+    intro = "".join(f"<p>{escape(text)}</p>" for text in said)
     return page(f"{result['evaluation']}: {', '.join(result['runs'])}", intro, sections)
+
+
+def _ps(difference: Mapping[str, Any]) -> list[str]:
+    """The cells of a difference's p, as such and corrected."""
+    return [escape(told_p(difference["p"])), escape(told_p(difference["p_holm"])) + _star(difference)]
 
 
 def _told(score: Mapping[str, Any] | None) -> str:

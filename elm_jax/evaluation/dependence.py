@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from elm_jax.evaluation.metrics import Scorer, Table
+from elm_jax.evaluation.metrics import Scorer, Table, ratio
 from elm_jax.evaluation.statistics import ci95, mcnemar_p
 
 METRIC = "exact_match"
@@ -26,9 +26,9 @@ def signal_dependence(ours: Table, others: Mapping[str, Table]) -> dict[str, Any
 
     The control is "shuffled" where it is there, and is named. "by_control" has the same for every control,
     "by_metric" for every mean of a score, "by_name" for every kind of question. A control may hold several answers to
-    a question, whose scores are averaged. `p` is two-sided, from flipping the sign of each patient's difference at
-    random; "mcnemar_p", where each question was answered once with its ECG and once under the control, is McNemar's
-    exact test, which takes questions for independent.
+    a question, whose scores are averaged. `p` is two-sided, from flipping the sign of each patient's difference
+    (`Patients.swap_p`), "least_p" the least that these patients allow; "mcnemar_p", where each question was answered
+    once with its ECG and once under the control, is McNemar's exact test, which takes questions for independent.
     """
     chosen = next((name for name in PREFERRED if name in others), None)
     if chosen is None or not ours.pairs:
@@ -65,9 +65,11 @@ def by_question(table: Table, metric: str) -> dict[str, list[float]]:
 
 
 def tested(values: np.ndarray, table: Table) -> dict[str, Any]:
-    """{"value", "ci95", "p"} of the mean of n paired differences, by the patients of the table's n pairs."""
-    sums = table.patients.resampled(np.stack([values, np.ones_like(values)], axis=1))
-    return {"value": float(values.mean()), "ci95": ci95(sums[:, 0] / sums[:, 1]), "p": table.patients.flip_p(values)}
+    """{"value", "ci95", "p", "least_p"} of the mean of n paired differences, by the patients of the table's n pairs."""
+    patients, rows = table.patients, np.stack([values, np.ones_like(values)], axis=1)
+    p = patients.swap_p(rows, rows * [0, 1], ratio)
+    return {"value": float(values.mean()), "ci95": ci95(ratio(patients.resampled(rows))), "p": p,
+            "least_p": patients.least_p}  # fmt: skip
 
 
 def _difference(real: Table, theirs: Mapping[str, list[float]], metric: str) -> dict[str, Any]:

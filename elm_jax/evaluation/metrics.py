@@ -24,6 +24,7 @@ from elm_jax.evaluation.scores.meteor import Meteor
 from elm_jax.evaluation.statistics import Patients, ci95
 
 FIELDS = ("name", "question_type", "attribute_type", "attribute", "template_id")  # what questions are grouped by
+OF_LONG_TEXTS = ("bleu4", "meteor")
 _CANDIDATES = 32
 
 Score = Callable[[str, str], float]
@@ -72,20 +73,21 @@ class Metric:
     @property
     def is_mean(self) -> bool:
         """Whether it is the mean of what each pair scores: its first number, the second being 1."""
-        return self.value is _ratio
+        return self.value is ratio
 
 
 def _everyone(_: Pair) -> bool:
     return True
 
 
-def _ratio(sums: np.ndarray) -> np.ndarray:
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """Sums (..., 2) -> the first by the second, (...)."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return sums[..., 0] / sums[..., 1]
 
 
 def _mean_of(score: Score, asked: Callable[[Pair], bool] = _everyone, **more: Any) -> Metric:
-    return Metric(_ratio, asked, lambda answer, truth: (score(answer, truth), 1.0), score=score, **more)
+    return Metric(ratio, asked, lambda answer, truth: (score(answer, truth), 1.0), score=score, **more)
 
 
 def _set_rows(pairs: Sequence[Pair]) -> np.ndarray:
@@ -101,20 +103,30 @@ def _has_answer_set(pair: Pair) -> bool:
     return bool(pair.answers) and (is_ecg_qa(pair.name) or is_ecg_qa(pair.fields.get("question_type", "")))
 
 
+def _in_any_script(compare: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
+    return lambda answer, truth: compare(compared.spaced(answer), compared.spaced(truth))
+
+
 _PLAIN: dict[str, Metric] = {
     "exact_match": _mean_of(compared.exact_match, cheap=True),
-    "token_f1": _mean_of(compared.token_f1, cheap=True),
-    "bleu4": Metric(overlap.bleu, _everyone, overlap.bleu_counts),
-    "rouge_l": _mean_of(overlap.rouge_l),
+    "token_f1": _mean_of(_in_any_script(compared.token_f1), cheap=True),
+    "bleu4": Metric(overlap.bleu, _everyone, _in_any_script(overlap.bleu_counts)),
+    "rouge_l": _mean_of(overlap.rouge_l_in_any_script),
     "rouge_package_1": _mean_of(partial(overlap.rouge_n_of_sets, n=1)),
     "rouge_package_2": _mean_of(partial(overlap.rouge_n_of_sets, n=2)),
     "rouge_package_l": _mean_of(overlap.rouge_l_of_sets),
+}
+# What the reference has in their place: the same of ASCII texts.
+_OF_ASCII: dict[str, Metric] = {
+    "token_f1": _mean_of(compared.token_f1, cheap=True),
+    "bleu4": Metric(overlap.bleu, _everyone, overlap.bleu_counts),
+    "rouge_l": _mean_of(overlap.rouge_l),
 }
 # For one kind of question only: its records' name is the first part.
 _OWN: dict[str, Metric] = {
     "signal_type.accuracy": _mean_of(compared.same_words, _called("signal_type"), cheap=True),
     "heart_rate.within_5_bpm": _mean_of(compared.within_5_bpm, _called("heart_rate"), cheap=True, numbers=True),
-    "answer_set_match": Metric(_ratio, _has_answer_set, rows=_set_rows),
+    "answer_set_match": Metric(ratio, _has_answer_set, rows=_set_rows),
 }
 
 
@@ -145,8 +157,9 @@ class Scorer:
         self._must = must
         self.unavailable: dict[str, str] = {}
         self.metrics: dict[str, Metric] = {}
+        plain = _PLAIN if self.protocol.any_script else _PLAIN | _OF_ASCII
         for name in self.protocol.metrics:
-            metric = _PLAIN[name] if name in _PLAIN else self._meteor(wordnet)
+            metric = plain[name] if name in plain else self._meteor(wordnet)
             if metric is not None:
                 self.metrics[name] = metric
         if self.protocol.bert or bert_model is not None:
@@ -157,7 +170,8 @@ class Scorer:
 
     def _meteor(self, folder: str | None) -> Metric | None:
         try:
-            return _mean_of(Meteor(folder))
+            meteor = Meteor(folder)
+            return _mean_of(_in_any_script(meteor) if self.protocol.any_script else meteor)
         except UserError as error:
             if folder is not None and self._must:
                 raise
@@ -180,7 +194,7 @@ class Scorer:
                 known.update(zip(new, model.scores(*zip(*new, strict=True)), strict=True))
             return np.array([[known[p.answer, p.truth][column], 1.0] for p in pairs]).reshape(-1, 2)
 
-        return {m: Metric(_ratio, _everyone, rows=partial(rows, column=i)) for i, m in enumerate(BERT_METRICS)}
+        return {m: Metric(ratio, _everyone, rows=partial(rows, column=i)) for i, m in enumerate(BERT_METRICS)}
 
     def rows(self, name: str, pairs: Sequence[Pair]) -> np.ndarray:
         """(n, k): what the metric `name` sums over the pairs, of which there is at least one.
@@ -245,7 +259,7 @@ def _pair(p: Mapping[str, Any], protocol: Protocol, end: str) -> Pair:
         thinking=thinking,
         true_thinking=true_thinking,
         fields={name: str(p[name]) for name in FIELDS if p.get(name) not in (None, "")},
-        answers=frozenset(p.get("answers", ())),
+        answers=frozenset(map(compared.composed, p.get("answers", ()))),
     )
 
 
@@ -335,6 +349,11 @@ class Table:
         }
         return self.answered([common[pair.name] for pair in self.pairs])
 
+    def perfect(self) -> dict[str, float]:
+        """{metric: what answers equal to the truths score}, of the metrics that give short ones less than 1."""
+        short = Table(self.scorer, self.pairs, {name: self.rows[name] for name in OF_LONG_TEXTS if name in self.rows})
+        return short.answered([pair.truth for pair in self.pairs]).values()
+
     def thinking(self) -> Table:
         """The pairs whose truth thinks, with thinking in place of answers."""
         thought = [pair for pair in self.pairs if pair.true_thinking]
@@ -346,22 +365,25 @@ class Table:
 def scores_of(table: Table) -> dict[str, Any]:
     """Scores of a table: "protocol", "n", "metrics", "by", "baselines" and more, as `metrics.json` has them.
 
-    n: of the answers that are scored; "empty_answers" counts all empty ones, scored or left out.
+    n: of the answers that are scored, about "patients"; "empty_answers" counts all empty ones, scored or left out.
     metrics: {metric: {"value", "ci95": [low, high]}}; by: {field: {level: {metric: the same and "n"}}}.
     baselines: "constant" is {metric: what one answer to all its questions would score at best, chosen with
     the truths in hand}; "majority" is {metric: the score of each name's most frequent truth}.
+    perfect: {metric: what answers equal to the truths score}, of the metrics that give short ones less than 1.
     """
     scorer = table.scorer
     result: dict[str, Any] = {
         "protocol": scorer.name,
         "protocol_meaning": scorer.protocol.meaning,
         "n": len(table.pairs),
+        "patients": table.patients.count,
         "empty_answers": sum(not pair.answer for pair in table.pairs) + table.left_out,
         "empty_answers_left_out": table.left_out,
         "metrics": table.scores(),
         "unavailable": scorer.unavailable,
         "by": table.by(),
         "baselines": baselines(table),
+        "perfect": table.perfect(),
     }
     thinking = table.thinking()
     if thinking.pairs and scorer.protocol.parts:

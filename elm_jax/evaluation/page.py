@@ -10,11 +10,13 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #16161d; max-width: 1080px;
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #e6e6ea }
 h3 { font-size: 1rem; margin-bottom: .3rem }
 table { border-collapse: collapse; margin: .5rem 0; display: block; overflow-x: auto }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #e6e6ea; text-align: left; vertical-align: top }
-th { font-weight: 600; background: #f7f7f9 } small { color: #6b6b76; white-space: nowrap }
+th, td { padding: .2rem .5rem; border-bottom: 1px solid #e6e6ea; text-align: left; vertical-align: top }
+th { font-weight: 600; background: #f7f7f9 }
+small { color: #6b6b76; white-space: nowrap }
 figure { margin: 1rem 0 } figure img { width: 100%; border: 1px solid #e6e6ea } figure[hidden] { display: none }
 pre { white-space: pre-wrap; background: #f7f7f9; padding: .6rem } svg { max-width: 100%; height: auto; display: block }
-td[style] small { color: inherit }
+table.counts :is(th, td) { padding: .2rem .25rem }
+td > small { display: block } td[style] small { color: inherit }
 .right { color: #1f7a4d } .wrong { color: #b3261e } nav a { margin-right: 1rem }
 """
 
@@ -83,8 +85,13 @@ def page(title: str, intro: str, sections: Sequence[tuple[str, str]]) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table; the first cell of a row and the heads are text, the other cells HTML."""
-    names = "".join(f"<th>{escape(name)}</th>" for name in head)
+    names = "".join(f"<th>{breakable(name)}</th>" for name in head)
     body = "".join(
         f"<tr><td>{escape(first)}</td>{''.join(f'<td>{cell}</td>' for cell in rest)}</tr>" for first, *rest in rows
     )
     return f"<table><tr>{names}</tr>{body}</table>"
+
+
+def breakable(name: str) -> str:
+    """A name as HTML, which a narrow column may break behind its dots and underscores."""
+    return escape(name).replace("_", "_<wbr>").replace(".", ".<wbr>")

@@ -22,13 +22,15 @@ from elm_jax.data.dataset import Dataset
 from elm_jax.evaluation import svg
 from elm_jax.evaluation.examples import chosen_examples
 from elm_jax.evaluation.metrics import is_right
-from elm_jax.evaluation.page import page, table
+from elm_jax.evaluation.page import breakable, page, table
 from elm_jax.evaluation.paper import draw_ecg
-from elm_jax.evaluation.results import SHOWN_CLASSES, kept_text, notes
+from elm_jax.evaluation.results import SHOWN_CLASSES, few_text, kept_text, notes, short_text
+from elm_jax.evaluation.statistics import told_p
 from elm_jax.evaluation.svg import Bar
 
 SHOWN, LISTED = 24, 500  # examples with their ECG, and predictions in the list
 _COLOURS = 32  # of an ECG's picture: paper, grid and ink
+_RIGHT, _WRONG = "47,93,155", "217,122,30"  # blue and orange, which no colour blindness takes for one
 _LEVELS = 40  # rows of a table by kind
 
 Results = Mapping[str, Any]
@@ -59,7 +61,8 @@ def write_report(out: Path, results: Results, predictions: Sequence[Mapping[str,
 
 def _facts(results: Results) -> str:
     parts = [
-        f"{results['n']} questions", f"split {results['split']}", f"checkpoint of step {results['step']}",
+        f"{results['n']} questions about {results['patients']} patients", f"split {results['split']}",
+        f"checkpoint of step {results['step']}",
         f"protocol <b>{escape(results['protocol'])}</b>: {escape(results['protocol_meaning'])}",
         _drawn(results["asked_with"]), f"{results['empty_answers']} empty answers",
         f"{results['bad']} records left out",
@@ -70,9 +73,8 @@ def _facts(results: Results) -> str:
         parts.append(f"<b>{results['questions_about_training_patients']} questions about patients of the training</b>")
     if results.get("labels_bad"):
         parts.append(f"{results['labels_bad']} more recordings left out of the labels")
-    missing = [f"<b>No {escape(name)}:</b> {escape(why)}" for name, why in results["unavailable"].items()]
     told = [f"<b>{escape(note)}</b>" for note in notes(results)]
-    return "".join(f"<p>{text}</p>" for text in (" · ".join(parts), *told, *missing))
+    return "".join(f"<p>{text}</p>" for text in (" · ".join(parts), *told))
 
 
 def _drawn(how: Results) -> str:
@@ -103,8 +105,10 @@ def _scores(results: Results) -> str:
     runs = [
         [name, _number(v["mean"]), _number(v["std"]), _interval(v["ci95"])] for name, v in over.items()
     ]
+    said = [short_text(results), *(f"no {name}: {why}" for name, why in results["unavailable"].items())]
+    below = "".join(f"<p>{escape(text)}</p>" for text in said if text)
     more = f"<h3>Over {len(results.get('runs', ()))} runs (Student's t)</h3>" if runs else ""
-    return table(head, rows) + more + (table(["metric", "mean", "deviation", "95 %"], runs) if runs else "")
+    return table(head, rows) + below + more + (table(["metric", "mean", "deviation", "95 %"], runs) if runs else "")
 
 
 def _plots(results: Results) -> dict[str, str]:
@@ -137,15 +141,15 @@ def _dependence(results: Results) -> str:
     if not found:
         return ""
     rows = [
-        [name, _signed(d["value"]), _interval(d["ci95"]), f"{d['p']:.2g}", _p(d.get("mcnemar_p"))]
+        [name, _signed(d["value"]), _interval(d["ci95"]), *(escape(told_p(d.get(p))) for p in ("p", "mcnemar_p"))]
         for name, d in found["by_control"].items()
     ]
     low, high = found["ci95"]
     said = "reads the signal" if low > 0 and found["p"] < 0.01 else "does not show that it reads the signal"
     text = (
         f"<p>Of its exact matches the model owes <b>{found['value']:.3f}</b> [{low:.3f}, {high:.3f}] to the ECG"
-        f" (score less control <i>{escape(found['control'])}</i>, paired by question, p = {found['p']:.2g}):"
-        f" it {said}.</p>"
+        f" (score less control <i>{escape(found['control'])}</i>, paired by question, p"
+        f" {escape(told_p(found['p']) + few_text(found))}): it {said}.</p>"
     )
     text += f"<p><b>{escape(kept)}</b></p>" if (kept := kept_text(results)) else ""
     return text + table(["control", "difference", "95 %", "p (signs flipped by patient)", "p (McNemar)"], rows)
@@ -200,18 +204,23 @@ def _confusions(results: Results) -> str:
         for truth, counts in found["confusion"].items():
             total = sum(counts.values()) or 1
             cells = "".join(
-                f'<td style="background:rgba(47,93,155,{0.75 * n / total:.2f})">{n}'
-                f"<small> {100 * n / total:.0f} %</small></td>"
-                for n in (counts.values() if few else [counts[truth]])
+                f'<td style="background:rgba({_RIGHT if answer == truth else _WRONG},{0.75 * n / total:.2f})">{n}'
+                f"<small> {100 * n / total:.0f} %</small></td>" if n else "<td></td>"
+                for answer, n in (counts if few else {truth: counts[truth]}).items()
             )
             rates = found["report"][truth]
             numbers = "".join(f"<td>{rates[name]:.3f}</td>" for name in ("precision", "recall", "f1"))
             rows.append(f"<tr><th>{escape(truth)}</th>{cells}{numbers}</tr>")
         columns = next(iter(found["confusion"].values())) if few else ["right"]
-        names = "".join(f"<th>{escape(name)}</th>" for name in (*columns, "precision", "recall", "F1"))
-        body = f"<table><tr><th>truth \\ answer</th>{names}</tr>{''.join(rows)}</table>"
+        names = "".join(f"<th>{breakable(name)}</th>" for name in (*columns, "precision", "recall", "F1"))
+        body = f"<table class=counts><tr><th>truth \\ answer</th>{names}</tr>{''.join(rows)}</table>"
         parts.append(f"<h3>{escape(kind or 'all questions')}</h3>{body}")
-    return "".join(parts)
+    legend = (
+        f'<p><span style="background:rgba({_RIGHT},.5)">&emsp;</span> right'
+        f' <span style="background:rgba({_WRONG},.5)">&emsp;</span> taken for another; the more of a row, the'
+        " stronger</p>"
+    )
+    return legend + "".join(parts) if parts else ""
 
 
 def _wrong(plots: Mapping[str, str]) -> str:
@@ -293,10 +302,6 @@ def _number(value: float | None) -> str:
 
 def _signed(value: float) -> str:
     return f"{value:+.3f}"
-
-
-def _p(value: float | None) -> str:
-    return "" if value is None else f"{value:.2g}"
 
 
 def _interval(bounds: Sequence[float] | None) -> str:

@@ -14,9 +14,10 @@ from elm_jax.evaluation.dependence import pairing, signal_dependence
 from elm_jax.evaluation.ecg_qa import QuestionOnly, average_of_types, macro_f1
 from elm_jax.evaluation.ecgbench import ecgbench
 from elm_jax.evaluation.metrics import FIELDS, Scorer, Table, question_id, scores_of
-from elm_jax.evaluation.statistics import student_t
+from elm_jax.evaluation.statistics import SIGNIFICANT, student_t, told_p
 
 MOST_CLASSES = 100
+LESS_THAN_ONE = 0.95  # METEOR gives a long answer that is equal a little less than 1, too
 SHOWN_CLASSES = 20  # of a confusion matrix on a page
 Lines = Sequence[Mapping[str, Any]]
 
@@ -173,9 +174,9 @@ def summary(results: Mapping[str, Any]) -> str:
         low, high = dependence["ci95"]
         lines.append(
             f"signal dependence (score less {dependence['control']}): {dependence['value']:.3f}"
-            f" [{low:.3f}, {high:.3f}], p = {dependence['p']:.2g}"
+            f" [{low:.3f}, {high:.3f}], p {told_p(dependence['p'])}{few_text(dependence)}"
         )
-    lines += filter(None, [kept_text(results), *notes(results)])
+    lines += filter(None, [short_text(results), kept_text(results), *notes(results)])
     return "\n".join(lines)
 
 
@@ -199,6 +200,18 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     if results["empty_answers_left_out"]:
         found.append(f"{results['empty_answers_left_out']} empty answers are left out, by the protocol")
     return found
+
+
+def short_text(results: Mapping[str, Any]) -> str:
+    """What answers equal to their truths would have of the metrics that give them less than 1, in a sentence."""
+    less = [f"{name} {value:.3f}" for name, value in results["perfect"].items() if value < LESS_THAN_ONE]
+    return f"answers equal to every truth would have {' and '.join(less)}, made for longer texts" if less else ""
+
+
+def few_text(dependence: Mapping[str, Any]) -> str:
+    """What a p that cannot be small for want of patients says of itself; nothing where it can."""
+    least = dependence["least_p"]
+    return f" (with so few patients it is at least {told_p(least)})" if least >= SIGNIFICANT else ""
 
 
 def kept_text(results: Mapping[str, Any]) -> str:

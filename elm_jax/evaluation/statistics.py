@@ -5,13 +5,15 @@ n pairs, P patients, R resamples, k numbers that are summed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import special  # scipy.stats would take seconds to import
 
 RESAMPLES, FLIPS = 1000, 9999
+SIGNIFICANT = 0.05
+_LEAST_TOLD = 1e-4
 _CELLS = 4_000_000  # of one chunk of resamples: bounds the memory
 
 
@@ -39,19 +41,42 @@ class Patients:
         for drawn in self._draws():
             yield from drawn[:, self._of]
 
-    def flip_p(self, differences: np.ndarray) -> float:
-        """Two-sided p of n paired differences: signs flipped at random, patient by patient.
+    def swap_p(self, mine: np.ndarray, theirs: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) -> float:
+        """Two-sided p of value(sums of `mine`) less value(sums of `theirs`), both (n, k) of the same pairs in order.
 
-        It is at least 1 / (FLIPS + 1).
+        Nothing but the name tells the two apart if there is no difference: so each patient's rows are swapped or not,
+        and p is the share of swaps that make a difference as large. Of a mean that is a flip of each patient's sign.
+        All 2^m swaps are tried where m, the patients that differ, are few (the least p is then 2 / 2^m); else FLIPS
+        random ones, beside what was found: (1 + b) / (1 + FLIPS). It is never below `least_p`.
         """
-        sums = self.sums(differences[:, None])[:, 0]
-        rng = np.random.default_rng(self._seed)
-        size = max(1, _CELLS // self.count)
-        extreme = 0
+        differing = self.sums(mine - theirs)
+        differing = differing[differing.any(1)]
+        first, total = mine.sum(0), mine.sum(0) + theirs.sum(0)
+        observed = abs(value(first) - value(theirs.sum(0)))
+        extreme = tried = 0
+        for swapped in self._swaps(len(differing)):
+            sums = first - swapped @ differing
+            extreme += int(np.count_nonzero(abs(value(sums) - value(total - sums)) >= observed - 1e-9))
+            tried += len(swapped)
+        return extreme / tried
+
+    @property
+    def least_p(self) -> float:
+        """The least p that `swap_p` can find, whatever the scores: with few patients none can be below 0.05."""
+        return 1 / min(2 ** max(self.count - 1, 0), FLIPS + 1)
+
+    def _swaps(self, m: int) -> Iterator[np.ndarray]:
+        """Which of m patients are swapped, in chunks (r, m) of 0 and 1, the first time none of them.
+
+        To swap the others instead makes the same difference: where all ways are tried, the last patient stays.
+        """
+        if 2 ** max(m - 1, 0) <= FLIPS + 1:
+            yield (np.arange(2 ** max(m - 1, 0))[:, None] >> np.arange(m) & 1).astype(float)
+            return
+        yield np.zeros((1, m))
+        rng, size = np.random.default_rng(self._seed), max(1, _CELLS // m)
         for start in range(0, FLIPS, size):
-            kept = rng.integers(0, 2, (min(size, FLIPS - start), self.count), np.int8).astype(float)
-            extreme += int(np.count_nonzero(np.abs(2 * (kept @ sums) - sums.sum()) >= abs(sums.sum()) - 1e-9))
-        return (1 + extreme) / (1 + FLIPS)
+            yield rng.integers(0, 2, (min(size, FLIPS - start), m), np.int8).astype(float)
 
     def _draws(self) -> Iterator[np.ndarray]:
         """How often each patient is drawn, in chunks (r, P)."""
@@ -81,6 +106,11 @@ def student_t(values: Sequence[float]) -> dict[str, Any]:
     std = float(np.std(values, ddof=1))
     half = float(special.stdtrit(n - 1, 0.975)) * std / n**0.5
     return {"mean": mean, "std": std, "ci95": [mean - half, mean + half]}
+
+
+def told_p(p: float | None) -> str:
+    """A p as it stands in tables and sentences: two digits, and none that is said to be 0."""
+    return "" if p is None else f"{p:.2g}" if p >= _LEAST_TOLD else f"< {_LEAST_TOLD:g}"
 
 
 def mcnemar_p(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from texts import write_wordnet
 
 from elm_jax import cli
 from elm_jax.compare import main
 from elm_jax.errors import UserError
-from elm_jax.evaluation.comparison import compare, text_of
+from elm_jax.evaluation.comparison import compare, html_of, text_of
+from elm_jax.evaluation.metrics import Scorer
+from elm_jax.evaluation.scores.overlap import bleu
 from elm_jax.evaluation.statistics import FLIPS
 from elm_jax.evaluation.store import lines_in
 
@@ -146,3 +150,52 @@ def test_greedy_answers_are_not_compared_with_those_of_several_seeds(tmp_path):
     folders = [run(tmp_path / "greedy", 0.9), run(tmp_path / "drawn", 0.5, seed="1")]
     with pytest.raises(UserError, match=r"beside drawn ones of several seeds.*eval\.temperature=0"):
         compare(folders)
+
+
+def of_patients(folder: Path, patients: int, answer: str, each: int = 5) -> Path:
+    """A run that has this answer to all questions about so many patients."""
+    run(folder, 1.0, 0)
+    lines = [{"id": f"q{i}", "name": "x", "patient": str(i % patients), "prompt": "", "truth": "it is so",
+              "answer": answer} for i in range(each * patients)]  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "eval" / "demo-test" / "predictions.jsonl").write_text(text)
+    return folder
+
+
+def test_with_five_patients_no_metric_has_a_star_and_that_is_said(tmp_path):
+    found = compare([of_patients(tmp_path / name, 5, said) for name, said in (("a", "it is so"), ("b", "no"))])
+    metrics = found["differences"][0]["metrics"]
+    assert {"exact_match", "bleu4", "rouge_l"} <= set(metrics) and found["patients"] == 5
+    assert {name: d["p"] for name, d in metrics.items()} == dict.fromkeys(metrics, 2 / 2**5)
+    text = text_of(found)
+    assert "*" not in text and "25 questions about 5 patients" in text and "no difference can be significant" in text
+    assert "no difference can be significant" in html_of(found) and "5 patients" in html_of(found)
+
+
+def test_with_many_patients_every_metric_can_have_a_star(tmp_path):
+    found = compare([of_patients(tmp_path / name, 20, said, 1) for name, said in (("a", "it is so"), ("b", "no"))])
+    metrics = found["differences"][0]["metrics"]
+    assert {name: d["p"] for name, d in metrics.items()} == dict.fromkeys(metrics, 1 / (FLIPS + 1))
+    assert text_of(found).count("*") == len(metrics) and "can be significant" not in text_of(found)
+
+
+def test_the_p_of_a_corpus_score_swaps_the_answers_of_patients():
+    rng = np.random.default_rng(0)
+    words = ["it", "is", "so", "a", "fast", "rhythm"]
+    truths = [" ".join(rng.choice(words, 6)) for _ in range(12)]
+    said = [[" ".join(rng.choice(words, 6)) if rng.random() < part else t for t in truths] for part in (0.4, 0.8)]
+    patients = [str(i // 2) for i in range(12)]
+
+    def score(answers):
+        lines = [{"id": str(i), "patient": patients[i], "answer": a, "truth": truths[i]} for i, a in enumerate(answers)]
+        return Scorer().table(lines)
+
+    def difference(swapped):
+        first = [said[swapped[i // 2]][i] for i in range(12)]
+        second = [said[1 - swapped[i // 2]][i] for i in range(12)]
+        return score(first).values()["bleu4"] - score(second).values()["bleu4"]
+
+    every = [abs(difference(swapped)) for swapped in itertools.product((0, 1), repeat=6)]
+    mine, theirs = (score(answers).rows["bleu4"] for answers in said)
+    found = score(said[0]).patients.swap_p(mine, theirs, bleu)
+    assert found == np.mean(np.array(every) >= every[0] - 1e-9) and 2 / 2**6 < found < 1

@@ -16,11 +16,11 @@ import pytest
 
 from elm_jax.config import Config
 from elm_jax.evaluation.metrics import Scorer
-from elm_jax.evaluation.report import _by, write_report
-from elm_jax.evaluation.results import asked_with, results_of
+from elm_jax.evaluation.report import _by, _dependence, write_report
+from elm_jax.evaluation.results import asked_with, results_of, summary
 from elm_jax.evaluation.svg import Bar, bars
 
-VOID = {"meta", "link", "img", "br", "input"}
+VOID = {"meta", "link", "img", "br", "input", "wbr"}
 
 
 class Page(HTMLParser):
@@ -125,7 +125,44 @@ def test_benchmarks_are_tables_of_numbers_with_intervals():
     lines = [{"id": str(i), "name": "ptb-test", "truth": "NORM", "answer": "NORM"} for i in range(4)]
     text = _by(results_of({"real": lines}, Scorer(), FACTS, {}))
     assert "<td>4</td>" in text and "0.000 <small>[0.000, 0.000]</small>" in text and "&lt;" not in text
-    assert "exact_match, majority" in text
+    assert "exact_<wbr>match, majority" in text
+
+
+def test_right_and_wrong_confusions_have_colours_of_their_own(report):
+    text = (report / "report.html").read_text(encoding="utf-8")
+    blue, orange = "47,93,155", "217,122,30"
+    rows = re.findall(r"<tr><th>(ecg|noise)</th>(.*?)</tr>", text)
+    columns = ["ecg", "noise", "Other"]
+    for truth, cells in rows:
+        shown = re.findall(r"<td(.*?)>(\d*)<", cells)[: len(columns)]
+        for column, (style, count) in zip(columns, shown, strict=True):
+            colour = blue if column == truth else orange
+            assert (f"rgba({colour}," in style) if count else not style, (truth, column)
+    assert rows and f"rgba({orange}," in text and f"rgba({blue}," in text
+
+
+def test_what_is_absent_is_said_in_a_line_where_its_score_would_be(report, monkeypatch):
+    text = (report / "report.html").read_text(encoding="utf-8")
+    scores = text.index('<h2 id="s0">')
+    assert text.index("no meteor: ") > scores, "not before all else"
+    line = re.findall(r"<p>(no meteor: .*?)</p>", text)[0]
+    assert "python -m nltk.downloader wordnet" in line and len(line) < 250 and "nltk_data" not in line
+
+
+def test_tables_fit_a_page_and_a_p_is_never_zero(report):
+    lines = [{"id": str(i), "name": "x", "truth": "yes", "answer": "yes", "patient": str(i)} for i in range(1500)]
+    results = results_of({"real": lines, "zeros": [line | {"answer": "no"} for line in lines]}, Scorer(), FACTS, {})
+    assert results["signal_dependence"]["mcnemar_p"] == 0.0, "too small for a float"
+    assert "<td>&lt; 0.0001</td>" in _dependence(results) and "<td>0</td>" not in _dependence(results)
+    assert "heart_<wbr>rate.<wbr>within_<wbr>5_<wbr>bpm" in (report / "report.html").read_text(encoding="utf-8")
+
+
+def test_few_patients_are_said_where_p_is(report):
+    lines = [{"id": str(i), "name": "x", "truth": "yes", "answer": "yes", "patient": str(i % 5)} for i in range(25)]
+    results = results_of({"real": lines, "zeros": [line | {"answer": "no"} for line in lines]}, Scorer(), FACTS, {})
+    assert results["signal_dependence"]["p"] == results["signal_dependence"]["least_p"] == 2 / 2**5
+    for text in (_dependence(results), summary(results)):
+        assert "p 0.062 (with so few patients it is at least 0.062)" in text
 
 
 def test_plots_are_svg_files_of_their_own(report):

@@ -1,5 +1,8 @@
 """Scores, intervals and baselines of generated answers."""
 
+import itertools
+import unicodedata
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +12,7 @@ from elm_jax.evaluation import dependence as dependence_module
 from elm_jax.evaluation import metrics
 from elm_jax.evaluation.dependence import signal_dependence
 from elm_jax.evaluation.metrics import Scorer, best_constant, scores_of
+from elm_jax.evaluation.results import short_text
 from elm_jax.evaluation.scores.answers import (
     exact_match,
     first_integer,
@@ -17,8 +21,9 @@ from elm_jax.evaluation.scores.answers import (
     token_f1,
     within_5_bpm,
 )
-from elm_jax.evaluation.scores.overlap import rouge_l
+from elm_jax.evaluation.scores.overlap import rouge_l, rouge_l_in_any_script
 from elm_jax.evaluation.scores.stems import stemmer
+from elm_jax.evaluation.statistics import FLIPS, Patients, told_p
 
 
 def prediction(id, answer, truth, name="heart_rate", **more):
@@ -223,3 +228,89 @@ def test_the_stem_of_a_word_is_found_once():
     before = stem.cache_info()
     rouge_l("rhythms again", "rhythms of rhythms")
     assert stem.cache_info().hits >= before.hits + 3 and stem.cache_info().misses <= before.misses + 1
+
+
+def p_of(differences, patients=None):
+    """The p of paired differences, one patient each."""
+    rows = np.stack([differences, np.ones(len(differences))], axis=1)
+    people = Patients([str(i) for i in range(len(differences))] if patients is None else patients)
+    return people.swap_p(rows, rows * [0, 1], metrics.ratio), people.least_p
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 14])
+def test_the_least_p_of_few_patients_is_two_of_all_ways_to_flip_their_signs(n):
+    assert p_of(np.ones(n)) == (2 / 2**n,) * 2
+    assert p_of(np.concatenate([np.ones(n), np.zeros(30)]))[0] == 2 / 2**n, "those without a difference are no witness"
+    assert p_of(np.zeros(n))[0] == 1.0
+
+
+def test_the_least_p_of_many_patients_is_one_of_the_flips_and_the_scores_themselves():
+    assert p_of(np.ones(15)) == (pytest.approx(2 / 2**15, abs=2e-4), 1 / (FLIPS + 1))
+    assert p_of(np.ones(200)) == (1 / (FLIPS + 1),) * 2
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=8))
+def test_p_is_the_share_of_sign_flips_with_a_sum_as_large(differences):
+    flips = [abs(np.dot(signs, differences)) for signs in itertools.product((1, -1), repeat=len(differences))]
+    assert p_of(np.array(differences, float))[0] == np.mean(np.array(flips) >= abs(sum(differences)))
+
+
+def test_random_flips_agree_with_all_flips():
+    differences = np.random.default_rng(0).normal(0.4, 1, 18)
+    signs = 1 - 2 * (np.arange(2**18)[:, None] >> np.arange(18) & 1)
+    exact = np.mean(abs(signs @ differences) >= abs(differences.sum()) - 1e-9)
+    assert p_of(differences)[0] == pytest.approx(exact, abs=0.02)
+
+
+def test_a_p_is_never_said_to_be_zero():
+    told = {0.0: "< 0.0001", 3e-20: "< 0.0001", 1e-4: "0.0001", 0.0312: "0.031", 1.0: "1", None: ""}
+    assert {p: told_p(p) for p in told} == told
+
+
+SAME = {
+    "Chinese": "正常窦性心律",
+    "Japanese": "正常洞調律です",
+    "Korean": "정상 동리듬 입니다 지금",
+    "German": "größe über dem mittel",
+    "Hindi": "हृदय की लय सामान्य",
+    "Thai": "จังหวะปกติ",
+    "Arabic": "إيقاع جيبي طبيعي الآن",
+    "Russian": "ритм синусовый в норме",
+}
+
+
+@pytest.mark.parametrize("text", SAME.values(), ids=SAME)
+def test_a_right_answer_in_any_script_has_full_marks(text):
+    for answer, truth in itertools.product((text, unicodedata.normalize("NFD", text)), repeat=2):
+        values = Scorer().table([prediction(0, answer, truth, name="x")]).values()
+        assert {name: round(value, 9) for name, value in values.items() if name != "meteor"} == dict.fromkeys(
+            ("exact_match", "token_f1", "bleu4", "rouge_l"), 1.0)  # fmt: skip
+
+
+def test_other_letters_are_another_word_and_some_characters_in_common_are_some():
+    values = Scorer().table([prediction(0, "gräße öber", "größe über", name="x")]).values()
+    assert values["rouge_l"] == values["token_f1"] == values["bleu4"] == 0.0
+    values = Scorer().table([prediction(0, "正常心律", "正常窦性心律", name="x")]).values()
+    assert values["rouge_l"] == values["token_f1"] == pytest.approx(0.8)
+
+
+@given(st.text(st.characters(max_codepoint=127)), st.text(st.characters(max_codepoint=127)))
+def test_words_of_ascii_texts_are_those_of_the_reference(answer, truth):
+    assert rouge_l_in_any_script(answer, truth) == rouge_l(answer, truth)
+    lines = [prediction(0, answer, truth, name="x")]
+    ours, theirs = (Scorer(name).table(lines).values() for name in ("ours", "elm-2026-08"))
+    assert ours == theirs
+
+
+def test_answer_sets_and_the_majority_are_compared_composed():
+    composed, apart = "löst", unicodedata.normalize("NFD", "löst")
+    line = prediction(0, apart, composed, name="single-query", answers=[composed])
+    assert Scorer().table([line]).values()["answer_set_match"] == 1.0
+    assert metrics.is_right("x", apart, composed)
+
+
+def test_what_short_right_answers_have_of_bleu_is_said():
+    result = aggregate(prediction(i, "yes", "yes", name="x") for i in range(100))
+    assert result["metrics"]["bleu4"]["value"] == result["perfect"]["bleu4"] == pytest.approx(0.001**0.75)
+    assert "bleu4 0.006" in short_text(result)
+    assert short_text(aggregate([prediction(0, "no", "sinus rhythm at 70 bpm", name="x")])) == ""

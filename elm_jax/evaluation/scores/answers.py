@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from functools import lru_cache
 
 HEART_RATE_TOLERANCE = 5
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_UNSPACED = {"CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"}
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -59,5 +61,23 @@ def first_integer(text: str) -> int | None:
 
 
 def words(text: str) -> list[str]:
-    """Lower-cased words without ASCII punctuation."""
-    return text.lower().translate(_NO_PUNCTUATION).split()
+    """Lower-cased words without ASCII punctuation, composed."""
+    return composed(text).lower().translate(_NO_PUNCTUATION).split()
+
+
+def composed(text: str) -> str:
+    """In Unicode's form NFC: one spelling for what looks the same, "é" and "e" with an accent behind it."""
+    return unicodedata.normalize("NFC", text)
+
+
+def spaced(text: str) -> str:
+    """With blanks around each character of a script that writes none between words, such as Chinese, Japanese or Thai.
+
+    What is between blanks is then a word, or a character where words cannot be told.
+    """
+    return text if text.isascii() else "".join(f" {c} " if _stands_alone(c) else c for c in text)
+
+
+@lru_cache(2**16)
+def _stands_alone(character: str) -> bool:
+    return unicodedata.name(character, "").partition(" ")[0] in _UNSPACED

@@ -10,10 +10,7 @@ from typing import Any
 from elm_jax.errors import UserError
 from elm_jax.evaluation.scores.stems import WORDS, stemmer
 
-_FIX = (
-    "run `python -m nltk.downloader wordnet`, or set --config.eval.wordnet (of compare: --wordnet) or NLTK_DATA;"
-    " METEOR needs it"
-)
+_FIX = "run `python -m nltk.downloader wordnet`, or set --config.eval.wordnet (of compare: --wordnet)"
 
 
 class Meteor:
@@ -30,20 +27,21 @@ class Meteor:
         from nltk.corpus.reader.wordnet import WordNetCorpusReader
         from nltk.translate.meteor_score import single_meteor_score
 
-        places = nltk.data.path
+        places, looked_at = nltk.data.path, "NLTK's folders"
         if folder is not None:
-            places = [str(Path(folder).expanduser().absolute())]
+            looked_at = str(Path(folder).expanduser().absolute())
+            places = [looked_at]
             nltk.data.path[:0] = set(places).difference(nltk.data.path)  # it reads nothing that lies elsewhere
-        wanted = "NLTK's corpora/wordnet"
+        wanted = "corpora/wordnet, for METEOR"
         try:
             root: Any = nltk.data.find("corpora/wordnet", places)
             with warnings.catch_warnings():  # there are no other languages here
                 warnings.simplefilter("ignore")
                 reader: Any = WordNetCorpusReader(root, None)
         except LookupError:
-            raise UserError("eval.wordnet", f"no WordNet in {', '.join(places)}", wanted, _FIX) from None
+            raise UserError("eval.wordnet", f"no WordNet in {looked_at}", wanted, _FIX) from None
         except (OSError, ValueError, AssertionError, StopIteration) as error:
-            raise UserError("eval.wordnet", f"{', '.join(places)}: {error}", f"{wanted}, whole", _FIX) from error
+            raise UserError("eval.wordnet", f"{looked_at}: {error}", f"{wanted}, whole", _FIX) from error
         reader.synsets = lru_cache(WORDS)(reader.synsets)  # it reads them in its files
         self._score = partial(single_meteor_score, stemmer=stemmer(), wordnet=reader)
 
