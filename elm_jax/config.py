@@ -134,7 +134,13 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    batch_size: int = key(8, "rows of a step, over all hosts and micro-batches", limit="at least 1")
+    batch_size: int | None = key(
+        8, "rows of a step, over all hosts and micro-batches; None where train.conversations is given",
+        limit="at least 1"
+    )
+    conversations: int | None = key(
+        None, "conversations of a step, instead of rows: as many rows as they need", limit="at least 1"
+    )
     epochs: int = key(1, "passes over the data", limit="at least 1")
     steps: int | None = key(None, "optimizer steps, instead of epochs", limit="at least 1")
     log_every: int = key(10, "steps between lines of metrics.jsonl", limit="at least 1")
@@ -146,6 +152,11 @@ class TrainConfig:
     early_stopping: bool = key(False, "stop when the validation loss no longer falls")
     patience: int = key(5, "validations without a better loss before stopping", limit="at least 1")
     patience_delta: float = key(0.1, "how much lower counts as better", limit="at least 0")
+
+    @property
+    def count(self) -> int:
+        """Conversations of a step where these are counted, else its rows."""
+        return self.conversations or self.batch_size or 0
 
 
 @dataclass(frozen=True)
@@ -244,6 +255,8 @@ def resolve(cd: ConfigDict | Mapping[str, Any], config_name: str = "default") ->
             raise unknown_key(name)
         values[name] = _check(name, value)
     values["workdir"] = values["workdir"].replace("<name>", config_name)
+    if values["train.conversations"] is not None and values["train.batch_size"] == TrainConfig.batch_size:
+        values["train.batch_size"] = None  # nobody has asked for rows
     config: Config = schema.build(Config, values)
     _check_together(config)
     return config
@@ -340,8 +353,11 @@ def _check_together(c: Config) -> None:
          f"{len(names)}, one for each of data.names", "give as many weights as names"),
         (not c.data.explicit_thinking or c.phase == "sft", "data.explicit_thinking", f"true in {c.phase}",
          "true only in phase=sft", "change one of them"),
-        (c.train.batch_size % accum == 0, "train.batch_size", str(c.train.batch_size),
-         f"a multiple of optim.accum_steps={accum}", "change one of them"),
+        ((c.train.batch_size is None) != (c.train.conversations is None), "train.batch_size",
+         f"{c.train.batch_size} beside train.conversations={c.train.conversations}",
+         "one of the two: a step counts rows or conversations", "set the other to None"),
+        (c.train.count % accum == 0, "train.conversations" if c.train.conversations else "train.batch_size",
+         str(c.train.count), f"a multiple of optim.accum_steps={accum}", "change one of them"),
         (len(free) <= 1, "mesh", f"-1 for {' and '.join(free)}", "-1 for one axis at most",
          "give the sizes of the others"),
         (first.isdecimal() and last.isdecimal() and int(first) < int(last), "log.profile_steps", repr(steps),

@@ -57,27 +57,12 @@ class StepSource:
     """A random-access source for Grain: step number -> `Loaded`.
 
     Args:
-        micro_batches: parts of the step that are accumulated; each is `plan.batch_rows / micro_batches` rows.
-        parts: which of the `ways` equal parts of every micro-batch's rows this host reads, one after another.
+        parts: which of the `plan.ways` equal parts of every micro-batch's rows this host reads, one after another.
         steps: length of the source.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        plan: Plan,
-        *,
-        steps: int,
-        micro_batches: int = 1,
-        parts: Sequence[int] = (0,),
-        ways: int = 1,
-    ) -> None:
-        rows = plan.batch_rows
-        assert rows % (micro_batches * ways) == 0, (rows, micro_batches, ways)
-        self.dataset, self.plan, self.steps = dataset, plan, steps
-        self.micro_batches = micro_batches
-        size = rows // micro_batches // ways
-        self._mine = [part * size + row for part in parts for row in range(size)]  # of a micro-batch
+    def __init__(self, dataset: Dataset, plan: Plan, *, steps: int, parts: Sequence[int] = (0,)) -> None:
+        self.dataset, self.plan, self.steps, self.parts = dataset, plan, steps, parts
 
     def __len__(self) -> int:
         return self.steps
@@ -87,15 +72,19 @@ class StepSource:
         shape = self.plan.shape(rows)
         if self.dataset.varies:  # a shorter conversation moves those behind it, and so the blocks that they see
             shape = replace(shape, key_blocks=0)
-        return empty_batch(shape, self.dataset.signal.layout, self.micro_batches, len(self._mine))
+        micro = self.plan.micro_batches
+        mine = len(self.parts) * (len(rows) // micro // self.plan.ways)
+        return empty_batch(shape, self.dataset.signal.layout, micro, mine)
 
     def __getitem__(self, step: int) -> Loaded:
         rows = self.plan.rows(int(step))
         batch = self.empty(rows)
         reader = _Reader(self.dataset, self.plan.index, self.plan.epoch_of(int(step)))
-        per_micro = len(rows) // self.micro_batches
-        for m in range(self.micro_batches):
-            for r, row in enumerate(self._mine):
+        per_micro = len(rows) // self.plan.micro_batches
+        size = per_micro // self.plan.ways
+        mine = [part * size + row for part in self.parts for row in range(size)]  # of a micro-batch
+        for m in range(self.plan.micro_batches):
+            for r, row in enumerate(mine):
                 write_row(batch, (m, r), reader.row(rows[m * per_micro + row]))
         planned = [group for row in rows for group in row]
         samples = [sample for group in planned for sample in group.samples]

@@ -1,28 +1,31 @@
 """The plan: which conversations share which row of which step, a pure function of (length index, seed, step).
 
 A resume on any number of hosts therefore sees the same samples in the same rows, each once an epoch, and the
-step number is the whole data state. No jax here.
+step number is the whole data state. A step is a number of rows, or a number of conversations in as many rows as they
+need; then only how many empty rows stand behind them depends on the mesh. No jax here.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import threading
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from elm_jax.data.batch import BLOCK, BatchShape, visible_blocks
+from elm_jax.data.packing import Bundle, PlannedGroup, PlannedRow
+from elm_jax.data.packing import pack as pack_rows
 from elm_jax.errors import UserError
 
 ECG_ROWS = 2  # version of how rows that share ECGs are made: a run goes on as it began
 PLANNED_EPOCHS = 2  # epochs whose rows are kept: steps at the end of one are read ahead into the next
+TRIED_STEPS, TRIED_SAMPLES = 32, 20_000  # at most, on which the rows of a step of conversations are measured
+WAYS = 8  # parts of a batch that the length of rows is chosen for; the same for every mesh
 LEAST_BLOCKS = 8  # of a row's attention: in shorter ones nothing is gained by leaving some out
-SPLIT_ROWS = 8  # open rows from which on questions about one ECG are divided over rows to fill them
-OPEN_ROWS = 32  # rows that packing keeps open at a time: more packs tighter and plans slower
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,6 @@ class LengthIndex:
 
 
 @dataclass(frozen=True)
-class PlannedGroup:
-    """Samples behind one shared prefix of `prefix` tokens (0: one sample, nothing shared)."""
-
-    prefix: int
-    samples: tuple[int, ...]
-
-
-PlannedRow = tuple[PlannedGroup, ...]
-
-
-@dataclass(frozen=True)
 class _Usage:
     """What a row needs of each bounded axis."""
 
@@ -65,12 +57,26 @@ class _Usage:
     targets: int = 0
 
 
+@dataclass(frozen=True)
+class _Measures:
+    """What steps usually need, as far as the first epoch tells."""
+
+    tokens: int  # of a row that is packed
+    rows: int  # of a micro-batch, empty ones not counted
+    signals: int  # of a row's shape, at least
+    targets: int
+    key_blocks: int
+
+
 class Plan:
     """Rows of every step. Safe to use from several threads; a pickled copy has the epochs that were planned last.
 
     Args:
         index: the length index; samples of length 0 are left out.
-        rows: rows per optimizer step, over all hosts and micro-batches.
+        rows: rows per optimizer step, over all hosts and micro-batches; or
+        conversations: conversations per optimizer step, the same number in each micro-batch.
+        micro_batches: equal parts of a step that are accumulated, one after another in its rows.
+        ways: what the rows of a micro-batch are to divide by.
         max_len: tokens of a row.
         pack: several conversations in a row; False puts each in a row of its own.
         weights: how often each dataset is seen in an epoch (1 = each sample once; None = all 1). A fraction
@@ -82,7 +88,10 @@ class Plan:
         self,
         index: LengthIndex,
         *,
-        rows: int,
+        rows: int | None = None,
+        conversations: int | None = None,
+        micro_batches: int = 1,
+        ways: int = 1,
         max_len: int,
         pack: bool,
         seed: int,
@@ -93,11 +102,15 @@ class Plan:
             raise UserError(
                 "data.names", "no usable sample", "at least one conversation", "check the dataset"
             )
-        self.index, self.batch_rows, self.max_len, self.pack = index, rows, max_len, pack
+        assert (rows is None) != (conversations is None), "a step counts rows or conversations"
+        self._count = rows or conversations or 0  # of a step
+        assert self._count % (micro_batches * (ways if rows else 1)) == 0, (rows, conversations, micro_batches, ways)
+        self.index, self.conversations, self.max_len, self.pack = index, conversations, max_len, pack
+        self.micro_batches, self.ways = micro_batches, ways
         self.seed, self.weights, self.shuffle = seed, weights, shuffle
         self._epoch_ends: list[int] = []
-        self._planned: dict[int, list[PlannedRow]] = {}
-        self._least: _Usage | None = None  # of signals and targets in a shape
+        self._planned: dict[int, list[Any]] = {}
+        self._measures: _Measures | None = None
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,18 +123,31 @@ class Plan:
         """Number of steps in epochs 0 .. epoch - 1. How many rows an epoch packs into only its plan tells."""
         with self._lock:
             while len(self._epoch_ends) < epoch:
-                rows = self._count_rows(len(self._epoch_ends))
+                parts = self._count_parts(len(self._epoch_ends))
                 before = self._epoch_ends[-1] if self._epoch_ends else 0
-                self._epoch_ends.append(before + -(-rows // self.batch_rows))
+                self._epoch_ends.append(before + -(-parts // self._count))
             return self._epoch_ends[epoch - 1] if epoch else 0
 
-    def _count_rows(self, epoch: int) -> int:
-        """Rows of an epoch. The first epochs planned stay, since a run begins with them, whatever else is counted."""
-        if not self.pack:
+    def _count_parts(self, epoch: int) -> int:
+        """Rows or conversations of an epoch. The first epochs planned stay, since a run begins with them, whatever
+        else is counted."""
+        if not self.pack or self.conversations:
             return len(self._order(epoch))
         if epoch in self._planned or len(self._planned) < PLANNED_EPOCHS:
-            return len(self._rows_of_epoch(epoch))
+            return len(self._parts_of_epoch(epoch))
         return len(self._plan_epoch(epoch))
+
+    @property
+    def usual_rows(self) -> int:
+        """Rows of most steps."""
+        if self.conversations is None:
+            return self._count
+        return self.micro_batches * -(-self._measured().rows // self.ways) * self.ways
+
+    def averages(self) -> tuple[float, float]:
+        """Conversations and supervised tokens of a step, on average over the first epoch."""
+        order, steps = self._order(0), self.steps_before(1)
+        return len(order) / steps, int(self.index.targets[order].sum()) / steps
 
     def epoch_of(self, step: int) -> int:
         """The epoch in which `step` (from 0) falls."""
@@ -130,47 +156,102 @@ class Plan:
         return bisect.bisect_right(self._epoch_ends, step)
 
     def rows(self, step: int) -> list[PlannedRow]:
-        """The rows of a step; the last step of an epoch is filled up with empty rows."""
+        """The rows of a step, micro-batch after micro-batch; each is filled up with empty rows."""
         epoch = self.epoch_of(step)
-        rows = self._rows_of_epoch(epoch)
-        first = (step - self.steps_before(epoch)) * self.batch_rows
-        chosen = rows[first : first + self.batch_rows]
-        return chosen + [()] * (self.batch_rows - len(chosen))
+        first = (step - self.steps_before(epoch)) * self._count
+        chosen = self._parts_of_epoch(epoch)[first : first + self._count]
+        if self.conversations is None:
+            return chosen + [()] * (self._count - len(chosen))
+        parts = self._micro_batches(chosen, self._measured().tokens)
+        count = self._row_bucket(max(map(len, parts)))
+        return [row for part in parts for row in part + [()] * (count - len(part))]
+
+    def _row_bucket(self, needed: int) -> int:
+        """Rows of a micro-batch that needs so many: in quarters of what is usual, so that these counts are few."""
+        usual = self.usual_rows // self.micro_batches // self.ways
+        steps = (-(-usual * quarters // 4) * self.ways for quarters in itertools.count(1 if self.pack else 4))
+        return next(rows for rows in steps if rows >= needed)
+
+    def _micro_batches(self, samples: list[int], tokens: int) -> list[list[PlannedRow]]:
+        """Each micro-batch's conversations of a step in rows of so many tokens, or of what the longest one needs."""
+        size = self._count // self.micro_batches
+        parts = [samples[first : first + size] for first in range(0, self._count, size)]
+        if not self.pack:
+            return [_alone(part) for part in parts]
+        longest = max(tokens, int(self.index.length[samples].max()))
+        room = min(self.max_len, next(t for t in token_buckets(self.max_len) if t >= longest))
+        return [pack_rows(self._bundles(part, room), room) for part in parts]
 
     def shape(self, rows: Sequence[PlannedRow]) -> BatchShape:
         """The smallest bucket that holds all rows of a step; the same on every host.
 
-        Signals and targets are not cut finer than half of what the fullest row of the first epoch needs, so that
-        an epoch has a handful of shapes to compile at most.
+        Signals and targets are not cut finer than half of what the fullest row of the first epoch needs, so that an
+        epoch has a handful of shapes to compile at most; and where a step is a number of conversations, of which the
+        number of rows and how full they are vary, not finer than what the fullest row of the first steps needs.
         """
         usage = [self._usage(row) for row in rows]
-        tokens = next(t for t in token_buckets(self.max_len, self.pack) if t >= max(u.tokens for u in usage))
-        least = self._least_usage()
+        tokens = self._tokens(max(u.tokens for u in usage))
+        least = self._measured()
         signals = bucket(max(u.signals for u in usage), least.signals)
         targets = bucket(max(u.targets for u in usage), least.targets)
-        return BatchShape(tokens, signals, targets, self._key_blocks(rows, tokens))
+        return BatchShape(tokens, signals, targets, self._key_blocks(rows, tokens, least.key_blocks))
 
-    def _key_blocks(self, rows: Sequence[PlannedRow], tokens: int) -> int:
+    def _tokens(self, used: int) -> int:
+        return next(tokens for tokens in token_buckets(self.max_len, self.pack) if tokens >= used)
+
+    def _key_blocks(self, rows: Sequence[PlannedRow], tokens: int, least: int) -> int:
         """How many blocks of keys a block of queries sees at most, in sixteenths of all; above one half 0: all."""
         blocks = tokens // BLOCK
         if not self.pack or tokens % BLOCK or blocks < LEAST_BLOCKS:
             return 0
-        most = max(int(visible_blocks(self._spans(row), tokens).sum(1).max()) for row in rows)
+        most = max(least, *(self._blocks_seen(row, tokens) for row in rows))
         step = -(-blocks // 16)
         rounded = -(-most // step) * step
         return rounded if 2 * rounded <= blocks else 0
 
-    def _spans(self, row: PlannedRow) -> list[tuple[int, list[int]]]:
-        """Each group's prefix, and the tokens of its branches."""
-        return [(g.prefix, (self.index.length[list(g.samples)] - g.prefix).tolist()) for g in row]
+    def _blocks_seen(self, row: PlannedRow, tokens: int) -> int:
+        """How many blocks of keys a block of queries sees at most, in a row of so many tokens."""
+        spans = [(g.prefix, (self.index.length[list(g.samples)] - g.prefix).tolist()) for g in row]
+        return int(visible_blocks(spans, tokens).sum(1).max())
 
-    def _least_usage(self) -> _Usage:
+    def _measured(self) -> _Measures:
         with self._lock:
-            if self._least is None:
-                usage = [self._usage(row) for row in self._rows_of_epoch(0)]
-                signals, targets = (max(getattr(u, name) for u in usage) for name in ("signals", "targets"))
-                self._least = _Usage(signals=-(-bucket(signals) // 2), targets=-(-bucket(targets, 8) // 2))
-            return self._least
+            if self._measures is None:
+                self._measures = self._measure_rows() if self.conversations is None else self._measure_conversations()
+            return self._measures
+
+    def _measure_rows(self) -> _Measures:
+        usage = [self._usage(row) for row in self._parts_of_epoch(0)]
+        signals, targets = bucket(max(u.signals for u in usage)), bucket(max(u.targets for u in usage), 8)
+        return _Measures(self.max_len, self._count // self.micro_batches, -(-signals // 2), -(-targets // 2), 0)
+
+    def _measure_conversations(self) -> _Measures:
+        tokens, steps = self._row_length()
+        rows = [row for step in steps for part in step for row in part]
+        usage = [self._usage(row) for row in rows]
+        signals, targets = max(1, *(u.signals for u in usage)), bucket(max(u.targets for u in usage), 8)
+        blocks = max(self._blocks_seen(row, -(-tokens // BLOCK) * BLOCK) for row in rows) if self.pack else 0
+        return _Measures(tokens, max(len(part) for step in steps for part in step), signals, targets, blocks)
+
+    def _row_length(self) -> tuple[int, list[list[list[PlannedRow]]]]:
+        """Tokens of the rows in which the first steps of conversations take least room, and these steps' rows.
+
+        Long rows share more; where they are fewer than the parts of a batch, shorter ones leave fewer rows empty.
+        """
+        steps = max(1, min(TRIED_STEPS, TRIED_SAMPLES // self._count))
+        samples = self._parts_of_epoch(0)[: steps * self._count]
+        chosen = [samples[first : first + self._count] for first in range(0, len(samples), self._count)]
+        found = []
+        for tokens in token_buckets(self.max_len) if self.pack else [self.max_len]:
+            rows = [self._micro_batches(step, tokens) for step in chosen]
+            found.append((sum(map(self._room, rows)), -tokens, rows))
+        _, tokens, rows = min(found, key=lambda one: one[:2])
+        return -tokens, rows
+
+    def _room(self, parts: list[list[PlannedRow]]) -> int:
+        """Tokens that the rows of a step hold on a mesh of WAYS, by micro-batch."""
+        fullest = max(self._usage(row).tokens for part in parts for row in part)
+        return -(-max(map(len, parts)) // WAYS) * WAYS * self._tokens(fullest)
 
     def _usage(self, row: PlannedRow) -> _Usage:
         tokens = signals = targets = 0
@@ -182,7 +263,8 @@ class Plan:
             targets += int(self.index.targets[chosen].sum())
         return _Usage(tokens, signals, targets)
 
-    def _rows_of_epoch(self, epoch: int) -> list[PlannedRow]:
+    def _parts_of_epoch(self, epoch: int) -> list[Any]:
+        """What the steps of an epoch are cut from: its rows, or the samples where conversations are counted."""
         with self._lock:
             if epoch not in self._planned:
                 while len(self._planned) >= PLANNED_EPOCHS:
@@ -190,14 +272,23 @@ class Plan:
                 self._planned[epoch] = self._plan_epoch(epoch)
             return self._planned[epoch]
 
-    def _plan_epoch(self, epoch: int) -> list[PlannedRow]:
-        order = self._order(epoch)
+    def _plan_epoch(self, epoch: int) -> list[Any]:
+        order = self._order(epoch).tolist()
+        if self.conversations is not None:
+            return self._together(order, epoch)
         if not self.pack:
-            return [(PlannedGroup(0, (int(i),)),) for i in order]
-        rows = _pack(self._bundles(order), self.max_len)
-        if self.shuffle:
-            rows = [rows[i] for i in _rng(self.seed, epoch, 1).permutation(len(rows))]
-        return rows
+            return _alone(order)
+        return self._shuffled(pack_rows(self._bundles(order, self.max_len), self.max_len), epoch)
+
+    def _together(self, order: list[int], epoch: int) -> list[int]:
+        """The samples of an epoch with those that share an ECG one after another, so that a step has several."""
+        if not self.index.shares_ecg.any():
+            return order
+        bundles = self._shuffled(self._bundles(order, self.max_len), epoch)
+        return [sample for bundle in bundles for sample in bundle.samples]
+
+    def _shuffled(self, parts: list[Any], epoch: int) -> list[Any]:
+        return [parts[i] for i in _rng(self.seed, epoch, 1).permutation(len(parts))] if self.shuffle else parts
 
     def _order(self, epoch: int) -> np.ndarray:
         """The samples of an epoch, shuffled and mixed."""
@@ -212,112 +303,30 @@ class Plan:
             )
         return _rng(self.seed, epoch, 0).permutation(usable) if self.shuffle else usable
 
-    def _bundles(self, order: np.ndarray) -> list[_Bundle]:
+    def _bundles(self, order: list[int], room: int) -> list[Bundle]:
         """Samples in order of first appearance; those that share an ECG together, as far as a row holds them.
 
         Where only the system prompt is shared, rows join samples themselves (`_pack`).
         """
-        latest: dict[int, _Bundle] = {}
-        bundles: list[_Bundle] = []
-        for i in order.tolist():
+        latest: dict[int, Bundle] = {}
+        bundles: list[Bundle] = []
+        for i in order:
             prefix, key = int(self.index.prefix[i]), int(self.index.key[i])
             own = int(self.index.length[i]) - prefix
-            assert prefix + own <= self.max_len, (
+            assert prefix + own <= room, (
                 "a sample is longer than a row: the index has another max_len"
             )
             bundle = latest.get(key) if prefix and self.index.shares_ecg[i] else None
-            if bundle is None or prefix + bundle.own + own > self.max_len:
-                bundle = latest[key] = _Bundle(key, prefix)
+            if bundle is None or prefix + bundle.own + own > room:
+                bundle = latest[key] = Bundle(key, prefix)
                 bundles.append(bundle)
             bundle.add(i, own)
         return bundles
 
 
-@dataclass
-class _Bundle:
-    """Samples behind one prefix: `own` tokens beside the prefix, `sizes` of each sample."""
-
-    key: int
-    prefix: int
-    own: int = 0
-    samples: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-
-    def add(self, sample: int, size: int) -> None:
-        self.samples.append(sample)
-        self.sizes.append(size)
-        self.own += size
-
-    def split(self, room: int) -> tuple[_Bundle, _Bundle]:
-        """The first samples that fit in `room` tokens beside the prefix, and the others."""
-        parts = _Bundle(self.key, self.prefix), _Bundle(self.key, self.prefix)
-        for sample, size in zip(self.samples, self.sizes, strict=True):
-            parts[bool(parts[1].samples) or parts[0].own + size > room].add(sample, size)
-        return parts
-
-
-class _OpenRow:
-    """A row being packed: tokens left, and the groups that more samples may join, by key."""
-
-    def __init__(self, room: int) -> None:
-        self.room = room
-        self.groups: list[_Bundle] = []
-        self.by_key: dict[int, _Bundle] = {}
-
-    def cost(self, bundle: _Bundle) -> int:
-        return bundle.own + (0 if bundle.key in self.by_key else bundle.prefix)
-
-    def add(self, bundle: _Bundle) -> None:
-        self.room -= self.cost(bundle)
-        group = self.by_key.get(bundle.key) if bundle.prefix else None
-        if group is None:
-            group = _Bundle(bundle.key, bundle.prefix)
-            self.groups.append(group)
-            if bundle.prefix:
-                self.by_key[bundle.key] = group
-        group.samples.extend(bundle.samples)
-
-    def close(self) -> PlannedRow:
-        return tuple(PlannedGroup(g.prefix, tuple(g.samples)) for g in self.groups)
-
-
-def _pack(bundles: list[_Bundle], max_len: int) -> list[PlannedRow]:
-    """Best fit among a bounded number of open rows: the fullest row that still has room.
-
-    Where none has, the emptiest takes what it can of questions that share a prefix, if these are two at least.
-    """
-    rows: list[PlannedRow] = []
-    open_rows: list[_OpenRow] = []
-    waiting = deque(bundles)
-    while waiting:
-        bundle = waiting.popleft()
-        row = _best_fit(open_rows, bundle)
-        if row is None:
-            if len(bundle.samples) > 2 and len(open_rows) >= SPLIT_ROWS:
-                emptiest = max(open_rows, key=lambda r: r.room)
-                part, rest = bundle.split(emptiest.room - bundle.prefix)
-                if len(part.samples) > 1:
-                    emptiest.add(part)
-                    waiting.appendleft(rest)
-                    continue
-            if len(open_rows) == OPEN_ROWS:
-                fullest = min(range(OPEN_ROWS), key=lambda r: open_rows[r].room)
-                rows.append(open_rows.pop(fullest).close())
-            row = _OpenRow(max_len)
-            open_rows.append(row)
-        row.add(bundle)
-    return rows + [row.close() for row in open_rows]
-
-
-def _best_fit(open_rows: list[_OpenRow], bundle: _Bundle) -> _OpenRow | None:
-    """The first of the rows in which the bundle leaves the least room. Packing spends most of its time here."""
-    best, least = None, 0
-    key, joined, alone = bundle.key, bundle.own, bundle.own + bundle.prefix
-    for row in open_rows:
-        left = row.room - (joined if key in row.by_key else alone)
-        if left >= 0 and (best is None or left < least):
-            best, least = row, left
-    return best
+def _alone(samples: list[int]) -> list[PlannedRow]:
+    """A row for each sample."""
+    return [(PlannedGroup(0, (i,)),) for i in samples]
 
 
 def _take_turns(samples: np.ndarray, weight: float, epoch: int, seed: int, dataset: int) -> np.ndarray:

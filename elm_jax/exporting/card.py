@@ -150,12 +150,13 @@ def _files(weights: TrainedWeights, facts: Mapping[str, Any], merged: bool) -> l
 
 def _training(weights: TrainedWeights) -> str:
     config, data, lora = weights.config, weights.config.data, spec_of(weights.config.llm.lora)
+    counted = "conversations" if config.train.conversations else "rows"
     lines = [
         ("data", ", ".join(data.names)),
         ("ECGs", f"{len(data.leads)} leads, {data.segment_len} samples at {data.sampling_rate:g} Hz, {data.normalize}"),
         ("phase", config.phase),
         ("trained", ", ".join(config.update) or "nothing"),
-        ("steps", f"{weights.step} of {config.train.batch_size} rows"),
+        ("steps", f"{weights.step} of {config.train.count} {counted}"),
         ("optimizer", f"{config.optim.name}, learning rate {config.optim.lr:g}, {config.optim.schedule}"),
         ("computed in", config.llm.compute_dtype),
         ("seed", str(config.seed)),

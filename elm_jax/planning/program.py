@@ -61,7 +61,7 @@ class Compiled:
     @property
     def rows(self) -> int:
         """Of a step, over all devices and micro-batches."""
-        return self.config.train.batch_size
+        return self.config.train.count
 
     @property
     def collectives(self) -> list[Collective]:

@@ -28,7 +28,8 @@ ECG_TOKENS = 512  # a row's tokens for each ECG, where `Load.signals` is not giv
 @dataclass(frozen=True)
 class Load:
     """What a step reads, in place of a data set: ECGs and supervised tokens of a row, rows of a micro-batch for each
-    device. None: see the constants above; for rows, what `train.batch_size` says. key_blocks: as in `BatchShape`."""
+    device. None: see the constants above; for rows, what `train.batch_size` says, or `train.conversations` in rows of
+    their own. key_blocks: as in `BatchShape`."""
 
     rows: int | None = None
     signals: int | None = None
@@ -45,11 +46,23 @@ class Load:
         return BatchShape(tokens, signals, targets, self.key_blocks)
 
     def config(self, config: Config, devices: int) -> Config:
-        """`config` with the rows of a step on so many devices."""
-        if self.rows is None:
+        """`config` with the rows of a step on so many devices.
+
+        Raises:
+            UserError: how many rows the conversations of a step fill only their data tell.
+        """
+        rows, train = self.rows, config.train
+        if rows is None and train.conversations is None:
             return config
-        rows = self.rows * devices * config.optim.accum_steps
-        return replace(config, train=replace(config.train, batch_size=rows))
+        if rows is None and config.data.pack:
+            raise UserError(
+                f"train.conversations={train.conversations}", "packed into as many rows as their data need",
+                "the rows of a micro-batch for each device", "give --rows: a run says at its start how many rows a "
+                "step has",
+            )  # fmt: skip
+        alone = -(-train.count // config.optim.accum_steps // devices)
+        rows = (alone if rows is None else rows) * devices * config.optim.accum_steps
+        return replace(config, train=replace(train, batch_size=rows, conversations=None))
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,9 @@ class Choice:
         return f"attention: {self.implementation} ({self.reason})"
 
 
-def checked_attention(assembly: Assembly, mesh: Any) -> tuple[Assembly, Choice]:
-    """The assembly with an attention that computes what the reference path does, and the choice to log.
+def checked_attention(assembly: Assembly, mesh: Any, rows: int) -> tuple[Assembly, Choice]:
+    """The assembly with an attention that computes what the reference path does on a step of so many rows, and the
+    choice to log.
 
     Raises:
         UserError: `llm.attention` names an implementation that does not.
@@ -79,7 +80,7 @@ def checked_attention(assembly: Assembly, mesh: Any) -> tuple[Assembly, Choice]:
         return assembly, Choice("xla", "asked for" if asked == "xla" else _obstacle(llm, dtype))
     tensor = mesh.shape["tensor"]
     sizes = Sizes(
-        config.train.batch_size // config.optim.accum_steps // batch_ways(mesh), token_buckets(config.data.max_len)[-1],
+        rows // config.optim.accum_steps // batch_ways(mesh), token_buckets(config.data.max_len)[-1],
         llm.heads // tensor, llm.kv_heads // tensor, llm.head_dim, dtype,
     )  # fmt: skip
     choice = settle(asked, chosen, sizes, llm)

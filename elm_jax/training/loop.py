@@ -66,11 +66,11 @@ class Trainer:
         check_rows(config, self.mesh)
         self.assembly = assemble(config, folder / run.TOKENIZER)
         check_heads(self.mesh, self.assembly.llm)
-        self.assembly, self.attention = checked_attention(self.assembly, self.mesh)
         self._warn_of_random_parts()
         run.keep_tokenizer(folder, self.assembly.tokenizer, self.assembly.signal.tokens)
         self.dataset = self.assembly.dataset("train")
-        self.plan = self._plan(self.dataset, config.seed, shuffle=True)
+        self.plan = self._plan(self.dataset)
+        self.assembly, self.attention = checked_attention(self.assembly, self.mesh, self.plan.usual_rows)
         steps = config.train.steps
         self.total_steps = self.plan.steps_before(config.train.epochs) if steps is None else steps
         self._prepare_validation()
@@ -121,21 +121,26 @@ class Trainer:
                 where = {"encoder": "encoder.checkpoint", "llm": "llm.name without llm.scratch"}.get(part, "init_from")
                 print(f"warning: the {part} stays as it is drawn: not in update, and no {where}", file=sys.stderr)
 
-    def _plan(self, dataset: Dataset, seed: int, shuffle: bool) -> Plan:
-        data = self.config.data
+    def _plan(self, dataset: Dataset, rows: int | None = None) -> Plan:
+        """The plan of training; with `rows` that of a validation, in steps of so many."""
+        data, train = self.config.data, self.config.train
         shown = self.config.log.progress and jax.process_index() == 0
         index = dataset.length_index(data.share, data.max_bad_records, cache_folder() / "index", shown)
         if jax.process_index() == 0:
-            _tell_of_cuts("training" if shuffle else "validation", index, data.max_len)
-        return Plan(
-            index, rows=self.config.train.batch_size // (1 if shuffle else self.config.optim.accum_steps),
-            max_len=data.max_len, pack=data.pack, seed=seed, weights=data.weights if shuffle else None, shuffle=shuffle,
+            _tell_of_cuts("training" if rows is None else "validation", index, data.max_len)
+        make = functools.partial(
+            Plan, index, max_len=data.max_len, pack=data.pack, seed=self.config.seed, ways=batch_ways(self.mesh)
+        )
+        if rows is not None:
+            return make(rows=rows, shuffle=False)
+        return make(
+            rows=train.batch_size, conversations=train.conversations, weights=data.weights,
+            micro_batches=self.config.optim.accum_steps,
         )  # fmt: skip
 
-    def _source(self, dataset: Dataset, plan: Plan, steps: int, micro_batches: int = 1) -> StepSource:
+    def _source(self, dataset: Dataset, plan: Plan, steps: int) -> StepSource:
         """This process's parts of the steps."""
-        parts, ways = host_parts(self.mesh), batch_ways(self.mesh)
-        return StepSource(dataset, plan, steps=steps, micro_batches=micro_batches, parts=parts, ways=ways)
+        return StepSource(dataset, plan, steps=steps, parts=host_parts(self.mesh))
 
     def _prepare_validation(self) -> None:
         """The validation part, where the config asks for one and the data have it; says where they have not."""
@@ -145,7 +150,7 @@ class Trainer:
             return
         dataset = self.assembly.dataset("val")
         if len(dataset):
-            plan = self._plan(dataset, self.config.seed, shuffle=False)
+            plan = self._plan(dataset, self.plan.usual_rows // self.config.optim.accum_steps)
             self.validation = self._source(dataset, plan, plan.steps_before(1))
             return
         fix = "set data.val_fraction above 0, or give a dataset a split val"
@@ -230,7 +235,7 @@ class Trainer:
     # -- one step ---------------------------------------------------------------------------------------------
 
     def _steps(self, first: int) -> Iterator[Loaded]:
-        source = self._source(self.dataset, self.plan, self.total_steps, self.config.optim.accum_steps)
+        source = self._source(self.dataset, self.plan, self.total_steps)
         return steps_from(source, first, self.config.data.workers)
 
     def _advance(self, loaded: Loaded) -> dict[str, Any] | None:
@@ -358,7 +363,12 @@ class Trainer:
         self.checkpoints.save(done, items, meta, self.history["best_step"])
 
     def _announce(self, first: int) -> None:
-        self.report.event("resume" if first else "start", first, mfu_formula=telemetry.MFU_FORMULA)
+        epoch, (conversations, supervised) = self.plan.steps_before(1), self.plan.averages()
+        self.report.event(
+            "resume" if first else "start", first, mfu_formula=telemetry.MFU_FORMULA, steps_per_epoch=epoch,
+            rows_per_step=self.plan.usual_rows, conversations_per_step=round(conversations, 3),
+            supervised_tokens_per_step=round(supervised, 3),
+        )  # fmt: skip
         self.report.event("attention", first, **dataclasses.asdict(self.attention))
         self.report.event("truncated", first, max_len=self.config.data.max_len, **cuts(self.plan.index))
         trained = sum(x.size for x in self.state.trained.values())
@@ -370,6 +380,8 @@ class Trainer:
                 f"{self.folder}: {trained:,} parameters trained, {frozen:,} frozen; "
                 f"{'' if kept is None else f'the encoder in its outputs in {kept.folder}; '}"
                 f"{len(self.dataset):,} conversations;"
+                f" a step has {conversations:,.1f} of them on average, with {supervised:,.1f} supervised tokens, in"
+                f" {self.plan.usual_rows:,} rows; {epoch:,} steps an epoch;"
                 f" steps {first} to {self.total_steps}; {self.mesh.size} {self.mesh.devices.flat[0].device_kind} as"
                 f" {dict(self.mesh.shape)}",
                 file=sys.stderr,

@@ -39,8 +39,8 @@ def learning_rate_multiplier(
 
 
 def batch_scale(optim: OptimConfig, train: TrainConfig) -> float:
-    """Rows per optimizer step over `optim.ref_batch` (1 where that is not set)."""
-    return train.batch_size / optim.ref_batch if optim.ref_batch else 1.0
+    """Rows, or conversations where they are counted, of a step over `optim.ref_batch` (1 where that is not set)."""
+    return train.count / optim.ref_batch if optim.ref_batch else 1.0
 
 
 def weight_decay(optim: OptimConfig, train: TrainConfig) -> float:

@@ -58,12 +58,15 @@ def train_program(assembly: Assembly, mesh: Mesh, shape: BatchShape, total_steps
     step = make_train_step(structure, config, tx, mesh, places, {n: shardings[n] for n in frozen})
     like = structure.abstract(shardings)
     accum = config.optim.accum_steps
+    assert config.train.batch_size is not None, "a program has rows; how many conversations fill, data tell"
     batch = abstract_batch(shape, layout, accum, config.train.batch_size // accum, mesh)
     return TrainProgram(step, state, {n: like[n] for n in frozen}, batch)
 
 
 def check_rows(config: Config, mesh: Mesh) -> None:
-    """Raise UserError unless the rows of a micro-batch divide over the mesh."""
+    """Raise UserError unless the rows of a micro-batch divide over the mesh; those of conversations always do."""
+    if config.train.batch_size is None:
+        return
     accum, ways = config.optim.accum_steps, batch_ways(mesh)
     rows = config.train.batch_size // accum
     if rows % ways:

@@ -14,6 +14,7 @@ import pytest
 import runs
 
 from elm_jax.data.batch import Batch
+from elm_jax.errors import UserError
 from elm_jax.training import loop
 from elm_jax.training.step import StepPrograms
 
@@ -101,6 +102,34 @@ def test_a_packed_run_of_several_epochs_compiles_few_shapes(tmp_path: Path) -> N
     assert finish["compile_seconds"] == pytest.approx(sum(line["seconds"] for line in compiled), abs=0.01)
     attention = next(line for line in lines if line.get("event") == "attention")
     assert (attention["implementation"], attention["reason"]) == ("xla", "platform cpu")
+
+
+@pytest.mark.slow
+def test_a_step_of_conversations_is_the_same_packed_or_not_and_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """20 in two micro-batches, in the last of an epoch what is left of 54. `eps` keeps Adam from dividing roundings."""
+    options = {
+        "train__batch_size": None, "train__conversations": 20, "optim__accum_steps": 2, "data__share": "ecg",
+        "optim__eps": 1e-3, "optim__schedule": "constant", "optim__warmup_ratio": 0.0,
+        "data__names": ["demo:train=24,val=8,test=8"],
+    }  # fmt: skip
+    loop.train(runs.config(tmp_path / "packed", train__steps=4, **options))
+    loop.train(runs.config(tmp_path / "alone", train__steps=2, data__pack=False, **options))
+    loop.train(runs.config(tmp_path / "alone", train__steps=4, data__pack=False, **options))
+    told = capfd.readouterr().err
+    assert "a step has 18.0 of them on average, with 46.7 supervised tokens, in " in told and "3 steps an epoch" in told
+    packed, alone = runs.logged(tmp_path / "packed"), runs.logged(tmp_path / "alone")
+    assert [packed[step]["conversations"] for step in range(1, 5)] == [20, 20, 14, 20]
+    for step, line in packed.items():
+        assert alone[step]["conversations"] == line["conversations"]
+        assert alone[step]["supervised_tokens"] == line["supervised_tokens"]
+        assert alone[step]["loss"] == pytest.approx(line["loss"], rel=1e-5), step
+        assert alone[step]["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4), step
+    start = runs.lines(tmp_path / "packed")[0]
+    assert (start["event"], start["steps_per_epoch"], start["conversations_per_step"]) == ("start", 3, 18.0)
+    with pytest.raises(UserError, match="conversations"):
+        loop.train(runs.config(tmp_path / "packed", train__steps=8, **{**options, "train__conversations": 10}))
 
 
 def test_a_shape_is_compiled_once() -> None:

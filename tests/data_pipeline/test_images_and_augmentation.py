@@ -45,8 +45,8 @@ def dataset(folder: Path, representation: str, encoder: str | None, augments: bo
     return Dataset(load_records(data, "train", 0), chat_tokenizer(), text, spec, augments)
 
 
-def source(dataset: Dataset, steps: int, **options: Any) -> StepSource:
-    plan = Plan(dataset.length_index("none", 0.0), rows=ROWS, max_len=128, pack=False, seed=0)
+def source(dataset: Dataset, steps: int, ways: int = 1, **options: Any) -> StepSource:
+    plan = Plan(dataset.length_index("none", 0.0), rows=ROWS, ways=ways, max_len=128, pack=False, seed=0)
     return StepSource(dataset, plan, steps=steps, **options)
 
 

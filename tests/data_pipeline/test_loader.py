@@ -192,9 +192,11 @@ def demo(share: str) -> tuple[Dataset, LengthIndex]:
     return dataset, dataset.length_index(share, 0.0)
 
 
-def source(share: str = "ecg", steps: int = 6, **options: Any) -> StepSource:
+def source(share: str = "ecg", steps: int = 6, parts: tuple[int, ...] = (0,), **options: Any) -> StepSource:
     dataset, index = demo(share)
-    return StepSource(dataset, Plan(index, rows=8, max_len=128, pack=True, seed=3), steps=steps, **options)
+    counted = {} if "conversations" in options else {"rows": 8}
+    plan = Plan(index, max_len=128, pack=True, seed=3, **counted, **options)
+    return StepSource(dataset, plan, steps=steps, parts=parts)
 
 
 def assert_equal(found: Loaded, expected: Loaded) -> None:
@@ -208,12 +210,15 @@ def assert_equal(found: Loaded, expected: Loaded) -> None:
 
 @pytest.mark.parametrize("share", ["none", "system", "ecg"])
 @pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("counted", [{}, {"conversations": 10}], ids=["rows", "conversations"])
 @pytest.mark.parametrize("hosts", [[(0,), (1,)], [(0, 1), (2, 3)], [(0, 3), (1, 2)], [(0, 2, 3), (1,)]], ids=str)
-def test_the_hosts_parts_together_are_the_step(share: str, micro: int, hosts: list[tuple[int, ...]]) -> None:
+def test_the_hosts_parts_together_are_the_step(
+    share: str, micro: int, hosts: list[tuple[int, ...]], counted: dict[str, int]
+) -> None:
     """On a torus a host's parts do not run on; it reads them one after another."""
-    whole = source(share, micro_batches=micro)
     ways = sum(map(len, hosts))
-    sources = [source(share, micro_batches=micro, parts=parts, ways=ways) for parts in hosts]
+    whole = source(share, parts=tuple(range(ways)), micro_batches=micro, ways=ways, **counted)
+    sources = [source(share, parts=parts, micro_batches=micro, ways=ways, **counted) for parts in hosts]
     order = np.argsort([part for parts in hosts for part in parts])
     for step in (0, 3):
         read = [host[step] for host in sources]

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -19,6 +20,10 @@ from elm_jax.data.plan import LengthIndex, Plan, PlannedRow, bucket, token_bucke
 from elm_jax.errors import UserError
 
 SYSTEM, SIGNAL = 6, 4  # tokens of the system prompt, and of an ECG
+COUNTED = [
+    {"conversations": count, "micro_batches": micro, "ways": ways}
+    for count, micro, ways in ((1, 1, 1), (1, 1, 2), (6, 1, 1), (6, 2, 1), (8, 4, 2), (30, 1, 4))
+]
 
 
 def index_of(
@@ -53,7 +58,7 @@ def plans(draw: st.DrawFn) -> tuple[LengthIndex, dict]:
     recordings = draw(st.lists(st.integers(0, 8), min_size=count, max_size=count))
     index = index_of(own, recordings, draw(st.sampled_from(["none", "system", "ecg"])))
     settings = {
-        "rows": draw(st.sampled_from([1, 2, 4, 8])),
+        **draw(st.sampled_from([*({"rows": rows} for rows in (1, 2, 4, 8)), *COUNTED])),
         "max_len": draw(st.integers(50, 130)),
         "pack": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**32)),
@@ -81,7 +86,7 @@ def test_every_usable_sample_once_an_epoch_in_rows_that_fit(case: tuple[LengthIn
     for epoch in range(3):
         rows = epoch_rows(plan, epoch)
         assert sorted(samples(rows)) == np.flatnonzero(index.length > 0).tolist()
-        assert len(rows) % plan.batch_rows == 0
+        assert len(rows) % (settings.get("rows", 1) * plan.micro_batches * plan.ways) == 0
         assert max(tokens(row, index) for row in rows) <= plan.max_len
 
 
@@ -140,7 +145,7 @@ def test_every_row_of_a_step_fits_its_shape_and_shapes_are_few(case: tuple[Lengt
     for step in range(plan.steps_before(5)):
         rows = plan.rows(step)
         shape = plan.shape(rows)
-        shapes.add(shape)
+        shapes.add((len(rows), shape))
         for row in rows:
             assert tokens(row, index) <= shape.tokens
             assert sum(int(index.targets[s]) for g in row for s in g.samples) <= shape.targets
@@ -190,6 +195,100 @@ def test_the_system_prompt_stands_once_in_a_row() -> None:
     index = index_of([4] * 12, list(range(12)), "system")
     rows = epoch_rows(Plan(index, rows=1, max_len=6 + 6 * 8, pack=True, seed=3), 0)
     assert len(rows) == 2 and all(len(row) == 1 and row[0].prefix == SYSTEM for row in rows)
+
+
+# -- steps of conversations -----------------------------------------------------------------------------------
+
+
+def real_index(share: str, count: int = 600) -> LengthIndex:
+    """Lengths as those of ECG-QA: 261 tokens, of which 174 are the system prompt's and the ECG's."""
+    rng = np.random.default_rng(0)
+    index = index_of(np.clip(rng.lognormal(4.3, 0.4, count), 20, 800).astype(int).tolist(), [0] * count)
+    recordings = (np.arange(count) // 14).astype(np.uint64)
+    index.length[:] += 164
+    index.targets[:] = rng.integers(1, 20, count)
+    if share == "none":
+        return index
+    prefix, key = (174, recordings) if share == "ecg" else (170, np.zeros(count, np.uint64))
+    in_prefix = np.full(count, share == "ecg")
+    return replace(
+        index, prefix=np.full(count, prefix, np.int32), key=key, prefix_ecgs=in_prefix.astype(np.int32),
+        shares_ecg=in_prefix,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("share", ["none", "system", "ecg"])
+@pytest.mark.parametrize("micro", [1, 4])
+def test_a_step_has_so_many_conversations_in_each_micro_batch_packed_or_not_on_any_mesh(share: str, micro: int) -> None:
+    index, found = real_index(share), []
+    for pack, ways in ((False, 1), (True, 1), (True, 4), (False, 8)):
+        plan = Plan(index, conversations=32, micro_batches=micro, ways=ways, max_len=2048, pack=pack, seed=5)
+        assert plan.steps_before(3) == 3 * 19
+        steps = []
+        for step in range(plan.steps_before(2)):
+            rows = plan.rows(step)
+            assert len(rows) % (micro * ways) == 0
+            size = len(rows) // micro
+            steps.append([sorted(samples(rows[m * size : (m + 1) * size])) for m in range(micro)])
+        found.append(steps)
+    assert all(steps == found[0] for steps in found)
+    sizes = [[len(part) for part in step] for step in found[0]]
+    whole, left = [32 // micro] * micro, 600 - 18 * 32
+    assert sizes[:18] == sizes[19:37] == [whole] * 18 and sum(sizes[18]) == sum(sizes[37]) == left
+    for epoch in (found[0][:19], found[0][19:]):
+        assert sorted(s for step in epoch for part in step for s in part) == list(range(600))
+    assert found[0][0] != found[0][19]
+
+
+@given(plans(), st.sampled_from([1, 2, 3, 8]))
+def test_another_mesh_has_the_same_rows_and_other_empty_ones(case: tuple[LengthIndex, dict], ways: int) -> None:
+    index, settings = case
+    settings |= {"rows": None, "conversations": settings.get("conversations", 6), "micro_batches": 1}
+    one, other = (Plan(index, **{**settings, "ways": n}) for n in (1, ways))
+    for step in range(one.steps_before(2)):
+        mine, theirs = one.rows(step), other.rows(step)
+        assert [row for row in mine if row] == [row for row in theirs if row] and len(theirs) % ways == 0
+
+
+@pytest.mark.parametrize("share", ["none", "system", "ecg"])
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("conversations", [1, 8, 64, 256])
+@pytest.mark.parametrize("ways", [1, 8])
+def test_steps_of_conversations_have_few_shapes_and_few_empty_rows(
+    share: str, pack: bool, conversations: int, ways: int
+) -> None:
+    index = real_index(share, 4000)
+    plan = Plan(index, conversations=conversations, ways=ways, max_len=2048, pack=pack, seed=0)
+    shapes, held, used = Counter(), 0, 0
+    for step in range(min(plan.steps_before(1), 300)):
+        rows = plan.rows(step)
+        shape = plan.shape(rows)
+        shapes[len(rows), shape] += 1
+        held += len(rows) * shape.tokens
+        used += sum(tokens(row, index) for row in rows)
+    assert len(shapes) <= 6, shapes
+    if pack and conversations >= 64:  # of fewer there are not enough to fill a row for each device
+        assert used / held > 0.7
+    if not pack:
+        assert {rows for rows, _ in shapes} == {-(-conversations // ways) * ways}
+
+
+def test_of_an_epoch_of_conversations_only_what_is_read_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = real_index("system", 20_000)
+    plan = Plan(index, conversations=64, max_len=2048, pack=True, seed=0)
+    plan.rows(0)
+    packed = []
+    monkeypatch.setattr("elm_jax.data.plan.pack_rows", lambda bundles, room: packed.append(len(bundles)) or [()])
+    plan.rows(plan.steps_before(7) + 3)
+    assert packed == [64]
+
+
+def test_averages_are_those_of_an_epoch() -> None:
+    index = index_of([5, 5, 0, 5, 5, 5], [0] * 6, targets=3)
+    plan = Plan(index, conversations=2, max_len=64, pack=True, seed=0)
+    assert plan.averages() == (5 / 3, 5.0)
+    rows = Plan(index, rows=4, max_len=64, pack=False, seed=0)
+    assert rows.averages() == (2.5, 7.5) and rows.usual_rows == 4
 
 
 # -- weights --------------------------------------------------------------------------------------------------

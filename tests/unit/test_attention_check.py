@@ -201,12 +201,12 @@ def test_the_run_takes_the_sizes_of_its_devices_and_the_reference_path_instead(
         update=("connector", "llm"),
     )  # fmt: skip
     assembly, mesh = assemble(config), make_mesh(config.mesh)
-    same, choice = attention_check.checked_attention(assembly, mesh)
+    same, choice = attention_check.checked_attention(assembly, mesh, 16)
     assert same is assembly and str(choice) == "attention: xla (platform cpu)"
     seen: list[Sizes] = []
     monkeypatch.setattr(attention_check, "error_of", lambda *args: seen.append(args[2]) or np.inf)
     kernel(fused)
-    other, choice = attention_check.checked_attention(assembly, mesh)
+    other, choice = attention_check.checked_attention(assembly, mesh, 16)
     assert seen == [Sizes(2, 104, 4, 2, 4, jnp.dtype(jnp.bfloat16))]
     assert choice.refused == "cudnn" and other.config.llm.attention == "xla" and config.llm.attention == "auto"
     assert other.structure.leaves == assembly.structure.leaves

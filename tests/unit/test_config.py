@@ -72,6 +72,7 @@ def test_keys_and_defaults_are_those_of_the_contract_and_those_it_has_grown_by()
     expected["llm"]["lora"]["adapter"] = None
     expected["eval"] |= {"repetition_penalty": 1.0, "labels": None, "protocol": "ours"}
     expected["eval"] |= {"wordnet": None, "bert_model": None}
+    expected["train"]["conversations"] = None
     assert dataclasses.asdict(Config()) == expected
     assert default_config().to_dict() == expected
     assert resolve(default_config()) == resolve({}) == Config(workdir="runs/default")
@@ -237,6 +238,9 @@ def test_a_number_out_of_range_is_refused_with_the_range(key: str, value: Any) -
     ("given", "where"),
     [
         ({"train": {"batch_size": 9}, "optim": {"accum_steps": 2}}, "train.batch_size"),
+        ({"train": {"conversations": 9}, "optim": {"accum_steps": 2}}, "train.conversations"),
+        ({"train": {"batch_size": 16, "conversations": 9}}, "train.batch_size"),
+        ({"train": {"batch_size": None}}, "train.batch_size"),
         ({"data": {"names": ["a"], "weights": [1, 2]}}, "data.weights"),
         ({"phase": "pretrain", "data": {"explicit_thinking": True}}, "data.explicit_thinking"),
         ({"mesh": {"fsdp": -1}}, "mesh"),
@@ -251,6 +255,18 @@ def test_a_number_out_of_range_is_refused_with_the_range(key: str, value: Any) -
 )
 def test_keys_that_contradict_each_other_are_refused(given: dict, where: str) -> None:
     assert refusal(given).where == where
+
+
+def test_a_step_counts_rows_or_conversations_and_a_run_goes_on_as_it_began() -> None:
+    rows, talks = resolve({}), resolve(default_config().to_dict() | {"train": {"conversations": 32}})
+    assert (rows.train.batch_size, rows.train.conversations, rows.train.count) == (8, None, 8)
+    assert (talks.train.batch_size, talks.train.conversations, talks.train.count) == (None, 32, 32)
+    assert resolve(to_dict(talks)) == talks
+    assert "train.conversations" in str(differences(to_dict(rows), talks))
+    (changed,) = differences(to_dict(talks), resolve({"train": {"conversations": 64}}))
+    assert changed.startswith("train.conversations")
+    with pytest.raises(UserError, match="set the other to None"):
+        resolve({"train": {"batch_size": 32, "conversations": 64}})
 
 
 def test_equal_weights_of_two_datasets_are_no_repetition() -> None:
