@@ -96,9 +96,10 @@ def _read_npy(path: str) -> _Raw:
         return _Raw(value, None, None, "")
     if "ecg" not in value:
         raise UserError(path, f"keys {sorted(value)}", "the key ecg", "write the file with prepare")
-    signal = np.asarray(value["ecg"])
-    if signal.dtype.kind not in "fiu":
-        raise UserError(path, f"ecg of dtype {signal.dtype}", "real numbers", "save it as float32")
+    signal = _of_lists(value["ecg"]) if isinstance(value["ecg"], list | tuple) else value["ecg"]
+    if not isinstance(signal, np.ndarray) or signal.dtype.kind not in "fiu":
+        kind = f"dtype {signal.dtype}" if isinstance(signal, np.ndarray) else f"type {type(signal).__name__}"
+        raise UserError(path, f"ecg of {kind}", "an array of real numbers", "save it as float32")
     report = value.get("report")
     text = "; ".join(map(str, report)) if isinstance(report, (list, tuple)) else str(report or "")
     names, rate = value.get("leads"), value.get("target_sf")
@@ -108,6 +109,14 @@ def _read_npy(path: str) -> _Raw:
         float(rate) if isinstance(rate, (int, float, np.integer, np.floating)) else None,
         text,
     )
+
+
+def _of_lists(rows: Sequence[Any]) -> np.ndarray | Sequence[Any]:
+    """Lists of numbers, all of one length, as an array; other lists as they are."""
+    regular = all(isinstance(row, list | tuple) and len(row) == len(rows[0]) for row in rows)
+    if regular and all(type(number) in (int, float) for row in rows for number in row):
+        return np.array(rows, np.float64)
+    return rows
 
 
 def _read_wfdb(path: Path) -> _Raw:

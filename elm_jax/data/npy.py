@@ -4,27 +4,26 @@
 unpickles objects without restriction.
 """
 
-import io
 import os
-import pickle
 import re
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 import numpy as np
-from numpy._core.multiarray import _reconstruct, scalar
-from numpy._core.numeric import _frombuffer  # pyright: ignore[reportAttributeAccessIssue]
 
+from elm_jax.data.pickled import MAX_AXES, NUMBERS, ORDERS, read_pickle, shaped
 from elm_jax.errors import UserError
 
 MAX_BYTES = 1 << 30  # far above any recording: what is larger is not an ECG
 _MAGIC = b"\x93NUMPY"
+_LONGEST_HEADER = 10_000  # bytes, as numpy has it
+_LONGEST_SIZE = 18  # digits
 _HEADER = re.compile(
-    r"\{\s*'descr':\s*'([^']+)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([\d,\s]*)\)\s*,?\s*\}"
+    r"\{\s*'descr':\s*'([^']+)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([0-9,\s]*)\)\s*,?\s*\}"
 )
-_NUMERIC = re.compile(r"[<>|=]?[fiu](1|2|4|8|16)")
 
 
 def read_npy(path: str | Path) -> np.ndarray | dict[str, Any]:
@@ -37,9 +36,9 @@ def read_npy(path: str | Path) -> np.ndarray | dict[str, Any]:
     descr, fortran, shape, start = _parse(path, data)
     if descr in ("|O", "O"):
         return _unpickle(path, data, start)
-    if not _NUMERIC.fullmatch(descr):
+    dtype = _dtype(descr)
+    if dtype is None:
         raise UserError(str(path), f"dtype {descr}", "real numbers", "save the signal as float32")
-    dtype = np.dtype(descr)
     expected = prod(shape) * dtype.itemsize
     if len(data) - start != expected:
         kind = "a truncated file" if len(data) - start < expected else "a file with trailing bytes"
@@ -49,21 +48,36 @@ def read_npy(path: str | Path) -> np.ndarray | dict[str, Any]:
             f"{expected} bytes for shape {shape}",
             "write or download the file again",
         )
-    values = np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
+    try:
+        values = shaped(memoryview(data)[start:], dtype, shape, fortran)
+    except ValueError:  # of no samples, along axes that numpy does not have
+        raise UserError(str(path), f"shape {shape}", "(leads, samples)", "save the signal so") from None
     return values.astype(dtype.newbyteorder("="), copy=False)
 
 
 def _read_bytes(path: str | Path) -> bytes:
     try:
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
+        # Not `open`, which costs as much as all the rest; a pipe must not be waited for.
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            status = os.fstat(file)
+            if not S_ISREG(status.st_mode):
+                what = "a directory" if S_ISDIR(status.st_mode) else "no regular file"
+                raise UserError(str(path), what, "a .npy file", "check the path (and data.root)")
+            size = status.st_size
             if size > MAX_BYTES:
                 raise UserError(str(path), f"{size} bytes", f"at most {MAX_BYTES}", "give one recording per file")
-            return file.readall()
-    except OSError as error:
-        raise UserError(
-            str(path), error.strerror or "no file", "a readable .npy file", "check the path (and data.root)"
-        ) from None
+            data = os.read(file, size)
+            while len(data) < size and (more := os.read(file, size - len(data))):
+                data += more
+            return data
+        finally:
+            os.close(file)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: of a path that no file can have
+        found = getattr(error, "strerror", None) or str(error)
+        raise UserError(str(path), found, "a readable .npy file", "check the path (and data.root)") from None
 
 
 def _parse(path: str | Path, data: bytes) -> tuple[str, bool, tuple[int, ...], int]:
@@ -73,7 +87,7 @@ def _parse(path: str | Path, data: bytes) -> tuple[str, bool, tuple[int, ...], i
     width = 2 if data[6:7] == b"\x01" else 4
     length = int.from_bytes(data[8 : 8 + width], "little")
     start = 8 + width + length
-    parsed = _header(data[8 + width : start]) if len(data) >= start else None
+    parsed = _header(data[8 + width : start]) if len(data) >= start and length <= _LONGEST_HEADER else None
     if parsed is None:
         raise UserError(
             str(path),
@@ -84,65 +98,32 @@ def _parse(path: str | Path, data: bytes) -> tuple[str, bool, tuple[int, ...], i
     return *parsed, start
 
 
+def _dtype(descr: str) -> np.dtype | None:
+    order, kind = (descr[0], descr[1:]) if descr[0] in ORDERS else ("=", descr)
+    return np.dtype(order + kind) if kind in NUMBERS and kind != "b1" else None
+
+
 @lru_cache(maxsize=1024)
 def _header(text: bytes) -> tuple[str, bool, tuple[int, ...]] | None:
     match = _HEADER.fullmatch(text.decode("latin-1").strip())
     if match is None:
         return None
-    sizes = match[3].replace(" ", "").split(",")
-    return match[1], match[2] == "True", tuple(int(size) for size in sizes if size)
-
-
-def _plain_scalar(dtype: np.dtype, *data: Any) -> Any:
-    if dtype.hasobject:
-        raise pickle.UnpicklingError("a numpy scalar of Python objects")
-    return scalar(dtype, *data)
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    # How pickle protocols 0 to 2 spell bytes; other codecs are none of our business.
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"codec {encoding}")
-    return text.encode(encoding)
-
-
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _encode,
-    **{("builtins", kind.__name__): kind for kind in (list, dict, tuple, set, frozenset)},
-    **{("builtins", kind.__name__): kind for kind in (str, bytes, bytearray, int, float, bool, complex)},
-}
-for _core in ("numpy.core", "numpy._core"):  # numpy 1 and 2
-    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
-    _ALLOWED[f"{_core}.multiarray", "scalar"] = _plain_scalar
-    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _frombuffer
-
-
-class _Unpickler(pickle.Unpickler):
-    """Rebuilds arrays and plain values; every other name in the stream is refused, not imported."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"the name {module}.{name}") from None
+    sizes = [size for size in match[3].replace(" ", "").split(",") if size]
+    if len(sizes) > MAX_AXES or not all(size.isdecimal() and len(size) <= _LONGEST_SIZE for size in sizes):
+        return None
+    return match[1], match[2] == "True", tuple(map(int, sizes))
 
 
 def _unpickle(path: str | Path, data: bytes, start: int) -> dict[str, Any]:
-    stream = io.BytesIO(data)
-    stream.seek(start)
     try:
-        value = _Unpickler(stream).load()
-    except Exception as error:  # a malformed stream can raise almost anything
+        value = read_pickle(data, start)
+    except ValueError as error:
         raise UserError(
             str(path),
             f"a pickle that is refused or broken ({error})",
             "only numpy arrays and plain values, whole",
             "use a file you trust, or save the array alone",
         ) from None
-    if isinstance(value, np.ndarray) and value.shape == ():
-        value = value.item()
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise UserError(
             str(path),

@@ -4,11 +4,11 @@ import hashlib
 import json
 import pickle
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any, NoReturn
 
+from elm_jax.data.pickled import read_pickle
 from elm_jax.data.prepare.output import write_atomic
 from elm_jax.errors import UserError
 
@@ -106,24 +106,11 @@ def _from_json(path: Path, data: bytes) -> TokenizerFile:
     return _checked(path, spelt, symbols, contents.get("order"), settings)
 
 
-class _OnlyContainers(pickle.Unpickler):
-    """Reads dicts, lists, tuples, numbers and strings; a pickle that names anything else is refused.
-
-    A pickle can call only what it names, and all names pass through the two methods here.
-    """
-
-    def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
-        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
-
-    def persistent_load(self, pid: Any, /) -> NoReturn:
-        raise pickle.UnpicklingError("it refers to an object outside the file")
-
-
 def _from_pickle(path: Path, data: bytes) -> TokenizerFile:
     """The reference's file: (dict id -> text, list of (list of bytes, id)), merges numbered from 256."""
     try:
-        contents = _OnlyContainers(BytesIO(data)).load()
-    except Exception as error:  # a broken pickle raises nearly anything
+        contents = read_pickle(data)
+    except ValueError as error:
         _refuse(path, f"a pickle that is not a tokenizer ({error})")
     try:
         vocabulary, pairs = contents

@@ -256,7 +256,8 @@ class _Runs:
 def test_a_pickle_that_would_run_something_is_refused_and_runs_nothing(tmp_path, protocol, place):
     trap = tmp_path / "ran"
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(place(_Runs(trap)), protocol))
-    with pytest.raises(UserError, match="mkdir"):
+    says = "mkdir" if protocol >= 2 else "a pickle that is not a tokenizer"  # the older ones are not read at all
+    with pytest.raises(UserError, match=says):
         EcgByte.load(tmp_path / "evil.pkl")
     assert not trap.exists(), "loading the file ran its code"
 
