@@ -31,7 +31,14 @@ from elm_jax.models.attention import choose_attention
 from elm_jax.models.connectors import SIGNAL_KINDS, build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder, DecoderConfig, Remat
 from elm_jax.models.elm import ELM
-from elm_jax.models.encoders import ENCODERS, build_encoder, encoder_config, from_published, read_checkpoint
+from elm_jax.models.encoders import (
+    ENCODERS,
+    build_encoder,
+    encoder_config,
+    from_published,
+    kind_of,
+    read_checkpoint,
+)
 from elm_jax.models.families import chat_family, extended, scratch_config
 from elm_jax.models.functional import Arrays, Structure, initialise, structure_of
 from elm_jax.models.lora import add_lora, is_lora
@@ -82,6 +89,8 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
         UserError: a name or size in the config does not fit; names the key.
     """
     _check_parts(config)
+    if config.encoder.name is not None and ENCODERS[config.encoder.name].file_config is None:
+        ENCODERS[config.encoder.name].config(_encoder_fields(config))  # before anything is looked for
     weights = weights and config.llm.scratch is None
     folder = None if config.llm.scratch else resolve_llm_folder(config.llm.name, weights)
     tokenizer = _tokenizer(config, tokenizer_folder, weights)
@@ -233,6 +242,8 @@ def _check_parts(config: Config) -> None:
         raise UserError("encoder.name", "None", f"an ECG encoder for elm={elm}: {known}", "set --config.encoder.name")
     if not encoded and name is not None:
         raise UserError("encoder.name", name, f"no encoder with elm={elm}", "leave it out, or choose a LLaVA")
+    if name is not None:
+        kind_of(name)
     for part, exists in (("encoder", encoded), ("connector", kind is not None)):
         if part in config.update and not exists:
             raise UserError("update", part, f"no {part} with elm={elm}", "leave it out, or choose another elm")

@@ -193,6 +193,9 @@ class EvalConfig:
 class LogConfig:
     progress: bool = key(True, "progress bar on a terminal")
     wandb: bool = key(False, "log to Weights & Biases too")
+    wandb_project: str | None = key(None, "its project there; None is WANDB_PROJECT, else elm_jax")
+    wandb_entity: str | None = key(None, "the user or team there; None is WANDB_ENTITY, else your own")
+    wandb_tags: tuple[str, ...] = key((), "its tags there; none are those of WANDB_TAGS")
     tensorboard: bool = key(False, "log to TensorBoard too")
     profile_steps: str | None = key(None, "profile steps a to b, as a:b")
 

@@ -56,8 +56,8 @@ def require_sampling() -> None:
         import sklearn  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "--sample stratified", f"no scikit-learn ({error})", "the extra `sampling`",
-            "run pip install 'elm-jax[sampling]', or take --sample random",
+            "--sample stratified", f"no scikit-learn ({error})", "scikit-learn",
+            "run pip install scikit-learn threadpoolctl, or take --sample random",
         ) from None  # fmt: skip
 
 

@@ -38,7 +38,7 @@ LLM, ADAPTER = "llm", "adapter"
 SHARD_BYTES = 5 * 10**9
 _WRITTEN = frozenset((LLM, ADAPTER, "encoder.safetensors", "connector.safetensors", ELM, ENCODER, run.ECG_BYTE, FACTS,
                       "README.md"))  # fmt: skip
-NO_TORCH = f"left out: {ELM}, for PyTorch is not installed (pip install 'elm-jax[torch]')"
+NO_TORCH = f"left out: {ELM}, for PyTorch is not installed (pip install torch)"
 
 
 def export(

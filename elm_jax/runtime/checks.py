@@ -66,9 +66,13 @@ def examine(checks: Iterable[Callable[[], Finding]] | None = None) -> Iterator[F
 
 
 def install(extra: str = "") -> str:
-    """The command that installs this package with one of its extras."""
-    tail = f"[{extra}]" if extra else ""
-    return f'pip install -e "{ROOT}{tail}"' if (ROOT / "pyproject.toml").is_file() else f'pip install "{PROJECT}{tail}"'
+    """The command that installs this package again, or what one of its extras brings. (No index has the package.)"""
+    if (ROOT / "pyproject.toml").is_file():
+        return f'pip install -e "{ROOT}[{extra}]"' if extra else f'pip install -e "{ROOT}"'
+    if not extra:
+        return f"pip install --force-reinstall {PROJECT.replace('-', '_')}-*.whl  # the wheel that brought it"
+    brought = [line.partition(";")[0].strip() for line in requirements() if re.search(f"extra == .{extra}.$", line)]
+    return " ".join(["pip install", *(f'"{one}"' for one in brought)])
 
 
 # -- what is installed ---------------------------------------------------------------------------------------
@@ -169,7 +173,7 @@ def tokenizer() -> Finding:
     found = memoryview(Encoder(merges, b"abc").encode(symbols, False)).cast("I").tolist()
     if found != longest_match(symbols, merges):
         text = f"the Rust tokenizer encodes wrongly: {found} for {longest_match(symbols, merges)}"
-        return Finding("tokenizer", FAIL, text, f"{install()} --force-reinstall --no-deps")
+        return Finding("tokenizer", FAIL, text, install().replace("install", "install --force-reinstall --no-deps", 1))
     return Finding("tokenizer", OK, f"the Rust tokenizer encodes {len(symbols)} letters as longest match does")
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
+import os
 import queue
+import re
 import threading
 import time
-import zlib
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +19,10 @@ from typing import Any, TextIO
 import jax
 from tqdm import tqdm
 
+from elm_jax.config import LogConfig
+from elm_jax.errors import UserError
+
+WANDB_ID = "wandb_id"  # in a run's folder: its id in Weights & Biases
 # Peak dense bfloat16 FLOP/s of one device, by how its `device_kind` reads (vendors' data sheets): the first that is a
 # part of it.
 PEAK_FLOPS = {
@@ -210,22 +217,26 @@ def device_memory_gb() -> float | None:
 Tracker = Callable[[int, Mapping[str, Any]], None]
 
 
-def trackers(folder: Path, wandb: bool, tensorboard: bool, config: Mapping[str, Any]) -> list[Tracker]:
-    """Functions (step, values) that send a line elsewhere.
+def trackers(folder: Path, log: LogConfig, config: Mapping[str, Any]) -> list[Tracker]:
+    """Functions (step, values) that send a line elsewhere. Of Weights & Biases' own variables those hold that `log`
+    says nothing of.
 
     Raises:
-        UserError: a package that the config asks for is not installed.
+        UserError: a package that the config asks for is not installed, or the folder's WANDB_ID is damaged.
     """
     found: list[Tracker] = []
-    if wandb:
-        module = _needed("wandb", "log.wandb", "wandb")
+    if log.wandb:
+        module = _needed("wandb", "log.wandb")
+        known = os.environ.keys()
         run = module.init(
-            project="elm_jax", dir=str(folder), name=folder.name, config=dict(config),
-            id=f"{zlib.crc32(str(folder.absolute()).encode()):08x}", resume="allow",
+            project=log.wandb_project or (None if "WANDB_PROJECT" in known else "elm_jax"),
+            entity=log.wandb_entity, tags=list(log.wandb_tags) or None,
+            name=None if "WANDB_NAME" in known else folder.name, dir=None if "WANDB_DIR" in known else str(folder),
+            config=dict(config), id=_wandb_id(folder / WANDB_ID), resume="allow",
         )  # fmt: skip
         found.append(lambda step, values: run.log(dict(values), step=step))
-    if tensorboard:
-        module = _needed("tensorboardX", "log.tensorboard", "tensorboard")
+    if log.tensorboard:
+        module = _needed("tensorboardX", "log.tensorboard")
         writer = module.SummaryWriter(str(folder / "tensorboard"))
 
         def write(step: int, values: Mapping[str, Any]) -> None:
@@ -237,13 +248,22 @@ def trackers(folder: Path, wandb: bool, tensorboard: bool, config: Mapping[str, 
     return found
 
 
-def _needed(module: str, key: str, extra: str) -> Any:
-    import importlib
+def _wandb_id(path: Path) -> str:
+    """The run's id there: the one that the run's folder keeps, else that of a sweep's agent or a new one, then kept."""
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12], encoding="utf-8")
+        temporary.replace(path)
+    kept = path.read_bytes()
+    if not re.fullmatch(rb"[\w.-]+", kept.strip()):
+        fix = "put it back, or remove the file: the run goes on there as a new one"
+        raise UserError(str(path), repr(kept[:40]), "the id of this run in Weights & Biases", fix)
+    return kept.strip().decode()
 
-    from elm_jax.errors import UserError
 
+def _needed(module: str, key: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        fix = f"install it with pip install 'elm_jax[{extra}]', or set config.{key} to False"
+        fix = f"install it with pip install {module}, or set config.{key} to False"
         raise UserError(f"config.{key}", f"no package {module}", "the package", fix) from error

@@ -84,7 +84,7 @@ class Report:
         self._file = telemetry.MetricsFile(folder, first, self._first_process)
         log = config.log
         self._trackers = (
-            telemetry.trackers(folder, log.wandb, log.tensorboard, to_dict(config)) if self._first_process else []
+            telemetry.trackers(folder, log, to_dict(config)) if self._first_process else []
         )
         self._bar = telemetry.Progress(total, first, log.progress and self._first_process)
         peak = telemetry.peak_flops(mesh.devices.flat[0].device_kind)

@@ -24,6 +24,7 @@ from elm_jax.models.lora import is_lora
 from elm_jax.runtime import distributed
 from elm_jax.runtime.checkpoint import Checkpoints, fingerprint, load_arrays, save_arrays
 from elm_jax.runtime.mesh import replicated
+from elm_jax.runtime.telemetry import WANDB_ID
 from elm_jax.weights.peft import save_adapter, spec_of
 
 INHERITED = "inherited"  # folder of the frozen arrays that came from `init_from`
@@ -57,6 +58,7 @@ def open_folder(config: Config) -> Path:
             if changed:  # nothing has been trained yet: what is left of the other configuration goes
                 shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
                 shutil.rmtree(folder / INHERITED, ignore_errors=True)
+                (folder / WANDB_ID).unlink(missing_ok=True)
             folder.mkdir(parents=True, exist_ok=True)
             write_json(path, to_dict(config))
         except OSError as error:

@@ -76,7 +76,7 @@ def _read(path: Path, mapped: bool) -> Any:
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
-        fix = "install it with `pip install 'elm-jax[torch]'`, or convert the file to .safetensors"
+        fix = "install it with `pip install torch`, or convert the file to .safetensors"
         raise UserError(str(path), "no PyTorch", f"PyTorch, to read a {path.suffix} file", fix) from None
     if Version(torch.__version__) < OLDEST:
         fix = f"update it with `pip install 'torch>={OLDEST}'`"

@@ -120,11 +120,11 @@ def test_requirements_are_those_of_the_tree_or_of_the_installation(monkeypatch: 
     assert any(line.startswith("jax>=") for line in tree) and 'torch>=2.6; extra == "torch"' in tree
     assert checks.install("gpu") == f'pip install -e "{ROOT}[gpu]"'
     monkeypatch.setattr(checks, "ROOT", tmp_path)
-    monkeypatch.setattr(checks.metadata, "requires", lambda name: [f"{name}-needs>=7"])
+    monkeypatch.setattr(checks.metadata, "requires", lambda name: [f"{name}-needs>=7", 'jax[cuda12]; extra == "gpu"'])
     monkeypatch.setattr(checks.metadata, "metadata", lambda name: {"Requires-Python": ">=3.99"})
     says(checks.packages(), FAIL, "elm-jax-needs is missing", mend='pip install "elm-jax-needs>=7"')
-    says(checks.python(), FAIL, ">=3.99", mend='pip install "elm-jax"')
-    assert checks.install("gpu") == 'pip install "elm-jax[gpu]"'
+    says(checks.python(), FAIL, ">=3.99", mend="elm_jax-*.whl")
+    assert checks.install("gpu") == 'pip install "jax[cuda12]"'
 
 
 def test_extras_are_notes_where_they_are_missing(monkeypatch: Patch) -> None:

@@ -176,4 +176,4 @@ def test_without_torch_or_with_an_old_one_it_says_what_to_install(
         patch.setattr("torch.__version__", "2.5.1")
         assert "PyTorch 2.5.1, whose check of files is not safe" in refused(file, *flags)
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert "install it with `pip install 'elm-jax[torch]'`" in refused(file, *flags)
+    assert "install it with `pip install torch`" in refused(file, *flags)

@@ -60,6 +60,30 @@ def coders(tmp_path: Path) -> tuple[Path, Path]:
     return files
 
 
+# -- what the config alone says comes first -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"encoder__name": "clip-vit-base-patch32"}, "encoder.name: found 'clip-vit-base-patch32'; .*name=clip, and"),
+        ({"encoder__name": "google/vit-base-patch16-224-in21k"}, "set encoder.name=vit, and encoder.checkpoint to"),
+        ({"encoder__name": "siglip2-so400m-patch16-naflex"}, "set encoder.name=siglip2, and"),
+        ({"encoder__name": "ST-MEM-large"}, "set encoder.name=st_mem, and"),
+        ({"encoder__name": "merll"}, "did you mean 'merl'"),
+        ({"encoder__name": "vitamin"}, "expected one of merl, .*choose one|did you mean 'vit'"),
+        ({"encoder__config": {"resnet": "resnet18"}}, "encoder.config.resnet: found an unknown field"),
+        ({"encoder__name": "st_mem", "encoder__config": {"patch_size": 7}}, "encoder.config.patch_size"),
+    ],
+)
+def test_an_encoder_that_is_none_is_told_before_the_llm_is_looked_for(
+    tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    nowhere = {"llm__name": str(tmp_path / "none"), "llm__scratch": None}
+    with pytest.raises(UserError, match=message):
+        assemble(config(tmp_path, **MERL | nowhere | keys))
+
+
 # -- the tokenizer of init_from -------------------------------------------------------------------------------
 
 

@@ -6,11 +6,18 @@ import contextlib
 import io
 import json
 import math
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from elm_jax.config import LogConfig
+from elm_jax.errors import UserError
 from elm_jax.models.families import scratch_config
 from elm_jax.runtime import telemetry
 from elm_jax.runtime.telemetry import MetricsFile, Progress, peak_flops, step_flops
@@ -82,9 +89,69 @@ def test_the_bar_counts_from_where_the_run_resumes() -> None:
 
 
 def test_a_tracker_without_its_package_is_the_users_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"config.log.wandb.*pip install"):
-        telemetry.trackers(tmp_path, wandb=True, tensorboard=False, config={})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"config.log.wandb.*pip install wandb"):
+        telemetry.trackers(tmp_path, LogConfig(wandb=True), {})
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What a stand-in for Weights & Biases is asked for, call by call; a run's lines are under "lines"."""
+    asked: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> SimpleNamespace:
+        asked.append({**options, "lines": []})
+        lines = asked[-1]["lines"]
+        return SimpleNamespace(log=lambda values, step: lines.append((step, values)))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    return asked
+
+
+def test_a_run_keeps_its_id_in_weights_and_biases_and_two_runs_never_share_one(
+    wandb: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    for again in (False, True):
+        folder.mkdir()
+        for _ in range(2):  # started, resumed
+            (track,) = telemetry.trackers(folder, LogConfig(wandb=True), {"seed": 1})
+            track(3, {"loss": 0.5})
+        shutil.copytree(folder, tmp_path / f"moved{again}")
+        telemetry.trackers(tmp_path / f"moved{again}", LogConfig(wandb=True), {})
+        shutil.rmtree(folder)
+    first, second = ([call["id"] for call in wandb[i : i + 3]] for i in (0, 3))
+    assert len(set(first)) == len(set(second)) == 1 and first[0] != second[0]
+    assert wandb[0]["lines"] == [(3, {"loss": 0.5})] and wandb[0]["config"] == {"seed": 1}
+    assert all(call["resume"] == "allow" for call in wandb)
+
+
+def test_weights_and_biases_own_variables_hold_where_the_config_says_nothing(
+    wandb: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = LogConfig(wandb=True, wandb_project="mine", wandb_entity="team", wandb_tags=("a", "b"))
+    telemetry.trackers(tmp_path, LogConfig(wandb=True), {})
+    assert (wandb[0]["project"], wandb[0]["name"], wandb[0]["dir"]) == ("elm_jax", tmp_path.name, str(tmp_path))
+    for name in ("PROJECT", "ENTITY", "TAGS", "NAME", "DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", "theirs")
+    telemetry.trackers(tmp_path, LogConfig(wandb=True), {})
+    assert {wandb[1][key] for key in ("project", "entity", "tags", "name", "dir")} == {None}, "wandb reads its own"
+    telemetry.trackers(tmp_path, said, {})
+    assert [wandb[2][key] for key in ("project", "entity", "tags")] == ["mine", "team", ["a", "b"]]
+    monkeypatch.setenv("WANDB_RUN_ID", "of-a-sweep")
+    telemetry.trackers(tmp_path, said, {})
+    (tmp_path / "new").mkdir()
+    telemetry.trackers(tmp_path / "new", said, {})
+    assert [call["id"] for call in wandb] == [wandb[0]["id"]] * 4 + ["of-a-sweep"]
+
+
+def test_a_damaged_id_is_refused(wandb: list[dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / telemetry.WANDB_ID).write_bytes(b"\0\0")
+    with pytest.raises(UserError, match="wandb_id: found .*remove the file"):
+        telemetry.trackers(tmp_path, LogConfig(wandb=True), {})
+    assert not wandb
 
 
 def test_a_profile_begins_and_ends_when_the_devices_have_done_what_they_were_given(

@@ -41,7 +41,7 @@ class BertScore:
             # RoBERTa has other tokens for a word behind a blank; the package reads the first one so too.
             behind_blank = {"add_prefix_space": True} if self._model.config.model_type == "roberta" else {}
         except ImportError as error:
-            raise UserError(where, str(error), "PyTorch, for BERTScore", 'pip install "elm-jax[torch]"') from error
+            raise UserError(where, str(error), "PyTorch, for BERTScore", "pip install torch") from error
         except (OSError, ValueError) as error:
             fix = f"download it with `hf download {name}`, or give a folder"
             raise UserError(where, f"no weights of {name} on this machine", "a downloaded model", fix) from error

@@ -106,7 +106,7 @@ def build_encoder(
 
     `config` has the fields of the encoder's own config. UserError for an unknown name, field or value.
     """
-    kind = _kind(name)
+    kind = kind_of(name)
     for behaviour, changed in kind.compat.items():
         if behaviours.enabled(behaviour, compat):
             config = {**config, **changed}
@@ -148,7 +148,7 @@ def encoder_config(
     name: str, checkpoint: str | Path | Mapping[str, Any] | None, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """`config` over what the checkpoint's own `config.json` says, where there is one: what `build_encoder` takes."""
-    read = _kind(name).file_config
+    read = kind_of(name).file_config
     return {**(read(read_config(checkpoint, PROCESSING.get(name))) if read else {}), **config}
 
 
@@ -176,7 +176,7 @@ def from_published(
     `where` and the tensors, unless every other leaf is there in its shape and nothing is left over but what the
     encoder's table says belongs to other parts.
     """
-    kind = _kind(name)
+    kind = kind_of(name)
     wanted = {ours: kind.weight_rule(ours) for ours in leaves}
     names = {ours: rule.names(leaves[ours].shape[0] if rule.stacked else 1) for ours, rule in wanted.items()}
     expected = [theirs for each in names.values() for theirs in each]
@@ -210,13 +210,18 @@ def from_published(
 
 def to_published(name: str, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Arrays under our names as published tensors: the inverse of `from_published`."""
-    kind = _kind(name)
+    kind = kind_of(name)
     tensors = dict(export([kind.weight_rule(ours) for ours in arrays], arrays))
     return tensors | {second: tensors[first] for second, first in kind.aliases(tensors).items()}
 
 
-def _kind(name: str) -> Kind:
+def kind_of(name: str) -> Kind:
+    """The registry's entry of `encoder.name`. Raises UserError for an unknown one."""
     if name not in ENCODERS:
+        plain = str(name).rpartition("/")[2].replace("-", "_").casefold()
+        family = max((known for known in ENCODERS if plain.startswith(f"{known}_")), key=len, default="")
         fix = nearest(str(name), ENCODERS) or "choose one of them"
+        if family:
+            fix = f"set encoder.name={family}, and encoder.checkpoint to its weights: a file, a folder or a hub's id"
         raise UserError("encoder.name", repr(name), f"one of {', '.join(ENCODERS)}", fix)
     return ENCODERS[name]
