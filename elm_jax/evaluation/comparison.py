@@ -30,13 +30,13 @@ def compare(
 ) -> dict[str, Any]:  # fmt: skip
     """Compare the run folders' evaluations called `evaluation` (None: the one that all have).
 
-    {"evaluation", "protocol", "n", "patients", "least_p_holm", "control", "perfect", "runs": {run: {"metrics",
-    "signal_dependence": {"value", "ci95", "p", "n"}}}, "differences": [{"a", "b", "metrics": {metric: {"value", "ci95",
-    "p", "p_holm"}}, "signal_dependence"}]}:
+    {"evaluation", "protocol", "n", "patients", "least_p", "least_p_holm", "control", "perfect",
+    "runs": {run: {"metrics", "signal_dependence": {"value", "ci95", "p", "n"}}},
+    "differences": [{"a", "b", "metrics": {metric: {"value", "ci95", "p", "p_holm"}}, "signal_dependence"}]}:
     a's score less b's, paired by question, on the questions that all answered. The interval is a bootstrap over
     patients. p is of one test for every metric: the two runs' answers swapped patient by patient
     (`Patients.swap_p`). p_holm is corrected for all metrics and signal dependences of all pairs (Holm 1979); it
-    cannot be below least_p_holm, which the number of patients and of comparisons sets.
+    cannot be below least_p_holm, which the numbers of patients and of comparisons set.
 
     The signal dependence is of all these questions under the first control that all runs answered, named in "control";
     it is None where there is none. Under a protocol that leaves out empty answers it counts them as wrong.
@@ -71,9 +71,10 @@ def compare(
     compared = [d for pair in pairs for d in (*pair["metrics"].values(), pair["signal_dependence"]) if d]
     _correct(compared)
     patients = tables[0].patients
+    least_p = min(patients.least_p, asked.patients.least_p)  # a protocol may leave out answers that the latter has
     return {
         "evaluation": name, "protocol": protocol, "n": len(tables[0].pairs), "patients": patients.count,
-        "least_p_holm": min(1.0, len(compared) * patients.least_p), "control": control,
+        "least_p": least_p, "least_p_holm": min(1.0, len(compared) * least_p), "control": control,
         "unavailable": scorer.unavailable, "perfect": tables[0].perfect(), "runs": runs, "differences": pairs,
     }  # fmt: skip
 
@@ -205,10 +206,9 @@ def _no_star(result: Mapping[str, Any]) -> str:
     """Why no difference can be marked, in a sentence; nothing where one can."""
     if result["least_p_holm"] < SIGNIFICANT:
         return ""
-    return (
-        f"no difference can be significant: with {result['patients']} patients and so many comparisons the corrected p"
-        f" is at least {told_p(result['least_p_holm'])}"
-    )
+    least, corrected = told_p(result["least_p"]), told_p(result["least_p_holm"])
+    few = f"of {result['patients']} patients the least p is {least}, corrected for all that is compared {corrected}"
+    return f"no difference can be significant: {few}"
 
 
 def _star(difference: Mapping[str, Any]) -> str:

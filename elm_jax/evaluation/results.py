@@ -204,7 +204,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
 
 def short_text(results: Mapping[str, Any]) -> str:
     """What answers equal to their truths would have of the metrics that give them less than 1, in a sentence."""
-    less = [f"{name} {value:.3f}" for name, value in results["perfect"].items() if value < LESS_THAN_ONE]
+    less = [f"{name} {value:.2g}" for name, value in results["perfect"].items() if value < LESS_THAN_ONE]
     return f"answers equal to every truth would have {' and '.join(less)}, made for longer texts" if less else ""
 
 
