@@ -17,6 +17,7 @@ from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.features import Features
 from elm_jax.data.images import Processing, process, stacked
 from elm_jax.data.rasterize import DPI, REFERENCE_DPI, draw
+from elm_jax.data.wfdb_record import files_of, header_of
 from elm_jax.errors import UserError
 
 NOISE, FLATLINE, DEMO = "noise", "flatline", "demo:"
@@ -114,13 +115,12 @@ class SignalSpec:
     def stamp(self, path: str) -> list[tuple[int, int]]:
         """Size and time of the file at `path`, of a WFDB record of all its files; nothing for what is no file."""
         whole = Path(self.root, path)
-        files, stem = [whole], whole.with_suffix("") if whole.suffix in (".hea", ".dat", ".mat") else whole
-        header = stem.with_name(f"{stem.name}.hea")
-        if whole.suffix != ".npy" and header.is_file():
-            files = [header, *_named_in(header)]
+        files = [whole]
+        if whole.name and whole.suffix != ".npy" and os.path.isfile(header_of(whole)):
+            files = files_of(header_of(whole))
         found = []
         for file in files:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # no file, or what none can be called
                 stat = file.stat()
                 found.append((stat.st_size, stat.st_mtime_ns))
         return found
@@ -177,16 +177,6 @@ def signal_spec(
         dpi=REFERENCE_DPI if behaviours.enabled("rgb_250_dpi", compat) else DPI,
         compat=compat,
     )
-
-
-def _named_in(header: Path) -> list[Path]:
-    """The files of a WFDB record: the first word of each line behind the first that is no comment."""
-    try:
-        lines = header.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    words = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
-    return [header.with_name(name) for name in dict.fromkeys(words[1:])]
 
 
 def _image_layout(processing: Processing) -> Layout:

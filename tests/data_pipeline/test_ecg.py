@@ -202,6 +202,7 @@ def test_broken_or_strange_pickles_are_refused_in_one_line(tmp_path):
         ({"ecg": "text"}, "type str"),
         ({"ecg": [[1.0, 2.0], [3.0]]}, "type list"),
         ({"ecg": [["1.0"] * 40] * 12}, "type list"),
+        ({"ecg": [[10**400] * 40] * 12}, "type list"),
         ({"ecg": np.array([["1.0"] * 40] * 12)}, "broken"),
         ({1: 2}, "dict"),
     ]:
@@ -297,11 +298,6 @@ def test_a_wfdb_record_is_read_by_any_of_its_names_in_canonical_order(tmp_path):
         assert recording.leads == LEADS and recording.sampling_rate == 500
         rows = recording.signal[:, 0].round().astype(int)
         assert [names[row].casefold() for row in rows] == [n.casefold() for n in LEADS]
-
-
-def test_microvolts_become_millivolts(tmp_path):
-    path = write_wfdb(tmp_path, values=ramp(dtype=np.float64) * 1000, units="uV")
-    np.testing.assert_allclose(read_ecg(path).signal, ramp(), atol=2e-3)
 
 
 def test_a_gap_in_a_wfdb_record_is_refused_with_its_lead(tmp_path):

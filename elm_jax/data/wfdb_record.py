@@ -1,0 +1,218 @@
+"""WFDB records: what their headers say, and their signals in millivolts.
+
+Headers are read here, strictly, and wfdb decodes the samples: it takes a header for ASCII (so that µV becomes V), fills
+in a gain or rate that it does not understand, and gives all segments the units of the first.
+"""
+
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elm_jax.errors import UserError, some
+
+ENDINGS = (".hea", ".dat", ".mat")
+_UNIT = re.compile(r"(m|milli|u|micro|n|nano)?(?:v|volts?)")
+_MILLIVOLTS = {None: 1e3, "m": 1.0, "milli": 1.0, "u": 1e-3, "micro": 1e-3, "n": 1e-6, "nano": 1e-6}
+_RATE = 250.0  # of a header that states none, by WFDB's standard
+_RECORD = re.compile(r"[-\w]+(?:/(?P<segments>\d{1,9}))?\s+(?P<signals>\d{1,9})(?:\s+(?P<rate>[^\s/(]+)\S*(?:\s.*)?)?")
+_FORMAT = re.compile(r"\d+(?:x\d+)?(?::(?P<skew>\d{1,6}))?(?:\+\d+)?")
+_GAIN = re.compile(r"(?P<gain>-?\d*\.?\d*(?:e[-+]?\d+)?)(?:\(-?\d+\))?(?:/(?P<unit>.*))?")  # as wfdb takes it
+_FIX = "correct the header, or save the signals as .npy"
+
+
+@dataclass(frozen=True)
+class _Signal:
+    """A line of a header."""
+
+    file: str
+    format: str
+    gain: str
+    name: str  # "" where it has no description
+
+
+@dataclass(frozen=True)
+class _Header:
+    path: Path
+    rate: float  # frames a second
+    signals: tuple[_Signal, ...]
+    segments: tuple[tuple[str, int], ...]  # name, frames
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(signal.name for signal in self.signals)
+
+
+@dataclass(frozen=True)
+class WfdbRecord:
+    """A record whose headers are read: the names of its signals, "" for one without a description."""
+
+    header: Path
+    names: tuple[str, ...]
+    _parts: tuple[tuple[_Header, int | None], ...]  # with the frames that the record says a segment has
+
+    @classmethod
+    def open(cls, path: Path) -> "WfdbRecord":
+        """The record that is called `path`, with or without an ending. Raises UserError."""
+        header = header_of(path)
+        whole = _read_header(header)
+        if not whole.segments:
+            return cls(header, whole.names, ((whole, None),))
+        gaps = [frames for name, frames in whole.segments if name == "~"]
+        if gaps:
+            raise _refused(header, f"a gap of {gaps[0]} samples", "a record without gaps", "give one of its segments")
+        parts = [(_read_header(header.with_name(f"{name}.hea")), frames) for name, frames in whole.segments]
+        for part, _ in parts:
+            if part.segments:
+                raise _refused(part.path, "segments of a segment", "segments that have signals", _FIX)
+            if part.rate != whole.rate:
+                found, expected = f"{part.rate:g} frames a second", f"{whole.rate:g} as in {header.name}"
+                raise _refused(part.path, found, expected, _FIX)
+        return cls(header, parts[0][0].names, tuple(part for part in parts if part[1] > 0))  # 0: only says the layout
+
+    def read(self, rows: Sequence[int]) -> tuple[np.ndarray, float]:
+        """The signals `rows`, indices into `names`: (len(rows), L) float64 in mV, and their samples a second.
+
+        Each is read at its own rate, and each segment scaled as its own header says. Raises UserError for what cannot
+        be read, is not in volts, has no gain, or lies at several rates.
+        """
+        pieces, rates = [], set()
+        for part, frames in self._parts:
+            names, own = part.names, list(rows)
+            if names != self.names:
+                absent = [name for name in (self.names[row] for row in rows) if names.count(name) != 1]
+                if absent:
+                    raise _refused(part.path, f"signals {', '.join(names)}", f"{some(absent)} among them, once", _FIX)
+                own = [names.index(self.names[row]) for row in rows]
+            piece, rate, count = _read(part, own)
+            if frames not in (None, count):
+                raise _refused(part.path, f"{count} frames", f"{frames} as in {self.header.name}", _FIX)
+            pieces.append(piece)
+            rates.add(rate)
+        if len(rates) != 1:
+            raise _refused(self.header, f"segments at {_hertz(rates)}", "one rate", "give one segment")
+        return np.concatenate(pieces, axis=1), rates.pop()
+
+
+def header_of(path: Path) -> Path:
+    """The header of the record `path`."""
+    return path.with_suffix(".hea") if path.suffix in ENDINGS else path.with_name(f"{path.name}.hea")
+
+
+def files_of(header: Path) -> list[Path]:
+    """All files of the record, those of its segments too, `header` first; as far as they are told."""
+    found, headers = [], [header]
+    for path in headers:
+        found.append(path)
+        with suppress(UserError):
+            told = _read_header(path)
+            found += [path.parent / signal.file for signal in told.signals]
+            if path == header:
+                headers += [path.with_name(f"{name}.hea") for name, _ in told.segments if name != "~"]
+    return list(dict.fromkeys(found))
+
+
+def _refused(path: Path, found: str, expected: str, fix: str) -> UserError:
+    return UserError(str(path), found, expected, fix)
+
+
+def _read_header(path: Path) -> _Header:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise _refused(path, error.strerror or str(error), "a WFDB header", "check the path") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    match = _RECORD.fullmatch(lines[0]) if lines else None
+    if match is None:
+        found = f"the line {lines[0][:80]!r}" if lines else "no line but comments"
+        raise _refused(path, found, "a WFDB header: name, number of signals, sampling rate", _FIX)
+    rate = _RATE if match["rate"] is None else _number(path, "sampling rate", match["rate"])
+    count = int(match["segments"] or match["signals"])
+    if len(lines) <= count:
+        raise _refused(path, f"{len(lines) - 1} lines after the first", str(count), "download it again")
+    if match["segments"]:
+        if count == 0:
+            raise _refused(path, "no segment", "some", _FIX)
+        return _Header(path, rate, (), tuple(_segment(path, line) for line in lines[1 : count + 1]))
+    signals = tuple(_signal(path, line) for line in lines[1 : count + 1])
+    files = [name for name, _ in groupby(signal.file for signal in signals)]
+    if len(set(files)) < len(files):
+        raise _refused(path, f"signals of {some(files)}", "signals of one file behind each other", _FIX)
+    return _Header(path, rate, signals, ())
+
+
+def _segment(path: Path, line: str) -> tuple[str, int]:
+    match = re.fullmatch(r"([-\w]+|~)\s+(\d{1,15})", line)
+    if match is None or match[1] == path.stem:
+        raise _refused(path, f"the line {line[:80]!r}", "a segment: another record's name, its samples", _FIX)
+    return match[1], int(match[2])
+
+
+def _signal(path: Path, line: str) -> _Signal:
+    words = line.split(maxsplit=8)
+    if len(words) < 2 or not _FORMAT.fullmatch(words[1]) or os.sep in words[0] or "\0" in words[0]:
+        raise _refused(path, f"the line {line[:80]!r}", "a signal: file, format, gain, …, description", _FIX)
+    words += [""] * (9 - len(words))
+    return _Signal(words[0], words[1], words[2], words[8].strip())
+
+
+def _number(path: Path, what: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = np.nan
+    if not np.isfinite(value):
+        raise _refused(path, f"{what} {text[:40]!r}", "a number", _FIX)
+    return value
+
+
+def _scale(path: Path, signal: _Signal) -> float:
+    """Millivolts for one of the signal's units."""
+    what = f"of signal {signal.name or signal.file}"
+    match = _GAIN.fullmatch(signal.gain)
+    if match is None:
+        raise _refused(path, f"{signal.gain!r} {what}", "gain(baseline)/unit", _FIX)
+    if not match["gain"] or _number(path, f"gain {what}", match["gain"]) == 0:
+        expected = "converter steps for one mV: without a gain a signal is uncalibrated"
+        raise _refused(path, f"no gain {what}", expected, "write it into the header, as in 1000/mV")
+    unit = unicodedata.normalize("NFKC", match["unit"] or "mV").casefold().replace("μ", "u")  # NFKC: µ, U+00B5, to μ
+    known = _UNIT.fullmatch(unit)
+    if known is None:
+        raise _refused(path, f"unit {match['unit']!r} {what}", "V, mV, µV or nV", "write the unit into the header")
+    return _MILLIVOLTS[known[1]]
+
+
+def _read(header: _Header, rows: list[int]) -> tuple[np.ndarray, float, int]:
+    """Of one segment the signals `rows` (len(rows), L) in mV, their samples a second, and its frames."""
+    path, chosen = header.path, [header.signals[row] for row in rows]
+    scales = [_scale(path, signal) for signal in chosen]
+    skew = max(int(_FORMAT.fullmatch(signal.format)["skew"] or 0) for signal in chosen)  # type: ignore[index]
+    import wfdb  # slow to import, and not needed for prepared records
+
+    try:
+        record: Any = wfdb.rdrecord(str(path.with_suffix("")), channels=rows, smooth_frames=False)
+    except Exception as error:  # wfdb lets the errors of its parsers through
+        fix = "download it again if it is damaged, else save its signals as .npy"
+        raise _refused(path, f"an unreadable record ({error})", "a whole WFDB record", fix) from None
+    rates = {header.rate * samples for samples in record.samps_per_frame}
+    if len(rates) > 1:
+        raise _refused(path, f"leads at {_hertz(rates)}", "all at one rate", "save them at one rate as .npy")
+    frames = max(record.sig_len - skew, 0)  # a signal that lags lacks its last samples
+    values = np.stack(record.e_p_signal)[:, : frames * record.samps_per_frame[0]]
+    return values * np.array(scales)[:, None], rates.pop(), frames
+
+
+def _hertz(rates: set[float]) -> str:
+    return " and ".join(f"{rate:g} Hz" for rate in sorted(rates))
