@@ -77,7 +77,7 @@ def read_system_prompt(text_or_path: str | None) -> str | None:
             "data.system_prompt", f"no file {path}", "a text, or a file that exists", "correct the path"
         )
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("data.system_prompt", f"{path}: {error}", "a text file in UTF-8", "convert it") from error
 

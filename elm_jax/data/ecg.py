@@ -6,7 +6,6 @@
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -141,8 +140,7 @@ def _of_lists(rows: Sequence[Any]) -> np.ndarray | Sequence[Any]:
     """Lists of numbers, all of one length, as an array; other lists as they are."""
     regular = all(isinstance(row, list | tuple) and len(row) == len(rows[0]) for row in rows)
     if regular and all(type(number) in (int, float) for row in rows for number in row):
-        with suppress(OverflowError):
-            return np.array(rows, np.float64)
+        return np.array(rows, np.float64)
     return rows
 
 

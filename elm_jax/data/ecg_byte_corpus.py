@@ -140,7 +140,7 @@ def _is_new(folder: str, seen: set[str]) -> bool:
 
 def _lines(path: Path) -> list[Path]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(str(path), f"an unreadable list ({error})", "a path a line", "check the file") from None
     return [path.parent / line.strip() for line in lines if line.strip()]

@@ -378,7 +378,7 @@ def _json_rows(file: Path) -> Iterator[Mapping[str, Any]]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(str(file), f"an unreadable file ({error})", "UTF-8 text", "check the file") from None
 

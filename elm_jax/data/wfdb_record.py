@@ -141,7 +141,7 @@ def _read_header(path: Path) -> _Header:
     rate = _RATE if match["rate"] is None else _number(path, "sampling rate", match["rate"])
     count = int(match["segments"] or match["signals"])
     if len(lines) <= count:
-        raise _refused(path, f"{len(lines) - 1} lines after the first", str(count), "download it again")
+        raise _refused(path, f"{len(lines) - 1} lines after the first", str(count), f"download it again, or {_FIX}")
     if match["segments"]:
         if count == 0:
             raise _refused(path, "no segment", "some", _FIX)

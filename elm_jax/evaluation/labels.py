@@ -200,9 +200,9 @@ class _Auc:
 
 def _rows(path: Path, needed: Iterable[str]) -> list[dict[str, str]]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError("eval.labels", str(error), f"{path.name} of PTB-XL", "give PTB-XL's folder") from error
     missing = [name for name in needed if not rows or name not in rows[0]]
     if missing:

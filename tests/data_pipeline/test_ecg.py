@@ -202,7 +202,13 @@ def test_broken_or_strange_pickles_are_refused_in_one_line(tmp_path):
         ({"ecg": "text"}, "type str"),
         ({"ecg": [[1.0, 2.0], [3.0]]}, "type list"),
         ({"ecg": [["1.0"] * 40] * 12}, "type list"),
-        ({"ecg": [[10**400] * 40] * 12}, "type list"),
+        ({"ecg": [[10**400] * 40] * 12}, "broken"),
+        ({"ecg": ramp(), "target_sf": 10**400}, "broken"),
+        ({"ecg": ramp(), "target_sf": 1e-9}, "sampling rate 1e-09"),
+        ({"ecg": ramp(), "target_sf": "500"}, "sampling rate of type str"),
+        ({"ecg": ramp(), "target_sf": True}, "sampling rate of type bool"),
+        ({"ecg": ramp(), "leads": "I II"}, "leads of type str"),
+        ({"ecg": ramp(), "leads": [1] * 12}, "leads of type list"),
         ({"ecg": np.array([["1.0"] * 40] * 12)}, "broken"),
         ({1: 2}, "dict"),
     ]:
@@ -263,11 +269,12 @@ def test_further_rows_are_dropped_and_a_lead_missing_or_twice_is_refused(tmp_pat
     assert "15 rows for 12 lead names" in refusal(tmp_path / "a.npy", lead_order=LEADS)
 
 
-@pytest.mark.parametrize("rate", [0, -250, float("nan"), float("inf")])
+@pytest.mark.parametrize("rate", [0, -250, float("nan"), float("inf"), 1e-9, 1e9])
 def test_a_rate_that_is_none_is_refused(tmp_path, rate):
     np.save(tmp_path / "a.npy", ramp())
     assert "sampling rate" in refusal(tmp_path / "a.npy", sampling_rate=rate)
     assert "sampling rate" in refusal(save_dict(tmp_path / "b.npy", ramp(), target_sf=rate))
+    assert "sampling rate inf" in refusal(tmp_path / "a.npy", sampling_rate=10**400)
 
 
 # ---- WFDB

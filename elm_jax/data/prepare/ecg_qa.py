@@ -202,7 +202,7 @@ def _questions(
         raise UserError(str(folder), "no .json file", "train/*.json and the like", "correct --raw")
     for form, split, file in tqdm(files, desc="ECG-QA", unit="file", disable=not progress):
         try:
-            items = json.loads(file.read_text(encoding="utf-8"))
+            items = json.loads(file.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise UserError(
                 str(file), f"an unreadable file ({error})", "a list of questions", "download it again"

@@ -55,7 +55,7 @@ class Entry:
 def read_index(path: Path) -> list[Entry]:
     """ptbxl_database.csv. Raises UserError naming the line that is malformed."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
             if missing:
@@ -63,9 +63,8 @@ def read_index(path: Path) -> list[Entry]:
                 raise UserError(str(path), f"no column {', '.join(missing)}", "PTB-XL's database", fix)
             return [_entry(path, reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            str(path), f"an unreadable file ({error})", "PTB-XL's database", "point --raw at PTB-XL's folder"
-        ) from None
+        fix = "point --raw at PTB-XL's folder" if isinstance(error, OSError) else "download it again"
+        raise UserError(str(path), f"an unreadable file ({error})", "PTB-XL's database", fix) from None
 
 
 def _entry(path: Path, line: int, row: dict[str, str]) -> Entry:
@@ -78,7 +77,7 @@ def _entry(path: Path, line: int, row: dict[str, str]) -> Entry:
             row["filename_lr"],
             row["filename_hr"],
         )
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path}, line {line}",
             f"an unreadable row ({error})",
