@@ -67,8 +67,8 @@ _KINDS = {
 }
 
 
-def facts_of(weights: TrainedWeights, rows: int) -> dict[str, Any]:
-    """What a program must know to ask the model; `rows` is len(tokenizer)."""
+def facts_of(weights: TrainedWeights, rows: int, no_template: str) -> dict[str, Any]:
+    """What a program must know to ask the model; `rows` is len(tokenizer), `no_template` why it has no template."""
     config, assembly = weights.config, weights.assembly
     data = config.data
     encoder = None
@@ -95,6 +95,8 @@ def facts_of(weights: TrainedWeights, rows: int) -> dict[str, Any]:
         },
         "chat": assembly.text.family,
         "system_prompt": assembly.text.system_prompt,
+        "explicit_thinking": assembly.text.explicit_thinking,
+        "no_chat_template": no_template or None,
         "compat": list(config.compat),
     }
 
@@ -134,7 +136,9 @@ def _files(weights: TrainedWeights, facts: Mapping[str, Any], merged: bool) -> l
     config = weights.config
     adapted = spec_of(config.llm.lora) is not None
     state = " with the LoRA adapter merged into it" if merged else ", without the adapter" if adapted else ""
-    files = [("llm/", f"the language model{state}, for `AutoModelForCausalLM.from_pretrained`, and its tokenizer")]
+    told = f"the language model{state}, for `AutoModelForCausalLM.from_pretrained`, and its tokenizer"
+    missing = facts["no_chat_template"]
+    files = [("llm/", f"{told}; no chat template, for {missing}" if missing else told)]
     if adapted and not merged:
         files.append(("adapter/", "the LoRA adapter, for `PeftModel.from_pretrained`"))
     if facts["encoder"] is not None:

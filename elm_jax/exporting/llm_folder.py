@@ -15,7 +15,7 @@ import numpy as np
 
 from elm_jax.assemble import Assembly
 from elm_jax.data.chat import stop_ids
-from elm_jax.exporting.chat_template import template_of
+from elm_jax.exporting.chat_template import chat_template
 from elm_jax.models.families import to_hf
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # of newer and of older configurations
@@ -51,12 +51,15 @@ def edited(text: str, changes: Mapping[str, Any]) -> str:
     return text if json.loads(text) == wanted else json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
 
 
-def write_companions(folder: Path, assembly: Assembly) -> None:
-    """The tokenizer with its added tokens and a chat template, the generation configuration, the base's licences."""
+def write_companions(folder: Path, assembly: Assembly) -> str:
+    """The tokenizer with its added tokens and the run's chat template, the generation configuration, the base's
+    licences. Returns why there is no chat template, or "".
+
+    A template that the tokenizer came with does not stay: it asks otherwise than the run has trained.
+    """
     tokenizer, source = assembly.tokenizer, assembly.llm_folder
     given = tokenizer.chat_template
-    if not given:
-        tokenizer.chat_template = template_of(assembly.text.family, tokenizer)
+    tokenizer.chat_template, reason = chat_template(assembly.text, tokenizer)
     tokenizer.save_pretrained(folder)
     tokenizer.chat_template = given
     if source is not None and (source / GENERATION).is_file():
@@ -67,6 +70,7 @@ def write_companions(folder: Path, assembly: Assembly) -> None:
         (folder / GENERATION).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for file in [] if source is None else [file for pattern in _LICENCES for file in source.glob(pattern)]:
         shutil.copyfile(file, folder / file.name)
+    return reason
 
 
 def _token_ids(assembly: Assembly) -> dict[str, int]:

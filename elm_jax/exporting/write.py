@@ -168,19 +168,20 @@ class _Export:
         llm = [name for name in self.rules if name.startswith("llm.")]
         as_it_came = all(weights.from_folder(n) and self.dtype(n) == weights.dtype(n) for n in llm)
         write_config(folder / LLM, assembly, {self.dtype(name) for name in llm}, as_it_came)
-        write_companions(folder / LLM, assembly)
+        no_template = write_companions(folder / LLM, assembly)
         kept = weights.folder / run.TOKENIZER / run.ECG_BYTE
         if kept.is_file():
             shutil.copyfile(kept, folder / run.ECG_BYTE)
-        facts = facts_of(weights, len(assembly.tokenizer))
+        facts = facts_of(weights, len(assembly.tokenizer), no_template)
         run.write_json(folder / FACTS, facts)
         write_card(folder / "README.md", weights, facts, merged=self.merge)
+        lines = [f"left out: a chat template, for {no_template}"] if no_template else []
         if not adapter:
-            return []
+            return lines
         spec = spec_of(weights.config.llm.lora)
         assert spec is not None
         save_adapter(folder / ADAPTER, adapter, spec, assembly.llm, weights.config.llm.name)
-        return [f"{ADAPTER}: {WEIGHTS} ({_size(sum(x.nbytes for x in adapter.values()))})"]
+        return [*lines, f"{ADAPTER}: {WEIGHTS} ({_size(sum(x.nbytes for x in adapter.values()))})"]
 
     def _checkpoints(self, folder: Path) -> list[str]:
         if not has_torch():

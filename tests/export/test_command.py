@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from export.made_runs import Golden, encoder_settings, export_command, llm_folder, make_run, settings
+from export.made_runs import Golden, encoder_settings, export_command, llm_folder, make_run, settings, tokenizer_in
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from elm_jax.exporting import hub
@@ -58,6 +58,21 @@ def test_it_leaves_what_it_says(made: Path, tmp_path: Path, capsys) -> None:
     }
 
 
+def test_a_template_that_cannot_say_what_training_says_is_left_out_and_that_is_said(
+    golden: Golden, tmp_path: Path, capsys
+) -> None:
+    llm = llm_folder(golden("llm_qwen2_tied"), tmp_path / "llm")
+    tokenizer = tokenizer_in(llm)
+    tokenizer.chat_template = "{{ messages[0].content }}"  # it came with one, which asks otherwise
+    tokenizer.save_pretrained(llm)
+    make_run(tmp_path / "run", settings("patch_elf", llm, encoder__tokens=5, phase="pretrain"))
+    assert export_command("--checkpoint", tmp_path / "run", "--out", tmp_path / "out") == 0
+    reason = "a chat template, for phase pretrain has no conversations"
+    assert f"left out: {reason}" in capsys.readouterr().out
+    assert f"no {reason[2:]}" in (tmp_path / "out" / "README.md").read_text()
+    assert tokenizer_in(tmp_path / "out" / "llm").chat_template is None
+
+
 def test_without_pytorch_the_rest_is_written_and_that_is_said(made: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     assert export_command("--checkpoint", made, "--out", tmp_path / "out") == 0
@@ -76,6 +91,7 @@ def test_the_card_has_data_scores_beside_their_controls_and_the_licence(made: Pa
     assert "right more often by 0.500 (0.250 to 0.750), p = 0.01." in card
     assert "its licence (apache-2.0) holds for this one too" in card
     facts = json.loads((tmp_path / "out" / "elm.json").read_text())
+    assert facts["no_chat_template"] is None and facts["explicit_thinking"] is False
     assert facts["encoder"]["name"] == "st_mem" and facts["signal"]["tokens_per_ecg"] == 2
 
 
