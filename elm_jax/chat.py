@@ -34,7 +34,7 @@ from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
 from elm_jax import cli
-from elm_jax.errors import UserError, nearest, one_line
+from elm_jax.errors import UserError, nearest, one_line, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     session = Session(TrainedModel(config, options.step))
     if options.system is not None:
         session.instruct(read_system_prompt(options.system) or "")
-    print(_banner(session), file=sys.stderr)
+    print(printable(_banner(session), "\n"), file=sys.stderr)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, TextIOWrapper):  # what is no text in the terminal's encoding is no reason to stop
             stream.reconfigure(errors="replace")
@@ -114,11 +114,11 @@ class _Chat:
         ecg = self.session.add_ecg(path)
         self.shown += 1
         number = len(self.session.ecgs)
-        print(f"ecg {number}: {ecg.summary}", flush=True)
+        print(f"ecg {number}: {one_line(ecg.summary)}", flush=True)
         if self.is_terminal and "utf" in (sys.stdout.encoding or "").lower():
             print("\n".join(self._drawn(ecg.recorded)), flush=True)
         if self.pictures is not None:
-            print(f"ecg {number}: drawn in {self._written(ecg.recorded)}", flush=True)
+            print(printable(f"ecg {number}: drawn in {self._written(ecg.recorded)}"), flush=True)
 
     def _drawn(self, recorded: "np.ndarray") -> list[str]:
         from elm_jax.data.ecg import LEADS
@@ -144,7 +144,7 @@ class _Chat:
         for piece in self.session.spoken(text):
             pieces.append(piece)
             if self.is_terminal:
-                print(("" if shown else "assistant: ") + _printable(piece), end="", flush=True)
+                print(("" if shown else "assistant: ") + printable(piece, "\n\t"), end="", flush=True)
                 shown = True
         if self.session.shortened:
             room = f"the {self.session.room} tokens that a prompt may have"
@@ -155,7 +155,7 @@ class _Chat:
         if shown:
             print(flush=True)
         else:
-            print(f"assistant: {one_line(_printable(''.join(pieces)))}", flush=True)
+            print(f"assistant: {one_line(''.join(pieces))}", flush=True)
 
     def _command(self, name: str, argument: str) -> bool:
         given = argument.strip("'\"")
@@ -165,11 +165,11 @@ class _Chat:
         if name == "/ecg":
             self.show(given)
         elif name == "/save":
-            print(f"saved in {' and '.join(map(str, self.session.save(given)))}", flush=True)
+            print(printable(f"saved in {' and '.join(map(str, self.session.save(given)))}"), flush=True)
         elif name == "/system":
             if argument:
                 self.session.instruct(argument)
-            print(f"system prompt: {one_line(_printable(self.session.system or 'none'))}", flush=True)
+            print(f"system prompt: {one_line(self.session.system or 'none')}", flush=True)
         elif name == "/clear":
             self.session.clear()
             print("cleared: no turns, no ECGs", flush=True)
@@ -202,11 +202,6 @@ def _typed() -> Iterator[str]:
             print()
             return
         yield line
-
-
-def _printable(text: str) -> str:
-    """Without control characters, which an untrained model may well spell."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Flags are written as ml_collections has them: `--config FILE` or `--config=FILE:
 
 import argparse
 import inspect
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from ml_collections import ConfigDict
 
 from elm_jax import config, schema
 from elm_jax.config import SCHEMA, Config
-from elm_jax.errors import UserError, closest, nearest
+from elm_jax.errors import UserError, closest, nearest, printable
 
 USAGE = "--config FILE, --config.KEY=VALUE, --debug or --help"
 PACKAGED = Path(__file__).parent / "configs"
@@ -56,10 +57,19 @@ def guard(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
     all other exceptions pass through.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    if logging.lastResort is not None:  # what shows warnings unless a program sets up its own log
+        logging.lastResort.setFormatter(_Printable())
     try:
         return command(args) or 0
     except UserError as error:
         return _report(error, "--debug" in args)
+
+
+class _Printable(logging.Formatter):
+    """Log lines hold names and texts out of files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), "\n")
 
 
 def _report(error: UserError, debug: bool) -> int:

@@ -1,6 +1,7 @@
 """The one error for what the user got wrong; `assert` is for what we got wrong."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -56,5 +57,22 @@ def some(names: Iterable[str], most: int = 4) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` with every run of whitespace, line breaks included, as one space."""
-    return " ".join(str(text).split())
+    """`text`, printable, with every run of whitespace, line breaks included, as one space."""
+    return printable(" ".join(str(text).split()))
+
+
+def printable(text: str, but: str = "") -> str:
+    """`text` with what no terminal, page or picture may get as it is written in escapes: `\\x1b`.
+
+    These are controls, line separators, marks that turn the direction of writing, halves of surrogate pairs and what
+    is no character; not those of `but`, and not the joiners that some scripts and emoji need.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in but or c in _JOINERS or unicodedata.category(c) in ("Zs", "Co") else repr(c)[1:-1]
+        for c in text
+    )
+
+
+_JOINERS = "\u200c\u200d"

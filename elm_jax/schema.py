@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 from elm_jax.errors import UserError, nearest
+from elm_jax.json_text import parse_json
 
 LIMITS: dict[str, Callable[[float], bool]] = {
     "at least 0": lambda v: v >= 0,
@@ -137,8 +138,8 @@ def read(text: str, hint: Any) -> Any:
 def read_literal(text: str) -> Any:
     """JSON or a Python literal; anything else is text."""
     with suppress(ValueError):
-        return json.loads(text)
-    with suppress(ValueError, SyntaxError):
+        return parse_json(text)
+    with suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: of what is nested too deeply
         return ast.literal_eval(text)
     return text
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import socket
 import zlib
@@ -30,8 +31,10 @@ from elm_jax.data.sources import Record
 from elm_jax.data.text import CONVERSATIONS
 from elm_jax.errors import UserError
 
+_log = logging.getLogger(__name__)
 INDEX_VERSION = 3  # of the fingerprint, which checkpoints hold
 KEPT_VERSION = 2  # of what a length index keeps on disk
+_COLUMNS = ("length", "targets", "ecgs", "system_end", "signal_end", "system_key", "signal_key", "dataset")
 SPARE = 1.25  # of an ECG's symbols are planned for where augmentation varies them
 
 
@@ -230,9 +233,8 @@ class Dataset:
             UserError: more than the fraction `max_bad` of the records cannot be rendered; names the first.
         """
         path = cache / f"{self.fingerprint}.{KEPT_VERSION}.parquet" if cache else None
-        if path and path.is_file():
-            table = pq.read_table(path)
-            columns = {name: table[name].to_numpy() for name in table.column_names}
+        columns = self._kept(path) if path and path.is_file() else None
+        if columns is not None:
             for i in np.flatnonzero(columns["length"] == 0)[int(max_bad * len(self)) :]:
                 self.render(int(i))  # says what is wrong with the first that is too many
         else:
@@ -246,23 +248,23 @@ class Dataset:
         # An ECG of which every epoch has other symbols is part of no prefix of a known length.
         return _for_share(columns, "system" if share == "ecg" and self.varies else share)
 
+    def _kept(self, path: Path) -> dict[str, np.ndarray] | None:
+        """The columns that an earlier start has measured; None, and a line that says so, where they are damaged."""
+        with contextlib.suppress(pa.ArrowException, ValueError, OSError):
+            table = pq.read_table(path)
+            columns = {name: table[name].to_numpy() for name in table.column_names}
+            if columns.keys() == {*_COLUMNS, *_CUTS} and len(table) == len(self):
+                return columns
+        _log.warning("%s is damaged: the conversations are measured again", path)
+        return None
+
     @property
     def varies(self) -> bool:
         """Whether an ECG has other symbols in every epoch."""
         return self.augments and self.signal.augment_ecg and self._symbols is not None
 
     def _measure(self, max_bad: float, progress: bool) -> dict[str, np.ndarray]:
-        names = (
-            "length",
-            "targets",
-            "ecgs",
-            "system_end",
-            "signal_end",
-            "system_key",
-            "signal_key",
-            "dataset",
-        )
-        columns = {n: np.zeros(len(self), np.uint64 if n.endswith("key") else np.int32) for n in names}
+        columns = {n: np.zeros(len(self), np.uint64 if n.endswith("key") else np.int32) for n in _COLUMNS}
         columns |= {n: np.zeros(len(self), kind) for n, kind in _CUTS.items()}
         bad: list[UserError] = []
         for i in tqdm(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import socket
 from collections.abc import Collection, Sequence
@@ -20,7 +21,9 @@ import ml_dtypes
 import numpy as np
 
 from elm_jax.data.batch import ArraySpec
+from elm_jax.json_text import parse_json
 
+_log = logging.getLogger(__name__)
 _STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}  # .npy knows no bfloat16
 
 
@@ -42,21 +45,30 @@ class Features:
     def load(self, name: str) -> np.ndarray | None:
         """One output (N, E), or None where there is none of this name."""
         place = self._rows.get(name)
-        return None if place is None else np.array(self._arrays[place[0]][place[1]]).view(self.layout.dtype)
+        return None if place is None else np.array(self._parts[place[0]][1][place[1]]).view(self.layout.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.folder, self.shape, self.dtype)
 
     @cached_property
     def _rows(self) -> dict[str, tuple[str, int]]:
-        parts = sorted(Path(self.folder).glob("*.json"))
-        named = [(part.stem, row, n) for part in parts for row, n in enumerate(json.loads(part.read_bytes()))]
+        named = [(part, row, name) for part, (names, _) in self._parts.items() for row, name in enumerate(names)]
         return {name: (part, row) for part, row, name in named if name is not None}
 
     @cached_property
-    def _arrays(self) -> dict[str, np.ndarray]:
-        parts = {part for part, _ in self._rows.values()}
-        return {part: np.load(Path(self.folder, f"{part}.npy"), mmap_mode="r") for part in parts}
+    def _parts(self) -> dict[str, tuple[list[str | None], np.ndarray]]:
+        """Of each part its names and its array; a damaged one counts as not there, and is written again."""
+        found = {}
+        for path in sorted(Path(self.folder).glob("*.json")):
+            try:
+                names, array = parse_json(path.read_bytes()), np.load(path.with_suffix(".npy"), mmap_mode="r")
+            except (ValueError, EOFError, OSError):
+                names, array = None, None
+            if isinstance(names, list) and array is not None and array.shape == (len(names), *self.shape):
+                found[path.stem] = names, array
+            else:
+                _log.warning("%s or its array is damaged: what it held is computed again", path)
+        return found
 
 
 class FeatureWriter:

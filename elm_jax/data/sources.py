@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from elm_jax.data.represent import FLATLINE, NOISE
 from elm_jax.data.tables import KINDS, Part, Source, identities, open_source
 from elm_jax.data.text import decode_text
 from elm_jax.errors import UserError
+from elm_jax.json_text import parse_json
 
 Split = Literal["train", "val", "test"]
 KEPT_RECORDS = 4096  # a few kilobytes each at most
@@ -258,8 +258,8 @@ def _ecg_paths(value: Any, row_id: str) -> tuple[tuple[str, ...], UserError | No
 def _listed(value: Any) -> Any:
     """The list that JSON text stands for; any other value as it is."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(value)
+        with contextlib.suppress(ValueError):
+            return parse_json(value)
     return value
 
 

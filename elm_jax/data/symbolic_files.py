@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from elm_jax.data.pickled import read_pickle
 from elm_jax.data.prepare.output import write_atomic
 from elm_jax.errors import UserError
+from elm_jax.json_text import parse_json
 
 BYTES = 256  # ids below are single bytes
 VERSION = 1
@@ -87,8 +88,8 @@ def _text(spelled: bytes) -> str:
 
 def _from_json(path: Path, data: bytes) -> TokenizerFile:
     try:
-        contents = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        contents = parse_json(data)
+    except ValueError as error:
         _refuse(path, f"text that is not JSON ({error})")
     if not isinstance(contents, dict) or contents.get("version") != VERSION:
         _refuse(path, "JSON without our version", "convert a .pkl file, or train one")

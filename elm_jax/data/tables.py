@@ -7,6 +7,7 @@ sequence of dictionaries); nothing here turns rows into Python objects before th
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import socket
@@ -19,6 +20,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from elm_jax.errors import UserError, nearest
+from elm_jax.json_text import parse_json
+
+_log = logging.getLogger(__name__)
 
 OWNERS = ("ELM-Research", "willxxy")
 FOLDS = 5  # of the datasets on the hub
@@ -267,15 +271,18 @@ def _open(file: Path) -> Any:
 
     if file.suffix != ".parquet":
         return datasets.Dataset(_json_table(file))
-    return _plain(str(file), datasets.Dataset.from_file(str(_as_arrow(file))))
+    return _plain(str(file), _as_arrow(file))
 
 
-def _as_arrow(file: Path) -> Path:
-    """A Parquet file's COLUMNS as an Arrow file that can be mapped into memory, which is kept by the file's content.
+def _as_arrow(file: Path) -> Any:
+    """A Parquet file's COLUMNS as a table mapped into memory, of an Arrow file that is kept by the file's content.
+
+    One that is damaged is written again.
 
     What the file says of its columns beyond their types (`datasets` features, pandas' metadata) is left out: a
     feature may have what a row names fetched.
     """
+    import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import config
@@ -284,9 +291,15 @@ def _as_arrow(file: Path) -> Path:
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(repr(COLUMNS).encode(), digest_size=16))
         kept = Path(config.HF_DATASETS_CACHE, "elm_jax", f"{digest.hexdigest()}.arrow")
-        if kept.is_file():
-            return kept
         with pq.ParquetFile(file) as table:
+            if not table.metadata.num_rows:
+                raise UserError(str(file), "no records", "rows of ecg_path and text", "check the file")
+            if kept.is_file():
+                with contextlib.suppress(Exception):  # whatever is wrong with it
+                    known = datasets.Dataset.from_file(str(kept))
+                    if len(known) == table.metadata.num_rows:
+                        return known
+                _log.warning("%s is damaged: it is written again", kept)
             fields = [table.schema_arrow.field(i) for i in range(len(table.schema_arrow))]
             _check_columns(str(file), [field.name for field in fields])
             types = {f.name: f.type for f in fields if f.name in COLUMNS}
@@ -296,9 +309,11 @@ def _as_arrow(file: Path) -> Path:
             temporary = kept.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
             with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
                 for batch in table.iter_batches(columns=list(plain)):
-                    writer.write_batch(batch.select(list(plain)).cast(schema))
+                    batch = batch.select(list(plain)).cast(schema)
+                    batch.validate(full=True)  # Parquet promises nothing of its texts
+                    writer.write_batch(batch)
         temporary.replace(kept)
-    return kept
+        return datasets.Dataset.from_file(str(kept))
 
 
 @contextlib.contextmanager
@@ -385,11 +400,11 @@ def _read_text(file: Path) -> str:
 
 def _parse_json(file: Path, text: str, first_line: int) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
+        return parse_json(text)
+    except ValueError as error:
+        line, said = getattr(error, "lineno", 1), getattr(error, "msg", str(error))
         raise UserError(
-            f"{file}, line {line}", f"malformed JSON ({error.msg})", "JSON", "correct the line"
+            f"{file}, line {first_line + line - 1}", f"malformed JSON ({said})", "JSON", "correct the line"
         ) from None
 
 

@@ -4,12 +4,12 @@ Forms: turns with `from`/`value`, turns with `role`/`content`, `[question_type, 
 The cleaning rules are the reference's (golden text_clean).
 """
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from elm_jax.errors import UserError
+from elm_jax.json_text import parse_json
 
 CONVERSATIONS = "turns with from and value, or role and content, or [question_type, question, answer]"
 _FORMS = f"{CONVERSATIONS} or a string"
@@ -31,8 +31,8 @@ def decode_text(raw: Any) -> Any:
     if not isinstance(raw, str):
         return raw
     try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
+        value = parse_json(raw)
+    except ValueError:
         return raw
     return value if isinstance(value, str | list | dict) else raw
 

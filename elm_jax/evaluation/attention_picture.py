@@ -14,6 +14,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from elm_jax.data.ecg import LEADS
+from elm_jax.errors import printable
 from elm_jax.evaluation.attention import Attention
 
 WORDS = 20  # text tokens in the picture
@@ -43,7 +44,7 @@ def draw_attention(
     scale.set_label("attention, 1 where it is largest", fontsize=8)
     scale.ax.tick_params(labelsize=7)
     _words(figure.add_subplot(grid[rows, :]), found)
-    figure.suptitle("\n".join(textwrap.wrap(title, 140)), fontsize=11, ha="left", x=0.01, **_PLAIN)
+    figure.suptitle("\n".join(textwrap.wrap(printable(title), 140)), fontsize=11, ha="left", x=0.01, **_PLAIN)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=100, format="png")
 
@@ -65,7 +66,8 @@ def _words(ax: Axes, found: Attention) -> None:
     ecgs = {place for places in found.ecg_tokens for place in places}
     text = [i for i in range(len(found.tokens)) if i not in ecgs]
     top = sorted(sorted(text, key=lambda i: -found.weights[i])[:WORDS])
-    names = [f"{found.tokens[i].strip() or repr(found.tokens[i])}{'*' if i >= found.answer_start else ''}" for i in top]
+    shown = [printable(found.tokens[i].strip()) or repr(found.tokens[i]) for i in top]
+    names = [f"{name}{'*' if i >= found.answer_start else ''}" for i, name in zip(top, shown, strict=True)]
     ax.bar(range(len(top)), found.weights[top], color=_BAR)
     ax.set_xticks(range(len(top)), names, rotation=45, ha="right", fontsize=8, **_PLAIN)
     ax.set_title(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from elm_jax.errors import printable
+
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #16161d; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #e6e6ea }
@@ -70,16 +72,17 @@ _SCRIPT = """
 
 
 def page(title: str, intro: str, sections: Sequence[tuple[str, str]]) -> str:
-    """A page of sections (heading, HTML). It loads nothing: its policy forbids it."""
+    """A page of sections (heading, HTML), printable. It loads nothing: its policy forbids it."""
     places = [(f"s{i}", name, body) for i, (name, body) in enumerate(sections)]
     links = "".join(f'<a href="#{place}">{escape(name)}</a>' for place, name, _ in places)
     bodies = "".join(f'<h2 id="{place}">{escape(name)}</h2>{body}' for place, name, body in places)
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    return (
+    return printable(
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" href="data:,">'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
-        f"<h1>{escape(title)}</h1>{intro}<nav>{links}</nav>{bodies}<script>{_SCRIPT}</script></body></html>\n"
+        f"<h1>{escape(title)}</h1>{intro}<nav>{links}</nav>{bodies}<script>{_SCRIPT}</script></body></html>\n",
+        but="\n\t",
     )
 
 

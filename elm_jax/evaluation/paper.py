@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from elm_jax.data.ecg import LEADS
+from elm_jax.errors import printable
 
 MM_PER_SECOND, MM_PER_MV = 25.0, 10.0
 RHYTHM_LEAD = "II"
@@ -159,9 +160,9 @@ def _draw(ax: Axes, signal: np.ndarray, sampling_rate: float, title: str, captio
         width - 1.5, 2.3, note, ha="right", va="center", fontsize=7, color=_GREY, bbox=_LABEL_BOX, zorder=3
     )
     if title:
-        ax.text(0, height + 0.55 * _LINE_MM, title, color=_INK, **_PLAIN, **_bold(12))
+        ax.text(0, height + 0.55 * _LINE_MM, printable(title), color=_INK, **_PLAIN, **_bold(12))
     for index, text in enumerate(caption):
-        ax.text(0, _line(index), text, color=_INK, va="center", fontsize=10, **_PLAIN)
+        ax.text(0, _line(index), printable(text), color=_INK, va="center", fontsize=10, **_PLAIN)
 
 
 def _view(
@@ -222,7 +223,7 @@ def _running_mean(values: np.ndarray, span: int) -> np.ndarray:
 
 
 def _shorten(text: str, width: int) -> str:
-    return textwrap.shorten(text, width, placeholder=" …")
+    return textwrap.shorten(printable(text, "\n\t"), width, placeholder=" …")
 
 
 def _bold(size: float) -> dict[str, Any]:

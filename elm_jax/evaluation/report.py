@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from elm_jax.data.dataset import Dataset
+from elm_jax.errors import printable
 from elm_jax.evaluation import svg
 from elm_jax.evaluation.examples import chosen_examples
 from elm_jax.evaluation.metrics import is_right
@@ -278,7 +279,8 @@ def _listed(predictions: Sequence[Mapping[str, Any]]) -> str:
     for line in predictions[:LISTED]:
         right = is_right(str(line.get("name", "")), line["answer"], line["truth"])
         texts = [line["id"], line.get("name", ""), line.get("question", ""), line["answer"], line["truth"]]
-        rows.append([*map(str, texts), "right" if right else "wrong", f"{line['seconds']:.3f}"])
+        texts = [printable(str(text), "\n\t") for text in texts]
+        rows.append([*texts, "right" if right else "wrong", f"{line['seconds']:.3f}"])
     note = f"<p>The first {LISTED} of {len(predictions)}.</p>" if len(predictions) > LISTED else ""
     data = json.dumps(rows, ensure_ascii=False).replace("<", "\\u003c")
     return (

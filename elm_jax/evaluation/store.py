@@ -13,7 +13,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, printable
+from elm_jax.json_text import parse_json
 from elm_jax.training.run import read_json, write_json
 
 IDENTITY, PROBLEMS = "evaluation.json", "problems.jsonl"
@@ -70,7 +71,8 @@ def _set_aside(folder: Path, identity: Mapping[str, Any]) -> None:
     aside = next(path for n in itertools.count(1) if not (path := folder / f"previous-{n}").exists())
     moving.rename(aside)
     other = ", ".join(_differing(before, identity)) or "keys"
-    print(f"{folder} held another evaluation, with other {other}: it is now in {aside}", file=sys.stderr)
+    told = f"{folder} held another evaluation, with other {other}: it is now in {aside}"
+    print(printable(told), file=sys.stderr)
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> Iterator[str]:
@@ -184,7 +186,7 @@ def _read(path: Path) -> Mapping[str, Any] | None:
 
 def _parsed(line: bytes) -> Line | None:
     try:
-        value = json.loads(line) if line.endswith(b"\n") else None
+        value = parse_json(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
     return value if isinstance(value, dict) else None

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from elm_jax.errors import printable
+
 BLUE, GREY, ORANGE, RED = "#2f5d9b", "#9a9aa6", "#d97a1e", "#b3261e"
 INK, FAINT = "#16161d", "#e6e6ea"
 _ROW, _LABEL, _PLOT, _NUMBER, _AXIS = 24, 210, 380, 150, 26
@@ -51,7 +53,7 @@ def bars(title: str, rows: Sequence[Bar], low: float = 0.0, high: float = 1.0, d
             parts += [_line(x(end), middle - 4, x(end), middle + 4, INK, 1.6) for end in (a, b)]
             number += f"  [{a:.{digits}f}, {b:.{digits}f}]"
         parts.append(_text(_LABEL + _PLOT + 8, y + 16, number, "start", 11))
-    return "".join([*parts, "</svg>"])
+    return printable("".join([*parts, "</svg>"]))
 
 
 def counts(title: str, rows: Sequence[tuple[str, int]], colour: str = BLUE) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from elm_jax.assemble import DEMO_LLM
 from elm_jax.data.vocabulary import SIGNAL_TOKEN
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, printable
 from elm_jax.exporting.source import TrainedWeights
 from elm_jax.models.families import ALIASES
 from elm_jax.training.run import read_json
@@ -121,7 +121,7 @@ def write_card(path: Path, weights: TrainedWeights, facts: Mapping[str, Any], me
         files="\n".join(f"| `{name}` | {what} |" for name, what in _files(weights, facts, merged)),
         training=_training(weights), scores=_scores(weights), licence=_terms(weights, base, repo, licence),
     )  # fmt: skip
-    path.write_text(text, encoding="utf-8")
+    path.write_text(printable(text, "\n"), encoding="utf-8")
 
 
 def _licence(weights: TrainedWeights, repo: str) -> str | None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from elm_jax.errors import Absent, UserError
+from elm_jax.json_text import parse_json
 from elm_jax.runtime.launchers import Place
 
 JOIN_TIMEOUT = "ELM_JAX_JOIN_TIMEOUT"  # seconds in which all processes must have come
@@ -283,7 +284,7 @@ class _Line:
 
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
-        found = json.loads(line)
+        found = parse_json(line)
     except ValueError:
         return None
     return found if isinstance(found, dict) else None

@@ -20,7 +20,8 @@ import jax
 from tqdm import tqdm
 
 from elm_jax.config import LogConfig
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, one_line
+from elm_jax.json_text import parse_json
 
 WANDB_ID = "wandb_id"  # in a run's folder: its id in Weights & Biases
 # Peak dense bfloat16 FLOP/s of one device, by how its `device_kind` reads (vendors' data sheets): the first that is a
@@ -85,15 +86,24 @@ class MetricsFile:
             file.write(json.dumps(line) + "\n")
 
     def lines(self) -> list[dict[str, Any]]:
-        """All whole lines; one cut short by a kill is left out."""
+        """All lines; a last one that was cut short by a kill is left out.
+
+        Raises:
+            UserError: another line is no JSON object with a whole number `step`, if it has one.
+        """
         if not self.path.is_file():
             return []
         found = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            with contextlib.suppress(ValueError):
+                found.append(parse_json(line))
+            whole = len(found) == number and isinstance(found[-1], dict) and type(found[-1].get("step", 0)) is int
+            if not whole and line.endswith("\n"):
+                fix = "remove this line, or the file"
+                raise UserError(f"{self.path}, line {number}", one_line(line)[:60], "a JSON object", fix)
+            if not whole:
+                del found[number - 1 :]
         return found
 
 

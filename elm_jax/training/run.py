@@ -18,6 +18,7 @@ from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config, LoraConfig, differences, to_dict
 from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.errors import UserError
+from elm_jax.json_text import parse_json
 from elm_jax.models.decoder import DecoderConfig
 from elm_jax.models.functional import Arrays, Structure
 from elm_jax.models.lora import is_lora
@@ -107,7 +108,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a run folder. Raises UserError, naming the file, for anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(str(path), str(error), "a run folder's JSON file", "check the folder") from error
     if not isinstance(value, dict):
@@ -127,11 +128,20 @@ def keep_adapter(folder: Path, config: Config, llm: DecoderConfig, trained: Arra
 
 
 def is_done(folder: Path, total_steps: int) -> bool:
-    """Whether the run in this folder has finished, with at least `total_steps` to do."""
+    """Whether the run in this folder has finished, with at least `total_steps` to do.
+
+    Raises:
+        UserError: its file DONE is damaged.
+    """
     path = folder / "DONE"
     if not path.is_file():
         return False
-    return int(read_json(path).get("total_steps", 0)) >= total_steps
+    done = read_json(path).get("total_steps")
+    if type(done) is not int:
+        raise UserError(
+            str(path), f"total_steps {done!r}", "a whole number", "remove the file: the run goes on from its last step"
+        )
+    return done >= total_steps
 
 
 def write_done(folder: Path, steps: int, total_steps: int) -> None:

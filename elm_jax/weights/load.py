@@ -3,7 +3,6 @@
 import fnmatch
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from elm_jax import compat as behaviours
 from elm_jax.errors import UserError, some
+from elm_jax.json_text import parse_json
 from elm_jax.models.decoder import Decoder, DecoderConfig
 from elm_jax.models.families import ALIASES, FAMILIES, Family, family_of, from_hf, nearest_model
 from elm_jax.weights.rules import Index, Rule
@@ -219,7 +219,7 @@ def open_checkpoint(folder: str | Path) -> dict[str, np.ndarray]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; UserError if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             str(path), str(error), "a JSON file", "use the folder of a Hugging Face model"

@@ -18,6 +18,7 @@ from flax import nnx
 
 from elm_jax.config import LoraConfig
 from elm_jax.errors import UserError, nearest, some
+from elm_jax.json_text import parse_json
 from elm_jax.models.decoder import Decoder, DecoderConfig
 from elm_jax.models.lora import LoraSpec, add_lora, is_lora, target_modules, their_module
 from elm_jax.weights.load import parameters
@@ -176,7 +177,7 @@ def _short(rule: Rule, model_type: str) -> str:
 
 def _read_spec(path: Path) -> LoraSpec:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(str(path), str(error), "a JSON file", "use a folder that PEFT has saved") from None
     if not isinstance(fields, dict):

@@ -80,7 +80,7 @@ def test_a_shortened_conversation_is_noted(typed) -> None:
 
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal(typed) -> None:
-    assert typed(["a"], "6\x1b[2J0")[0] == ["assistant: 6\N{REPLACEMENT CHARACTER}[2J0"]
+    assert typed(["a"], "6\x1b[2J0")[0] == ["assistant: 6\\x1b[2J0"]
 
 
 def test_an_interrupted_answer_does_not_end_the_chat(typed) -> None:

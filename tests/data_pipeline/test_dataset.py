@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from texts import chat_tokenizer, write_records
 
@@ -120,6 +122,22 @@ def test_the_second_time_it_is_read(tmp_path: Path, measured: list[int]) -> None
     assert_same(other, dataset(tmp_path).length_index("none", 0.0))
     assert measured == list(range(6)), "without a cache it is made anew"
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", None], ids=["empty", "half", "another table"])
+def test_a_damaged_length_index_is_measured_again(tmp_path: Path, content: bytes | None, caplog) -> None:
+    write_records(tmp_path, [ANSWERED] * 6)
+    first = dataset(tmp_path).length_index("ecg", 0.0, tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").iterdir()
+    if content is None:
+        pq.write_table(pa.table({"length": [1, 2]}), kept)
+    else:
+        kept.write_bytes(content)
+    assert_same(dataset(tmp_path).length_index("ecg", 0.0, tmp_path / "cache"), first)
+    assert "measured again" in caplog.text
+    caplog.clear()
+    assert_same(dataset(tmp_path).length_index("ecg", 0.0, tmp_path / "cache"), first)
+    assert not caplog.text
 
 
 def larger_tokenizer() -> Any:

@@ -4,7 +4,6 @@ A row is a question about one segment of every recording it names (two for a com
 with paths relative to the folder that holds ptb_xl/, and F_report.json beside it.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from elm_jax.data.prepare.ptb_xl import INDEX, read_index, segment_counts
 from elm_jax.data.prepare.splits import SPLITS, leaks, split_of
 from elm_jax.data.tables import KINDS
 from elm_jax.errors import UserError
+from elm_jax.json_text import parse_json
 
 FORMS = ("paraphrased", "template")
 OFFICIAL = {"train": "train", "valid": "val", "test": "test"}
@@ -202,7 +202,7 @@ def _questions(
         raise UserError(str(folder), "no .json file", "train/*.json and the like", "correct --raw")
     for form, split, file in tqdm(files, desc="ECG-QA", unit="file", disable=not progress):
         try:
-            items = json.loads(file.read_text(encoding="utf-8-sig"))
+            items = parse_json(file.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise UserError(
                 str(file), f"an unreadable file ({error})", "a list of questions", "download it again"

@@ -5,7 +5,6 @@ ptb_xl_pretrain.parquet (plain reports), with paths relative to O; prepare_repor
 """
 
 import csv
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from elm_jax.data.prepare.output import (
 )
 from elm_jax.data.prepare.splits import leaks
 from elm_jax.errors import UserError, nearest
+from elm_jax.json_text import parse_json
 
 INDEX = "ptbxl_database.csv"
 REPORT = "prepare_report.json"
@@ -168,7 +168,7 @@ def prepare_ptb_xl(
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Segments of one folder must be made alike, also over several runs."""
     try:
-        before = json.loads(path.read_text())
+        before = parse_json(path.read_text())
     except (OSError, ValueError):
         return
     for key, value in settings.items():
