@@ -21,7 +21,7 @@ from elm_jax.schema import key
 ALIASES = {"llava": "linear_llava", "fuyu": "base_elf"}
 # A run may be resumed with other values of these (a trailing dot: of the whole section).
 RESUMABLE = (
-    "workdir", "debug", "mesh.", "log.", "eval.", "data.workers",
+    "workdir", "debug", "mesh.", "log.", "eval.", "data.workers", "data.outside_root",
     "train.steps", "train.epochs", "train.save_every", "train.keep",
 )  # fmt: skip
 
@@ -30,6 +30,7 @@ RESUMABLE = (
 class DataConfig:
     names: tuple[str, ...] = key((), "datasets: folders or files under data.root, or dataset names")
     root: str = key(".", "folder that the datasets and their ecg_path are relative to")
+    outside_root: bool = key(False, "records may name recordings outside data.root: absolute, by .. or through links")
     fold: int = key(1, "which of the dataset's folds", limit="at least 1")
     val_fraction: float = key(
         0.02, "part of the training patients kept for validation, of a dataset without a split val of its own; with 0 "

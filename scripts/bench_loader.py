@@ -83,7 +83,7 @@ def _dataset(args: argparse.Namespace, folder: Path) -> Dataset:
     add_tokens(tokenizer)
     data = DataConfig(
         names=("questions.jsonl",), root=str(folder), share=args.share, max_len=MAX_LEN, val_fraction=0.0,
-        system_prompt=_prompt(tokenizer),
+        outside_root=True, system_prompt=_prompt(tokenizer),
     )  # fmt: skip
     text = text_spec(data, "qwen2", SIGNAL_TOKENS, "sft", ())
     return Dataset(load_records(data, "train", 0), tokenizer, text, signal_spec(data, 0))

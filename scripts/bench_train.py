@@ -235,8 +235,8 @@ def _ours(work: Path) -> None:
         "encoder.config": json.dumps({"resnet_type": "resnet18"}), "llm.name": told["llm"],
         "llm.param_dtype": "float32", "llm.scan": told["device"] == "gpu",  # on CPU loops cost a quarter of the speed
         "llm.compute_dtype": "float32" if told["device"] == "cpu" else "bfloat16",
-        "data.names": f"bench_{case['table']}.parquet", "data.root": told["data"], "data.val_fraction": 0.0,
-        "data.system_prompt": told["prompt"],
+        "data.names": f"bench_{case['table']}.parquet", "data.root": told["data"], "data.outside_root": True,
+        "data.val_fraction": 0.0, "train.eval_every": None, "data.system_prompt": told["prompt"],
         "optim.lr": 1e-5, "optim.schedule": "constant", "optim.grad_clip": 1.0, "train.steps": case["steps"],
         "train.log_every": 1, "train.save_every": 10**6, "eval.at_end": False, "log.progress": False, **case["ours"],
     }  # fmt: skip

@@ -35,6 +35,7 @@ _log = logging.getLogger(__name__)
 INDEX_VERSION = 3  # of the fingerprint, which checkpoints hold
 KEPT_VERSION = 2  # of what a length index keeps on disk
 _COLUMNS = ("length", "targets", "ecgs", "system_end", "signal_end", "system_key", "signal_key", "dataset")
+LOOKED_FOR = 20_000  # records whose recordings are looked for before a run
 SPARE = 1.25  # of an ECG's symbols are planned for where augmentation varies them
 
 
@@ -200,6 +201,29 @@ class Dataset:
         """The path of each ECG of each record, and the key that goes with it."""
         for index, record in enumerate(self.records if self.text.signal_tokens else ()):
             yield from ((path, self.key(index, place)) for place, path in enumerate(record.ecg_paths))
+
+    def missing(self, max_bad: float) -> UserError | None:
+        """What is wrong with the first recording that is not there or may not be read, where more than the fraction
+        `max_bad` of all records have such; looks at LOOKED_FOR records at most, evenly spread, and opens none."""
+        found: list[UserError] = []
+        known: dict[str, UserError | None] = {}
+        for i in range(0, len(self) if self.text.signal_tokens else 0, -(-len(self) // LOOKED_FOR)):
+            record = self.records[i]
+            for path in record.ecg_paths:
+                if path not in known:
+                    known[path] = self._looked_for(path)
+            found += [error for path in record.ecg_paths if (error := known[path])][:1]
+            if len(found) > max_bad * len(self):
+                where, says, expected, fix = found[0].parts
+                many = f"at most {max_bad * len(self):g} such records (data.max_bad_records)"
+                return UserError(where, says, f"{expected}; {many}", fix)
+        return None
+
+    def _looked_for(self, path: str) -> UserError | None:
+        try:
+            self.signal.look_for(path)
+        except UserError as error:
+            return error
 
     def key(self, index: int, place: int = 0) -> int:
         """What noise in the place of a record's ECG number `place` is drawn from."""

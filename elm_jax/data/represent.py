@@ -3,7 +3,9 @@
 import contextlib
 import os
 import zlib
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +36,8 @@ class SignalSpec:
 
     With `features` it is instead what a frozen encoder has made of these: (N, E).
 
-    Paths are relative to `root`; `leads` are indices into the canonical order, `length` L samples at
-    `sampling_rate` Hz. `augment_*` hold where an epoch is given.
+    Paths are relative to `root`, and lie in it unless `outside_root`; `leads` are indices into the canonical order,
+    `length` L samples at `sampling_rate` Hz. `augment_*` hold where an epoch is given.
     """
 
     root: str
@@ -53,6 +55,7 @@ class SignalSpec:
     dpi: int = DPI  # of the paper
     compat: tuple[str, ...] = ()  # of the reference's ways to read a recording
     features: Features | None = None
+    outside_root: bool = field(default=False, repr=False)  # changes nothing of what is read
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -114,16 +117,48 @@ class SignalSpec:
 
     def stamp(self, path: str) -> list[tuple[int, int]]:
         """Size and time of the file at `path`, of a WFDB record of all its files; nothing for what is no file."""
-        whole = Path(self.root, path)
-        files = [whole]
-        if whole.name and whole.suffix != ".npy" and os.path.isfile(header_of(whole)):
-            files = files_of(header_of(whole))
         found = []
-        for file in files:
-            with contextlib.suppress(OSError, ValueError):  # no file, or what none can be called
-                stat = file.stat()
-                found.append((stat.st_size, stat.st_mtime_ns))
+        with contextlib.suppress(UserError):
+            for file in self._files(path):
+                with contextlib.suppress(OSError, ValueError):  # no file, or what none can be called
+                    stat = os.stat(file)
+                    found.append((stat.st_size, stat.st_mtime_ns))
         return found
+
+    def look_for(self, path: str) -> None:
+        """Raise UserError where the ECG at `path` is a file that is not there, or that may not be read."""
+        if path in (NOISE, FLATLINE) or path.startswith(DEMO) or self.perturb in ("noise", "zeros"):
+            return
+        file = self._files(path)[0]
+        if not os.path.isfile(file):
+            expected = "a .npy file or a WFDB record with its .hea"
+            raise UserError(str(file), "no file", expected, "check the path (and data.root)")
+
+    def _files(self, path: str) -> Sequence[str | Path]:
+        """The files of the ECG at `path`: of a WFDB record its header first, and those that this names.
+
+        Raises UserError where one lies outside `root`, links followed, and `outside_root` does not allow that.
+        """
+        whole = os.path.join(self.root, path)
+        self._confine(path, whole)
+        if whole.endswith(".npy"):  # thousands a second: a Path costs as much as the rest
+            return [whole]
+        file = Path(whole)
+        header = header_of(file) if file.name else file
+        if not os.path.isfile(header):
+            return [whole]
+        self._confine(path, str(header))
+        files = files_of(header)
+        for named in files:
+            self._confine(path, str(named))
+        return files
+
+    def _confine(self, path: str, file: str) -> None:
+        if not self.outside_root and not _is_inside(file, self.root):
+            raise UserError(
+                f"ecg_path {path}", f"{file}, which lies or leads outside data.root", f"files in {self.root}",
+                "set data.root to a folder with all recordings, or --config.data.outside_root=true for data you trust",
+            )  # fmt: skip
 
     def load_raw(self, path: str, key: int) -> np.ndarray:
         """The 12 leads (12, L) before normalisation: in mV where the recording is. See `load`."""
@@ -136,6 +171,7 @@ class SignalSpec:
             from elm_jax.data.demo import load_demo_ecg
 
             return load_demo_ecg(path, self.sampling_rate, self.length)
+        self._files(path)  # all of them may be read
         return self._from_file(os.path.join(self.root, path))
 
     def _from_file(self, path: str) -> np.ndarray:
@@ -163,6 +199,7 @@ def signal_spec(
     """What `data.*` says of the signals; the images of an encoder need its `processing`, symbols their `tokens`."""
     return SignalSpec(
         root=data.root,
+        outside_root=data.outside_root,
         leads=tuple(LEADS.index(lead) if isinstance(lead, str) else lead for lead in data.leads),
         length=data.segment_len,
         sampling_rate=data.sampling_rate,
@@ -177,6 +214,23 @@ def signal_spec(
         dpi=REFERENCE_DPI if behaviours.enabled("rgb_250_dpi", compat) else DPI,
         compat=compat,
     )
+
+
+def _is_inside(file: str, folder: str) -> bool:
+    """Whether a file lies in a folder, wherever links lead."""
+    try:
+        above, name = os.path.split(os.path.join(os.getcwd(), file))  # as it is: `..` behind a link leads elsewhere
+        real = os.path.join(_real(above), name)
+        if os.path.islink(real):
+            real = os.path.realpath(real)
+        return real.startswith(f"{_real(os.path.join(os.getcwd(), folder)).rstrip(os.sep)}{os.sep}")
+    except ValueError:  # no file can be called so, as reading it says
+        return True
+
+
+@lru_cache(1024)
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def _image_layout(processing: Processing) -> Layout:

@@ -247,7 +247,7 @@ def read_input(path: str, spec: SignalSpec, number: int = 0) -> Ecg:
             "data.perturb", "'only_text', which leaves ECGs out", "a run that sees ECGs",
             "start the chat with --config.data.perturb=None",
         )  # fmt: skip
-    key = zlib.crc32(f"{spec.seed}:{number}".encode())
+    key, spec = zlib.crc32(f"{spec.seed}:{number}".encode()), replace(spec, outside_root=True)  # the user's own word
     if path in (NOISE, FLATLINE) or path.startswith(DEMO):
         file = path
         facts = ["generated", _amount(len(LEADS), spec.sampling_rate, spec.length)]

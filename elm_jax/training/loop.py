@@ -126,6 +126,10 @@ class Trainer:
         data, train = self.config.data, self.config.train
         shown = self.config.log.progress and jax.process_index() == 0
         index = dataset.length_index(data.share, data.max_bad_records, cache_folder() / "index", shown)
+        missing = dataset.missing(data.max_bad_records)
+        for problem in distributed.gather(missing and missing.parts):
+            if problem:
+                raise UserError(*problem)
         if jax.process_index() == 0:
             _tell_of_cuts("training" if rows is None else "validation", index, data.max_len)
         make = functools.partial(
