@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=260, help="questions that ours answers")
     parser.add_argument("--rows", type=int, default=ROWS, help="questions that ours answers at a time")
     parser.add_argument("--repeat", type=int, default=1, help="true answers so many times as long")
+    parser.add_argument("--tiny", action="store_true", help="a few small layers, to try the script itself")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -49,7 +50,7 @@ def main() -> None:
         return {"ours": _ours, "theirs": _theirs}[args.side](args)
     with tempfile.TemporaryDirectory() as folder:
         args.work = Path(folder)
-        write_llm(args.work / "llm", args.tokenizer)
+        write_llm(args.work / "llm", args.tokenizer, args.tiny)
         found = {side: _run(side, args) for side in ("ours", "theirs")}
     ours, theirs = found["ours"], found["theirs"]
     same = np.mean([a == b for a, b in zip(ours.pop("tokens"), theirs.pop("tokens"), strict=False)])

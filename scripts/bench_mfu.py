@@ -3,10 +3,9 @@
     python scripts/bench_mfu.py [--cases 1.5b,7b-lora] [--steps N] [--json FILE]
     python scripts/bench_mfu.py --tiny            # a few small layers, to try the script itself anywhere
 
-Each case is one `python -m elm_jax.train` in a process of its own: a LLaVA ELM with Qwen2.5's sizes and random weights
-behind a frozen MERL encoder, on generated ECGs whose conversations are packed into whole rows. The figures are those of
-`metrics.jsonl` after the steps that compile. A checkpoint is written at the end of a case (12 bytes a trained
-parameter, in the folder for temporary files) and removed with it.
+Each case is the train command in a process of its own: a LLaVA ELM with Qwen2.5's sizes and random weights behind a
+frozen MERL encoder, on generated ECGs whose conversations are packed into whole rows. The figures are those of
+`metrics.jsonl` after the steps that compile. No checkpoint is written (it would be 12 bytes a trained parameter).
 """
 
 import argparse
@@ -44,9 +43,13 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES), help="which of them")
     parser.add_argument("--steps", type=int, default=40, help="steps of a case; the second half counts")
     parser.add_argument("--rows", type=int, help="rows a step in place of the case's own")
+    parser.add_argument("--recordings", type=int, help="generated recordings in place of as many as the steps read")
     parser.add_argument("--tiny", action="store_true", help="small layers and rows of 256 tokens")
     parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--train", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.train:
+        return train(args.train)
     found = {}
     for name in args.cases.split(","):
         with tempfile.TemporaryDirectory() as folder:
@@ -58,20 +61,42 @@ def main() -> None:
         args.json.write_text(json.dumps(found, indent=1))
 
 
+def flags(name: str, steps: int, tiny: bool, rows: int | None = None, recordings: int | None = None) -> list[str]:
+    """The train command's flags of a case, but for the folder."""
+    own, tokens, own_rows, _ = CASES[name]
+    tokens, rows = 256 if tiny else tokens, rows or own_rows
+    # Of some 100 tokens each, all questions about it together.
+    demo = json.dumps([f"demo:train={recordings or max(64, steps * rows * tokens // 100)},val=8,test=8"])
+    values = COMMON | own | {
+        "llm.scratch": SIZES[name] | (TINY if tiny else {}), "data.names": demo,
+        "data.max_len": tokens, "train.batch_size": rows, "train.steps": steps,
+    }  # fmt: skip
+    return ["--config=configs/llava_merl.py", *(f"--config.{key}={value}" for key, value in values.items())]
+
+
+def train(flags: list[str]) -> None:
+    """The train command in this process, without checkpoints."""
+    from elm_jax.cli import ConfigFlags
+    from elm_jax.runtime import compilation, gpu_settings
+
+    gpu_settings.apply()
+    compilation.keep_compiled()
+    from elm_jax.training import loop, run
+
+    class Unsaved(loop.Trainer):
+        def _save(self, done: int) -> None:
+            """Nothing: what is measured here is not gone on with."""
+
+    config = ConfigFlags.parse(flags).load()
+    Unsaved(config, run.open_folder(config)).run()
+
+
 def run(folder: Path, name: str, args: argparse.Namespace) -> dict[str, Any]:
     """What metrics.jsonl says of a case."""
-    own, tokens, rows, _ = CASES[name]
-    tokens, rows = 256 if args.tiny else tokens, args.rows or rows
-    recordings = max(64, args.steps * rows * tokens // 100)  # of some 100 tokens each, all questions about it together
-    demo = json.dumps([f"demo:train={recordings},val=8,test=8"])
-    values = COMMON | own | {
-        "llm.scratch": SIZES[name] | (TINY if args.tiny else {}), "data.names": demo,
-        "data.max_len": tokens, "train.batch_size": rows, "train.steps": args.steps, "workdir": folder / "run",
-    }  # fmt: skip
-    flags = [f"--config.{key}={value}" for key, value in values.items()]
-    command = [sys.executable, "-m", "elm_jax.train", "--config=configs/llava_merl.py", *flags]
-    environment = {**os.environ, "ELM_JAX_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    if subprocess.run(command, cwd=ROOT, env=environment).returncode:
+    chosen = [*flags(name, args.steps, args.tiny, args.rows, args.recordings), f"--config.workdir={folder / 'run'}"]
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    environment = {**os.environ, "ELM_JAX_CACHE": str(folder / "cache"), "PYTHONPATH": path}
+    if subprocess.run([sys.executable, __file__, "--train", *chosen], env=environment).returncode:
         raise SystemExit(f"error: {name} ended with an error, above")
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line and "event" not in line]
@@ -83,7 +108,9 @@ def run(folder: Path, name: str, args: argparse.Namespace) -> dict[str, Any]:
     events = {line["event"]: line for line in lines if "event" in line}
     attention = {key: events["attention"][key] for key in ("implementation", "reason")}
     compiled = {key: events["finish"][key] for key in ("compile_seconds", "compile_count")}
-    return {**found, **compiled, "attention": attention, "rows": rows, "tokens": tokens}
+    shape = events["compile"]["shape"]
+    found |= {"attention": attention, "rows": shape["rows"], "tokens": shape["tokens"], "shape": shape}
+    return {**found, **compiled}
 
 
 def line(name: str, found: dict[str, Any]) -> str:

@@ -34,6 +34,8 @@ SHAPE = {"hidden_size": 896, "num_hidden_layers": 8, "num_attention_heads": 14, 
          "intermediate_size": 4864, "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
          "max_position_embeddings": 32768, "tie_word_embeddings": True}  # fmt: skip
 SIGNAL_TOKENS, PROMPT_TOKENS, LIMIT, QUESTIONS = 50, 174, 2048, 14
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 64, "vocab_size": 2048}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,10 @@ class Case:
     timed: int  # micro-batches of theirs
 
 
-def cases(device: str) -> dict[str, Case]:
+def cases(device: str, tiny: bool) -> dict[str, Case]:
     gpu = device == "gpu"
-    equal, rows, micro, padded = (32, 8, 64, 16) if gpu else (20, 1, 20, 2)
-    steps, timed = (16, 16) if gpu else (6, 2)  # of ours; micro-batches of theirs
+    equal, rows, micro, padded = (2, 1, 2, 1) if tiny else (32, 8, 64, 16) if gpu else (20, 1, 20, 2)
+    steps, timed = (2, 1) if tiny else (16, 16) if gpu else (6, 2)  # of ours; micro-batches of theirs
     alone = {"train.batch_size": equal, "data.pack": False, "data.share": "none", "data.max_len": None,
              "llm.scan": True}
     system = {"train.batch_size": rows, "data.max_len": LIMIT, "data.share": "system"}
@@ -76,6 +78,7 @@ def main() -> None:
     parser.add_argument("--against", choices=["torch"], default="torch", help="what it is held against")
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--cases", default="equal,system,padded,many,ecg", help="which rows of the table")
+    parser.add_argument("--tiny", action="store_true", help="a few small layers and steps, to try the script itself")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -90,7 +93,7 @@ def main() -> None:
         print("| case | theirs, conv/s | ours, conv/s | times | theirs, GB above the state | ours | ratio |")
         print("|---|---|---|---|---|---|---|")
         for name in args.cases.split(","):
-            result = _compare(Path(folder), name, cases(args.device)[name], args)
+            result = _compare(Path(folder), name, cases(args.device, args.tiny)[name], args)
             found.append(result)
             theirs, ours = result["theirs"], result["ours"]
             cells = [result["case"]]
@@ -109,7 +112,7 @@ def _prepare(folder: Path, args: argparse.Namespace) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    write_llm(folder / "llm", args.tokenizer)
+    write_llm(folder / "llm", args.tokenizer, args.tiny)
     rows = pq.read_table(args.data / "ecg_qa.parquet").to_pylist()
     real = [row | {"split": "train"} for row in rows if row["name"].startswith("single-")]
     paths = sorted({row["ecg_path"] for row in real})
@@ -132,10 +135,11 @@ def _prepare(folder: Path, args: argparse.Namespace) -> None:
         pq.write_table(pa.Table.from_pylist(rows), data / f"bench_{name}.parquet")
 
 
-def write_llm(llm: Path, tokenizer: Path) -> None:
+def write_llm(llm: Path, tokenizer: Path, tiny: bool) -> None:
     """A Hugging Face folder of the decoder with random weights."""
     from safetensors.numpy import save_file
 
+    shape = SHAPE | (TINY if tiny else {})
     llm.mkdir()
     for file in tokenizer.iterdir():
         if file.name.startswith(("tokenizer", "vocab", "merges", "special", "added", "chat")):
@@ -146,12 +150,13 @@ def write_llm(llm: Path, tokenizer: Path) -> None:
         "hidden_act": "silu",
         "attention_dropout": 0.0,
     }
-    (llm / "config.json").write_text(json.dumps({**config, **SHAPE, "bos_token_id": 151643, "eos_token_id": 151645}))
+    ends = {"bos_token_id": shape["vocab_size"] - 293, "eos_token_id": shape["vocab_size"] - 291}  # Qwen2.5's own
+    (llm / "config.json").write_text(json.dumps({**config, **shape, **ends}))
     rng = np.random.default_rng(0)
-    hidden, mlp = SHAPE["hidden_size"], SHAPE["intermediate_size"]
-    kv = hidden // SHAPE["num_attention_heads"] * SHAPE["num_key_value_heads"]
-    sizes = {"model.embed_tokens.weight": (SHAPE["vocab_size"], hidden), "model.norm.weight": (hidden,)}
-    for i in range(SHAPE["num_hidden_layers"]):
+    hidden, mlp = shape["hidden_size"], shape["intermediate_size"]
+    kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    sizes = {"model.embed_tokens.weight": (shape["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    for i in range(shape["num_hidden_layers"]):
         at = f"model.layers.{i}."
         for part, rows in (("q", hidden), ("k", kv), ("v", kv)):
             sizes |= {f"{at}self_attn.{part}_proj.weight": (rows, hidden), f"{at}self_attn.{part}_proj.bias": (rows,)}
@@ -203,6 +208,7 @@ def _compare(folder: Path, name: str, case: Case, args: argparse.Namespace) -> d
             side,
             "--work",
             work,
+            *(["--tiny"] if args.tiny else []),
         ]
         environment = {**os.environ, "JAX_PLATFORMS": platforms, "ELM_JAX_CACHE": told["cache"]}
         done = subprocess.run(list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True)
@@ -321,7 +327,7 @@ def _theirs(work: Path) -> None:
     def loss_of(batch: list[int], total: int) -> Any:
         """The summed cross-entropy of a micro-batch by the supervised tokens of its step."""
         length = case["pad_to"] or max(len(samples[f"ids_{s}"]) for s in batch)
-        ids = np.full((len(batch), length), 151643)
+        ids = np.zeros((len(batch), length), np.int64)  # padding is masked: any token
         seen, labels = np.zeros_like(ids), np.full_like(ids, -100)
         where: list[tuple[int, int]] = []
         for row, s in enumerate(batch):

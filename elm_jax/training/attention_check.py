@@ -29,6 +29,7 @@ from elm_jax.runtime import distributed
 from elm_jax.runtime.mesh import batch_ways
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v, mask -> (B,T,H,d)
+Packed = tuple[np.ndarray, np.ndarray, np.ndarray]  # groups, branches and positions (B,T) int32 of packed rows
 
 # Largest error allowed, of `error_of`, by dtype: about five times what the reference path itself has in that dtype.
 BOUNDS = {"bfloat16": 0.02, "float16": 0.003, "float32": 1e-4}
@@ -123,15 +124,17 @@ def _ways(tokens: int) -> tuple[bool, ...]:
 
 
 def error_of(
-    attend: Attend, reference: Attend, sizes: Sizes, window: int | None = None, in_blocks: bool = False
-) -> float:
+    attend: Attend, reference: Attend, sizes: Sizes, window: int | None = None, in_blocks: bool = False,
+    packed: Packed | None = None,
+) -> float:  # fmt: skip
     """How far `attend` is from `reference` in float32, on random inputs and the mask of packed rows; inf where it is
     not finite, or where a gradient reaches a token through the mask. `in_blocks`: `attend` gets `attention.Blocks`.
+    `packed`: the rows, whose first group must have the branch HEARD (default: `packed_row`).
 
     Of outputs and of the gradients of q, k and v: for each token the norm of the difference, by the token's own norm or
     the root mean square of all tokens', whichever is larger; the largest of all.
     """
-    group, branch, positions = (jnp.asarray(x) for x in packed_row(sizes.rows, sizes.tokens))
+    group, branch, positions = (jnp.asarray(x) for x in packed or packed_row(sizes.rows, sizes.tokens))
     mask = attention.windowed(attention.packed_mask(group, branch), positions, positions, window)
     if in_blocks:
         attend = _in_blocks(attend, group, branch, positions, window)
@@ -150,10 +153,10 @@ def _in_blocks(attend: Attend, group: Any, branch: Any, positions: Any, window: 
     """`attend` on each block of queries and the blocks of keys that it sees."""
     rows, tokens = group.shape
     count = tokens // BLOCK
-    seen = np.asarray(attention.packed_mask(group[:1], branch[:1])).reshape(count, BLOCK, count, BLOCK).any((1, 3))
-    order = np.argsort(~seen, axis=1, kind="stable")[:, : seen.sum(1).max()]
-    index = np.where(np.take_along_axis(seen, order, 1), order, -1)
-    blocks = attention.Blocks(jnp.asarray(np.broadcast_to(index, (rows, *index.shape)), jnp.int32))
+    pairs = rows, count, BLOCK, count, BLOCK  # as one program, which never holds all pairs of tokens
+    seen = np.asarray(jax.jit(lambda g, b: attention.packed_mask(g, b).reshape(pairs).any((2, 4)))(group, branch))
+    order = np.argsort(~seen, axis=-1, kind="stable")[..., : seen.sum(-1).max()]
+    blocks = attention.Blocks(jnp.asarray(np.where(np.take_along_axis(seen, order, -1), order, -1), jnp.int32))
     mask = attention.packed_mask(group, branch, blocks)
     mask = attention.windowed(mask, blocks.queries(positions), blocks.keys(positions), window)
 
@@ -163,8 +166,8 @@ def _in_blocks(attend: Attend, group: Any, branch: Any, positions: Any, window: 
     return blocked
 
 
-def packed_row(rows: int, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Groups, branches and positions (B, T) int32 of rows that have all that a packed row can have (LAYOUT)."""
+def packed_row(rows: int, tokens: int) -> Packed:
+    """Rows that have all that a packed row can have (LAYOUT)."""
     ends = np.round(np.cumsum([part for *_, part in LAYOUT]) * tokens).astype(int)
     starts = np.concatenate([[0], ends[:-1]])
     place = np.minimum(np.searchsorted(ends, np.arange(tokens), side="right"), len(LAYOUT) - 1)
