@@ -142,7 +142,7 @@ def open_source(name: str, root: str, fold: int) -> Source:
         return _Hub(name, fold)
     if name.endswith(SUFFIXES) or "/" in name:
         raise UserError(
-            "data.names", f"no file or folder {name}", f"one below data.root ({root})", "correct the path"
+            "data.names", f"no file or folder {name}", f"one below data.root ({root})", _fix(name, root)
         )
     examples = [example for _, example in FAMILIES] + ["demo"]
     raise UserError(
@@ -151,6 +151,19 @@ def open_source(name: str, root: str, fold: int) -> Source:
         f"a .parquet, .json or .jsonl file, a folder of them, or a name like {', '.join(examples)}",
         nearest(name, examples) or "give the path of a local file",
     )
+
+
+def _fix(name: str, root: str) -> str:
+    """What to do about a path that is not there, and may be meant for a URL or an id of the hub."""
+    owner, _, last = name.rpartition("/")
+    if "://" in name:
+        return "download it, and give its path: nothing is fetched from a URL"
+    if owner in OWNERS and any(re.fullmatch(pattern, last) for pattern, _ in FAMILIES):
+        return f"give its name alone, --config.data.names={last}, to read it from the hub"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(SUFFIXES):
+        command = f"hf download {name} --repo-type dataset --local-dir {Path(root, name)}"
+        return f"correct the path; if it is a dataset of the hub, download it: {command}"
+    return "correct the path"
 
 
 def _local(name: str, root: str) -> Path | None:

@@ -269,8 +269,21 @@ def test_unknown_names_say_what_is_meant(data):
     assert "did you mean 'ecg-qa-ptbxl-250-2500'" in refusal(replace(data, names=("ecg-qa-ptbxl-250-250",)))
     assert "did you mean 'demo'" in refusal(replace(data, names=("dem",)))
     assert "no file or folder x/y.parquet" in refusal(replace(data, names=("x/y.parquet",)))
+    assert refusal(replace(data, names=("x/y.parquet",))).endswith("correct the path")
     assert "each dataset once" in refusal(replace(data, names=("demo", "demo")))
     assert "no dataset" in refusal(replace(data, names=()))
+
+
+def test_ids_of_the_hub_and_urls_say_how_they_are_had(tmp_path, data):
+    said = refusal(replace(data, names=("someone/ecg-set",)))
+    command = f"hf download someone/ecg-set --repo-type dataset --local-dir {tmp_path}/someone/ecg-set"
+    assert "no file or folder someone/ecg-set" in said and said.endswith(command)
+    (tmp_path / "someone" / "ecg-set" / "data").mkdir(parents=True)
+    save(tmp_path / "someone" / "ecg-set" / "data" / "train-00000-of-00001.parquet", rows(3))
+    assert len(load(replace(data, names=("someone/ecg-set",)))) == 3, "as that command leaves it"
+    said = refusal(replace(data, names=("ELM-Research/ecg-qa-ptbxl-250-2500",)))
+    assert "--config.data.names=ecg-qa-ptbxl-250-2500" in said
+    assert "nothing is fetched from a URL" in refusal(replace(data, names=("https://example.org/a.parquet",)))
 
 
 def test_every_family_has_an_example_that_it_accepts(tmp_path):
