@@ -35,6 +35,7 @@ _log = logging.getLogger(__name__)
 INDEX_VERSION = 3  # of the fingerprint, which checkpoints hold
 KEPT_VERSION = 2  # of what a length index keeps on disk
 _COLUMNS = ("length", "targets", "ecgs", "system_end", "signal_end", "system_key", "signal_key", "dataset")
+_CUTS = {"cut": bool, "lost_answers": np.int16, "cut_ecgs": bool}  # see LengthIndex
 LOOKED_FOR = 20_000  # records whose recordings are looked for before a run
 SPARE = 1.25  # of an ECG's symbols are planned for where augmentation varies them
 
@@ -342,9 +343,6 @@ class Dataset:
             if self._symbols is not None:
                 digest.update(repr([self.signal.stamp(path) for path in record.ecg_paths]).encode())
         return digest.hexdigest()[:32]
-
-
-_CUTS = {"cut": bool, "lost_answers": np.int16, "cut_ecgs": bool}  # see LengthIndex
 
 
 def _answers(rendered: Rendered) -> int:
