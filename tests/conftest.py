@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import compiling
+import goldens
 import pytest
 from hypothesis import settings
 
@@ -57,11 +58,11 @@ def few_programs() -> Iterator[None]:
 
 
 def shared_folder() -> Path:
-    """The folder with reference data: ELM_JAX_SHARED, else `shared` beside the project.
+    """The folder with reference data (`goldens.shared`).
 
     Where it is absent the test is skipped, except in CI (CI=true), where nothing may go untested unnoticed.
     """
-    path = Path(os.environ.get("ELM_JAX_SHARED") or ROOT.parent / "shared")
+    path = goldens.shared()
     if not path.is_dir():
         reason = f"no reference data at {path}; set ELM_JAX_SHARED to the folder that has golden/ and real/"
         if os.environ.get("CI", "").lower() == "true":
@@ -78,11 +79,12 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], Path]:
-    """golden(name): the folder of a golden, out of tests/data/golden if it is there, else out of `shared`."""
+    """golden(name): the folder of a golden (`goldens.find`); skips or fails as `shared` does where there is none."""
 
     def find(name: str) -> Path:
-        own = ROOT / "tests" / "data" / "golden" / name
-        folder = own if own.is_dir() else shared_folder() / "golden" / name
+        folder = goldens.find(name)
+        if not folder.is_dir():
+            shared_folder()
         assert folder.is_dir(), f"there is no golden called {name!r}: {folder} does not exist"
         return folder
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import tokenizers
 from jax.sharding import SingleDeviceSharding
+from parity import e2e
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from elm_jax.assemble import CONNECTORS, assemble, make_arrays
@@ -27,8 +28,7 @@ from elm_jax.training.state import array_shardings, split_names
 from elm_jax.weights.safetensors import Safetensors, save_safetensors
 
 ADDED = 1 + len(THINK_TOKENS)  # tokens that a run of phase sft adds
-LEADS, SAMPLES = 12, 250
-ENCODER = "encoder_tiny_st_mem"
+ENCODER = e2e.ENCODER_FOLDER
 Golden = Callable[[str], Path]
 
 
@@ -67,7 +67,7 @@ def settings(elm: str, llm: Path, **changes: Any) -> dict[str, Any]:
         "elm": elm,
         "update": ("llm",) if kind is None else ("connector",),
         "llm": {"name": str(llm), "compute_dtype": "float32", "lora": {}},
-        "data": {"names": ("demo:train=64,val=8,test=8",), "segment_len": SAMPLES, "max_len": 64},
+        "data": {"names": ("demo:train=64,val=8,test=8",), "segment_len": e2e.SAMPLES, "max_len": 64},
         "encoder": {},
         "log": {"progress": False},
     }

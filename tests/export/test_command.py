@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from export.made_runs import Golden, encoder_settings, export_command, llm_folder, make_run, settings, tokenizer_in
 from huggingface_hub.errors import LocalTokenNotFoundError
+from parity import e2e
 
 from elm_jax.exporting import hub
 from elm_jax.training.run import write_json
@@ -86,7 +87,7 @@ def test_the_card_has_data_scores_beside_their_controls_and_the_licence(made: Pa
     card = (tmp_path / "out" / "README.md").read_text()
     front = card.split("---\n")[1]
     assert "license: apache-2.0\n" in front and "pipeline_tag: text-generation\n" in front
-    assert "demo:train=64,val=8,test=8" in card and "12 leads, 250 samples at 250 Hz" in card
+    assert "demo:train=64,val=8,test=8" in card and f"12 leads, {e2e.SAMPLES} samples at 250 Hz" in card
     assert "| exact_match | 0.750 (0.500 to 0.900) | 0.250 |" in card
     assert "right more often by 0.500 (0.250 to 0.750), p = 0.01." in card
     assert "its licence (apache-2.0) holds for this one too" in card

@@ -29,7 +29,6 @@ NAMES = [
     pytest.param(f"e2e_{kind}_{llm}", marks=pytest.mark.slow if llm == "qwen2" else ())
     for kind in e2e.KINDS for llm in e2e.LLMS
 ]  # fmt: skip
-ANSWER = 16
 LORA = ("e2e_linear_llava_qwen2", "e2e_linear_llava_llama")
 def export_case(case: e2e.Case, golden: Golden, folder: Path, **changes: Any) -> Path:
     """The golden's model as the export of a run; the tokenizer has 512 tokens, as the golden's."""
@@ -74,15 +73,16 @@ def test_elm_pt_is_the_references_and_computes_what_ours_does(golden: Golden, tm
     model = TorchElm(
         out / "llm", case.kind, checkpoint["model_state_dict"], 0 if places is None else places.shape[1], heads
     )
-    shaped = None if signals is None else signals.reshape(-1, made_runs.LEADS, made_runs.SAMPLES)
+    shaped = None if signals is None else signals.reshape(-1, *case.signal_shape)
     inputs = model.inputs(batch["elm_input_ids"], places, shaped)
     loss = model.loss(inputs, batch["elm_attention_mask"], batch["elm_labels"])
     expected = np.load(case.folder / "outputs.npz")
     for other in (_our_loss(case), float(expected["loss"])):
         assert abs(loss - other) <= 1e-5 * abs(loss)
     first, last = int(np.argmax(batch["elm_attention_mask"][1])), int(np.argmax(batch["elm_labels"][1] >= 0))
-    answer = model.greedy(inputs[1:2, first:last], ANSWER)
-    assert answer == _our_answer(case, first, last) == expected["gen_row1"][0, -ANSWER:].tolist()
+    new = expected["gen_row1_logits"].shape[1]
+    answer = model.greedy(inputs[1:2, first:last], new)
+    assert answer == _our_answer(case, first, last, new) == expected["gen_row1"][0, -new:].tolist()
 
 
 def _our_loss(case: e2e.Case) -> float:
@@ -92,14 +92,14 @@ def _our_loss(case: e2e.Case) -> float:
     return float(jax.jit(lambda x: loss_and_gradients(case.structure, {}, {}, x, micro)[0])(arrays))
 
 
-def _our_answer(case: e2e.Case, first: int, last: int) -> list[int]:
-    """Our greedy tokens after columns `first` to `last` of row 1 of the golden's first batch."""
+def _our_answer(case: e2e.Case, first: int, last: int, new: int) -> list[int]:
+    """Our `new` greedy tokens after columns `first` to `last` of row 1 of the golden's first batch."""
     batch = case.batch(0)
     elm = case.structure.bind({name: jnp.asarray(x) for name, x in case.arrays.items()})
     signals = elm.signal_embeddings(jnp.asarray(batch.signals), jnp.asarray(batch.signal_weights))
     inputs = elm.inputs(jnp.asarray(batch.tokens), jnp.asarray(batch.signal_slot), signals)
     prompt = inputs[1:2, : last - first]  # ours has no padding on the left
-    return np.asarray(generate(elm.llm, inputs_embeds=prompt, max_new_tokens=ANSWER))[0].tolist()
+    return np.asarray(generate(elm.llm, inputs_embeds=prompt, max_new_tokens=new))[0].tolist()
 
 
 @pytest.mark.parametrize("name", LORA)
@@ -124,7 +124,7 @@ def test_every_family_computes_the_same_beside_an_ecg(golden: Golden, tmp_path: 
     config = make_run(tmp_path / "run", tree)
     assert export_command("--checkpoint", tmp_path / "run", "--out", tmp_path / "out") == 0
     rng = np.random.default_rng(0)
-    ids, signals = rng.integers(3, 500, (2, 20)), rng.random((2, made_runs.LEADS, made_runs.SAMPLES), np.float32)
+    ids, signals = rng.integers(3, 500, (2, 20)), rng.random((2, e2e.LEADS, e2e.SAMPLES), np.float32)
     places = np.stack([np.arange(3, 3 + tokens), np.arange(9, 9 + tokens)])
     state = load(tmp_path / "out" / "elm.pt")["model_state_dict"]
     model = TorchElm(tmp_path / "out" / "llm", "patch_elf", state, tokens, heads=0)

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from export.made_runs import Golden, encoder_settings, export_command, has_encoder, llm_folder, make_run, settings
+from parity import e2e
 
 from elm_jax.cli import guard
 from elm_jax.runtime import checkpoint
@@ -33,7 +34,7 @@ def test_an_exported_checkpoint_is_imported_and_exported_as_it_was(
     changes = {"encoder__tokens": 2, **changes, **(encoder_settings(golden) if has_encoder(elm) else {})}
     make_run(tmp_path / "run", settings(elm, base, **changes))
     assert export_command("--checkpoint", tmp_path / "run", "--out", tmp_path / "one") == 0
-    known = {"llm.name": tmp_path / "one" / "llm", "data.segment_len": 250, "data.max_len": 64,
+    known = {"llm.name": tmp_path / "one" / "llm", "data.segment_len": e2e.SAMPLES, "data.max_len": 64,
              "encoder.tokens": changes["encoder__tokens"]}  # fmt: skip
     flags = [f"--config.{key}={value}" for key, value in known.items()]
     assert guard(main, [str(tmp_path / "one" / "elm.pt"), "--out", str(tmp_path / "imported"), *flags]) == 0

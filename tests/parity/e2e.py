@@ -13,6 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +41,8 @@ from elm_jax.weights.safetensors import Safetensors
 KINDS = tuple(CONNECTORS)
 LLMS = {"llama": "llm_llama_tied", "qwen2": "llm_qwen2_tied"}
 ENCODER, ENCODER_FOLDER = "st_mem", "encoder_tiny_st_mem"
-LEADS, SAMPLES = 12, 250
+_ENCODER = goldens.config(ENCODER_FOLDER)
+LEADS, SAMPLES = _ENCODER.get("num_leads", 12), _ENCODER.get("seq_len", 250)
 # The reference's names of the parts, which differ between its kinds of models: the first that occurs is meant.
 PREFIXES = {"llm": ("llm.llm.", "llm."), "encoder": ("encoder.",), "connector": ("projection.", "project_layer.")}
 
@@ -58,6 +60,11 @@ class Case:
     inputs: Mapping[str, np.ndarray]
     traces: Mapping[str, Any]
 
+    @property
+    def signal_shape(self) -> tuple[int, int]:
+        """(C, L) of its signals; the leads of one that lies flat are those of the goldens' encoder."""
+        return signal_shape(self.inputs)
+
     def batch(self, number: int, empty: bool = False) -> Batch:
         """Micro-batch `number` of the golden, without the micro-batch axis; `empty`: with nothing to learn."""
         start = f"batch{number}"
@@ -70,10 +77,10 @@ class Case:
             at = np.zeros((0, 1), np.int32) if places is None else places[row : row + 1] - first
             supervised = labels[row, first:] >= 0
             assert not supervised[0] and (labels[row, first:] == ids[row, first:])[supervised].all()
-            own = [] if signals is None else [signals[row].reshape(LEADS, SAMPLES)]
+            own = [] if signals is None else [signals[row].reshape(self.signal_shape)]
             rows.append([Group(0, [Conversation(row, ids[row, first:].astype(np.int32), supervised, at, own)])])
         shape = BatchShape(ids.shape[1], 0 if signals is None else 1, int((labels >= 0).sum(1).max()))
-        batch = collate(rows, shape, ArraySpec((LEADS, SAMPLES)))
+        batch = collate(rows, shape, ArraySpec(self.signal_shape))
         return batch._replace(target_weights=0 * batch.target_weights) if empty else batch
 
     def published(self, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -89,6 +96,11 @@ class Case:
         return found
 
 
+def signal_shape(inputs: Mapping[str, np.ndarray]) -> tuple[int, int]:
+    _, *shape = inputs.get("batch0/ecg_signal", np.zeros((1, LEADS, 1))).shape
+    return (shape[0], shape[1]) if len(shape) == 2 else (LEADS, shape[0] // LEADS)
+
+
 def split_name(name: str) -> tuple[str, str]:
     """A golden's name -> (kind, LLM): e2e_conv_elf_llama is ("conv_elf", "llama")."""
     kind, _, llm = name.removeprefix("e2e_").rpartition("_")
@@ -101,7 +113,8 @@ def load_case(name: str, golden: Any) -> Case:
     folder, llm_folder = golden(name), golden(LLMS[llm])
     inputs = dict(np.load(folder / "inputs.npz"))
     places = inputs.get("batch0/signal_id_indices")
-    build = partial(_build, kind, read_llm_config(llm_folder), 0 if places is None else places.shape[1], golden)
+    tokens = 0 if places is None else places.shape[1]
+    build = partial(_build, kind, read_llm_config(llm_folder), tokens, signal_shape(inputs), golden)
     structure = structure_of(build)
     encoder = ENCODER if any(n.startswith("encoder.") for n in structure.leaves) else None
     rules = published_rules(structure.leaves, llm_type(llm_folder), encoder, CONNECTORS[kind])
@@ -114,13 +127,13 @@ def llm_type(folder: Path) -> str:
     return read_llm_config(folder).model_type
 
 
-def _build(kind: str, llm: Any, tokens: int, golden: Any) -> ELM:
+def _build(kind: str, llm: Any, tokens: int, shape: tuple[int, int], golden: Any) -> ELM:
     rngs, connector = nnx.Rngs(0), CONNECTORS[kind]
     decoder = Decoder(llm, rngs)
     if connector is None:
         return ELM(None, None, decoder, jnp.dtype(jnp.float32))
     if connector in SIGNAL_KINDS:
-        bridge = build_signal_connector(connector, LEADS, SAMPLES, tokens, llm.hidden, rngs=rngs)
+        bridge = build_signal_connector(connector, *shape, tokens, llm.hidden, rngs=rngs)
         return ELM(None, bridge, decoder, jnp.dtype(jnp.float32))
     config = json.loads((golden(ENCODER_FOLDER) / "config.json").read_text())
     encoder = build_encoder(ENCODER, config, tokens, rngs, compat=("st_mem_train_positions",))

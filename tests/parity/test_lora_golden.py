@@ -161,7 +161,7 @@ def test_a_fresh_adapter_is_as_peft_begins(golden):
     """As many arrays in the same shapes; lora_A within the same bounds, lora_B zero."""
     case = load_case("lora_llama", golden("lora_llama"), golden("llm_llama_tied"))
     llm = load_llm(golden("llm_llama_tied"))
-    add_lora(llm, LoraSpec(16, 32.0, targets="peft"), nnx.Rngs(0))
+    add_lora(llm, LoraSpec(case.spec.rank, case.spec.alpha, targets="peft"), nnx.Rngs(0))
     fresh = {name: array for name, array in arrays_of(llm).items() if is_lora(name)}
     assert {n: x.shape for n, x in fresh.items()} == {n: x.shape for n, x in case.adapter.items()}
     theirs = np.load(case.folder / "init.npz")

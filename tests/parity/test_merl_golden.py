@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from parity_log import compare, record
 from elm_jax.models.encoders import build_encoder, from_published, load_encoder, to_published
 from elm_jax.models.functional import structure_of
 
-LENGTHS, TOKENS = (500, 1250, 2500), (1, 8, 50)
+RESNET18, RESNET101 = "encoder_full_resnet18_merl", "encoder_full_merl"
 GoldenFolder = Callable[[str], Path]
 
 
@@ -52,34 +53,41 @@ def recipe_tensor(seed: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
     return 0.1 * z
 
 
-def check_embeddings(folder: Path, length: int, counts: tuple[int, ...]) -> None:
+def lengths(name: str) -> list[int]:
+    """Of the signals that a golden has embeddings of, the shortest first."""
+    return sorted(int(key.removeprefix("ecg_")) for key in goldens.cases(name, "inputs.npz"))
+
+
+def check_embeddings(folder: Path, length: int, most: int | None = None) -> None:
+    """`most`: how many of the golden's numbers of tokens."""
     weights, config = recipe_weights(folder), described(folder)["models"]["any"]["cfg"]
     signals = np.load(folder / "inputs.npz")[f"ecg_{length}"]
     outputs = np.load(folder / "outputs.npz")
-    for tokens in counts:
-        ours = np.asarray(load_encoder("merl", weights, tokens=tokens, **config)(signals))
-        key = f"out_{length}_tok{tokens}"
-        if key not in outputs:
-            key, ours = f"{key}_every8thchannel", ours[..., ::8]
+    keys = [key for key in outputs if key.startswith(f"out_{length}_tok")]
+    assert keys
+    for key in keys[:most]:
+        tokens, _, part = key.partition("_tok")[2].partition("_")
+        ours = np.asarray(load_encoder("merl", weights, tokens=int(tokens), **config)(signals))
+        ours = ours[..., ::8] if part == "every8thchannel" else ours
         compare(folder.name, key, ours, outputs[key], 1e-5)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", lengths(RESNET18))
 def test_resnet18_embeddings(golden: GoldenFolder, length: int) -> None:
-    check_embeddings(golden("encoder_full_resnet18_merl"), length, TOKENS)
+    check_embeddings(golden(RESNET18), length)
 
 
 def test_resnet101_embeddings_of_the_shortest_signals(golden: GoldenFolder) -> None:
-    check_embeddings(golden("encoder_full_merl"), 500, (8,))
+    check_embeddings(golden(RESNET101), lengths(RESNET101)[0], 1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", lengths(RESNET101))
 def test_resnet101_embeddings(golden: GoldenFolder, length: int) -> None:
-    check_embeddings(golden("encoder_full_merl"), length, TOKENS)
+    check_embeddings(golden(RESNET101), length)
 
 
-@pytest.mark.parametrize("name", ["encoder_full_merl", "encoder_full_resnet18_merl"])
+@pytest.mark.parametrize("name", [RESNET101, RESNET18])
 def test_published_weights_survive_a_round_trip_and_all_are_used(golden: GoldenFolder, name: str) -> None:
     description, weights = described(golden(name))["models"]["any"], recipe_weights(golden(name))
     structure = structure_of(lambda: build_encoder("merl", description["cfg"], 1, nnx.Rngs(0)))
@@ -100,8 +108,9 @@ def test_a_training_step_with_batch_statistics(golden: GoldenFolder) -> None:
     and the first gradient norms by 1e-2. Against the golden we measured 1e-4 and 6e-3, and 7e-6 for the
     statistics.
     """
-    weights, folder = recipe_weights(golden("encoder_full_merl")), golden("encoder_merl_batchnorm_train")
-    structure = structure_of(lambda: build_encoder("merl", {}, 1, nnx.Rngs(0)))
+    weights, folder = recipe_weights(golden(RESNET101)), golden("encoder_merl_batchnorm_train")
+    config = described(golden(RESNET101))["models"]["any"]["cfg"]
+    structure = structure_of(lambda: build_encoder("merl", config, 1, nnx.Rngs(0)))
     arrays = {k: jnp.asarray(v) for k, v in from_published("merl", structure.leaves, weights).items()}
     params = {name: value for name, value in arrays.items() if not structure.leaves[name].statistic}
     signals = np.load(folder / "inputs.npz")["ecg"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from parity_log import compare, record
 
-from elm_jax.assemble import Assembly, assemble, make_arrays
+from elm_jax.assemble import CONNECTORS, Assembly, assemble, make_arrays
 from elm_jax.config import resolve
 from elm_jax.data.batch import Batch
 from elm_jax.data.chat import decode
@@ -35,7 +35,7 @@ def run(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> tuple[Assem
     """The golden's models, arrays and records, put together as a run of ours is."""
     folder, work = golden(NAME), tmp_path_factory.mktemp("pipeline")
     setup, records = (json.loads((folder / f"{n}.json").read_text()) for n in ("setup", "evaluate"))
-    args, encoder = setup["args"], golden("encoder_tiny_st_mem")
+    args, encoder = setup["args"], golden(f"encoder_tiny_{setup['args']['encoder']}")
     llm = work / "llm"
     shutil.copytree(golden("text_tokenizer_qwen"), llm)
     for file in ("config.json", "generation_config.json", "model.safetensors"):
@@ -63,7 +63,7 @@ def run(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> tuple[Assem
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     arrays = make_arrays(assembly, dict.fromkeys(assembly.structure.leaves, device))
     connector = Safetensors(folder / "connector_init.safetensors")
-    for rule in RULES["linear"]:
+    for rule in RULES[str(CONNECTORS[assembly.config.elm])]:
         (theirs,) = [name for name in connector if name.endswith(rule.theirs)]
         arrays[f"connector.{rule.ours}"] = jnp.asarray(rule.arrange([connector[theirs]]))
     return assembly, arrays, assembly.dataset("train")
