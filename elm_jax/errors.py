@@ -4,6 +4,8 @@ import difflib
 import unicodedata
 from collections.abc import Iterable
 
+LONGEST = 2000  # characters of each part of an error: a file may hold any text
+
 
 class UserError(ValueError):
     """The user's input is wrong: one line that says where, what was found, what was expected and what to do.
@@ -15,7 +17,8 @@ class UserError(ValueError):
     status = 2
 
     def __init__(self, where: str, found: str, expected: str, fix: str) -> None:
-        self.where, self.found, self.expected, self.fix = (one_line(s) for s in (where, found, expected, fix))
+        parts = (one_line(s) for s in (where, found, expected, fix))
+        self.where, self.found, self.expected, self.fix = (s if len(s) <= LONGEST else f"{s[:LONGEST]}…" for s in parts)
         super().__init__(f"{self.where}: found {self.found}; expected {self.expected}; {self.fix}")
 
     @property

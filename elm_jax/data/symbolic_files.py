@@ -68,7 +68,7 @@ def _to_json(path: Path, file: TokenizerFile) -> bytes:
         "settings": file.settings,
     }
     contents = json.loads(json.dumps(contents))  # as it will be read: keys are texts there
-    return (json.dumps({**contents, "sha256": _checksum(contents)}) + "\n").encode("ascii")
+    return (json.dumps({**contents, "sha256": checksum(contents)}) + "\n").encode("ascii")
 
 
 def _to_pickle(path: Path, file: TokenizerFile) -> bytes:
@@ -93,8 +93,7 @@ def _from_json(path: Path, data: bytes) -> TokenizerFile:
         _refuse(path, f"text that is not JSON ({error})")
     if not isinstance(contents, dict) or contents.get("version") != VERSION:
         _refuse(path, "JSON without our version", "convert a .pkl file, or train one")
-    checksum = contents.pop("sha256", None)
-    if checksum != _checksum(contents):
+    if contents.pop("sha256", None) != checksum(contents):
         _refuse(path, "contents that do not fit their checksum", "get the file again: it was changed or cut")
     symbols, merges, settings = contents.get("symbols"), contents.get("merges"), contents.get("settings")
     if not (isinstance(symbols, str) and isinstance(merges, list) and isinstance(settings, dict)):
@@ -143,7 +142,8 @@ def _are_ints(values: list[Any]) -> bool:
     return all(type(value) is int for value in values)
 
 
-def _checksum(contents: dict[str, Any]) -> str:
+def checksum(contents: dict[str, Any]) -> str:
+    """What a .json of ours says of its contents, without the key `sha256`."""
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 

@@ -25,6 +25,7 @@ _RATE = 250.0  # of a header that states none, by WFDB's standard
 _RECORD = re.compile(r"[-\w]+(?:/(?P<segments>\d{1,9}))?\s+(?P<signals>\d{1,9})(?:\s+(?P<rate>[^\s/(]+)\S*(?:\s.*)?)?")
 _FORMAT = re.compile(r"\d+(?:x\d+)?(?::(?P<skew>\d{1,6}))?(?:\+\d+)?")
 _GAIN = re.compile(r"(?P<gain>-?\d*\.?\d*(?:e[-+]?\d+)?)(?:\(-?\d+\))?(?:/(?P<unit>.*))?")  # as wfdb takes it
+_LONGEST, _LONGEST_LINE = 1 << 20, 1000  # of a header: numbers of millions of digits take hours
 _FIX = "correct the header, or save the signals as .npy"
 
 
@@ -134,6 +135,9 @@ def _read_header(path: Path) -> _Header:
         text = content.decode("latin-1")
     lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
     lines = [line for line in lines if line and not line.startswith("#")]
+    if len(content) > _LONGEST or any(len(line) > _LONGEST_LINE for line in lines):
+        expected = f"a WFDB header: at most {_LONGEST} bytes, and {_LONGEST_LINE} characters a line"
+        raise _refused(path, f"{len(content)} bytes", expected, _FIX)
     match = _RECORD.fullmatch(lines[0]) if lines else None
     if match is None:
         found = f"the line {lines[0][:80]!r}" if lines else "no line but comments"

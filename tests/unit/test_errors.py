@@ -17,6 +17,10 @@ def test_a_user_error_is_one_line_whatever_its_parts_hold() -> None:
     assert len(str(error).splitlines()) == 1
 
 
+def test_a_user_error_is_short_whatever_its_parts_hold() -> None:
+    assert len(str(UserError(*(4 * ["x" * 1_000_000])))) < 10_000
+
+
 def test_a_user_error_survives_the_way_out_of_a_loader_process() -> None:
     error = pickle.loads(pickle.dumps(UserError("a", "b", "c", "d")))
     assert isinstance(error, UserError)
