@@ -284,6 +284,14 @@ def test_the_summary_says_what_is_not_used(tmp_path: Path) -> None:
     assert "replaced by zeros (data.perturb)" in ecg.summary
 
 
+def test_the_summary_names_the_leads_that_are_left_out(tmp_path: Path) -> None:
+    signal = np.concatenate([recording(), recording()[:3]])
+    content = {"ecg": signal, "leads": [*LEADS, "vx", "vy", "vz"], "target_sf": RATE}
+    np.save(tmp_path / "a.npy", content, allow_pickle=True)  # type: ignore[arg-type]
+    for _ in range(2):
+        assert "vx, vy, vz left out" in read_input(str(tmp_path / "a.npy"), SPEC).summary
+
+
 def test_leads_that_are_flat_or_in_another_order_are_noticed(tmp_path: Path) -> None:
     flat = recording()
     flat[7] = 0.1
