@@ -72,7 +72,7 @@ def _dataset(args: argparse.Namespace, folder: Path) -> Dataset:
     with (folder / "questions.jsonl").open("w", encoding="utf-8") as file:
         for n in range(args.conversations):
             lead, place = LEADS[n % 12], n * 7919
-            question = f"Question {n}: does the ECG reveal any static noise in lead {lead}, seen from {place}?"
+            question = f"Question {n}: is the trace of lead {lead} free of mains hum, near sample {place}?"
             row = {
                 "ecg_path": str(recordings[n * len(recordings) // args.conversations].absolute()),
                 "text": ["single-verify", question, ["yes" if n % 3 else "no"]], "name": "bench", "patient_id": str(n),
