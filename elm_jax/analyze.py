@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_jax import cli
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, printable
 
 
 def main(argv: Sequence[str]) -> None:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         draw_attention(found, number, ecg.recorded, spec.sampling_rate, spec.leads, title, picture)
     facts = {"question": question, "answer": answer, "ecg": options.ecg, "step": model.step}
     (out / "attention.json").write_text(json.dumps(as_json(found, facts), indent=1) + "\n", encoding="utf-8")
-    print(f"answer: {answer}")
+    print(f"answer: {printable(answer)}")
     print(f"attention to ECGs: {found.ecg_share:.3f} (uniform: {found.uniform_share:.3f})")
     print(f"written to {out}")
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elm_jax import cli
+from elm_jax.errors import printable
 from elm_jax.evaluation.protocols import PROTOCOLS
 
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     check_evaluation(folders, options.eval)
     out = None if options.out is None else writable_folder(options.out, "--out")
     result = compare(folders, options.eval, options.protocol, options.wordnet, options.bert_model)
-    print(text_of(result))
+    print(printable(text_of(result), "\n"))
     if out is not None:
         (out / "compare.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         (out / "compare.html").write_text(html_of(result), encoding="utf-8")

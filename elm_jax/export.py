@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elm_jax import cli
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, printable
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
         check_repo(options.push_to_hub)
     config = config_of_run(options.checkpoint, flags)
     for line in export(config, options.out, options.step, options.merge, options.dtype, shard_bytes):
-        print(line)
+        print(printable(line))
     print(f"exported to {options.out}")
     if options.push_to_hub:
         print(f"uploaded to {push(Path(options.out), options.push_to_hub, options.public)}")

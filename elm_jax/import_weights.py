@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elm_jax import cli
+from elm_jax.errors import printable
 
 
 def main(argv: Sequence[str]) -> None:
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     from elm_jax.importing.run import import_weights
 
     report = import_weights(options.path, options.out, flags, options.merge)
-    print("\n".join(summary(report, options.out)))
+    print(printable("\n".join(summary(report, options.out)), "\n"))
 
 
 def summary(report: Mapping[str, Any], out: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from elm_jax import cli, compat
 from elm_jax.data.prepare.ecg_qa import FORMS, Settings, prepare_ecg_qa
 from elm_jax.data.prepare.ptb_xl import prepare_ptb_xl
-from elm_jax.errors import UserError, nearest
+from elm_jax.errors import UserError, nearest, printable
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(name, f"{getattr(args, flag):g}", f"above 0 and at most {most}", "correct it")
     report = args.prepare(args)
     for key, value in report.items():
-        print(f"{key}: {_brief(value)}")
+        print(printable(f"{key}: {_brief(value)}"))
 
 
 def _parser() -> cli.Parser:

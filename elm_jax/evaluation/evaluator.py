@@ -22,7 +22,7 @@ import jax
 from elm_jax.config import Config, to_dict
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.sources import load_records
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, printable
 from elm_jax.evaluation.answering import Asker, BadRecords, Task, asked_of, check_lengths
 from elm_jax.evaluation.controls import REAL, Question, Source, kept_ecgs, shuffled_records
 from elm_jax.evaluation.examples import draw_examples
@@ -120,10 +120,10 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
             facts["shuffled_ecgs"] = _kept_ecgs(folds, config)
         write_json(out / "metrics.json", results := results_of(conditions, scorer, facts, known))
         write_report(out, results, conditions[REAL], folds[0].dataset)
-        print(summary(results), file=sys.stderr)
+        print(printable(summary(results), "\n"), file=sys.stderr)
         calls = model.engine.calls
         print(f"generation: {len(calls)} programs compiled for {calls.total()} calls", file=sys.stderr)
-        print(f"results are in {out}", file=sys.stderr)
+        print(printable(f"results are in {out}"), file=sys.stderr)
     return out
 
 

@@ -21,7 +21,7 @@ from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset, cuts
 from elm_jax.data.loader import BadRecord, Loaded, StepSource, steps_from, unusable
 from elm_jax.data.plan import ECG_ROWS, LengthIndex, Plan
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, printable
 from elm_jax.models.functional import Arrays, Structure
 from elm_jax.models.lora import is_lora
 from elm_jax.runtime import distributed, telemetry
@@ -51,7 +51,7 @@ def train(config: Config) -> bool:
     folder = run.open_folder(config)
     trainer = Trainer(config, folder)
     if run.is_done(folder, trainer.total_steps):
-        print(f"{folder} is done: raise train.steps or train.epochs to go on", file=sys.stderr)
+        print(printable(f"{folder} is done: raise train.steps or train.epochs to go on"), file=sys.stderr)
         return False
     trainer.run()
     return True

@@ -340,3 +340,12 @@ def test_real_records_are_what_wfdb_says_they_are(shared):
         recording = read_ecg(header)
         assert recording.sampling_rate == record.fs
         np.testing.assert_allclose(recording.signal, record.p_signal.T[order], atol=1e-5)
+
+
+LONG = {"line": b"r 12 500 40\n" + b"x" * 2000, "file": b"r 12 500 40\n# " + b"x" * 2_000_000}
+
+
+@pytest.mark.parametrize("header", LONG.values(), ids=LONG)
+def test_a_header_longer_than_any_is_refused(tmp_path, header):
+    (tmp_path / "r.hea").write_bytes(header)
+    assert "at most" in refusal(tmp_path / "r.hea")
