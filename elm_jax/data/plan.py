@@ -108,6 +108,11 @@ class Plan:
         self.index, self.conversations, self.max_len, self.pack = index, conversations, max_len, pack
         self.micro_batches, self.ways = micro_batches, ways
         self.seed, self.weights, self.shuffle = seed, weights, shuffle
+        if weights is not None and not len(self._order(0)):
+            raise UserError(
+                "data.weights", f"{', '.join(f'{w:g}' for w in weights)}, by which the first epoch has nothing",
+                "at least one conversation an epoch", "raise them",
+            )  # fmt: skip
         self._epoch_ends: list[int] = []
         self._planned: dict[int, list[Any]] = {}
         self._measures: _Measures | None = None

@@ -195,8 +195,10 @@ def _train_or_val(data: DataConfig, sources: Sequence[Source], split: Split, see
 
 
 def _people(parts: list[list[tuple[tuple[str, ...], tuple[str, ...]]]]) -> list[list[tuple[str, ...]]]:
-    """Who the rows of each part are about. A row that does not say is about whom other rows name for its recordings."""
-    named = {told[0]: said for part in parts for said, told in part if said and len(told) == 1}
+    """Who the rows of each part are about. A row that does not say is about whom other rows name for its recordings:
+    those that have no other recording, where there are such."""
+    saying = sorted((row for part in parts for row in part if row[0]), key=lambda row: -len(row[1]))
+    named = {one: said for said, told in saying for one in told}
 
     def about(said: tuple[str, ...], told: tuple[str, ...]) -> tuple[str, ...]:
         return said or tuple(sorted({one for patient in told for one in named.get(patient, (patient,))}))
@@ -277,7 +279,7 @@ _SEGMENT = re.compile(r"_\d+\.npy$")
 
 _NO_ID = ("", "nan", "none", "null", "<na>")
 _ONE_ID = re.compile(r"\s*\d(?:\.\d+)?[eE]\+\d\d\s*(?=\+|$)|[^+]+")  # 1e+07 is a number, a+b two ids
-_NUMBER = re.compile(r"[+-]?\d+(?:\.\d*)?(?:[eE]\+\d\d)?")
+_NUMBER = re.compile(r"[+-]?\d{1,99}(?:\.\d*)?(?:[eE]\+\d\d)?")
 
 
 def patient_ids(value: Any) -> tuple[str, ...]:

@@ -317,16 +317,39 @@ def _as_arrow(file: Path) -> Any:
             _check_columns(str(file), [field.name for field in fields])
             types = {f.name: f.type for f in fields if f.name in COLUMNS}
             plain = {n: t.value_type if pa.types.is_dictionary(t) else t for n, t in types.items()}
-            schema = pa.schema(list(plain.items()))
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            temporary = kept.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
-            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-                for batch in table.iter_batches(columns=list(plain)):
-                    batch = batch.select(list(plain)).cast(schema)
-                    batch.validate(full=True)  # Parquet promises nothing of its texts
-                    writer.write_batch(batch)
-        temporary.replace(kept)
+            for name, kind in plain.items():
+                try:
+                    datasets.Features.from_arrow_schema(pa.schema([(name, kind)]))
+                except (ValueError, NotImplementedError):
+                    raise _not_plain(str(file), name, kind) from None
+            _write_arrow(kept, pa.schema(list(plain.items())), file, table)
         return datasets.Dataset.from_file(str(kept))
+
+
+def _write_arrow(kept: Path, schema: Any, file: Path, table: Any) -> None:
+    """The columns of `schema` of an open Parquet file as an Arrow file; whole, or not at all."""
+    import pyarrow as pa
+
+    def batches() -> Iterator[Any]:
+        with _unreadable(file, "a parquet file"):
+            for batch in table.iter_batches(columns=schema.names):
+                batch = batch.select(schema.names).cast(schema)
+                batch.validate(full=True)  # Parquet promises nothing of its texts
+                yield batch
+
+    temporary = kept.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for batch in batches():
+                writer.write_batch(batch)
+        temporary.replace(kept)
+    except OSError as error:
+        fix = "make room there, or set HF_DATASETS_CACHE to a folder that can be written"
+        raise UserError(str(kept.parent), str(error), f"a place for the rows of {file}", fix) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -350,11 +373,13 @@ def _plain(where: str, table: Any) -> Any:
     for name in COLUMNS:
         feature = table.features.get(name)
         if feature is not None and not _is_plain(feature, name == "ecg_path"):
-            raise UserError(
-                f"{where}, column {name}", f"the type {feature}", "text: paths of recordings" if name == "ecg_path"
-                else "text or numbers", "write the column as text",
-            )  # fmt: skip
+            raise _not_plain(where, name, feature)
     return table.select_columns([name for name in COLUMNS if name in table.column_names])
+
+
+def _not_plain(where: str, column: str, kind: Any) -> UserError:
+    expected = "text: paths of recordings" if column == "ecg_path" else "text or numbers"
+    return UserError(f"{where}, column {column}", f"the type {kind}", expected, "write the column as text")
 
 
 def _is_plain(feature: Any, flat: bool) -> bool:

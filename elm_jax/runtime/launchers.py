@@ -155,7 +155,7 @@ def _alone(environment: Mapping[str, str]) -> bool:
 
 def _number(environment: Mapping[str, str], name: str, launcher: _Launcher) -> int:
     value = environment.get(name, "")
-    if not value.isdigit():
+    if not value.isdecimal():
         expected = f"a whole number, started by {launcher.name}"
         raise UserError(name, repr(value) if value else "nothing", expected, f"set it in every process, {ALONE}")
     return int(value)
@@ -248,6 +248,9 @@ def _torch_address(launcher: _Launcher, environment: Mapping[str, str]) -> str:
     if not host:
         expected = f"the host of process 0, beside {launcher.count}"
         raise UserError("MASTER_ADDR", "nothing", expected, f"set it in every process, {ALONE}")
+    if not 0 < port < 2**16 - 1:
+        expected = f"a port from 1 to {2**16 - 2}, free on the host of process 0, as is the next"
+        raise UserError("MASTER_PORT", str(port), expected, f"set it in every process, {ALONE}")
     if launcher is ELASTIC:  # torchrun itself listens at this port
         port = _port(f"{port} {environment[ELASTIC.present[0]]}")
     return f"{host}:{port}"

@@ -222,8 +222,9 @@ class Trainer:
         run.check_frozen(str(self.folder), meta["frozen"], self.frozen, set(self.fingerprints))
         if meta["data"] != self.dataset.fingerprint:
             raise UserError(
-                str(self.folder), "a checkpoint of other data: records, tokenizer or system prompt have changed",
-                "the data that the run began with", "restore it, or start a new run with init_from",
+                str(self.folder), "a checkpoint of other data: records, tokenizer, system prompt or, where ECGs are "
+                "symbols, how recordings are read have changed", "the data and the version that the run began with",
+                "restore them, or start a new run with init_from",
             )  # fmt: skip
         data = self.config.data
         if data.pack and data.share == "ecg" and meta.get("ecg_rows", 1) != ECG_ROWS:

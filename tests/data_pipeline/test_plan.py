@@ -333,6 +333,11 @@ def test_nothing_usable_is_the_users_error() -> None:
         Plan(index_of([0, 0], [0, 0]), rows=1, max_len=64, pack=True, seed=0)
 
 
+def test_weights_by_which_an_epoch_has_nothing_are_the_users_error() -> None:
+    with pytest.raises(UserError, match="data.weights: found 0.1"):
+        Plan(index_of([5] * 4, [0] * 4), conversations=2, max_len=64, pack=True, seed=0, weights=[0.1])
+
+
 def test_an_index_of_longer_samples_is_our_fault() -> None:
     plan = Plan(index_of([60], [0]), rows=1, max_len=32, pack=True, seed=0)
     with pytest.raises(AssertionError, match="max_len"):

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from decimal import Decimal
 from itertools import product
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -262,6 +263,32 @@ def test_categories_are_read_as_their_text(tmp_path, data):
     assert [record.ecg_paths for record in load(data)] == [("a",), ("c",)]
 
 
+@pytest.mark.parametrize(
+    "column, values",
+    [("text", pa.array([[("a", "b")]], pa.map_(pa.string(), pa.string()))),
+     ("patient_id", pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"0" * 16], pa.binary(16))))],
+)  # fmt: skip
+def test_a_column_of_a_type_that_is_no_text_is_named(tmp_path, data, column, values):
+    pq.write_table(pa.table({"ecg_path": ["x"], "text": ["t"]} | {column: values}), tmp_path / "a.parquet")
+    assert f"a.parquet, column {column}: found the type {str(values.type)[:8]}" in refusal(data)
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_not_the_file(tmp_path, data, monkeypatch):
+    save(tmp_path / "a.parquet", rows(3))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "a.parquet")
+    told = refusal(data)
+    assert told.startswith(f"{tmp_path / 'a.parquet' / 'elm_jax'}: ") and "set HF_DATASETS_CACHE" in told
+
+
+def test_a_parquet_file_that_breaks_off_is_named_and_leaves_nothing_in_the_cache(tmp_path, data):
+    path = save(tmp_path / "a.parquet", rows(3))
+    broken = bytearray(path.read_bytes())
+    broken[4:60] = bytes(56)  # the first page; the footer is whole
+    path.write_bytes(broken)
+    assert f"{path}: found an unreadable file" in refusal(data)
+    assert not [file for file in Path(datasets.config.HF_DATASETS_CACHE).rglob("*") if file.is_file()]
+
+
 # ---- names
 
 
@@ -424,6 +451,21 @@ def test_no_patient_is_on_both_sides_however_ids_are_spelt(tmp_path_factory, dra
     made = DataConfig(names=("a.jsonl",), root=str(folder), val_fraction=0.4)
     sides = [{p for r in load(made, s) for p in owners[int(r.id.split(":")[1])]} for s in ("train", "val")]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
+
+
+def test_recordings_that_only_comparisons_say_the_patient_of_are_on_one_side(tmp_path, data):
+    pairs = [{"ecg_path": [f"{i}.npy", f"{i}b.npy"], "text": "t", "patient_id": f"p{i}"} for i in range(20)]
+    noise = [{"ecg_path": [f"{i}c.npy", "noise"], "text": "t", "patient_id": f"p{i}"} for i in range(20)]
+    alone = [{"ecg_path": f"{i}{which}.npy", "text": "t"} for i in range(20) for which in ("", "b", "c")]
+    save(tmp_path / "a.jsonl", pairs + noise + alone)
+    data = replace(data, names=("a.jsonl",), val_fraction=0.3)
+    found = [[path for r in load(data, side) for path in r.ecg_paths if path != "noise"] for side in ("train", "val")]
+    sides = [{path.rstrip(".bcnpy") for path in paths} for paths in found]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+
+
+def test_an_id_of_thousands_of_digits_is_itself():
+    assert patient_ids("9" * 5000) == ("9" * 5000,)
 
 
 def test_validation_is_whole_patients_and_the_rest_is_train(tmp_path, data):

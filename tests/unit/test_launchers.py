@@ -178,6 +178,8 @@ def test_what_is_left_over_in_a_shell_does_not_make_several_processes_of_one() -
         ({"RANK": "1"}, "WORLD_SIZE", "JAX_NUM_PROCESSES=1"),
         ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "29500"}, "MASTER_ADDR", "process 0"),
         ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "node-0"}, "MASTER_PORT", "nothing"),
+        ({**TORCH, "MASTER_PORT": "70000"}, "MASTER_PORT", "70000"),
+        ({**TORCH, "WORLD_SIZE": "\N{SUPERSCRIPT TWO}"}, "WORLD_SIZE", "a whole number"),
         ({**TORCH, "RANK": "4"}, "RANK", "below WORLD_SIZE=4"),
         ({"PMI_RANK": "1"}, "PMI_SIZE", "nothing"),
         ({"PMIX_RANK": "1"}, "JAX_NUM_PROCESSES", "PMIx"),
