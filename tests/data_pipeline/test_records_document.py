@@ -14,7 +14,7 @@ from elm_jax.config import DataConfig, resolve
 from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records, patient_ids
-from elm_jax.data.tables import COLUMNS
+from elm_jax.data.table_files import COLUMNS
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "records.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+ ?\w*)\n(.*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE)
