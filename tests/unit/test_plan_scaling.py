@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from elm_jax.config import resolve
+from elm_jax.errors import UserError
 from elm_jax.planning import program, topology
 from elm_jax.planning.program import TooLarge
 from elm_jax.planning.report import Load, Plan, Planner
@@ -73,3 +74,13 @@ def test_nodes_have_the_gpus_of_the_topology(monkeypatch: pytest.MonkeyPatch) ->
     meshes = both.candidates()
     assert {mesh.tensor for mesh in meshes} == {1, 2}  # no layer is split over two nodes
     assert {mesh.fsdp for mesh in meshes if mesh.tensor == 1} == {1, 2, 8}
+
+
+def test_conversations_of_a_step_are_rows_where_each_has_one_and_packed_ask_for_rows() -> None:
+    tree = {"train": {"conversations": 12}, "optim": {"accum_steps": 2}}
+    alone, packed = resolve({**tree, "data": {"pack": False}}), resolve(tree)
+    assert Load().config(alone, 4).train.batch_size == 2 * 4 * 2  # 6 in a micro-batch, on 4 devices
+    with pytest.raises(UserError, match="--rows"):
+        Load().config(packed, 4)
+    train = Load(rows=3).config(packed, 4).train
+    assert (train.batch_size, train.conversations) == (24, None)

@@ -1,0 +1,10 @@
+"""CLIP on the ECG drawn on paper and an MLP connector, as the reference's README trains it."""
+
+from ml_collections import ConfigDict
+
+from elm_jax.configs import llava_clip
+from elm_jax.configs.reference import recipe
+
+
+def get_config() -> ConfigDict:
+    return recipe.applied(llava_clip.get_config())
