@@ -206,17 +206,17 @@ class Dataset:
     def missing(self, max_bad: float) -> UserError | None:
         """What is wrong with the first recording that is not there or may not be read, where more than the fraction
         `max_bad` of all records have such; looks at LOOKED_FOR records at most, evenly spread, and opens none."""
-        found: list[UserError] = []
+        found: list[tuple[str, UserError]] = []  # the record and the error
         known: dict[str, UserError | None] = {}
         for i in range(0, len(self) if self.text.signal_tokens else 0, -(-len(self) // LOOKED_FOR)):
             record = self.records[i]
             for path in record.ecg_paths:
                 if path not in known:
                     known[path] = self._looked_for(path)
-            found += [error for path in record.ecg_paths if (error := known[path])][:1]
+            found += [(record.id, error) for path in record.ecg_paths if (error := known[path])][:1]
             if len(found) > max_bad * len(self):
-                where, says, expected, fix = found[0].parts
-                many = f"at most {max_bad * len(self):g} such records (data.max_bad_records)"
+                first, (where, says, expected, fix) = found[0][0], found[0][1].parts
+                many = f"at most {max_bad * len(self):g} records such as {first} (data.max_bad_records)"
                 return UserError(where, says, f"{expected}; {many}", fix)
         return None
 

@@ -83,9 +83,7 @@ def _tree(data: bytes, pos: int) -> Any:
     while True:
         code = data[pos]
         pos += 1
-        if code == 0x94:  # MEMOIZE
-            memo.append(stack[-1])
-        elif code == 0x4B:  # BININT1
+        if code == 0x4B:  # BININT1
             stack.append(data[pos])
             pos += 1
         elif code == 0x8C:  # SHORT_BINUNICODE
@@ -95,6 +93,8 @@ def _tree(data: bytes, pos: int) -> Any:
             if data[pos] == 0x94:  # as nearly always
                 memo.append(stack[-1])
                 pos += 1
+        elif code == 0x94:  # MEMOIZE
+            memo.append(stack[-1])
         elif code == 0x68:  # BINGET
             stack.append(memo[data[pos]])
             pos += 1

@@ -15,7 +15,8 @@ import numpy as np
 
 from elm_jax.config import DataConfig
 from elm_jax.data.represent import FLATLINE, NOISE
-from elm_jax.data.tables import KINDS, Part, Source, identities, open_source
+from elm_jax.data.table_files import KINDS
+from elm_jax.data.tables import Part, Source, identities, open_source
 from elm_jax.data.text import decode_text
 from elm_jax.errors import UserError
 from elm_jax.json_text import parse_json
@@ -31,7 +32,7 @@ class Record:
 
     patient: who it is about ("a+b" for two); id: "<dataset>:<row>", or "<dataset>:<split>:<row>"
     where rows are numbered per split; dataset: index into data.names; problem: what is wrong with the record
-    itself, where no conversation can be made of it; fields: what of `tables.KINDS` it says about its question.
+    itself, where no conversation can be made of it; fields: what of `table_files.KINDS` it says about its question.
     """
 
     ecg_paths: tuple[str, ...]

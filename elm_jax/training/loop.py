@@ -20,7 +20,7 @@ from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset, cuts
 from elm_jax.data.loader import BadRecord, Loaded, StepSource, steps_from, unusable
-from elm_jax.data.plan import ECG_ROWS, LengthIndex, Plan
+from elm_jax.data.plan import ECG_ROWS, Plan
 from elm_jax.errors import UserError, printable
 from elm_jax.models.functional import Arrays, Structure
 from elm_jax.models.lora import is_lora
@@ -34,7 +34,7 @@ from elm_jax.training.attention_check import checked_attention, tell
 from elm_jax.training.encoder_cache import keep_features
 from elm_jax.training.optim import batch_scale, learning_rate_multiplier
 from elm_jax.training.program import check_rows, optimizer_of
-from elm_jax.training.report import Report
+from elm_jax.training.report import Report, tell_of_cuts
 from elm_jax.training.state import TrainState, abstract_state, array_shardings, new_state, split_names
 from elm_jax.training.step import StepPrograms, make_eval_step, make_train_step
 
@@ -131,7 +131,7 @@ class Trainer:
             if problem:
                 raise UserError(*problem)
         if jax.process_index() == 0:
-            _tell_of_cuts("training" if rows is None else "validation", index, data.max_len)
+            tell_of_cuts("training" if rows is None else "validation", index, data.max_len)
         make = functools.partial(
             Plan, index, max_len=data.max_len, pack=data.pack, seed=self.config.seed, ways=batch_ways(self.mesh)
         )
@@ -407,15 +407,3 @@ class Trainer:
         if jax.process_index() == 0:
             run.write_done(self.folder, done, self.total_steps)
         self.checkpoints.close()
-
-
-def _tell_of_cuts(what: str, index: LengthIndex, max_len: int) -> None:
-    """Say, where it is so, how much of the conversations is cut off."""
-    told = cuts(index)
-    if told["conversations"]:
-        ecgs = f", {told['with_ecgs_cut']:,} of them within their ECGs" if told["with_ecgs_cut"] else ""
-        print(
-            f"warning: {what}: {told['conversations']:,} of {len(index):,} conversations ({told['share']:.1%}) exceed "
-            f"data.max_len={max_len} and are cut{ecgs} ({told['answers']:,} answers lost whole); raise data.max_len "
-            "to keep all", file=sys.stderr,
-        )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,9 @@ from jax.sharding import Mesh
 
 from elm_jax.config import Config, to_dict
 from elm_jax.data.batch import Batch
+from elm_jax.data.dataset import cuts
 from elm_jax.data.loader import Loaded
+from elm_jax.data.plan import LengthIndex
 from elm_jax.runtime import telemetry
 from elm_jax.runtime.mesh import batch_ways, host_parts
 
@@ -205,3 +208,15 @@ class Report:
         """End the bar and the clock."""
         self._clock.close()
         self._bar.close()
+
+
+def tell_of_cuts(what: str, index: LengthIndex, max_len: int) -> None:
+    """Say, where it is so, how much of the conversations is cut off."""
+    told = cuts(index)
+    if told["conversations"]:
+        ecgs = f", {told['with_ecgs_cut']:,} of them within their ECGs" if told["with_ecgs_cut"] else ""
+        print(
+            f"warning: {what}: {told['conversations']:,} of {len(index):,} conversations ({told['share']:.1%}) exceed "
+            f"data.max_len={max_len} and are cut{ecgs} ({told['answers']:,} answers lost whole); raise data.max_len "
+            "to keep all", file=sys.stderr,
+        )  # fmt: skip

@@ -14,7 +14,7 @@ from elm_jax.config import DataConfig, resolve
 from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records, patient_ids
-from elm_jax.data.tables import COLUMNS
+from elm_jax.data.table_files import COLUMNS
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "records.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+ ?\w*)\n(.*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE)
@@ -50,7 +50,8 @@ def rendered(root: Path, lines: str, phase: str = "sft") -> list[str]:
     (root / "example.jsonl").write_text(lines)
     made = dataset(root, "example.jsonl", phase)
     assert made.length_index("system", 0.0).length.all() and made.missing(0.0) is None
-    assert all(isinstance(signal, np.ndarray) and signal.shape == (12, 2500) for i in range(len(made)) for signal in made.signals(i))
+    signals = [signal for i in range(len(made)) for signal in made.signals(i)]
+    assert all(isinstance(signal, np.ndarray) and signal.shape == (12, 2500) for signal in signals)
     return [made.render(i).prompt for i in range(len(made))]
 
 
@@ -75,7 +76,8 @@ def test_several_ecgs_stand_where_it_says(root: Path) -> None:
 
 def test_patients_are_those_of_the_table() -> None:
     table = DOCUMENT[DOCUMENT.index("| `patient_id` | patients |\n") :].split("\n\n")[0].splitlines()[2:]
-    rows = {spelt: tuple(filter(None, who.strip().split(", "))) for _, spelt, who, _ in (row.split("|") for row in table)}
+    cells = [row.split("|")[1:3] for row in table]
+    rows = {spelt: tuple(filter(None, who.strip().split(", "))) for spelt, who in cells}
     assert len(rows) >= 4
     for spellings, patients in rows.items():
         for spelt in re.findall(r"`(.*?)`", spellings):

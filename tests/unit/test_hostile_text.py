@@ -19,6 +19,7 @@ from elm_jax.data.tables import open_source
 from elm_jax.data.vocabulary import load_tokenizer
 from elm_jax.errors import UserError, printable
 from elm_jax.evaluation.page import page, table
+from elm_jax.evaluation.report import _listed
 from elm_jax.evaluation.svg import Bar, bars
 from elm_jax.json_text import parse_json
 from elm_jax.runtime.telemetry import MetricsFile
@@ -173,3 +174,10 @@ def test_a_key_that_holds_a_control_character_is_shown_in_escapes():
     with pytest.raises(UserError) as refused:
         resolve({"data": {"representation": HOSTILE}})
     assert not RAW.search(str(refused.value))
+
+
+def test_the_list_of_answers_stays_json_whatever_they_hold():
+    line = dict.fromkeys(("id", "name", "question", "answer"), HOSTILE) | {"truth": "</script>", "seconds": 1.0}
+    found = page("", "", [("", _listed([line]))])
+    rows = json.loads(found.partition('id="rows">')[2].partition("</script>")[0])
+    assert rows[0][0] == printable(HOSTILE) and rows[0][4] == "</script>" and not RAW.search(found)
