@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_train import SIGNAL_TOKENS, write_llm
+from bench_train import SIGNAL_TOKENS, encoder, write_llm
 from machine import machine
 
 ROWS = 32
@@ -98,7 +98,7 @@ def _ours(args: argparse.Namespace) -> None:
     gpu = args.device == "gpu"
     values = {
         "elm": "linear_llava", "encoder.name": "merl", "encoder.tokens": SIGNAL_TOKENS,
-        "encoder.config": json.dumps({"resnet_type": "resnet18"}), "llm.name": args.work / "llm",
+        "encoder.config": json.dumps(encoder(args.tiny)), "llm.name": args.work / "llm",
         "llm.compute_dtype": "bfloat16" if gpu else "float32", "llm.scan": gpu, "data.names": "ecg_qa.parquet",
         "data.root": args.data, "data.val_fraction": 0.0, "eval.batch_size": args.rows,
     }  # fmt: skip

@@ -70,6 +70,7 @@ def flags(name: str, steps: int, tiny: bool, rows: int | None = None, recordings
     values = COMMON | own | {
         "llm.scratch": SIZES[name] | (TINY if tiny else {}), "data.names": demo,
         "data.max_len": tokens, "train.batch_size": rows, "train.steps": steps,
+        **({"encoder.config": {"resnet_type": "resnet18", "width": 8}} if tiny else {}),
     }  # fmt: skip
     return ["--config=configs/llava_merl.py", *(f"--config.{key}={value}" for key, value in values.items())]
 

@@ -172,6 +172,11 @@ def write_llm(llm: Path, tokenizer: Path, tiny: bool) -> None:
     save_file(drawn, llm / "model.safetensors", metadata={"format": "pt"})
 
 
+def encoder(tiny: bool) -> dict[str, Any]:
+    """What `encoder.config` says of MERL."""
+    return {"resnet_type": "resnet18", **({"width": 8} if tiny else {})}
+
+
 def _prompt(tokenizer: Path) -> str:
     """A system prompt that takes PROMPT_TOKENS tokens together with the chat's own marks."""
     from elm_jax.data.prompts import DEFAULT
@@ -191,6 +196,7 @@ def _compare(folder: Path, name: str, case: Case, args: argparse.Namespace) -> d
         "data": str(folder / "data"),
         "prompt": str(folder / "prompt.txt"),
         "device": args.device,
+        "tiny": args.tiny,
         "case": case.__dict__,
         "cache": str(folder / "cache"),
     }
@@ -238,7 +244,7 @@ def _ours(work: Path) -> None:
     values = {
         "workdir": work / "run", "elm": "linear_llava", "update": "connector,llm", "encoder.name": "merl",
         "encoder.tokens": SIGNAL_TOKENS, "encoder.cache": True,
-        "encoder.config": json.dumps({"resnet_type": "resnet18"}), "llm.name": told["llm"],
+        "encoder.config": json.dumps(encoder(told["tiny"])), "llm.name": told["llm"],
         "llm.param_dtype": "float32", "llm.scan": told["device"] == "gpu",  # on CPU loops cost a quarter of the speed
         "llm.compute_dtype": "float32" if told["device"] == "cpu" else "bfloat16",
         "data.names": f"bench_{case['table']}.parquet", "data.root": told["data"], "data.outside_root": True,
