@@ -22,6 +22,7 @@ from elm_jax.data.rasterize import DPI, REFERENCE_DPI, draw
 from elm_jax.data.wfdb_record import files_of, header_of
 from elm_jax.errors import UserError
 
+SIGNALS = 2  # version of what recordings become: goes up when the same file and settings give another signal
 NOISE, FLATLINE, DEMO = "noise", "flatline", "demo:"
 
 

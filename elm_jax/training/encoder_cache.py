@@ -24,7 +24,7 @@ from elm_jax.assemble import Assembly, encoder_structure
 from elm_jax.data.batch import empty_signals, put_signal
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.features import Features, FeatureWriter
-from elm_jax.data.represent import SignalSpec
+from elm_jax.data.represent import SIGNALS, SignalSpec
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays
 from elm_jax.models.hints import placed
@@ -32,7 +32,6 @@ from elm_jax.runtime import distributed
 from elm_jax.runtime.checkpoint import summaries
 from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways, host_parts, replicated, to_device
 
-VERSION = 2  # of what is kept; goes up when the same file and settings give another signal
 ROWS = 16  # recordings of a batch on each way of the mesh
 PART = 4096  # recordings that an interruption loses at most
 READERS = 4
@@ -57,7 +56,7 @@ def keep_features(
     spec = replace(assembly.signal, root=str(Path(assembly.signal.root).absolute()))
     if spec.perturb != "noise":
         spec = replace(spec, seed=0)  # nothing of a recording is drawn from it
-    facts = (VERSION, spec, config.encoder.name, config.encoder.tokens, assembly.encoder, config.compat)
+    facts = (SIGNALS, spec, config.encoder.name, config.encoder.tokens, assembly.encoder, config.compat)
     weights = sorted(summaries(own).items())
     key = hashlib.sha256(repr((*facts, config.llm.compute_dtype, weights)).encode()).hexdigest()[:32]
 

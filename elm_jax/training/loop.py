@@ -20,7 +20,7 @@ from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset, cuts
 from elm_jax.data.loader import BadRecord, Loaded, StepSource, steps_from, unusable
-from elm_jax.data.plan import ECG_ROWS, Plan
+from elm_jax.data.plan import Plan
 from elm_jax.errors import UserError, printable
 from elm_jax.models.functional import Arrays, Structure
 from elm_jax.models.lora import is_lora
@@ -220,18 +220,7 @@ class Trainer:
     def _restore(self, step: int, like: TrainState) -> None:
         meta = self.checkpoints.meta(step)
         run.check_frozen(str(self.folder), meta["frozen"], self.frozen, set(self.fingerprints))
-        if meta["data"] != self.dataset.fingerprint:
-            raise UserError(
-                str(self.folder), "a checkpoint of other data: records, tokenizer, system prompt or, where ECGs are "
-                "symbols, how recordings are read have changed", "the data and the version that the run began with",
-                "restore them, or start a new run with init_from",
-            )  # fmt: skip
-        data = self.config.data
-        if data.pack and data.share == "ecg" and meta.get("ecg_rows", 1) != ECG_ROWS:
-            raise UserError(
-                str(self.folder), "a checkpoint of a version that divided questions about one ECG otherwise over rows",
-                f"version {ECG_ROWS}, whose order of samples differs", "finish it there, or start anew with init_from",
-            )  # fmt: skip
+        run.check_data(str(self.folder), meta, self.dataset.fingerprint, self.config.data)
         self.history = meta["history"]
         items = {"trained": like.trained, "statistics": like.statistics, "optimizer": like.optimizer}
         count = jax.device_put(np.asarray(step, np.int32), like.step.sharding)
@@ -364,7 +353,7 @@ class Trainer:
         items = {"trained": state.trained, "statistics": state.statistics, "optimizer": state.optimizer}
         ids = {"llm": self.config.llm.name, "encoder": self.config.encoder.checkpoint}
         frozen = {"frozen": self.fingerprints, "frozen_ids": {c: ids.get(c) for c in self.fingerprints}}
-        meta = {**frozen, "data": self.dataset.fingerprint, "ecg_rows": ECG_ROWS, "history": self.history}
+        meta = {**frozen, **run.data_facts(self.dataset.fingerprint), "history": self.history}
         self.checkpoints.save(done, items, meta, self.history["best_step"])
 
     def _announce(self, first: int) -> None:

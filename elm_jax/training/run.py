@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from elm_jax.cli import ConfigFlags
-from elm_jax.config import Config, LoraConfig, differences, to_dict
+from elm_jax.config import Config, DataConfig, LoraConfig, differences, to_dict
 from elm_jax.data.ecg_tokens import EcgTokens
+from elm_jax.data.plan import ECG_ROWS
+from elm_jax.data.represent import SIGNALS
 from elm_jax.errors import UserError
 from elm_jax.json_text import parse_json
 from elm_jax.models.decoder import DecoderConfig
@@ -176,6 +179,36 @@ def check_fingerprints(where: str, saved: Mapping[str, str], now: Mapping[str, s
                 where, f"a checkpoint trained with other {part} weights", "the frozen weights of that run",
                 f"use the same weights for the {part}, or start a new run",
             )  # fmt: skip
+
+
+def data_facts(fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint keeps of its data: their fingerprint, and how this version makes rows and signals of them."""
+    return {"data": fingerprint, "ecg_rows": ECG_ROWS, "signals": SIGNALS}
+
+
+def check_data(where: str, saved: Mapping[str, Any], fingerprint: str, data: DataConfig) -> None:
+    """Hold the `data_facts` of a checkpoint against the data now; says where another version read recordings otherwise.
+
+    Raises:
+        UserError: they are other data, or would come in another order.
+    """
+    if saved["data"] != fingerprint:
+        raise UserError(
+            where, "a checkpoint of other data: records, who is held out, tokenizer, system prompt or, where ECGs are "
+            "symbols, how recordings are read have changed", "the data and the version that the run began with",
+            "restore them, or start a new run with init_from",
+        )  # fmt: skip
+    if data.pack and data.share == "ecg" and saved.get("ecg_rows", 1) != ECG_ROWS:
+        raise UserError(
+            where, "a checkpoint of a version that divided questions about one ECG otherwise over rows",
+            f"version {ECG_ROWS}, whose order of samples differs", "finish it there, or start anew with init_from",
+        )  # fmt: skip
+    if saved.get("signals", 1) != SIGNALS and jax.process_index() == 0:
+        print(
+            f"warning: {where} was begun by a version that read some recordings otherwise: it resampled without a "
+            "low-pass, averaged the samples of a frame, and did not scale all units to mV. Where its data have such "
+            "recordings, they now differ from those so far", file=sys.stderr,
+        )  # fmt: skip
 
 
 def start_from(source: str, structure: Structure, shardings: Mapping[str, Any], lora: LoraConfig) -> Arrays:

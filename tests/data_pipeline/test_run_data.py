@@ -11,6 +11,7 @@ import pytest
 import runs
 from texts import write_records
 
+from elm_jax.config import DataConfig
 from elm_jax.errors import UserError
 from elm_jax.training import run
 from elm_jax.training.loop import Trainer
@@ -64,3 +65,19 @@ def test_a_files_own_val_split_validates_without_a_val_fraction(tmp_path: Path, 
     for asked in ({"train__eval_every": 20}, {"train__early_stopping": True}):
         validation = start(**asked).validation
         assert validation is not None and len(validation.dataset) == 4
+
+
+def test_a_checkpoint_of_other_data_or_of_another_order_is_refused() -> None:
+    saved, shared = run.data_facts("a"), DataConfig(share="ecg")
+    run.check_data("here", saved, "a", shared)
+    with pytest.raises(UserError, match="here: found a checkpoint of other data"):
+        run.check_data("here", saved, "b", shared)
+    with pytest.raises(UserError, match="here: found a checkpoint of a version that divided"):
+        run.check_data("here", saved | {"ecg_rows": 1}, "a", shared)
+
+
+def test_a_run_whose_recordings_another_version_read_otherwise_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    run.check_data("here", run.data_facts("a"), "a", DataConfig())
+    assert not capsys.readouterr().err
+    run.check_data("here", {"data": "a"}, "a", DataConfig())  # as earlier versions wrote them
+    assert "warning: here was begun by a version that read some recordings otherwise" in capsys.readouterr().err
