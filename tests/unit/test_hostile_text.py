@@ -13,7 +13,7 @@ import pytest
 
 from elm_jax import cli
 from elm_jax.config import resolve
-from elm_jax.data import tables
+from elm_jax.data.table_files import file_tables
 from elm_jax.data.features import Features, FeatureWriter
 from elm_jax.data.tables import open_source
 from elm_jax.data.vocabulary import load_tokenizer
@@ -149,11 +149,12 @@ def test_a_damaged_copy_of_a_table_is_written_again(tmp_path, monkeypatch, place
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     texts = [f"text {i}" for i in range(2000)]
     file = parquet(tmp_path / "t.parquet", ecg_path=pa.array(["a.npy"] * 2000), text=pa.array(texts))
-    tables._open(file)
+    list(file_tables(file))
     (kept,) = (tmp_path / "cache").rglob("*.arrow")
     whole = kept.read_bytes()
     kept.write_bytes(whole[place])
-    assert tables._open(file)["text"][:] == texts
+    ((_, _, table),) = file_tables(file)
+    assert table["text"][:] == texts
     assert kept.read_bytes() == whole and "damaged" in caplog.text
 
 
