@@ -13,8 +13,8 @@ import pytest
 
 from elm_jax import cli
 from elm_jax.config import resolve
-from elm_jax.data.table_files import file_tables
 from elm_jax.data.features import Features, FeatureWriter
+from elm_jax.data.table_files import file_tables
 from elm_jax.data.tables import open_source
 from elm_jax.data.vocabulary import load_tokenizer
 from elm_jax.errors import UserError, printable
