@@ -94,7 +94,7 @@ def reference_losses(folder: Path, assembly: Assembly, order: list[list[int]]) -
     elm = assembly.structure.bind(arrays)
     llm = Qwen2ForCausalLM.from_pretrained(folder / "llm", attn_implementation="eager").float()
     sizes = [arrays[f"connector.{part}.kernel"].shape for part in ("hidden", "projection")]
-    layers = [torch.nn.Linear(*size) for size in sizes]
+    layers = [torch.nn.Linear(inputs, outputs) for inputs, outputs in sizes]
     for layer, part in zip(layers, ("hidden", "projection"), strict=True):
         layer.load_state_dict({
             "weight": torch.from_numpy(np.array(arrays[f"connector.{part}.kernel"]).T.copy()),
@@ -111,7 +111,7 @@ def reference_losses(folder: Path, assembly: Assembly, order: list[list[int]]) -
         rendered = [dataset.render(i) for i in samples]
         longest = max(len(one.ids) for one in rendered)
         ids, labels = np.full((2, len(samples), longest), -100)
-        signals = jnp.asarray(np.stack([dataset.signals(i)[0] for i in samples]))
+        signals = jnp.asarray(np.stack([np.asarray(dataset.signals(i)[0]) for i in samples]))
         features = torch.from_numpy(np.array(elm.encoder(signals, jnp.ones(len(samples)), train=False)))
         places = []
         for row, one in enumerate(rendered):
