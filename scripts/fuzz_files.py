@@ -39,6 +39,7 @@ MEMORY = 3 << 30  # bytes of address space that an input may add to what a worke
 CHUNK = 2000  # inputs of one worker
 TARGETS = ("read_ecg", "tokenizer")
 SAMPLES = 40
+LONGEST = 2 << 20  # bytes of a file
 
 Files = dict[str, bytes]  # a seed or an input: the first file is the one that is opened
 
@@ -137,6 +138,7 @@ def changed(rng: random.Random, files: Files, others: list[Files]) -> Files:
         ways = _TEXT_WAYS if name.endswith((".hea", ".json")) and rng.random() < 0.7 else _WAYS
         way = rng.choice(ways)
         files[name] = way(rng, files[name]) if way is not _spliced else _spliced(rng, files[name], rng.choice(others))
+        files[name] = files[name][:LONGEST]
     if rng.random() < 0.03 and len(files) > 1:
         del files[rng.choice(list(files)[1:])]
     if name == "a.json" and rng.random() < 0.7:
