@@ -34,6 +34,8 @@ def read(path: str | Path) -> TokenizerFile:
     path = Path(path)
     if path.suffix not in ENDINGS:
         _refuse(path, f"a file that ends with {path.suffix!r}", "give a .json or .pkl file")
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device has no end
+        _refuse(path, "no regular file", "check data.ecg_tokenizer")
     try:
         data = path.read_bytes()
     except OSError as error:

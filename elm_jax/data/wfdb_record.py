@@ -124,9 +124,17 @@ def _refused(path: Path, found: str, expected: str, fix: str) -> UserError:
     return UserError(str(path), found, expected, fix)
 
 
+def _check_regular(path: Path, expected: str) -> None:
+    """Raise UserError for what is there and is no file: a pipe would be waited for, a device has no end."""
+    if os.path.exists(path) and not os.path.isfile(path):  # which raise nothing, however long the name is
+        raise _refused(path, "no regular file", expected, "check the path")
+
+
 def _read_header(path: Path) -> _Header:
+    _check_regular(path, "a WFDB header")
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(_LONGEST + 1)
     except OSError as error:
         raise _refused(path, error.strerror or str(error), "a WFDB header", "check the path") from None
     try:
@@ -137,7 +145,7 @@ def _read_header(path: Path) -> _Header:
     lines = [line for line in lines if line and not line.startswith("#")]
     if len(content) > _LONGEST or any(len(line) > _LONGEST_LINE for line in lines):
         expected = f"a WFDB header: at most {_LONGEST} bytes, and {_LONGEST_LINE} characters a line"
-        raise _refused(path, f"{len(content)} bytes", expected, _FIX)
+        raise _refused(path, "a longer one", expected, _FIX)
     match = _RECORD.fullmatch(lines[0]) if lines else None
     if match is None:
         found = f"the line {lines[0][:80]!r}" if lines else "no line but comments"
@@ -203,6 +211,8 @@ def _read(header: _Header, rows: list[int]) -> tuple[np.ndarray, float, int]:
     path, chosen = header.path, [header.signals[row] for row in rows]
     scales = [_scale(path, signal) for signal in chosen]
     skew = max(int(_FORMAT.fullmatch(signal.format)["skew"] or 0) for signal in chosen)  # type: ignore[index]
+    for name in dict.fromkeys(signal.file for signal in header.signals):
+        _check_regular(path.parent / name, "a file of samples")
     import wfdb  # slow to import, and not needed for prepared records
 
     try:

@@ -349,3 +349,13 @@ LONG = {"line": b"r 12 500 40\n" + b"x" * 2000, "file": b"r 12 500 40\n# " + b"x
 def test_a_header_longer_than_any_is_refused(tmp_path, header):
     (tmp_path / "r.hea").write_bytes(header)
     assert "at most" in refusal(tmp_path / "r.hea")
+
+
+@pytest.mark.parametrize("file", ["r.dat", "part.hea"])
+def test_devices_and_pipes_are_not_read(tmp_path, file):
+    path = write(tmp_path)
+    if file == "part.hea":
+        (tmp_path / "r.hea").write_text("r/1 12 500 40\npart 40\n")
+    (tmp_path / file).unlink(missing_ok=True)
+    (tmp_path / file).symlink_to(os.devnull)
+    assert f"{file}: found no regular file" in refusal(path)

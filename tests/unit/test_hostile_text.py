@@ -76,6 +76,16 @@ def test_json_that_is_none_is_a_value_error_in_words(text):
         parse_json(text.encode("utf-8", "surrogatepass"))
 
 
+@pytest.mark.parametrize("text", [b'"\xed\xa0\x80"', '"\\ud800"'.encode("utf-16"), '"\ud800"', "[" * 200 + "]" * 200])
+def test_no_spelling_brings_half_a_pair_or_what_cannot_be_walked(text):
+    with pytest.raises(ValueError):
+        parse_json(text)
+
+
+def test_json_may_be_a_hundred_levels_deep_and_of_any_width():
+    assert parse_json(f"[{'[' * 99}{']' * 99}{', {}' * 200}]")[1:] == [{}] * 200
+
+
 def test_json_with_whole_surrogate_pairs_is_read():
     assert parse_json('"\\ud83d\\ude00"') == "\N{GRINNING FACE}"
 

@@ -360,6 +360,12 @@ def test_other_and_absent_files_are_refused(tmp_path, name):
         EcgByte.load(tmp_path / name)
 
 
+def test_a_device_is_no_tokenizer(tmp_path):
+    (tmp_path / "t.json").symlink_to(os.devnull)
+    with pytest.raises(UserError, match="no regular file"):
+        EcgByte.load(tmp_path / "t.json")
+
+
 def test_deep_json_and_settings_with_numbers_for_keys(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 200_000)
     with pytest.raises(UserError, match="deep.json"):
