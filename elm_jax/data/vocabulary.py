@@ -5,11 +5,13 @@ It encodes with its own copies of the backend: the switch that tells special tok
 backend, and loader threads share the user's tokenizer.
 """
 
+import contextlib
 import copy
 import functools
 import json
 import re
 import weakref
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,11 +38,27 @@ def load_tokenizer(source: str | Path, where: str = "llm.name", **options: Any) 
     """
     from transformers import AutoTokenizer
 
-    try:
+    found = f"{source} without a tokenizer that can be read"
+    with _refused(where, found, "tokenizer.json and its config", "give a folder that has them"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    except Exception as error:  # the readers of these files raise what they like, bare Exceptions among it
-        found = f"{source} without a tokenizer that can be read ({one_line(str(error))[:160]})"
-        raise UserError(where, found, "tokenizer.json and its config", "give a folder that has them") from error
+
+
+@contextlib.contextmanager
+def _refused(where: str, found: str, expected: str, fix: str) -> Iterator[None]:
+    """Whatever the libraries of tokenizers raise, bare Exceptions and panics among it, as one UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which nobody can import
+            raise
+        raise UserError(where, f"{found} ({one_line(str(error))[:160]})", expected, fix) from error
+
+
+def _broken(content: str | list[int]) -> contextlib.AbstractContextManager[None]:
+    found = f"a tokenizer that fails at {content[:40]!r}"
+    return _refused("llm.name", found, "one that has ids for every text", "give the model's own, whole tokenizer")
 
 
 def vocabulary(tokenizer: Any) -> "Vocabulary":
@@ -56,7 +74,7 @@ class Vocabulary:
 
     `spaces_runs`: whether it puts a space before every run of text, as Llama 2's does.
 
-    Raises UserError for a tokenizer without a `tokenizers` backend.
+    Raises UserError for a tokenizer without a `tokenizers` backend, and where the backend fails at a text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -77,7 +95,9 @@ class Vocabulary:
         special.pop(tokenizer.unk_token, None)
         self._control_ids = frozenset(special.values())
         self._controls = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        self.spaces_runs = "".join(self._plain.encode("a", add_special_tokens=False).tokens).startswith("\u2581")
+        with _broken("a"):
+            first = self._plain.encode("a", add_special_tokens=False).tokens
+        self.spaces_runs = "".join(first).startswith("\u2581")
         ids = {tag: self.id(tag) for tag in THINK_TOKENS}
         self.tags = {tag: token for tag, token in ids.items() if token is not None}
         self.encode = functools.lru_cache(_CACHED_TEXTS)(self._encode)
@@ -109,7 +129,8 @@ class Vocabulary:
 
     def text(self, ids: list[int]) -> str:
         """The string of some ids, special tokens written out."""
-        return self._plain.decode(ids, skip_special_tokens=False)
+        with _broken(ids):
+            return self._plain.decode(ids, skip_special_tokens=False)
 
     def _template(self, text: str, tokens: tuple[str, ...]) -> tuple[tuple[str, int | None], ...]:
         """The text cut around some special tokens, each piece with its id, or None where it is plain text.
@@ -128,9 +149,10 @@ class Vocabulary:
 
     def _encode(self, text: str, specials: bool = False) -> tuple[int, ...]:
         """The ids of a text; special tokens written in it are read as such only with `specials`."""
-        backend = self._special if specials else self._plain
-        ids = tuple(backend.encode(text, add_special_tokens=False).ids)
-        return ids if specials or self._control_ids.isdisjoint(ids) else self._spelled(text)
+        with _broken(text):
+            backend = self._special if specials else self._plain
+            ids = tuple(backend.encode(text, add_special_tokens=False).ids)
+            return ids if specials or self._control_ids.isdisjoint(ids) else self._spelled(text)
 
     def _spelled(self, text: str) -> tuple[int, ...]:
         """The ids of a text whose ordinary merges make up a special token: cut inside that token's name."""

@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from elm_jax.data.demo import demo_tokenizer
-from elm_jax.data.vocabulary import load_tokenizer
+from elm_jax.data.vocabulary import load_tokenizer, vocabulary
 from elm_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,3 +76,22 @@ def test_a_damaged_tokenizer_is_an_error_that_names_its_folder(tmp_path: Path, f
     (tmp_path / file).write_text(content)
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         load_tokenizer(tmp_path, "config.init_from")
+
+
+BROKEN = {
+    "model": {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {"a": 1}},
+    "pre_tokenizer": {"type": "FixedLength", "length": 0},
+    "decoder": {"type": "Strip", "content": "a", "start": 99, "stop": 99},
+    "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+}
+
+
+@pytest.mark.parametrize("part", BROKEN)
+def test_a_tokenizer_that_fails_or_panics_at_a_text_is_a_user_error(tmp_path: Path, part: str) -> None:
+    demo_tokenizer().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text()) | {"added_tokens": [], part: BROKEN[part]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"llm\.name: found (a tokenizer that fails at|.* that can be read)"):
+        words = vocabulary(load_tokenizer(tmp_path))
+        words.text(list(words.encode("a")))
+        words.encode("\u5fc3")
