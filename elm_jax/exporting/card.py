@@ -128,7 +128,8 @@ def _licence(weights: TrainedWeights, repo: str) -> str | None:
     """The licence of the base model: as the card beside its weights says, else as we know it."""
     folder = weights.assembly.llm_folder
     card = folder / "README.md" if folder is not None else None
-    said = _FRONT_MATTER.match(card.read_text(encoding="utf-8")) if card is not None and card.is_file() else None
+    text = card.read_text(encoding="utf-8", errors="replace") if card is not None and card.is_file() else ""
+    said = _FRONT_MATTER.match(text)
     return said[1] if said else next((name for start, name in _LICENCES if repo.startswith(start)), None)
 
 

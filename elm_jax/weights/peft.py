@@ -199,7 +199,7 @@ def _spec_of(path: Path, fields: Mapping[str, Any]) -> LoraSpec:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise UserError(str(path), f"r = {rank!r}", "a whole number above 0", "correct it")
     for name, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
-        if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
             raise UserError(str(path), f"{name} = {value!r}", "a number of at least 0", "correct it")
     targets = fields.get("target_modules")
     if targets == "all-linear":

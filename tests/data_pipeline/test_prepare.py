@@ -118,6 +118,8 @@ def test_segments_are_resampled_as_the_reference_does_by_its_name_and_folders_ar
     report.write_text(json.dumps(before))
     with pytest.raises(UserError, match="resampling of an earlier version"):
         prepare(raw, tmp_path)
+    report.write_bytes(b"[]")  # which is none
+    assert prepare(raw, tmp_path)["resampling"] == "low-pass"
 
 
 def test_the_tables_load_and_split_by_the_official_folds(raw, tmp_path):

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from parity import e2e
 
 from elm_jax.exporting import hub
+from elm_jax.exporting.card import _licence
 from elm_jax.training.run import write_json
 from elm_jax.weights.load import open_checkpoint
 from elm_jax.weights.safetensors import Safetensors
@@ -94,6 +96,13 @@ def test_the_card_has_data_scores_beside_their_controls_and_the_licence(made: Pa
     facts = json.loads((tmp_path / "out" / "elm.json").read_text())
     assert facts["no_chat_template"] is None and facts["explicit_thinking"] is False
     assert facts["encoder"]["name"] == "st_mem" and facts["signal"]["tokens_per_ecg"] == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_the_licence_is_that_of_the_card_beside_the_weights_in_any_encoding(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "README.md").write_text("---\nauthor: M\u00fcller\nlicense: mit\n---\n", encoding=encoding)
+    weights: Any = SimpleNamespace(assembly=SimpleNamespace(llm_folder=tmp_path))
+    assert _licence(weights, "Qwen/Qwen2.5") == "mit"
 
 
 def test_every_parameter_is_in_the_dtype_that_is_asked_for(made: Path, tmp_path: Path) -> None:

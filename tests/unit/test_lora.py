@@ -225,6 +225,7 @@ def test_the_config_asks_for_an_adapter(folder: Path) -> None:
         ("peft_type", "IA3"), ("use_qalora", True), ("lora_bias", True), ("quantum", None), ("r", 0), ("r", None),
         ("lora_alpha", "32"), ("target_modules", ".*_proj"), ("target_modules", []),
         ("target_modules", ["q_proj", "lm_head"]), ("trainable_token_indices", [1]),
+        ("lora_alpha", float("nan")), ("lora_dropout", float("inf")),
     ],
 )  # fmt: skip
 def test_what_an_adapter_asks_for_and_we_do_not_compute_is_named(folder: Path, name: str, value: Any) -> None:

@@ -168,8 +168,10 @@ def prepare_ptb_xl(
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Segments of one folder must be made alike, also over several runs."""
     try:
-        before = parse_json(path.read_text())
+        before = parse_json(path.read_bytes())
     except (OSError, ValueError):
+        return
+    if not isinstance(before, dict):
         return
     for key, value in settings.items():
         if before.get("segment_len") == settings["segment_len"] and before.get(key) != value:
