@@ -135,8 +135,14 @@ def serve(path: str) -> None:
                 os._exit(0)
             elif key.fileobj is listening:
                 connection, asked, files = _receive(listening)
+                if asked is None:  # its client was killed while it asked
+                    connection.close()
+                    for file in files:
+                        os.close(file)
+                    continue
                 if early(asked["environment"]) != mine:
-                    connection.sendall(b"null\n")
+                    with contextlib.suppress(OSError):
+                        connection.sendall(b"null\n")
                     connection.close()
                     for file in files:
                         os.close(file)
@@ -149,12 +155,15 @@ def serve(path: str) -> None:
                     return _become(asked, files)
                 for file in files:
                     os.close(file)
-                connection.sendall(f"{number}\n".encode())
+                with contextlib.suppress(OSError):
+                    connection.sendall(f"{number}\n".encode())
                 handle = os.pidfd_open(number)
                 running[handle] = number, connection
                 waiting.register(handle, selectors.EVENT_READ)
                 waiting.register(connection, selectors.EVENT_READ, handle)
             elif key.data is not None:  # its client is gone, so is the command
+                if key.fileobj.fileno() < 0:  # type: ignore[union-attr]  # closed in this same round
+                    continue
                 waiting.unregister(key.fileobj)
                 if key.data in running:
                     os.kill(running[key.data][0], signal.SIGKILL)
@@ -170,15 +179,18 @@ def serve(path: str) -> None:
                 connection.close()
 
 
-def _receive(listening: socket.socket) -> tuple[socket.socket, dict[str, Any], list[int]]:
+def _receive(listening: socket.socket) -> tuple[socket.socket, dict[str, Any] | None, list[int]]:
+    """The connection of a client, what it asks for (None: it is gone before it has), and its standard files."""
     connection, _ = listening.accept()
-    _, ancillary, _, _ = connection.recvmsg(1, socket.CMSG_LEN(3 * 4))
-    files = array.array("i")
-    files.frombytes(ancillary[0][2])
-    data = b""
-    while not data.endswith(b"\n"):
-        data += connection.recv(1 << 16)
-    return connection, json.loads(data.decode(errors="surrogateescape")), list(files)
+    files, data = array.array("i"), b""
+    with contextlib.suppress(ConnectionError):
+        _, ancillary, _, _ = connection.recvmsg(1, socket.CMSG_LEN(3 * 4))
+        for _, _, content in ancillary:
+            files.frombytes(content)
+        while not data.endswith(b"\n") and (more := connection.recv(1 << 16)):
+            data += more
+    asked = json.loads(data.decode(errors="surrogateescape")) if data.endswith(b"\n") else None
+    return connection, asked, list(files)
 
 
 def _become(asked: dict[str, Any], files: list[int]) -> None:

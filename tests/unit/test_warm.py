@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,12 @@ def test_a_signal_reaches_the_command(program: Path, sent: int, status: int) -> 
         process.send_signal(sent)
         assert process.stdout.read() == b""  # the command has ended, too
     assert process.returncode == status
+
+
+@pytest.mark.parametrize("said", [b"", b"!", b'!{"arguments": ['])
+def test_a_client_that_is_killed_while_it_asks_leaves_the_server_to_others(program: Path, said: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(warm.python()[-1])
+        if said:
+            client.sendall(said)
+    assert run(warm.python(), program, "\n").returncode == 3
