@@ -16,7 +16,7 @@ import compiling
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.append(str(ROOT / "scripts"))
 
 import gpu_round  # noqa: E402
 from gpu_round import PARTS, Part, Round, latest, page, read  # noqa: E402

@@ -26,7 +26,7 @@ from elm_jax.data.plan import Plan
 from elm_jax.training import loop
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = sorted(path.stem for path in (ROOT / "configs" / "reference").glob("*.py") if path.stem != "recipe")
+NAMES = sorted(path.stem for path in (ROOT / "configs" / "reference").glob("[!_]*.py"))
 BATCH, ACCUM, EPOCHS, QUESTIONS = 16, 2, 2, 100  # the last step of an epoch has one micro-batch only
 MAX_LEN = 4096  # the shortest packed rows are an eighth of it, and hold two of these conversations
 LR, WARMUP, DECAY, BETAS = 1e-4, 0.1, 1e-2, (0.9, 0.99)  # what the reference's commands say nothing about

@@ -192,7 +192,7 @@ def test_three_recordings_can_be_grouped_and_grouping_repeats_itself():
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(UserError, match=r"pip install 'elm-jax\[sampling\]'"):
+    with pytest.raises(UserError, match=r"pip install scikit-learn threadpoolctl"):
         cluster(np.zeros((5, 2)), 0)
 
 

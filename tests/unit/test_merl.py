@@ -262,7 +262,7 @@ def test_a_torch_file_is_read(published, tmp_path) -> None:
 def test_a_torch_file_without_torch_says_what_to_install(monkeypatch, tmp_path) -> None:
     (tmp_path / "encoder.pt").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"found no PyTorch.*elm-jax\[torch\]"):
+    with pytest.raises(UserError, match=r"found no PyTorch.*pip install torch"):
         load_encoder("merl", tmp_path / "encoder.pt", **SMALL)
 
 

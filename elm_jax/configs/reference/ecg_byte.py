@@ -6,8 +6,8 @@ Give the tokenizer with --config.data.ecg_tokenizer: a .json, or the reference's
 from ml_collections import ConfigDict
 
 from elm_jax.configs import ecg_byte
-from elm_jax.configs.reference import recipe
+from elm_jax.configs.reference._recipe import applied
 
 
 def get_config() -> ConfigDict:
-    return recipe.applied(ecg_byte.get_config())
+    return applied(ecg_byte.get_config())

@@ -6,8 +6,8 @@ The command names no number of patches, so it is one: more with --config.encoder
 from ml_collections import ConfigDict
 
 from elm_jax.configs import elf_patch
-from elm_jax.configs.reference import recipe
+from elm_jax.configs.reference._recipe import applied
 
 
 def get_config() -> ConfigDict:
-    return recipe.applied(elf_patch.get_config())
+    return applied(elf_patch.get_config())

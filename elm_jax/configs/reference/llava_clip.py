@@ -3,8 +3,8 @@
 from ml_collections import ConfigDict
 
 from elm_jax.configs import llava_clip
-from elm_jax.configs.reference import recipe
+from elm_jax.configs.reference._recipe import applied
 
 
 def get_config() -> ConfigDict:
-    return recipe.applied(llava_clip.get_config())
+    return applied(llava_clip.get_config())

@@ -6,8 +6,8 @@ Give the encoder's weights with --config.encoder.checkpoint.
 from ml_collections import ConfigDict
 
 from elm_jax.configs import llava_merl
-from elm_jax.configs.reference import recipe
+from elm_jax.configs.reference._recipe import applied
 
 
 def get_config() -> ConfigDict:
-    return recipe.applied(llava_merl.get_config())
+    return applied(llava_merl.get_config())
