@@ -1,6 +1,6 @@
 """What the parity tests measured: every comparison goes through `record`, so that docs/parity.md can be written.
 
-`scripts/parity.py` sets ELM_JAX_PARITY to a file; each comparison then appends one JSON line to it.
+`scripts/parity_table.py` sets ELM_JAX_PARITY to a file; each comparison then appends one JSON line to it.
 """
 
 import json
