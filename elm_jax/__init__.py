@@ -4,25 +4,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elm_jax.data.chat import render
-    from elm_jax.data.ecg import read_ecg, to_segment
-    from elm_jax.data.symbolic import EcgByte
+    from elm_jax.ecg.recording import read_ecg, to_segment
     from elm_jax.errors import UserError
     from elm_jax.inference.generate import generate
-    from elm_jax.models.encoders import load_encoder
+    from elm_jax.symbols.coder import EcgByte
+    from elm_jax.text.render import render
+    from elm_jax.weights.encoders import load_encoder
     from elm_jax.weights.load import load_llm
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "EcgByte": "elm_jax.data.symbolic",
+    "EcgByte": "elm_jax.symbols.coder",
     "UserError": "elm_jax.errors",
     "generate": "elm_jax.inference.generate",
-    "load_encoder": "elm_jax.models.encoders",
+    "load_encoder": "elm_jax.weights.encoders",
     "load_llm": "elm_jax.weights.load",
-    "read_ecg": "elm_jax.data.ecg",
-    "render": "elm_jax.data.chat",
-    "to_segment": "elm_jax.data.ecg",
+    "read_ecg": "elm_jax.ecg.recording",
+    "render": "elm_jax.text.render",
+    "to_segment": "elm_jax.ecg.recording",
 }
 
 __all__ = [

@@ -33,14 +33,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="D", help="where to write; default: W/analysis")
     flags = cli.ConfigFlags.parse(argv)
     options = parser.parse_args(flags.rest)
-    from elm_jax.data.chat import Turn, render_prompt
     from elm_jax.evaluation.attention import attention
     from elm_jax.evaluation.attention_picture import as_json, draw_attention
+    from elm_jax.folders import writable_folder
     from elm_jax.inference.model import Prompt, TrainedModel
     from elm_jax.inference.session import read_input
+    from elm_jax.run.folder import config_of_run
     from elm_jax.runtime.compilation import keep_compiled
-    from elm_jax.runtime.folders import writable_folder
-    from elm_jax.training.run import config_of_run
+    from elm_jax.text.render import Turn, render_prompt
 
     keep_compiled()
     config = config_of_run(options.checkpoint, flags)

@@ -18,31 +18,25 @@ from flax import nnx
 
 from elm_jax import compat as behaviours
 from elm_jax.config import Config
-from elm_jax.data.chat import THINK_TOKENS, add_tokens
 from elm_jax.data.dataset import Dataset, TextSpec, text_spec
 from elm_jax.data.ecg_tokens import EcgTokens, add_ecg_tokens
-from elm_jax.data.images import PROCESSING, Processing
 from elm_jax.data.represent import SignalSpec, signal_spec
 from elm_jax.data.sources import load_records
-from elm_jax.data.symbolic import EcgByte
-from elm_jax.data.vocabulary import load_tokenizer
+from elm_jax.ecg.images import PROCESSING, Processing
 from elm_jax.errors import UserError, some
+from elm_jax.folders import ECG_BYTE, read_json, run_folder, tokenizer_of
 from elm_jax.models.attention import choose_attention
 from elm_jax.models.connectors import SIGNAL_KINDS, build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder, DecoderConfig, Remat
 from elm_jax.models.elm import ELM
-from elm_jax.models.encoders import (
-    ENCODERS,
-    build_encoder,
-    encoder_config,
-    from_published,
-    kind_of,
-    read_checkpoint,
-)
+from elm_jax.models.encoders import ENCODERS, build_encoder, kind_of
 from elm_jax.models.families import chat_family, extended, scratch_config
 from elm_jax.models.functional import Arrays, Structure, initialise, structure_of
 from elm_jax.models.lora import add_lora, is_lora
-from elm_jax.training import run
+from elm_jax.symbols.coder import EcgByte
+from elm_jax.text.render import THINK_TOKENS, add_tokens
+from elm_jax.text.vocabulary import load_tokenizer
+from elm_jax.weights.encoders import encoder_config, from_published, read_checkpoint
 from elm_jax.weights.load import load_llm_arrays, read_llm_config, resolve_llm_folder
 from elm_jax.weights.peft import load_adapter, spec_of
 
@@ -294,7 +288,7 @@ def _symbols(config: Config, tokenizer: Any, own: Path | None) -> EcgTokens | No
         return None
     given, options = Path(str(config.data.ecg_tokenizer)), (config.data.min_ecg_tokens, config.compat)
     began_with = _began_with(config, own)
-    kept = None if began_with is None else began_with / run.ECG_BYTE
+    kept = None if began_with is None else began_with / ECG_BYTE
     if kept is None or not kept.is_file():
         return add_ecg_tokens(tokenizer, given, *options)
     symbols = add_ecg_tokens(tokenizer, kept, *options)
@@ -323,7 +317,7 @@ def _began_with(config: Config, own: Path | None) -> Path | None:
     """The folder of the tokenizer that the run has, else of the run that it starts from."""
     if own is not None and (own / "tokenizer.json").is_file():
         return own
-    return None if config.init_from is None else run.tokenizer_of(config.init_from)
+    return None if config.init_from is None else tokenizer_of(config.init_from)
 
 
 def _tokenizer(config: Config, own: Path | None, weights: bool) -> Any:
@@ -341,7 +335,7 @@ def _tokenizer(config: Config, own: Path | None, weights: bool) -> Any:
 
 def _check_llm(config: Config, tokenizer: Any) -> None:
     """Raise UserError where the tokenizer of `init_from` is not that of `llm.name` with some tokens more."""
-    there = run.read_json(run.run_folder(str(config.init_from), "config.init_from") / "config.json")["llm"]["name"]
+    there = read_json(run_folder(str(config.init_from), "config.init_from") / "config.json")["llm"]["name"]
     if there == config.llm.name:
         return
     ours = _published_tokenizer(config.llm.name, config.llm.scratch is None)

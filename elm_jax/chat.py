@@ -60,8 +60,8 @@ def main(argv: Sequence[str]) -> None:
     from elm_jax.data.represent import signal_spec
     from elm_jax.inference.model import TrainedModel
     from elm_jax.inference.session import Session, read_input
+    from elm_jax.run.folder import config_of_run
     from elm_jax.runtime.compilation import keep_compiled
-    from elm_jax.training.run import config_of_run
 
     keep_compiled()
     config = config_of_run(options.checkpoint, flags)
@@ -121,14 +121,14 @@ class _Chat:
             print(printable(f"ecg {number}: drawn in {self._written(ecg.recorded)}"), flush=True)
 
     def _drawn(self, recorded: "np.ndarray") -> list[str]:
-        from elm_jax.data.ecg import LEADS
-        from elm_jax.inference.drawing import in_characters
+        from elm_jax.ecg.recording import LEADS
+        from elm_jax.pictures.braille import in_characters
 
         return in_characters(recorded, LEADS, self.session.spec.sampling_rate, get_terminal_size().columns)
 
     def _written(self, recorded: "np.ndarray") -> Path:
         """The file of the picture. The ECG is part of the conversation already, even where it cannot be written."""
-        from elm_jax.evaluation.paper import draw_ecg
+        from elm_jax.pictures.ecg_paper import draw_ecg
 
         assert self.pictures is not None
         path = self.pictures / f"ecg_{self.shown}.png"

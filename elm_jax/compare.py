@@ -18,7 +18,7 @@ from pathlib import Path
 
 from elm_jax import cli
 from elm_jax.errors import printable
-from elm_jax.evaluation.protocols import PROTOCOLS
+from elm_jax.scoring.protocols import PROTOCOLS
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,8 +34,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="D", help="a folder for compare.json and compare.html")
     options = parser.parse_args(argv)
     from elm_jax.evaluation.comparison import check_evaluation, compare, html_of, text_of
-    from elm_jax.runtime.folders import writable_folder
-    from elm_jax.training.run import run_folder
+    from elm_jax.folders import run_folder, writable_folder
 
     folders = [run_folder(str(path), "compare") for path in options.runs]
     check_evaluation(folders, options.eval)

@@ -12,11 +12,11 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from elm_jax import compat, schema
-from elm_jax.data.chat_forms import CHAT_FORMS
-from elm_jax.data.ecg import LEADS
+from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError, closest
-from elm_jax.evaluation.protocols import PROTOCOLS
 from elm_jax.schema import key
+from elm_jax.scoring.protocols import PROTOCOLS
+from elm_jax.text.forms import CHAT_FORMS
 
 ALIASES = {"llava": "linear_llava", "fuyu": "base_elf"}
 # A run may be resumed with other values of these (a trailing dot: of the whole section).

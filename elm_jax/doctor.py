@@ -17,9 +17,9 @@ from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
+from elm_jax.doctoring import checks, trials
+from elm_jax.doctoring.checks import FAIL, NOTE, Finding
 from elm_jax.errors import UserError
-from elm_jax.runtime import checks, trials
-from elm_jax.runtime.checks import FAIL, NOTE, Finding
 
 
 class _Parser(argparse.ArgumentParser):

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from elm_jax import cli
-from elm_jax.data import ecg_byte_training as training
-from elm_jax.data.ecg_byte_corpus import Form, Reader, find_recordings
-from elm_jax.data.ecg_byte_report import encode, in_words
-from elm_jax.data.ecg_byte_sampling import KINDS
-from elm_jax.data.prepare.output import write_atomic
-from elm_jax.data.symbolic import METHODS, EcgByte, cores
 from elm_jax.errors import UserError
+from elm_jax.folders import write_atomic
+from elm_jax.symbols import training
+from elm_jax.symbols.coder import METHODS, EcgByte, cores
+from elm_jax.symbols.corpus import Form, Reader, find_recordings
+from elm_jax.symbols.report import encode, in_words
+from elm_jax.symbols.sampling import KINDS
 
 _LEAST = {"num_merges": 1, "records": 1, "threads": 1, "seed": 0, "pictures": 0}
 _INTERRUPTED = 130
@@ -115,7 +115,7 @@ def _encode(args: Namespace) -> None:
 
 
 def _inspect(args: Namespace) -> None:
-    from elm_jax.data.ecg_byte_pictures import inspect  # slow to import
+    from elm_jax.symbols.pictures import inspect  # slow to import
 
     tokenizer = EcgByte.load(args.tokenizer)
     paths, reader = _recordings(args, tokenizer.settings)

@@ -27,9 +27,9 @@ def main(argv: Sequence[str]) -> None:
     flags = cli.ConfigFlags.parse(argv)
     options = parser.parse_args(flags.rest)
     from elm_jax.evaluation.evaluator import evaluate
+    from elm_jax.run.folder import config_of_run
     from elm_jax.runtime import distributed
     from elm_jax.runtime.compilation import keep_compiled
-    from elm_jax.training.run import config_of_run
 
     with distributed.joined():
         keep_compiled()

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--merge", action="store_true", help="add an adapter to the weights beneath it")
     flags = cli.ConfigFlags.parse(argv)
     options = parser.parse_args(flags.rest)
-    from elm_jax.importing.run import import_weights
+    from elm_jax.exchange.bring_in import import_weights
 
     report = import_weights(options.path, options.out, flags, options.merge)
     print(printable("\n".join(summary(report, options.out)), "\n"))

@@ -22,10 +22,10 @@ import numpy as np
 from machine import machine
 
 from elm_jax.config import DataConfig
-from elm_jax.data.ecg import read_recording, to_segment
 from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.represent import signal_spec
-from elm_jax.data.symbolic import EcgByte
+from elm_jax.ecg.recording import read_recording, to_segment
+from elm_jax.symbols.coder import EcgByte
 
 RATE, SAMPLES, BATCH, THREADS, MERGES, TRAINED_ON, COPIES = 250.0, 2500, 256, 2, 1000, 200, 10
 CRATE = Path(__file__).with_suffix("")

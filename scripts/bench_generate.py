@@ -90,10 +90,9 @@ def _ours(args: argparse.Namespace) -> None:
 
     from elm_jax.assemble import assemble, make_arrays
     from elm_jax.cli import ConfigFlags
-    from elm_jax.data.chat import answer_ids
     from elm_jax.inference.speaker import Prompt, Speaker
-    from elm_jax.runtime.mesh import make_mesh
-    from elm_jax.training.state import array_shardings
+    from elm_jax.runtime.mesh import array_shardings, make_mesh
+    from elm_jax.text.render import answer_ids
 
     gpu = args.device == "gpu"
     values = {

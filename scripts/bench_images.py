@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 from PIL import Image
 
-from elm_jax.data import rasterize
-from elm_jax.data.augment import augment_ecg, augment_image
-from elm_jax.data.ecg import LEADS, normalize
-from elm_jax.data.images import PROCESSING, process, stacked
-from elm_jax.data.synthetic_ecg import synthesize
+from elm_jax.ecg import rasterize
+from elm_jax.ecg.augment import augment_ecg, augment_image
+from elm_jax.ecg.images import PROCESSING, process, stacked
+from elm_jax.ecg.recording import LEADS, normalize
+from elm_jax.ecg.synthetic import synthesize
 
 RATE, SAMPLES = 250.0, 2500
 

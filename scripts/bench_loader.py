@@ -27,15 +27,15 @@ from machine import machine
 
 from elm_jax.config import DataConfig
 from elm_jax.data import loader
-from elm_jax.data.chat import add_tokens
 from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.demo import demo_tokenizer
-from elm_jax.data.ecg import LEADS
 from elm_jax.data.loader import StepSource, steps_from
 from elm_jax.data.plan import Plan
 from elm_jax.data.represent import SignalSpec, signal_spec
 from elm_jax.data.sources import load_records
-from elm_jax.data.vocabulary import load_tokenizer
+from elm_jax.ecg.recording import LEADS
+from elm_jax.text.render import add_tokens
+from elm_jax.text.vocabulary import load_tokenizer
 
 ROWS, MAX_LEN, SIGNAL_TOKENS, PROMPT_TOKENS, RECORDINGS = 8, 2048, 50, 174, 256
 

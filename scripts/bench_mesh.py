@@ -57,8 +57,7 @@ def measured(meshes: list[tuple[int, ...]], heads: tuple[int, ...]) -> dict[str,
     from elm_jax.data.loader import StepSource
     from elm_jax.data.plan import Plan
     from elm_jax.errors import UserError
-    from elm_jax.runtime.mesh import make_mesh
-    from elm_jax.training.state import array_shardings
+    from elm_jax.runtime.mesh import array_shardings, make_mesh
 
     config = _config(heads)
     assembly = assemble(config)
@@ -110,9 +109,8 @@ def _row(assembly: Any, mesh: Any, batch: Any, arrays: Gradients) -> tuple[dict[
     from elm_jax.data.batch import BatchShape
     from elm_jax.models.hints import placed
     from elm_jax.planning.hlo import Module, collectives
-    from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, check_heads
+    from elm_jax.runtime.mesh import MeshPlacement, array_shardings, batch_sharding, check_heads
     from elm_jax.training.program import check_rows, train_program
-    from elm_jax.training.state import array_shardings
     from elm_jax.training.step import loss_and_gradients
 
     check_heads(mesh, assembly.llm)

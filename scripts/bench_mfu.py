@@ -82,7 +82,8 @@ def train(flags: list[str]) -> None:
 
     gpu_settings.apply()
     compilation.keep_compiled()
-    from elm_jax.training import loop, run
+    from elm_jax.run import folder as run
+    from elm_jax.training import loop
 
     class Unsaved(loop.Trainer):
         def _save(self, done: int) -> None:

@@ -179,8 +179,8 @@ def encoder(tiny: bool) -> dict[str, Any]:
 
 def _prompt(tokenizer: Path) -> str:
     """A system prompt that takes PROMPT_TOKENS tokens together with the chat's own marks."""
-    from elm_jax.data.prompts import DEFAULT
-    from elm_jax.data.vocabulary import load_tokenizer
+    from elm_jax.text.prompts import DEFAULT
+    from elm_jax.text.vocabulary import load_tokenizer
 
     count, words, text = load_tokenizer(tokenizer), (2 * DEFAULT).split(), ""
     while len(count(text)["input_ids"]) < PROMPT_TOKENS - 5:
@@ -236,8 +236,8 @@ def _ours(work: Path) -> None:
     from elm_jax.cli import ConfigFlags
     from elm_jax.data.loader import StepSource
     from elm_jax.runtime.compilation import cache_folder
+    from elm_jax.runtime.mesh import array_shardings
     from elm_jax.training.loop import Trainer
-    from elm_jax.training.state import array_shardings
 
     told = json.loads((work / "case.json").read_text())
     case = told["case"]

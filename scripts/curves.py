@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import compiling  # noqa: E402
 
-from elm_jax.data.symbolic import EcgByte  # noqa: E402
+from elm_jax.symbols.coder import EcgByte  # noqa: E402
 
 RECORD = ROOT / "tests" / "data" / "curves" / f"{compiling.built_for()}.json"
 STEPS = 20

@@ -26,7 +26,7 @@ import wfdb
 from wfdb.processing import XQRS
 
 import elm_jax
-from elm_jax.evaluation.paper import draw_ecg
+from elm_jax.pictures.ecg_paper import draw_ecg
 
 QUESTIONS = {"heart_rate": "What is the heart rate?", "regularity": "Is the rhythm regular or irregular?"}
 SCORES = {"heart_rate": "heart_rate.within_5_bpm", "regularity": "exact_match"}

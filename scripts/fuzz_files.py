@@ -29,10 +29,10 @@ from pathlib import Path
 
 import numpy as np
 
-from elm_jax.data import symbolic_files
-from elm_jax.data.ecg import LEADS, read_ecg
-from elm_jax.data.symbolic import EcgByte
+from elm_jax.ecg.recording import LEADS, read_ecg
 from elm_jax.errors import UserError
+from elm_jax.symbols import files as symbolic_files
+from elm_jax.symbols.coder import EcgByte
 
 SECONDS = 20.0  # for one input; a machine may be busy
 MEMORY = 3 << 30  # bytes of address space that an input may add to what a worker has at its start

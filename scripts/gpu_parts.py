@@ -170,7 +170,7 @@ def prepare(place: Place) -> Path:
     import pyarrow.parquet as pq
 
     from elm_jax.data.demo import DemoRecords, load_demo_ecg
-    from elm_jax.data.ecg import LEADS
+    from elm_jax.ecg.recording import LEADS
 
     folder, rows = Path("prepared").absolute(), []
     (folder / "ptb_xl").mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from elm_jax.data.chat import Rendered, add_tokens
 from elm_jax.data.demo import demo_tokenizer
+from elm_jax.text.render import Rendered, add_tokens
 
 
 @functools.cache

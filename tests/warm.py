@@ -106,10 +106,10 @@ def serve(path: str) -> None:
     import elm_jax.chat
     import elm_jax.evaluation.evaluator
     import elm_jax.evaluation.report
+    import elm_jax.exchange.bring_in
+    import elm_jax.exchange.export
     import elm_jax.export
-    import elm_jax.exporting.write
     import elm_jax.import_weights
-    import elm_jax.importing.run
     import elm_jax.inference.session
     import elm_jax.train
     import elm_jax.training.loop  # noqa: F401

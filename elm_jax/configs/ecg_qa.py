@@ -7,7 +7,7 @@ Not an experiment of its own: it names no way for the ECG into the model. The re
 from ml_collections import ConfigDict
 
 from elm_jax.config import default_config
-from elm_jax.data.prompts import DEFAULT
+from elm_jax.text.prompts import DEFAULT
 
 
 def get_config() -> ConfigDict:

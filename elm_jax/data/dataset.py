@@ -23,13 +23,13 @@ from tqdm import tqdm
 from elm_jax import compat as behaviours
 from elm_jax.config import DataConfig
 from elm_jax.data.batch import Conversation, Signal
-from elm_jax.data.chat import Rendered, render, render_prompts
 from elm_jax.data.ecg_tokens import EcgTokens, cut_ecgs, kept_as_reference, reserved, write_ecgs
 from elm_jax.data.plan import LengthIndex
 from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec
 from elm_jax.data.sources import Record
-from elm_jax.data.text import CONVERSATIONS
 from elm_jax.errors import UserError
+from elm_jax.text.render import Rendered, render, render_prompts
+from elm_jax.text.turns import CONVERSATIONS
 
 _log = logging.getLogger(__name__)
 INDEX_VERSION = 3  # of the fingerprint, which checkpoints hold

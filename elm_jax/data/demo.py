@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from elm_jax.data.synthetic_ecg import RATE_RANGE, Rhythm, draw_rhythm, synthesize
+from elm_jax.ecg.synthetic import RATE_RANGE, Rhythm, draw_rhythm, synthesize
 from elm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:  # slow to import, and loader workers only need the recordings
@@ -195,7 +195,7 @@ def demo_tokenizer(cache_dir: str | os.PathLike[str] | None = None) -> PreTraine
             _train_tokenizer().save_pretrained(fresh)
             for name in sorted(os.listdir(fresh)):  # tokenizer.json before tokenizer_config.json
                 os.replace(Path(fresh, name), folder / name)
-    from elm_jax.data.vocabulary import load_tokenizer
+    from elm_jax.text.vocabulary import load_tokenizer
 
     return load_tokenizer(folder, str(folder))
 

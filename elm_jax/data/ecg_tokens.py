@@ -14,9 +14,9 @@ import numpy as np
 
 from elm_jax import compat as behaviours
 from elm_jax.data.batch import Signal
-from elm_jax.data.chat import Rendered
-from elm_jax.data.symbolic import EcgByte
 from elm_jax.errors import UserError
+from elm_jax.symbols.coder import EcgByte
+from elm_jax.text.render import Rendered
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import numpy as np
 
 from elm_jax import compat as behaviours
 from elm_jax.config import DataConfig
-from elm_jax.data.augment import augment_ecg, augment_image, noise_ecg
 from elm_jax.data.batch import ArraySpec, Layout, Signal
-from elm_jax.data.ecg import LEADS, min_max, normalize, read_recording, to_segment
 from elm_jax.data.ecg_tokens import EcgTokens
-from elm_jax.data.features import Features
-from elm_jax.data.images import Processing, process, stacked
-from elm_jax.data.rasterize import DPI, REFERENCE_DPI, draw
-from elm_jax.data.wfdb_record import files_of, header_of
+from elm_jax.data.kept_features import Features
+from elm_jax.ecg.augment import augment_ecg, augment_image, noise_ecg
+from elm_jax.ecg.images import Processing, process, stacked
+from elm_jax.ecg.rasterize import DPI, REFERENCE_DPI, draw
+from elm_jax.ecg.recording import LEADS, min_max, normalize, read_recording, to_segment
+from elm_jax.ecg.wfdb_record import files_of, header_of
 from elm_jax.errors import UserError
 
 SIGNALS = 2  # version of what recordings become: goes up when the same file and settings give another signal

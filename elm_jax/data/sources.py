@@ -17,9 +17,9 @@ from elm_jax.config import DataConfig
 from elm_jax.data.represent import FLATLINE, NOISE
 from elm_jax.data.table_files import KINDS
 from elm_jax.data.tables import Part, Source, identities, open_source
-from elm_jax.data.text import decode_text
 from elm_jax.errors import UserError
 from elm_jax.json_text import parse_json
+from elm_jax.text.turns import decode_text
 
 Split = Literal["train", "val", "test"]
 KEPT_RECORDS = 4096  # a few kilobytes each at most

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from elm_jax.config import EvalConfig
 from elm_jax.data.dataset import Dataset
-from elm_jax.data.text import to_turns
 from elm_jax.errors import UserError
 from elm_jax.evaluation.controls import Loaded, Question, Recording, Source
-from elm_jax.evaluation.ecg_qa import answer_list, is_ecg_qa
 from elm_jax.evaluation.store import AnswerFile
 from elm_jax.inference.model import Prompt, TrainedModel
 from elm_jax.runtime import distributed
+from elm_jax.scoring.ecg_qa import answer_list, is_ecg_qa
+from elm_jax.text.turns import to_turns
 
 BATCHES = 8  # of a chunk: what is asked again at most after a stop, and what is read ahead
 

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from elm_jax.data.ecg import LEADS
+from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import printable
 from elm_jax.evaluation.attention import Attention
 

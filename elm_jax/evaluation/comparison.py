@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from elm_jax.errors import UserError, nearest
-from elm_jax.evaluation.dependence import METRIC, PREFERRED, by_question, pairing, tested
-from elm_jax.evaluation.metrics import Scorer, Table, question_id
-from elm_jax.evaluation.page import page, table
 from elm_jax.evaluation.results import short_text
-from elm_jax.evaluation.statistics import SIGNIFICANT, ci95, told_p
 from elm_jax.evaluation.store import CONTROLS, lines_in, predictions_in
-from elm_jax.evaluation.svg import Bar, bars
-from elm_jax.training.run import read_json
+from elm_jax.folders import read_json
+from elm_jax.pictures.page import page, table
+from elm_jax.pictures.svg import Bar, bars
+from elm_jax.scoring.dependence import METRIC, PREFERRED, by_question, pairing, tested
+from elm_jax.scoring.metrics import Scorer, Table, question_id
+from elm_jax.scoring.statistics import SIGNIFICANT, ci95, told_p
 
 Lines = Sequence[Mapping[str, Any]]
 _STAR = f"* significant: p below {SIGNIFICANT:g} after Holm's correction for all that is compared"

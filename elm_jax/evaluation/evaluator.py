@@ -27,15 +27,14 @@ from elm_jax.evaluation.answering import Asker, BadRecords, Task, asked_of, chec
 from elm_jax.evaluation.controls import REAL, Question, Source, kept_ecgs, shuffled_records
 from elm_jax.evaluation.examples import draw_examples
 from elm_jax.evaluation.labels import PtbXl, ask_labels, read_ptb_xl
-from elm_jax.evaluation.metrics import Scorer
 from elm_jax.evaluation.report import write_report
 from elm_jax.evaluation.results import asked_with, results_of, summary
 from elm_jax.evaluation.store import Store
+from elm_jax.folders import check_writable, read_json, write_json
 from elm_jax.inference.model import TrainedModel
+from elm_jax.run.checkpoint import fingerprint
 from elm_jax.runtime import distributed
-from elm_jax.runtime.checkpoint import fingerprint
-from elm_jax.runtime.folders import check_writable
-from elm_jax.training.run import read_json, write_json
+from elm_jax.scoring.metrics import Scorer
 
 ASKED = 3  # raised where other questions are asked of the same data, or in another order: known answers then go
 SHUFFLES = 3  # ways to give each question another recording: one draw alone is a coarse estimate

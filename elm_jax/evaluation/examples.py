@@ -8,8 +8,8 @@ from typing import Any
 
 from elm_jax.data.dataset import Dataset
 from elm_jax.errors import UserError
-from elm_jax.evaluation.metrics import is_right
-from elm_jax.evaluation.paper import Example, gallery
+from elm_jax.pictures.ecg_paper import Example, gallery
+from elm_jax.scoring.metrics import is_right
 
 EXAMPLES = 6  # ECGs in the picture
 

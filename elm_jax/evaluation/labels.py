@@ -23,10 +23,10 @@ from elm_jax.data.sources import Record, patient_of
 from elm_jax.errors import UserError
 from elm_jax.evaluation.answering import BadRecords
 from elm_jax.evaluation.controls import Question, Source
-from elm_jax.evaluation.ecgbench import label_counts, macro_f1, micro_f1
-from elm_jax.evaluation.statistics import Patients, ci95
 from elm_jax.evaluation.store import AnswerFile
 from elm_jax.inference.model import TrainedModel
+from elm_jax.scoring.ecgbench import label_counts, macro_f1, micro_f1
+from elm_jax.scoring.statistics import Patients, ci95
 
 STATEMENTS, DATABASE = "scp_statements.csv", "ptbxl_database.csv"
 FAMILIES = ("diagnostic", "form", "rhythm", "superclass", "subclass")

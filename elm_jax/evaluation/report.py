@@ -20,14 +20,14 @@ from PIL import Image
 
 from elm_jax.data.dataset import Dataset
 from elm_jax.errors import printable
-from elm_jax.evaluation import svg
 from elm_jax.evaluation.examples import chosen_examples
-from elm_jax.evaluation.metrics import is_right
-from elm_jax.evaluation.page import breakable, page, table
-from elm_jax.evaluation.paper import draw_ecg
 from elm_jax.evaluation.results import SHOWN_CLASSES, few_text, kept_text, notes, short_text
-from elm_jax.evaluation.statistics import told_p
-from elm_jax.evaluation.svg import Bar
+from elm_jax.pictures import svg
+from elm_jax.pictures.ecg_paper import draw_ecg
+from elm_jax.pictures.page import breakable, page, table
+from elm_jax.pictures.svg import Bar
+from elm_jax.scoring.metrics import is_right
+from elm_jax.scoring.statistics import told_p
 
 SHOWN, LISTED = 24, 500  # examples with their ECG, and predictions in the list
 _COLOURS = 32  # of an ECG's picture: paper, grid and ink

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from elm_jax.config import Config
-from elm_jax.evaluation.classification import classification, pretrain_breakdown, top_wrong
 from elm_jax.evaluation.controls import REAL
-from elm_jax.evaluation.dependence import pairing, signal_dependence
-from elm_jax.evaluation.ecg_qa import QuestionOnly, average_of_types, macro_f1
-from elm_jax.evaluation.ecgbench import ecgbench
-from elm_jax.evaluation.metrics import FIELDS, Scorer, Table, question_id, scores_of
-from elm_jax.evaluation.statistics import SIGNIFICANT, student_t, told_p
+from elm_jax.scoring.classification import classification, pretrain_breakdown, top_wrong
+from elm_jax.scoring.dependence import pairing, signal_dependence
+from elm_jax.scoring.ecg_qa import QuestionOnly, average_of_types, macro_f1
+from elm_jax.scoring.ecgbench import ecgbench
+from elm_jax.scoring.metrics import FIELDS, Scorer, Table, question_id, scores_of
+from elm_jax.scoring.statistics import SIGNIFICANT, student_t, told_p
 
 MOST_CLASSES = 100
 LESS_THAN_ONE = 0.95  # METEOR gives a long answer that is equal a little less than 1, too

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from elm_jax.errors import UserError, printable
+from elm_jax.folders import read_json, write_json
 from elm_jax.json_text import parse_json
-from elm_jax.training.run import read_json, write_json
 
 IDENTITY, PROBLEMS = "evaluation.json", "problems.jsonl"
 PREDICTIONS, LABELS, CONTROLS = "predictions.jsonl", "labels.jsonl", "controls"

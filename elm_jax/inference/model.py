@@ -11,10 +11,9 @@ from elm_jax.assemble import Assembly, assemble, make_arrays
 from elm_jax.config import Config
 from elm_jax.errors import UserError
 from elm_jax.inference.speaker import Answer, Prompt, Speaker
-from elm_jax.runtime.checkpoint import Checkpoints
-from elm_jax.runtime.mesh import check_heads, make_mesh
-from elm_jax.training import run
-from elm_jax.training.state import array_shardings
+from elm_jax.run import folder as run
+from elm_jax.run.checkpoint import Checkpoints
+from elm_jax.runtime.mesh import array_shardings, check_heads, make_mesh
 
 __all__ = ["Answer", "Prompt", "TrainedModel"]
 

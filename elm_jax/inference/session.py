@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from elm_jax.data.batch import Signal
-from elm_jax.data.chat import CHAT_FORMS, Rendered, Turn, render, render_prompt
-from elm_jax.data.chat_write import THINK_PREFIX
-from elm_jax.data.ecg import LEADS, Recording, read_recording, say_again
 from elm_jax.data.ecg_tokens import reserved
 from elm_jax.data.represent import DEMO, FLATLINE, NOISE, SignalSpec
-from elm_jax.data.text import count_marks
+from elm_jax.ecg.recording import LEADS, Recording, read_recording, say_again
 from elm_jax.errors import UserError, one_line
 from elm_jax.inference.model import Prompt, TrainedModel
+from elm_jax.text.render import CHAT_FORMS, Rendered, Turn, render, render_prompt
+from elm_jax.text.turns import count_marks
+from elm_jax.text.write import THINK_PREFIX
 
 MARK = "<ecg>"
 MISFIT = 0.5  # of a lead's own size: limb leads that are further apart than this are not in the order named
@@ -103,7 +103,7 @@ class Session:
     def spoken(self, text: str) -> Iterator[str]:
         """The model's answer to `text`, in pieces as it comes. Until it is whole, the conversation is as it was.
 
-        When the conversation outgrows the context, the oldest turns go first (see `data.chat`), and only when the last
+        When the conversation outgrows the context, the oldest turns go first (see `text.render`), and only when the last
         question alone is too long, symbols of ECGs (`cut` says how many).
 
         Raises:

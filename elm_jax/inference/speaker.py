@@ -15,13 +15,13 @@ import numpy as np
 from elm_jax.assemble import Assembly
 from elm_jax.config import EvalConfig
 from elm_jax.data.batch import Signal, empty_signals, put_signal
-from elm_jax.data.chat import Rendered, answer_ids, decode, stop_ids
 from elm_jax.data.ecg_tokens import write_prompt
 from elm_jax.errors import UserError
 from elm_jax.inference.engine import CHUNK, Engine, Options
 from elm_jax.inference.requests import Event, Piece, Request
 from elm_jax.models.hints import placed
 from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways, whole_to_device
+from elm_jax.text.render import Rendered, answer_ids, decode, stop_ids
 
 
 @dataclass(frozen=True)

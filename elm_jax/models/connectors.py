@@ -14,7 +14,7 @@ from elm_jax import compat as behaviours
 from elm_jax.errors import UserError, nearest
 from elm_jax.models.hints import weight
 from elm_jax.models.layers import Axes, Linear, plus, uniform
-from elm_jax.weights.rules import Rule
+from elm_jax.models.names import Rule
 
 
 class LinearConnector(nnx.Module):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from elm_jax.weights.rules import Rule
+from elm_jax.models.names import Rule
 
 # Short names of the checkpoints that the project is used with.
 ALIASES: Mapping[str, str] = {

@@ -16,8 +16,8 @@ from elm_jax.models.decoder import Decoder
 from elm_jax.models.families import family_of
 from elm_jax.models.hints import weight
 from elm_jax.models.layers import Axes, Linear
+from elm_jax.models.names import Rule
 from elm_jax.models.noise import dropout
-from elm_jax.weights.rules import Rule
 
 # What PEFT adapts in a family when it is not told.
 PEFT_TARGETS: Mapping[str, str] = {

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from elm_jax.config import MeshConfig
 from elm_jax.errors import UserError
+from elm_jax.models.functional import Structure
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -112,6 +113,11 @@ def named_sharding(
 ) -> NamedSharding:
     """`partition_spec` on this mesh."""
     return NamedSharding(mesh, partition_spec(mesh, axes, shape, name))
+
+
+def array_shardings(structure: Structure, mesh: Mesh) -> dict[str, NamedSharding]:
+    """The layout of every array of the model."""
+    return {n: named_sharding(mesh, leaf.axes, leaf.shape, n) for n, leaf in structure.leaves.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

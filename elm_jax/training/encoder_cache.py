@@ -23,13 +23,13 @@ from tqdm import tqdm
 from elm_jax.assemble import Assembly, encoder_structure
 from elm_jax.data.batch import empty_signals, put_signal
 from elm_jax.data.dataset import Dataset
-from elm_jax.data.features import Features, FeatureWriter
+from elm_jax.data.kept_features import Features, FeatureWriter
 from elm_jax.data.represent import SIGNALS, SignalSpec
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays
 from elm_jax.models.hints import placed
+from elm_jax.run.checkpoint import summaries
 from elm_jax.runtime import distributed
-from elm_jax.runtime.checkpoint import summaries
 from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways, host_parts, replicated, to_device
 
 ROWS = 16  # recordings of a batch on each way of the mesh

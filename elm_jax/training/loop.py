@@ -22,20 +22,29 @@ from elm_jax.data.dataset import Dataset, cuts
 from elm_jax.data.loader import BadRecord, Loaded, StepSource, steps_from, unusable
 from elm_jax.data.plan import Plan
 from elm_jax.errors import UserError, printable
+from elm_jax.folders import TOKENIZER
 from elm_jax.models.functional import Arrays, Structure
 from elm_jax.models.lora import is_lora
+from elm_jax.run import folder as run
+from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.runtime import distributed, telemetry
-from elm_jax.runtime.checkpoint import Checkpoints
 from elm_jax.runtime.compilation import cache_folder
 from elm_jax.runtime.faults import StopSignal
-from elm_jax.runtime.mesh import batch_sharding, batch_ways, check_heads, host_parts, make_mesh, to_device
-from elm_jax.training import run
+from elm_jax.runtime.mesh import (
+    array_shardings,
+    batch_sharding,
+    batch_ways,
+    check_heads,
+    host_parts,
+    make_mesh,
+    to_device,
+)
 from elm_jax.training.attention_check import checked_attention, tell
 from elm_jax.training.encoder_cache import keep_features
 from elm_jax.training.optim import batch_scale, learning_rate_multiplier
 from elm_jax.training.program import check_rows, optimizer_of
 from elm_jax.training.report import Report, tell_of_cuts
-from elm_jax.training.state import TrainState, abstract_state, array_shardings, new_state, split_names
+from elm_jax.training.state import TrainState, abstract_state, new_state, split_names
 from elm_jax.training.step import StepPrograms, make_eval_step, make_train_step
 
 NON_FINITE_LIMIT = 10  # steps in a row without a finite gradient after which the run stops
@@ -64,7 +73,7 @@ class Trainer:
         self.config, self.folder = config, folder
         self.mesh = make_mesh(config.mesh)
         check_rows(config, self.mesh)
-        self.assembly = assemble(config, folder / run.TOKENIZER)
+        self.assembly = assemble(config, folder / TOKENIZER)
         check_heads(self.mesh, self.assembly.llm)
         self._warn_of_random_parts()
         run.keep_tokenizer(folder, self.assembly.tokenizer, self.assembly.signal.tokens)

@@ -16,7 +16,7 @@ import optax
 
 from elm_jax.models.functional import Arrays, Leaf
 from elm_jax.models.lora import is_lora
-from elm_jax.weights.rules import Rule
+from elm_jax.models.names import Rule
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 LEAST_NORM = 1e-7

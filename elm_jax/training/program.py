@@ -20,14 +20,14 @@ from elm_jax.assemble import CONNECTORS, Assembly, encoder_structure, structure_
 from elm_jax.config import Config
 from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Layout, collate, empty_signals
 from elm_jax.errors import UserError
+from elm_jax.exchange.published import published_rules
 from elm_jax.models.functional import Structure
 from elm_jax.models.hints import placed
-from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways
+from elm_jax.runtime.mesh import MeshPlacement, array_shardings, batch_sharding, batch_ways
 from elm_jax.training.muon import matrices, matrices_by_name
 from elm_jax.training.optim import make_optimizer
-from elm_jax.training.state import TrainState, abstract_state, array_shardings, split_names
+from elm_jax.training.state import TrainState, abstract_state, split_names
 from elm_jax.training.step import make_train_step
-from elm_jax.weights.published import published_rules
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ class Report:
 
     def plot(self, folder: Path) -> None:
         """Draw plots/loss.png from the lines of metrics.jsonl."""
-        from elm_jax.evaluation.paper import loss_plot
+        from elm_jax.pictures.ecg_paper import loss_plot
 
         if not self._first_process:
             return

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from elm_jax.models.functional import Arrays, Structure
 from elm_jax.models.lora import is_lora
-from elm_jax.runtime.mesh import named_sharding, replicated
+from elm_jax.runtime.mesh import replicated
 
 
 class TrainState(NamedTuple):
@@ -42,11 +42,6 @@ def split_names(structure: Structure, update: tuple[str, ...]) -> tuple[list[str
 
 def _component(name: str) -> str:
     return name.split(".")[0]
-
-
-def array_shardings(structure: Structure, mesh: Mesh) -> dict[str, NamedSharding]:
-    """The layout of every array of the model."""
-    return {n: named_sharding(mesh, leaf.axes, leaf.shape, n) for n, leaf in structure.leaves.items()}
 
 
 def state_shardings(state: TrainState, arrays: Mapping[str, NamedSharding], mesh: Mesh) -> TrainState:

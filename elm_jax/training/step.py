@@ -19,8 +19,8 @@ from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.models.functional import Arrays, Structure
 from elm_jax.models.hints import placed
+from elm_jax.objectives.cross_entropy import summed_cross_entropy
 from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, replicated
-from elm_jax.training.loss import summed_cross_entropy
 from elm_jax.training.optim import clip_coefficient
 from elm_jax.training.state import TrainState
 

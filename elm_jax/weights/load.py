@@ -21,7 +21,7 @@ from elm_jax.errors import UserError, some
 from elm_jax.json_text import parse_json
 from elm_jax.models.decoder import Decoder, DecoderConfig
 from elm_jax.models.families import ALIASES, FAMILIES, Family, family_of, from_hf, nearest_model
-from elm_jax.weights.rules import Index, Rule
+from elm_jax.models.names import Index, Rule
 from elm_jax.weights.safetensors import Safetensors, forget
 
 Shardings = Callable[[str, jax.ShapeDtypeStruct], Sharding]

@@ -21,8 +21,8 @@ from elm_jax.errors import UserError, nearest, some
 from elm_jax.json_text import parse_json
 from elm_jax.models.decoder import Decoder, DecoderConfig
 from elm_jax.models.lora import LoraSpec, add_lora, is_lora, target_modules, their_module
+from elm_jax.models.names import Rule, export
 from elm_jax.weights.load import parameters
-from elm_jax.weights.rules import Rule, export
 from elm_jax.weights.safetensors import Safetensors, save_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elm_jax.weights.rules import Rule
+from elm_jax.models.names import Rule
 from elm_jax.weights.safetensors import SafetensorsWriter
 
 Entry = tuple[np.dtype, tuple[int, ...]]

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from elm_jax import doctor
-from elm_jax.runtime import checks, trials
-from elm_jax.runtime.checks import FAIL, NOTE, OK, Finding
+from elm_jax.doctoring import checks, trials
+from elm_jax.doctoring.checks import FAIL, NOTE, OK, Finding
 
 ROOT = Path(__file__).resolve().parents[2]
 Patch = pytest.MonkeyPatch
@@ -293,12 +293,12 @@ def test_a_module_that_cannot_be_imported_is_named(monkeypatch: Patch) -> None:
     own = importlib.import_module
 
     def broken(name: str, package: str | None = None) -> Any:
-        if name == "elm_jax.data.ecg":
+        if name == "elm_jax.ecg.recording":
             raise ModuleNotFoundError("No module named 'wfdb'")
         return own(name, package)
 
     monkeypatch.setattr(trials.importlib, "import_module", broken)
-    says(trials.modules(), FAIL, "elm_jax.data.ecg", "No module named 'wfdb'", mend="pip install")
+    says(trials.modules(), FAIL, "elm_jax.ecg.recording", "No module named 'wfdb'", mend="pip install")
 
 
 def test_jax_without_devices(monkeypatch: Patch) -> None:

@@ -15,10 +15,10 @@ import wfdb
 from PIL import Image
 
 from elm_jax import cli
-from elm_jax.data.ecg import LEADS, read_ecg, to_segment
-from elm_jax.data.ecg_byte_corpus import Form, find_recordings
-from elm_jax.data.symbolic import EcgByte
+from elm_jax.ecg.recording import LEADS, read_ecg, to_segment
 from elm_jax.ecg_byte import main
+from elm_jax.symbols.coder import EcgByte
+from elm_jax.symbols.corpus import Form, find_recordings
 
 ROOT = Path(__file__).resolve().parents[2]
 FORM = ("--segment-len", "400")

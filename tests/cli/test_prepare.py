@@ -10,7 +10,7 @@ import pytest
 import wfdb
 
 from elm_jax import cli
-from elm_jax.data.ecg import LEADS
+from elm_jax.ecg.recording import LEADS
 from elm_jax.prepare import main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 from parity_log import compare
 
-from elm_jax.data.ecg import (
-    AVL_FIRST,
-    LEADS,
-    min_max,
-    normalize,
-    read_ecg,
-    to_segment,
-)
+from elm_jax.ecg.recording import AVL_FIRST, LEADS, min_max, normalize, read_ecg, to_segment
 from elm_jax.errors import UserError
 
 

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parity_log import record
 
-from elm_jax.data.chat import add_tokens, render
 from elm_jax.data.demo import demo_tokenizer
 from elm_jax.data.ecg_tokens import add_ecg_tokens, cut_ecgs, kept_as_reference, reserved, write_ecgs, write_prompt
-from elm_jax.data.symbolic import EcgByte
-from elm_jax.data.vocabulary import vocabulary
 from elm_jax.errors import UserError
+from elm_jax.symbols.coder import EcgByte
+from elm_jax.text.render import add_tokens, render
+from elm_jax.text.vocabulary import vocabulary
 
 TURNS = [{"from": "human", "value": "Is <ecg> like <ecg>?"}, {"from": "gpt", "value": "yes"}]
 

@@ -14,11 +14,11 @@ from texts import chat_tokenizer, write_records
 from elm_jax.config import DataConfig
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset, text_spec
-from elm_jax.data.images import PROCESSING
 from elm_jax.data.loader import Loaded, StepSource, steps_from
 from elm_jax.data.plan import Plan
 from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
+from elm_jax.ecg.images import PROCESSING
 
 TURNS = [{"from": "human", "value": "Is this normal?"}, {"from": "gpt", "value": "yes"}]
 PATHS = ["0.npy", "1.npy", "2.npy", "0.npy", "noise", "flatline", "gone.npy", "3.npy"]

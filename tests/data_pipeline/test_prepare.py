@@ -12,15 +12,15 @@ import pytest
 import wfdb
 
 from elm_jax.config import DataConfig
-from elm_jax.data.ecg import LEADS, read_ecg
 from elm_jax.data.prepare.ecg_qa import Settings, prepare_ecg_qa
-from elm_jax.data.prepare.output import write_atomic
 from elm_jax.data.prepare.ptb_xl import prepare_ptb_xl, read_index
 from elm_jax.data.prepare.splits import leaks, split_of
 from elm_jax.data.represent import SignalSpec
-from elm_jax.data.resampling import resample, resample_by_spline
 from elm_jax.data.sources import load_records
+from elm_jax.ecg.recording import LEADS, read_ecg
+from elm_jax.ecg.resampling import resample, resample_by_spline
 from elm_jax.errors import UserError
+from elm_jax.folders import write_atomic
 
 FIELDS = ("ecg_id", "patient_id", "report", "strat_fold", "filename_lr", "filename_hr")
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from elm_jax.data.ecg import normalize
 from elm_jax.data.represent import SignalSpec
+from elm_jax.ecg.recording import normalize
 from elm_jax.errors import UserError
 
 SPEC = dict(leads=tuple(range(12)), length=40, sampling_rate=250, norm_eps=1e-6, perturb=None, seed=0)

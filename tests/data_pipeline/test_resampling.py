@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from parity_log import compare
 
 from elm_jax.config import DataConfig
-from elm_jax.data.ecg import LEADS, Recording, segments, to_segment
 from elm_jax.data.represent import SignalSpec, signal_spec
-from elm_jax.data.resampling import resample, resample_by_spline
+from elm_jax.ecg.recording import LEADS, Recording, segments, to_segment
+from elm_jax.ecg.resampling import resample, resample_by_spline
 from elm_jax.errors import UserError
 
 RATES = [(500, 250), (500, 50), (500, 360), (360, 250), (1000, 250), (400, 250), (257.123, 250), (250, 333.3333)]

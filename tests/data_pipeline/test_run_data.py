@@ -13,7 +13,7 @@ from texts import write_records
 
 from elm_jax.config import DataConfig
 from elm_jax.errors import UserError
-from elm_jax.training import run
+from elm_jax.run import folder as run
 from elm_jax.training.loop import Trainer
 
 ANSWERED = [{"from": "human", "value": "Is this normal?"}, {"from": "gpt", "value": "yes"}]

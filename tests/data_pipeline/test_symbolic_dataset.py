@@ -13,7 +13,6 @@ import pytest
 
 from elm_jax.config import DataConfig
 from elm_jax.data.batch import Batch
-from elm_jax.data.chat import add_tokens, render
 from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.demo import demo_tokenizer
 from elm_jax.data.ecg_tokens import EcgTokens, add_ecg_tokens
@@ -21,8 +20,9 @@ from elm_jax.data.loader import StepSource
 from elm_jax.data.plan import Plan
 from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
-from elm_jax.data.symbolic import EcgByte
 from elm_jax.errors import UserError
+from elm_jax.symbols.coder import EcgByte
+from elm_jax.text.render import add_tokens, render
 
 SAMPLES = 60
 QUESTION = [{"from": "human", "value": "Is this normal?"}, {"from": "gpt", "value": "yes"}]

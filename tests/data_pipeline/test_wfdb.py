@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elm_jax.config import DataConfig
-from elm_jax.data.ecg import LEADS, read_ecg, say_again, to_segment
 from elm_jax.data.represent import signal_spec
+from elm_jax.ecg.recording import LEADS, read_ecg, say_again, to_segment
 from elm_jax.errors import UserError
 
 MICRO = ("\u00b5V", "\u03bcV", "uV", "UV", "uv", "\u00b5v", "\u33b6", "microvolt", "microvolts", "Microvolts", "uvolts")

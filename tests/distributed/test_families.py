@@ -24,9 +24,8 @@ from elm_jax.models.families import scratch_config
 from elm_jax.models.family_table import FAMILIES
 from elm_jax.models.functional import Arrays, Structure, structure_of
 from elm_jax.models.hints import placed
-from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, check_heads, make_mesh
+from elm_jax.runtime.mesh import MeshPlacement, array_shardings, batch_sharding, check_heads, make_mesh
 from elm_jax.training.program import check_rows
-from elm_jax.training.state import array_shardings
 from elm_jax.training.step import loss_and_gradients
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (4, 1, 2), (1, 4, 2), (2, 1, 4), (2, 2, 2)]

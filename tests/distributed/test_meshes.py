@@ -24,10 +24,10 @@ from elm_jax.models.elm import ELM
 from elm_jax.models.encoders import build_encoder, merl
 from elm_jax.models.families import scratch_config
 from elm_jax.models.functional import Structure, structure_of
-from elm_jax.runtime.mesh import SMALL, batch_sharding, make_mesh, to_device
+from elm_jax.runtime.mesh import SMALL, array_shardings, batch_sharding, make_mesh, to_device
 from elm_jax.training import loop
 from elm_jax.training.optim import make_optimizer
-from elm_jax.training.state import TrainState, abstract_state, array_shardings, new_state, split_names
+from elm_jax.training.state import TrainState, abstract_state, new_state, split_names
 from elm_jax.training.step import make_train_step
 
 STEPS, ROWS = 20, 8

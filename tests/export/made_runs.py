@@ -18,13 +18,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from elm_jax.assemble import CONNECTORS, assemble, make_arrays
 from elm_jax.cli import guard
 from elm_jax.config import Config, resolve
-from elm_jax.data.chat import THINK_TOKENS
-from elm_jax.exporting.source import TrainedWeights
 from elm_jax.models.connectors import SIGNAL_KINDS
-from elm_jax.runtime.checkpoint import Checkpoints
-from elm_jax.runtime.mesh import make_mesh
-from elm_jax.training import run
-from elm_jax.training.state import array_shardings, split_names
+from elm_jax.run import folder as run
+from elm_jax.run.checkpoint import Checkpoints
+from elm_jax.run.weights import TrainedWeights
+from elm_jax.runtime.mesh import array_shardings, make_mesh
+from elm_jax.text.render import THINK_TOKENS
+from elm_jax.training.state import split_names
 from elm_jax.weights.safetensors import Safetensors, save_safetensors
 
 ADDED = 1 + len(THINK_TOKENS)  # tokens that a run of phase sft adds

@@ -15,9 +15,9 @@ from export.made_runs import Golden, encoder_settings, export_command, llm_folde
 from huggingface_hub.errors import LocalTokenNotFoundError
 from parity import e2e
 
-from elm_jax.exporting import hub
-from elm_jax.exporting.card import _licence
-from elm_jax.training.run import write_json
+from elm_jax.exchange import hub
+from elm_jax.exchange.card import _licence
+from elm_jax.folders import write_json
 from elm_jax.weights.load import open_checkpoint
 from elm_jax.weights.safetensors import Safetensors
 

@@ -16,8 +16,8 @@ from parity import e2e
 
 from elm_jax.assemble import assemble
 from elm_jax.data.batch import Batch
-from elm_jax.data.symbolic import EcgByte
 from elm_jax.inference.generate import generate
+from elm_jax.symbols.coder import EcgByte
 from elm_jax.training.step import loss_and_gradients
 from elm_jax.weights.safetensors import Safetensors
 

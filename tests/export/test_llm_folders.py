@@ -12,7 +12,7 @@ import pytest
 from export.made_runs import ADDED, Golden, arrays_of, export_command, llm_folder, make_run, settings, tokenizer_in
 
 from elm_jax.assemble import assemble
-from elm_jax.exporting.llm_folder import edited
+from elm_jax.exchange.llm_folder import edited
 from elm_jax.weights.load import open_checkpoint
 
 LLAMAS = ("llm_llama_tied", "llm_llama_untied_sharded")
@@ -130,7 +130,7 @@ def test_transformers_computes_our_logits(
 
 
 def test_the_tokenizer_has_the_added_tokens_and_how_conversations_are_written(exported) -> None:
-    from elm_jax.data.chat import render_prompt
+    from elm_jax.text.render import render_prompt
 
     _, after, config = exported("llm_gpt2", data__system_prompt="w1 w2")
     assembly = assemble(config, Path(config.workdir) / "tokenizer")

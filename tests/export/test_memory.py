@@ -18,8 +18,8 @@ from elm_jax.assemble import assemble
 from elm_jax.config import resolve
 from elm_jax.models.families import family_of, from_hf, to_hf
 from elm_jax.models.functional import Leaf
-from elm_jax.runtime.checkpoint import Checkpoints
-from elm_jax.training import run
+from elm_jax.run import folder as run
+from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.training.state import split_names
 from elm_jax.weights.shards import ShardWriter
 

@@ -13,13 +13,13 @@ import pytest
 from flax import nnx
 from tiny_llms import TINY, tiny_config
 
+from elm_jax.exchange.reference import Reference, reference_of
 from elm_jax.models.connectors import RULES, SIGNAL_KINDS, build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder
 from elm_jax.models.elm import ELM
 from elm_jax.models.encoders import ENCODERS, build_encoder
 from elm_jax.models.functional import Leaf, structure_of
 from elm_jax.models.lora import LoraSpec, add_lora
-from elm_jax.weights.reference import Reference, reference_of
 
 LEADS, SAMPLES, TOKENS, ROWS = 3, 64, 2, 50
 LLM = {"llm.embedding.table": Leaf((64, 4), None, (), False)}  # no more of it where only the encoder matters

@@ -11,7 +11,7 @@ import runs
 from export.made_runs import export_command, make_run
 
 from elm_jax.config import to_dict
-from elm_jax.data.chat import THINK_TOKENS
+from elm_jax.text.render import THINK_TOKENS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "serve.md"
 QUESTION = "What does the recording show?"

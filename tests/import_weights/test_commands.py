@@ -18,7 +18,7 @@ from import_weights.conftest import Model
 from parity import e2e
 
 from elm_jax.data.demo import demo_tokenizer
-from elm_jax.runtime.checkpoint import Checkpoints
+from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.weights.safetensors import Safetensors
 
 Golden = Callable[[str], Path]

@@ -11,7 +11,7 @@ import pytest
 from import_weights import checkpoints
 from import_weights.conftest import Model, imported
 
-from elm_jax.data.symbolic import EcgByte
+from elm_jax.symbols.coder import EcgByte
 
 Golden = Callable[[str], Path]
 Refused = Callable[..., str]

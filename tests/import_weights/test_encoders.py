@@ -16,11 +16,12 @@ from import_weights import checkpoints
 from import_weights.conftest import imported, loaded
 from parity import e2e
 
-from elm_jax.models.encoders import build_encoder, load_encoder, to_published
+from elm_jax.exchange.published import published_rules
+from elm_jax.models.encoders import build_encoder
 from elm_jax.models.functional import structure_of
+from elm_jax.weights.encoders import load_encoder, to_published
 from elm_jax.weights.load import load_llm, open_checkpoint
 from elm_jax.weights.peft import load_adapter
-from elm_jax.weights.published import published_rules
 from elm_jax.weights.safetensors import Safetensors, save_safetensors
 
 Golden = Callable[[str], Path]

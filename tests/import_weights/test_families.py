@@ -14,7 +14,7 @@ from import_weights import checkpoints
 from import_weights.conftest import imported
 from transformers import AutoTokenizer
 
-from elm_jax.data.chat import THINK_TOKENS, add_tokens
+from elm_jax.text.render import THINK_TOKENS, add_tokens
 from elm_jax.weights.load import load_llm_arrays, open_checkpoint, read_llm_config
 from elm_jax.weights.peft import load_adapter
 from elm_jax.weights.safetensors import Safetensors

@@ -17,8 +17,8 @@ from import_weights import checkpoints
 from import_weights.conftest import Model, imported
 
 from elm_jax.errors import UserError
-from elm_jax.importing import run as import_run
-from elm_jax.models.encoders import load_encoder
+from elm_jax.exchange import bring_in as import_run
+from elm_jax.weights.encoders import load_encoder
 
 Golden = Callable[[str], Path]
 Refused = Callable[..., str]

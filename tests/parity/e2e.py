@@ -23,19 +23,20 @@ from support import stack_micro_batches
 from elm_jax.assemble import CONNECTORS
 from elm_jax.config import Config, MeshConfig, resolve
 from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Conversation, Group, collate
+from elm_jax.exchange.published import published_rules
 from elm_jax.models.connectors import SIGNAL_KINDS, build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder
 from elm_jax.models.elm import ELM
-from elm_jax.models.encoders import build_encoder, from_published
+from elm_jax.models.encoders import build_encoder
 from elm_jax.models.functional import Arrays, Structure, structure_of
-from elm_jax.runtime.mesh import make_mesh
+from elm_jax.models.names import Rule, export
+from elm_jax.runtime.mesh import array_shardings, make_mesh
 from elm_jax.training.muon import matrices_by_name
 from elm_jax.training.optim import batch_scale, learning_rate_multiplier, make_optimizer
-from elm_jax.training.state import abstract_state, array_shardings, new_state, split_names
+from elm_jax.training.state import abstract_state, new_state, split_names
 from elm_jax.training.step import make_train_step
+from elm_jax.weights.encoders import from_published
 from elm_jax.weights.load import load_llm_arrays, read_llm_config
-from elm_jax.weights.published import published_rules
-from elm_jax.weights.rules import Rule, export
 from elm_jax.weights.safetensors import Safetensors
 
 KINDS = tuple(CONNECTORS)

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from elm_jax.errors import UserError
 from elm_jax.models.connectors import RULES, SIGNAL_KINDS, build_connector, build_signal_connector, splice
 from elm_jax.models.functional import structure_of
-from elm_jax.weights.rules import export
+from elm_jax.models.names import export
 
 GoldenFolder = Callable[[str], Path]
 CASES = {

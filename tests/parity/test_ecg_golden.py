@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from parity_log import compare, record
 
-from elm_jax.data.augment import augment_ecg, noise_ecg
-from elm_jax.data.ecg import LEADS, min_max
-from elm_jax.data.images import PROCESSING, stacked
 from elm_jax.data.represent import SignalSpec
+from elm_jax.ecg.augment import augment_ecg, noise_ecg
+from elm_jax.ecg.images import PROCESSING, stacked
+from elm_jax.ecg.recording import LEADS, min_max
 
 
 class LegacyDraws:

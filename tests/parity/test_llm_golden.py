@@ -15,8 +15,8 @@ from parity_log import compare, record
 from elm_jax.inference.generate import generate
 from elm_jax.models.decoder import Decoder
 from elm_jax.models.families import family_of, from_hf, to_hf
+from elm_jax.models.names import export
 from elm_jax.weights.load import load_llm, parameters
-from elm_jax.weights.rules import export
 
 NAMES = (
     *("llm_llama_tied", "llm_llama_untied_sharded", "llm_qwen2_tied", "llm_qwen3", "llm_gemma2"),

@@ -16,9 +16,10 @@ from flax import nnx
 from parity_log import compare, record
 
 from elm_jax.errors import UserError
-from elm_jax.models.encoders import build_encoder, from_published, load_encoder, read_checkpoint, to_published
+from elm_jax.models.encoders import build_encoder
 from elm_jax.models.encoders.mae import StMem, calculate_patch_size, sincos_positions
 from elm_jax.models.functional import Structure, structure_of
+from elm_jax.weights.encoders import from_published, load_encoder, read_checkpoint, to_published
 
 TINY = {"encoder_tiny_mtae": "mtae", "encoder_tiny_mlae": "mlae"} | {
     f"encoder_tiny_st_mem{size}": "st_mem" for size in ("", "_1head64")

@@ -13,8 +13,9 @@ import pytest
 from flax import nnx
 from parity_log import compare, record
 
-from elm_jax.models.encoders import build_encoder, from_published, load_encoder, to_published
+from elm_jax.models.encoders import build_encoder
 from elm_jax.models.functional import structure_of
+from elm_jax.weights.encoders import from_published, load_encoder, to_published
 
 RESNET18, RESNET101 = "encoder_full_resnet18_merl", "encoder_full_merl"
 GoldenFolder = Callable[[str], Path]

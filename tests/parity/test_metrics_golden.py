@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from texts import write_wordnet
 
-from elm_jax.evaluation.classification import classification, pretrain_breakdown
-from elm_jax.evaluation.metrics import Scorer
-from elm_jax.evaluation.scores.answers import exact_match, split_response, token_f1
-from elm_jax.evaluation.scores.meteor import Meteor
-from elm_jax.evaluation.scores.overlap import bleu, bleu_counts, rouge_l
-from elm_jax.evaluation.statistics import student_t
+from elm_jax.scoring.answers import exact_match, split_response, token_f1
+from elm_jax.scoring.classification import classification, pretrain_breakdown
+from elm_jax.scoring.meteor import Meteor
+from elm_jax.scoring.metrics import Scorer
+from elm_jax.scoring.overlap import bleu, bleu_counts, rouge_l
+from elm_jax.scoring.statistics import student_t
 
 NAMES = {"ACC": "exact_match", "F1": "token_f1", "BLEU-4": "bleu4", "ROUGE-L": "rouge_l", "METEOR": "meteor"}
 

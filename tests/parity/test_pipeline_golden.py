@@ -16,13 +16,13 @@ from parity_log import compare, record
 from elm_jax.assemble import CONNECTORS, Assembly, assemble, make_arrays
 from elm_jax.config import resolve
 from elm_jax.data.batch import Batch
-from elm_jax.data.chat import decode
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.loader import StepSource
 from elm_jax.data.plan import Plan
 from elm_jax.inference.generate import generate
 from elm_jax.models.connectors import RULES
 from elm_jax.models.functional import Arrays
+from elm_jax.text.render import decode
 from elm_jax.training.step import loss_and_gradients
 from elm_jax.weights.safetensors import Safetensors
 

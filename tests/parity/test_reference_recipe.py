@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from elm_jax.assemble import Assembly, assemble, make_arrays
 from elm_jax.cli import ConfigFlags, read_config_file
 from elm_jax.config import Config, resolve
-from elm_jax.data.chat import add_tokens
 from elm_jax.data.plan import Plan
+from elm_jax.text.render import add_tokens
 from elm_jax.training import loop
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,8 @@ import pytest
 from parity_log import record
 from texts import learnt
 
-from elm_jax.data.chat import (
+from elm_jax.errors import UserError
+from elm_jax.text.render import (
     CHAT_FORMS,
     Rendered,
     add_tokens,
@@ -23,8 +24,7 @@ from elm_jax.data.chat import (
     stop_ids,
     to_turns,
 )
-from elm_jax.data.vocabulary import load_tokenizer, vocabulary
-from elm_jax.errors import UserError
+from elm_jax.text.vocabulary import load_tokenizer, vocabulary
 
 # All out of one set of goldens, the shared one; conversations of our own are in unit/test_conversations.py.
 SHARED = Path(os.environ.get("ELM_JAX_SHARED") or Path(__file__).resolve().parents[3] / "shared")

@@ -14,8 +14,9 @@ import pytest
 from flax import nnx
 from parity_log import compare
 
-from elm_jax.models.encoders import LoadedEncoder, build_encoder, from_published, load_encoder, to_published
+from elm_jax.models.encoders import build_encoder
 from elm_jax.models.functional import structure_of
+from elm_jax.weights.encoders import LoadedEncoder, from_published, load_encoder, to_published
 from elm_jax.weights.safetensors import Safetensors
 
 BOUND = 1e-5

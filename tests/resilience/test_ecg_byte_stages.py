@@ -11,10 +11,10 @@ import runs
 from elm_jax import chat, cli, evaluate
 from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config
-from elm_jax.data.symbolic import EcgByte
 from elm_jax.inference.model import TrainedModel
+from elm_jax.run.folder import config_of_run, open_folder
+from elm_jax.symbols.coder import EcgByte
 from elm_jax.training.loop import Trainer, train
-from elm_jax.training.run import config_of_run, open_folder
 
 KEYS = {
     "elm": "ecg_byte", "update": "llm", "encoder__name": None, "encoder__config": "{}", "train__steps": 2,

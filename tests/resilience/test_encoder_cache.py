@@ -19,12 +19,12 @@ import runs
 import wfdb
 
 from elm_jax.config import DataConfig
-from elm_jax.data.ecg import LEADS
-from elm_jax.data.features import Features, FeatureWriter
+from elm_jax.data.kept_features import Features, FeatureWriter
 from elm_jax.data.represent import signal_spec
+from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError
+from elm_jax.run.checkpoint import fingerprint
 from elm_jax.runtime import distributed
-from elm_jax.runtime.checkpoint import fingerprint
 from elm_jax.training import encoder_cache
 from elm_jax.training.loop import Trainer, train
 

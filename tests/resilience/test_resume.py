@@ -18,12 +18,14 @@ from elm_jax import train as train_command
 from elm_jax.config import Config
 from elm_jax.data.loader import Loaded
 from elm_jax.errors import UserError
-from elm_jax.models.encoders import build_encoder, to_published
+from elm_jax.folders import read_json
+from elm_jax.models.encoders import build_encoder
 from elm_jax.models.functional import structure_of
-from elm_jax.runtime.checkpoint import Checkpoints
+from elm_jax.run.checkpoint import Checkpoints
+from elm_jax.run.folder import open_folder
 from elm_jax.training import loop
 from elm_jax.training.loop import Trainer, train
-from elm_jax.training.run import open_folder, read_json
+from elm_jax.weights.encoders import to_published
 
 SEED = 2008
 EVERYWHERE = {"mesh__data": 8}  # for runs in this process, which has eight devices

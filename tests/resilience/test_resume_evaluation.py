@@ -34,8 +34,7 @@ from elm_jax.evaluation import evaluator  # noqa: E402
 from elm_jax.evaluation.store import AnswerFile, Store, lines_in  # noqa: E402
 from elm_jax.inference.speaker import Speaker  # noqa: E402
 from elm_jax.runtime import distributed  # noqa: E402
-from elm_jax.runtime.mesh import make_mesh  # noqa: E402
-from elm_jax.training.state import array_shardings  # noqa: E402
+from elm_jax.runtime.mesh import array_shardings, make_mesh  # noqa: E402
 
 RECORDINGS = 12
 ANSWERS = RECORDINGS * 5 * (1 + 3 + evaluator.SHUFFLES)

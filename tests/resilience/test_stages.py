@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import runs
 
-from elm_jax.runtime.checkpoint import Checkpoints
+from elm_jax.run.checkpoint import Checkpoints
 
 HALF = {"llm__compute_dtype": "bfloat16", "train__steps": 3}
 

@@ -13,11 +13,11 @@ import pytest
 
 from elm_jax.assemble import Assembly, assemble, make_arrays
 from elm_jax.config import Config, resolve
-from elm_jax.data.chat import THINK_TOKENS
 from elm_jax.data.demo import demo_tokenizer
-from elm_jax.data.symbolic import EcgByte
 from elm_jax.errors import UserError
-from elm_jax.training import run
+from elm_jax.run import folder as run
+from elm_jax.symbols.coder import EcgByte
+from elm_jax.text.render import THINK_TOKENS
 from elm_jax.training.loop import Trainer
 
 SIZES = {"hidden": 16, "layers": 1, "heads": 2, "mlp": 16, "max_len": 128}

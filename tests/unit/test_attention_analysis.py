@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from elm_jax.analyze import _question
-from elm_jax.data.images import PROCESSING
+from elm_jax.ecg.images import PROCESSING
 from elm_jax.errors import UserError
 from elm_jax.evaluation import attention_picture
 from elm_jax.evaluation.attention import POOLED, Attention, _mean_weights, _spans, _symbol_spans

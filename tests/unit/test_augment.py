@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elm_jax.data import augment
-from elm_jax.data.augment import augment_ecg, augment_image, blur, noise_ecg, shift_hue
+from elm_jax.ecg import augment
+from elm_jax.ecg.augment import augment_ecg, augment_image, blur, noise_ecg, shift_hue
 
 SIGNAL = np.random.default_rng(0).normal(0, 0.4, (12, 500)).astype(np.float32)
 IMAGE = np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8)

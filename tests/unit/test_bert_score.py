@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from elm_jax.errors import UserError
-from elm_jax.evaluation.scores.bert import BertScore
+from elm_jax.scoring.bert import BertScore
 
 torch = pytest.importorskip("torch", reason="BERTScore needs PyTorch")
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "sinus", "rhythm", "normal", "ecg", "af"]

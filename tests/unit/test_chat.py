@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from texts import learnt
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from elm_jax.data.chat import (
+from elm_jax.errors import UserError
+from elm_jax.text.render import (
     CHAT_FORMS,
     Rendered,
     Turn,
@@ -27,7 +28,6 @@ from elm_jax.data.chat import (
     stop_ids,
     to_turns,
 )
-from elm_jax.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"
 SYSTEM = "You read ECGs. Think inside <think> tags; never write <|im_end|>."

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from elm_jax.data.chat import add_tokens, decode, render, render_prompt, render_prompts, stop_ids
+from elm_jax.text.render import add_tokens, decode, render, render_prompt, render_prompts, stop_ids
 
 TALK = [
     {"from": "system", "value": "Be brief."},

@@ -17,10 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from elm_jax.config import Config, LoraConfig, MeshConfig, to_dict
 from elm_jax.errors import UserError
+from elm_jax.folders import read_json, write_json
 from elm_jax.models.functional import Leaf, Structure
-from elm_jax.runtime.checkpoint import Checkpoints, fingerprint
+from elm_jax.run import folder as run
+from elm_jax.run.checkpoint import Checkpoints, fingerprint
 from elm_jax.runtime.mesh import make_mesh
-from elm_jax.training import run
 
 SPECS = [PartitionSpec(), PartitionSpec("fsdp"), PartitionSpec("fsdp", "tensor"), PartitionSpec(None, ("data", "fsdp"))]
 
@@ -154,7 +155,7 @@ def test_names_shapes_and_order_of_values_count() -> None:
 def a_run(folder: Path, frozen: dict[str, str]) -> str:
     """A run folder that trained `llm` and `connector`, beside the frozen parts that it names."""
     folder.mkdir()
-    run.write_json(folder / "config.json", to_dict(Config(workdir=str(folder))))
+    write_json(folder / "config.json", to_dict(Config(workdir=str(folder))))
     saved = Checkpoints(folder)
     saved.save(5, items(1), {"frozen": frozen})
     saved.close()
@@ -221,7 +222,7 @@ def test_only_a_committed_checkpoint_binds_the_configuration(tmp_path: Path) -> 
     folder = run.open_folder(config)
     (folder / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
     changed = Config(workdir=str(folder), seed=7)
-    assert run.open_folder(changed) == folder and run.read_json(folder / "config.json")["seed"] == 7
+    assert run.open_folder(changed) == folder and read_json(folder / "config.json")["seed"] == 7
     (folder / "checkpoints" / "3").mkdir()
     with pytest.raises(UserError, match="other seed"):
         run.open_folder(config)
@@ -232,5 +233,5 @@ def test_done_until_there_is_more_to_do(tmp_path: Path) -> None:
     run.write_done(tmp_path, 10, 10)
     assert run.is_done(tmp_path, 10) and not run.is_done(tmp_path, 11)
     run.write_done(tmp_path, 6, 10)  # stopped early
-    assert run.read_json(tmp_path / "DONE")["stopped_early"] and run.is_done(tmp_path, 10)
+    assert read_json(tmp_path / "DONE")["stopped_early"] and run.is_done(tmp_path, 10)
     assert not run.is_done(tmp_path, 20)

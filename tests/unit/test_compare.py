@@ -14,10 +14,10 @@ from elm_jax import cli
 from elm_jax.compare import main
 from elm_jax.errors import UserError
 from elm_jax.evaluation.comparison import compare, html_of, text_of
-from elm_jax.evaluation.metrics import Scorer
-from elm_jax.evaluation.scores.overlap import bleu
-from elm_jax.evaluation.statistics import FLIPS
 from elm_jax.evaluation.store import lines_in
+from elm_jax.scoring.metrics import Scorer
+from elm_jax.scoring.overlap import bleu
+from elm_jax.scoring.statistics import FLIPS
 
 
 def run(folder: Path, right: float, n: int = 120, name: str = "demo-test", **more: str) -> Path:

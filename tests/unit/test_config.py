@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from elm_jax import compat
 from elm_jax.cli import read_config_file
 from elm_jax.config import SCHEMA, Config, default_config, differences, from_text, help_text, resolve, to_dict
-from elm_jax.data.ecg import LEADS
+from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elm_jax.data.chat import add_tokens, render
-from elm_jax.data.vocabulary import load_tokenizer
 from elm_jax.errors import UserError
+from elm_jax.text.render import add_tokens, render
+from elm_jax.text.vocabulary import load_tokenizer
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 FAMILIES = {"llama": "llama3", "qwen": "qwen2", "gemma": "gemma2"}

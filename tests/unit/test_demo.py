@@ -18,10 +18,10 @@ from elm_jax.data.demo import (
     load_demo_ecg,
     parse_sizes,
 )
-from elm_jax.data.ecg import LEADS
-from elm_jax.data.synthetic_ecg import RATE_RANGE, draw_rhythm
+from elm_jax.ecg.recording import LEADS
+from elm_jax.ecg.synthetic import RATE_RANGE, draw_rhythm
 from elm_jax.errors import UserError
-from elm_jax.evaluation.paper import Example, draw_ecg, gallery, loss_plot
+from elm_jax.pictures.ecg_paper import Example, draw_ecg, gallery, loss_plot
 
 PATHS = [f"demo:test:{i}" for i in range(200)]
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from elm_jax.data.ecg import LEADS
-from elm_jax.inference.drawing import LABEL, LINES, in_characters
+from elm_jax.ecg.recording import LEADS
+from elm_jax.pictures.braille import LABEL, LINES, in_characters
 
 
 def dots(line: str) -> int:

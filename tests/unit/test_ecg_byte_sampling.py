@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from elm_jax.data import ecg_byte_sampling
-from elm_jax.data.ecg_byte_corpus import Form, Reader, find_recordings
-from elm_jax.data.ecg_byte_report import encode, median, totals
-from elm_jax.data.ecg_byte_sampling import cluster, random_order, stratified_sample
-from elm_jax.data.ecg_features import PER_LEAD, ecg_features
-from elm_jax.data.symbolic import EcgByte
+from elm_jax.ecg.features import PER_LEAD, ecg_features
 from elm_jax.errors import UserError
+from elm_jax.symbols import sampling as ecg_byte_sampling
+from elm_jax.symbols.coder import EcgByte
+from elm_jax.symbols.corpus import Form, Reader, find_recordings
+from elm_jax.symbols.report import encode, median, totals
+from elm_jax.symbols.sampling import cluster, random_order, stratified_sample
 
 # Unlike numbers, and such that lie so near each other that rounding may tell them apart or not.
 _NUMBERS = st.one_of(st.sampled_from([0.0, 1.0, 1 + 1e-15, 1e-12, -1e-12, 1e6, 0.1 + 0.2, 0.3]), st.floats(-1e6, 1e6))
@@ -52,7 +52,7 @@ def test_wavelet_features_see_the_band_of_a_signal():
 
 
 def test_the_wavelet_analysis_keeps_energy_and_sees_no_cubic():
-    from elm_jax.data.ecg_features import _HIGH, _LOW, _analyse
+    from elm_jax.ecg.features import _HIGH, _LOW, _analyse
 
     for shift in range(0, 8, 2):  # an orthonormal filter bank
         expected = 1.0 if shift == 0 else 0.0

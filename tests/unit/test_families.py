@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 from tiny_llms import TINY, tiny_config, tiny_llm
 
-from elm_jax.data.chat_forms import CHAT_FORMS
 from elm_jax.errors import UserError
 from elm_jax.models.families import ALIASES, FAMILIES, chat_family, extended, family_of, from_hf, scratch_config, to_hf
+from elm_jax.models.names import export
+from elm_jax.text.forms import CHAT_FORMS
 from elm_jax.weights.load import load_llm, open_checkpoint, parameters, read_llm_config, resolve_llm_folder
-from elm_jax.weights.rules import export
 from elm_jax.weights.safetensors import save_safetensors
 
 SHARDED = "llm_llama_untied_sharded"

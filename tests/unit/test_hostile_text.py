@@ -13,17 +13,17 @@ import pytest
 
 from elm_jax import cli
 from elm_jax.config import resolve
-from elm_jax.data.features import Features, FeatureWriter
+from elm_jax.data.kept_features import Features, FeatureWriter
 from elm_jax.data.table_files import file_tables
 from elm_jax.data.tables import open_source
-from elm_jax.data.vocabulary import load_tokenizer
 from elm_jax.errors import UserError, printable
-from elm_jax.evaluation.page import page, table
 from elm_jax.evaluation.report import _listed
-from elm_jax.evaluation.svg import Bar, bars
 from elm_jax.json_text import parse_json
+from elm_jax.pictures.page import page, table
+from elm_jax.pictures.svg import Bar, bars
+from elm_jax.run.folder import is_done
 from elm_jax.runtime.telemetry import MetricsFile
-from elm_jax.training.run import is_done
+from elm_jax.text.vocabulary import load_tokenizer
 
 HOSTILE = "a\x1b[2J\x00b\x7f\u202ec\u2028d\ud800e\ufffff"
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import pytest
 
 from elm_jax.config import Config
-from elm_jax.evaluation.metrics import Scorer
 from elm_jax.evaluation.report import _by, _dependence, write_report
 from elm_jax.evaluation.results import asked_with, results_of, summary
-from elm_jax.evaluation.svg import Bar, bars
+from elm_jax.pictures.svg import Bar, bars
+from elm_jax.scoring.metrics import Scorer
 
 VOID = {"meta", "link", "img", "br", "input", "wbr"}
 

@@ -11,9 +11,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from elm_jax.data.images import PROCESSING
+from elm_jax.ecg.images import PROCESSING
 from elm_jax.errors import UserError
-from elm_jax.models.encoders.checkpoint import read_config
+from elm_jax.weights.encoders import read_config
 
 THEIRS = {"clip": CLIPImageProcessorPil, "vit": ViTImageProcessorPil, "siglip2": Siglip2ImageProcessorPil}
 CLIP_OLD = {

@@ -8,16 +8,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from elm_jax.data.images import (
-    BICUBIC,
-    BILINEAR,
-    PROCESSING,
-    naflex_shape,
-    process,
-    stacked,
-)
-from elm_jax.data.rasterize import draw
-from elm_jax.data.synthetic_ecg import synthesize
+from elm_jax.ecg.images import BICUBIC, BILINEAR, PROCESSING, naflex_shape, process, stacked
+from elm_jax.ecg.rasterize import draw
+from elm_jax.ecg.synthetic import synthesize
 
 THEIRS = {"clip": CLIPImageProcessorPil, "vit": ViTImageProcessorPil, "siglip2": Siglip2ImageProcessorPil}
 SHAPES = [(12, 2500), (12, 1250), (3, 500), (1, 64), (224, 224), (300, 217), (40, 39), (640, 480)]

@@ -12,8 +12,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from elm_jax.data.demo import demo_tokenizer
-from elm_jax.data.vocabulary import load_tokenizer, vocabulary
 from elm_jax.errors import UserError
+from elm_jax.text.vocabulary import load_tokenizer, vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -26,11 +26,11 @@ from elm_jax.models.families import FAMILIES, scratch_config
 from elm_jax.models.functional import Structure, structure_of
 from elm_jax.models.lora import PEFT_TARGETS, LoraSpec, add_lora, is_lora, merged, target_modules
 from elm_jax.models.noise import drawing
-from elm_jax.runtime.checkpoint import Checkpoints
-from elm_jax.runtime.mesh import batch_sharding, make_mesh, to_device
+from elm_jax.run.checkpoint import Checkpoints
+from elm_jax.runtime.mesh import array_shardings, batch_sharding, make_mesh, to_device
 from elm_jax.training.muon import matrices
 from elm_jax.training.optim import make_optimizer
-from elm_jax.training.state import TrainState, abstract_state, array_shardings, new_state, split_names
+from elm_jax.training.state import TrainState, abstract_state, new_state, split_names
 from elm_jax.training.step import make_train_step
 from elm_jax.weights.load import parameters
 from elm_jax.weights.peft import load_adapter, save_adapter, spec_of

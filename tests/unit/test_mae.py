@@ -11,12 +11,13 @@ import pytest
 from flax import nnx
 
 from elm_jax.errors import UserError
-from elm_jax.models.encoders import build_encoder, from_published, load_encoder, to_published
+from elm_jax.models.encoders import build_encoder
 from elm_jax.models.encoders.mae import MaeConfig, MaskedAutoencoder, calculate_patch_size
 from elm_jax.models.functional import Structure, structure_of
 from elm_jax.models.pooling import adaptive_average_pool
 from elm_jax.runtime.mesh import make_mesh, named_sharding
 from elm_jax.training.state import split_names
+from elm_jax.weights.encoders import from_published, load_encoder, to_published
 
 NAMES = ("st_mem", "mtae", "mlae")
 SMALL = {

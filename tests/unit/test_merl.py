@@ -10,10 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from elm_jax.errors import UserError
-from elm_jax.models.encoders import build_encoder, load_encoder, to_published
+from elm_jax.models.encoders import build_encoder
 from elm_jax.models.encoders.merl import BatchNorm
 from elm_jax.models.functional import structure_of
 from elm_jax.models.pooling import adaptive_average_pool
+from elm_jax.weights.encoders import load_encoder, to_published
 from elm_jax.weights.safetensors import save_safetensors
 
 SMALL = {"resnet_type": "resnet18", "width": 4}

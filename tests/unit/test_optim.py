@@ -22,6 +22,7 @@ from elm_jax.models.decoder import Decoder
 from elm_jax.models.elm import ELM
 from elm_jax.models.families import scratch_config
 from elm_jax.models.functional import Leaf, structure_of
+from elm_jax.models.names import Rule
 from elm_jax.training.muon import is_matrix_by_name, matrices, matrices_by_name, orthogonalised
 from elm_jax.training.optim import (
     batch_scale,
@@ -31,7 +32,6 @@ from elm_jax.training.optim import (
     weight_decay,
 )
 from elm_jax.training.step import loss_and_gradients
-from elm_jax.weights.rules import Rule
 
 ROUNDING = 1e-6  # some units in the last place of float32
 Golden = Callable[[str], Path]

@@ -13,10 +13,10 @@ from texts import write_records
 
 from elm_jax.config import MeshConfig
 from elm_jax.evaluation.evaluator import evaluate, results_folder
+from elm_jax.folders import read_json
 from elm_jax.inference import model
 from elm_jax.runtime.mesh import make_mesh
 from elm_jax.training import loop
-from elm_jax.training.run import read_json
 
 STEPS = 8
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -60,8 +60,8 @@ def write_llm(folder: Path) -> None:
 
     from elm_jax.models.decoder import Decoder
     from elm_jax.models.families import family_of, scratch_config, to_hf
+    from elm_jax.models.names import export
     from elm_jax.weights.load import parameters
-    from elm_jax.weights.rules import export
     from elm_jax.weights.safetensors import save_safetensors
 
     tokenizer = demo_tokenizer()

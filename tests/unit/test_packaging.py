@@ -69,7 +69,7 @@ def _code(path):
     return re.sub(r'"""[\s\S]*?"""', '""', path.read_text())
 
 
-@pytest.mark.parametrize("module", ["elm_jax", "elm_jax.data.symbolic"])
+@pytest.mark.parametrize("module", ["elm_jax", "elm_jax.symbols.coder"])
 def test_importing_loads_no_jax(module):
     report = f"import sys, {module}; print(sorted({{'jax', 'flax', 'torch'}} & set(sys.modules)))"
     assert _python("-c", report).strip() == "[]"
@@ -79,7 +79,7 @@ REPORT = """
 import json
 from importlib.resources import files
 import elm_jax
-from elm_jax.data.symbolic import EcgByte
+from elm_jax.symbols.coder import EcgByte
 ids = EcgByte([b"ab"]).encode_symbols(b"abc").tolist()
 configs = sorted(path.name for path in files("elm_jax").joinpath("configs").iterdir())
 print(json.dumps([elm_jax.__file__, ids, [name for name in configs if name.endswith(".py")]]))

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elm_jax.data.ecg import read_ecg
-from elm_jax.data.npy import read_npy
-from elm_jax.data.pickled import read_pickle
+from elm_jax.ecg.npy import read_npy
+from elm_jax.ecg.pickled import read_pickle
+from elm_jax.ecg.recording import read_ecg
 from elm_jax.errors import UserError
 
 PROTOCOLS = range(2, 6)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from elm_jax.config import Config
-from elm_jax.evaluation.ecg_qa import QuestionOnly, answer_list, macro_f1, set_matches
-from elm_jax.evaluation.ecgbench import (
+from elm_jax.evaluation.results import asked_with, results_of, summary
+from elm_jax.scoring.ecg_qa import QuestionOnly, answer_list, macro_f1, set_matches
+from elm_jax.scoring.ecgbench import (
     LABELS,
     chosen_letter,
     ecgbench,
@@ -21,8 +22,7 @@ from elm_jax.evaluation.ecgbench import (
     same_options,
     true_labels,
 )
-from elm_jax.evaluation.metrics import Scorer
-from elm_jax.evaluation.results import asked_with, results_of, summary
+from elm_jax.scoring.metrics import Scorer
 
 FACTS = {"split": "test", "step": 1, "bad": 0, "asked_with": asked_with(Config())}
 

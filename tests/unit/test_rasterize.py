@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy.ndimage import maximum_filter, maximum_filter1d, minimum_filter1d
 
-from elm_jax.data.ecg import LEADS, read_ecg, to_segment
-from elm_jax.data.rasterize import DPI, INK, PAPER, REFERENCE_DPI, draw
-from elm_jax.data.synthetic_ecg import synthesize
+from elm_jax.ecg.rasterize import DPI, INK, PAPER, REFERENCE_DPI, draw
+from elm_jax.ecg.recording import LEADS, read_ecg, to_segment
+from elm_jax.ecg.synthetic import synthesize
 from elm_jax.errors import UserError
 
 RATE = 250.0

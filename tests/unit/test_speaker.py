@@ -14,14 +14,13 @@ import runs
 
 from elm_jax.assemble import Assembly, assemble, make_arrays
 from elm_jax.config import MeshConfig
-from elm_jax.data.chat import render_prompt
-from elm_jax.data.symbolic import EcgByte
 from elm_jax.errors import UserError
 from elm_jax.inference import programs
 from elm_jax.inference.requests import Piece
 from elm_jax.inference.speaker import Prompt, Speaker
-from elm_jax.runtime.mesh import make_mesh
-from elm_jax.training.state import array_shardings
+from elm_jax.runtime.mesh import array_shardings, make_mesh
+from elm_jax.symbols.coder import EcgByte
+from elm_jax.text.render import render_prompt
 
 ONE = (1, 1, 1)
 VIT = {

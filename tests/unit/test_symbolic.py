@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parity_log import compare, record
 
-from elm_jax.data.symbolic import EcgByte
 from elm_jax.errors import UserError
+from elm_jax.symbols.coder import EcgByte
 
 MERGES = [b"ab", b"abc", b"zz", b"zzzz", b"bcd"]
 

@@ -6,9 +6,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from elm_jax.data.ecg_byte_report import encode, token_of_sample
-from elm_jax.data.symbolic import METHODS, EcgByte
 from elm_jax.errors import UserError
+from elm_jax.symbols.coder import METHODS, EcgByte
+from elm_jax.symbols.report import encode, token_of_sample
 
 # Few letters make many pairs; any bytes at all make the rest.
 texts = st.text("abcz", max_size=80).map(str.encode) | st.binary(max_size=60)
@@ -245,7 +245,7 @@ def test_the_reference_pickle_survives_json_and_back_to_the_byte(theirs, tmp_pat
 
 
 def test_real_recordings_have_the_same_ids_by_both_files(theirs, shared, tmp_path):
-    from elm_jax.data.ecg_byte_corpus import Form, find_recordings
+    from elm_jax.symbols.corpus import Form, find_recordings
 
     paths = find_recordings([shared / "real" / "ecg" / "ptbxl" / "records500"])[:12]
     batch = np.stack([Form().read(path) for path in paths])

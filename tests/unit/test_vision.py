@@ -12,19 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from elm_jax.data.images import PROCESSING
+from elm_jax.ecg.images import PROCESSING
 from elm_jax.errors import UserError
-from elm_jax.models.encoders import (
-    LoadedEncoder,
-    build_encoder,
-    encoder_config,
-    from_published,
-    load_encoder,
-    to_published,
-)
+from elm_jax.models.encoders import build_encoder
 from elm_jax.models.encoders.siglip import resize_weights
 from elm_jax.models.encoders.vision import mask_of
 from elm_jax.models.functional import Arrays, Structure, structure_of
+from elm_jax.weights.encoders import LoadedEncoder, encoder_config, from_published, load_encoder, to_published
 from elm_jax.weights.safetensors import save_safetensors
 
 BLOCKS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -435,7 +429,7 @@ def test_the_hub_is_asked_for_safetensors_first(tmp_path: Path, monkeypatch: pyt
         asked.append((repo, "pytorch_model.bin" in allow_patterns))
         return str(folder)
 
-    monkeypatch.setattr("elm_jax.models.encoders.checkpoint.snapshot_download", download)
+    monkeypatch.setattr("elm_jax.weights.encoders.snapshot_download", download)
     assert load_encoder("clip", "owner/clip").width == 12
     assert set(asked) == {("owner/clip", False)}
 

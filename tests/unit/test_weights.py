@@ -18,6 +18,7 @@ from elm_jax.errors import UserError
 from elm_jax.inference.generate import generate
 from elm_jax.models import hints
 from elm_jax.models.families import extended, family_of, to_hf
+from elm_jax.models.names import Rule, bare_name, export
 from elm_jax.runtime.mesh import MeshPlacement, make_mesh, named_sharding
 from elm_jax.weights.load import (
     NewRows,
@@ -28,7 +29,6 @@ from elm_jax.weights.load import (
     read_llm_config,
     resolve_llm_folder,
 )
-from elm_jax.weights.rules import Rule, bare_name, export
 from elm_jax.weights.safetensors import DTYPES, Safetensors, save_safetensors
 
 SHARDED = "llm_llama_untied_sharded"

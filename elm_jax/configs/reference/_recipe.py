@@ -8,7 +8,7 @@ system prompts are files of its own: give one with --config.data.system_prompt=P
 
 from ml_collections import ConfigDict
 
-from elm_jax.data.prompts import DEFAULT
+from elm_jax.text.prompts import DEFAULT
 
 
 def applied(config: ConfigDict) -> ConfigDict:

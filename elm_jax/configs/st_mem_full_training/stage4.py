@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from elm_jax.configs.st_mem_full_training import recipe
-from elm_jax.data.prompts import THINK
+from elm_jax.text.prompts import THINK
 
 
 def get_config() -> ConfigDict:

@@ -1,43 +1,16 @@
 """Files that appear whole or not at all, in the forms of the reference."""
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from elm_jax.data.ecg import LEADS, Recording
-from elm_jax.errors import UserError
+from elm_jax.ecg.recording import LEADS, Recording
+from elm_jax.folders import write_atomic
 
 PTB_XL_FOLDER, PTB_XL_REPORTS = "ptb_xl", "ptb_xl_reports.parquet"
-
-
-def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """`write` into a file beside `path`, then rename it: nobody ever sees half of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise UserError(
-            str(path), error.strerror or str(error), "a place to write to", "give another --out"
-        ) from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_segment(
@@ -69,11 +42,6 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
     table = pa.Table.from_pylist(list(rows))
     write_atomic(path, lambda file: pq.write_table(table, file))
-
-
-def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def compact(value: Any) -> str:

@@ -15,17 +15,11 @@ import numpy as np
 from tqdm import tqdm
 
 from elm_jax import compat as behaviours
-from elm_jax.data.ecg import read_recording, segments
-from elm_jax.data.prepare.output import (
-    PTB_XL_FOLDER,
-    PTB_XL_REPORTS,
-    compact,
-    write_json,
-    write_segment,
-    write_table,
-)
+from elm_jax.data.prepare.output import PTB_XL_FOLDER, PTB_XL_REPORTS, compact, write_segment, write_table
 from elm_jax.data.prepare.splits import leaks
+from elm_jax.ecg.recording import read_recording, segments
 from elm_jax.errors import UserError, nearest
+from elm_jax.folders import write_json
 from elm_jax.json_text import parse_json
 
 INDEX = "ptbxl_database.csv"

@@ -1,8 +1,8 @@
-"""Encoders by name: built for training, or loaded with published weights and ready to call.
+"""Encoders by name, built for training; `weights.encoders` reads and writes them under their published names.
 
 An encoder maps (B, C, L) signals to (B, N, D) float32 embeddings; `width` is D and `tokens` is N. Its arrays
 have two names, ours (`layer1.0.conv1.kernel`) and the published one (`resnet.layer1.0.conv1.weight`); each
-encoder's module holds the one table between them, read here in both directions.
+encoder's module holds the one table between them.
 """
 
 from __future__ import annotations
@@ -10,23 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from elm_jax import compat as behaviours
-from elm_jax.data.images import PROCESSING
-from elm_jax.errors import UserError, nearest, some
+from elm_jax.errors import UserError, nearest
 from elm_jax.models.encoders import mae, merl, siglip, vision
 from elm_jax.models.encoders import vision_config as sizes
-from elm_jax.models.encoders.checkpoint import read_checkpoint, read_config
-from elm_jax.models.encoders.releases import published_names
-from elm_jax.models.functional import Leaf, initialise, structure_of
-from elm_jax.weights.rules import Rule, bare_name, export
+from elm_jax.models.names import Rule, bare_name
 
 
 class Encoder(Protocol):
@@ -113,106 +107,6 @@ def build_encoder(
     if tokens < 1:
         raise UserError("encoder.tokens", str(tokens), "at least 1", "set it to the signal tokens per ECG")
     return kind.module(kind.config(config), tokens, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-
-
-def load_encoder(
-    name: str,
-    checkpoint: str | Path | Mapping[str, Any] | None = None,
-    tokens: int = 1,
-    compat: Iterable[str] = (),
-    **config: Any,
-) -> LoadedEncoder:
-    """An encoder in float32 and evaluation mode, to call on arrays.
-
-    checkpoint: a .pt (needs the torch extra) or .safetensors file with published names, a dict of name to array,
-        or, for the vision encoders, a Hugging Face folder or id, whose config.json gives the sizes. None
-        initialises at random with seed 0.
-    config: the fields of the encoder's own config, such as resnet_type.
-    Raises UserError for an unknown name or field, and for weights missing, unknown or of another shape.
-    """
-    behaviours.check(compat)
-    fields = encoder_config(name, checkpoint, config)
-
-    def build() -> Encoder:
-        return build_encoder(name, fields, tokens, nnx.Rngs(0), compat=compat)
-
-    structure, arrays = structure_of(build), {}
-    if checkpoint is not None:
-        arrays = jax.device_put(from_published(name, structure.leaves, *read_checkpoint(checkpoint)))
-    if drawn := {ours: None for ours in structure.leaves if ours not in arrays}:
-        arrays |= initialise(build, structure, drawn)
-    return LoadedEncoder(structure.bind(arrays))
-
-
-def encoder_config(
-    name: str, checkpoint: str | Path | Mapping[str, Any] | None, config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """`config` over what the checkpoint's own `config.json` says, where there is one: what `build_encoder` takes."""
-    read = kind_of(name).file_config
-    return {**(read(read_config(checkpoint, PROCESSING.get(name))) if read else {}), **config}
-
-
-class LoadedEncoder:
-    """An encoder with its weights, in evaluation mode, compiled per input shape; `module` is the bare one."""
-
-    def __init__(self, module: Encoder) -> None:
-        self.module, self.width, self.tokens = module, module.width, module.tokens
-        graphdef, self._state = nnx.split(module)
-        self._encode = jax.jit(lambda state, signals: nnx.merge(graphdef, state)(signals))
-
-    def __call__(self, signals: Any) -> jax.Array:
-        """Signals (B, C, L), or what else the encoder takes: images, or a dict of arrays -> (B, N, D) float32."""
-        if isinstance(signals, Mapping):
-            return self._encode(self._state, {name: jnp.asarray(value) for name, value in signals.items()})
-        return self._encode(self._state, jnp.asarray(signals))
-
-
-def from_published(
-    name: str, leaves: Mapping[str, Leaf], tensors: Mapping[str, Any], where: str = "encoder.checkpoint"
-) -> dict[str, np.ndarray]:
-    """Published tensors as arrays under our names, in the shapes and dtypes of `leaves`.
-
-    What the checkpoint may lack and does (`Kind.absent`) is left out of the result. Raises UserError, naming
-    `where` and the tensors, unless every other leaf is there in its shape and nothing is left over but what the
-    encoder's table says belongs to other parts.
-    """
-    kind = kind_of(name)
-    wanted = {ours: kind.weight_rule(ours) for ours in leaves}
-    names = {ours: rule.names(leaves[ours].shape[0] if rule.stacked else 1) for ours, rule in wanted.items()}
-    expected = [theirs for each in names.values() for theirs in each]
-    named = published_names(name, tensors.keys())
-    given = {known: key for key, own in named.items() if (known := kind.published_name(own)) is not None}
-    aliases = kind.aliases(expected)
-    if not aliases.keys().isdisjoint(given):
-        expected += aliases  # under both names throughout, or under one
-    fix = "check encoder.config and that the file is of this encoder"
-    absent = [theirs for theirs in kind.absent(tensors.keys()) if theirs not in given]
-    if missing := [theirs for theirs in expected if theirs not in given and theirs not in absent]:
-        raise UserError(where, f"no weights {some(missing)}", f"the {len(expected)} weights of {name}", fix)
-    if extra := sorted(set(given) - set(expected)):
-        raise UserError(where, f"unknown weights {some(extra)}", f"only the weights of {name}", fix)
-    arrays = {}
-    for ours, rule in wanted.items():
-        if rule.theirs in absent:
-            continue
-        leaf, parts = leaves[ours], [np.asarray(tensors[given[theirs]]) for theirs in names[ours]]
-        shape = rule.their_shape(leaf.shape)
-        for theirs, tensor in zip(names[ours], parts, strict=True):
-            if tensor.shape != shape or not jnp.issubdtype(tensor.dtype, jnp.floating):
-                found = f"{theirs} {tensor.dtype}{list(tensor.shape)}"
-                raise UserError(where, found, f"floating {list(shape)}", fix)
-        arrays[ours] = rule.arrange(parts).astype(leaf.dtype)
-    for second, first in aliases.items():
-        if second in given and not np.array_equal(tensors[given[second]], tensors[given[first]]):
-            raise UserError(where, f"{second} unlike {first}", "the same weights under both names", fix)
-    return arrays
-
-
-def to_published(name: str, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Arrays under our names as published tensors: the inverse of `from_published`."""
-    kind = kind_of(name)
-    tensors = dict(export([kind.weight_rule(ours) for ours in arrays], arrays))
-    return tensors | {second: tensors[first] for second, first in kind.aliases(tensors).items()}
 
 
 def kind_of(name: str) -> Kind:

@@ -24,8 +24,8 @@ from elm_jax.errors import UserError, nearest
 from elm_jax.models.encoders.transformer import Transformer, TransformerConfig
 from elm_jax.models.hints import weight
 from elm_jax.models.layers import Held, LayerNorm, Linear, held, hold, plus, repeated
+from elm_jax.models.names import Rule, bare_name
 from elm_jax.models.pooling import adaptive_average_pool
-from elm_jax.weights.rules import Rule, bare_name
 
 HEAD_DIM = 64  # whatever the width
 NORM_EPS, DECODER_NORM_EPS = 1e-5, 1e-6

@@ -15,8 +15,8 @@ from flax import nnx
 
 from elm_jax.errors import UserError, nearest
 from elm_jax.models.hints import weight
+from elm_jax.models.names import Rule, bare_name
 from elm_jax.models.pooling import adaptive_average_pool
-from elm_jax.weights.rules import Rule, bare_name
 
 BN_MOMENTUM = 0.1
 BN_EPS = 1e-5

@@ -35,8 +35,8 @@ from elm_jax.models.encoders.vision import (
 from elm_jax.models.encoders.vision_config import Siglip2Config, SiglipEcgConfig
 from elm_jax.models.hints import weight
 from elm_jax.models.layers import LayerNorm, Linear, plus, repeated
+from elm_jax.models.names import Rule
 from elm_jax.models.pooling import adaptive_average_pool
-from elm_jax.weights.rules import Rule
 
 
 class PoolingHead(nnx.Module):

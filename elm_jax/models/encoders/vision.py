@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from elm_jax.data.images import PROCESSING
+from elm_jax.ecg.images import PROCESSING
 from elm_jax.errors import UserError
 from elm_jax.models.encoders.transformer import Transformer
 from elm_jax.models.encoders.vision_config import ClipConfig, ImageConfig, VitConfig
 from elm_jax.models.hints import weight
 from elm_jax.models.layers import Held, LayerNorm, Linear, plus, repeated
-from elm_jax.weights.rules import Rule, bare_name
+from elm_jax.models.names import Rule, bare_name
 
 WHERE = "encoder input"
 

@@ -1,0 +1,334 @@
+"""A recording: read a file, put its leads in the canonical order, check it, resample, cut, normalise.
+
+`.npy` and WFDB files in; a Recording (C leads x L samples, float32, millivolts where the file says so) out.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elm_jax import compat as behaviours
+from elm_jax.ecg.npy import read_npy
+from elm_jax.ecg.resampling import resample, resample_by_spline
+from elm_jax.ecg.wfdb_record import WfdbRecord, header_of
+from elm_jax.errors import UserError, nearest, some
+
+LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+AVL_FIRST = ("I", "II", "III", "aVL", "aVR", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+# Row order of the .npy files that the reference's preparation writes, by its dataset folders: it permutes
+# only some datasets, and the files do not say so.
+FOLDER_ORDER = {
+    **dict.fromkeys(("ptb_xl", "ptb", "csn", "cpsc", "heed"), LEADS),
+    **dict.fromkeys(("mimic_iv", "mimic", "code15", "echonext"), AVL_FIRST),
+}
+DEFAULT_RATE = 250.0  # samples per second of a bare array: what the reference's preparation writes
+LEAST_RATE, MOST_RATE = 1.0, 100_000.0  # of what can be an ECG
+_FOLDED = {lead.casefold() for lead in LEADS}
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """signal (C, L) with its rows in canonical order, finite; leads: their names; samples per second.
+
+    report: what the file says of it; dropped: the names of further leads, which were left out.
+    """
+
+    signal: np.ndarray
+    leads: tuple[str, ...]
+    sampling_rate: float
+    report: str = ""
+    dropped: tuple[str, ...] = ()
+
+
+def read_ecg(
+    path: str | Path, lead_order: Sequence[str] | None = None, sampling_rate: float | None = None
+) -> Recording:
+    """The 12-lead recording in a `.npy` file or a WFDB record (with or without `.hea`, `.dat`, `.mat`).
+
+    signal (12, L) float32 in the order of LEADS, whatever the order of the file, in mV if it is a WFDB record; further
+    leads are dropped, with a warning in the log, and a lead that is stored negated ("-aVR") is turned back.
+    lead_order names the file's rows and overrides what the file says; without either, the order known for
+    the reference's dataset folder is taken, else LEADS, with a note in the log. sampling_rate (Hz) likewise;
+    a bare array is taken to be at 250 Hz. Raises UserError for whatever cannot be such a recording.
+    """
+    return read_recording(path, lead_order, sampling_rate)
+
+
+def read_recording(
+    path: str | Path,
+    lead_order: Sequence[str] | None = None,
+    sampling_rate: float | None = None,
+    bare_rate: float = DEFAULT_RATE,
+    dtype: type[np.floating[Any]] = np.float32,
+) -> Recording:
+    """`read_ecg` with the rate to assume for a file that states none, and the signal's dtype."""
+    path = os.fspath(path)  # a loader reads thousands a second, and a Path costs as much as an array operation
+    _check_name(path)
+    if path.endswith(".npy"):
+        stored = _read_npy(path)
+        rows = _rows(path, stored.names if lead_order is None else lead_order, stored.signal)
+        signal, rate, report = stored.signal, stored.sampling_rate, stored.report
+        if not rows.as_stored(len(signal)):
+            signal = signal[list(rows.places)]
+    else:
+        record = _open_wfdb(path)
+        rows = _rows(path, record.names if lead_order is None else lead_order, record.names)
+        (signal, rate), report = record.read(list(rows.places)), ""
+    if signal.shape[1] == 0:
+        raise UserError(path, "no samples", "(leads, samples)", "leave this recording out")
+    rate = rate if sampling_rate is None else sampling_rate
+    if rate is None:
+        rate = bare_rate
+        _note(os.path.dirname(path), f"no sampling rate in the files: taken as {bare_rate:g} Hz")
+    rate = _checked_rate(path, rate, "target_sf" if sampling_rate is None and path.endswith(".npy") else "it")
+    with np.errstate(over="ignore"):
+        signal = signal.astype(dtype, copy=not signal.flags.writeable)  # a bare array is a view of the file's bytes
+    for row in rows.negated:
+        np.negative(signal[row], out=signal[row])
+    _check_finite(path, signal)
+    if rows.dropped:
+        _warn_of_dropped(os.path.dirname(path), rows.dropped)
+    return Recording(signal, LEADS, rate, report, rows.dropped)
+
+
+def _check_name(path: str) -> None:
+    try:
+        usable = bool(path) and b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise UserError(ascii(path), "what no file can be called", "the path of a recording", "correct it")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What a `.npy` file says: signal (rows, L) of any real dtype, rows' names and rate where it gives them."""
+
+    signal: np.ndarray
+    names: tuple[str, ...] | None
+    sampling_rate: Any
+    report: str
+
+
+def _read_npy(path: str) -> _Stored:
+    value = read_npy(path)
+    if isinstance(value, np.ndarray):
+        return _Stored(_two_dimensional(path, value), None, None, "")
+    if "ecg" not in value:
+        raise UserError(path, f"keys {some(map(repr, value))}", "the key ecg", "call the signal's key ecg")
+    signal, report, names, rate = (value.get(key) for key in ("ecg", "report", "leads", "target_sf"))
+    signal = _of_lists(signal) if isinstance(signal, list | tuple) else signal
+    if not isinstance(signal, np.ndarray) or signal.dtype.kind not in "fiu":
+        kind = f"dtype {signal.dtype}" if isinstance(signal, np.ndarray) else f"type {type(signal).__name__}"
+        raise UserError(path, f"ecg of {kind}", "an array of real numbers", "save it as float32")
+    if isinstance(names, np.ndarray) and names.ndim == 1:
+        names = names.tolist()
+    if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)):
+        raise UserError(path, f"leads of type {type(names).__name__}", "a list of names", "correct the key leads")
+    text = "; ".join(map(str, report)) if isinstance(report, (list, tuple)) else str(report or "")
+    return _Stored(_two_dimensional(path, signal), None if names is None else tuple(names), rate, text)
+
+
+def _of_lists(rows: Sequence[Any]) -> np.ndarray | Sequence[Any]:
+    """Lists of numbers, all of one length, as an array; other lists as they are."""
+    regular = all(isinstance(row, list | tuple) and len(row) == len(rows[0]) for row in rows)
+    if regular and all(type(number) in (int, float) for row in rows for number in row):
+        return np.array(rows, np.float64)
+    return rows
+
+
+def _two_dimensional(path: str, signal: np.ndarray) -> np.ndarray:
+    if signal.ndim != 2 or signal.size == 0:
+        raise UserError(path, f"an array of shape {signal.shape}", "(leads, samples)", "save it so")
+    return signal
+
+
+def _checked_rate(path: str, rate: Any, name: str) -> float:
+    is_number = isinstance(rate, (int, float, np.integer, np.floating)) and not isinstance(rate, bool)
+    try:
+        value = float(rate) if is_number else np.nan
+    except OverflowError:
+        value = np.inf
+    if not LEAST_RATE <= value <= MOST_RATE:
+        found = f"sampling rate {value:g}" if is_number else f"a sampling rate of type {type(rate).__name__}"
+        raise UserError(path, found, f"{LEAST_RATE:g} to {MOST_RATE:g} samples a second", f"correct {name}")
+    return value
+
+
+def _open_wfdb(path: str) -> WfdbRecord:
+    file = Path(path)
+    if not file.name or not os.path.isfile(header_of(file)):  # which raises nothing, however long the name is
+        found = f"no header {header_of(file).name} beside it" if os.path.isfile(file) else "no file"
+        expected = "a .npy file or a WFDB record with its .hea"
+        raise UserError(path, found, expected, "check the path (and data.root)")
+    return WfdbRecord.open(file)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The file's row of each of LEADS; the places in LEADS of those that it has negated; the names of other rows."""
+
+    places: tuple[int, ...]
+    negated: tuple[int, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    def as_stored(self, rows: int) -> bool:
+        return self.places == tuple(range(rows))
+
+
+_IN_ORDER = _Rows(tuple(range(len(LEADS))))
+
+
+def _rows(path: str, names: Sequence[str] | None, stored: Sequence[Any] | np.ndarray) -> _Rows:
+    """Where LEADS are among the `stored` rows, by `names`."""
+    names = _unnamed_order(path, np.asarray(stored)) if names is None else tuple(names)
+    if len(names) != len(stored):
+        found = f"{len(stored)} rows for {len(names)} lead names"
+        raise UserError(path, found, "one name per row", "give one name for each")
+    if names == LEADS:  # as nearly all prepared files have them
+        return _IN_ORDER
+    plain = [name.strip().casefold().replace("\N{MINUS SIGN}", "-") for name in names]
+    places, negated = [], []
+    for place, lead in enumerate(LEADS):
+        called = lead.casefold() if lead.casefold() in plain else f"-{lead.casefold()}"
+        if plain.count(called) > 1:
+            raise UserError(path, f"leads {', '.join(names)}", f"each lead once, {lead} too", "give one another name")
+        if called in plain:
+            places.append(plain.index(called))
+            negated += [place] * called.startswith("-")
+    if len(places) < len(LEADS):
+        missing = [lead for lead in LEADS if not {lead.casefold(), f"-{lead.casefold()}"} & set(plain)]
+        others = [name for name in names if name.strip().casefold() not in _FOLDED]
+        named = ", ".join(name or "one without a name" for name in names) or "none"
+        where = "under its key leads" if path.endswith(".npy") else "in the header"
+        fix = nearest(missing[0], others) or f"name the leads so {where}"
+        raise UserError(path, f"no lead {', '.join(missing)} among {named}", "all twelve standard leads", fix)
+    dropped = tuple(name or "one without a name" for place, name in enumerate(names) if place not in places)
+    return _Rows(tuple(places), tuple(negated), dropped)
+
+
+def _unnamed_order(path: str, signal: np.ndarray) -> tuple[str, ...]:
+    if len(signal) != len(LEADS):
+        turned = "; it looks transposed" if signal.shape[1] == len(LEADS) else ""
+        raise UserError(
+            path,
+            f"{len(signal)} rows of {signal.shape[1]} samples{turned}",
+            "12 leads as rows",
+            "save it as (leads, samples), or as a dictionary whose ecg is that and whose leads names its rows",
+        )
+    return _order_in(os.path.dirname(path))
+
+
+@lru_cache(maxsize=4096)
+def _order_in(folder: str) -> tuple[str, ...]:
+    parent = Path(folder)
+    dataset = parent.parent if parent.name.startswith("preprocessed") else parent
+    if dataset.name in FOLDER_ORDER:
+        return FOLDER_ORDER[dataset.name]
+    _note(folder, f"no lead names in the files: rows taken as {', '.join(LEADS)}")
+    return LEADS
+
+
+@lru_cache(maxsize=4096)
+def _note(folder: str, message: str) -> None:
+    """Once per folder, not once per file."""
+    _log.info("%s: %s", folder, message)
+
+
+_told: set[tuple[str, ...]] = set()
+
+
+def _warn_of_dropped(folder: str, leads: tuple[str, ...]) -> None:
+    """Once: a data set may have a folder for each recording."""
+    if leads not in _told:
+        _told.add(leads)
+        _log.warning("%s: %s left out: models read %s", folder, ", ".join(leads), ", ".join(LEADS))
+
+
+def say_again() -> None:
+    """Let what was noted be noted anew."""
+    _note.cache_clear()
+    _order_in.cache_clear()
+    _told.clear()
+
+
+def _check_finite(path: str, signal: np.ndarray) -> None:
+    if np.isfinite(signal.min()) and np.isfinite(signal.max()):  # NaN passes through both
+        return
+    finite = np.isfinite(signal)
+    lead, sample = np.argwhere(~finite)[0]
+    raise UserError(
+        path,
+        f"{signal[lead, sample]} in lead {LEADS[lead]} at sample {sample} "
+        f"({np.size(finite) - np.count_nonzero(finite)} in all)",
+        "finite numbers",
+        "leave this recording out or repair it",
+    )
+
+
+def to_segment(
+    recording: Recording, sampling_rate: float = 250, length: int = 2500, compat: Sequence[str] = ()
+) -> np.ndarray:
+    """The first `length` samples at `sampling_rate` Hz: (C, length) float32. UserError if there are fewer.
+
+    Resampled by `resample`, or as the reference does with the compat name `spline_resampling`.
+    """
+    behaviours.check(compat)
+    signal = _at_rate(recording, sampling_rate, compat, length)
+    if signal.shape[1] < length:
+        raise UserError(
+            "recording",
+            f"{signal.shape[1]} samples at {sampling_rate:g} Hz",
+            f"at least {length}",
+            "leave it out, or lower data.segment_len",
+        )
+    return np.ascontiguousarray(signal[:, :length], dtype=np.float32)
+
+
+def segments(
+    recording: Recording, sampling_rate: float = 250, length: int = 2500, compat: Sequence[str] = ()
+) -> np.ndarray:
+    """All windows of `length` samples, one after the other: (n, C, length), n >= 0, in the signal's dtype.
+
+    What is left after the last whole window is dropped. Resampled as by `to_segment`.
+    """
+    signal = _at_rate(recording, sampling_rate, compat)
+    count = signal.shape[1] // length
+    windows = signal[:, : count * length].reshape(len(signal), count, length)
+    return np.ascontiguousarray(windows.swapaxes(0, 1))
+
+
+def _at_rate(
+    recording: Recording, sampling_rate: float, compat: Sequence[str], length: int | None = None
+) -> np.ndarray:
+    """The signal at `sampling_rate`, untouched where that is its own; cut behind `length` samples, or not."""
+    signal, rate = recording.signal, recording.sampling_rate
+    if rate == sampling_rate:
+        return signal
+    if behaviours.enabled("spline_resampling", compat):
+        return resample_by_spline(signal, rate, sampling_rate).astype(signal.dtype)
+    return resample(signal, rate, sampling_rate, length).astype(signal.dtype)
+
+
+def normalize(signal: np.ndarray, eps: float = 1e-6) -> np.ndarray:
+    """`min_max` as the models take it: (C, L) float32."""
+    return min_max(signal, eps).astype(np.float32)
+
+
+def min_max(signal: np.ndarray, eps: float = 1e-6) -> np.ndarray:
+    """(x - min) / (max - min + eps) over all leads together, within [0, 1]: (C, L) float64.
+
+    A constant signal becomes zeros, also with eps 0.
+    """
+    low, high = (np.float64(bound) for bound in (signal.min(), signal.max()))
+    if high == low:
+        return np.zeros(signal.shape)
+    values = np.subtract(signal, low, dtype=np.float64)
+    return np.divide(values, high - low + eps, out=values)  # both roundings keep order: nothing leaves [0, 1]

@@ -1,1 +1,0 @@
-"""How one answer compares with its truth: strings in, numbers out. Nothing here knows of models or files."""

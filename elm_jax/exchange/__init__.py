@@ -1,0 +1,1 @@
+"""Weights to and from PyTorch: exported folders, imported checkpoints, one table read in both directions."""

@@ -1,0 +1,216 @@
+"""Export a run: everything that PyTorch's world needs of it, in one folder.
+
+Files are written into a folder beside the target, which it becomes when they are complete.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from elm_jax.assemble import CONNECTORS
+from elm_jax.config import Config
+from elm_jax.errors import UserError
+from elm_jax.exchange.card import FACTS, facts_of, write_card
+from elm_jax.exchange.llm_folder import write_companions, write_config
+from elm_jax.exchange.published import published_rules
+from elm_jax.exchange.reference import Reference, reference_of
+from elm_jax.exchange.torch_files import ELM, ENCODER, has_torch, write_checkpoints
+from elm_jax.folders import ECG_BYTE, TOKENIZER, whole_folder, write_json
+from elm_jax.models.encoders import ENCODERS
+from elm_jax.models.lora import is_lora
+from elm_jax.models.names import Rule
+from elm_jax.run import folder as run
+from elm_jax.run.weights import TrainedWeights, merged
+from elm_jax.weights.load import open_checkpoint
+from elm_jax.weights.peft import WEIGHTS, save_adapter, spec_of
+from elm_jax.weights.safetensors import Safetensors
+from elm_jax.weights.shards import Entry, ShardWriter
+
+LLM, ADAPTER = "llm", "adapter"
+SHARD_BYTES = 5 * 10**9
+_WRITTEN = frozenset((LLM, ADAPTER, "encoder.safetensors", "connector.safetensors", ELM, ENCODER, ECG_BYTE, FACTS,
+                      "README.md"))  # fmt: skip
+NO_TORCH = f"left out: {ELM}, for PyTorch is not installed (pip install torch)"
+
+
+def export(
+    config: Config, out: str | Path, which: str = "best", merge: bool = False, dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[str]:  # fmt: skip
+    """Write the run `config.workdir` into the folder `out`; returns a line about each part.
+
+    Args:
+        which: `latest`, `best` (else latest) or a step.
+        merge: add LoRA to the weights that it adapts, instead of writing it beside them.
+        dtype: of every parameter; None: what was trained as it was trained, the rest as it came.
+        shard_bytes: of a file of the LLM at most.
+    Raises:
+        UserError: no checkpoint, nothing to merge, weights that are not the run's, or an `out` that is no export.
+    """
+    out = Path(out).expanduser().resolve()
+    _check_out(out, config)
+    export = _Export(TrainedWeights(config, which), merge, dtype, shard_bytes)
+    with whole_folder(out) as fresh:
+        (fresh / LLM).mkdir()
+        return export.write(fresh)
+
+
+def _check_out(out: Path, config: Config) -> None:
+    """Raise UserError unless `out` is new, empty, or an earlier export that nothing else lies in and no run needs."""
+    if out.is_mount():
+        raise UserError("--out", f"{out}, where a disk is mounted", "a folder that can be replaced", "name one in it")
+    if out.exists():
+        there = {entry.name for entry in out.iterdir()} if out.is_dir() else {""}
+        if there - _WRITTEN or (there and FACTS not in there):
+            raise UserError("--out", f"{out}, which holds something else", "a new folder", "name another")
+    for key, path in (("--checkpoint", config.workdir), ("llm.name", config.llm.name),
+                      ("encoder.checkpoint", config.encoder.checkpoint), ("llm.lora.adapter", config.llm.lora.adapter),
+                      ("init_from", config.init_from)):  # fmt: skip
+        if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(out):
+            raise UserError("--out", f"{out}, in which lies {key}={path}", "a folder of its own", "name another")
+
+
+@dataclass(frozen=True)
+class _Export:
+    """What is to be exported, and how."""
+
+    weights: TrainedWeights
+    merge: bool
+    asked: str | None
+    shard_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.merge and not self.adapter:
+            raise UserError("--merge", "a run without LoRA", "a run with llm.lora.rank > 0", "leave --merge out")
+
+    @cached_property
+    def adapter(self) -> list[str]:
+        return [name for name in self.weights.leaves if is_lora(name)]
+
+    @cached_property
+    def rules(self) -> dict[str, Rule]:
+        """The published rule of each array but those of LoRA, named within its part."""
+        return published_rules(self.weights.leaves, *self._kinds)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The names in elm.pt."""
+        leaves = {n: leaf for n, leaf in self.weights.leaves.items() if not (self.merge and is_lora(n))}
+        return reference_of(leaves, *self._kinds, rows=len(self.weights.assembly.tokenizer))
+
+    @property
+    def _kinds(self) -> tuple[str, str | None, str | None]:
+        config = self.weights.config
+        return self.weights.assembly.llm.model_type, config.encoder.name, CONNECTORS[config.elm]
+
+    def dtype(self, name: str) -> np.dtype:
+        """What an array is written in; running statistics and constants are as they are."""
+        if self.asked is None or self.weights.leaves[name].statistic:
+            return self.weights.dtype(name)
+        return np.dtype(jnp.dtype(self.asked))
+
+    def write(self, folder: Path) -> list[str]:
+        """Write everything into `folder`."""
+        writers = self._writers(folder)
+        adapter: dict[str, np.ndarray] = {}
+        for name, array in self._arrays():
+            array = array.astype(self.dtype(name), copy=False)
+            part, _, own = name.partition(".")
+            if is_lora(name):
+                adapter[own] = array
+            else:
+                writers[part].write(name, array)
+            del array  # before the next one is read
+        lines = []
+        for part, writer in writers.items():
+            writer.close()
+            lines.append(f"{part}: {', '.join(writer.files)} ({_size(writer.bytes)})")
+        lines += self._companions(folder, adapter)
+        lines += self._checkpoints(folder)
+        return lines
+
+    def _writers(self, folder: Path) -> dict[str, ShardWriter]:
+        stems = {"llm": folder / LLM / "model", "encoder": folder / "encoder", "connector": folder / "connector"}
+        writers = {}
+        for part, stem in stems.items():
+            rules = [Rule(r.theirs, n, r.transpose) for n, r in self.rules.items() if n.split(".")[0] == part]
+            entries: dict[str, Entry] = {r.ours: (self.dtype(r.ours), self.weights.leaves[r.ours].shape) for r in rules}
+            if rules:
+                aliases = self._encoder_aliases(rules, entries) if part == "encoder" else {}
+                writers[part] = ShardWriter(stem, rules, entries, aliases, self.shard_bytes if part == LLM else None)
+        return writers
+
+    def _encoder_aliases(self, rules: list[Rule], entries: Mapping[str, Entry]) -> dict[str, str]:
+        names = [name for r in rules for name in r.names(entries[r.ours][1][0] if r.stacked else 1)]
+        return ENCODERS[str(self.weights.config.encoder.name)].aliases(names)
+
+    def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """All arrays that are written, LoRA first."""
+        arrays = self.weights.arrays([*self.adapter, *(name for name in self.weights.leaves if not is_lora(name))])
+        if not self.merge:
+            return arrays
+        spec = spec_of(self.weights.config.llm.lora)
+        assert spec is not None
+        # In the dtype that is written: a sum rounded to the base's own would be no better for being widened.
+        written = ((n, x if is_lora(n) else x.astype(self.dtype(n), copy=False)) for n, x in arrays)
+        return merged(written, spec.scale)
+
+    def _companions(self, folder: Path, adapter: Mapping[str, np.ndarray]) -> list[str]:
+        weights, assembly = self.weights, self.weights.assembly
+        llm = [name for name in self.rules if name.startswith("llm.")]
+        as_it_came = all(weights.from_folder(n) and self.dtype(n) == weights.dtype(n) for n in llm)
+        write_config(folder / LLM, assembly, {self.dtype(name) for name in llm}, as_it_came)
+        no_template = write_companions(folder / LLM, assembly)
+        kept = weights.folder / TOKENIZER / ECG_BYTE
+        if kept.is_file():
+            shutil.copyfile(kept, folder / ECG_BYTE)
+        facts = facts_of(weights, len(assembly.tokenizer), no_template)
+        write_json(folder / FACTS, facts)
+        write_card(folder / "README.md", weights, facts, merged=self.merge)
+        lines = [f"left out: a chat template, for {no_template}"] if no_template else []
+        if not adapter:
+            return lines
+        spec = spec_of(weights.config.llm.lora)
+        assert spec is not None
+        save_adapter(folder / ADAPTER, adapter, spec, assembly.llm, weights.config.llm.name)
+        return [*lines, f"{ADAPTER}: {WEIGHTS} ({_size(sum(x.nbytes for x in adapter.values()))})"]
+
+    def _checkpoints(self, folder: Path) -> list[str]:
+        if not has_torch():
+            return [NO_TORCH]
+        loss = self.weights.meta["history"].get("best_val_loss")
+        files = write_checkpoints(folder, self.reference, self._reference_tensors(folder), self.weights.step, loss)
+        return [f"for the reference: {name} ({_size((folder / name).stat().st_size)})" for name in files]
+
+    def _reference_tensors(self, folder: Path) -> dict[str, np.ndarray]:
+        """The tensors of the written files under the names that they have in elm.pt."""
+        written: dict[str, Any] = {"llm": open_checkpoint(folder / LLM)}
+        for part in ("encoder", "connector"):
+            if (folder / f"{part}.safetensors").is_file():
+                written[part] = Safetensors(folder / f"{part}.safetensors")
+        if not self.merge and self.adapter:
+            written["llm.lora"] = Safetensors(folder / ADAPTER / WEIGHTS)
+        tensors = {}
+        for ours in self.reference.rules:
+            names, part = self.reference.names(ours), run.part_of(ours)
+            rule = self.rules.get(ours)
+            own = [_in_adapter(name) for name in names] if rule is None else rule.names(len(names))
+            tensors |= {name: written[part][theirs] for name, theirs in zip(names, own, strict=True)}
+        return tensors
+
+
+def _in_adapter(name: str) -> str:
+    """The name that a tensor of LoRA has in an adapter's own file."""
+    return "base_model" + name.partition("base_model")[2].replace(".default.weight", ".weight")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} bytes"

@@ -1,0 +1,137 @@
+"""The reference's `state_dict` of an ECG-language model and our arrays: one table of names, read in both directions.
+
+The reference keeps a model's parts under prefixes that differ between its kinds, wraps the LLM by PEFT where it has
+LoRA, cuts vocabulary tables to the rows that the tokenizer uses, and has some tensors under two names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from elm_jax.exchange.published import published_rules
+from elm_jax.models.connectors import SIGNAL_KINDS
+from elm_jax.models.encoders import ENCODERS
+from elm_jax.models.families import family_of
+from elm_jax.models.functional import Leaf
+from elm_jax.models.lora import is_lora, their_module
+from elm_jax.models.names import Rule
+
+HEAD = "lm_head.weight"
+PEFT_PREFIX = "base_model.model."  # what PEFT puts before the names of the model that it wraps
+_ADAPTER = "default"  # PEFT's name of the adapter, a part of names in a state dict (not in an adapter's own file)
+_WRAPPED = frozenset({"clip", "siglip2", "vit"})  # encoders that are a Hugging Face model in a module
+_MEAN, _COUNT = ".running_mean", ".num_batches_tracked"
+_VOCABULARY = ("llm.embedding.table", "llm.head.kernel")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is called what, and has which shape.
+
+    rules: the name of our array ("llm.layers.attention.q.kernel") -> its rule, with their whole name.
+    shapes: the name of our array -> its shape where the vocabulary has `rows` rows.
+    aliases: a further name of theirs -> the name of the same tensor (the head of a tied model).
+    counters: further names of theirs: int64 scalars that count batches, and that nothing reads.
+    rows: of the vocabulary tables.
+    """
+
+    rules: Mapping[str, Rule]
+    shapes: Mapping[str, tuple[int, ...]]
+    aliases: Mapping[str, str]
+    counters: tuple[str, ...]
+    rows: int
+
+    def names(self, ours: str) -> list[str]:
+        """Their names of our array, in the order of the layers where it stacks some."""
+        rule = self.rules[ours]
+        return rule.names(self.shapes[ours][0] if rule.stacked else 1)
+
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Every name of the state dict with its shape."""
+        shapes = {
+            theirs: self.rules[ours].their_shape(shape) for ours, shape in self.shapes.items()
+            for theirs in self.names(ours)
+        }  # fmt: skip
+        shapes |= {second: shapes[first] for second, first in self.aliases.items()}
+        return shapes | dict.fromkeys(self.counters, ())
+
+    def to_reference(self, ours: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Our array -> their (name, tensor) pairs, contiguous; a vocabulary table is cut to `rows`. No aliases."""
+        rule = self.rules[ours]
+        if ours in _VOCABULARY:
+            array = array[:, : self.rows] if rule.transpose else array[: self.rows]
+        for place, theirs in enumerate(self.names(ours)):
+            part = array[place : place + 1] if rule.stacked else array
+            yield theirs, rule.restore(part)[0]
+
+    def from_reference(self, ours: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Their tensors -> our array, in the shape of `shapes` (vocabulary tables have `rows` rows)."""
+        return self.rules[ours].arrange([tensors[theirs] for theirs in self.names(ours)])
+
+
+def reference_of(
+    leaves: Mapping[str, Leaf], model_type: str, encoder: str | None, connector: str | None, rows: int
+) -> Reference:
+    """The table of a model of these arrays ("llm.norm.scale"); without those of LoRA, of the model without it.
+
+    Args:
+        model_type: the LLM's family; encoder: the encoder's name; connector: the kind of the connector, None where
+            ECGs are symbols in the text.
+        rows: of the vocabulary tables in the state dict: the reference has exactly `len(tokenizer)`.
+    """
+    published = published_rules(leaves, model_type, encoder, connector)
+    adapted = {name.removesuffix(".lora.a") for name in leaves if name.endswith(".lora.a")}
+    before = {
+        "llm": ("llm." if connector is None else "llm.llm.") + (PEFT_PREFIX if adapted else ""),
+        "encoder": "encoder.vision_encoder." if encoder in _WRAPPED else "encoder.",
+        "connector": "project_layer." if connector in SIGNAL_KINDS else "projection.",
+    }
+    rules = {}
+    for ours in leaves:
+        prefix, module = before[ours.split(".")[0]], ours.rpartition(".")[0]
+        if is_lora(ours):
+            theirs = _of_adapter(ours, published)
+        else:
+            theirs = _beneath(published[ours].theirs) if module in adapted else published[ours].theirs
+        rules[ours] = Rule(prefix + theirs, ours, is_lora(ours) or published[ours].transpose)
+    shapes = {name: _cut(leaf.shape, rules[name], rows) for name, leaf in leaves.items()}
+    table = Reference(rules, shapes, {}, (), rows)
+    return replace(table, aliases=_aliases(table, before, model_type, encoder), counters=_counters(table))
+
+
+def _of_adapter(ours: str, published: Mapping[str, Rule]) -> str:
+    """The name of an array of LoRA, after that of the kernel that it adapts."""
+    module, _, side = ours.rpartition(".lora.")
+    return f"{their_module(published[f'{module}.kernel'])}.lora_{side.upper()}.{_ADAPTER}.weight"
+
+
+def _beneath(theirs: str) -> str:
+    """The name of a tensor of a linear layer that PEFT has wrapped."""
+    module, _, leaf = theirs.rpartition(".")
+    return f"{module}.base_layer.{leaf}"
+
+
+def _cut(shape: tuple[int, ...], rule: Rule, rows: int) -> tuple[int, ...]:
+    if rule.ours not in _VOCABULARY:
+        return shape
+    return (*shape[:-1], rows) if rule.transpose else (rows, *shape[1:])
+
+
+def _aliases(table: Reference, before: Mapping[str, str], model_type: str, encoder: str | None) -> dict[str, str]:
+    aliases = {}
+    if "llm.head.kernel" not in table.rules:
+        aliases[before["llm"] + HEAD] = before["llm"] + family_of(model_type).rules[0].theirs
+    if encoder is not None:
+        prefix = before["encoder"]
+        own = [n.removeprefix(prefix) for ours in table.rules if ours.startswith("encoder.") for n in table.names(ours)]
+        aliases |= {prefix + second: prefix + first for second, first in ENCODERS[encoder].aliases(own).items()}
+    return aliases
+
+
+def _counters(table: Reference) -> tuple[str, ...]:
+    """PyTorch's batch norms count the batches beside their running statistics."""
+    means = (rule.theirs for rule in table.rules.values() if rule.theirs.endswith(_MEAN))
+    return tuple(mean.removesuffix(_MEAN) + _COUNT for mean in means)

@@ -1,0 +1,126 @@
+"""Files and folders that results go to, which appear whole or not at all; and where things lie in a run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from elm_jax.errors import UserError, one_line
+from elm_jax.json_text import parse_json
+
+TOKENIZER, ECG_BYTE = "tokenizer", "ecg_byte.json"  # a run's own; the second, if the run has it, lies in the first
+
+
+def writable_folder(out: Path, where: str) -> Path:
+    """`out`, made where it was missing. Raises UserError, which names `where`, unless files can be written there."""
+    check_writable(out, where)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def check_writable(out: Path, where: str) -> None:
+    """Raise UserError, which names `where`, unless `out` is a folder that can be written, or can be made one."""
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return
+    except OSError as error:
+        raise UserError(where, one_line(str(error)), "a folder that can be written", "name another") from error
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, to be filled; at the end it takes the place of `out`, and of what was there.
+
+    An exception leaves `out` as it was. Raises UserError where files cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        old = fresh.with_name(f"{fresh.name}.old")
+        try:
+            yield fresh
+            fresh.chmod(0o777 & ~_umask())
+            if out.exists():
+                out.rename(old)
+            fresh.rename(out)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            if out.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            elif old.exists():
+                old.rename(out)
+    except OSError as error:
+        fix = "name another, or make room"
+        raise UserError("--out", str(error), "a folder that can be written", fix) from error
+
+
+def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """`write` into a file beside `path`, then rename it: nobody ever sees half of it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UserError(
+            str(path), error.strerror or str(error), "a place to write to", "name another, or make room"
+        ) from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON; who reads or is stopped meanwhile finds the old file or the new one. Raises UserError."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a run folder. Raises UserError, naming the file, for anything else."""
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), str(error), "a run folder's JSON file", "check the folder") from error
+    if not isinstance(value, dict):
+        raise UserError(str(path), type(value).__name__, "a JSON object", "check the folder")
+    return value
+
+
+def run_folder(path: str, where: str) -> Path:
+    """A folder that holds a run. Raises UserError, naming `where`, otherwise."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            where, f"{path} without config.json", "a run folder", "give the workdir of a training run"
+        )
+    return folder
+
+
+def tokenizer_of(source: str) -> Path:
+    """The folder of the tokenizer of the run folder `source`, which another run starts from.
+
+    Raises:
+        UserError: no run there, or one without a tokenizer.
+    """
+    folder = run_folder(source, "config.init_from") / TOKENIZER
+    if not (folder / "tokenizer.json").is_file():
+        found = f"{source} without {TOKENIZER}/tokenizer.json"
+        raise UserError("config.init_from", found, "a trained run", "restore its tokenizer, or train it again")
+    return folder

@@ -1,0 +1,1 @@
+"""ECG paper, plots, braille, SVG and pages."""

@@ -1,0 +1,428 @@
+"""From predictions to scores: every metric with its interval, by kind of question, beside what blind answers score.
+
+A metric sums k numbers over pairs of answer and truth and makes a score of the sums, so that the mean of a score and
+corpus BLEU are resampled alike. A pair without a truth is left out; the rest is the protocol's (`protocols`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from elm_jax.errors import UserError
+from elm_jax.scoring import answers as compared
+from elm_jax.scoring import overlap
+from elm_jax.scoring.bert import BertScore
+from elm_jax.scoring.ecg_qa import is_ecg_qa, set_matches
+from elm_jax.scoring.meteor import Meteor
+from elm_jax.scoring.protocols import BERT_METRICS, BERT_MODEL, PROTOCOLS, Protocol, seen_by
+from elm_jax.scoring.statistics import Patients, ci95
+
+FIELDS = ("name", "question_type", "attribute_type", "attribute", "template_id")  # what questions are grouped by
+OF_LONG_TEXTS = ("bleu4", "meteor")
+_CANDIDATES = 32
+
+Score = Callable[[str, str], float]
+Predictions = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An answer and its truth as the protocol compares them.
+
+    id: of the question in a run (a fold, a seed); asked: of the question alone. answers: the truth as a set, if any.
+    """
+
+    id: str
+    asked: str
+    patient: str
+    answer: str
+    truth: str
+    thinking: str = ""
+    true_thinking: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    answers: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        return self.fields.get("name", "")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is summed over pairs, and the score that is made of the sums.
+
+    counts: answer, truth -> k numbers of this pair; or rows: pairs -> (n, k), where they are compared together.
+    value: sums (..., k) -> (...). asked: whether a pair has this metric. score: of one pair, where the metric is the
+    mean of such. cheap: whether blind answers are searched for the best.
+    """
+
+    value: Callable[[np.ndarray], np.ndarray]
+    asked: Callable[[Pair], bool]
+    counts: Callable[[str, str], Sequence[float]] | None = None
+    rows: Callable[[Sequence[Pair]], np.ndarray] | None = None
+    score: Score | None = None
+    cheap: bool = False
+    numbers: bool = False  # whether truths are whole numbers, so that numbers between them are blind answers too
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether it is the mean of what each pair scores: its first number, the second being 1."""
+        return self.value is ratio
+
+
+def _everyone(_: Pair) -> bool:
+    return True
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """Sums (..., 2) -> the first by the second, (...)."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums[..., 0] / sums[..., 1]
+
+
+def _mean_of(score: Score, asked: Callable[[Pair], bool] = _everyone, **more: Any) -> Metric:
+    return Metric(ratio, asked, lambda answer, truth: (score(answer, truth), 1.0), score=score, **more)
+
+
+def _set_rows(pairs: Sequence[Pair]) -> np.ndarray:
+    right = set_matches([pair.answer for pair in pairs], [pair.answers for pair in pairs])
+    return np.stack([right, np.ones(len(pairs))], axis=1)
+
+
+def _called(name: str) -> Callable[[Pair], bool]:
+    return lambda pair: pair.name == name
+
+
+def _has_answer_set(pair: Pair) -> bool:
+    return bool(pair.answers) and (is_ecg_qa(pair.name) or is_ecg_qa(pair.fields.get("question_type", "")))
+
+
+def _in_any_script(compare: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
+    return lambda answer, truth: compare(compared.spaced(answer), compared.spaced(truth))
+
+
+_PLAIN: dict[str, Metric] = {
+    "exact_match": _mean_of(compared.exact_match, cheap=True),
+    "token_f1": _mean_of(_in_any_script(compared.token_f1), cheap=True),
+    "bleu4": Metric(overlap.bleu, _everyone, _in_any_script(overlap.bleu_counts)),
+    "rouge_l": _mean_of(overlap.rouge_l_in_any_script),
+    "rouge_package_1": _mean_of(partial(overlap.rouge_n_of_sets, n=1)),
+    "rouge_package_2": _mean_of(partial(overlap.rouge_n_of_sets, n=2)),
+    "rouge_package_l": _mean_of(overlap.rouge_l_of_sets),
+}
+# What the reference has in their place: the same of ASCII texts.
+_OF_ASCII: dict[str, Metric] = {
+    "token_f1": _mean_of(compared.token_f1, cheap=True),
+    "bleu4": Metric(overlap.bleu, _everyone, overlap.bleu_counts),
+    "rouge_l": _mean_of(overlap.rouge_l),
+}
+# For one kind of question only: its records' name is the first part.
+_OWN: dict[str, Metric] = {
+    "signal_type.accuracy": _mean_of(compared.same_words, _called("signal_type"), cheap=True),
+    "heart_rate.within_5_bpm": _mean_of(compared.within_5_bpm, _called("heart_rate"), cheap=True, numbers=True),
+    "answer_set_match": Metric(ratio, _has_answer_set, rows=_set_rows),
+}
+
+
+def is_right(name: str, answer: str, truth: str) -> bool:
+    """Whether an answer to a question called `name` counts as right: by its own metric, else by its words."""
+    own = next((m.score for key, m in _OWN.items() if m.score and key.partition(".")[0] == name), None)
+    score = own or compared.same_words
+    return bool(score(compared.split_response(answer)[1], compared.split_response(truth)[1]))
+
+
+class Scorer:
+    """The metrics of a protocol, with what they need: WordNet and BERTScore's model where they are found.
+
+    `unavailable` says, of each metric that the protocol has and that cannot be computed here, why. `end_token` is
+    what stands behind an answer that ended by itself. `must`: whether what is named must be there.
+
+    What it has scored it keeps: see `rows`.
+
+    Raises:
+        UserError: they must, and are not.
+    """
+
+    def __init__(
+        self, protocol: str = "ours", wordnet: str | None = None, bert_model: str | None = None, end_token: str = "",
+        seed: int = 0, must: bool = True,
+    ) -> None:  # fmt: skip
+        self.name, self.protocol, self.seed, self._end = protocol, PROTOCOLS[protocol], seed, end_token
+        self._must = must
+        self.unavailable: dict[str, str] = {}
+        self.metrics: dict[str, Metric] = {}
+        plain = _PLAIN if self.protocol.any_script else _PLAIN | _OF_ASCII
+        for name in self.protocol.metrics:
+            metric = plain[name] if name in plain else self._meteor(wordnet)
+            if metric is not None:
+                self.metrics[name] = metric
+        if self.protocol.bert or bert_model is not None:
+            self.metrics |= self._bert(bert_model)
+        if self.protocol.own_metrics:
+            self.metrics |= _OWN
+        self._known: dict[str, dict[tuple[str, str], Sequence[float]]] = {name: {} for name in self.metrics}
+
+    def _meteor(self, folder: str | None) -> Metric | None:
+        try:
+            meteor = Meteor(folder)
+            return _mean_of(_in_any_script(meteor) if self.protocol.any_script else meteor)
+        except UserError as error:
+            if folder is not None and self._must:
+                raise
+            self.unavailable["meteor"] = str(error)
+            return None
+
+    def _bert(self, name: str | None) -> dict[str, Metric]:
+        try:
+            model = BertScore(name or BERT_MODEL)
+        except UserError as error:
+            if name is not None and self._must:
+                raise
+            self.unavailable |= dict.fromkeys(BERT_METRICS, str(error))
+            return {}
+        known: dict[tuple[str, str], np.ndarray] = {}
+
+        def rows(pairs: Sequence[Pair], column: int) -> np.ndarray:
+            new = list(dict.fromkeys((p.answer, p.truth) for p in pairs if (p.answer, p.truth) not in known))
+            if new:
+                known.update(zip(new, model.scores(*zip(*new, strict=True)), strict=True))
+            return np.array([[known[p.answer, p.truth][column], 1.0] for p in pairs]).reshape(-1, 2)
+
+        return {m: Metric(ratio, _everyone, rows=partial(rows, column=i)) for i, m in enumerate(BERT_METRICS)}
+
+    def rows(self, name: str, pairs: Sequence[Pair]) -> np.ndarray:
+        """(n, k): what the metric `name` sums over the pairs, of which there is at least one.
+
+        The same answer to the same truth is scored once as long as there is this scorer: answers repeat, under the
+        controls too, and all is summed again whenever there is more of it.
+        """
+        metric, known = self.metrics[name], self._known[name]
+        if metric.counts is None:
+            assert metric.rows is not None, name
+            return metric.rows(pairs)
+        keys = [(pair.answer, pair.truth) for pair in pairs]
+        for key in keys:
+            if key not in known:
+                known[key] = metric.counts(*key)
+        return np.array([known[key] for key in keys], float)
+
+    def pairs(self, predictions: Predictions) -> list[Pair]:
+        """The pairs that the protocol scores. A prediction has id, answer, truth, and perhaps name, patient, ended,
+        answers and the other FIELDS."""
+        empty = self.protocol.empty_answers
+        kept = (p for p in predictions if self._says(p["truth"]) and (empty or self._says(p["answer"])))
+        return [_pair(p, self.protocol, self._end) for p in kept]
+
+    def seen(self, text: str) -> str:
+        """What the protocol compares of an answer that ended by itself."""
+        return seen_by(self.protocol, text, self._end)[1]
+
+    def _says(self, text: str) -> bool:
+        """Whether the protocol sees anything of a text, the end token aside. The reference takes blanks for text."""
+        return bool(seen_by(self.protocol, text, "")[1]) or text.isspace()
+
+    def table(self, predictions: Predictions) -> Table:
+        """The predictions, ready to be summed."""
+        predictions = list(predictions)
+        pairs = self.pairs(predictions)
+        rows = {}
+        for name, metric in self.metrics.items():
+            asked = np.array([metric.asked(pair) for pair in pairs], bool)
+            if asked.any():
+                found = self.rows(name, [pair for pair, yes in zip(pairs, asked, strict=True) if yes])
+                rows[name] = np.zeros((len(pairs), found.shape[1]))
+                rows[name][asked] = found
+        left_out = sum(self._says(p["truth"]) for p in predictions) - len(pairs)
+        return Table(self, pairs, rows, left_out)
+
+
+def question_id(p: Mapping[str, Any]) -> str:
+    """What tells a prediction's question from others, in the same run or another one."""
+    return "/".join(str(p[key]) for key in ("id", "fold", "seed") if key in p)
+
+
+def _pair(p: Mapping[str, Any], protocol: Protocol, end: str) -> Pair:
+    thinking, answer = seen_by(protocol, p["answer"], end if p.get("ended", True) else "")
+    true_thinking, truth = seen_by(protocol, p["truth"], end)
+    return Pair(
+        id=question_id(p),
+        asked=str(p["id"]),
+        patient=str(p.get("patient") or p["id"]),
+        answer=answer,
+        truth=truth,
+        thinking=thinking,
+        true_thinking=true_thinking,
+        fields={name: str(p[name]) for name in FIELDS if p.get(name) not in (None, "")},
+        answers=frozenset(map(compared.composed, p.get("answers", ()))),
+    )
+
+
+@dataclass(frozen=True)
+class Table:
+    """n pairs and what each metric sums over them, (n, k); zeros for pairs that it does not ask.
+
+    left_out: answers that are none of the pairs, since they are empty and the protocol does not score such.
+    """
+
+    scorer: Scorer
+    pairs: list[Pair]
+    rows: Mapping[str, np.ndarray]
+    left_out: int = 0
+
+    @cached_property
+    def patients(self) -> Patients:
+        return Patients([pair.patient for pair in self.pairs], self.scorer.seed)
+
+    def part(self, chosen: Sequence[int] | np.ndarray) -> Table:
+        """Some of the pairs, and the metrics that ask at least one of them."""
+        rows = {name: values[chosen] for name, values in self.rows.items()}
+        return Table(self.scorer, [self.pairs[i] for i in chosen], {n: r for n, r in rows.items() if r.any()})
+
+    def values(self) -> dict[str, float]:
+        """{metric: score}."""
+        metrics = self.scorer.metrics
+        return {name: float(metrics[name].value(rows.sum(0))) for name, rows in self.rows.items()}
+
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """{metric: {"value", "ci95"}}, the interval by a bootstrap over patients."""
+        if not self.rows:
+            return {}
+        found, start = {}, 0
+        resampled = self.patients.resampled(np.concatenate(list(self.rows.values()), axis=1))
+        for (name, rows), value in zip(self.rows.items(), self.values().values(), strict=True):
+            sums = resampled[:, start : start + rows.shape[1]]
+            start += rows.shape[1]
+            found[name] = {"value": value, "ci95": ci95(self.scorer.metrics[name].value(sums))}
+        return found
+
+    def groups(self, name: str) -> dict[str, list[int]]:
+        """Level of a field -> the places of its pairs."""
+        found: dict[str, list[int]] = {}
+        for i, pair in enumerate(self.pairs):
+            if name in pair.fields:
+                found.setdefault(pair.fields[name], []).append(i)
+        return dict(sorted(found.items()))
+
+    def kinds(self) -> dict[str, list[int]]:
+        """Name -> the places of its pairs, those without a name under ""."""
+        found: dict[str, list[int]] = {}
+        for i, pair in enumerate(self.pairs):
+            found.setdefault(pair.name, []).append(i)
+        return dict(sorted(found.items()))
+
+    def by(self) -> dict[str, dict[str, Any]]:
+        """{field: {level: {metric: {"value", "ci95", "n"}}}} for the fields that pairs have."""
+        found = {}
+        for name in FIELDS:
+            levels = self.groups(name)
+            if levels:
+                found[name] = {
+                    level: {m: score | {"n": len(places)} for m, score in self.part(places).scores().items()}
+                    for level, places in levels.items()
+                }
+        return found
+
+    def answered(self, answers: Sequence[str]) -> Table:
+        """The same questions with other answers."""
+        pairs = [replace(pair, answer=answer) for pair, answer in zip(self.pairs, answers, strict=True)]
+        rows = {}
+        for name, mine in self.rows.items():
+            metric = self.scorer.metrics[name]
+            if name not in BERT_METRICS:  # too slow for what it would say
+                asked = [i for i, pair in enumerate(pairs) if metric.asked(pair)]
+                rows[name] = np.zeros_like(mine)
+                rows[name][asked] = self.scorer.rows(name, [pairs[i] for i in asked])
+        return Table(self.scorer, pairs, rows)
+
+    @cached_property
+    def majority(self) -> Table:
+        """The same questions answered with the most frequent truth of their name."""
+        common = {
+            name: Counter(self.pairs[i].truth for i in places).most_common(1)[0][0]
+            for name, places in self.kinds().items()
+        }
+        return self.answered([common[pair.name] for pair in self.pairs])
+
+    def perfect(self) -> dict[str, float]:
+        """{metric: what answers equal to the truths score}, of the metrics that give short ones less than 1."""
+        short = Table(self.scorer, self.pairs, {name: self.rows[name] for name in OF_LONG_TEXTS if name in self.rows})
+        return short.answered([pair.truth for pair in self.pairs]).values()
+
+    def thinking(self) -> Table:
+        """The pairs whose truth thinks, with thinking in place of answers."""
+        thought = [pair for pair in self.pairs if pair.true_thinking]
+        pairs = [replace(p, answer=p.thinking, truth=p.true_thinking, fields={}) for p in thought]
+        names = [name for name in self.scorer.metrics if name not in _OWN] if pairs else []
+        return Table(self.scorer, pairs, {name: self.scorer.rows(name, pairs) for name in names})
+
+
+def scores_of(table: Table) -> dict[str, Any]:
+    """Scores of a table: "protocol", "n", "metrics", "by", "baselines" and more, as `metrics.json` has them.
+
+    n: of the answers that are scored, about "patients"; "empty_answers" counts all empty ones, scored or left out.
+    metrics: {metric: {"value", "ci95": [low, high]}}; by: {field: {level: {metric: the same and "n"}}}.
+    baselines: "constant" is {metric: what one answer to all its questions would score at best, chosen with
+    the truths in hand}; "majority" is {metric: the score of each name's most frequent truth}.
+    perfect: {metric: what answers equal to the truths score}, of the metrics that give short ones less than 1.
+    """
+    scorer = table.scorer
+    result: dict[str, Any] = {
+        "protocol": scorer.name,
+        "protocol_meaning": scorer.protocol.meaning,
+        "n": len(table.pairs),
+        "patients": table.patients.count,
+        "empty_answers": sum(not pair.answer for pair in table.pairs) + table.left_out,
+        "empty_answers_left_out": table.left_out,
+        "metrics": table.scores(),
+        "unavailable": scorer.unavailable,
+        "by": table.by(),
+        "baselines": baselines(table),
+        "perfect": table.perfect(),
+    }
+    thinking = table.thinking()
+    if thinking.pairs and scorer.protocol.parts:
+        result["thinking"] = {"n": len(thinking.pairs), "metrics": thinking.scores()}
+    return result
+
+
+def baselines(table: Table) -> dict[str, dict[str, float]]:
+    """What answers that know no ECG and no question's words would score, by metric."""
+    if not table.pairs:
+        return {"constant": {}, "majority": {}}
+    majority = table.majority.values()
+    constant = {name: _constant(table, name) for name in majority}
+    return {"constant": constant, "majority": majority}
+
+
+def _constant(table: Table, name: str) -> float:
+    metric = table.scorer.metrics[name]
+    pairs = [pair for pair in table.pairs if metric.asked(pair)]
+    truths = [pair.truth for pair in pairs]
+    if metric.score is not None and metric.cheap:
+        return best_constant(truths, metric.score, metric.numbers)[1]
+    answer = Counter(truths).most_common(1)[0][0]
+    return float(metric.value(table.scorer.rows(name, [replace(pair, answer=answer) for pair in pairs]).sum(0)))
+
+
+def best_constant(truths: Sequence[str], score: Score, numbers: bool = False) -> tuple[str, float]:
+    """The single answer that scores best against `truths`, and its score.
+
+    Tried are the most frequent truths, and where truths are `numbers` every number between them.
+    """
+    counts = Counter(truths)
+    candidates = [truth for truth, _ in counts.most_common(_CANDIDATES)]
+    if numbers:
+        rates = [rate for rate in map(compared.first_integer, counts) if rate is not None and rate < 1000]
+        candidates += [str(rate) for rate in range(min(rates, default=0), max(rates, default=0) + 1)]
+    sums = [0.0] * len(candidates)
+    for truth, n in counts.items():
+        for i, answer in enumerate(candidates):
+            sums[i] += n * score(answer, truth)
+    best = int(np.argmax(sums))
+    return candidates[best], sums[best] / len(truths)

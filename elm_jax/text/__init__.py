@@ -1,0 +1,1 @@
+"""Conversations as text and ids: turns, chat forms, what is supervised. Pure: strings and numbers."""

@@ -1,0 +1,214 @@
+"""Encoders with published weights: from a dict, a file, a Hugging Face folder or an id of its hub, and back.
+
+Arrays have two names, ours (`layer1.0.conv1.kernel`) and the published one (`resnet.layer1.0.conv1.weight`); each
+encoder's module holds the one table between them, read here in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from elm_jax import compat as behaviours
+from elm_jax.ecg.images import PROCESSING, Processing
+from elm_jax.errors import UserError, some
+from elm_jax.models.encoders import Encoder, build_encoder, kind_of
+from elm_jax.models.functional import Leaf, initialise, structure_of
+from elm_jax.models.names import export
+from elm_jax.weights.load import open_checkpoint, read_json
+from elm_jax.weights.releases import published_names
+from elm_jax.weights.safetensors import Safetensors
+from elm_jax.weights.torch_file import SUFFIXES, TorchFile
+
+WHERE = "encoder.checkpoint"
+FOLDER_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
+TORCH_IN_FOLDER = "pytorch_model.bin"  # of old repositories, which have no safetensors
+
+
+def load_encoder(
+    name: str,
+    checkpoint: str | Path | Mapping[str, Any] | None = None,
+    tokens: int = 1,
+    compat: Iterable[str] = (),
+    **config: Any,
+) -> LoadedEncoder:
+    """An encoder in float32 and evaluation mode, to call on arrays.
+
+    checkpoint: a .pt (needs the torch extra) or .safetensors file with published names, a dict of name to array,
+        or, for the vision encoders, a Hugging Face folder or id, whose config.json gives the sizes. None
+        initialises at random with seed 0.
+    config: the fields of the encoder's own config, such as resnet_type.
+    Raises UserError for an unknown name or field, and for weights missing, unknown or of another shape.
+    """
+    behaviours.check(compat)
+    fields = encoder_config(name, checkpoint, config)
+
+    def build() -> Encoder:
+        return build_encoder(name, fields, tokens, nnx.Rngs(0), compat=compat)
+
+    structure, arrays = structure_of(build), {}
+    if checkpoint is not None:
+        arrays = jax.device_put(from_published(name, structure.leaves, *read_checkpoint(checkpoint)))
+    if drawn := {ours: None for ours in structure.leaves if ours not in arrays}:
+        arrays |= initialise(build, structure, drawn)
+    return LoadedEncoder(structure.bind(arrays))
+
+
+def encoder_config(
+    name: str, checkpoint: str | Path | Mapping[str, Any] | None, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`config` over what the checkpoint's own `config.json` says, where there is one: what `build_encoder` takes."""
+    read = kind_of(name).file_config
+    return {**(read(read_config(checkpoint, PROCESSING.get(name))) if read else {}), **config}
+
+
+class LoadedEncoder:
+    """An encoder with its weights, in evaluation mode, compiled per input shape; `module` is the bare one."""
+
+    def __init__(self, module: Encoder) -> None:
+        self.module, self.width, self.tokens = module, module.width, module.tokens
+        graphdef, self._state = nnx.split(module)
+        self._encode = jax.jit(lambda state, signals: nnx.merge(graphdef, state)(signals))
+
+    def __call__(self, signals: Any) -> jax.Array:
+        """Signals (B, C, L), or what else the encoder takes: images, or a dict of arrays -> (B, N, D) float32."""
+        if isinstance(signals, Mapping):
+            return self._encode(self._state, {name: jnp.asarray(value) for name, value in signals.items()})
+        return self._encode(self._state, jnp.asarray(signals))
+
+
+def from_published(
+    name: str, leaves: Mapping[str, Leaf], tensors: Mapping[str, Any], where: str = "encoder.checkpoint"
+) -> dict[str, np.ndarray]:
+    """Published tensors as arrays under our names, in the shapes and dtypes of `leaves`.
+
+    What the checkpoint may lack and does (`Kind.absent`) is left out of the result. Raises UserError, naming
+    `where` and the tensors, unless every other leaf is there in its shape and nothing is left over but what the
+    encoder's table says belongs to other parts.
+    """
+    kind = kind_of(name)
+    wanted = {ours: kind.weight_rule(ours) for ours in leaves}
+    names = {ours: rule.names(leaves[ours].shape[0] if rule.stacked else 1) for ours, rule in wanted.items()}
+    expected = [theirs for each in names.values() for theirs in each]
+    named = published_names(name, tensors.keys())
+    given = {known: key for key, own in named.items() if (known := kind.published_name(own)) is not None}
+    aliases = kind.aliases(expected)
+    if not aliases.keys().isdisjoint(given):
+        expected += aliases  # under both names throughout, or under one
+    fix = "check encoder.config and that the file is of this encoder"
+    absent = [theirs for theirs in kind.absent(tensors.keys()) if theirs not in given]
+    if missing := [theirs for theirs in expected if theirs not in given and theirs not in absent]:
+        raise UserError(where, f"no weights {some(missing)}", f"the {len(expected)} weights of {name}", fix)
+    if extra := sorted(set(given) - set(expected)):
+        raise UserError(where, f"unknown weights {some(extra)}", f"only the weights of {name}", fix)
+    arrays = {}
+    for ours, rule in wanted.items():
+        if rule.theirs in absent:
+            continue
+        leaf, parts = leaves[ours], [np.asarray(tensors[given[theirs]]) for theirs in names[ours]]
+        shape = rule.their_shape(leaf.shape)
+        for theirs, tensor in zip(names[ours], parts, strict=True):
+            if tensor.shape != shape or not jnp.issubdtype(tensor.dtype, jnp.floating):
+                found = f"{theirs} {tensor.dtype}{list(tensor.shape)}"
+                raise UserError(where, found, f"floating {list(shape)}", fix)
+        arrays[ours] = rule.arrange(parts).astype(leaf.dtype)
+    for second, first in aliases.items():
+        if second in given and not np.array_equal(tensors[given[second]], tensors[given[first]]):
+            raise UserError(where, f"{second} unlike {first}", "the same weights under both names", fix)
+    return arrays
+
+
+def to_published(name: str, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays under our names as published tensors: the inverse of `from_published`."""
+    kind = kind_of(name)
+    tensors = dict(export([kind.weight_rule(ours) for ours in arrays], arrays))
+    return tensors | {second: tensors[first] for second, first in kind.aliases(tensors).items()}
+
+
+def read_checkpoint(checkpoint: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """Tensors by name and what to call their source in errors.
+
+    checkpoint: a dict, maybe with the tensors under model_state_dict; a .safetensors, .pt or .pth file; a folder
+        with model.safetensors (or an index and its files), else pytorch_model.bin; an id of the Hugging Face hub.
+    Raises UserError for what cannot be read; files of PyTorch need the torch extra.
+    """
+    if isinstance(checkpoint, Mapping):
+        return checkpoint.get("model_state_dict", checkpoint), WHERE
+    path = resolve(checkpoint)
+    if path.is_dir():
+        old = path / TORCH_IN_FOLDER
+        return (TorchFile(old), str(old)) if _only_torch(path) else (open_checkpoint(path), str(path))
+    if path.suffix == ".safetensors":
+        return Safetensors(path), str(path)
+    if path.suffix in SUFFIXES:
+        return TorchFile(path), str(path)
+    fix = "convert it to .safetensors"
+    raise UserError(WHERE, str(path), "a folder, or a file ending in .pt, .pth or .safetensors", fix)
+
+
+def read_config(checkpoint: str | Path | Mapping[str, Any] | None, processing: Processing | None) -> dict[str, Any]:
+    """The `config.json` of a checkpoint that is a folder or in the hub; empty for others.
+
+    Raises UserError if its images were made unlike `processing`, which is how ours are.
+    """
+    if checkpoint is None or isinstance(checkpoint, Mapping):
+        return {}
+    path = resolve(checkpoint)
+    if not path.is_dir():
+        return {}
+    images = path / "preprocessor_config.json"
+    if processing is not None and images.is_file():
+        _check_images(images, processing)
+    return read_json(path / "config.json")
+
+
+def resolve(checkpoint: str | Path) -> Path:
+    """The file or folder of a checkpoint, downloaded if it is an id of the hub; UserError if it is neither."""
+    path = Path(checkpoint).expanduser()
+    if path.exists():
+        return path
+    parts = str(checkpoint).split("/")
+    is_file = path.suffix in (".safetensors", *SUFFIXES)
+    if is_file or len(parts) != 2 or parts[0] in ("", ".", "..", "~") or not parts[1]:
+        expected = "an existing file or folder, or owner/name of the Hugging Face hub"
+        raise UserError(WHERE, str(path), expected, "correct the path")
+    try:
+        folder = Path(snapshot_download(str(checkpoint), allow_patterns=FOLDER_FILES))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(str(checkpoint), allow_patterns=[*FOLDER_FILES, TORCH_IN_FOLDER]))
+        return folder
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        found = f"'{checkpoint}', which the Hugging Face hub did not give ({type(error).__name__}: {str(error)[:200]})"
+        fix = f"download {checkpoint} on a connected machine and set {WHERE} to that folder"
+        raise UserError(WHERE, found, "a file, a folder or a model that can be downloaded", fix) from None
+
+
+def _check_images(file: Path, ours: Processing) -> None:
+    """Raise UserError where a preprocessor_config.json says a number that is not that of our images.
+
+    What it leaves out, as old files do, is the model's usual. Image and patch size are those of config.json, which the
+    weights have to fit; whether CLIP's crop is made is decided elsewhere.
+    """
+    expected: dict[str, Any] = {
+        "do_resize": True, "do_rescale": True, "do_normalize": True, "image_mean": list(ours.mean),
+        "image_std": list(ours.std), "resample": ours.resample, "rescale_factor": ours.rescale,
+    }  # fmt: skip
+    if ours.patch is not None:
+        expected["max_num_patches"] = ours.max_patches
+    told = read_json(file)
+    for name, value in expected.items():
+        if told.get(name, value) not in (value, None):
+            fix = "use a checkpoint that was trained on such images"
+            raise UserError(f"{file} {name}", str(told[name]), str(value), fix)
+
+
+def _only_torch(folder: Path) -> bool:
+    return (folder / TORCH_IN_FOLDER).is_file() and not list(folder.glob("*.safetensors"))
