@@ -1,7 +1,7 @@
 """Write docs/parity.md: how far each number of the reference is from ours, out of the parity tests themselves.
 
-    python scripts/parity_table.py                    runs all parity tests (about ten minutes on two cores) and writes
-    python scripts/parity_table.py --from FILE        writes from the measurements of an earlier run (ELM_JAX_PARITY=FILE)
+    python scripts/parity_table.py               runs all parity tests (about ten minutes on two cores) and writes
+    python scripts/parity_table.py --from FILE   writes from the measurements of an earlier run (ELM_JAX_PARITY=FILE)
 """
 
 import argparse
@@ -24,8 +24,8 @@ HEAD = """\
 
 Each golden holds inputs and outputs of the PyTorch reference. For each quantity of a golden that the tests compare, the
 table has the one that comes nearest to its bound. An error is the largest difference over the largest value expected;
-where a count is compared, the bound is 0 and any difference fails. `scripts/parity_table.py` writes this page out of the
-tests' own comparisons; it was measured with {versions}, in float32.
+where a count is compared, the bound is 0 and any difference fails. `scripts/parity_table.py` writes this page out of
+the tests' own comparisons; it was measured with {versions}, in float32.
 
 A bound looser than 1e-5 (outputs) or 1e-4 (gradients) has its reason beside it in the test; those of the training runs
 (`e2e_*` with a run's name) are the goldens' own. Metric goldens are compared in `tests/parity/test_metrics_golden.py`.

@@ -13,8 +13,9 @@ from elm_jax.scoring.classification import classification, pretrain_breakdown, t
 from elm_jax.scoring.dependence import pairing, signal_dependence
 from elm_jax.scoring.ecg_qa import QuestionOnly, average_of_types, macro_f1
 from elm_jax.scoring.ecgbench import ecgbench
-from elm_jax.scoring.metrics import FIELDS, Scorer, Table, question_id, scores_of
+from elm_jax.scoring.metrics import FIELDS, Scorer, Table, question_id
 from elm_jax.scoring.statistics import SIGNIFICANT, student_t, told_p
+from elm_jax.scoring.summary import scores_of
 
 MOST_CLASSES = 100
 LESS_THAN_ONE = 0.95  # METEOR gives a long answer that is equal a little less than 1, too

@@ -103,8 +103,8 @@ class Session:
     def spoken(self, text: str) -> Iterator[str]:
         """The model's answer to `text`, in pieces as it comes. Until it is whole, the conversation is as it was.
 
-        When the conversation outgrows the context, the oldest turns go first (see `text.render`), and only when the last
-        question alone is too long, symbols of ECGs (`cut` says how many).
+        When the conversation outgrows the context, the oldest turns go first (see `text.render`), and only when the
+        last question alone is too long, symbols of ECGs (`cut` says how many).
 
         Raises:
             UserError: not one marker for each new ECG, or even the shortest prompt does not fit.

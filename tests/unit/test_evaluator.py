@@ -22,7 +22,8 @@ from elm_jax.evaluation import controls, evaluator
 from elm_jax.evaluation.controls import Question, kept_ecgs, shuffled_records
 from elm_jax.evaluation.evaluator import evaluate, is_evaluated, results_folder
 from elm_jax.evaluation.results import asked_with, summary
-from elm_jax.scoring.metrics import Scorer, is_right, scores_of
+from elm_jax.scoring.metrics import Scorer, is_right
+from elm_jax.scoring.summary import scores_of
 
 
 def shuffled(records: list[Record], **options: Any) -> dict[int, tuple[str, ...]]:

@@ -13,10 +13,11 @@ from elm_jax.scoring import dependence as dependence_module
 from elm_jax.scoring import metrics
 from elm_jax.scoring.answers import exact_match, first_integer, same_words, split_response, token_f1, within_5_bpm
 from elm_jax.scoring.dependence import signal_dependence
-from elm_jax.scoring.metrics import Scorer, best_constant, scores_of
+from elm_jax.scoring.metrics import Scorer
 from elm_jax.scoring.overlap import rouge_l, rouge_l_in_any_script
 from elm_jax.scoring.statistics import FLIPS, Patients, told_p
 from elm_jax.scoring.stems import stemmer
+from elm_jax.scoring.summary import best_constant, scores_of
 
 
 def prediction(id, answer, truth, name="heart_rate", **more):

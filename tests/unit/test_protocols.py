@@ -7,9 +7,10 @@ import pytest
 from elm_jax.config import resolve
 from elm_jax.errors import UserError
 from elm_jax.evaluation.results import results_of
-from elm_jax.scoring.metrics import Scorer, scores_of
+from elm_jax.scoring.metrics import Scorer
 from elm_jax.scoring.overlap import rouge_l_of_sets, rouge_n_of_sets
 from elm_jax.scoring.protocols import PROTOCOLS
+from elm_jax.scoring.summary import scores_of
 
 END = "<|eot_id|>"
 FACTS = {"split": "test", "step": 1, "bad": 0}

@@ -36,6 +36,7 @@ def applied(config: ConfigDict) -> ConfigDict:
     config.train.epochs = 1
     config.train.eval_every = None
 
+    config.eval.protocol = "elm-2026-08"
     # What Qwen2.5-1.5B-Instruct brings along for its answers.
     config.eval.temperature, config.eval.top_p, config.eval.repetition_penalty = 0.7, 0.8, 1.1
     return config
