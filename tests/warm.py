@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Read before any command begins, but for those that are read when processes join.
+# Read before any command begins, but for those that are read when processes join, and one that commands set themselves.
 EARLY = ("PYTHON", "LD_", "MALLOC_", "OMP_", "OPENBLAS_", "MKL_", "JAX_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "MPL")
-LATE = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+LATE = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "TRANSFORMERS_NO_ADVISORY_WARNINGS")
 PATH = {"PYTHONPATH": str(ROOT)}
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 PASSED_ON = (*STOPPING, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)

@@ -55,7 +55,9 @@ def run_folder(model: Model, run_command: Command, workplace: Path, golden: Gold
     flags = ["--config.encoder.tokens=4", f"--config.llm.name={llm}", *DATA]
     done = run_command("import_weights", str(file), "--out", str(out), *flags)
     assert "encoder.name = st_mem, by encoder.encoder.sep_embedding" in done.stdout
-    assert "left out: optimizer_state_dict: the state of an optimizer" in done.stdout and not done.stderr
+    assert "left out: optimizer_state_dict: the state of an optimizer" in done.stdout
+    (told,) = done.stderr.splitlines()
+    assert "'plain' is taken" in told  # the demo's tokenizer is of no family's form
     return out
 
 
