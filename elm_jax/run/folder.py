@@ -63,7 +63,9 @@ def open_folder(config: Config) -> Path:
                 (folder / WANDB_ID).unlink(missing_ok=True)
             folder.mkdir(parents=True, exist_ok=True)
             write_json(path, to_dict(config))
-        except (OSError, UserError) as error:
+        except UserError as error:
+            problem = f"{error.where}: {error.found}"
+        except OSError as error:
             problem = str(error)
     problem = distributed.gather(problem)[0]  # the others wait here, and end as the first one does
     if problem:
