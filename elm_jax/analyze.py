@@ -12,9 +12,8 @@ import json
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from elm_jax import cli
 from elm_jax.errors import UserError, printable
@@ -40,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     from elm_jax.inference.session import read_input
     from elm_jax.run.folder import config_of_run
     from elm_jax.runtime.compilation import keep_compiled
-    from elm_jax.text.render import Turn, render_prompt
+    from elm_jax.text.render import Turn, to_prompt
 
     keep_compiled()
     config = config_of_run(options.checkpoint, flags)
@@ -49,8 +48,8 @@ def main(argv: Sequence[str]) -> None:
     assembly, spec = model.assembly, model.assembly.signal
     question = _question(options.question, assembly.text.phase)
     ecgs = [read_input(path, spec, number) for number, path in enumerate(options.ecg)]
-    text: dict[str, Any] = asdict(assembly.text) | {"max_len": None}
-    rendered = render_prompt([Turn("user", question)], assembly.tokenizer, n_ecgs=len(ecgs), **text)
+    text = replace(assembly.text, max_len=None)
+    rendered = to_prompt([Turn("user", question)], assembly.tokenizer, text, len(ecgs))
     prompt = Prompt(rendered, [ecg.signal for ecg in ecgs])
     answer = options.answer if options.answer is not None else model.answers([prompt], model.config.eval)[0]
     found = attention(model, prompt, answer)

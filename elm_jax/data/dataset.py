@@ -11,7 +11,7 @@ import os
 import socket
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from elm_jax.data.plan import LengthIndex
 from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
-from elm_jax.text.render import Rendered, render, render_prompts
+from elm_jax.text.render import Rendered, TextSpec, to_prompts, to_tokens
 from elm_jax.text.turns import CONVERSATIONS
 
 _log = logging.getLogger(__name__)
@@ -38,19 +38,6 @@ _COLUMNS = ("length", "targets", "ecgs", "system_end", "signal_end", "system_key
 _CUTS = {"cut": bool, "lost_answers": np.int16, "cut_ecgs": bool}  # see LengthIndex
 LOOKED_FOR = 20_000  # records whose recordings are looked for before a run
 SPARE = 1.25  # of an ECG's symbols are planned for where augmentation varies them
-
-
-@dataclass(frozen=True)
-class TextSpec:
-    """All that decides how a record becomes tokens."""
-
-    family: str
-    signal_tokens: int
-    system_prompt: str | None = None
-    phase: str = "sft"
-    explicit_thinking: bool = False
-    max_len: int | None = None
-    compat: tuple[str, ...] = ()
 
 
 def text_spec(
@@ -128,11 +115,7 @@ class Dataset:
             raise UserError(f"record {record.id}", error.found, error.expected, error.fix) from error
 
     def _rendered(self, record: Record, max_len: int | None) -> Rendered:
-        return render(record.text, self.tokenizer, n_ecgs=self._ecgs(record), **{**self._options, "max_len": max_len})
-
-    @functools.cached_property
-    def _options(self) -> dict[str, Any]:
-        return asdict(self.text)
+        return to_tokens(record.text, self.tokenizer, replace(self.text, max_len=max_len), self._ecgs(record))
 
     def _with_symbols(self, record: Record, ecgs: Sequence[Any], length: int | None) -> Rendered:
         """The tokens of a record with symbols in place of its ECGs, within `text.max_len` and `length`.
@@ -169,9 +152,8 @@ class Dataset:
 
         Where ECGs are symbols, one placeholder stands for each: `ecg_tokens.write_prompt` puts them in.
         """
-        spec = asdict(replace(self.text, max_len=None))
         with self._naming(index) as record:
-            return render_prompts(record.text, self.tokenizer, n_ecgs=self._ecgs(record), **spec)
+            return to_prompts(record.text, self.tokenizer, replace(self.text, max_len=None), self._ecgs(record))
 
     def room(self, prompt: Rendered) -> int:
         """The tokens that one of `prompts` may have, whatever its ECGs are: symbols keep `data.min_ecg_tokens`."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import string
+from dataclasses import replace
 from typing import Any
 
 from elm_jax import compat as behaviours
-from elm_jax.data.dataset import TextSpec
 from elm_jax.text.forms import CHAT_FORMS
-from elm_jax.text.render import render_prompt
+from elm_jax.text.render import TextSpec, to_prompt
 from elm_jax.text.vocabulary import SIGNAL_TOKEN, THINK_TOKENS, vocabulary
 from elm_jax.text.write import THINK_PREFIX
 
@@ -73,15 +73,11 @@ def chat_template(spec: TextSpec, tokenizer: Any) -> tuple[str | None, str]:
     if asked:
         return None, f"compat {', '.join(asked)} writes conversations as no template can"
     for said in _probes(spec):
-        rendered = render_prompt(said, tokenizer, n_ecgs=1, **_options(spec))
+        rendered = to_prompt(said, tokenizer, replace(spec, max_len=None), 1)
         if tokenizer(rendered.prompt, add_special_tokens=False)["input_ids"] != rendered.ids.tolist():
             return None, f"training cuts a conversation where one text does not ({rendered.prompt[-60:]!r})"
     settings = _settings(spec, tokenizer).items()
     return "".join(f"{{% set {name} = {_literal(value)} %}}" for name, value in settings) + _TEMPLATE, ""
-
-
-def _options(spec: TextSpec) -> dict[str, Any]:
-    return {name: value for name, value in vars(spec).items() if name != "max_len"}
 
 
 def _probes(spec: TextSpec) -> list[list[dict[str, str]]]:

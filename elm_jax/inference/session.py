@@ -22,9 +22,9 @@ from elm_jax.data.represent import DEMO, FLATLINE, NOISE, SignalSpec
 from elm_jax.ecg.recording import LEADS, Recording, read_recording, say_again
 from elm_jax.errors import UserError, one_line
 from elm_jax.inference.model import Prompt, TrainedModel
-from elm_jax.text.render import CHAT_FORMS, Rendered, Turn, render, render_prompt
+from elm_jax.text.render import CHAT_FORMS, Rendered, Turn, to_prompt, to_tokens
 from elm_jax.text.turns import count_marks
-from elm_jax.text.write import THINK_PREFIX
+from elm_jax.text.write import THINK_PREFIX, TextSpec
 
 MARK = "<ecg>"
 MISFIT = 0.5  # of a lead's own size: limb leads that are further apart than this are not in the order named
@@ -180,16 +180,16 @@ class Session:
         return text if marks else MARK * self._new + text
 
     def _prompt(self, turns: Sequence[Turn]) -> Rendered:
-        whole, room = render_prompt(turns, **self._options()), self._room_beside(whole=True)
+        whole, room = to_prompt(turns, *self._options()), self._room_beside(whole=True)
         self.shortened = len(whole.ids) > room
         if not self.shortened:
             return whole
         try:
-            return render_prompt(turns, **self._options(max(room, 1)))
+            return to_prompt(turns, *self._options(max(room, 1)))
         except UserError:
             alone, room = self._alone(turns[-1]), self._room_beside(whole=False)
         try:
-            rendered = render_prompt([alone], **self._options(room))
+            rendered = to_prompt([alone], *self._options(room))
         except UserError as error:
             raise self._too_long(error.expected) from error
         self.shortened = len(rendered.ids) < len(whole.ids)
@@ -202,12 +202,12 @@ class Session:
     def _beginning(self, text: str) -> Rendered:
         """The prompt of a pretrained model: the ECGs, and the beginning of the text about them."""
         if text:
-            whole = render([Turn("assistant", text)], **self._options())
+            whole = to_tokens([Turn("assistant", text)], *self._options())
             end = np.isin(whole.ids, self.model.stops)[::-1].argmin()  # the end tokens after the text
             kept = len(whole.ids) - int(end)
             rendered = replace(whole, ids=whole.ids[:kept], supervised=whole.supervised[:kept])
         elif self.ecgs:
-            rendered = render_prompt([Turn("user", "")], **self._options())
+            rendered = to_prompt([Turn("user", "")], *self._options())
         else:
             raise UserError("message", "neither an ECG nor a text", "one of them", "give an ECG first")
         if len(rendered.ids) > self._room_beside(whole=False):
@@ -228,9 +228,9 @@ class Session:
             "begin anew with fewer ECGs or a shorter text, or lower --config.eval.max_new_tokens",
         )  # fmt: skip
 
-    def _options(self, max_len: int | None = None) -> dict[str, Any]:
-        spec = asdict(self.model.assembly.text) | {"max_len": max_len, "system_prompt": self.system}
-        return {"tokenizer": self.model.assembly.tokenizer, "n_ecgs": len(self.ecgs), **spec}
+    def _options(self, max_len: int | None = None) -> tuple[Any, TextSpec, int]:
+        spec = replace(self.model.assembly.text, max_len=max_len, system_prompt=self.system)
+        return self.model.assembly.tokenizer, spec, len(self.ecgs)
 
 
 def read_input(path: str, spec: SignalSpec, number: int = 0) -> Ecg:

@@ -1,6 +1,6 @@
 """A conversation -> token ids, and which of them are learnt: decided while writing, never searched for.
 
-Record text -> turns (text.py) -> messages with their ECGs in place (messages.py) -> segments (chat_write.py)
+Record text -> turns (text.py) -> messages with their ECGs in place (messages.py) -> segments (write.py)
 -> ids (vocabulary.py). A segment is one special token, the placeholders of one ECG, or a run of text that is
 tokenised in one piece: the ids are those of the whole prompt tokenised at once, except that an answer never
 merges with the header before it. Special tokens written in a message or a system prompt are text; think and
@@ -29,7 +29,7 @@ from elm_jax.text.forms import CHAT_FORMS, ChatForm
 from elm_jax.text.messages import Message, answered, place, without_empty_answers
 from elm_jax.text.turns import Turn, clean_text, count_marks, decode_text, to_turns
 from elm_jax.text.vocabulary import SIGNAL_TOKEN, THINK_TOKENS, Vocabulary, backend_of, vocabulary
-from elm_jax.text.write import THINK_PREFIX, Draft, Style, Writer, fitted_chat, fitted_text, text_draft
+from elm_jax.text.write import THINK_PREFIX, Draft, Style, TextSpec, Writer, fitted_chat, fitted_text, text_draft
 
 __all__ = [
     "CHAT_FORMS",
@@ -43,10 +43,13 @@ __all__ = [
     "clean_text",
     "decode",
     "decode_text",
+    "TextSpec",
     "render",
     "render_prompt",
-    "render_prompts",
     "stop_ids",
+    "to_prompt",
+    "to_prompts",
+    "to_tokens",
     "to_turns",
 ]
 
@@ -96,44 +99,8 @@ def render(
 
     Raises UserError if there is nothing to learn or `max_len` cannot be kept.
     """
-    style = _style(tokenizer, family, signal_tokens, phase, explicit_thinking, max_len, compat)
-    style, messages, n_ecgs = _opened(style, conversation, system_prompt, n_ecgs, phase)
-    if phase == "pretrain":
-        return _rendered(style, fitted_text(style, n_ecgs, _answers(messages)), n_ecgs)
-    messages = messages if style.by_ids else answered(messages)
-    return _rendered(style, fitted_chat(style, messages), n_ecgs)
-
-
-def render_prompts(
-    conversation: Any,
-    tokenizer: Any,
-    family: str,
-    system_prompt: str | None = None,
-    signal_tokens: int = 1,
-    phase: str = "sft",
-    explicit_thinking: bool = False,
-    max_len: int | None = None,
-    compat: Iterable[str] = (),
-    n_ecgs: int | None = None,
-) -> list[tuple[Rendered, str]]:
-    """For each non-empty answer: the true history with the header of the response, and the answer.
-
-    Arguments as in `render`. With `explicit_thinking` a prompt ends in "<think>\\n" where its answer begins so, and
-    the answer is what follows. A prompt holds the ECGs that came up until then. Nothing in it is supervised.
-
-    Raises UserError as `render`.
-    """
-    style = _style(tokenizer, family, signal_tokens, phase, explicit_thinking, max_len, compat)
-    style, messages, n_ecgs = _opened(style, conversation, system_prompt, n_ecgs, phase)
-    if phase == "pretrain":
-        return [(_rendered(style, text_draft(style, n_ecgs, None), n_ecgs), _answers(messages))]
-    messages, prompts = answered(messages), []
-    for i, message in enumerate(messages):
-        if message.role == "assistant":
-            given = THINK_PREFIX if style.thinking and message.text.startswith(THINK_PREFIX) else ""
-            draft = fitted_chat(style, messages[:i], given)
-            prompts.append((_rendered(style, draft, n_ecgs), message.text.removeprefix(given)))
-    return prompts
+    spec = TextSpec(family, signal_tokens, system_prompt, phase, explicit_thinking, max_len, tuple(compat))
+    return to_tokens(conversation, tokenizer, spec, n_ecgs)
 
 
 def render_prompt(
@@ -150,14 +117,50 @@ def render_prompt(
 ) -> Rendered:
     """The whole conversation and the header of the response that comes next. Arguments as in `render`.
 
-    With `explicit_thinking` the response is given its "<think>\\n".
+    With `explicit_thinking` the response is given its "<think>\n".
     """
-    style = _style(tokenizer, family, signal_tokens, phase, explicit_thinking, max_len, compat)
-    style, messages, n_ecgs = _opened(style, conversation, system_prompt, n_ecgs, phase)
-    if phase == "pretrain":
+    spec = TextSpec(family, signal_tokens, system_prompt, phase, explicit_thinking, max_len, tuple(compat))
+    return to_prompt(conversation, tokenizer, spec, n_ecgs)
+
+
+def to_tokens(conversation: Any, tokenizer: Any, spec: TextSpec, n_ecgs: int | None = None) -> Rendered:
+    """`render`, of a spec."""
+    style, messages, n_ecgs = _opened(conversation, tokenizer, spec, n_ecgs)
+    if spec.phase == "pretrain":
+        return _rendered(style, fitted_text(style, n_ecgs, _answers(messages)), n_ecgs)
+    messages = messages if style.by_ids else answered(messages)
+    return _rendered(style, fitted_chat(style, messages), n_ecgs)
+
+
+def to_prompt(conversation: Any, tokenizer: Any, spec: TextSpec, n_ecgs: int | None = None) -> Rendered:
+    """`render_prompt`, of a spec."""
+    style, messages, n_ecgs = _opened(conversation, tokenizer, spec, n_ecgs)
+    if spec.phase == "pretrain":
         return _rendered(style, text_draft(style, n_ecgs, None), n_ecgs)
-    opening = THINK_PREFIX if style.thinking else ""
+    opening = THINK_PREFIX if spec.explicit_thinking else ""
     return _rendered(style, fitted_chat(style, without_empty_answers(messages), opening), n_ecgs)
+
+
+def to_prompts(
+    conversation: Any, tokenizer: Any, spec: TextSpec, n_ecgs: int | None = None
+) -> list[tuple[Rendered, str]]:
+    """For each non-empty answer: the true history with the header of the response, and the answer.
+
+    With `explicit_thinking` a prompt ends in "<think>\n" where its answer begins so, and the answer is what follows. A
+    prompt holds the ECGs that came up until then. Nothing in it is supervised.
+
+    Raises UserError as `render`.
+    """
+    style, messages, n_ecgs = _opened(conversation, tokenizer, spec, n_ecgs)
+    if spec.phase == "pretrain":
+        return [(_rendered(style, text_draft(style, n_ecgs, None), n_ecgs), _answers(messages))]
+    messages, prompts = answered(messages), []
+    for i, message in enumerate(messages):
+        if message.role == "assistant":
+            given = THINK_PREFIX if spec.explicit_thinking and message.text.startswith(THINK_PREFIX) else ""
+            draft = fitted_chat(style, messages[:i], given)
+            prompts.append((_rendered(style, draft, n_ecgs), message.text.removeprefix(given)))
+    return prompts
 
 
 def add_tokens(tokenizer: Any, phase: str = "sft") -> list[str]:
@@ -182,7 +185,7 @@ def stop_ids(tokenizer: Any, family: str) -> tuple[int, ...]:
 
 def answer_ids(text: str, tokenizer: Any, family: str) -> np.ndarray:
     """The ids (n,) int32 that an answer has behind its header, without its end token."""
-    writer = Writer(_style(tokenizer, family, 0, "sft", False, None, ()))
+    writer = Writer(_style(vocabulary(tokenizer), TextSpec(family, 0)))
     writer.tagged(text, edge=True)
     return np.asarray(writer.draft().ids, np.int32)
 
@@ -196,55 +199,34 @@ def decode(ids: Sequence[int] | np.ndarray, tokenizer: Any, family: str) -> str:
     return text.removesuffix(" ") if ending.startswith(" ") else text
 
 
-def _style(
-    tokenizer: Any,
-    family: str,
-    signal_tokens: int,
-    phase: str,
-    thinking: bool,
-    max_len: int | None,
-    compat: Iterable[str],
-) -> Style:
-    return _style_of(vocabulary(tokenizer), family, signal_tokens, phase, thinking, max_len, tuple(compat))
-
-
 @lru_cache(maxsize=8)
-def _style_of(
-    words: Vocabulary,
-    family: str,
-    signal_tokens: int,
-    phase: str,
-    thinking: bool,
-    max_len: int | None,
-    compat: tuple[str, ...],
-) -> Style:
-    if phase not in PHASES:
-        fix = nearest(phase, PHASES) or "mend the phase"
-        raise UserError("phase", repr(phase), f"one of {', '.join(PHASES)}", fix)
-    behaviours.check(compat)
-    form = _form(family)
-    if signal_tokens:
+def _style(words: Vocabulary, spec: TextSpec) -> Style:
+    if spec.phase not in PHASES:
+        fix = nearest(spec.phase, PHASES) or "mend the phase"
+        raise UserError("phase", repr(spec.phase), f"one of {', '.join(PHASES)}", fix)
+    behaviours.check(spec.compat)
+    form = _form(spec.family)
+    if spec.signal_tokens:
         words.require(SIGNAL_TOKEN, "an ECG language model", "call add_tokens(tokenizer, phase) first")
     known = form.reference_start is not None  # the reference has no plain form, so nothing to be faithful to
     return Style(
+        spec=spec,
         words=words,
         form=form,
         system=None,
-        signal_tokens=signal_tokens,
-        thinking=thinking,
-        max_len=max_len,
-        clean_answers=behaviours.enabled("clean_answers", compat),
-        by_ids=known and behaviours.enabled("response_by_ids", compat),
-        by_tokens=known and behaviours.enabled("truncate_tokens", compat),
-        specials=behaviours.enabled("special_tokens_in_text", compat),
+        clean_answers=behaviours.enabled("clean_answers", spec.compat),
+        by_ids=known and behaviours.enabled("response_by_ids", spec.compat),
+        by_tokens=known and behaviours.enabled("truncate_tokens", spec.compat),
+        specials=behaviours.enabled("special_tokens_in_text", spec.compat),
     )
 
 
 def _opened(
-    style: Style, conversation: Any, prompt: str | None, n_ecgs: int | None, phase: str
+    conversation: Any, tokenizer: Any, spec: TextSpec, n_ecgs: int | None
 ) -> tuple[Style, list[Message], int]:
     """The style with its system prompt, the conversation's messages with their ECGs, and how many these are."""
-    form, turns = style.form, to_turns(decode_text(conversation))
+    style, turns = _style(vocabulary(tokenizer), spec), to_turns(decode_text(conversation))
+    form, prompt = style.form, spec.system_prompt
     if style.by_ids:  # to the reference every speaker but the user is the assistant
         turns = [turn._replace(role="assistant") if turn.role == "system" else turn for turn in turns]
     elif turns[0].role == "system":
@@ -255,8 +237,8 @@ def _opened(
     has_system = form.system is not None and (prompt or form.default_system is not None)
     if n_ecgs is None:
         n_ecgs = max(1, sum(count_marks(turn.text) for turn in turns if turn.role == "user"))
-    messages = place(turns, n_ecgs, style.clean_answers, strip=form.strip and phase != "pretrain")
-    if not style.signal_tokens:
+    messages = place(turns, n_ecgs, style.clean_answers, strip=form.strip and spec.phase != "pretrain")
+    if not spec.signal_tokens:
         messages = [Message(message.role, (message.text,)) for message in messages]
     return _with_system(style, prompt if has_system else None), messages, n_ecgs
 
@@ -272,14 +254,14 @@ def _answers(messages: list[Message]) -> str:
 
 def _rendered(style: Style, draft: Draft, n_ecgs: int) -> Rendered:
     ids = np.asarray(draft.ids, np.int32)
-    if style.signal_tokens:
+    if style.spec.signal_tokens:
         positions = np.flatnonzero(ids == style.words.id(SIGNAL_TOKEN)).astype(np.int32)
-        expected = draft.ecgs * style.signal_tokens
+        expected = draft.ecgs * style.spec.signal_tokens
         if len(positions) != expected:
             fix = "take <signal> out of the text, or raise data.max_len"
             found = f"{len(positions)} {SIGNAL_TOKEN} tokens"
             raise UserError("text", found, f"{expected} for the ECGs", fix)
-        positions = positions.reshape(draft.ecgs, style.signal_tokens)
+        positions = positions.reshape(draft.ecgs, style.spec.signal_tokens)
     else:
         positions = np.zeros((n_ecgs, 0), np.int32)
     learn = np.frombuffer(draft.learn, bool)

@@ -14,19 +14,30 @@ from elm_jax.text.vocabulary import SIGNAL_TOKEN, Vocabulary
 THINK_PREFIX = "<think>\n"
 
 
+@dataclass(frozen=True)
+class TextSpec:
+    """All that decides how a record becomes tokens; `render.render` says what each means."""
+
+    family: str
+    signal_tokens: int = 1
+    system_prompt: str | None = None
+    phase: str = "sft"
+    explicit_thinking: bool = False
+    max_len: int | None = None
+    compat: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Style:
-    """All that decides how messages are written; `system` None: no system turn; the last four are compat.
+    """A spec, made ready for a tokenizer; `system` None: no system turn; the last four are compat.
 
     Equal only to itself: styles are few, made once, and looked up for every conversation.
     """
 
+    spec: TextSpec
     words: Vocabulary
     form: ChatForm
     system: str | None
-    signal_tokens: int
-    thinking: bool
-    max_len: int | None
     clean_answers: bool
     by_ids: bool
     by_tokens: bool
@@ -90,7 +101,7 @@ class Writer:
                 self.segments.append(Segment(piece, (tag,), learn))
 
     def ecg(self) -> None:
-        count = self.style.signal_tokens
+        count = self.style.spec.signal_tokens
         signal = self.style.words.id(SIGNAL_TOKEN)
         assert signal is not None, "checked when the style was made"
         self.segments.append(Segment(SIGNAL_TOKEN * count, (signal,) * count, False))
@@ -130,7 +141,7 @@ class Writer:
         self.template(form.user[1])
 
     def assistant(self, text: str) -> None:
-        form, thought = self.style.form, self.style.thinking and text.startswith(THINK_PREFIX)
+        form, thought = self.style.form, self.style.spec.explicit_thinking and text.startswith(THINK_PREFIX)
         self._header(text)
         if not text:  # only with compat: the reference leaves the header of an empty answer open
             return
@@ -191,7 +202,7 @@ def text_draft(style: Style, ecgs: int, text: str | None) -> Draft:
     """The pretraining form: ECGs and a text; None: only what comes before the text."""
     writer, (bos, eos) = Writer(style), style.form.pretrain
     writer.template(bos)
-    for _ in range(ecgs if style.signal_tokens else 0):
+    for _ in range(ecgs if style.spec.signal_tokens else 0):
         writer.ecg()
         writer.signal_segments = len(writer.segments)
         writer.text("\n")
@@ -206,8 +217,8 @@ def text_draft(style: Style, ecgs: int, text: str | None) -> Draft:
 
 
 def fitted_chat(style: Style, messages: list[Message], opening: str | None = None) -> Draft:
-    """The draft (`chat_draft`), shortened to `style.max_len` in the order that chat.py sets out."""
-    draft, limit, is_open = chat_draft(style, messages, opening), style.max_len, opening is not None
+    """The draft (`chat_draft`), shortened to `style.spec.max_len` in the order that render.py sets out."""
+    draft, limit, is_open = chat_draft(style, messages, opening), style.spec.max_len, opening is not None
     if limit is None or len(draft.ids) <= limit:
         return draft
     if style.by_tokens and not is_open:
@@ -234,7 +245,7 @@ def fitted_chat(style: Style, messages: list[Message], opening: str | None = Non
 
 def fitted_text(style: Style, ecgs: int, text: str) -> Draft:
     """The pretraining draft; where it is too long the end of the text goes, and the eos with it."""
-    draft, limit = text_draft(style, ecgs, text), style.max_len
+    draft, limit = text_draft(style, ecgs, text), style.spec.max_len
     if limit is None or len(draft.ids) <= limit:
         return draft
     if style.by_tokens:
@@ -253,7 +264,7 @@ def _cut(style: Style, draft: Draft, limit: int, is_open: bool = False) -> Draft
     """The first `limit` tokens; UserError unless at least one of them is learnt, or all that is open fits."""
     least = len(draft.ids) if is_open or not any(draft.learn) else draft.learn.index(True) + 1
     if least > limit:
-        signals = draft.ecgs * style.signal_tokens
+        signals = draft.ecgs * style.spec.signal_tokens
         expected = f"at least {least} for this conversation, {signals} of them the ECG's"
         raise UserError("data.max_len", str(limit), expected, "raise data.max_len or lower encoder.tokens")
     ids = draft.ids[:limit]
@@ -263,7 +274,7 @@ def _cut(style: Style, draft: Draft, limit: int, is_open: bool = False) -> Draft
 def _labels(style: Style, ids: Sequence[int]) -> list[bool]:
     form, words = style.form, style.words
     assert form.reference_start is not None, "families that the reference has not are written our way"
-    skip = words.encode(THINK_PREFIX, True) if style.thinking else ()
+    skip = words.encode(THINK_PREFIX, True) if style.spec.explicit_thinking else ()
     final = style.form_id(form.final) if form.final else None
     start, end = words.encode(form.reference_start, True), style.form_id(form.answer[1])
     watched = chat_compat.Watched(style.form_id(form.pretrain[0]), start, end, final, skip)

@@ -16,13 +16,13 @@ import pytest
 from texts import chat_tokenizer, write_records
 
 from elm_jax.config import DataConfig
-from elm_jax.data.dataset import Dataset, TextSpec, cuts, read_system_prompt, text_spec
+from elm_jax.data.dataset import Dataset, cuts, read_system_prompt, text_spec
 from elm_jax.data.demo import demo_tokenizer
 from elm_jax.data.loader import unusable
 from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import Record, load_records
 from elm_jax.errors import UserError
-from elm_jax.text.render import add_tokens
+from elm_jax.text.render import TextSpec, add_tokens
 
 ANSWERED = [{"from": "human", "value": "Is this normal?"}, {"from": "gpt", "value": "yes"}]
 UNANSWERED = ANSWERED[:1]

@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 
-from elm_jax.data.dataset import TextSpec
 from elm_jax.data.demo import demo_tokenizer
 from elm_jax.errors import UserError
 from elm_jax.exchange.chat_template import chat_template
-from elm_jax.text.render import CHAT_FORMS, add_tokens, render, render_prompt
+from elm_jax.text.render import CHAT_FORMS, TextSpec, add_tokens, render, render_prompt
 from elm_jax.text.vocabulary import load_tokenizer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"

@@ -15,13 +15,14 @@ from elm_jax.errors import UserError
 from elm_jax.text.render import (
     CHAT_FORMS,
     Rendered,
+    TextSpec,
     add_tokens,
     clean_text,
     decode,
     render,
     render_prompt,
-    render_prompts,
     stop_ids,
+    to_prompts,
     to_turns,
 )
 from elm_jax.text.vocabulary import load_tokenizer, vocabulary
@@ -146,7 +147,7 @@ def test_prompts_end_where_the_reference_begins_to_generate(name: str, case: dic
     if "error" in case:
         return
     options = settings(name, case)
-    prompts = render_prompts(case["input"], **options)
+    prompts = to_prompts(case["input"], options.pop("tokenizer"), TextSpec(**options))
     ends = [
         start for start, end in case["response_ranges"] if end - start > 1 or options["phase"] == "pretrain"
     ]

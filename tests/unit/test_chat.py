@@ -18,14 +18,15 @@ from elm_jax.errors import UserError
 from elm_jax.text.render import (
     CHAT_FORMS,
     Rendered,
+    TextSpec,
     Turn,
     add_tokens,
     decode,
     decode_text,
     render,
     render_prompt,
-    render_prompts,
     stop_ids,
+    to_prompts,
     to_turns,
 )
 
@@ -172,7 +173,7 @@ def test_prompts_are_beginnings_of_what_is_trained(
         return
     options = {"system_prompt": SYSTEM, "explicit_thinking": thinking}
     trained = render(conversation(turns), tokenizer(family), family, **options)
-    prompts = render_prompts(conversation(turns), tokenizer(family), family, **options)
+    prompts = to_prompts(conversation(turns), tokenizer(family), TextSpec(family, **options))
     assert len(prompts) == len(said(turns, family))
     for (prompt, gold), text in zip(prompts, said(turns, family), strict=True):
         assert not prompt.supervised.any()
@@ -251,7 +252,7 @@ def test_markers_in_later_questions_hold_their_ecg() -> None:
     turns = asked("First <ecg> here", "yes", "then <ecg> there", "no")
     rendered = render(turns, tokenizer("qwen2"), "qwen2", n_ecgs=2)
     assert "then <signal>\nthere" in rendered.prompt
-    prompts = render_prompts(turns, tokenizer("qwen2"), "qwen2", n_ecgs=2)
+    prompts = to_prompts(turns, tokenizer("qwen2"), TextSpec("qwen2"), n_ecgs=2)
     assert [prompt.signal_positions.shape for prompt, _ in prompts] == [(1, 1), (2, 1)]
     short = render(turns, tokenizer("qwen2"), "qwen2", n_ecgs=2, max_len=len(rendered.ids) - 2)
     assert "user\n<signal>\nthen <signal>\nthere" in short.prompt, "the dropped turn's ECG comes first"
@@ -352,7 +353,7 @@ def test_explicit_thinking_opens_every_response() -> None:
 
 def test_an_answer_without_a_thought_is_asked_for_as_it_is_learnt() -> None:
     said = asked("Rate?", "<think>\nBeats.</think> 61", "Sure?", "Yes")
-    prompts = render_prompts(said, tokenizer("qwen2"), "qwen2", explicit_thinking=True)
+    prompts = to_prompts(said, tokenizer("qwen2"), TextSpec("qwen2", explicit_thinking=True))
     assert [gold for _, gold in prompts] == ["Beats.</think> 61", "Yes"]
     assert prompts[0][0].prompt.endswith("<|im_start|>assistant\n<think>\n")
     assert prompts[1][0].prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
@@ -374,7 +375,7 @@ def test_markers_say_how_many_ecgs_there_are_where_nobody_does() -> None:
         assert found.signal_positions.shape == (ecgs, 2)
         assert found.ids.tolist() == write(two, tokenizer("qwen2"), "qwen2", signal_tokens=2, n_ecgs=3).ids.tolist()
     assert render(asked("Normal?", "no"), tokenizer("qwen2"), "qwen2").signal_positions.shape == (1, 1)
-    first, second = (p for p, _ in render_prompts(two, tokenizer("qwen2"), "qwen2", signal_tokens=2))
+    first, second = (p for p, _ in to_prompts(two, tokenizer("qwen2"), TextSpec("qwen2", signal_tokens=2)))
     assert first.signal_positions.shape == (2, 2) and second.signal_positions.shape == (3, 2)
 
 
@@ -393,7 +394,7 @@ def test_pretraining_learns_the_whole_text(family: str) -> None:
         rendered = render(text, tokenizer(family), family, phase="pretrain", signal_tokens=3, n_ecgs=2)
         assert answers(rendered, family) == [text]
         assert rendered.signal_end == rendered.signal_positions[-1, -1] + 1 and rendered.system_end == 0
-    (prompt, gold), *_ = render_prompts(text, tokenizer(family), family, phase="pretrain", signal_tokens=3)
+    (prompt, gold), *_ = to_prompts(text, tokenizer(family), TextSpec(family, 3, phase="pretrain"))
     assert gold == text and prompt.prompt.endswith("<signal>\n")
     told = render(asked("Q?", "one", "R?", "two"), tokenizer(family), family, phase="pretrain")
     assert answers(told, family) == ["one\ntwo"] and "Q?" not in told.prompt

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from elm_jax.text.render import add_tokens, decode, render, render_prompt, render_prompts, stop_ids
+from elm_jax.text.render import TextSpec, add_tokens, decode, render, render_prompt, stop_ids, to_prompts
 
 TALK = [
     {"from": "system", "value": "Be brief."},
@@ -79,7 +79,7 @@ def test_llama2_without_a_system_prompt_begins_with_the_question(llama2):
 def test_prompts_are_the_beginnings_of_what_is_learnt(family, request):
     tok = request.getfixturevalue(family)
     whole = render(TALK, tok, family).ids.tolist()
-    prompts = render_prompts(TALK, tok, family)
+    prompts = to_prompts(TALK, tok, TextSpec(family))
     assert [gold.strip() for _, gold in prompts] == ["a time", "the end"]
     for prompt, _ in prompts:
         assert prompt.ids.tolist() == whole[: len(prompt.ids)]
