@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from elm_jax.data.prepare import register_dataset
     from elm_jax.ecg.recording import read_ecg, to_segment
     from elm_jax.errors import UserError
     from elm_jax.inference.generate import generate
@@ -21,6 +22,7 @@ _HOME = {
     "load_encoder": "elm_jax.weights.encoders",
     "load_llm": "elm_jax.weights.load",
     "read_ecg": "elm_jax.ecg.recording",
+    "register_dataset": "elm_jax.data.prepare",
     "render": "elm_jax.text.render",
     "to_segment": "elm_jax.ecg.recording",
 }
@@ -33,6 +35,7 @@ __all__ = [
     "load_encoder",
     "load_llm",
     "read_ecg",
+    "register_dataset",
     "render",
     "to_segment",
 ]

@@ -10,12 +10,14 @@ Flags are written as ml_collections has them: `--config FILE` or `--config=FILE:
 """
 
 import argparse
+import contextlib
 import inspect
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +29,7 @@ from elm_jax import config, schema
 from elm_jax.config import SCHEMA, Config
 from elm_jax.errors import UserError, closest, nearest, printable
 
-USAGE = "--config FILE, --config.KEY=VALUE, --debug or --help"
+USAGE = "--config FILE, --config.KEY=VALUE, --register FILE, --debug or --help"
 PACKAGED = Path(__file__).parent / "configs"
 
 
@@ -54,15 +56,41 @@ def guard(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
     """Call `command(argv)` and return the exit status: its own, 0 for None, that of a UserError (2, rarely 75).
 
     A UserError is one line on stderr, after the traceback if `--debug` is among the arguments. SystemExit and
-    all other exceptions pass through.
+    all other exceptions pass through. The files of `--register FILE` are imported first.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if logging.lastResort is not None:  # what shows warnings unless a program sets up its own log
         logging.lastResort.setFormatter(_Printable())
     try:
-        return command(args) or 0
+        return command(_without_registered(args)) or 0
     except UserError as error:
         return _report(error, "--debug" in args)
+
+
+def _without_registered(args: Sequence[str]) -> list[str]:
+    """The arguments after each `--register FILE`, which imports a file that calls `elm_jax.register_...`."""
+    rest, waiting = [], list(args)
+    while waiting:
+        arg = waiting.pop(0)
+        flag, equals, file = arg.partition("=")
+        if flag == "--register":
+            _import(file if equals else _following(arg, waiting))
+        else:
+            rest.append(arg)
+    return rest
+
+
+def _import(file: str) -> None:
+    """Import a file of the user's, as a module that is called as it is: workers of a loader can import it too."""
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise UserError("--register", f"no file {file}", "a Python file", "correct the path")
+    _look_beside(path)
+    with _named_errors(file, path):
+        module = import_module(path.stem)
+        if Path(module.__file__ or "").resolve() != path:
+            found = f"{file}, called as {module.__file__}"
+            raise UserError("--register", found, "a name of its own", "rename the file")
 
 
 class _Printable(logging.Formatter):
@@ -88,6 +116,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of user errors"
         )
+        self.add_argument(  # `guard` has taken it
+            "--register", metavar="FILE", default=argparse.SUPPRESS,
+            help="import a file of yours first, which adds an encoder, a dataset ... (docs/extend.md)",
+        )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
         """Raise `message`, which argparse words, as a UserError."""
@@ -160,12 +192,13 @@ class ConfigFlags:
 def read_config_file(argument: str) -> tuple[dict[str, Any], str]:
     """What get_config of `FILE` or `FILE:ARGUMENT` returns, as a dict, and the run's name that it implies.
 
-    A file `configs/X.py` or `configs/FOLDER/X.py` that is not there is taken from the package. Whatever the file
-    raises is a UserError that names its line.
+    A file `configs/X.py` or `configs/FOLDER/X.py` that is not there is taken from the package. What lies beside a file
+    it can import.
     """
     named, _, text = argument.partition(":")
     path = _find(named)
-    try:
+    _look_beside(path)
+    with _named_errors(named, path):
         loader = SourceFileLoader(f"_config_{path.stem}", str(path))
         module = ModuleType(loader.name)
         module.__file__ = str(path)
@@ -173,21 +206,31 @@ def read_config_file(argument: str) -> tuple[dict[str, Any], str]:
         if not callable(getattr(module, "get_config", None)):
             raise UserError(named, "no function get_config", "get_config() -> ConfigDict", "define it")
         result = module.get_config(*([text] if text else []))
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{named}{_line(error, path)}",
-            f"{type(error).__name__}: {error}",
-            "a config file that runs",
-            "mend it",
-        ) from error
     if not isinstance(result, ConfigDict | dict):
         raise UserError(
             named, f"get_config() returning {type(result).__name__}", "a ConfigDict", "return one"
         )
     tree = result.to_dict() if isinstance(result, ConfigDict) else result
     return tree, "_".join([path.stem, *text.replace("/", " ").split()])
+
+
+def _look_beside(path: Path) -> None:
+    """Let a file of the user's import what lies beside it, as a script can; last, so that it takes no other's place."""
+    folder = path.resolve().parent
+    if PACKAGED not in (folder, *folder.parents) and str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+@contextlib.contextmanager
+def _named_errors(named: str, path: Path) -> Iterator[None]:
+    """Whatever a file of the user's raises is a UserError that names its line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+        raise UserError(f"{named}{_line(error, path)}", found, "a Python file that runs", "mend it") from error
 
 
 def _find(named: str) -> Path:
@@ -248,6 +291,6 @@ def _help(main: Callable[..., Any]) -> str:
     module = sys.modules[main.__module__]
     name = module.__spec__.name if module.__spec__ else module.__name__
     text = inspect.getdoc(module) or inspect.getdoc(main) or ""
-    usage = f"usage: python -m {name} --config FILE [--config.KEY=VALUE ...] [--debug]"
+    usage = f"usage: python -m {name} --config FILE [--config.KEY=VALUE ...] [--register FILE] [--debug]"
     files = f"config files of the package: {', '.join(_packaged())}"
     return f"{usage}\n\n{text}\n\n{files}\n\nkeys, with default and type:\n{config.help_text()}"

@@ -4,7 +4,7 @@
   python -m elm_jax.prepare ecg_qa --raw Q --records O/ptb_xl/preprocessed_2500 --out O/ecg_qa.parquet
 
 Train on the result with data.root=O and data.names naming a table. A second run goes on where the first
-stopped.
+stopped. A dataset of your own: docs/add_a_dataset.md.
 """
 
 import sys
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from elm_jax import cli, compat
+from elm_jax.data.prepare import DATASETS
 from elm_jax.data.prepare.ecg_qa import FORMS, Settings, prepare_ecg_qa
-from elm_jax.data.prepare.ptb_xl import prepare_ptb_xl
+from elm_jax.data.prepare.runner import prepare_dataset
 from elm_jax.errors import UserError, nearest, printable
 
 
@@ -36,23 +37,20 @@ def _parser() -> cli.Parser:
         prog="python -m elm_jax.prepare", description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     datasets = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
-    ptb_xl = datasets.add_parser("ptb_xl", help="PTB-XL: WFDB records and reports")
-    ptb_xl.add_argument(
-        "--raw", type=Path, required=True, help="folder with ptbxl_database.csv and records500"
-    )
-    ptb_xl.add_argument("--out", type=Path, required=True, help="folder for the segments and tables")
-    ptb_xl.add_argument("--sampling-rate", type=float, default=250, help="Hz after resampling")
-    ptb_xl.add_argument("--segment-len", type=int, default=2500, help="samples of a segment")
-    ptb_xl.add_argument(
-        "--compat", default="", help="spline_resampling: resample as the reference does, with no low-pass"
-    )
-    ptb_xl.add_argument(
-        "--report-language",
-        choices=["as-is"],
-        default="as-is",
-        help="reports are kept in the language they were written in, mostly German",
-    )
-    ptb_xl.set_defaults(prepare=_ptb_xl)
+    for name, dataset in DATASETS.items():
+        own = datasets.add_parser(name, help=f"{dataset.title}: {dataset.holds}")
+        own.add_argument("--raw", type=Path, required=True, help=f"folder with {dataset.holds}")
+        own.add_argument("--out", type=Path, required=True, help="folder for the segments and tables")
+        own.add_argument("--sampling-rate", type=float, default=250, help="Hz after resampling")
+        own.add_argument("--segment-len", type=int, default=2500, help="samples of a segment")
+        own.add_argument(
+            "--compat", default="", help="spline_resampling: resample as the reference does, with no low-pass"
+        )
+        own.add_argument(
+            "--report-language", choices=["as-is"], default="as-is",
+            help="reports are kept in the language they were written in (PTB-XL's are mostly German)",
+        )  # fmt: skip
+        own.set_defaults(prepare=_recordings)
     ecg_qa = datasets.add_parser("ecg_qa", help="ECG-QA on prepared PTB-XL")
     ecg_qa.add_argument("--raw", type=Path, required=True, help="ECG-QA's folder ptbxl, or one that holds it")
     ecg_qa.add_argument("--out", type=Path, required=True, help="the table (.parquet), or a folder for it")
@@ -75,10 +73,13 @@ def _parser() -> cli.Parser:
     return parser
 
 
-def _ptb_xl(args: Namespace) -> dict[str, Any]:
+def _recordings(args: Namespace) -> dict[str, Any]:
     names = tuple(filter(None, args.compat.split(",")))
     compat.check(names)
-    return prepare_ptb_xl(args.raw, args.out, args.sampling_rate, args.segment_len, compat=names)
+    dataset = DATASETS[args.dataset]
+    return prepare_dataset(
+        args.dataset, dataset, args.raw, args.out, args.sampling_rate, args.segment_len, compat=names
+    )
 
 
 def _ecg_qa(args: Namespace) -> dict[str, Any]:

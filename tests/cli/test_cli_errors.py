@@ -11,6 +11,7 @@ from elm_jax import cli, schema
 from elm_jax.cli import ConfigFlags
 from elm_jax.config import SCHEMA, Config
 from elm_jax.errors import UserError
+from elm_jax.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -302,3 +303,51 @@ def test_help_tells_of_the_command_and_every_key_without_importing_jax(tmp_path:
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
     done = subprocess.run([*python, "--config"], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stdout == ""
+
+
+# ---- files of the user's that add to the package
+
+
+def test_a_registered_file_is_imported_once_as_it_is_called_and_may_import_what_lies_beside(tmp_path: Path) -> None:
+    (tmp_path / "beside_mine.py").write_text("NUMBER = 7\n")
+    (tmp_path / "mine_to_register.py").write_text("import beside_mine\nBESIDE = beside_mine.NUMBER\n")
+    got: list[list[str]] = []
+    assert cli.guard(got.append, ["a", "--register", str(tmp_path / "mine_to_register.py"), "b"]) == 0
+    assert cli.guard(got.append, [f"--register={tmp_path}/mine_to_register.py"]) == 0
+    assert got == [["a", "b"], []] and sys.modules["mine_to_register"].BESIDE == 7
+
+
+def test_a_config_file_imports_what_lies_beside_it(config_file, tmp_path: Path) -> None:
+    (tmp_path / "beside_a_config.py").write_text("SEED = 11\n")
+    path = config_file("import beside_a_config\ndef get_config(): return {'seed': beside_a_config.SEED}")
+    status, config = command(["--config", path])
+    assert status == 0 and config is not None and config.seed == 11
+
+
+@pytest.mark.parametrize(
+    "body, says",
+    [
+        (None, "--register: found no file"),
+        ("x = 1\nraise ValueError('oh')", "json.py line 2: found ValueError: oh"),
+        ("x = (", "line 1: found SyntaxError"),
+        ("", "json.py, called as"),
+    ],
+)
+def test_a_file_that_cannot_be_registered_is_named(tmp_path: Path, capsys, body: str | None, says: str) -> None:
+    name = "json" if body == "" else f"unregistered_{abs(hash(says))}_json"  # the first is Python's own
+    if body is not None:
+        (tmp_path / f"{name}.py").write_text(body)
+    assert cli.guard(lambda _: 0, ["--register", str(tmp_path / f"{name}.py")]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_names_of_the_package_are_not_taken_and_own_ones_may_be_given_again() -> None:
+    rows = Registry("encoder.name", {"merl": 1})
+    rows.register("mine", 2)
+    rows.register("mine", 3)
+    assert rows.find("mine") == 3
+    for name, says in (("merl", "a name of the package"), ("a b", "no identifier")):
+        with pytest.raises(UserError, match=says):
+            rows.register(name, 4)
+    with pytest.raises(UserError, match="did you mean 'mine'.*--register FILE"):
+        rows.find("minee")

@@ -13,7 +13,8 @@ import wfdb
 
 from elm_jax.config import DataConfig
 from elm_jax.data.prepare.ecg_qa import Settings, prepare_ecg_qa
-from elm_jax.data.prepare.ptb_xl import prepare_ptb_xl, read_index
+from elm_jax.data.prepare.ptb_xl import PTB_XL, read_index
+from elm_jax.data.prepare.runner import RawRecording, prepare_dataset
 from elm_jax.data.prepare.splits import leaks, split_of
 from elm_jax.data.represent import SignalSpec
 from elm_jax.data.sources import load_records
@@ -56,7 +57,7 @@ def raw(tmp_path_factory):
 
 
 def prepare(raw, out, **kwargs):
-    return prepare_ptb_xl(raw, out, length=200, progress=False, **kwargs)
+    return prepare_dataset("ptb_xl", PTB_XL, raw, out, length=200, progress=False, **kwargs)
 
 
 def question(ids, kind="single-verify", answer=("yes",), number=0):
@@ -112,13 +113,16 @@ def test_segments_are_resampled_as_the_reference_does_by_its_name_and_folders_ar
     np.testing.assert_allclose(found["ecg"], resample_by_spline(source, 500, 250)[:, :200], atol=1e-5)
     with pytest.raises(UserError, match="found segments made with resampling spline; expected resampling low-pass"):
         prepare(raw, tmp_path)
-    report = tmp_path / "prepare_report.json"
+    report = tmp_path / "ptb_xl_report.json"
     before = json.loads(report.read_text())
     del before["resampling"]
     report.write_text(json.dumps(before))
     with pytest.raises(UserError, match="resampling of an earlier version"):
         prepare(raw, tmp_path)
-    report.write_bytes(b"[]")  # which is none
+    report.rename(tmp_path / "prepare_report.json")  # as it was called once
+    with pytest.raises(UserError, match="resampling of an earlier version"):
+        prepare(raw, tmp_path)
+    (tmp_path / "prepare_report.json").write_bytes(b"[]")  # which is none
     assert prepare(raw, tmp_path)["resampling"] == "low-pass"
 
 
@@ -167,7 +171,7 @@ def test_missing_damaged_and_short_records_are_listed_and_the_rest_prepared(tmp_
     assert list(report["missing"]) == ["records500/00000/00001_hr"]
     assert list(report["unreadable"]) == ["records500/00000/00002_hr"]
     assert list(report["too_short"]) == ["records500/00000/00003_hr"]
-    assert json.loads((tmp_path / "out/prepare_report.json").read_text()) == report
+    assert json.loads((tmp_path / "out/ptb_xl_report.json").read_text()) == report
 
 
 def test_nothing_usable_is_an_error_that_names_the_first(tmp_path):
@@ -177,6 +181,17 @@ def test_nothing_usable_is_an_error_that_names_the_first(tmp_path):
     with pytest.raises(UserError, match="no usable record .2 missing; records500/00000/00001_hr"):
         prepare(raw, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", ["../other/records500/00000/00001_hr", "/RAW/records500/00000/00001_hr", ""])
+def test_an_index_may_not_lead_out_of_its_folder(tmp_path, path):
+    raw = make_raw(tmp_path / "raw", 1)
+    make_raw(tmp_path / "other", 1)
+    path = path.replace("/RAW", str(tmp_path / "other"))
+    inside = RawRecording("records500/00000/00001_hr", "1", "train", "x")
+    hostile = replace(PTB_XL, recordings=lambda _: [RawRecording(path, "2", "train", "x"), inside])
+    report = prepare_dataset("ptb_xl", hostile, raw, tmp_path / "out", length=200, progress=False)
+    assert report["records"] == 1 and report["missing"] == {path: "not a path below the raw folder"}
 
 
 def test_records_without_a_report_are_prepared_but_ask_for_none(tmp_path):
@@ -363,7 +378,7 @@ def test_what_is_not_there_is_named(prepared, raw, tmp_path):
 def test_real_recordings_and_questions(shared, tmp_path):
     """225 recordings; 220 questions on 95 of them, and comparisons."""
     raw = shared / "real/ecg/ptbxl"
-    report = prepare_ptb_xl(raw, tmp_path, progress=False)
+    report = prepare_dataset("ptb_xl", PTB_XL, raw, tmp_path, progress=False)
     assert (report["records"], report["segments"], report["patients"]) == (225, 225, 205)
     assert not report["missing"] and not report["patients_in_several_splits"]
     path = tmp_path / "ptb_xl/preprocessed_2500/records500_00000_00002_hr_0.npy"

@@ -1,1 +1,18 @@
-"""Raw downloads to records: one module per dataset, what they share in `output` and `splits`."""
+"""Raw downloads to records: `runner` is the way, with a row of `DATASETS` for each dataset of recordings."""
+
+from elm_jax.data.prepare.ptb_xl import PTB_XL
+from elm_jax.data.prepare.runner import RawDataset, RawRecording
+from elm_jax.registry import Registry
+
+DATASETS: Registry[RawDataset] = Registry("DATASET", {"ptb_xl": PTB_XL})
+
+__all__ = ["DATASETS", "RawDataset", "RawRecording", "register_dataset"]
+
+
+def register_dataset(name: str, dataset: RawDataset) -> None:
+    """Let `prepare NAME` read a dataset; what it makes is called by the name.
+
+    Raises:
+        UserError: the name is no identifier, or one of the package's datasets.
+    """
+    DATASETS.register(name, dataset)

@@ -13,14 +13,16 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from elm_jax.data.prepare.output import PTB_XL_REPORTS, compact, write_table
-from elm_jax.data.prepare.ptb_xl import INDEX, read_index, segment_counts
+from elm_jax.data.prepare.output import compact, write_table
+from elm_jax.data.prepare.ptb_xl import INDEX, read_index
+from elm_jax.data.prepare.runner import segment_counts
 from elm_jax.data.prepare.splits import SPLITS, leaks, split_of
 from elm_jax.data.table_files import KINDS
 from elm_jax.errors import UserError
 from elm_jax.folders import write_json
 from elm_jax.json_text import parse_json
 
+PTB_XL_REPORTS = "ptb_xl_reports.parquet"  # as `prepare ptb_xl` leaves it
 FORMS = ("paraphrased", "template")
 OFFICIAL = {"train": "train", "valid": "val", "test": "test"}
 SplitRule = Literal["patient", "official", "strat_fold"]

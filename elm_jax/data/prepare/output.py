@@ -10,8 +10,6 @@ import numpy as np
 from elm_jax.ecg.recording import LEADS, Recording
 from elm_jax.folders import write_atomic
 
-PTB_XL_FOLDER, PTB_XL_REPORTS = "ptb_xl", "ptb_xl_reports.parquet"
-
 
 def write_segment(
     path: Path, root: Path, window: np.ndarray, source: Recording, ecg_path: str, rate: float

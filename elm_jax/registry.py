@@ -1,0 +1,42 @@
+"""Tables that a user's own file may add rows to: encoders, views, objectives, datasets, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from elm_jax.errors import UserError, nearest
+
+Row = TypeVar("Row")
+
+
+class Registry(dict[str, Row]):
+    """Rows by name. `where`: what an error names, a config key or a flag."""
+
+    def __init__(self, where: str, rows: Mapping[str, Row]) -> None:
+        super().__init__(rows)
+        self.where, self._packaged = where, frozenset(rows)
+
+    def register(self, name: str, row: Row) -> None:
+        """Add a row. A name may be registered again (a file is run again), but not taken from the package.
+
+        Raises:
+            UserError: the name is no identifier, or the package's own.
+        """
+        if not name.isidentifier():
+            raise UserError(f"{self.where} {name!r}", "no identifier", "letters, digits and _", "rename it")
+        if name in self._packaged:
+            raise UserError(f"{self.where} {name!r}", "a name of the package", "a name of its own", "rename it")
+        self[name] = row
+
+    def find(self, name: str, fix: str = "") -> Row:
+        """The row of a name; `fix` is the advice where no name is nearly the same.
+
+        Raises:
+            UserError: there is none.
+        """
+        if name not in self:
+            found = nearest(str(name), self) or fix or "choose one of them"
+            advice = f"{found}; where a file of yours registers it, add --register FILE"
+            raise UserError(self.where, repr(name), f"one of {', '.join(self)}", advice)
+        return self[name]
