@@ -39,12 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser.parse_args(argv)
         if options.json and not options.json.absolute().parent.is_dir():
             raise UserError("--json", f"no folder {options.json.parent}", "a file in a folder that exists", "make it")
-        return report(chain(checks.examine(), trials.examine()), options.json)
     except UserError as error:
         if "--debug" in (sys.argv[1:] if argv is None else argv):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return report(chain(checks.examine(checks.HOST_CHECKS), trials.findings()), options.json)
 
 
 def report(findings: Iterable[Finding], path: Path | None) -> int:
@@ -56,12 +56,11 @@ def report(findings: Iterable[Finding], path: Path | None) -> int:
     for finding in findings:
         print(finding, flush=True)
         found.append(finding)
-    failed = [finding for finding in found if finding.status == FAIL]
+    failed, notes = (sum(finding.status == status for finding in found) for status in (FAIL, NOTE))
     if path:
         content = {"ok": not failed, "findings": [asdict(finding) for finding in found]}
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    notes = sum(finding.status == NOTE for finding in found)
-    print(f"\n{len(found)} checks: {len(failed)} failed, {notes} with a note")
+    print(f"\n{len(found)} checks: {failed} failed, {notes} with a note")
     return 1 if failed else 0
 
 
