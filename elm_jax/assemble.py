@@ -16,13 +16,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from elm_jax import compat as behaviours
 from elm_jax.config import Config
 from elm_jax.data.dataset import Dataset, TextSpec, text_spec
 from elm_jax.data.ecg_tokens import EcgTokens, add_ecg_tokens
 from elm_jax.data.represent import SignalSpec, signal_spec
 from elm_jax.data.sources import load_records
-from elm_jax.ecg.images import PROCESSING, Processing
 from elm_jax.errors import UserError, some
 from elm_jax.folders import ECG_BYTE, read_json, run_folder, tokenizer_of
 from elm_jax.models.attention import choose_attention
@@ -103,7 +101,7 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
     )
     text = text_spec(config.data, family, config.encoder.tokens, config.phase, config.compat)
     encoder = _encoder_fields(config)
-    processing = _processing(config.encoder.name, encoder, config.compat)
+    processing = kind_of(name).image_processing(encoder, config.compat) if (name := config.encoder.name) else None
     signal = signal_spec(config.data, config.seed, processing, symbols, config.compat)
     structure = structure_of(lambda: _build(config, llm, encoder))
     return Assembly(config, tokenizer, text, signal, llm, folder, encoder, structure)
@@ -213,19 +211,6 @@ def _encoder_fields(config: Config) -> dict[str, Any]:
     return encoder_config(name, config.encoder.checkpoint, sizes | config.encoder.config)
 
 
-def _processing(name: str | None, fields: Mapping[str, Any], compat: tuple[str, ...]) -> Processing | None:
-    """How the encoder called `name` wants its images; None where it reads signals."""
-    if name not in PROCESSING:
-        return None
-    usual, sizes = PROCESSING[name], ENCODERS[name].config(fields)
-    if usual.patch is not None:
-        return replace(usual, patch=sizes.patch_size)
-    edge = sizes.image_size
-    if not behaviours.enabled("clip_centre_crop", compat):  # which would cut off the outer leads
-        usual = usual.whole()
-    return replace(usual, size=(edge, edge), shortest_edge=None if usual.shortest_edge is None else edge)
-
-
 def _check_parts(config: Config) -> None:
     """Raise UserError unless elm, encoder and representation fit each other."""
     elm, name, representation = config.elm, config.encoder.name, config.data.representation
@@ -236,12 +221,11 @@ def _check_parts(config: Config) -> None:
         raise UserError("encoder.name", "None", f"an ECG encoder for elm={elm}: {known}", "set --config.encoder.name")
     if not encoded and name is not None:
         raise UserError("encoder.name", name, f"no encoder with elm={elm}", "leave it out, or choose a LLaVA")
-    if name is not None:
-        kind_of(name)
+    of_images = name is not None and kind_of(name).processing is not None
     for part, exists in (("encoder", encoded), ("connector", kind is not None)):
         if part in config.update and not exists:
             raise UserError("update", part, f"no {part} with elm={elm}", "leave it out, or choose another elm")
-    fitting = ("symbolic",) if kind is None else ("rgb", "stacked_signal") if name in PROCESSING else ("signal",)
+    fitting = ("symbolic",) if kind is None else ("rgb", "stacked_signal") if of_images else ("signal",)
     if representation not in fitting:
         what = f"encoder.name={name}" if encoded else f"elm={elm}"
         raise UserError(
@@ -268,7 +252,7 @@ def _check_parts(config: Config) -> None:
          f"1 for elm={elm}"),
         (kind is None or data.ecg_tokenizer is None, "data.ecg_tokenizer", data.ecg_tokenizer,
          "None but for elm=ecg_byte"),
-        (name in PROCESSING or not data.augment_rgb, "data.augment_rgb", True,
+        (of_images or not data.augment_rgb, "data.augment_rgb", True,
          "false without an encoder of images"),
         (kind == "mlp" or config.connector.hidden is None, "connector.hidden", config.connector.hidden,
          "None but for elm=mlp_llava"),

@@ -19,11 +19,12 @@ from PIL import Image
 
 from elm_jax.ecg import rasterize
 from elm_jax.ecg.augment import augment_ecg, augment_image
-from elm_jax.ecg.images import PROCESSING, process, stacked
+from elm_jax.ecg.images import CLIP, SIGLIP2, VIT, process, stacked
 from elm_jax.ecg.recording import LEADS, normalize
 from elm_jax.ecg.synthetic import synthesize
 
 RATE, SAMPLES = 250.0, 2500
+PROCESSING = {"clip": CLIP, "vit": VIT, "siglip2": SIGLIP2}
 
 
 def main() -> None:

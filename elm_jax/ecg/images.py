@@ -45,17 +45,15 @@ class Processing:
 
 
 _HALF = (0.5, 0.5, 0.5)
-PROCESSING: dict[str, Processing] = {
-    "clip": Processing(
-        mean=(0.48145466, 0.4578275, 0.40821073),
-        std=(0.26862954, 0.26130258, 0.27577711),
-        resample=BICUBIC,
-        size=(224, 224),
-        shortest_edge=224,
-    ),
-    "vit": Processing(_HALF, _HALF, BILINEAR, size=(224, 224)),
-    "siglip2": Processing(_HALF, _HALF, BILINEAR, patch=16, max_patches=256),
-}
+CLIP = Processing(
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    resample=BICUBIC,
+    size=(224, 224),
+    shortest_edge=224,
+)
+VIT = Processing(_HALF, _HALF, BILINEAR, size=(224, 224))
+SIGLIP2 = Processing(_HALF, _HALF, BILINEAR, patch=16, max_patches=256)
 
 
 def stacked(unit: np.ndarray) -> np.ndarray:

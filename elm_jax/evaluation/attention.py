@@ -6,7 +6,6 @@ causes the answer: `dependence` tells that. T tokens, N signal tokens of an ECG,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,31 +25,6 @@ from elm_jax.models.pooling import pooling_weights
 from elm_jax.runtime.mesh import MeshPlacement
 
 Part = tuple[int, int, int, int]  # of a signal: first lead, last lead, first sample, last sample; ends excluded
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """The positions that an encoder pools to its tokens, in their order, as sections of a line of samples.
-
-    The line is the time, L, of all leads at once; `by_lead`: the leads one after the other, C·L. edges: from the
-    encoder's config and the line's length, where each position begins and, at last, where the last one ends. CLS has
-    no length.
-    """
-
-    edges: Callable[[Any, int], Sequence[int]]
-    by_lead: bool = False
-
-
-POOLED = {
-    # Its strides make 16: position k is made of samples on both sides of 16 k, and stands for those next to it.
-    "merl": Pooled(lambda config, length: (0, *range(8, length - 8, 16), length)),
-    "st_mem": Pooled(lambda config, length: range(0, length + 1, config.patch_size), by_lead=True),
-    "mtae": Pooled(lambda config, length: (0, *range(0, length + 1, config.patch_size))),
-    "mlae": Pooled(
-        lambda config, length: (0, *range(0, length + 1, config.patch_size * config.seq_len)), by_lead=True
-    ),
-    "siglip_ecg": Pooled(lambda config, length: range(0, length + 1, config.patch_size)),
-}
 
 
 @dataclass(frozen=True)
@@ -174,12 +148,12 @@ def _spans(model: TrainedModel, ids: np.ndarray, count: int) -> list[list[Part]]
     whole = [(0, leads, 0, samples)]
     if spec.tokens is not None:
         return _symbol_spans(spec, ids)
-    if spec.processing is not None:
-        return [whole] * count  # one vector of an image, from a CLS token, a mean or attention over all patches
     if name is None:  # the connector's patches are the tokens
         by_lead, edges = False, range(0, samples + 1, samples // count)
     else:
-        pooled, config = POOLED[name], ENCODERS[name].config(model.assembly.encoder)
+        pooled, config = ENCODERS[name].pooled, ENCODERS[name].config(model.assembly.encoder)
+        if pooled is None:  # one vector of an image, from a CLS token, a mean or attention over all patches
+            return [whole] * count
         by_lead = pooled.by_lead
         edges = pooled.edges(config, leads * samples if by_lead else samples)
     spans = []

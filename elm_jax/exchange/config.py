@@ -10,7 +10,6 @@ from elm_jax import compat as behaviours
 from elm_jax.assemble import CONNECTORS, Assembly, assemble
 from elm_jax.cli import ConfigFlags, read_config_file
 from elm_jax.config import Config, LoraConfig
-from elm_jax.ecg.images import PROCESSING
 from elm_jax.errors import UserError
 from elm_jax.exchange.facts import Fact, Facts, embedding_of, facts_of, patches_of
 from elm_jax.exchange.source import Source
@@ -114,7 +113,7 @@ def _consequences(flags: ConfigFlags, tree: dict[str, Any], facts: Facts) -> Fac
         if not _is_said(flags, "compat") and not behaviours.enabled(order, asked):
             more["compat"] = Fact((*asked, order), elm.tensor)
     encoder = facts.get("encoder.name")
-    if encoder is not None and encoder.value in PROCESSING and not _is_said(flags, "data.representation"):
+    if encoder is not None and _reads_images(encoder.value) and not _is_said(flags, "data.representation"):
         more["data.representation"] = Fact("rgb", encoder.tensor)
     return more
 
@@ -139,11 +138,15 @@ def _implied(facts: Facts) -> dict[str, Any]:
         implied["encoder.checkpoint"] = None
     if "elm" not in facts:  # of an encoder or an adapter alone
         return implied if encoder is not None else {key: implied[key] for key in ("init_from", "llm.lora.adapter")}
-    pictured = {} if encoder in PROCESSING else {"data.representation": "signal"}
+    pictured = {} if encoder is not None and _reads_images(encoder) else {"data.representation": "signal"}
     return {
         **implied, **pictured, "encoder.name": None, "encoder.config": {}, "connector.hidden": None,
         "llm.lora.rank": 0,
     }  # fmt: skip
+
+
+def _reads_images(encoder: str) -> bool:
+    return ENCODERS[encoder].processing is not None
 
 
 def _phase(source: Source, config: Config, rows: int, said: bool) -> tuple[Assembly, Fact]:

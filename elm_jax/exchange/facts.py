@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-import jax
 import ml_dtypes
 
 from elm_jax.errors import UserError
 from elm_jax.exchange.source import Source
 from elm_jax.models.encoders import ENCODERS
-from elm_jax.models.encoders.mae import HEAD_DIM, PATCHINGS, MaeConfig
-from elm_jax.models.encoders.merl import LAYOUTS, MerlConfig, bottleneck
+from elm_jax.models.encoders.checkpoints import Tensors
 from elm_jax.weights.load import read_json
-from elm_jax.weights.releases import published_names
 
-Shapes = Mapping[str, jax.ShapeDtypeStruct]
-_LEADS = 12  # of which the patches of MTAE are made, and by whose number those of MLAE are known
 _LORA_A = re.compile(r".*\.layers?\.\d+\.|.*\.h\.\d+\.")
 
 
@@ -37,7 +31,7 @@ Facts = dict[str, Fact]
 def facts_of(source: Source) -> Facts:
     """Every key that a checkpoint of a model or an encoder decides. Raises UserError for names of neither."""
     if source.kind == "encoder":
-        return _encoder(_unwrapped(source, ""), source)
+        return _encoder(source, "")
     return _model(source)
 
 
@@ -56,7 +50,7 @@ def _model(source: Source) -> Facts:
     info, table = source.info, embedding_of(source)
     facts = _connector(source)
     if facts["elm"].value.endswith("_llava"):
-        facts |= _encoder(_unwrapped(source, "encoder."), source)
+        facts |= _encoder(source, "encoder.")
     dtype = "bfloat16" if info[table].dtype == ml_dtypes.bfloat16 else "float32"
     facts |= {f"llm.{which}_dtype": Fact(dtype, table) for which in ("compute", "param")}
     return facts | _lora(source)
@@ -114,48 +108,19 @@ def _lora(source: Source) -> Facts:
     return {"llm.lora.rank": Fact(int(spec.shape[0]), name), "llm.lora.targets": Fact(targets, name)}
 
 
-def _unwrapped(source: Source, prefix: str) -> dict[str, str]:
-    """The encoder's own names, without `prefix` and the module around a Hugging Face model -> the checkpoint's."""
-    mine = {name.removeprefix(prefix): name for name in source.info if name.startswith(prefix)}
-    return {name.removeprefix("vision_encoder."): theirs for name, theirs in mine.items()}
-
-
-def encoder_of(names: Mapping[str, Any], source: Source) -> str:
-    """Which encoder has tensors of these names. Raises UserError for none."""
-    for name in ENCODERS:
-        published = published_names(name, names.keys()).values()
-        if any(each.startswith(_SIGNS[name]) for each in published):
-            return _among_autoencoders(names, source) if name == "mtae" else name
+def _encoder(source: Source, prefix: str) -> Facts:
+    """Which encoder's tensors those are whose names begin with `prefix`, and its sizes where they are not the usual."""
+    mine = [name for name in source.info if name.startswith(prefix)]
+    for name, kind in ENCODERS.items():
+        own = {each.removeprefix(prefix).removeprefix(kind.wrapper): each for each in mine}
+        names = {published: own[each] for each, published in kind.published(own).items()}
+        tensors = Tensors(str(source.path), source.info, names)
+        sign = None if kind.sign is None else kind.sign(tensors)
+        if sign is not None:
+            told = {"encoder.name": (name, sign), **kind.sizes(tensors)}
+            facts = {key: Fact(value, names.get(theirs, theirs)) for key, (value, theirs) in told.items()}
+            return facts | _of_folder(name, source)
     raise _unlike(source, f"an encoder: {', '.join(ENCODERS)}", "names of none of them")
-
-
-# The first encoder is meant of which a tensor's published name begins so, in the order of ENCODERS.
-_SIGNS: Mapping[str, tuple[str, ...]] = {
-    "merl": ("resnet.conv1.",),
-    "st_mem": ("encoder.sep_embedding",),
-    "mtae": ("encoder.cls_embedding",),
-    "mlae": ("encoder.cls_embedding",),
-    "clip": ("visual_projection.",),
-    "vit": ("vit.embeddings.", "embeddings.patch_embeddings."),
-    "siglip2": ("vision_model.head.",),
-    "siglip_ecg": ("vision_model.",),
-}
-
-
-def _among_autoencoders(names: Mapping[str, str], source: Source) -> str:
-    """MTAE's patches are of time, MLAE's are leads, one or several of which make a patch; its head makes one."""
-    tokens = _shape(source, _named(names, "mtae", "encoder.pos_embedding"), 3)[1]
-    patch = _shape(source, _named(names, "mtae", "encoder.to_patch_embedding.1.weight"), 1)
-    head = _shape(source, _named(names, "mtae", "decoder_head.weight"), 2)
-    return "mlae" if tokens - 1 == _LEADS or patch[0] != head[0] else "mtae"
-
-
-def _encoder(names: Mapping[str, str], source: Source) -> Facts:
-    """The encoder and its sizes, where they are not the usual ones."""
-    name = encoder_of(names, source)
-    sizes = _merl(names, source) if name == "merl" else _autoencoder(name, names, source) if name in PATCHINGS else {}
-    sign = next(theirs for own, theirs in names.items() if published_names(name, names)[own].startswith(_SIGNS[name]))
-    return {"encoder.name": Fact(name, sign), **sizes, **_of_folder(name, source)}
 
 
 def _of_folder(name: str, source: Source) -> Facts:
@@ -164,82 +129,10 @@ def _of_folder(name: str, source: Source) -> Facts:
     return {"encoder.config": Fact(read(read_json(file)), file.name)} if read and file.is_file() else {}
 
 
-def _merl(names: Mapping[str, str], source: Source) -> Facts:
-    conv = _named(names, "merl", "resnet.conv1.weight")
-    width = _shape(source, conv, 3)[0]
-    blocks = [re.match(r"resnet\.layer(\d+)\.(\d+)\.conv(\d)\.", n) for n in published_names("merl", names).values()]
-    found = {tuple(map(int, block.groups())) for block in blocks if block}
-    stages = sorted({stage for stage, *_ in found})
-    depths = tuple(len({block for each, block, _ in found if each == stage}) for stage in stages)
-    deep = any(number == 3 for *_, number in found)
-    kinds = [kind for kind, layout in LAYOUTS.items() if layout[1] == depths and (layout[0] is bottleneck) == deep]
-    if not kinds:
-        raise _unlike(source, f"a ResNet: {', '.join(LAYOUTS)}", f"one of {depths} blocks")
-    facts = {"width": width, "resnet_type": kinds[-1]}
-    usual = MerlConfig()
-    return {f"encoder.config.{k}": Fact(v, conv) for k, v in facts.items() if v != getattr(usual, k)}
-
-
-def _autoencoder(name: str, names: Mapping[str, str], source: Source) -> Facts:
-    """Sizes of ST-MEM, MTAE and MLAE; the length of their ECGs is `data.segment_len`."""
-    own = published_names(name, names.keys())
-    position = _named(names, name, "encoder.pos_embedding")
-    patch = _named(names, name, "encoder.to_patch_embedding.1.weight")
-    qkv = _named(names, name, "encoder.block0.attn.fn.to_qkv.weight")
-    _, tokens, width = _shape(source, position, 3)
-    values = _shape(source, patch, 1)[0]
-    leads = sum(each.startswith("encoder.lead_embeddings.") for each in own.values())
-    size, length = {
-        "st_mem": (values, (tokens - 2) * values),
-        "mtae": (values // _LEADS, (tokens - 1) * (values // _LEADS)),
-        "mlae": (_LEADS // max(1, tokens - 1), values * (tokens - 1) // _LEADS),
-    }[name]
-    fed = _named(names, name, "encoder.block0.ff.fn.net.0.weight")
-    sizes: dict[str, Any] = {
-        "embed_dim": width,
-        "depth": sum(bool(re.fullmatch(r"encoder\.block\d+\.attn\.norm\.weight", each)) for each in own.values()),
-        "num_heads": _shape(source, qkv, 2)[0] // (3 * HEAD_DIM),
-        "mlp_ratio": _ratio(_shape(source, fed, 2)),
-        "qkv_bias": "encoder.block0.attn.fn.to_qkv.bias" in own.values(),
-        "patch_size": size,
-    }
-    if name == "st_mem":
-        sizes["num_leads"] = leads
-    else:
-        to_decoder = _named(names, name, "to_decoder_embedding.weight")
-        decoder_qkv = _named(names, name, "decoder_blocks.0.attn.fn.to_qkv.weight")
-        sizes |= {
-            "decoder_embed_dim": _shape(source, to_decoder, 2)[0],
-            "decoder_depth": sum(
-                bool(re.fullmatch(r"decoder_blocks\.\d+\.attn\.norm\.weight", each)) for each in own.values()
-            ),
-            "decoder_num_heads": _shape(source, decoder_qkv, 2)[0] // (3 * HEAD_DIM),
-        }
-    usual = {field.name: field.default for field in fields(MaeConfig)} | {"patch_size": PATCHINGS[name].size(length)}
-    facts = {f"encoder.config.{k}": Fact(v, qkv) for k, v in sizes.items() if v != usual[k]}
-    return {"data.segment_len": Fact(length, position), **facts}
-
-
-def _ratio(shape: tuple[int, ...]) -> int | float:
-    inner, width = shape
-    return inner // width if inner % width == 0 else inner / width
-
-
-def _named(names: Mapping[str, str], encoder: str, published: str) -> str:
-    """The checkpoint's name of a published one, which the strict comparison will miss if it is not there."""
-    found = [names[own] for own, each in published_names(encoder, names.keys()).items() if each == published]
-    return found[0] if found else published
-
-
 def _shape(source: Source, name: str, rank: int) -> tuple[int, ...]:
     """The shape of a tensor, which has `rank` dimensions of at least one."""
-    if name not in source.info:
-        raise _unlike(source, name, "no such tensor")
-    shape = tuple(int(size) for size in source.info[name].shape)
-    if len(shape) != rank or not all(shape):
-        raise _unlike(source, f"{rank} dimensions of {name}", str(list(shape)))
-    return shape
+    return Tensors(str(source.path), source.info).shape(name, rank)
 
 
 def _unlike(source: Source, expected: str, found: str) -> UserError:
-    return UserError(str(source.path), found, expected, "check that the file is a checkpoint of such a model")
+    return Tensors(str(source.path), source.info).unlike(expected, found)

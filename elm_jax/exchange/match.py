@@ -19,10 +19,8 @@ from elm_jax.models.encoders import ENCODERS
 from elm_jax.models.families import family_of
 from elm_jax.models.functional import Leaf
 from elm_jax.weights.load import NewRows
-from elm_jax.weights.releases import published_names
 
 PIECE = 2**26  # bytes that are copied at once
-_WRAPPER = "vision_encoder."  # the reference's module around an encoder of Hugging Face
 _UNUSED = "nothing that an ECG-language model reads"
 _COUNTER = "a counter that nothing reads"
 _COPY = "a copy of {}"
@@ -120,13 +118,12 @@ def _renamed(source: Source, assembly: Assembly) -> tuple[dict[str, str], dict[s
 def _of_encoder(source: Source, encoder: str, before: str) -> dict[str, str | None]:
     """The checkpoint's names of the encoder's tensors -> those of the table; None for what no embedding needs."""
     kind = ENCODERS[encoder]
-    inside = _WRAPPER if encoder in ("clip", "siglip2", "vit") else ""
     mine = {name: name.removeprefix(before) for name in source.info if name.startswith(before)}
     if before:
-        mine = {name: own.removeprefix(inside) for name, own in mine.items()}
-    published = published_names(encoder, mine.values())
+        mine = {name: own.removeprefix(kind.wrapper) for name, own in mine.items()}
+    published = kind.published(mine.values())
     known = {name: kind.published_name(published[own]) for name, own in mine.items()}
-    return {name: None if own is None else f"encoder.{inside}{own}" for name, own in known.items()}
+    return {name: None if own is None else f"encoder.{kind.wrapper}{own}" for name, own in known.items()}
 
 
 def _checked(
@@ -136,9 +133,10 @@ def _checked(
     where, fix = str(source.path), "check that the file is whole, and of the model that llm.name and encoder.name name"
     names = _names(table)
     missing = [name for name in names if name not in found]
-    may_lack = () if encoder is None else ENCODERS[encoder].absent(source.info.keys())
-    lacking = {names[name] for name in missing if name.removeprefix("encoder.") in may_lack}
-    lacking |= {names[name] for name in missing if name.removeprefix(f"encoder.{_WRAPPER}") in may_lack}
+    kind = ENCODERS.get(encoder or "")
+    may_lack = () if kind is None else kind.absent(source.info.keys())
+    before = "encoder." if kind is None else f"encoder.{kind.wrapper}"
+    lacking = {names[name] for name in missing if name.removeprefix(before) in may_lack}
     missing = [name for name in missing if names[name] not in lacking]
     extra = [found[name] for name in found if name not in names and name not in table.aliases]
     if missing or extra:

@@ -22,7 +22,6 @@ from elm_jax.models.names import Rule
 HEAD = "lm_head.weight"
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before the names of the model that it wraps
 _ADAPTER = "default"  # PEFT's name of the adapter, a part of names in a state dict (not in an adapter's own file)
-_WRAPPED = frozenset({"clip", "siglip2", "vit"})  # encoders that are a Hugging Face model in a module
 _MEAN, _COUNT = ".running_mean", ".num_batches_tracked"
 _VOCABULARY = ("llm.embedding.table", "llm.head.kernel")
 
@@ -86,7 +85,7 @@ def reference_of(
     adapted = {name.removesuffix(".lora.a") for name in leaves if name.endswith(".lora.a")}
     before = {
         "llm": ("llm." if connector is None else "llm.llm.") + (PEFT_PREFIX if adapted else ""),
-        "encoder": "encoder.vision_encoder." if encoder in _WRAPPED else "encoder.",
+        "encoder": f"encoder.{ENCODERS[encoder].wrapper}" if encoder else "encoder.",
         "connector": "project_layer." if connector in SIGNAL_KINDS else "projection.",
     }
     rules = {}

@@ -18,13 +18,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from elm_jax import compat as behaviours
-from elm_jax.ecg.images import PROCESSING, Processing
+from elm_jax.ecg.images import Processing
 from elm_jax.errors import UserError, some
 from elm_jax.models.encoders import Encoder, build_encoder, kind_of
 from elm_jax.models.functional import Leaf, initialise, structure_of
 from elm_jax.models.names import export
 from elm_jax.weights.load import open_checkpoint, read_json
-from elm_jax.weights.releases import published_names
 from elm_jax.weights.safetensors import Safetensors
 from elm_jax.weights.torch_file import SUFFIXES, TorchFile
 
@@ -66,8 +65,8 @@ def encoder_config(
     name: str, checkpoint: str | Path | Mapping[str, Any] | None, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """`config` over what the checkpoint's own `config.json` says, where there is one: what `build_encoder` takes."""
-    read = kind_of(name).file_config
-    return {**(read(read_config(checkpoint, PROCESSING.get(name))) if read else {}), **config}
+    kind = kind_of(name)
+    return {**(kind.file_config(read_config(checkpoint, kind.processing)) if kind.file_config else {}), **config}
 
 
 class LoadedEncoder:
@@ -98,7 +97,7 @@ def from_published(
     wanted = {ours: kind.weight_rule(ours) for ours in leaves}
     names = {ours: rule.names(leaves[ours].shape[0] if rule.stacked else 1) for ours, rule in wanted.items()}
     expected = [theirs for each in names.values() for theirs in each]
-    named = published_names(name, tensors.keys())
+    named = kind.published(tensors)
     given = {known: key for key, own in named.items() if (known := kind.published_name(own)) is not None}
     aliases = kind.aliases(expected)
     if not aliases.keys().isdisjoint(given):

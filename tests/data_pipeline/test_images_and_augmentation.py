@@ -18,7 +18,7 @@ from elm_jax.data.loader import Loaded, StepSource, steps_from
 from elm_jax.data.plan import Plan
 from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
-from elm_jax.ecg.images import PROCESSING
+from elm_jax.models.encoders import ENCODERS
 
 TURNS = [{"from": "human", "value": "Is this normal?"}, {"from": "gpt", "value": "yes"}]
 PATHS = ["0.npy", "1.npy", "2.npy", "0.npy", "noise", "flatline", "gone.npy", "3.npy"]
@@ -40,7 +40,7 @@ def dataset(folder: Path, representation: str, encoder: str | None, augments: bo
         names=("records.jsonl",), root=str(folder), val_fraction=0.0, segment_len=LENGTH, max_len=128,
         representation=representation, augment_ecg=True, augment_rgb=encoder is not None,
     )  # fmt: skip
-    spec = signal_spec(data, seed, PROCESSING.get(encoder or ""))
+    spec = signal_spec(data, seed, ENCODERS[encoder].processing if encoder else None)
     text = text_spec(data, "qwen2", 1, "sft", ())
     return Dataset(load_records(data, "train", 0), chat_tokenizer(), text, spec, augments)
 

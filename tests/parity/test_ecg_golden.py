@@ -10,7 +10,7 @@ from parity_log import compare, record
 
 from elm_jax.data.represent import SignalSpec
 from elm_jax.ecg.augment import augment_ecg, noise_ecg
-from elm_jax.ecg.images import PROCESSING, stacked
+from elm_jax.ecg.images import VIT, stacked
 from elm_jax.ecg.recording import LEADS, min_max
 
 
@@ -95,7 +95,7 @@ def test_what_the_loader_gives_of_a_stacked_signal_equals_the_golden(golden, tmp
         spec = SignalSpec(
             root=str(tmp_path), leads=tuple(range(len(LEADS))), length=signal.shape[1], sampling_rate=250,
             norm_eps=1e-6, perturb=None, seed=0, representation="stacked_signal",
-            processing=replace(PROCESSING["vit"], size=signal.shape),
+            processing=replace(VIT, size=signal.shape),
         )  # fmt: skip
         different = np.abs(np.asarray(spec.load(f"{name}.npy", key=0)).astype(int) - expected)
         record("ecg_stacked_signal", f"{name} as loaded, levels", int(different.max()), 1)

@@ -13,10 +13,10 @@ import pytest
 from flax import nnx
 
 from elm_jax.analyze import _question
-from elm_jax.ecg.images import PROCESSING
+from elm_jax.ecg.images import CLIP
 from elm_jax.errors import UserError
 from elm_jax.evaluation import attention_picture
-from elm_jax.evaluation.attention import POOLED, Attention, _mean_weights, _spans, _symbol_spans
+from elm_jax.evaluation.attention import Attention, _mean_weights, _spans, _symbol_spans
 from elm_jax.evaluation.attention_picture import draw_attention
 from elm_jax.models.connectors import SIGNAL_KINDS, build_signal_connector
 from elm_jax.models.decoder import Decoder
@@ -145,8 +145,9 @@ def test_tokens_of_the_shipped_sizes_stand_where_their_patches_are() -> None:
 
 
 def test_the_token_of_an_image_stands_for_all_of_it_and_every_encoder_is_known() -> None:
-    assert spans_of("clip", 1, image=PROCESSING["clip"]) == [[(0, LEADS, 0, SAMPLES)]]
-    assert set(PROCESSING) == IMAGES and set(FIELDS) == set(POOLED) == set(ENCODERS) - IMAGES
+    assert spans_of("clip", 1, image=CLIP) == [[(0, LEADS, 0, SAMPLES)]]
+    assert {name for name, kind in ENCODERS.items() if kind.processing} == IMAGES
+    assert set(FIELDS) == {name for name, kind in ENCODERS.items() if kind.pooled} == set(ENCODERS) - IMAGES
 
 
 def test_symbols_stand_for_what_they_spell_lead_after_lead() -> None:

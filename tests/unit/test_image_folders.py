@@ -11,8 +11,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from elm_jax.ecg.images import PROCESSING
 from elm_jax.errors import UserError
+from elm_jax.models.encoders import ENCODERS
 from elm_jax.weights.encoders import read_config
 
 THEIRS = {"clip": CLIPImageProcessorPil, "vit": ViTImageProcessorPil, "siglip2": Siglip2ImageProcessorPil}
@@ -32,7 +32,7 @@ SIGLIP2 = {
 def read(folder: Path, name: str, told: dict[str, Any]) -> dict[str, Any]:
     (folder / "config.json").write_text('{"hidden_size": 8}')
     (folder / "preprocessor_config.json").write_text(json.dumps(told))
-    return read_config(folder, PROCESSING[name])
+    return read_config(folder, ENCODERS[name].processing)
 
 
 @pytest.mark.parametrize("name", THEIRS)

@@ -8,10 +8,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from elm_jax.ecg.images import BICUBIC, BILINEAR, PROCESSING, naflex_shape, process, stacked
+from elm_jax.ecg.images import BICUBIC, BILINEAR, CLIP, SIGLIP2, VIT, naflex_shape, process, stacked
 from elm_jax.ecg.rasterize import draw
 from elm_jax.ecg.synthetic import synthesize
 
+PROCESSING = {"clip": CLIP, "vit": VIT, "siglip2": SIGLIP2}
 THEIRS = {"clip": CLIPImageProcessorPil, "vit": ViTImageProcessorPil, "siglip2": Siglip2ImageProcessorPil}
 SHAPES = [(12, 2500), (12, 1250), (3, 500), (1, 64), (224, 224), (300, 217), (40, 39), (640, 480)]
 
@@ -70,7 +71,7 @@ def test_naflex_uses_no_more_patches_than_it_may_and_nearly_all(height, width, p
 
 def test_patches_are_the_image_row_by_row():
     image = random_image(256, 256)
-    found = process(image, PROCESSING["siglip2"])
+    found = process(image, SIGLIP2)
     assert isinstance(found, dict) and found["shape"].tolist() == [16, 16] and found["mask"].all()
     np.testing.assert_array_equal(found["patches"][17].reshape(16, 16, 3), image[16:32, 16:32])
 
@@ -79,8 +80,8 @@ def test_the_crop_sees_twelve_samples_of_a_stacked_signal_and_whole_sees_all():
     unit = np.zeros((12, 2500))
     unit[:, :1240] = unit[:, 1260:] = 1.0
     image = stacked(unit)
-    assert not process(image, PROCESSING["clip"]).any()
-    whole = PROCESSING["clip"].whole()
+    assert not process(image, CLIP).any()
+    whole = CLIP.whole()
     found = process(image, whole)
     assert found.shape == (224, 224, 3) and found.mean() > 240
     np.testing.assert_array_equal(
@@ -112,4 +113,4 @@ def test_a_stacked_signal_is_cut_not_rounded():
 
 def test_the_filters_are_those_of_the_published_files():
     assert (BILINEAR, BICUBIC) == (2, 3)
-    assert [PROCESSING[name].resample for name in ("clip", "vit", "siglip2")] == [BICUBIC, BILINEAR, BILINEAR]
+    assert [processing.resample for processing in PROCESSING.values()] == [BICUBIC, BILINEAR, BILINEAR]

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from elm_jax.ecg.images import PROCESSING
+from elm_jax.ecg.images import VIT
 from elm_jax.errors import UserError
-from elm_jax.models.encoders import build_encoder
+from elm_jax.models.encoders import ENCODERS, build_encoder
 from elm_jax.models.encoders.siglip import resize_weights
 from elm_jax.models.encoders.vision import mask_of
 from elm_jax.models.functional import Arrays, Structure, structure_of
@@ -98,7 +98,9 @@ def test_images_may_have_their_colours_first(name: str) -> None:
 @pytest.mark.parametrize("name", ["clip", "vit", "siglip2"])
 def test_bytes_are_normalised_as_the_processor_does(name: str) -> None:
     encoder, raw = load_encoder(name, published(name), **CONFIGS[name]), inputs(name, raw=True)
-    mean, std = (np.asarray(v) for v in (PROCESSING[name].mean, PROCESSING[name].std))
+    processing = ENCODERS[name].processing
+    assert processing is not None
+    mean, std = (np.asarray(v) for v in (processing.mean, processing.std))
 
     def normalise(x: np.ndarray) -> np.ndarray:
         return ((x.reshape(*x.shape[:2], -1, 3) / 255 - mean) / std).astype(np.float32).reshape(x.shape)
@@ -409,7 +411,7 @@ def test_folders_that_are_not_whole_are_refused(tmp_path: Path, files: dict[str,
 def test_a_folder_whose_images_were_normalised_otherwise_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", "vit", False, 1)
     file = folder / "preprocessor_config.json"
-    file.write_text(json.dumps({"image_mean": list(PROCESSING["vit"].mean), "image_std": [0.5, 0.5, 0.5]}))
+    file.write_text(json.dumps({"image_mean": list(VIT.mean), "image_std": [0.5, 0.5, 0.5]}))
     load_encoder("vit", folder)
     file.write_text(json.dumps({"image_mean": [0.4, 0.5, 0.5]}))
     with pytest.raises(UserError, match=r"preprocessor_config.json image_mean: found \[0.4, 0.5, 0.5\]; expected"):

@@ -2,13 +2,13 @@
 
 An encoder maps (B, C, L) signals to (B, N, D) float32 embeddings; `width` is D and `tokens` is N. Its arrays
 have two names, ours (`layer1.0.conv1.kernel`) and the published one (`resnet.layer1.0.conv1.weight`); each
-encoder's module holds the one table between them.
+encoder's module holds the one table between them. All else that is said of an encoder stands in its row of ENCODERS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from elm_jax import compat as behaviours
+from elm_jax.ecg.images import CLIP, SIGLIP2, VIT, Processing
 from elm_jax.errors import UserError, nearest
-from elm_jax.models.encoders import mae, merl, siglip, vision
+from elm_jax.models.encoders import checkpoints, mae, merl, siglip, vision
 from elm_jax.models.encoders import vision_config as sizes
 from elm_jax.models.names import Rule, bare_name
 
@@ -33,13 +34,36 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Kind:
-    """An entry of the registry: how to read the config, build the module and name the weights.
+class Pooled:
+    """The positions that an encoder pools to its tokens, in their order, as sections of a line of samples.
 
+    The line is the time, L, of all leads at once; `by_lead`: the leads one after the other, C·L. edges: from the
+    encoder's config and the line's length, where each position begins and, at last, where the last one ends. CLS has
+    no length.
+    """
+
+    edges: Callable[[Any, int], Sequence[int]]
+    by_lead: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """All that is said of an encoder.
+
+    config: how its own config is read. module: its class, built as `build_encoder` does. weight_rule: the published
+    name of an array of ours. published_name: a name as `published` gives it -> that of the table, None for what is no
+    part of the encoder.
     alias: (a prefix, another); checkpoints hold the weights of the second under the first as well.
     absent: from the names in a checkpoint, the published names that it may lack: these are drawn anew.
     compat: the reference's behaviours (`elm_jax.compat`), and the config fields that bring them about.
     file_config: from a Hugging Face `config.json` to fields of `config`; None: its checkpoints have none.
+    releases: the forms in which its authors release it under other names than the reference: how a name begins that
+        only this form has, and what its names have in place of what the published ones have.
+    wrapper: what the reference's own module around it puts before its names.
+    sign: by which tensor a checkpoint is known to be of this encoder and none of those before it; None: it is not.
+    sizes: what the shapes of a checkpoint say of the configuration.
+    pooled: which part of an ECG its tokens stand for; None: each for all of it.
+    processing: how it wants its images; None: it reads signals.
     """
 
     config: Callable[[Mapping[str, Any]], Any]
@@ -50,6 +74,12 @@ class Kind:
     absent: Callable[[Collection[str]], Collection[str]] = lambda names: ()
     compat: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     file_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    releases: tuple[tuple[str, str, str], ...] = ()
+    wrapper: str = ""
+    sign: checkpoints.Sign | None = None
+    sizes: Callable[[checkpoints.Tensors], checkpoints.Told] = lambda tensors: {}
+    pooled: Pooled | None = None
+    processing: Processing | None = None
 
     def aliases(self, names: Iterable[str]) -> dict[str, str]:
         """The second name -> the first, of those published names that have two."""
@@ -58,33 +88,76 @@ class Kind:
         second, first = self.alias
         return {second + name.removeprefix(first): name for name in names if name.startswith(first)}
 
+    def published(self, names: Iterable[str]) -> dict[str, str]:
+        """The names of a checkpoint's tensors -> the published ones, whichever release it is of."""
+        bare = {name: bare_name(name) for name in names}
+        for mark, theirs, ours in self.releases:
+            if any(own.startswith(mark) for own in bare.values()):
+                return {n: ours + o.removeprefix(theirs) if o.startswith(theirs) else o for n, o in bare.items()}
+        return bare
 
+    def image_processing(self, fields: Mapping[str, Any], compat: Iterable[str]) -> Processing | None:
+        """How an encoder whose own config has these fields wants its images; None where it reads signals."""
+        usual, sizes = self.processing, self.config(fields)
+        if usual is None:
+            return None
+        if usual.patch is not None:
+            return replace(usual, patch=sizes.patch_size)
+        edge = sizes.image_size
+        if not behaviours.enabled("clip_centre_crop", compat):  # which would cut off the outer leads
+            usual = usual.whole()
+        return replace(usual, size=(edge, edge), shortest_edge=None if usual.shortest_edge is None else edge)
+
+
+_IN_MODULE = "vision_encoder."  # the reference's module around a model of Hugging Face
+_BARE = (("pos_embedding", "", "encoder."),)  # a masked autoencoder's encoder without what is around it
 ENCODERS: dict[str, Kind] = {
-    "merl": Kind(merl.MerlConfig.from_fields, merl.Merl, merl.weight_rule, merl.published_name),
+    "merl": Kind(
+        merl.MerlConfig.from_fields, merl.Merl, merl.weight_rule, merl.published_name,
+        # Its trainer saves `ecg_encoder` alone, or the whole model around it.
+        releases=(("conv1.weight", "", "resnet."), ("ecg_encoder.", "ecg_encoder.", "resnet.")),
+        sign=checkpoints.begins("resnet.conv1."), sizes=checkpoints.merl_sizes,
+        # Its strides make 16: position k is made of samples on both sides of 16 k, and stands for those next to it.
+        pooled=Pooled(lambda config, length: (0, *range(8, length - 8, 16), length)),
+    ),
     "st_mem": Kind(
         partial(mae.MaeConfig.from_fields, "st_mem"), mae.StMem, mae.weight_rule, mae.st_mem_published_name,
-        compat={"st_mem_train_positions": {"train_positions": True}},
-    ),  # fmt: skip
-    **{
-        name: Kind(
-            partial(mae.MaeConfig.from_fields, name), mae.MaskedAutoencoder, mae.weight_rule, bare_name,
-            mae.ALIAS,
-        )  # fmt: skip
-        for name in ("mtae", "mlae")
-    },
-    "clip": Kind(sizes.ClipConfig.from_fields, vision.Clip, vision.clip_rule, vision.clip_name, file_config=dict),
+        compat={"st_mem_train_positions": {"train_positions": True}}, releases=_BARE,
+        sign=checkpoints.begins("encoder.sep_embedding"), sizes=partial(checkpoints.mae_sizes, "st_mem"),
+        pooled=Pooled(lambda config, length: range(0, length + 1, config.patch_size), by_lead=True),
+    ),
+    "mtae": Kind(
+        partial(mae.MaeConfig.from_fields, "mtae"), mae.MaskedAutoencoder, mae.weight_rule, bare_name, mae.ALIAS,
+        releases=_BARE, sign=checkpoints.is_mtae, sizes=partial(checkpoints.mae_sizes, "mtae"),
+        pooled=Pooled(lambda config, length: (0, *range(0, length + 1, config.patch_size))),
+    ),
+    "mlae": Kind(
+        partial(mae.MaeConfig.from_fields, "mlae"), mae.MaskedAutoencoder, mae.weight_rule, bare_name, mae.ALIAS,
+        releases=_BARE, sign=checkpoints.is_mlae, sizes=partial(checkpoints.mae_sizes, "mlae"),
+        pooled=Pooled(
+            lambda config, length: (0, *range(0, length + 1, config.patch_size * config.seq_len)), by_lead=True
+        ),
+    ),
+    "clip": Kind(
+        sizes.ClipConfig.from_fields, vision.Clip, vision.clip_rule, vision.clip_name, file_config=dict,
+        wrapper=_IN_MODULE, sign=checkpoints.begins("visual_projection."), processing=CLIP,
+    ),
     "vit": Kind(
         sizes.VitConfig.from_fields, vision.Vit, vision.vit_rule, vision.vit_name, absent=vision.vit_absent,
-        compat={"vit_random_mask": {"mask_ratio": 0.75}}, file_config=dict,
-    ),  # fmt: skip
+        compat={"vit_random_mask": {"mask_ratio": 0.75}}, file_config=dict, wrapper=_IN_MODULE,
+        sign=checkpoints.begins("vit.embeddings.", "embeddings.patch_embeddings."), processing=VIT,
+    ),
     "siglip2": Kind(
-        sizes.Siglip2Config.from_fields, siglip.Siglip2, siglip.siglip2_rule, siglip.siglip2_name, file_config=dict
+        sizes.Siglip2Config.from_fields, siglip.Siglip2, siglip.siglip2_rule, siglip.siglip2_name, file_config=dict,
+        wrapper=_IN_MODULE, sign=checkpoints.begins("vision_model.head."), processing=SIGLIP2,
     ),
     "siglip_ecg": Kind(
         sizes.SiglipEcgConfig.from_fields, siglip.SiglipEcg, siglip.siglip_ecg_rule, siglip.siglip_ecg_name,
         absent=siglip.siglip_ecg_absent, file_config=sizes.tower_of_file,
-    ),  # fmt: skip
-}
+        sign=checkpoints.begins("vision_model.", f"{siglip.PREFIX}vision_model."),
+        pooled=Pooled(lambda config, length: range(0, length + 1, config.patch_size)),
+    ),
+}  # fmt: skip
 
 
 def build_encoder(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from elm_jax.ecg.images import SIGLIP2
 from elm_jax.errors import UserError
 from elm_jax.models.attention import attend
 from elm_jax.models.encoders.transformer import Mlp, Transformer, TransformerConfig
@@ -96,7 +97,7 @@ class Siglip2(nnx.Module):
         if patches.ndim != 3 or patches.shape[2] != 3 * size * size:
             fix = f"cut the images into patches of {size} x {size} pixels"
             raise UserError(f"{WHERE} patches", f"shape {patches.shape}", f"(batch, patches, {3 * size**2})", fix)
-        colours = normalised(patches.reshape(*patches.shape[:2], -1, 3), "siglip2")
+        colours = normalised(patches.reshape(*patches.shape[:2], -1, 3), SIGLIP2)
         x = self.embed(colours.reshape(patches.shape).astype(self.dtype), shape)
         return unit(self.head(self.encode(x, valid), valid.astype(bool)))
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from elm_jax.ecg.images import PROCESSING
+from elm_jax.ecg.images import CLIP, VIT, Processing
 from elm_jax.errors import UserError
 from elm_jax.models.encoders.transformer import Transformer
 from elm_jax.models.encoders.vision_config import ClipConfig, ImageConfig, VitConfig
@@ -66,7 +66,7 @@ class Clip(nnx.Module):
             `pixel_values` of a dict. Raises UserError for images of another size.
         """
         (images,) = named_inputs(signals, ("pixel_values",), {}).values()
-        x = self.transformer(self.embed(read_images(images, "clip", self.config).astype(self.dtype)))
+        x = self.transformer(self.embed(read_images(images, CLIP, self.config).astype(self.dtype)))
         return unit(self.projection(self.post_norm(x[:, :1])))
 
     def embed(self, images: jax.Array) -> jax.Array:
@@ -107,7 +107,7 @@ class Vit(nnx.Module):
         Raises UserError for images or masks of another size.
         """
         inputs = named_inputs(signals, ("pixel_values",), {}, ("bool_masked_pos",))
-        images = read_images(inputs["pixel_values"], "vit", self.config)
+        images = read_images(inputs["pixel_values"], VIT, self.config)
         mask = inputs.get("bool_masked_pos")
         if mask is None and self.config.mask_ratio > 0:
             mask = mask_of(images, self.config.patches, self.config.mask_ratio)
@@ -161,7 +161,7 @@ def named_inputs(
     return inputs
 
 
-def read_images(images: jax.Array, processing: str, config: ImageConfig) -> jax.Array:
+def read_images(images: jax.Array, processing: Processing, config: ImageConfig) -> jax.Array:
     """Images of either layout and dtype -> (B, H, W, 3) float32 as the model was trained on; UserError for others."""
     size = config.image_size
     if images.ndim == 4 and images.shape[1:] == (3, size, size):
@@ -173,11 +173,11 @@ def read_images(images: jax.Array, processing: str, config: ImageConfig) -> jax.
     return normalised(images, processing)
 
 
-def normalised(pixels: jax.Array, processing: str) -> jax.Array:
+def normalised(pixels: jax.Array, processing: Processing) -> jax.Array:
     """(..., 3) colours from 0 to 255 -> float32 by the mean and deviation of `processing`; floats stay as they are."""
     if jnp.issubdtype(pixels.dtype, jnp.floating):
         return pixels.astype(jnp.float32)
-    mean, std = (jnp.asarray(v, jnp.float32) for v in (PROCESSING[processing].mean, PROCESSING[processing].std))
+    mean, std = (jnp.asarray(v, jnp.float32) for v in (processing.mean, processing.std))
     return (pixels.astype(jnp.float32) / 255 - mean) / std
 
 
