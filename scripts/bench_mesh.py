@@ -116,8 +116,8 @@ def _row(assembly: Any, mesh: Any, batch: Any, arrays: Gradients) -> tuple[dict[
     check_heads(mesh, assembly.llm)
     check_rows(assembly.config, mesh)
     shape = BatchShape(batch.tokens.shape[-1], batch.signal_weights.shape[-1], batch.target_ids.shape[-1])
-    program = train_program(assembly, mesh, shape, 1000)
-    compiled = program.step.lower(program.state, program.frozen, program.batch).compile()
+    program = train_program(assembly, mesh, 1000)
+    compiled = program.step.lower(program.state, program.frozen, program.batch(shape)).compile()
     memory = compiled.memory_analysis()
     moved = {kind: {"bytes": 0, "count": 0} for kind in KINDS}
     for one in collectives(Module(compiled.as_text()), mesh.size):

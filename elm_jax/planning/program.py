@@ -108,8 +108,8 @@ def compile_step(assembly: Assembly, mesh: Mesh, shape: BatchShape, topology: To
     check_rows(assembly.config, mesh)
     check_heads(mesh, assembly.llm)
     started = time.perf_counter()
-    program = train_program(assembly, mesh, shape, STEPS)
-    lowered = program.step.lower(program.state, program.frozen, program.batch)
+    program = train_program(assembly, mesh, STEPS)
+    lowered = program.step.lower(program.state, program.frozen, program.batch(shape))
     try:
         done = lowered.compile(compiler_options=compiler_options(topology.hardware.platform))
     except jax.errors.JaxRuntimeError as error:

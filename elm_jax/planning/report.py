@@ -202,7 +202,7 @@ class Planner:
                 try:
                     mesh = make_mesh(MeshConfig(-1, fsdp, tensor), self.devices)
                     check_rows(self.config, mesh)
-                    parts = train_program(self.assembly, mesh, self.load.shape(self.config), program.STEPS)
+                    parts = train_program(self.assembly, mesh, program.STEPS)
                 except UserError:
                     continue
                 held = program.local_bytes((parts.state, parts.frozen))

@@ -7,7 +7,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from elm_jax.assemble import assemble, make_arrays, structure_behind_encoder
+from elm_jax.assemble import assemble, make_arrays
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset, cuts
@@ -23,29 +23,21 @@ from elm_jax.data.loader import BadRecord, Loaded, StepSource, steps_from, unusa
 from elm_jax.data.plan import Plan
 from elm_jax.errors import UserError, printable
 from elm_jax.folders import TOKENIZER
-from elm_jax.models.functional import Arrays, Structure
+from elm_jax.models.functional import Arrays
 from elm_jax.models.lora import is_lora
 from elm_jax.run import folder as run
 from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.runtime import distributed, telemetry
 from elm_jax.runtime.compilation import cache_folder
 from elm_jax.runtime.faults import StopSignal
-from elm_jax.runtime.mesh import (
-    array_shardings,
-    batch_sharding,
-    batch_ways,
-    check_heads,
-    host_parts,
-    make_mesh,
-    to_device,
-)
+from elm_jax.runtime.mesh import batch_sharding, batch_ways, check_heads, host_parts, make_mesh, to_device
 from elm_jax.training.attention_check import checked_attention, tell
 from elm_jax.training.encoder_cache import keep_features
 from elm_jax.training.optim import batch_scale, learning_rate_multiplier
-from elm_jax.training.program import check_rows, optimizer_of
+from elm_jax.training.program import check_rows, train_program
 from elm_jax.training.report import Report, tell_of_cuts
-from elm_jax.training.state import TrainState, abstract_state, new_state, split_names
-from elm_jax.training.step import StepPrograms, make_eval_step, make_train_step
+from elm_jax.training.state import TrainState, new_state
+from elm_jax.training.step import StepPrograms
 
 NON_FINITE_LIMIT = 10  # steps in a row without a finite gradient after which the run stops
 
@@ -173,57 +165,48 @@ class Trainer:
             print(f"warning: train.eval_every={train.eval_every}: nothing to validate on; {fix}", file=sys.stderr)
 
     def _build(self) -> None:
-        structure, config = self.assembly.structure, self.config
-        shardings = array_shardings(structure, self.mesh)
-        trained, moving, frozen = split_names(structure, config.update)
-        tx = optimizer_of(self.assembly, self.total_steps)
-        like = abstract_state(structure, trained, moving, tx, self.mesh, shardings)
+        config = self.config
+        self.program = train_program(self.assembly, self.mesh, self.total_steps)
+        self.step = StepPrograms(self.program.step)
+        like, shardings = self.program.state, self.program.shardings
+        moved = {*like.trained, *like.statistics}
         self.checkpoints = Checkpoints(self.folder, config.train.keep)
         self.history: dict[str, Any] = {"best_step": None, "best_val_loss": None, "val_losses": [], "bad": []}
         latest = self.checkpoints.find("latest")
         if latest is None:
-            arrays = self._first_arrays(shardings, frozen)
-            self.state = new_state(arrays, like, tx)
-            self.frozen: Arrays = {n: arrays[n] for n in frozen}
+            arrays = self._first_arrays(moved)
+            self.state = new_state(arrays, like, self.program.optimizer)
+            self.frozen: Arrays = {n: x for n, x in arrays.items() if n not in moved}
             self.fingerprints = run.frozen_fingerprints(self.frozen)
         else:
-            known = run.inherited(self.folder, structure.abstract(shardings))
-            rest = make_arrays(self.assembly, shardings, known={*trained, *moving, *known})
-            self.frozen = {**known, **rest}
+            known = run.inherited(self.folder, self.assembly.structure.abstract(shardings))
+            self.frozen = {**known, **make_arrays(self.assembly, shardings, known={*moved, *known})}
             self.fingerprints = run.frozen_fingerprints(self.frozen)
             self._restore(latest, like)
         if config.encoder.cache:
-            structure = self._behind_encoder()
-        step = make_train_step(
-            structure, config, tx, self.mesh, jax.tree.map(lambda x: x.sharding, like),
-            {n: shardings[n] for n in self.frozen},
-        )  # fmt: skip
-        self.step = StepPrograms(step)
-        self.eval_step = make_eval_step(structure, self.mesh)
+            self._keep_features()
         self.rate = learning_rate_multiplier(config.optim, self.total_steps)
         self.found_bad: list[dict[str, Any]] = []  # not yet reported
         self.non_finite = 0
 
-    def _behind_encoder(self) -> Structure:
-        """Have the encoder's outputs on disk in place of the encoder; returns what is left of the model."""
+    def _keep_features(self) -> None:
+        """Have the encoder's outputs on disk in place of the encoder."""
         datasets = [self.dataset, *([] if self.validation is None else [self.validation.dataset])]
         shown = self.config.log.progress and jax.process_index() == 0
         features = keep_features(self.assembly, self.frozen, datasets, self.mesh, cache_folder(), shown)
         for dataset in datasets:
             dataset.signal = replace(dataset.signal, features=features)
-        structure = structure_behind_encoder(self.assembly)
-        self.frozen = {name: x for name, x in self.frozen.items() if name in structure.leaves}
-        return structure
+        self.frozen = {name: self.frozen[name] for name in self.program.frozen}
 
-    def _first_arrays(self, shardings: Mapping[str, Any], frozen: list[str]) -> Arrays:
+    def _first_arrays(self, moved: Collection[str]) -> Arrays:
         """The arrays of a new run: of `init_from`, of checkpoints, drawn from the seed."""
-        source, structure = self.config.init_from, self.assembly.structure
+        source, structure, shardings = self.config.init_from, self.assembly.structure, self.program.shardings
         if source is None:
             return make_arrays(self.assembly, shardings)
         known = run.start_from(source, structure, shardings, self.config.llm.lora)
         made = make_arrays(self.assembly, shardings, known=known)
         run.check_start(source, structure, known, made, self.config.init_missing_ok)
-        run.keep_inherited(self.folder, {n: known[n] for n in frozen if n in known})
+        run.keep_inherited(self.folder, {n: x for n, x in known.items() if n not in moved})
         return {**made, **known}
 
     def _restore(self, step: int, like: TrainState) -> None:
@@ -336,7 +319,7 @@ class Trainer:
         for loaded in steps_from(self.validation, 0):
             self._note_bad(done, loaded.bad)
             batch = jax.tree.map(lambda x: to_device(self.mesh, x[0], sharding, row_axis=0), loaded.batch)
-            summed, tokens = jax.device_get(self.eval_step(arrays, batch))
+            summed, tokens = jax.device_get(self.program.eval_step(arrays, batch))
             total, count = total + float(summed), count + float(tokens)
         loss = total / max(count, 1.0)
         self.history["val_losses"].append(loss)

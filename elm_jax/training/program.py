@@ -1,19 +1,21 @@
-"""The train step as a program: its function, and the shapes and places of all that goes in. No array exists here.
+"""The step as a program: its functions, and the shapes and places of all that goes in. No array exists here.
 
-`elm_jax.plan` compiles it for hardware that is not there.
+Training runs it; `elm_jax.plan` compiles it for hardware that is not there.
 
 Dimension letters: A micro-batches, B rows, T tokens, S signal slots of a row, M supervised slots of a row.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import optax
+from jax.sharding import Mesh, NamedSharding
 
 from elm_jax import compat as behaviours
 from elm_jax.assemble import CONNECTORS, Assembly, encoder_structure, structure_behind_encoder
@@ -27,40 +29,43 @@ from elm_jax.runtime.mesh import MeshPlacement, array_shardings, batch_sharding,
 from elm_jax.training.muon import matrices, matrices_by_name
 from elm_jax.training.optim import make_optimizer
 from elm_jax.training.state import TrainState, abstract_state, split_names
-from elm_jax.training.step import make_train_step
+from elm_jax.training.step import make_eval_step, make_train_step
 
 
 @dataclass(frozen=True)
 class TrainProgram:
-    """One step of a run on one mesh: `step(state, frozen, batch)`. All but the step are shapes, dtypes and places."""
+    """One step of a run on one mesh. All but the steps and the optimizer are shapes, dtypes and places."""
 
-    step: Callable[..., Any]  # jitted
+    step: Callable[..., Any]  # jitted: (state, frozen, batch) -> (state, metrics)
+    eval_step: Callable[..., Any]  # jitted: (arrays, batch without micro-batch axis) -> sums
+    optimizer: optax.GradientTransformation
     state: TrainState
-    frozen: dict[str, jax.ShapeDtypeStruct]
-    batch: Batch
+    frozen: dict[str, jax.ShapeDtypeStruct]  # what the step is given; an encoder whose outputs are kept is no part
+    shardings: dict[str, NamedSharding]  # of all arrays of the model
+    batch: Callable[[BatchShape], Batch]  # the batch of a shape
 
 
-def train_program(assembly: Assembly, mesh: Mesh, shape: BatchShape, total_steps: int) -> TrainProgram:
-    """The program of `assembly` for batches of this shape.
+def train_program(assembly: Assembly, mesh: Mesh, total_steps: int) -> TrainProgram:
+    """The program of `assembly`.
 
     Raises:
         UserError: a parameter does not divide over the mesh.
     """
     config, structure, layout = assembly.config, assembly.structure, assembly.signal.layout
+    shardings = array_shardings(structure, mesh)
     if config.encoder.cache:
         with placed(MeshPlacement(mesh)):  # whose platform decides the attention
             structure, layout = structure_behind_encoder(assembly), _encoded(assembly)
-    shardings = array_shardings(structure, mesh)
     trained, moving, frozen = split_names(structure, config.update)
     tx = optimizer_of(assembly, total_steps)
     state = abstract_state(structure, trained, moving, tx, mesh, shardings)
     places = jax.tree.map(lambda x: x.sharding, state)
     step = make_train_step(structure, config, tx, mesh, places, {n: shardings[n] for n in frozen})
     like = structure.abstract(shardings)
-    accum = config.optim.accum_steps
-    assert config.train.batch_size is not None, "a program has rows; how many conversations fill, data tell"
-    batch = abstract_batch(shape, layout, accum, config.train.batch_size // accum, mesh)
-    return TrainProgram(step, state, {n: like[n] for n in frozen}, batch)
+    batch = functools.partial(_abstract_batch, config=config, layout=layout, mesh=mesh)
+    return TrainProgram(
+        step, make_eval_step(structure, mesh), tx, state, {n: like[n] for n in frozen}, shardings, batch
+    )
 
 
 def check_rows(config: Config, mesh: Mesh) -> None:
@@ -89,12 +94,14 @@ def optimizer_of(assembly: Assembly, total_steps: int) -> Any:
     return make_optimizer(config.optim, config.train, total_steps, moved)
 
 
-def abstract_batch(shape: BatchShape, layout: Layout, micro_batches: int, rows: int, mesh: Mesh) -> Batch:
+def _abstract_batch(shape: BatchShape, config: Config, layout: Layout, mesh: Mesh) -> Batch:
     """A batch (A, B, ...) of this shape, laid out as training lays it out."""
-    place = batch_sharding(mesh)
+    assert config.train.batch_size is not None, "a program has rows; how many conversations fill, data tell"
+    place, accum = batch_sharding(mesh), config.optim.accum_steps
 
     def stacked(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((micro_batches, rows, *x.shape[1:]), x.dtype, sharding=place)
+        leading = accum, config.train.batch_size // accum
+        return jax.ShapeDtypeStruct((*leading, *x.shape[1:]), x.dtype, sharding=place)
 
     return jax.tree.map(stacked, collate([[]], shape, layout))
 
