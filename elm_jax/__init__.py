@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from elm_jax.ecg.recording import read_ecg, to_segment
     from elm_jax.errors import UserError
     from elm_jax.inference.generate import generate
+    from elm_jax.models.family_table import register_family
+    from elm_jax.scoring.metrics import register_metric
     from elm_jax.symbols.coder import EcgByte
     from elm_jax.text.render import render
     from elm_jax.weights.encoders import load_encoder
@@ -23,6 +25,8 @@ _HOME = {
     "load_llm": "elm_jax.weights.load",
     "read_ecg": "elm_jax.ecg.recording",
     "register_dataset": "elm_jax.data.prepare",
+    "register_family": "elm_jax.models.family_table",
+    "register_metric": "elm_jax.scoring.metrics",
     "render": "elm_jax.text.render",
     "to_segment": "elm_jax.ecg.recording",
 }
@@ -36,6 +40,8 @@ __all__ = [
     "load_llm",
     "read_ecg",
     "register_dataset",
+    "register_family",
+    "register_metric",
     "render",
     "to_segment",
 ]

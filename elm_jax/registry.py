@@ -23,7 +23,7 @@ class Registry(dict[str, Row]):
         Raises:
             UserError: the name is no identifier, or the package's own.
         """
-        if not name.isidentifier():
+        if not all(part.isidentifier() for part in name.split(".")):
             raise UserError(f"{self.where} {name!r}", "no identifier", "letters, digits and _", "rename it")
         if name in self._packaged:
             raise UserError(f"{self.where} {name!r}", "a name of the package", "a name of its own", "rename it")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elm_jax.models.names import Rule
+from elm_jax.registry import Registry
 
 # Short names of the checkpoints that the project is used with.
 ALIASES: Mapping[str, str] = {
@@ -56,6 +57,7 @@ class Family:
     chat: (a token, the chat form of a model whose tokenizer has it), the first that fits.
     called: (part of a model's name, its chat form), for models whose tokenizer says nothing of it.
     scratch: `llm.scratch` keys of this family, or other defaults than the common ones.
+    peft: the modules that PEFT adapts when it is not told.
     buffers: ends of the names of tensors that are no parameters, which old exports saved and nobody reads.
     """
 
@@ -73,6 +75,7 @@ class Family:
     tied: bool = False
     windows: bool = False
     scratch: Mapping[str, Any] = field(default_factory=dict)
+    peft: str = "q_proj,v_proj"
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
     @property
@@ -263,6 +266,7 @@ _GPT2 = Family(
     ),
     tied=True,
     scratch={"norm_eps": 1e-5, "max_len": 1024},
+    peft="c_attn",
     buffers=(".attn.bias", ".attn.masked_bias"),  # the causal mask
 )
 _OPT = Family(
@@ -306,6 +310,15 @@ _OPT = Family(
     buffers=(),
 )
 
-FAMILIES: Mapping[str, Family] = {
-    family.model_type: family for family in (_LLAMA, _QWEN2, _QWEN3, _GEMMA2, _GPT2, _OPT)
-}
+FAMILIES: Registry[Family] = Registry(
+    "model_type", {family.model_type: family for family in (_LLAMA, _QWEN2, _QWEN3, _GEMMA2, _GPT2, _OPT)}
+)
+
+
+def register_family(family: Family) -> None:
+    """Let a checkpoint with this `model_type` be loaded, trained and exported.
+
+    Raises:
+        UserError: the type is no identifier, or one of the package's families.
+    """
+    FAMILIES.register(family.model_type, family)

@@ -19,12 +19,6 @@ from elm_jax.models.layers import Axes, Linear
 from elm_jax.models.names import Rule
 from elm_jax.models.noise import dropout
 
-# What PEFT adapts in a family when it is not told.
-PEFT_TARGETS: Mapping[str, str] = {
-    **dict.fromkeys(("llama", "qwen2", "qwen3", "gemma2", "opt"), "q_proj,v_proj"),
-    "gpt2": "c_attn",
-}
-
 
 @dataclass(frozen=True)
 class LoraSpec:
@@ -92,14 +86,15 @@ def target_modules(model_type: str, targets: str, where: str = "llm.lora.targets
     Raises:
         UserError: a target that this family has not; `where` names what asked for it.
     """
+    family = family_of(model_type)
     modules = {
         rule.ours.removesuffix(".kernel"): rule
-        for rule in family_of(model_type).rules
+        for rule in family.rules
         if rule.stacked and rule.ours.endswith(".kernel")
     }
     if targets == "all":
         return modules
-    asked = [t.strip() for t in (PEFT_TARGETS[model_type] if targets == "peft" else targets).split(",")]
+    asked = [t.strip() for t in (family.peft if targets == "peft" else targets).split(",")]
     names = sorted({their_module(rule).split(".")[-1] for rule in modules.values()})
     for target in asked:
         if not any(_means(target, rule) for rule in modules.values()):

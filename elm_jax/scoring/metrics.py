@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from elm_jax.errors import UserError
+from elm_jax.registry import Registry
 from elm_jax.scoring import answers as compared
 from elm_jax.scoring import overlap
 from elm_jax.scoring.bert import BertScore
@@ -121,12 +122,28 @@ _OF_ASCII: dict[str, Metric] = {
     "bleu4": Metric(overlap.bleu, _everyone, overlap.bleu_counts),
     "rouge_l": _mean_of(overlap.rouge_l),
 }
-# For one kind of question only: its records' name is the first part.
-_OWN: dict[str, Metric] = {
-    "signal_type.accuracy": _mean_of(compared.same_words, _called("signal_type"), cheap=True),
-    "heart_rate.within_5_bpm": _mean_of(compared.within_5_bpm, _called("heart_rate"), cheap=True, numbers=True),
-    "answer_set_match": Metric(ratio, _has_answer_set, rows=_set_rows),
-}
+# Beside the protocol's, mostly for one kind of question: its records' name is the first part.
+_OWN: Registry[Metric] = Registry(
+    "metric",
+    {
+        "signal_type.accuracy": _mean_of(compared.same_words, _called("signal_type"), cheap=True),
+        "heart_rate.within_5_bpm": _mean_of(compared.within_5_bpm, _called("heart_rate"), cheap=True, numbers=True),
+        "answer_set_match": Metric(ratio, _has_answer_set, rows=_set_rows),
+    },
+)
+
+
+def register_metric(name: str, score: Score, kind: str = "") -> None:
+    """Let the protocol `ours` score answers by `score(answer, truth)`, a number for each, whose mean is the metric.
+
+    kind: of which questions, by the `name` of their records, and the metric is then called `<kind>.<name>`: it decides
+    whether an answer to such a question counts as right. Without it all questions have the metric.
+
+    Raises:
+        UserError: the name is no identifier, or one of the package's metrics.
+    """
+    asked = _called(kind) if kind else _everyone
+    _OWN.register(f"{kind}.{name}" if kind else name, _mean_of(score, asked))
 
 
 def is_right(name: str, answer: str, truth: str) -> bool:

@@ -24,7 +24,7 @@ from elm_jax.models.decoder import Decoder, DecoderConfig
 from elm_jax.models.elm import ELM
 from elm_jax.models.families import FAMILIES, scratch_config
 from elm_jax.models.functional import Structure, structure_of
-from elm_jax.models.lora import PEFT_TARGETS, LoraSpec, add_lora, is_lora, merged, target_modules
+from elm_jax.models.lora import LoraSpec, add_lora, is_lora, merged, target_modules
 from elm_jax.models.noise import drawing
 from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.runtime.mesh import array_shardings, batch_sharding, make_mesh, to_device
@@ -112,7 +112,7 @@ def test_dropout_drops_only_where_there_is_a_key() -> None:
     assert np.abs(base - plain).max() > 0.1 and linear.lora.rate == 0.5
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) & set(PEFT_TARGETS)))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_targets(family: str) -> None:
     """All are the projections of the layers; PEFT's are some of them; each can be named."""
     everything = target_modules(family, "all")
@@ -120,13 +120,9 @@ def test_targets(family: str) -> None:
     leaves = structure_of(lambda: Decoder(config, nnx.Rngs(0))).leaves
     assert set(everything) == {n.removesuffix(".kernel") for n in leaves if n.startswith("layers.") and "kernel" in n}
     chosen = target_modules(family, "peft")
-    names = PEFT_TARGETS[family].split(",")
+    names = FAMILIES[family].peft.split(",")
     assert len(chosen) == len(names) and set(chosen) < set(everything)
     assert target_modules(family, " , ".join(names)) == chosen
-
-
-def test_every_family_has_peft_targets() -> None:
-    assert set(FAMILIES) <= set(PEFT_TARGETS)
 
 
 @pytest.mark.parametrize("targets", ["q_prj", "q_proj,lm_head", "embed_tokens", "", "c_attn", "proj"])
