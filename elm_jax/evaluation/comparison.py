@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from elm_jax.errors import UserError, nearest
 from elm_jax.evaluation.results import short_text
 from elm_jax.evaluation.store import CONTROLS, lines_in, predictions_in
 from elm_jax.folders import read_json
-from elm_jax.pictures.page import page, table
+from elm_jax.pictures.page import filled
 from elm_jax.pictures.svg import Bar, bars
 from elm_jax.scoring.dependence import METRIC, PREFERRED, by_question, pairing, tested
 from elm_jax.scoring.metrics import Scorer, Table, question_id
@@ -217,39 +216,15 @@ def _star(difference: Mapping[str, Any]) -> str:
 
 def html_of(result: Mapping[str, Any]) -> str:
     """The comparison as one page."""
-    sections = []
-    metrics = list(next(iter(result["runs"].values()))["metrics"])
-    for metric in metrics:
-        rows = [(name, run["metrics"].get(metric)) for name, run in result["runs"].items()]
-        shown = [Bar(name, score["value"], tuple(score["ci95"])) for name, score in rows if score]
-        differences = [
-            [f"{pair['a']} less {pair['b']}", _told(d), *_ps(d)]
-            for pair in result["differences"]
-            if (d := pair["metrics"].get(metric))
-        ]
-        head = ["difference", "with 95 % interval", "p", "p, corrected (Holm)"]
-        sections.append((metric, bars(metric, shown) + table(head, differences)))
-    owed = [
-        [name, _told(d), escape(told_p(d["p"])), ""]
-        for name, run in result["runs"].items()
-        if (d := run["signal_dependence"])
-    ]
-    owed += [
-        [f"{pair['a']} less {pair['b']}", _told(d), *_ps(d)]
-        for pair in result["differences"]
-        if (d := pair["signal_dependence"])
-    ]
-    head = ["run", "signal dependence, with 95 % interval", "p", "p, corrected (Holm)"]
-    sections.append(("Does the model read the ECG?", table(head, owed)))
-    missing = (f"no {metric}: {reason}" for metric, reason in result["unavailable"].items())
-    said = filter(None, [_asked(result), short_text(result), _no_star(result), _STAR, *missing])
-    intro = "".join(f"<p>{escape(text)}</p>" for text in said)
-    return page(f"{result['evaluation']}: {', '.join(result['runs'])}", intro, sections)
-
-
-def _ps(difference: Mapping[str, Any]) -> list[str]:
-    """The cells of a difference's p, as such and corrected."""
-    return [escape(told_p(difference["p"])), escape(told_p(difference["p_holm"])) + _star(difference)]
+    plots = {
+        metric: bars(metric, [
+            Bar(name, score["value"], tuple(score["ci95"]))
+            for name, run in result["runs"].items() if (score := run["metrics"].get(metric))
+        ])
+        for metric in next(iter(result["runs"].values()))["metrics"]
+    }  # fmt: skip
+    said = list(filter(None, [_asked(result), short_text(result), _no_star(result), _STAR]))
+    return filled("compare.html", result=result, plots=plots, said=said, told_p=told_p, star=_star)
 
 
 def _told(score: Mapping[str, Any] | None) -> str:

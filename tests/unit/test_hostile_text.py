@@ -12,17 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from elm_jax import cli
-from elm_jax.config import resolve
+from elm_jax.config import Config, resolve
 from elm_jax.data.kept_features import Features, FeatureWriter
 from elm_jax.data.table_files import file_tables
 from elm_jax.data.tables import open_source
 from elm_jax.errors import UserError, printable
-from elm_jax.evaluation.report import _listed
+from elm_jax.evaluation.report import plots_of, report
+from elm_jax.evaluation.results import asked_with, results_of
 from elm_jax.json_text import parse_json
-from elm_jax.pictures.page import page, table
+from elm_jax.pictures.page import filled
 from elm_jax.pictures.svg import Bar, bars
 from elm_jax.run.folder import is_done
 from elm_jax.runtime.telemetry import MetricsFile
+from elm_jax.scoring.metrics import Scorer
 from elm_jax.text.vocabulary import load_tokenizer
 
 HOSTILE = "a\x1b[2J\x00b\x7f\u202ec\u2028d\ud800e\ufffff"
@@ -59,7 +61,10 @@ def test_log_lines_show_no_control_character():
 def test_pages_and_plots_hold_no_control_character_and_plots_are_xml():
     plot = bars(HOSTILE, [Bar(HOSTILE, 0.5)])
     ElementTree.fromstring(plot)
-    whole = page(HOSTILE, plot, [(HOSTILE, table([HOSTILE], [[HOSTILE]]))])
+    told = {"metrics": {}, "signal_dependence": None}
+    result = {"evaluation": HOSTILE, "runs": {HOSTILE: told}, "differences": [], "unavailable": {HOSTILE: HOSTILE}}
+    whole = filled("compare.html", result=result, plots={HOSTILE: plot}, said=["<b>"])
+    assert "<b>" not in whole
     assert "\\x1b" in whole and not RAW.search(whole)
     whole.encode()
 
@@ -189,6 +194,8 @@ def test_a_key_that_holds_a_control_character_is_shown_in_escapes():
 
 def test_the_list_of_answers_stays_json_whatever_they_hold():
     line = dict.fromkeys(("id", "name", "question", "answer"), HOSTILE) | {"truth": "</script>", "seconds": 1.0}
-    found = page("", "", [("", _listed([line]))])
+    facts = {"split": HOSTILE, "step": 3, "bad": 0, "asked_with": asked_with(Config())}
+    results = results_of({"real": [line]}, Scorer(), facts, {})
+    found = report(HOSTILE, results, plots_of(results), [line], [])
     rows = json.loads(found.partition('id="rows">')[2].partition("</script>")[0])
     assert rows[0][0] == printable(HOSTILE) and rows[0][4] == "</script>" and not RAW.search(found)

@@ -97,6 +97,8 @@ def test_an_installed_wheel_works_away_from_the_clone(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.split("/")[0] for name in archive.namelist()}
         assert tops == {"elm_jax", wheel.name.split("-cp311")[0] + ".dist-info"}, tops
+        templates = {f"elm_jax/templates/{path.name}" for path in (ROOT / "elm_jax" / "templates").iterdir()}
+        assert templates and templates <= set(archive.namelist())
         archive.extractall(tmp_path / "site")
     report = tmp_path / "report.py"
     report.write_text(REPORT)
