@@ -27,10 +27,11 @@ from elm_jax.models.attention import choose_attention
 from elm_jax.models.connectors import SIGNAL_KINDS, build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder, DecoderConfig, Remat
 from elm_jax.models.elm import ELM
-from elm_jax.models.encoders import ENCODERS, build_encoder, kind_of
+from elm_jax.models.encoders import ENCODERS, build_encoder
 from elm_jax.models.families import chat_family, extended, scratch_config
 from elm_jax.models.functional import Arrays, Structure, initialise, structure_of
 from elm_jax.models.lora import add_lora, is_lora
+from elm_jax.models.views import check_views
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.text.render import THINK_TOKENS, add_tokens
 from elm_jax.text.vocabulary import load_tokenizer
@@ -38,15 +39,6 @@ from elm_jax.weights.encoders import encoder_config, from_published, read_checkp
 from elm_jax.weights.load import load_llm_arrays, read_llm_config, resolve_llm_folder
 from elm_jax.weights.peft import load_adapter, spec_of
 
-# elm -> the kind of its connector; None: ECGs are symbols in the text.
-CONNECTORS = {
-    "linear_llava": "linear",
-    "mlp_llava": "mlp",
-    "base_elf": "patch",
-    "patch_elf": "patch",
-    "conv_elf": "conv",
-    "ecg_byte": None,
-}
 DEMO_LLM = "demo"  # llm.name of the embedded demo: a tokenizer trained on the demo's own text
 
 
@@ -80,7 +72,7 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
     Raises:
         UserError: a name or size in the config does not fit; names the key.
     """
-    _check_parts(config)
+    check_views(config)
     if config.encoder.name is not None and ENCODERS[config.encoder.name].file_config is None:
         ENCODERS[config.encoder.name].config(_encoder_fields(config))  # before anything is looked for
     weights = weights and config.llm.scratch is None
@@ -101,7 +93,7 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
     )
     text = text_spec(config.data, family, config.encoder.tokens, config.phase, config.compat)
     encoder = _encoder_fields(config)
-    processing = kind_of(name).image_processing(encoder, config.compat) if (name := config.encoder.name) else None
+    processing = ENCODERS[name].image_processing(encoder, config.compat) if (name := config.encoder.name) else None
     signal = signal_spec(config.data, config.seed, processing, symbols, config.compat)
     structure = structure_of(lambda: _build(config, llm, encoder))
     return Assembly(config, tokenizer, text, signal, llm, folder, encoder, structure)
@@ -183,7 +175,7 @@ def _signal_path(
     config: Config, encoder_fields: Mapping[str, Any], width: int, compute: Any
 ) -> tuple[nnx.Module | None, nnx.Module | None]:
     """The encoder and the connector of `config.elm`, where it has them; `width` is the LLM's."""
-    kind, tokens = CONNECTORS[config.elm], config.encoder.tokens
+    kind, tokens = config.view.connector, config.encoder.tokens
     shape = len(config.data.leads), config.data.segment_len
     options = {"rngs": _rngs(config, "connector"), "param_dtype": _dtype(config, "connector")}
     if kind is None:
@@ -211,64 +203,13 @@ def _encoder_fields(config: Config) -> dict[str, Any]:
     return encoder_config(name, config.encoder.checkpoint, sizes | config.encoder.config)
 
 
-def _check_parts(config: Config) -> None:
-    """Raise UserError unless elm, encoder and representation fit each other."""
-    elm, name, representation = config.elm, config.encoder.name, config.data.representation
-    kind = CONNECTORS[elm]
-    encoded = kind is not None and kind not in SIGNAL_KINDS
-    if encoded and name is None:
-        known = ", ".join(ENCODERS)
-        raise UserError("encoder.name", "None", f"an ECG encoder for elm={elm}: {known}", "set --config.encoder.name")
-    if not encoded and name is not None:
-        raise UserError("encoder.name", name, f"no encoder with elm={elm}", "leave it out, or choose a LLaVA")
-    of_images = name is not None and kind_of(name).processing is not None
-    for part, exists in (("encoder", encoded), ("connector", kind is not None)):
-        if part in config.update and not exists:
-            raise UserError("update", part, f"no {part} with elm={elm}", "leave it out, or choose another elm")
-    fitting = ("symbolic",) if kind is None else ("rgb", "stacked_signal") if of_images else ("signal",)
-    if representation not in fitting:
-        what = f"encoder.name={name}" if encoded else f"elm={elm}"
-        raise UserError(
-            "data.representation", representation, f"{' or '.join(fitting)} for {what}",
-            f"set --config.data.representation={fitting[0]}",
-        )  # fmt: skip
-    if kind is None and config.data.ecg_tokenizer is None:
-        fix = "set --config.data.ecg_tokenizer to an ECG-Byte file (.json or .pkl)"
-        raise UserError("data.ecg_tokenizer", "None", "a symbolic tokenizer for elm=ecg_byte", fix)
-    # Holds, then the key, what is found, and where it has a meaning: elsewhere it would be ignored without a word.
-    lora, data = config.llm.lora, config.data
-    adapts = lora.rank > 0 and lora.adapter is None and config.init_from is None
-    used = [
-        ("llm" in config.update or not adapts, "llm.lora.rank", lora.rank, "0 where update leaves the LLM out"),
-        (encoded or config.encoder.checkpoint is None, "encoder.checkpoint", config.encoder.checkpoint,
-         f"None for elm={elm}"),
-        (encoded or not config.encoder.config, "encoder.config", config.encoder.config, f"nothing for elm={elm}"),
-        (encoded or not config.encoder.cache, "encoder.cache", True, f"false for elm={elm}"),
-        ("encoder" not in config.update or not config.encoder.cache, "encoder.cache", True,
-         "false where update has the encoder: outputs of one that learns change"),
-        (not (data.augment_ecg or data.augment_rgb) or not config.encoder.cache, "encoder.cache", True,
-         "false with data.augment_ecg or data.augment_rgb: recordings change"),
-        (elm not in ("base_elf", "ecg_byte") or config.encoder.tokens == 1, "encoder.tokens", config.encoder.tokens,
-         f"1 for elm={elm}"),
-        (kind is None or data.ecg_tokenizer is None, "data.ecg_tokenizer", data.ecg_tokenizer,
-         "None but for elm=ecg_byte"),
-        (of_images or not data.augment_rgb, "data.augment_rgb", True,
-         "false without an encoder of images"),
-        (kind == "mlp" or config.connector.hidden is None, "connector.hidden", config.connector.hidden,
-         "None but for elm=mlp_llava"),
-    ]  # fmt: skip
-    for holds, key, found, expected in used:
-        if not holds:
-            raise UserError(key, str(found), expected, f"leave --config.{key} out")
-
-
 def _symbols(config: Config, tokenizer: Any, own: Path | None) -> EcgTokens | None:
     """The ECG's symbols in the tokenizer, which gets them here, where ECGs are symbols.
 
     Its tokens mean nothing with another ECG-Byte than the one they were learnt with: a run keeps its own, and what is
     given must be the same. (The file that a run began with need not be there any more.)
     """
-    if CONNECTORS[config.elm] is not None:
+    if config.view.writes != "tokens":
         return None
     given, options = Path(str(config.data.ecg_tokenizer)), (config.data.min_ecg_tokens, config.compat)
     began_with = _began_with(config, own)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_dict
 
 from elm_jax import compat, schema
 from elm_jax.ecg.recording import LEADS
+from elm_jax.elms import ELMS, View
 from elm_jax.errors import UserError, closest
 from elm_jax.schema import key
 from elm_jax.scoring.protocols import PROTOCOLS
@@ -208,10 +209,7 @@ class Config:
     seed: int = key(0, "seed of everything random", limit="from 0 to 4294967295")
     workdir: str = key("runs/<name>", "the run's folder; <name> is the config file's name")
     phase: str = key("sft", "pretrain or supervised fine-tuning", choices=("pretrain", "sft"), later=("rl",))
-    elm: str = key(
-        "mlp_llava", "how an ECG enters the LLM", 
-        choices=("linear_llava", "mlp_llava", "base_elf", "patch_elf", "conv_elf", "ecg_byte"),
-    )  # fmt: skip
+    elm: str = key("mlp_llava", "how an ECG enters the LLM", choices=ELMS)
     update: tuple[str, ...] = key(
         ("connector", "llm"), "the parts that are trained", choices=("encoder", "connector", "llm")
     )
@@ -228,6 +226,16 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def views(self) -> Mapping[str, View]:
+        """The ways in which an ECG enters the model, by name."""
+        return ELMS[self.elm]
+
+    @property
+    def view(self) -> View:
+        """The first of them."""
+        return next(iter(self.views.values()))
 
 
 SCHEMA = dict(schema.walk(Config))  # dotted name -> Key

@@ -7,7 +7,7 @@ import ast
 import json
 import math
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
@@ -42,7 +42,7 @@ class Key:
     default: Any
     type: Any
     meaning: str
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     later: tuple[str, ...] = ()  # values that are known but not built yet
     limit: str = ""  # a name in LIMITS
     accepts: Any = None  # the type that may be written, where it is wider than `type`

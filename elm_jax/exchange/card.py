@@ -57,14 +57,6 @@ It is a research model and no medical device.
 
 {licence}
 """
-_KINDS = {
-    "linear_llava": "An ECG encoder, a linear connector and a language model",
-    "mlp_llava": "An ECG encoder, an MLP connector and a language model",
-    "base_elf": "A linear connector on the whole signal and a language model",
-    "patch_elf": "A linear connector on patches of the signal and a language model",
-    "conv_elf": "A convolutional connector on patches of the signal and a language model",
-    "ecg_byte": "A language model that reads the ECG as symbols in the text",
-}
 
 
 def facts_of(weights: TrainedWeights, rows: int, no_template: str) -> dict[str, Any]:
@@ -117,7 +109,7 @@ def write_card(path: Path, weights: TrainedWeights, facts: Mapping[str, Any], me
     title = f"{config.elm} · {repo if base else 'a language model from nothing'}"
     title += f" · {config.encoder.name}" if config.encoder.name else ""
     text = _CARD.format(
-        front="\n".join(f"{key}: {value}" for key, value in front.items()), title=title, kind=_KINDS[config.elm],
+        front="\n".join(f"{key}: {value}" for key, value in front.items()), title=title, kind=config.view.meaning,
         files="\n".join(f"| `{name}` | {what} |" for name, what in _files(weights, facts, merged)),
         training=_training(weights), scores=_scores(weights), licence=_terms(weights, base, repo, licence),
     )  # fmt: skip
@@ -144,7 +136,7 @@ def _files(weights: TrainedWeights, facts: Mapping[str, Any], merged: bool) -> l
         files.append(("adapter/", "the LoRA adapter, for `PeftModel.from_pretrained`"))
     if facts["encoder"] is not None:
         files.append(("encoder.safetensors", f"the ECG encoder ({config.encoder.name})"))
-    if config.elm != "ecg_byte":
+    if config.view.connector is not None:
         files.append(("connector.safetensors", "from the ECG's features to the language model's inputs"))
     else:
         files.append(("ecg_byte.json", "the ECG tokenizer"))

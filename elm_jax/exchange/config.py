@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elm_jax import compat as behaviours
-from elm_jax.assemble import CONNECTORS, Assembly, assemble
+from elm_jax.assemble import Assembly, assemble
 from elm_jax.cli import ConfigFlags, read_config_file
 from elm_jax.config import Config, LoraConfig
+from elm_jax.elms import ELMS
 from elm_jax.errors import UserError
 from elm_jax.exchange.facts import Fact, Facts, embedding_of, facts_of, patches_of
 from elm_jax.exchange.source import Source
@@ -107,7 +108,7 @@ def _patches(source: Source, flags: ConfigFlags, tree: dict[str, Any], name: str
 def _consequences(flags: ConfigFlags, tree: dict[str, Any], facts: Facts) -> Facts:
     """What follows from the facts, by the reference's ways."""
     more, elm = {}, facts.get("elm")
-    if elm is not None and elm.value == "ecg_byte":
+    if elm is not None and any(view.writes == "tokens" for view in ELMS[elm.value].values()):
         more["update"] = Fact(("llm",), elm.tensor)
         order, asked = "signal_token_order", tuple(tree.get("compat") or ())
         if not _is_said(flags, "compat") and not behaviours.enabled(order, asked):
@@ -162,7 +163,7 @@ def _phase(source: Source, config: Config, rows: int, said: bool) -> tuple[Assem
     raise UserError(
         str(source.path), f"{table} of {rows} tokens", f"as many as the tokenizer has: {' or '.join(counts)}",
         f"set --config.llm.name to the model that it was made from (not {config.llm.name})"
-        + (", --config.data.ecg_tokenizer to its ECG-Byte" if CONNECTORS[config.elm] is None else ""),
+        + (", --config.data.ecg_tokenizer to its ECG-Byte" if config.view.writes == "tokens" else ""),
     )  # fmt: skip
 
 
@@ -186,8 +187,8 @@ def _value(config: Config, key: str) -> Any:
 def _counts(config: Config, key: str) -> bool:
     """Whether a key means anything for this model."""
     needed = {
-        "encoder.tokens": config.elm not in ("base_elf", "ecg_byte"),
+        "encoder.tokens": config.view.tokens is None,
         "llm.lora.alpha": config.llm.lora.rank > 0,
-        "encoder.name": config.elm.endswith("_llava"),
+        "encoder.name": config.view.encoder,
     }
     return needed.get(key, True)

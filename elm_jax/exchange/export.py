@@ -15,7 +15,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from elm_jax.assemble import CONNECTORS
 from elm_jax.config import Config
 from elm_jax.errors import UserError
 from elm_jax.exchange.card import FACTS, facts_of, write_card
@@ -109,7 +108,7 @@ class _Export:
     @property
     def _kinds(self) -> tuple[str, str | None, str | None]:
         config = self.weights.config
-        return self.weights.assembly.llm.model_type, config.encoder.name, CONNECTORS[config.elm]
+        return self.weights.assembly.llm.model_type, config.encoder.name, config.view.connector
 
     def dtype(self, name: str) -> np.dtype:
         """What an array is written in; running statistics and constants are as they are."""

@@ -8,10 +8,12 @@ from typing import Any
 
 import ml_dtypes
 
+from elm_jax.elms import ELMS
 from elm_jax.errors import UserError
 from elm_jax.exchange.source import Source
+from elm_jax.models.connectors import PREFIXES, RULES
 from elm_jax.models.encoders import ENCODERS
-from elm_jax.models.encoders.checkpoints import Tensors
+from elm_jax.models.encoders.checkpoints import Tensors, Told
 from elm_jax.weights.load import read_json
 
 _LORA_A = re.compile(r".*\.layers?\.\d+\.|.*\.h\.\d+\.")
@@ -49,7 +51,7 @@ def embedding_of(source: Source) -> str:
 def _model(source: Source) -> Facts:
     info, table = source.info, embedding_of(source)
     facts = _connector(source)
-    if facts["elm"].value.endswith("_llava"):
+    if any(view.encoder for view in ELMS[facts["elm"].value].values()):
         facts |= _encoder(source, "encoder.")
     dtype = "bfloat16" if info[table].dtype == ml_dtypes.bfloat16 else "float32"
     facts |= {f"llm.{which}_dtype": Fact(dtype, table) for which in ("compute", "param")}
@@ -58,23 +60,20 @@ def _model(source: Source) -> Facts:
 
 def _connector(source: Source) -> Facts:
     """The kind of the model by its connector, of which each kind has other names."""
-    info = source.info
-    linear, hidden, out = (f"projection.projection.{n}weight" for n in ("", "0.", "2."))
-    patch, conv = "project_layer.projection.weight", "project_layer.conv1.weight"
-    if linear in info:
-        return {"elm": Fact("linear_llava", linear)}
-    if hidden in info and out in info:
-        inner, width = _shape(source, hidden, 2)[0], _shape(source, out, 2)[0]
-        facts = {"elm": Fact("mlp_llava", hidden)}
-        return facts if inner == width else facts | {"connector.hidden": Fact(inner, hidden)}
-    if conv in info:
-        return {"elm": Fact("conv_elf", conv)}
-    if patch in info:
-        return {"elm": Fact("patch_elf", patch)}
-    if not any(name.startswith(("llm.llm.", "encoder.", "projection.", "project_layer.")) for name in info):
-        facts = {"elm": Fact("ecg_byte", embedding_of(source)), "data.representation": Fact("symbolic", "")}
-        return {name: Fact(fact.value, facts["elm"].tensor) for name, fact in facts.items()}
-    raise _unlike(source, f"a connector: {linear}, {hidden}, {patch} or {conv}", "none of them")
+    elms = {elm: view for elm, views in ELMS.items() for view in views.values() if len(views) == 1}
+    signs = {elm: PREFIXES[kind] + RULES[kind][0].theirs for elm, view in elms.items() if (kind := view.connector)}
+    for elm, sign in reversed(signs.items()):  # of several patches before one: `patches_of` tells them apart
+        if sign in source.info:
+            facts = {"elm": Fact(elm, sign)}
+            if elms[elm].connector == "mlp":
+                inner, width = (_shape(source, f"projection.projection.{n}.weight", 2)[0] for n in (0, 2))
+                facts |= {"connector.hidden": Fact(inner, sign)} if inner != width else {}
+            return facts
+    if not any(name.startswith(("llm.llm.", "encoder.", *PREFIXES.values())) for name in source.info):
+        elm, view = next((elm, view) for elm, view in elms.items() if view.connector is None)
+        table = embedding_of(source)
+        return {"elm": Fact(elm, table), "data.representation": Fact(view.shows, table)}
+    raise _unlike(source, f"a connector: {', '.join(dict.fromkeys(signs.values()))}", "none of them")
 
 
 def patches_of(source: Source, leads: int, samples: int) -> Facts:
@@ -115,9 +114,8 @@ def _encoder(source: Source, prefix: str) -> Facts:
         own = {each.removeprefix(prefix).removeprefix(kind.wrapper): each for each in mine}
         names = {published: own[each] for each, published in kind.published(own).items()}
         tensors = Tensors(str(source.path), source.info, names)
-        sign = None if kind.sign is None else kind.sign(tensors)
-        if sign is not None:
-            told = {"encoder.name": (name, sign), **kind.sizes(tensors)}
+        if kind.sign is not None and (sign := kind.sign(tensors)) is not None:
+            told: Told = {"encoder.name": (name, sign), **kind.sizes(tensors)}
             facts = {key: Fact(value, names.get(theirs, theirs)) for key, (value, theirs) in told.items()}
             return facts | _of_folder(name, source)
     raise _unlike(source, f"an encoder: {', '.join(ENCODERS)}", "names of none of them")

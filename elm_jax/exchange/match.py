@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elm_jax.assemble import CONNECTORS, Assembly
+from elm_jax.assemble import Assembly
 from elm_jax.errors import UserError, some
 from elm_jax.exchange.config import Imported
 from elm_jax.exchange.reference import Reference, reference_of
@@ -81,7 +81,7 @@ def match(source: Source, imported: Imported) -> Match:
     leaves = dict(assembly.structure.leaves)
     if source.kind == "encoder":
         leaves = {name: leaf for name, leaf in leaves.items() if name.startswith("encoder.")}
-    connector = CONNECTORS[assembly.config.elm]
+    connector = assembly.config.view.connector
     rows = imported.rows or assembly.llm.vocab_size
     table = reference_of(leaves, assembly.llm.model_type, encoder, connector, rows)
     table = replace(table, aliases={a: n for a, n in table.aliases.items() if n in _names(table)})

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from elm_jax.exchange.published import published_rules
-from elm_jax.models.connectors import SIGNAL_KINDS
+from elm_jax.models.connectors import PREFIXES
 from elm_jax.models.encoders import ENCODERS
 from elm_jax.models.families import family_of
 from elm_jax.models.functional import Leaf
@@ -86,7 +86,7 @@ def reference_of(
     before = {
         "llm": ("llm." if connector is None else "llm.llm.") + (PEFT_PREFIX if adapted else ""),
         "encoder": f"encoder.{ENCODERS[encoder].wrapper}" if encoder else "encoder.",
-        "connector": "project_layer." if connector in SIGNAL_KINDS else "projection.",
+        "connector": PREFIXES[connector] if connector else "",
     }
     rules = {}
     for ours in leaves:

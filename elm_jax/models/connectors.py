@@ -142,6 +142,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("fc.bias", "projection.bias"),
     ),
 }
+# What the reference puts before these names.
+PREFIXES = {"linear": "projection.", "mlp": "projection.", "patch": "project_layer.", "conv": "project_layer."}
 SIGNAL_KINDS = {"patch": PatchConnector, "conv": ConvConnector}  # those that read the signal itself
 
 

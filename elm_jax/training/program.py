@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from elm_jax import compat as behaviours
-from elm_jax.assemble import CONNECTORS, Assembly, encoder_structure, structure_behind_encoder
+from elm_jax.assemble import Assembly, encoder_structure, structure_behind_encoder
 from elm_jax.config import Config
 from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Layout, collate, empty_signals
 from elm_jax.errors import UserError
@@ -87,7 +87,7 @@ def optimizer_of(assembly: Assembly, total_steps: int) -> Any:
     """The optimizer of a run; Muon is told which parameters are matrices."""
     leaves, config = assembly.structure.leaves, assembly.config
     if behaviours.enabled("muon_by_name", config.compat):
-        parts = assembly.llm.model_type, config.encoder.name, CONNECTORS[config.elm]
+        parts = assembly.llm.model_type, config.encoder.name, config.view.connector
         moved = matrices_by_name(leaves, published_rules(leaves, *parts))
     else:
         moved = matrices(leaves)

@@ -15,10 +15,10 @@ from jax.sharding import SingleDeviceSharding
 from parity import e2e
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from elm_jax.assemble import CONNECTORS, assemble, make_arrays
+from elm_jax.assemble import assemble, make_arrays
 from elm_jax.cli import guard
 from elm_jax.config import Config, resolve
-from elm_jax.models.connectors import SIGNAL_KINDS
+from elm_jax.elms import ELMS
 from elm_jax.run import folder as run
 from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.run.weights import TrainedWeights
@@ -62,7 +62,7 @@ def llm_folder(
 
 def settings(elm: str, llm: Path, **changes: Any) -> dict[str, Any]:
     """Keys of a run on this LLM in float32; `changes` are keys with `__` for the dot."""
-    kind = CONNECTORS[elm]
+    kind = ELMS[elm]["ecg"].connector
     tree: dict[str, Any] = {
         "elm": elm,
         "update": ("llm",) if kind is None else ("connector",),
@@ -128,7 +128,7 @@ def arrays_of(config: Config) -> dict[str, np.ndarray]:
 
 
 def has_encoder(elm: str) -> bool:
-    return CONNECTORS[elm] is not None and CONNECTORS[elm] not in SIGNAL_KINDS
+    return ELMS[elm]["ecg"].encoder
 
 
 def tokenizer_in(folder: Path) -> Any:

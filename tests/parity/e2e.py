@@ -20,9 +20,9 @@ import numpy as np
 from flax import nnx
 from support import stack_micro_batches
 
-from elm_jax.assemble import CONNECTORS
 from elm_jax.config import Config, MeshConfig, resolve
 from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Conversation, Group, collate
+from elm_jax.elms import ELMS
 from elm_jax.exchange.published import published_rules
 from elm_jax.models.connectors import SIGNAL_KINDS, build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder
@@ -39,7 +39,7 @@ from elm_jax.weights.encoders import from_published
 from elm_jax.weights.load import load_llm_arrays, read_llm_config
 from elm_jax.weights.safetensors import Safetensors
 
-KINDS = tuple(CONNECTORS)
+KINDS = tuple(ELMS)
 LLMS = {"llama": "llm_llama_tied", "qwen2": "llm_qwen2_tied"}
 ENCODER, ENCODER_FOLDER = "st_mem", "encoder_tiny_st_mem"
 _ENCODER = goldens.config(ENCODER_FOLDER)
@@ -118,7 +118,7 @@ def load_case(name: str, golden: Any) -> Case:
     build = partial(_build, kind, read_llm_config(llm_folder), tokens, signal_shape(inputs), golden)
     structure = structure_of(build)
     encoder = ENCODER if any(n.startswith("encoder.") for n in structure.leaves) else None
-    rules = published_rules(structure.leaves, llm_type(llm_folder), encoder, CONNECTORS[kind])
+    rules = published_rules(structure.leaves, llm_type(llm_folder), encoder, ELMS[kind]["ecg"].connector)
     arrays = dict(_initial(structure, folder, llm_folder, encoder, rules, golden))
     traces = json.loads((folder / "train_traces.json").read_text())
     return Case(name, kind, folder, structure, arrays, rules, inputs, traces)
@@ -129,7 +129,7 @@ def llm_type(folder: Path) -> str:
 
 
 def _build(kind: str, llm: Any, tokens: int, shape: tuple[int, int], golden: Any) -> ELM:
-    rngs, connector = nnx.Rngs(0), CONNECTORS[kind]
+    rngs, connector = nnx.Rngs(0), ELMS[kind]["ecg"].connector
     decoder = Decoder(llm, rngs)
     if connector is None:
         return ELM(None, None, decoder, jnp.dtype(jnp.float32))

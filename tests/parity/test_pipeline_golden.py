@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from parity_log import compare, record
 
-from elm_jax.assemble import CONNECTORS, Assembly, assemble, make_arrays
+from elm_jax.assemble import Assembly, assemble, make_arrays
 from elm_jax.config import resolve
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset
@@ -63,7 +63,7 @@ def run(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> tuple[Assem
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     arrays = make_arrays(assembly, dict.fromkeys(assembly.structure.leaves, device))
     connector = Safetensors(folder / "connector_init.safetensors")
-    for rule in RULES[str(CONNECTORS[assembly.config.elm])]:
+    for rule in RULES[str(assembly.config.view.connector)]:
         (theirs,) = [name for name in connector if name.endswith(rule.theirs)]
         arrays[f"connector.{rule.ours}"] = jnp.asarray(rule.arrange([connector[theirs]]))
     return assembly, arrays, assembly.dataset("train")

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "elm_jax"
 FLOORS = (
     "errors",
     "compat json_text registry",
-    "schema folders",
+    "schema folders elms",
     "ecg",  # recordings: files, units, rates, leads, images
     "text",  # conversations: strings and ids
     "symbols",  # ECG-Byte

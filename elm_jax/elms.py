@@ -1,0 +1,51 @@
+"""How an ECG enters a language model: each `elm` is a set of views of the same recording."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class View:
+    """One way in which an ECG enters a model.
+
+    meaning: what the model is then, as its card says it.
+    shows: the representation (`data.representation`) that it has; None: one that its encoder reads.
+    encoder: whether an encoder reads that; connector: the kind of what stands between it and the LLM
+    (`models.connectors`), None where it has no embeddings.
+    writes: "slots", places among the tokens for its embeddings; "tokens", tokens of its own.
+    tokens: the places of an ECG; None: `encoder.tokens` says it.
+    """
+
+    meaning: str
+    shows: str | None = "signal"
+    encoder: bool = False
+    connector: str | None = None
+    writes: Literal["slots", "tokens"] = "slots"
+    tokens: int | None = None
+
+
+ELMS: dict[str, Mapping[str, View]] = {
+    "linear_llava": {
+        "ecg": View("An ECG encoder, a linear connector and a language model", None, encoder=True, connector="linear")
+    },
+    "mlp_llava": {
+        "ecg": View("An ECG encoder, an MLP connector and a language model", None, encoder=True, connector="mlp")
+    },
+    "base_elf": {
+        "ecg": View("A linear connector on the whole signal and a language model", connector="patch", tokens=1)
+    },
+    "patch_elf": {
+        "ecg": View("A linear connector on patches of the signal and a language model", connector="patch")
+    },
+    "conv_elf": {
+        "ecg": View("A convolutional connector on patches of the signal and a language model", connector="conv")
+    },
+    "ecg_byte": {
+        "ecg": View(
+            "A language model that reads the ECG as symbols in the text", "symbolic", writes="tokens", tokens=1
+        )
+    },
+}  # fmt: skip

@@ -1,0 +1,60 @@
+"""Whether an encoder, a representation and what else a configuration says fit the views of its `elm`."""
+
+from __future__ import annotations
+
+from elm_jax.config import Config
+from elm_jax.elms import ELMS
+from elm_jax.errors import UserError
+from elm_jax.models.encoders import ENCODERS, kind_of
+
+
+def check_views(config: Config) -> None:
+    """Raise UserError, naming the key, for what the views of `config.elm` do not have, and for what they lack."""
+    elm, view, encoder, data = config.elm, config.view, config.encoder, config.data
+    if view.encoder and encoder.name is None:
+        known = ", ".join(ENCODERS)
+        raise UserError("encoder.name", "None", f"an ECG encoder for elm={elm}: {known}", "set --config.encoder.name")
+    if not view.encoder and encoder.name is not None:
+        raise UserError("encoder.name", encoder.name, f"no encoder with elm={elm}", "leave it out, or choose a LLaVA")
+    for part, exists in (("encoder", view.encoder), ("connector", view.connector is not None)):
+        if part in config.update and not exists:
+            raise UserError("update", part, f"no {part} with elm={elm}", "leave it out, or choose another elm")
+    of_images = encoder.name is not None and kind_of(encoder.name).processing is not None
+    fitting = (view.shows,) if view.shows else ("rgb", "stacked_signal") if of_images else ("signal",)
+    if data.representation not in fitting:
+        what = f"encoder.name={encoder.name}" if view.encoder else f"elm={elm}"
+        raise UserError(
+            "data.representation", data.representation, f"{' or '.join(fitting)} for {what}",
+            f"set --config.data.representation={fitting[0]}",
+        )  # fmt: skip
+    symbols = view.writes == "tokens"
+    if symbols and data.ecg_tokenizer is None:
+        fix = "set --config.data.ecg_tokenizer to an ECG-Byte file (.json or .pkl)"
+        raise UserError("data.ecg_tokenizer", "None", f"a symbolic tokenizer for elm={elm}", fix)
+    # Holds, then the key, what is found, and where it has a meaning: elsewhere it would be ignored without a word.
+    lora = config.llm.lora
+    adapts = lora.rank > 0 and lora.adapter is None and config.init_from is None
+    used = [
+        ("llm" in config.update or not adapts, "llm.lora.rank", lora.rank, "0 where update leaves the LLM out"),
+        (view.encoder or encoder.checkpoint is None, "encoder.checkpoint", encoder.checkpoint, f"None for elm={elm}"),
+        (view.encoder or not encoder.config, "encoder.config", encoder.config, f"nothing for elm={elm}"),
+        (view.encoder or not encoder.cache, "encoder.cache", True, f"false for elm={elm}"),
+        ("encoder" not in config.update or not encoder.cache, "encoder.cache", True,
+         "false where update has the encoder: outputs of one that learns change"),
+        (not (data.augment_ecg or data.augment_rgb) or not encoder.cache, "encoder.cache", True,
+         "false with data.augment_ecg or data.augment_rgb: recordings change"),
+        (view.tokens in (None, encoder.tokens), "encoder.tokens", encoder.tokens, f"{view.tokens} for elm={elm}"),
+        (symbols or data.ecg_tokenizer is None, "data.ecg_tokenizer", data.ecg_tokenizer,
+         f"None but for {_elms_with('writes', 'tokens')}"),
+        (of_images or not data.augment_rgb, "data.augment_rgb", True, "false without an encoder of images"),
+        (view.connector == "mlp" or config.connector.hidden is None, "connector.hidden", config.connector.hidden,
+         f"None but for {_elms_with('connector', 'mlp')}"),
+    ]  # fmt: skip
+    for holds, key, found, expected in used:
+        if not holds:
+            raise UserError(key, str(found), expected, f"leave --config.{key} out")
+
+
+def _elms_with(fact: str, value: str) -> str:
+    named = [elm for elm, views in ELMS.items() if any(getattr(view, fact) == value for view in views.values())]
+    return f"elm={' or '.join(named)}"
