@@ -1,4 +1,4 @@
-"""Hold the roofline of `elm_jax.plan` against published training runs (elm_jax/planning/published.py).
+"""Hold the roofline of `elm_jax.plan` against published training runs (scripts/published_runs.py).
 
     python scripts/plan_published.py --out tests/data/plan      # compiles them; needs jax[cuda12], no GPU; minutes
     python scripts/plan_published.py --read tests/data/plan     # predicts from the programs kept there
@@ -11,10 +11,11 @@ import lzma
 import re
 from pathlib import Path
 
+from published_runs import RUNS, Run
+
 from elm_jax.config import resolve
 from elm_jax.planning import topology
 from elm_jax.planning.hlo import Module
-from elm_jax.planning.published import RUNS, Run
 
 
 def main() -> None:

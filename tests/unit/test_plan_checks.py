@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import lzma
+import sys
 from pathlib import Path
 
 import pytest
 
 from elm_jax.planning.hlo import Module, collectives
 from elm_jax.planning.program import all_reduced, holds_logits
-from elm_jax.planning.published import RUNS, Run
 from elm_jax.runtime.mesh import SMALL
 
-PROGRAMS = Path(__file__).resolve().parents[1] / "data" / "plan"
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "scripts"))
+
+from published_runs import RUNS, Run  # noqa: E402
+
+PROGRAMS = ROOT / "tests" / "data" / "plan"
 MESH = {"data": 2, "fsdp": 8, "tensor": 1}
 MATRIX = {"llm.layers.q": (2048, 2048)}
 OVER_FSDP, OVER_DATA = "replica_groups=[2,8]<=[16]", "replica_groups=[8,2]<=[2,8]T(1,0)"

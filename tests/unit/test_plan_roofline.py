@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,14 @@ from elm_jax.errors import UserError
 from elm_jax.planning import topology
 from elm_jax.planning.hardware import H100, HARDWARE
 from elm_jax.planning.hlo import Array, Collective, Module
-from elm_jax.planning.published import RUNS, Run
 from elm_jax.planning.roofline import communication_seconds, step_times
 
-PROGRAMS = Path(__file__).resolve().parents[1] / "data" / "plan"
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "scripts"))
+
+from published_runs import RUNS, Run  # noqa: E402
+
+PROGRAMS = ROOT / "tests" / "data" / "plan"
 WITHIN = 0.15
 
 OVERLAPPED = """\
