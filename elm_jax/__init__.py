@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from elm_jax.ecg.recording import read_ecg, to_segment
     from elm_jax.errors import UserError
     from elm_jax.inference.generate import generate
+    from elm_jax.models.encoders import register_encoder
     from elm_jax.models.family_table import register_family
     from elm_jax.scoring.metrics import register_metric
     from elm_jax.symbols.coder import EcgByte
@@ -25,6 +26,7 @@ _HOME = {
     "load_llm": "elm_jax.weights.load",
     "read_ecg": "elm_jax.ecg.recording",
     "register_dataset": "elm_jax.data.prepare",
+    "register_encoder": "elm_jax.models.encoders",
     "register_family": "elm_jax.models.family_table",
     "register_metric": "elm_jax.scoring.metrics",
     "render": "elm_jax.text.render",
@@ -40,6 +42,7 @@ __all__ = [
     "load_llm",
     "read_ecg",
     "register_dataset",
+    "register_encoder",
     "register_family",
     "register_metric",
     "render",

@@ -30,13 +30,13 @@ class Registry(dict[str, Row]):
         self[name] = row
 
     def find(self, name: str, fix: str = "") -> Row:
-        """The row of a name; `fix` is the advice where no name is nearly the same.
+        """The row of a name; `fix` is what an error advises, by default a name that is nearly the same.
 
         Raises:
             UserError: there is none.
         """
         if name not in self:
-            found = nearest(str(name), self) or fix or "choose one of them"
+            found = fix or nearest(str(name), self) or "choose one of them"
             advice = f"{found}; where a file of yours registers it, add --register FILE"
             raise UserError(self.where, repr(name), f"one of {', '.join(self)}", advice)
         return self[name]

@@ -76,11 +76,9 @@ def hint(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def weight(param: nnx.Variable, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """A parameter ready for use: cast to `dtype` and gathered from its shards."""
-    placement = _placement.get()
-    if placement is None:
-        return param[...].astype(dtype)
-    return placement.weight(param[...], param.axes, dtype)
+    """A parameter ready for use: cast to `dtype` and gathered from its shards; without `axes` it has none."""
+    placement, axes = _placement.get(), param.get_metadata().get("axes", ())
+    return placement.weight(param[...], axes, dtype) if placement and axes else param[...].astype(dtype)
 
 
 def copies(w: jax.Array, axes: tuple[str | None, ...], rows: int) -> jax.Array:

@@ -18,10 +18,11 @@ from flax import nnx
 
 from elm_jax import compat as behaviours
 from elm_jax.ecg.images import CLIP, SIGLIP2, VIT, Processing
-from elm_jax.errors import UserError, nearest
+from elm_jax.errors import UserError
 from elm_jax.models.encoders import checkpoints, mae, merl, siglip, vision
 from elm_jax.models.encoders import vision_config as sizes
 from elm_jax.models.names import Rule, bare_name
+from elm_jax.registry import Registry
 
 
 class Encoder(Protocol):
@@ -50,9 +51,10 @@ class Pooled:
 class Kind:
     """All that is said of an encoder.
 
-    config: how its own config is read. module: its class, built as `build_encoder` does. weight_rule: the published
-    name of an array of ours. published_name: a name as `published` gives it -> that of the table, None for what is no
-    part of the encoder.
+    config: how its own config is read, from `encoder.config` with num_leads and seq_len where it reads signals.
+    module: its class, built as `build_encoder` does. weight_rule: the published name of an array of ours (by default
+    the same, as it is). published_name: a name as `published` gives it -> that of the table, None for what is no part
+    of the encoder.
     alias: (a prefix, another); checkpoints hold the weights of the second under the first as well.
     absent: from the names in a checkpoint, the published names that it may lack: these are drawn anew.
     compat: the reference's behaviours (`elm_jax.compat`), and the config fields that bring them about.
@@ -68,8 +70,8 @@ class Kind:
 
     config: Callable[[Mapping[str, Any]], Any]
     module: Callable[..., Encoder]
-    weight_rule: Callable[[str], Rule]
-    published_name: Callable[[str], str | None]
+    weight_rule: Callable[[str], Rule] = lambda name: Rule(name, name)
+    published_name: Callable[[str], str | None] = bare_name
     alias: tuple[str, str] | None = None
     absent: Callable[[Collection[str]], Collection[str]] = lambda names: ()
     compat: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -111,7 +113,7 @@ class Kind:
 
 _IN_MODULE = "vision_encoder."  # the reference's module around a model of Hugging Face
 _BARE = (("pos_embedding", "", "encoder."),)  # a masked autoencoder's encoder without what is around it
-ENCODERS: dict[str, Kind] = {
+ENCODERS: Registry[Kind] = Registry("encoder.name", {
     "merl": Kind(
         merl.MerlConfig.from_fields, merl.Merl, merl.weight_rule, merl.published_name,
         # Its trainer saves `ecg_encoder` alone, or the whole model around it.
@@ -157,7 +159,16 @@ ENCODERS: dict[str, Kind] = {
         sign=checkpoints.begins("vision_model.", f"{siglip.PREFIX}vision_model."),
         pooled=Pooled(lambda config, length: range(0, length + 1, config.patch_size)),
     ),
-}  # fmt: skip
+})  # fmt: skip
+
+
+def register_encoder(name: str, kind: Kind) -> None:
+    """Let `encoder.name` be one more.
+
+    Raises:
+        UserError: the name is no identifier, or one of the package's encoders.
+    """
+    ENCODERS.register(name, kind)
 
 
 def build_encoder(
@@ -184,11 +195,7 @@ def build_encoder(
 
 def kind_of(name: str) -> Kind:
     """The registry's entry of `encoder.name`. Raises UserError for an unknown one."""
-    if name not in ENCODERS:
-        plain = str(name).rpartition("/")[2].replace("-", "_").casefold()
-        family = max((known for known in ENCODERS if plain.startswith(f"{known}_")), key=len, default="")
-        fix = nearest(str(name), ENCODERS) or "choose one of them"
-        if family:
-            fix = f"set encoder.name={family}, and encoder.checkpoint to its weights: a file, a folder or a hub's id"
-        raise UserError("encoder.name", repr(name), f"one of {', '.join(ENCODERS)}", fix)
-    return ENCODERS[name]
+    plain = str(name).rpartition("/")[2].replace("-", "_").casefold()
+    family = max((known for known in ENCODERS if plain.startswith(f"{known}_")), key=len, default="")
+    weights = f"set encoder.name={family}, and encoder.checkpoint to its weights: a file, a folder or a hub's id"
+    return ENCODERS.find(name, weights if family else "")
