@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from elm_jax.data.demo import demo_tokenizer
 from elm_jax.errors import UserError
-from elm_jax.exchange.chat_template import chat_template
+from elm_jax.exchange.llm_folder import chat_template
 from elm_jax.text.render import CHAT_FORMS, TextSpec, add_tokens, render, render_prompt
 from elm_jax.text.vocabulary import load_tokenizer
 
