@@ -20,27 +20,12 @@ from elm_jax.errors import UserError
 from elm_jax.evaluation.controls import Loaded, Question, Recording, Source
 from elm_jax.evaluation.store import AnswerFile
 from elm_jax.inference.model import Prompt, TrainedModel
+from elm_jax.inference.speaker import Answer
 from elm_jax.runtime import distributed
 from elm_jax.scoring.ecg_qa import answer_list, is_ecg_qa
 from elm_jax.text.turns import to_turns
 
 BATCHES = 8  # of a chunk: what is asked again at most after a stop, and what is read ahead
-
-
-@dataclass(frozen=True)
-class Said:
-    """The answer to prompt number `place`; `ended`: by itself, not for want of room."""
-
-    place: int
-    text: str
-    seconds: float
-    ended: bool
-
-
-def ask(model: TrainedModel, prompts: Sequence[Prompt], options: EvalConfig, seed: int) -> Iterator[Said]:
-    """The answers to prompts, as they come."""
-    for answer in model.stream(prompts, options, seed):
-        yield Said(answer.number, answer.text, answer.seconds, answer.ended)
 
 
 class BadRecords:
@@ -112,11 +97,12 @@ class Asker:
         rest = [[q for q in chunk if q.record not in known] for chunk in chunks[done:]]
         for loaded in _read_ahead(task.source, rest):
             prompts = self._prompts(task, loaded, bad)
+            asked = list(prompts)
             self.model.engine.prefills.forget()  # so that a chunk comes out the same whatever went before it
-            for said in ask(self.model, list(prompts.values()), self.options, seed) if prompts else ():
-                question = list(prompts)[said.place]
+            for answer in self.model.stream(prompts.values(), self.options, seed) if prompts else ():
+                question = asked[answer.number]
                 if file:
-                    predictions[question] = _line(task, question, prompts[question], said)
+                    predictions[question] = _prediction(task, question, prompts[question], answer)
                     file.append(predictions[question])
                 self._bar.update()
         return predictions
@@ -212,7 +198,7 @@ def _id(task: Task, question: Question) -> str:
     return f"{task.source.dataset.records[question.record].id}#{question.turn}"
 
 
-def _line(task: Task, question: Question, prompt: Prompt, said: Said) -> dict[str, Any]:
+def _prediction(task: Task, question: Question, prompt: Prompt, answer: Answer) -> dict[str, Any]:
     record = task.source.dataset.records[question.record]
     asked = asked_of(record.text)
     answers = answer_list(record.text)
@@ -227,10 +213,10 @@ def _line(task: Task, question: Question, prompt: Prompt, said: Said) -> dict[st
         **record.fields,
         "question": asked[min(question.turn, len(asked) - 1)][0] if asked else "",
         "prompt": prompt.rendered.prompt,
-        "answer": said.text,
+        "answer": answer.text,
         "truth": question.truth,
         **({"answers": answers} if answers else {}),
-        "ended": said.ended,
+        "ended": answer.ended,
         **({"ecg_tokens_cut": prompt.cut} if prompt.cut else {}),
-        "seconds": round(said.seconds, 6),
+        "seconds": round(answer.seconds, 6),
     }

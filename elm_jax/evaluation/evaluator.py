@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +145,7 @@ def _ask_labels(model: TrainedModel, folds: Sequence[_Fold], store: Store, label
     dataset = Dataset(records, like.tokenizer, like.text, like.signal)
     bad = BadRecords(dataset, model.config.data.max_bad_records)
     found = ask_labels(
-        model, dataset, range(len(records)), labels, store.labels(), bad, model.config.log.progress
+        model, dataset, range(len(records)), labels, store.labels, bad, model.config.log.progress
     )
     return {"labels": found, "labels_bad": len(bad.found)}
 
@@ -198,17 +197,15 @@ def _check_text_only(folds: Sequence[_Fold]) -> None:
 
 def _keep_problems(folds: Sequence[_Fold], store: Store | None) -> None:
     """Note the recordings that could not be read before a stop, and from now on keep what is found of them."""
-    known = distributed.gather(store.problems() if store else [])[0]
+    known = distributed.gather(store.problems.lines if store else [])[0]
     for fold in folds:
         for line in known:
             if line["fold"] == fold.number:
                 fold.bad.note(line["record"], UserError(*(line[part] for part in ERROR)))
         if store:
-            fold.bad.keep = partial(_keep, store, fold.number)
-
-
-def _keep(store: Store, fold: int, record: int, error: UserError) -> None:
-    store.note({"fold": fold, "record": record, **dict(zip(ERROR, error.parts, strict=True))})
+            fold.bad.keep = lambda record, error, fold=fold.number: store.problems.append(
+                {"fold": fold, "record": record, **dict(zip(ERROR, error.parts, strict=True))}
+            )
 
 
 def _questions(dataset: Dataset, room: int, bad: BadRecords) -> Iterator[Question]:

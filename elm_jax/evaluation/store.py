@@ -37,7 +37,8 @@ class Store:
         if (folder / _MOVING).is_dir() or not path.is_file() or _read(path) != identity:
             _set_aside(folder, identity)
             write_json(path, identity)
-        self._problems = AnswerFile(folder / PROBLEMS)
+        self.problems = AnswerFile(folder / PROBLEMS)  # what was noted of records that cannot be evaluated
+        self.labels = AnswerFile(folder / LABELS)  # what was asked of labels (`labels.ask_labels`)
 
     def answers(self, condition: str) -> AnswerFile:
         """The file of a condition; `real` is predictions.jsonl."""
@@ -45,18 +46,6 @@ class Store:
             return AnswerFile(self.folder / PREDICTIONS)
         (self.folder / CONTROLS).mkdir(exist_ok=True)
         return AnswerFile(self.folder / CONTROLS / f"{condition}.jsonl")
-
-    def labels(self) -> AnswerFile:
-        """The file of what was asked of labels (`labels.ask_labels`)."""
-        return AnswerFile(self.folder / LABELS)
-
-    def problems(self) -> list[Line]:
-        """What was noted of records that cannot be evaluated."""
-        return self._problems.lines
-
-    def note(self, problem: Line) -> None:
-        """Keep a problem."""
-        self._problems.append(problem)
 
 
 def _set_aside(folder: Path, identity: Mapping[str, Any]) -> None:

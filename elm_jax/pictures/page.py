@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from elm_jax.errors import printable
 
 _TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parents[1] / "templates"), autoescape=select_autoescape(),
+    loader=FileSystemLoader(Path(__file__).parents[1] / "templates"), autoescape=select_autoescape(("html", "svg")),
     undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.do"],
 )  # fmt: skip
 
