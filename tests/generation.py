@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elm_jax.inference.engine import GREEDY, Engine, Options
+from elm_jax.inference.engine import Engine
 from elm_jax.inference.requests import Piece, Request
+from elm_jax.inference.sampling import Sampling
 from elm_jax.models.decoder import Decoder
 
 NOWHERE = np.zeros((0, 0), np.int32)
@@ -42,12 +43,12 @@ def requests(count: int, vocabulary: int, shared: int = 0, new: int = 9) -> list
 
 
 def answered(
-    engine: Engine, asked: Iterable[Request], rows: int, options: Options = GREEDY, chunk: int = 32
+    engine: Engine, asked: Iterable[Request], rows: int, sampling: Sampling | None = None, chunk: int = 32
 ) -> dict[int, list[int]]:
     """The tokens for each prompt; each must have ended once."""
     found: dict[int, list[int]] = {}
     ended: set[int] = set()
-    for event in engine.run(asked, rows, options, chunk):
+    for event in engine.run(asked, rows, sampling, chunk):
         assert event.number not in ended
         found.setdefault(event.number, []).extend(event.tokens)
         if event.seconds is not None:

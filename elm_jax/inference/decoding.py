@@ -1,23 +1,56 @@
 """Generation's programs: prompts into a key/value cache, and tokens out of it, for rows that come and go.
 
+Rows and the pool of prefixes are donated: they are written in place.
+
 Token p of a conversation has place p of its row in the cache: what a row has beyond its length is never seen.
 
 B rows that generate, R rows that begin, T tokens of a prompt (behind its prefix), P places of a prefix, S places of a
 row, K key/value heads, d head size, L layers, V vocabulary, D width.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from elm_jax.inference.sampling import Sampling, draw
 from elm_jax.models.decoder import Decoder, Layer, Window
-from elm_jax.models.hints import hint
+from elm_jax.models.hints import Placement, hint, placed
 
 NONE = -1  # where there is no token
 ENDLESS = 2**31 - 1  # patience: rows may stand idle until all have ended
 Array = Any  # of JAX, or of NumPy on the host
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A decoder, split once, and where it lies: what programs are given."""
+
+    graph: nnx.GraphDef = field(metadata={"static": True})
+    state: nnx.State
+    placement: Placement | None = field(metadata={"static": True})
+
+
+def program(
+    static: Sequence[str] = (), donate: Sequence[str] = ()
+) -> Callable[[Callable[Concatenate[Decoder, P], R]], Callable[Concatenate[Model, P], R]]:
+    """Compiles a function of a decoder as one of a `Model`; its `static` and donated arguments by their names."""
+
+    def compiled(function: Callable[Concatenate[Decoder, P], R]) -> Callable[Concatenate[Model, P], R]:
+        @wraps(function)
+        def run(model: Model, *args: P.args, **kwargs: P.kwargs) -> R:
+            with placed(model.placement):
+                return function(nnx.merge(model.graph, model.state), *args, **kwargs)
+
+        return jax.jit(run, static_argnames=static, donate_argnames=donate, inline=True)
+
+    return compiled
 
 
 class Cache(NamedTuple):
@@ -56,11 +89,22 @@ class Start(NamedTuple):
     seen: Array | None  # (R, V)
 
 
-def empty_cache(llm: Decoder, rows: int, places: int, dtype: jax.typing.DTypeLike) -> Cache:
-    """A cache of zeros. (What is never written must be finite: its weight is zero, and zero times NaN is not.)"""
+@program(static=("rows", "places", "dtype", "axis"))
+def make_cache(llm: Decoder, rows: int, places: int, dtype: jax.typing.DTypeLike, axis: str | None) -> Cache:
+    """A cache of zeros, laid over the mesh as `_spread` says.
+
+    (What is never written must be finite: its weight is zero, and zero times NaN is not.)
+    """
     c = llm.config
     shape = (c.layers, rows, places, c.kv_heads, c.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return _spread(Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), axis)
+
+
+@program(static=("places", "axis"))
+def enlarge_cache(llm: Decoder, cache: Cache, places: int, axis: str | None) -> Cache:
+    """The cache with S = `places`, which is more than it had."""
+    room = ((0, 0), (0, 0), (0, places - cache.keys.shape[2]), (0, 0), (0, 0))
+    return _spread(Cache(*(jnp.pad(x, room) for x in cache)), axis)
 
 
 def empty_rows(cache: Cache, vocabulary: int | None) -> Rows:
@@ -71,22 +115,17 @@ def empty_rows(cache: Cache, vocabulary: int | None) -> Rows:
     return Rows(cache, length, last, left, number, drawn, seen)
 
 
-def spread(cache: Cache, axis: str | None) -> Cache:
+def _spread(cache: Cache, axis: str | None) -> Cache:
     """The cache laid over the mesh: rows by the logical `axis` (None: whole everywhere), heads as the model's."""
     return Cache(*(hint(x, None, axis, None, "kv_heads", None) for x in cache))
 
 
-def longer(cache: Cache, places: int) -> Cache:
-    """The cache with S = `places`, which is more than it had."""
-    return Cache(*(jnp.pad(x, ((0, 0), (0, 0), (0, places - x.shape[2]), (0, 0), (0, 0))) for x in cache))
+def _prefixes(pool: Cache | None, source: Array) -> Cache | None:
+    """Rows `source` (R,) of the pool, (L, R, P, K, d), for prompts that begin with them."""
+    return None if pool is None else _spread(Cache(*(x[:, source] for x in pool)), "batch")
 
 
-def taken(pool: Cache, source: jax.Array) -> Cache:
-    """Rows of the pool, (L, R, P, K, d), for prompts that begin with them."""
-    return spread(Cache(*(x[:, source] for x in pool)), "batch")
-
-
-def extend(
+def prefill(
     llm: Decoder, prompts: Prompts, prefix: Cache | None, wanted: jax.Array | None = None
 ) -> tuple[jax.Array, Cache]:
     """States (R, T, D) before the final norm, and the keys and values (L, R, T, K, d), of prompts behind prefixes.
@@ -132,17 +171,30 @@ def _behind(past: Cache | None, keys: jax.Array, values: jax.Array) -> tuple[jax
     return jnp.concatenate([past.keys, keys], 1), jnp.concatenate([past.values, values], 1)
 
 
-def remember(llm: Decoder, pool: Cache, prompts: Prompts, prefix: Cache | None, slot: jax.Array) -> Cache:
-    """The pool of prefixes with the keys and values of `prompts` behind their prefixes in the rows `slot` (R,)."""
-    _, own = extend(llm, prompts, prefix)
-    return spread(_stored(pool, own, prefix, prompts.before, slot), None)
+@program(static=("behind",), donate=("pool",))
+def cache_prefixes(
+    llm: Decoder, pool: Cache, prompts: Prompts, source: Array, slot: Array, behind: bool
+) -> Cache:
+    """The pool with the keys and values of `prompts` in its rows `slot` (R,), behind its rows `source` (R,).
+
+    With behind=False there is nothing before them.
+    """
+    prefix = _prefixes(pool, source) if behind else None
+    _, own = prefill(llm, prompts, prefix)
+    return _spread(_stored(pool, own, prefix, prompts.before, slot), None)
 
 
-def begin(
-    llm: Decoder, rows: Rows, prompts: Prompts, prefix: Cache | None, start: Start, sampling: Sampling, ends: jax.Array
-) -> tuple[Rows, jax.Array]:
-    """Rows with new prompts in some places, and the first token (R,) of each of these; -1 where there is no prompt."""
-    x, own = extend(llm, prompts, prefix, jnp.maximum(prompts.lengths - 1, 0))
+@program(donate=("rows",))
+def prefill_and_sample(
+    llm: Decoder, rows: Rows, pool: Cache | None, prompts: Prompts, source: Array, start: Start, sampling: Sampling,
+    ends: jax.Array,
+) -> tuple[Rows, jax.Array]:  # fmt: skip
+    """Rows with new prompts in some places, and the first token (R,) of each of these; -1 where there is no prompt.
+
+    Before prompts stand the pool's rows `source` (R,); pool None: no prompt has a prefix.
+    """
+    prefix = _prefixes(pool, source)
+    x, own = prefill(llm, prompts, prefix, jnp.maximum(prompts.lengths - 1, 0))
     logits = llm.logits(llm.norm(x))[:, 0]
     token = draw(logits, sampling, start.number, jnp.zeros_like(start.number), start.seen)
     begun = prompts.lengths > 0
@@ -156,7 +208,7 @@ def begin(
     if rows.seen is not None and start.seen is not None:
         seen = put(rows.seen, _marked(start.seen, token))
     rows = Rows(
-        cache=spread(_stored(rows.cache, own, prefix, prompts.before, start.slot), "batch"),
+        cache=_spread(_stored(rows.cache, own, prefix, prompts.before, start.slot), "batch"),
         length=put(rows.length, prompts.before + prompts.lengths),
         last=put(rows.last, token),
         left=put(rows.left, left),
@@ -167,7 +219,8 @@ def begin(
     return rows, hint(token, None)
 
 
-def go_on(
+@program(static=("room", "dtype"), donate=("rows",))
+def decode(
     llm: Decoder,
     rows: Rows,
     sampling: Sampling,
@@ -210,17 +263,18 @@ def go_on(
 
     output = jnp.full((len(rows.left), room), NONE, jnp.int32)
     _, _, rows, output = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), jnp.int32(0), rows, output))
-    return rows._replace(cache=spread(rows.cache, "batch")), hint(output, None, None)
+    return rows._replace(cache=_spread(rows.cache, "batch")), hint(output, None, None)
 
 
-def log_probabilities(
-    llm: Decoder, prompts: Prompts, prefix: Cache | None, ids: jax.Array, told: jax.Array
+@program()
+def score(
+    llm: Decoder, pool: Cache | None, prompts: Prompts, source: Array, ids: Array, counted: Array
 ) -> jax.Array:
-    """(R,): the sum of the log probabilities of the tokens that follow the prompts' places, where `told` (R, T).
+    """(R,): the sum of the log probabilities of the tokens that follow the prompts' places, where `counted` (R, T).
 
-    `ids` (R, T): what comes after each place.
+    `ids` (R, T): what comes after each place. Prefixes as in `prefill_and_sample`.
     """
-    x, _ = extend(llm, prompts, prefix)
+    x, _ = prefill(llm, prompts, _prefixes(pool, source))
     x = llm.norm(x)
 
     def at(place: jax.Array) -> jax.Array:  # one place at a time: logits of all of them would not fit
@@ -228,7 +282,7 @@ def log_probabilities(
         return jnp.take_along_axis(logits, ids[:, place, None], 1)[:, 0]
 
     found = jax.lax.map(at, jnp.arange(x.shape[1]))  # (T, R)
-    return hint(jnp.where(told, found.T, 0.0).sum(1), None)
+    return hint(jnp.where(counted, found.T, 0.0).sum(1), None)
 
 
 def _next_logits(llm: Decoder, rows: Rows, dtype: jax.typing.DTypeLike | None) -> tuple[jax.Array, Cache]:

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from elm_jax.inference import programs
-from elm_jax.inference.decoding import ENDLESS, NONE, Prompts, Rows, Start, empty_rows
+from elm_jax.inference import decoding
+from elm_jax.inference.decoding import ENDLESS, NONE, Model, Prompts, Rows, Start, empty_rows
 from elm_jax.inference.generate import bucket
 from elm_jax.inference.prefills import Embed, Prefills, fitting, padded, width
 from elm_jax.inference.requests import Event, Request
@@ -45,18 +45,6 @@ SCORED = 16  # rows that are scored at a time
 log = logging.getLogger(__name__)
 
 
-class Options(NamedTuple):
-    """How tokens are drawn; `penalty` 1 is none."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    penalty: float = 1.0
-    seed: int = 0
-
-
-GREEDY = Options()
-
-
 class Engine:
     """Generation with one model.
 
@@ -73,16 +61,17 @@ class Engine:
         self.vocabulary, self.ways, self.most_pairs = llm.config.vocab_size, ways, PAIRS * ways
         self.per_call = PER_CALL.get(placement.platform if placement else jax.default_backend(), PER_CALL[""])
         self.calls: Counter[str] = Counter()  # of each program with its shapes: as many entries as compilations
-        self.model = programs.Model(*nnx.split(llm if llm.scan else llm.unstacked()), placement)
+        self.model = Model(*nnx.split(llm if llm.scan else llm.unstacked()), placement)
         self.ends, self.end_ids = frozenset(ends), jnp.asarray(tuple(ends), jnp.int32)
         self.prefills = Prefills(self.model, embed, self.most_pairs, self.note)
 
     def run(
-        self, requests: Iterable[Request], rows: int, options: Options = GREEDY, chunk: int = CHUNK
+        self, requests: Iterable[Request], rows: int, sampling: Sampling | None = None, chunk: int = CHUNK
     ) -> Iterator[Event]:
         """Tokens as they are drawn, up to and with the token that ends an answer.
 
-        `rows`: how many prompts go on at a time; fewer where there are fewer. `chunk`: the most tokens of an event.
+        `rows`: how many prompts go on at a time; fewer where there are fewer. `sampling` None: greedy. `chunk`: the
+        most tokens of an event.
         """
         source, rows = iter(requests), self.divisible(rows)
         waiting = list(islice(source, AHEAD * rows))
@@ -92,7 +81,7 @@ class Engine:
         # single one, for want of memory. Every part of the mesh holds the whole pool, but only its share of the rows.
         longest = max((end for request in waiting for end, _ in request.beginnings), default=0)
         self.prefills.reserve((4 if longest <= SHORT else 2) * rows // (self.ways + 1) + 4)
-        run, wanted = _Run(self, rows, options), Counter[bytes]()
+        run, wanted = _Run(self, rows, sampling or Sampling.of()), Counter[bytes]()
         wanted.update(key for request in waiting for _, key in request.beginnings)
         while waiting or run.busy:
             while waiting and run.free:
@@ -100,9 +89,9 @@ class Engine:
                     waiting.append(request)
                     wanted.update(key for _, key in request.beginnings)
                 chosen = self._choose(waiting, len(run.free), run.sizes, wanted)
-                yield from run.begin(chosen, wanted, max((r.length for r in waiting), default=0))
+                yield from run.prefill(chosen, wanted, max((r.length for r in waiting), default=0))
                 wanted.subtract(key for request in chosen for _, key in request.beginnings)
-            yield from run.go_on(chunk, self.per_call if waiting else ENDLESS)
+            yield from run.decode(chunk, self.per_call if waiting else ENDLESS)
 
     def score(self, requests: Sequence[Request], starts: Sequence[int]) -> np.ndarray:
         """(n,) the log probability of tokens [start, T) of each request behind those before; start > 0."""
@@ -113,12 +102,12 @@ class Engine:
         for first in range(0, len(requests), size):
             part = requests[first : first + size]
             prompts, pool, source, pieces = self.prefills.make(part, wanted, [size])
-            ids, told = (np.zeros(prompts.x.shape[:2], kind) for kind in (np.int32, bool))
+            ids, counted = (np.zeros(prompts.x.shape[:2], kind) for kind in (np.int32, bool))
             for row, (piece, start) in enumerate(zip(pieces, starts[first:], strict=False)):
                 ids[row, : len(piece.ids) - 1] = piece.ids[1:]
-                told[row, start - 1 - piece.begin : len(piece.ids) - 1] = True
+                counted[row, start - 1 - piece.begin : len(piece.ids) - 1] = True
             self.note("score", prompts, pool)
-            found.append(np.asarray(programs.score(self.model, pool, prompts, source, ids, told))[: len(part)])
+            found.append(np.asarray(decoding.score(self.model, pool, prompts, source, ids, counted))[: len(part)])
         return np.concatenate(found)
 
     def divisible(self, rows: int) -> int:
@@ -140,8 +129,7 @@ class Engine:
 
         So many of them that the tokens computed, padding and `per_call` included, are the fewest for each that counts.
         """
-        known = self.prefills.directory
-        lengths = {request: len(request.ids) - known.likely(request, wanted) for request in waiting}
+        lengths = {request: len(request.ids) - self.prefills.likely(request, wanted) for request in waiting}
         # Of one width the oldest come first: questions about one ECG stay together, and find its beginning in the pool.
         order = sorted(waiting, key=lambda request: width(lengths[request]))
         sums = np.cumsum([0, *(lengths[request] for request in order)])
@@ -172,10 +160,8 @@ class _Place(NamedTuple):
 class _Run:
     """The rows of one call of `Engine.run`."""
 
-    def __init__(self, engine: Engine, rows: int, options: Options) -> None:
-        self.engine, self.penalised = engine, options.penalty != 1
-        temperature, top_p, penalty = (jnp.float32(x) for x in options[:3])
-        self.sampling = Sampling(temperature, top_p, penalty, jax.random.key(options.seed))
+    def __init__(self, engine: Engine, rows: int, sampling: Sampling) -> None:
+        self.engine, self.sampling, self.penalised = engine, sampling, float(sampling.penalty) != 1
         self.sizes = sorted({engine.ways, *(engine.divisible(-(-rows * part // 4)) for part in (1, 2, 3, 4))})
         self.places: list[_Place | None] = [None] * rows
         self.rows: Rows | None = None
@@ -189,7 +175,7 @@ class _Run:
     def busy(self) -> bool:
         return any(place is not None for place in self.places)
 
-    def begin(self, chosen: Sequence[Request], wanted: Counter[bytes], longest: int) -> Iterator[Event]:
+    def prefill(self, chosen: Sequence[Request], wanted: Counter[bytes], longest: int) -> Iterator[Event]:
         """Begin these prompts in free rows; `longest`: what those that wait will need."""
         began, engine = time.perf_counter(), self.engine
         prompts, pool, source, pieces = engine.prefills.make(chosen, wanted, self.sizes)
@@ -203,22 +189,22 @@ class _Run:
             number=padded([request.draw for request in chosen], count),
             seen=self._seen(chosen, count) if self.penalised else None,
         )
-        engine.note("begin, penalised" if self.penalised else "begin", prompts, pool, rows)
-        self.rows, first = programs.begin(
+        engine.note("prefill, penalised" if self.penalised else "prefill", prompts, pool, rows)
+        self.rows, first = decoding.prefill_and_sample(
             engine.model, rows, pool, prompts, source, start, self.sampling, engine.end_ids
         )
         for request, row, token in zip(chosen, free, np.asarray(first).tolist(), strict=False):
             self.places[row] = _Place(request, request.new, began)
             yield self._event(row, [token])
 
-    def go_on(self, chunk: int, patience: int) -> Iterator[Event]:
+    def decode(self, chunk: int, patience: int) -> Iterator[Event]:
         """Up to `chunk` tokens more of each row, as long as rows have not stood idle for `patience` tokens."""
         places, engine = [place for place in self.places if place], self.engine
         if not places or self.rows is None:
             return
-        engine.note("go_on, penalised" if self.penalised else "go_on", self.rows)
+        engine.note("decode, penalised" if self.penalised else "decode", self.rows)
         limit = min(chunk, CHUNK, max(place.left for place in places))
-        self.rows, output = programs.go_on(
+        self.rows, output = decoding.decode(
             engine.model, self.rows, self.sampling, engine.end_ids, CHUNK, limit, patience, self.dtype
         )
         tokens = np.asarray(output)
@@ -239,10 +225,10 @@ class _Run:
         model, count = self.engine.model, len(self.places)
         if self.rows is None:
             self.dtype = prompts.x.dtype
-            cache = programs.make_cache(model, count, places, self.dtype, "batch")
+            cache = decoding.make_cache(model, count, places, self.dtype, "batch")
             return empty_rows(cache, self.engine.vocabulary if self.penalised else None)
         if places > self.rows.cache.keys.shape[2]:
-            return self.rows._replace(cache=programs.longer(model, self.rows.cache, places, "batch"))
+            return self.rows._replace(cache=decoding.enlarge_cache(model, self.rows.cache, places, "batch"))
         return self.rows
 
     def _seen(self, chosen: Sequence[Request], count: int) -> np.ndarray:

@@ -11,7 +11,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from elm_jax.errors import UserError
-from elm_jax.inference.decoding import ENDLESS, Prompts, Start, begin, empty_cache, empty_rows, go_on
+from elm_jax.inference.decoding import (
+    ENDLESS,
+    Model,
+    Prompts,
+    Start,
+    decode,
+    empty_rows,
+    make_cache,
+    prefill_and_sample,
+)
 from elm_jax.inference.sampling import Sampling
 from elm_jax.models import hints
 from elm_jax.models.attention import positions_from_mask
@@ -47,19 +56,9 @@ def generate(
     spare = bucket(prompt.shape[1]) - prompt.shape[1]
     prompt = jnp.pad(prompt, ((0, 0), (0, spare)) + ((0, 0),) * (prompt.ndim - 2))
     valid = jnp.pad(valid.astype(bool), ((0, 0), (0, spare)))
-    graph, state = nnx.split(llm)
-    return generate_from_prompt(
-        graph,
-        state,
-        prompt,
-        valid,
-        Sampling(
-            jnp.float32(temperature), jnp.float32(top_p), jnp.float32(1.0), jax.random.key(0) if key is None else key
-        ),
-        jnp.asarray(tuple(eos_ids), jnp.int32),
-        max_new_tokens,
-        hints.current(),
-    )
+    sampling = Sampling.of(temperature, top_p, key=key)
+    ends, model = jnp.asarray(tuple(eos_ids), jnp.int32), Model(*nnx.split(llm), hints.current())
+    return generate_from_prompt(model, prompt, valid, sampling, ends, max_new_tokens)
 
 
 def bucket(length: int, least: int = 64) -> int:
@@ -68,29 +67,21 @@ def bucket(length: int, least: int = 64) -> int:
     return -(-length // step) * step
 
 
-@partial(jax.jit, static_argnames=("graph", "max_new_tokens", "placement"))
+@partial(jax.jit, static_argnames=("max_new_tokens",))
 def generate_from_prompt(
-    graph: nnx.GraphDef,
-    state: nnx.State,
-    prompt: jax.Array,
-    valid: jax.Array,
-    sampling: Sampling,
-    eos_ids: jax.Array,
-    max_new_tokens: int,
-    placement: hints.Placement | None,
+    model: Model, prompt: jax.Array, valid: jax.Array, sampling: Sampling, eos_ids: jax.Array, max_new_tokens: int
 ) -> jax.Array:
-    """The jitted core of `generate`, for a split model. Ids (B, P) or embeddings (B, P, D) -> (B, new)."""
-    with hints.placed(placement):
-        llm = nnx.merge(graph, state)
-        x, lengths = llm.embed_prompt(prompt), valid.sum(-1, dtype=jnp.int32)
+    """The jitted core of `generate`. Ids (B, P) or embeddings (B, P, D) -> (B, max_new_tokens)."""
+    with hints.placed(model.placement):
+        x, lengths = nnx.merge(model.graph, model.state).embed_prompt(prompt), valid.sum(-1, dtype=jnp.int32)
         # What is padding goes to the end, in whatever places it was.
         x = jnp.take_along_axis(x, jnp.argsort(~valid, axis=-1, stable=True)[:, :, None], axis=1)
-        rows, places = x.shape[:2]
-        cache = empty_cache(llm, rows, places + max_new_tokens, x.dtype)
+        rows, nothing = len(x), jnp.zeros_like(lengths)
+        begun = empty_rows(make_cache(model, rows, x.shape[1] + max_new_tokens, x.dtype, "batch"), None)
         start = Start(jnp.arange(rows), jnp.full(rows, max_new_tokens, jnp.int32), jnp.arange(rows), None)
-        prompts = Prompts(x, lengths, jnp.zeros_like(lengths))
-        begun, first = begin(llm, empty_rows(cache, None), prompts, None, start, sampling, eos_ids)
-        _, rest = go_on(llm, begun, sampling, eos_ids, max_new_tokens, max_new_tokens - 1, ENDLESS, x.dtype)
+        prompts = Prompts(x, lengths, nothing)
+        begun, first = prefill_and_sample(model, begun, None, prompts, nothing, start, sampling, eos_ids)
+        _, rest = decode(model, begun, sampling, eos_ids, max_new_tokens, max_new_tokens - 1, ENDLESS, x.dtype)
         return jnp.concatenate([first[:, None], rest[:, :-1]], axis=1)
 
 

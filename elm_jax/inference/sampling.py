@@ -17,6 +17,14 @@ class Sampling(NamedTuple):
     penalty: jax.Array
     key: jax.Array  # of jax.random; unused at temperature 0
 
+    @classmethod
+    def of(
+        cls, temperature: float = 0.0, top_p: float = 1.0, penalty: float = 1.0, key: jax.Array | None = None
+    ) -> "Sampling":
+        """As arrays. By default greedy; `penalty` 1 is none; `key` None: that of seed 0."""
+        numbers = (jnp.float32(x) for x in (temperature, top_p, penalty))
+        return cls(*numbers, jax.random.key(0) if key is None else key)
+
 
 def draw(
     logits: jax.Array, sampling: Sampling, number: jax.Array, drawn: jax.Array, seen: jax.Array | None

@@ -17,8 +17,9 @@ from elm_jax.config import EvalConfig
 from elm_jax.data.batch import Signal, empty_signals, put_signal
 from elm_jax.data.ecg_tokens import write_prompt
 from elm_jax.errors import UserError
-from elm_jax.inference.engine import CHUNK, Engine, Options
+from elm_jax.inference.engine import CHUNK, Engine
 from elm_jax.inference.requests import Event, Piece, Request
+from elm_jax.inference.sampling import Sampling
 from elm_jax.models.hints import placed
 from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways, whole_to_device
 from elm_jax.text.render import Rendered, answer_ids, decode, stop_ids
@@ -132,7 +133,8 @@ class Speaker:
                 new = options.max_new_tokens if prompt.new is None else prompt.new
                 yield self.request(number, prompt, new)
 
-        drawn = Options(options.temperature, options.top_p, options.repetition_penalty, seed)
+        key = jax.random.key(seed)
+        drawn = Sampling.of(options.temperature, options.top_p, options.repetition_penalty, key)
         return self.engine.run(requests(), options.batch_size, drawn, chunk)
 
     def _text(self, ids: Sequence[int]) -> str:

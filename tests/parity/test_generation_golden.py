@@ -13,8 +13,9 @@ from generation import answered, engine_for, request
 from parity import e2e
 from parity_log import record
 
-from elm_jax.inference.engine import Engine, Options
+from elm_jax.inference.engine import Engine
 from elm_jax.inference.requests import Piece, Request
+from elm_jax.inference.sampling import Sampling
 from elm_jax.weights.load import load_llm
 
 Golden = Callable[[str], Path]
@@ -110,7 +111,7 @@ def test_hugging_face_generates_the_same(golden: Golden, name: str) -> None:
     for penalty in (1.0, 1.3):
         engine = engine_for(llm, (eos,))
         asked = [request(n, prompt, 12) for n, prompt in enumerate(prompts)]
-        found = answered(engine, asked, 2, Options(penalty=penalty))
+        found = answered(engine, asked, 2, Sampling.of(penalty=penalty))
         # With a penalty theirs counts padding as seen: only a prompt without any is comparable.
         fair = range(len(prompts)) if penalty == 1 else [int(np.argmax([len(p) for p in prompts]))]
         expected = generated(penalty, eos)

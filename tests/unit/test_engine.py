@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +14,13 @@ from flax import nnx
 from generation import answered, engine_for, request, requests
 from tiny_llms import TINY, VOCABULARY, tiny_llm
 
-from elm_jax.inference import programs
-from elm_jax.inference.engine import AHEAD, Options
+from elm_jax.inference import decoding
+from elm_jax.inference.engine import AHEAD
 from elm_jax.inference.generate import generate
 from elm_jax.inference.requests import Request
-from elm_jax.inference.sampling import penalised
+from elm_jax.inference.sampling import Sampling, penalised
 
 ENDS = (3, 7)
-DRAWN = Options(temperature=1.0, top_p=0.9, seed=5)
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def test_rows_that_are_refilled_answer_as_prompts_alone(family: str, rows: int) 
     assert len({len(answer) for answer in expected.values()}) > 3, "the answers end together"
     engine = engine_for(tiny_llm(family), ENDS)
     assert answered(engine, asked(), rows) == expected
-    assert any(name.startswith("remember") for name in engine.calls), "nothing was shared"
+    assert any(name.startswith("cache prefixes") for name in engine.calls), "nothing was shared"
 
 
 def test_neither_order_nor_sharing_nor_chunks_change_answers() -> None:
@@ -64,9 +64,10 @@ def test_neither_order_nor_sharing_nor_chunks_change_answers() -> None:
 
 def test_draws_depend_on_the_seed_and_the_prompts_number_alone() -> None:
     engine = engine_for(tiny_llm("gemma2"), ENDS)
-    drawn = answered(engine, asked(), 4, DRAWN)
-    assert answered(engine, asked()[::-1], 2, DRAWN) == drawn
-    assert answered(engine, asked(), 4, DRAWN._replace(seed=6)) != drawn
+    sampling = Sampling.of(temperature=1.0, top_p=0.9, key=jax.random.key(5))
+    drawn = answered(engine, asked(), 4, sampling)
+    assert answered(engine, asked()[::-1], 2, sampling) == drawn
+    assert answered(engine, asked(), 4, sampling._replace(key=jax.random.key(6))) != drawn
 
 
 def test_prompts_are_read_as_rows_become_free() -> None:
@@ -89,11 +90,12 @@ def test_programs_are_few_and_counted() -> None:
     engine = engine_for(tiny_llm("gemma2"), ENDS)
     answered(engine, requests(40, VOCABULARY), 4)
     names = set(engine.calls)
-    assert len(names) <= 13 and sum(name.startswith("go_on") for name in names) == 1
-    before = programs._begin._cache_size(), programs._go_on._cache_size()
+    assert len(names) <= 13 and sum(name.startswith("decode") for name in names) == 1
+    compiled: list[Any] = [decoding.prefill_and_sample, decoding.decode]
+    before = [program._cache_size() for program in compiled]
     answered(engine, requests(40, VOCABULARY), 4)
     assert set(engine.calls) == names
-    assert before == (programs._begin._cache_size(), programs._go_on._cache_size())
+    assert before == [program._cache_size() for program in compiled]
     answered(engine, requests(40, VOCABULARY)[::-1], 4)
     assert len(engine.calls) <= 13
 
@@ -105,7 +107,7 @@ def test_a_beginning_whose_own_beginning_was_pushed_out_changes_nothing() -> Non
     expected = answered(engine_for(tiny_llm("llama")), [request(r.number, r.ids, r.new) for r in prompts], 2)
     engine = engine_for(tiny_llm("llama"))
     assert answered(engine, prompts[:2], 2) == {n: expected[n] for n in (0, 1)}
-    known = engine.prefills.directory._known
+    known = engine.prefills._known
     assert len(known) == 2, "both beginnings are in the pool"
     del known[prompts[0].beginnings[0][1]]
     assert answered(engine, prompts, 2) == expected

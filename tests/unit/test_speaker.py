@@ -15,7 +15,7 @@ import runs
 from elm_jax.assemble import Assembly, assemble, make_arrays
 from elm_jax.config import MeshConfig
 from elm_jax.errors import UserError
-from elm_jax.inference import programs
+from elm_jax.inference.decoding import make_cache
 from elm_jax.inference.requests import Piece
 from elm_jax.inference.speaker import Prompt, Speaker
 from elm_jax.runtime.mesh import array_shardings, make_mesh
@@ -114,7 +114,7 @@ def test_every_mesh_answers_alike(build, elm: str, sizes: tuple[int, int, int]) 
     assert many.answers(asked, options) == single.answers(asked, options)
     expected = single.option_probabilities(asked, ["yes", "no"])
     assert np.allclose(many.option_probabilities(asked, ["yes", "no"]), expected, atol=1e-4)
-    keys = programs.make_cache(many.engine.model, 8, 64, jnp.float32, "batch").keys
+    keys = make_cache(many.engine.model, 8, 64, jnp.float32, "batch").keys
     layers, rows, places, heads, dim = keys.shape
     ways = sizes[0] * sizes[1], sizes[2]
     assert keys.sharding.shard_shape(keys.shape) == (layers, rows // ways[0], places, heads // ways[1], dim)
