@@ -24,7 +24,6 @@ from elm_jax.symbols import training
 from elm_jax.symbols.coder import METHODS, EcgByte, cores
 from elm_jax.symbols.corpus import Form, Reader, find_recordings
 from elm_jax.symbols.report import encode, in_words
-from elm_jax.symbols.sampling import KINDS
 
 _LEAST = {"num_merges": 1, "records": 1, "threads": 1, "seed": 0, "pictures": 0}
 _INTERRUPTED = 130
@@ -52,7 +51,7 @@ def _parser() -> cli.Parser:
     train = tasks.add_parser("train", help="learn merges from recordings")
     train.add_argument("--num-merges", type=int, default=5000)
     train.add_argument("--records", type=int, help=f"how many recordings; default: all, up to {training.MOST_RECORDS}")
-    train.add_argument("--sample", choices=KINDS, default="random", help=_SAMPLE)
+    train.add_argument("--sample", choices=training.KINDS, default="random", help=_SAMPLE)
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--across-records", action="store_true", help="let a merge reach into the next recording")
     train.add_argument("--out", type=Path, required=True, help="the tokenizer: .json, or .pkl without settings")

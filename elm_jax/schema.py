@@ -24,6 +24,8 @@ LIMITS: dict[str, Callable[[float], bool]] = {
     "from 0 to 1": lambda v: 0 <= v <= 1,
     "at least 0 and below 1": lambda v: 0 <= v < 1,
     "above 0 and at most 1": lambda v: 0 < v <= 1,
+    "above 0 and at most 100000": lambda v: 0 < v <= 1e5,
+    "from 1 to 10000000": lambda v: 1 <= v <= 1e7,
 }
 WORDS: dict[Any, str] = {
     int: "a whole number",
@@ -57,12 +59,12 @@ def key(default: Any, meaning: str, **rules: Any) -> Any:
 
 
 def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
-    """(dotted name, Key) of each key of a dataclass of keys and sections, in order."""
+    """(dotted name, Key) of each key of a dataclass, in order, and of its sections; other fields are left out."""
     hints = get_type_hints(cls)
     for f in fields(cls):
         if is_dataclass(hints[f.name]):
             yield from walk(hints[f.name], f"{prefix}{f.name}.")
-        else:
+        elif f.metadata:
             default = f.default if f.default_factory is MISSING else f.default_factory()
             yield prefix + f.name, Key(default, hints[f.name], **f.metadata)
 
@@ -75,6 +77,17 @@ def build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
         name, section = prefix + f.name, is_dataclass(hints[f.name])
         parts[f.name] = build(hints[f.name], values, f"{name}.") if section else values[name]
     return cls(**parts)
+
+
+def sizes_of(cls: type, where: str, values: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[str, Any]:
+    """What `values` say of the keys of a dataclass, checked. UserError, which names `where` and the key, for values
+    that these may not have, and for names that are neither keys nor `ignored`."""
+    known = dict(walk(cls))
+    for name in values:
+        if name not in known and name not in ignored:
+            fix = nearest(name, known) or "remove it if you know that the same is computed without it"
+            raise UserError(f"{where}.{name}", "an unknown field", f"one of {', '.join(known)}", fix)
+    return {name: check(f"{where}.{name}", k, values[name]) for name, k in known.items() if name in values}
 
 
 def check(where: str, k: Key, value: Any) -> Any:

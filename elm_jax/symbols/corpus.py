@@ -16,11 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from elm_jax.ecg.recording import LEADS, read_recording, to_segment
-from elm_jax.errors import UserError, nearest
+from elm_jax.errors import UserError
+from elm_jax.schema import check, key, walk
 from elm_jax.symbols.coder import cores
 
 ENDINGS = (".npy", ".hea")
-_MOST_RATE, _MOST_LEN = 100_000, 10_000_000
 _AHEAD = 8  # recordings begun, for each thread
 Result = TypeVar("Result")
 
@@ -32,13 +32,15 @@ class Form:
     Raises UserError, which names the flag, for a form that no recording can have.
     """
 
-    sampling_rate: float = 250.0
-    segment_len: int = 2500
-    leads: tuple[str, ...] = LEADS
+    sampling_rate: float = key(250.0, "samples per second after resampling", limit="above 0 and at most 100000")
+    segment_len: int = key(2500, "samples of an ECG after resampling", limit="from 1 to 10000000")
+    leads: tuple[str, ...] = key(LEADS, "leads by name", choices=LEADS)
 
     def __post_init__(self) -> None:
-        for name, check in _CHECKS.items():
-            check(getattr(self, name), f"--{name.replace('_', '-')}")
+        for name, k in walk(Form):
+            check(f"--{name.replace('_', '-')}", k, getattr(self, name))
+        if not self.leads:
+            raise UserError("--leads", "no leads", "at least one", "name some, or leave it out for all 12")
 
     @property
     def symbols(self) -> int:
@@ -55,11 +57,8 @@ class Form:
 
         Raises UserError, which names the file and the setting, for what no recording can have.
         """
-        known: dict[str, Any] = {name: settings[name] for name in _CHECKS if name in settings}
-        for name, value in known.items():
-            _CHECKS[name](value, f"{file}: settings.{name}")
-        known["leads"] = tuple(known.get("leads", LEADS))
-        return cls(**known)
+        told = {name: k for name, k in walk(cls) if name in settings}
+        return cls(**{name: check(f"{file}: settings.{name}", k, settings[name]) for name, k in told.items()})
 
     def read(self, path: Path) -> np.ndarray:
         """The segment (C, L) float32 of a recording. Raises UserError for one that has no such segment."""
@@ -67,32 +66,6 @@ class Form:
         if self.leads == LEADS:
             return signal
         return signal[[LEADS.index(lead) for lead in self.leads]]
-
-
-def _check_rate(value: Any, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST_RATE:
-        raise UserError(where, f"{value!r}", f"a number above 0 and at most {_MOST_RATE}", "correct it")
-
-
-def _check_len(value: Any, where: str) -> None:
-    if type(value) is not int or not 0 < value <= _MOST_LEN:
-        raise UserError(where, f"{value!r}", f"a whole number above 0 and at most {_MOST_LEN}", "correct it")
-
-
-def _check_leads(value: Any, where: str) -> None:
-    if not isinstance(value, list | tuple):
-        raise UserError(where, f"{value!r}", "a list of leads", "correct it")
-    for lead in value or ("",):
-        if lead not in LEADS:
-            fix = nearest(lead, LEADS) if isinstance(lead, str) else ""
-            raise UserError(where, f"{lead!r}", ",".join(LEADS), fix or "correct it")
-    if len(set(value)) != len(value):
-        raise UserError(where, ",".join(value), "each lead once", "name no lead twice")
-
-
-_CHECKS: dict[str, Callable[[Any, str], None]] = {
-    "sampling_rate": _check_rate, "segment_len": _check_len, "leads": _check_leads,
-}  # fmt: skip
 
 
 def find_recordings(places: Sequence[Path]) -> list[Path]:

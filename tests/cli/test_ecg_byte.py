@@ -231,11 +231,11 @@ def test_encode_into_a_file_and_in_another_form(recordings, tok, tmp_path):
         ({"sampling_rate": -250.0}, "settings.sampling_rate: found -250.0"),
         ({"segment_len": 2500.5}, "settings.segment_len: found 2500.5; expected a whole number"),
         ({"segment_len": [400]}, "settings.segment_len: found [400]"),
-        ({"leads": None}, "settings.leads: found None; expected a list of leads"),
+        ({"leads": None}, "settings.leads: found None; expected a list (each text)"),
         ({"leads": "II"}, "settings.leads: found 'II'"),
-        ({"leads": [["I"]]}, "settings.leads: found ['I']; expected I,II"),
+        ({"leads": [["I"]]}, "settings.leads: found [['I']]; expected a list"),
         ({"leads": ["v1"]}, "settings.leads: found 'v1'"),
-        ({"leads": ["I", "I"]}, "settings.leads: found I,I; expected each lead once"),
+        ({"leads": ["I", "I"]}, "settings.leads: found ('I', 'I'); expected each item once"),
     ],
 )
 def test_a_setting_that_no_recording_has_is_refused_with_its_file(recordings, tmp_path, capsys, settings, says):
