@@ -135,7 +135,7 @@ def _kinds(table: Table) -> dict[str, Any]:
     """What was answered in place of what: by kind of question, as classes where there are few, as statements where
     truths are lists of these."""
     found: dict[str, Any] = {"top_wrong": {}, "classification": {}}
-    for name, places in table.kinds().items():
+    for name, places in table.groups("name", "").items():
         truths, answers = [table.pairs[i].truth for i in places], [table.pairs[i].answer for i in places]
         found["top_wrong"][name] = top_wrong(truths, answers)
         classes, n = len(set(truths)), len(truths)

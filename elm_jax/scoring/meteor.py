@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_jax.errors import UserError
-from elm_jax.scoring.stems import WORDS, stemmer
+from elm_jax.scoring.overlap import WORDS, stemmer
 
 _FIX = "run `python -m nltk.downloader wordnet`, or set --config.eval.wordnet (of compare: --wordnet)"
 

@@ -53,31 +53,38 @@ class Pair:
         return self.fields.get("name", "")
 
 
+def _everyone(_: Pair) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Metric:
     """What is summed over pairs, and the score that is made of the sums.
 
     counts: answer, truth -> k numbers of this pair; or rows: pairs -> (n, k), where they are compared together.
-    value: sums (..., k) -> (...). asked: whether a pair has this metric. score: of one pair, where the metric is the
-    mean of such. cheap: whether blind answers are searched for the best.
+    value: sums (..., k) -> (...). asked: whether a pair has this metric; kind: none but questions called so have it.
+    score: of one pair, where the metric is the mean of such. cheap: whether blind answers are searched for the best;
+    slow: whether none of them is scored.
     """
 
     value: Callable[[np.ndarray], np.ndarray]
-    asked: Callable[[Pair], bool]
+    asked: Callable[[Pair], bool] = _everyone
+    kind: str = ""
     counts: Callable[[str, str], Sequence[float]] | None = None
     rows: Callable[[Sequence[Pair]], np.ndarray] | None = None
     score: Score | None = None
     cheap: bool = False
+    slow: bool = False
     numbers: bool = False  # whether truths are whole numbers, so that numbers between them are blind answers too
+
+    def among(self, pairs: Sequence[Pair]) -> list[int]:
+        """The places of the pairs that have this metric."""
+        return [i for i, pair in enumerate(pairs) if self.kind in ("", pair.name) and self.asked(pair)]
 
     @property
     def is_mean(self) -> bool:
         """Whether it is the mean of what each pair scores: its first number, the second being 1."""
         return self.value is ratio
-
-
-def _everyone(_: Pair) -> bool:
-    return True
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
@@ -86,17 +93,13 @@ def ratio(sums: np.ndarray) -> np.ndarray:
         return sums[..., 0] / sums[..., 1]
 
 
-def _mean_of(score: Score, asked: Callable[[Pair], bool] = _everyone, **more: Any) -> Metric:
-    return Metric(ratio, asked, lambda answer, truth: (score(answer, truth), 1.0), score=score, **more)
+def _mean_of(score: Score, kind: str = "", **more: Any) -> Metric:
+    return Metric(ratio, kind=kind, counts=lambda answer, truth: (score(answer, truth), 1.0), score=score, **more)
 
 
 def _set_rows(pairs: Sequence[Pair]) -> np.ndarray:
     right = set_matches([pair.answer for pair in pairs], [pair.answers for pair in pairs])
     return np.stack([right, np.ones(len(pairs))], axis=1)
-
-
-def _called(name: str) -> Callable[[Pair], bool]:
-    return lambda pair: pair.name == name
 
 
 def _has_answer_set(pair: Pair) -> bool:
@@ -110,7 +113,7 @@ def _in_any_script(compare: Callable[[str, str], Any]) -> Callable[[str, str], A
 _PLAIN: dict[str, Metric] = {
     "exact_match": _mean_of(compared.exact_match, cheap=True),
     "token_f1": _mean_of(_in_any_script(compared.token_f1), cheap=True),
-    "bleu4": Metric(overlap.bleu, _everyone, _in_any_script(overlap.bleu_counts)),
+    "bleu4": Metric(overlap.bleu, counts=_in_any_script(overlap.bleu_counts)),
     "rouge_l": _mean_of(overlap.rouge_l_in_any_script),
     "rouge_package_1": _mean_of(partial(overlap.rouge_n_of_sets, n=1)),
     "rouge_package_2": _mean_of(partial(overlap.rouge_n_of_sets, n=2)),
@@ -119,15 +122,15 @@ _PLAIN: dict[str, Metric] = {
 # What the reference has in their place: the same of ASCII texts.
 _OF_ASCII: dict[str, Metric] = {
     "token_f1": _mean_of(compared.token_f1, cheap=True),
-    "bleu4": Metric(overlap.bleu, _everyone, overlap.bleu_counts),
+    "bleu4": Metric(overlap.bleu, counts=overlap.bleu_counts),
     "rouge_l": _mean_of(overlap.rouge_l),
 }
-# Beside the protocol's, mostly for one kind of question: its records' name is the first part.
+# Beside the protocol's, mostly for one kind of question.
 _OWN: Registry[Metric] = Registry(
     "metric",
     {
-        "signal_type.accuracy": _mean_of(compared.same_words, _called("signal_type"), cheap=True),
-        "heart_rate.within_5_bpm": _mean_of(compared.within_5_bpm, _called("heart_rate"), cheap=True, numbers=True),
+        "signal_type.accuracy": _mean_of(compared.same_words, "signal_type", cheap=True),
+        "heart_rate.within_5_bpm": _mean_of(compared.within_5_bpm, "heart_rate", cheap=True, numbers=True),
         "answer_set_match": Metric(ratio, _has_answer_set, rows=_set_rows),
     },
 )
@@ -142,13 +145,12 @@ def register_metric(name: str, score: Score, kind: str = "") -> None:
     Raises:
         UserError: the name is no identifier, or one of the package's metrics.
     """
-    asked = _called(kind) if kind else _everyone
-    _OWN.register(f"{kind}.{name}" if kind else name, _mean_of(score, asked))
+    _OWN.register(f"{kind}.{name}" if kind else name, _mean_of(score, kind))
 
 
 def is_right(name: str, answer: str, truth: str) -> bool:
     """Whether an answer to a question called `name` counts as right: by its own metric, else by its words."""
-    own = next((m.score for key, m in _OWN.items() if m.score and key.partition(".")[0] == name), None)
+    own = next((m.score for m in _OWN.values() if m.score and name and m.kind == name), None)
     score = own or compared.same_words
     return bool(score(compared.split_response(answer)[1], compared.split_response(truth)[1]))
 
@@ -175,32 +177,30 @@ class Scorer:
         self.metrics: dict[str, Metric] = {}
         plain = _PLAIN if self.protocol.any_script else _PLAIN | _OF_ASCII
         for name in self.protocol.metrics:
-            metric = plain[name] if name in plain else self._meteor(wordnet)
-            if metric is not None:
-                self.metrics[name] = metric
+            self.metrics |= self._meteor(wordnet) if name == "meteor" else {name: plain[name]}
         if self.protocol.bert or bert_model is not None:
             self.metrics |= self._bert(bert_model)
         if self.protocol.own_metrics:
             self.metrics |= _OWN
         self._known: dict[str, dict[tuple[str, str], Sequence[float]]] = {name: {} for name in self.metrics}
 
-    def _meteor(self, folder: str | None) -> Metric | None:
+    def _found(self, make: Callable[[], Any], metrics: Sequence[str], named: bool) -> Any:
+        """What `make` makes; None, and why, where what it needs is not there, and need not be."""
         try:
-            meteor = Meteor(folder)
-            return _mean_of(_in_any_script(meteor) if self.protocol.any_script else meteor)
+            return make()
         except UserError as error:
-            if folder is not None and self._must:
+            if named and self._must:
                 raise
-            self.unavailable["meteor"] = str(error)
-            return None
+            self.unavailable |= dict.fromkeys(metrics, str(error))
+
+    def _meteor(self, folder: str | None) -> dict[str, Metric]:
+        meteor = self._found(lambda: Meteor(folder), ["meteor"], folder is not None)
+        score = _in_any_script(meteor) if self.protocol.any_script else meteor
+        return {} if meteor is None else {"meteor": _mean_of(score)}
 
     def _bert(self, name: str | None) -> dict[str, Metric]:
-        try:
-            model = BertScore(name or BERT_MODEL)
-        except UserError as error:
-            if name is not None and self._must:
-                raise
-            self.unavailable |= dict.fromkeys(BERT_METRICS, str(error))
+        model = self._found(lambda: BertScore(name or BERT_MODEL), BERT_METRICS, name is not None)
+        if model is None:
             return {}
         known: dict[tuple[str, str], np.ndarray] = {}
 
@@ -210,7 +210,7 @@ class Scorer:
                 known.update(zip(new, model.scores(*zip(*new, strict=True)), strict=True))
             return np.array([[known[p.answer, p.truth][column], 1.0] for p in pairs]).reshape(-1, 2)
 
-        return {m: Metric(ratio, _everyone, rows=partial(rows, column=i)) for i, m in enumerate(BERT_METRICS)}
+        return {m: Metric(ratio, rows=partial(rows, column=i), slow=True) for i, m in enumerate(BERT_METRICS)}
 
     def rows(self, name: str, pairs: Sequence[Pair]) -> np.ndarray:
         """(n, k): what the metric `name` sums over the pairs, of which there is at least one.
@@ -219,14 +219,25 @@ class Scorer:
         controls too, and all is summed again whenever there is more of it.
         """
         metric, known = self.metrics[name], self._known[name]
-        if metric.counts is None:
-            assert metric.rows is not None, name
+        if metric.rows is not None:
             return metric.rows(pairs)
+        assert metric.counts is not None, name
         keys = [(pair.answer, pair.truth) for pair in pairs]
         for key in keys:
             if key not in known:
                 known[key] = metric.counts(*key)
         return np.array([known[key] for key in keys], float)
+
+    def all_rows(self, names: Iterable[str], pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
+        """`rows` of those of these metrics that any pair has, (n, k); zeros for pairs that have it not."""
+        found = {}
+        for name in names:
+            places = self.metrics[name].among(pairs)
+            if places:
+                rows = self.rows(name, [pairs[i] for i in places])
+                found[name] = np.zeros((len(pairs), rows.shape[1]))
+                found[name][places] = rows
+        return found
 
     def pairs(self, predictions: Predictions) -> list[Pair]:
         """The pairs that the protocol scores. A prediction has id, answer, truth, and perhaps name, patient, ended,
@@ -247,13 +258,7 @@ class Scorer:
         """The predictions, ready to be summed."""
         predictions = list(predictions)
         pairs = self.pairs(predictions)
-        rows = {}
-        for name, metric in self.metrics.items():
-            asked = np.array([metric.asked(pair) for pair in pairs], bool)
-            if asked.any():
-                found = self.rows(name, [pair for pair, yes in zip(pairs, asked, strict=True) if yes])
-                rows[name] = np.zeros((len(pairs), found.shape[1]))
-                rows[name][asked] = found
+        rows = self.all_rows(self.metrics, pairs)
         left_out = sum(self._says(p["truth"]) for p in predictions) - len(pairs)
         return Table(self, pairs, rows, left_out)
 
@@ -317,19 +322,13 @@ class Table:
             found[name] = {"value": value, "ci95": ci95(self.scorer.metrics[name].value(sums))}
         return found
 
-    def groups(self, name: str) -> dict[str, list[int]]:
-        """Level of a field -> the places of its pairs."""
+    def groups(self, name: str, missing: str | None = None) -> dict[str, list[int]]:
+        """Level of a field -> the places of its pairs; those that have none under `missing`, if that is given."""
         found: dict[str, list[int]] = {}
         for i, pair in enumerate(self.pairs):
-            if name in pair.fields:
-                found.setdefault(pair.fields[name], []).append(i)
-        return dict(sorted(found.items()))
-
-    def kinds(self) -> dict[str, list[int]]:
-        """Name -> the places of its pairs, those without a name under ""."""
-        found: dict[str, list[int]] = {}
-        for i, pair in enumerate(self.pairs):
-            found.setdefault(pair.name, []).append(i)
+            level = pair.fields.get(name, missing)
+            if level is not None:
+                found.setdefault(level, []).append(i)
         return dict(sorted(found.items()))
 
     def by(self) -> dict[str, dict[str, Any]]:
@@ -347,21 +346,15 @@ class Table:
     def answered(self, answers: Sequence[str]) -> Table:
         """The same questions with other answers."""
         pairs = [replace(pair, answer=answer) for pair, answer in zip(self.pairs, answers, strict=True)]
-        rows = {}
-        for name, mine in self.rows.items():
-            metric = self.scorer.metrics[name]
-            if name not in BERT_METRICS:  # too slow for what it would say
-                asked = [i for i, pair in enumerate(pairs) if metric.asked(pair)]
-                rows[name] = np.zeros_like(mine)
-                rows[name][asked] = self.scorer.rows(name, [pairs[i] for i in asked])
-        return Table(self.scorer, pairs, rows)
+        quick = [name for name in self.rows if not self.scorer.metrics[name].slow]
+        return Table(self.scorer, pairs, self.scorer.all_rows(quick, pairs))
 
     @cached_property
     def majority(self) -> Table:
         """The same questions answered with the most frequent truth of their name."""
         common = {
             name: Counter(self.pairs[i].truth for i in places).most_common(1)[0][0]
-            for name, places in self.kinds().items()
+            for name, places in self.groups("name", "").items()
         }
         return self.answered([common[pair.name] for pair in self.pairs])
 

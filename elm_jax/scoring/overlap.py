@@ -5,17 +5,17 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 from rouge_score.tokenize import tokenize
 
 from elm_jax.scoring.answers import spaced
-from elm_jax.scoring.stems import stemmer
 
 BLEU_ORDERS = 4
 _BLEU_EPSILON = 0.1
+WORDS = 2**16  # that are remembered: words repeat, and to find a stem takes longer than all the rest of ROUGE-L
 
 
 def bleu_counts(answer: str, truth: str) -> list[float]:
@@ -56,6 +56,16 @@ def rouge_l(answer: str, truth: str) -> float:
 def rouge_l_in_any_script(answer: str, truth: str) -> float:
     """`rouge_l` of words in any script; of ASCII texts it is the same."""
     return float(_rouge(_InAnyScript).score(truth, answer)["rougeL"].fmeasure)
+
+
+@cache
+def stemmer() -> Any:
+    """NLTK's Porter stemmer, which finds the stem of a word once."""
+    from nltk.stem.porter import PorterStemmer  # slow to import
+
+    found: Any = PorterStemmer()
+    found.stem = lru_cache(WORDS)(found.stem)
+    return found
 
 
 class _Stemmed:

@@ -55,7 +55,7 @@ def baselines(table: Table) -> dict[str, dict[str, float]]:
 
 def _constant(table: Table, name: str) -> float:
     metric = table.scorer.metrics[name]
-    pairs = [pair for pair in table.pairs if metric.asked(pair)]
+    pairs = [table.pairs[i] for i in metric.among(table.pairs)]
     truths = [pair.truth for pair in pairs]
     if metric.score is not None and metric.cheap:
         return best_constant(truths, metric.score, metric.numbers)[1]

@@ -14,9 +14,8 @@ from elm_jax.scoring import metrics
 from elm_jax.scoring.answers import exact_match, first_integer, same_words, split_response, token_f1, within_5_bpm
 from elm_jax.scoring.dependence import signal_dependence
 from elm_jax.scoring.metrics import Scorer
-from elm_jax.scoring.overlap import rouge_l, rouge_l_in_any_script
+from elm_jax.scoring.overlap import rouge_l, rouge_l_in_any_script, stemmer
 from elm_jax.scoring.statistics import FLIPS, Patients, told_p
-from elm_jax.scoring.stems import stemmer
 from elm_jax.scoring.summary import best_constant, scores_of
 
 
