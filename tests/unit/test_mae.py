@@ -251,10 +251,10 @@ def test_the_published_sizes_are_the_default() -> None:
     ("name", "config", "message"),
     [
         ("st_mem", {"num_lead": 8}, r"config.num_lead: found an unknown field.*did you mean 'num_leads'\?"),
-        ("mtae", {"depth": 0}, "config.depth: found 0; expected a positive integer"),
+        ("mtae", {"depth": 0}, "config.depth: found 0; expected a whole number at least 1"),
         ("mtae", {"embed_dim": 63}, "config.embed_dim: found 63; expected an even number"),
-        ("mtae", {"mlp_ratio": "4"}, "config.mlp_ratio: found '4'; expected a positive number"),
-        ("mtae", {"qkv_bias": 1}, "config.qkv_bias: found 1; expected True or False"),
+        ("mtae", {"mlp_ratio": "4"}, "config.mlp_ratio: found '4'; expected a number"),
+        ("mtae", {"qkv_bias": 1}, "config.qkv_bias: found 1; expected true or false"),
         ("st_mem", {"patch_size": 99}, "config.patch_size: found 99; expected a divisor of seq_len, 2500.*to 100"),
         ("mtae", {"patch_size": 3}, "config.patch_size: found 3; expected a divisor of seq_len, 2500.*to 100"),
         ("mlae", {"patch_size": 5}, "config.patch_size: found 5; expected a divisor of num_leads, 12.*to 1"),

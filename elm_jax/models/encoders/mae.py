@@ -11,7 +11,7 @@ P values of a patch, D and E widths of encoder and decoder, N signal tokens.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from elm_jax.errors import UserError, nearest
+from elm_jax.errors import UserError
 from elm_jax.models.encoders.transformer import Transformer, TransformerConfig
 from elm_jax.models.hints import weight
 from elm_jax.models.layers import Held, LayerNorm, Linear, held, hold, plus, repeated
 from elm_jax.models.names import Rule, bare_name
 from elm_jax.models.pooling import adaptive_average_pool
+from elm_jax.schema import key, sizes_of
 
 HEAD_DIM = 64  # whatever the width
 NORM_EPS, DECODER_NORM_EPS = 1e-5, 1e-6
@@ -92,24 +93,24 @@ PATCHINGS = {
 
 @dataclass(frozen=True)
 class MaeConfig:
-    """Sizes of the encoder `name`: seq_len is L, num_leads C, patch_size p, embed_dim D.
+    """Sizes of the encoder `name`.
 
     train_positions: the position embeddings are parameters, as the reference has them in ST-MEM.
     """
 
     name: str
-    seq_len: int = 2500
-    patch_size: int = 0
-    num_leads: int = 12
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    decoder_embed_dim: int = 256
-    decoder_depth: int = 4
-    decoder_num_heads: int = 4
-    mlp_ratio: float = 4
-    qkv_bias: bool = True
-    train_positions: bool = False
+    seq_len: int = key(2500, "L", limit="at least 1")
+    patch_size: int = key(0, "p; 0: chosen for the seq_len", limit="at least 1", accepts=int | None)
+    num_leads: int = key(12, "C", limit="at least 1")
+    embed_dim: int = key(768, "D", limit="at least 1")
+    depth: int = key(12, "blocks of the encoder", limit="at least 1")
+    num_heads: int = key(12, "heads of the encoder", limit="at least 1")
+    decoder_embed_dim: int = key(256, "E", limit="at least 1")
+    decoder_depth: int = key(4, "blocks of the decoder", limit="at least 1")
+    decoder_num_heads: int = key(4, "heads of the decoder", limit="at least 1")
+    mlp_ratio: float = key(4.0, "width inside an MLP, by that outside", limit="above 0")
+    qkv_bias: bool = key(True, "whether queries, keys and values have a bias")
+    train_positions: bool = key(False, "whether position embeddings are trained")
 
     @classmethod
     def from_fields(cls, name: str, config: Mapping[str, Any]) -> "MaeConfig":
@@ -118,14 +119,8 @@ class MaeConfig:
 
         UserError for an unknown field or value. IGNORED_FIELDS are let pass.
         """
-        known = [field.name for field in fields(cls) if field.name != "name"]
-        for key, value in config.items():
-            if key in known:
-                _check_value(key, value)
-            elif key not in IGNORED_FIELDS:
-                fix = nearest(key, known) or "remove it"
-                raise UserError(f"encoder.config.{key}", "an unknown field", f"one of {', '.join(known)}", fix)
-        given = {key: value for key, value in config.items() if key in known and value is not None}
+        sizes = sizes_of(cls, "encoder.config", config, IGNORED_FIELDS)
+        given = {name: value for name, value in sizes.items() if value is not None}
         length = given.setdefault("seq_len", cls.seq_len)
         chosen = PATCHINGS[name].size(length)
         p = given.setdefault("patch_size", chosen)
@@ -134,10 +129,10 @@ class MaeConfig:
         if size % p:
             expected = f"a divisor of {whole}, {size}"
             raise UserError("encoder.config.patch_size", str(p), expected, f"leave it out, or set it to {chosen}")
-        for key in ("embed_dim", "decoder_embed_dim"):
-            if given.get(key, 0) % 2:
-                fix = "add or take one"
-                raise UserError(f"encoder.config.{key}", str(given[key]), "an even number, for sines and cosines", fix)
+        for width in ("embed_dim", "decoder_embed_dim"):
+            if given.get(width, 0) % 2:
+                expected = "an even number, for sines and cosines"
+                raise UserError(f"encoder.config.{width}", str(given[width]), expected, "add or take one")
         return cls(name, **given)
 
     def cut(self, signals: jax.Array) -> jax.Array:
@@ -297,18 +292,6 @@ def _position(config: MaeConfig, before: int, patches: int, after: int, width: i
     values = jnp.pad(sincos_positions(patches, width), ((before, after), (0, 0)))[None]
     kind = nnx.Param if config.train_positions else Held
     return kind(values, axes=(None, None, None))
-
-
-def _check_value(name: str, value: Any) -> None:
-    if name in ("qkv_bias", "train_positions"):
-        fits, expected = isinstance(value, bool), "True or False"
-    elif name == "mlp_ratio":
-        fits, expected = isinstance(value, int | float) and value > 0, "a positive number"
-    else:
-        fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        fits, expected = fits or (name == "patch_size" and value is None), "a positive integer"
-    if not fits:
-        raise UserError(f"encoder.config.{name}", repr(value), expected, "set it to one")
 
 
 # Our module or array -> the published one; `{layer}` stands for the first of the stacked ones.

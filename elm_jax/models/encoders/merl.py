@@ -6,17 +6,18 @@ Dimension letters: B signals, C leads, L samples or positions, K kernel size, N 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from elm_jax.errors import UserError, nearest
+from elm_jax.errors import UserError
 from elm_jax.models.hints import weight
 from elm_jax.models.names import Rule, bare_name
 from elm_jax.models.pooling import adaptive_average_pool
+from elm_jax.schema import key, sizes_of
 
 BN_MOMENTUM = 0.1
 BN_EPS = 1e-5
@@ -33,35 +34,6 @@ IGNORED_PREFIXES = (
     "resnet.linear.",  # a classifier that nothing uses
 )
 IGNORED_SUFFIXES = (".num_batches_tracked",)
-
-
-@dataclass(frozen=True)
-class MerlConfig:
-    """Sizes of the encoder. `width` is the stem's channels (64 as published); `num_leads` is C."""
-
-    resnet_type: str = "resnet101"
-    width: int = 64
-    num_leads: int = 12
-
-    @classmethod
-    def from_fields(cls, config: Mapping[str, Any]) -> "MerlConfig":
-        """Read `encoder.config`; UserError for an unknown field or value. IGNORED_FIELDS are let pass."""
-        known = [field.name for field in fields(cls)]
-        for name in config:
-            if name not in known and name not in IGNORED_FIELDS:
-                fix = nearest(name, known) or "remove it"
-                expected = f"one of {', '.join(known)}"
-                raise UserError(f"encoder.config.{name}", "an unknown field", expected, fix)
-        result = cls(**{name: value for name, value in config.items() if name in known})
-        if result.resnet_type not in LAYOUTS:
-            fix = nearest(str(result.resnet_type), LAYOUTS) or "choose one of them"
-            expected = f"one of {', '.join(LAYOUTS)}"
-            raise UserError("encoder.config.resnet_type", repr(result.resnet_type), expected, fix)
-        for name in ("width", "num_leads"):
-            value = getattr(result, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"encoder.config.{name}", repr(value), "a positive integer", "set it to one")
-        return result
 
 
 class Conv(nnx.Module):
@@ -169,6 +141,20 @@ LAYOUTS: dict[str, tuple[Callable[[int, int], list[tuple[int, int, int]]], tuple
     "resnet101": (bottleneck, (3, 4, 23, 3)),
     "resnet152": (bottleneck, (3, 8, 36, 3)),
 }
+
+
+@dataclass(frozen=True)
+class MerlConfig:
+    """Sizes of the encoder."""
+
+    resnet_type: str = key("resnet101", "the layout of its blocks", choices=LAYOUTS)
+    width: int = key(64, "channels of the stem", limit="at least 1")
+    num_leads: int = key(12, "C", limit="at least 1")
+
+    @classmethod
+    def from_fields(cls, config: Mapping[str, Any]) -> "MerlConfig":
+        """Read `encoder.config`; UserError for an unknown field or value. IGNORED_FIELDS are let pass."""
+        return cls(**sizes_of(cls, "encoder.config", config, IGNORED_FIELDS))
 
 
 class Merl(nnx.Module):

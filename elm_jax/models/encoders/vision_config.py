@@ -5,12 +5,14 @@ name: one that is not known, or has a value that our encoders do not compute, is
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Self
 
 from elm_jax.errors import UserError, nearest
 from elm_jax.models.encoders.transformer import TransformerConfig
 from elm_jax.models.layers import Activation
+from elm_jax.schema import key, sizes_of
 
 WHERE = "encoder.config"
 TOWERS = ("vision_config", "vision_config_dict")  # the fields inside which a file describes its vision tower
@@ -52,16 +54,21 @@ IRRELEVANT = frozenset({
 OF_THE_PROCESSOR = frozenset({"image_size", "max_num_patches"})  # where images have no size of their own
 
 
+_size = partial(key, meaning="a size", limit="at least 1")
+_activation = partial(key, meaning="the activation inside an MLP", choices=tuple(HIDDEN_ACTS))
+_eps = partial(key, meaning="of the norms", limit="above 0")
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """What the encoders have in common: a transformer of width D."""
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-6
+    hidden_size: int = _size(768)
+    num_hidden_layers: int = _size(12)
+    num_attention_heads: int = _size(12)
+    intermediate_size: int = _size(3072)
+    hidden_act: str = _activation("gelu")
+    layer_norm_eps: float = _eps(1e-6)
 
     model_types: ClassVar[tuple[str, ...]] = ()  # of Hugging Face
     ignored: ClassVar[frozenset[str]] = frozenset()  # further fields that do not matter
@@ -77,9 +84,11 @@ class VisionConfig:
         tower = {name: value for name, value in _tower(config).items() if name not in cls.ignored_in_tower}
         _check_model_type(tower, cls.model_types)
         values = {**cls.omitted(config), **tower, **{n: v for n, v in config.items() if n not in TOWERS}}
-        known = [field.name for field in fields(cls)]
-        _check_names(values, known, cls.ignored)
-        result = cls(**{name: value for name, value in values.items() if name in known})
+        for name, allowed in ONLY.items():
+            if name in values and values[name] not in allowed:
+                expected = " or ".join(map(str, allowed))
+                raise UserError(f"{WHERE}.{name}", repr(values[name]), expected, "this variant is not supported")
+        result = cls(**sizes_of(cls, WHERE, values, {*ONLY, *IRRELEVANT, *cls.ignored}))
         result.check()
         return result
 
@@ -89,19 +98,10 @@ class VisionConfig:
         return {}
 
     def check(self) -> None:
-        """UserError for values that are unsound or do not fit each other."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise UserError(f"{WHERE}.{field.name}", repr(value), "a whole number above 0", "correct it")
+        """UserError for values that do not fit each other."""
         if self.hidden_size % self.num_attention_heads:
             found = f"{self.hidden_size} with {self.num_attention_heads} heads"
             raise UserError(f"{WHERE}.hidden_size", found, "a multiple of num_attention_heads", "correct them")
-        if self.hidden_act not in HIDDEN_ACTS:
-            fix = nearest(str(self.hidden_act), HIDDEN_ACTS) or "this variant is not supported"
-            raise UserError(f"{WHERE}.hidden_act", repr(self.hidden_act), f"one of {', '.join(HIDDEN_ACTS)}", fix)
-        if not isinstance(self.layer_norm_eps, float) or self.layer_norm_eps <= 0:
-            raise UserError(f"{WHERE}.layer_norm_eps", repr(self.layer_norm_eps), "a number above 0", "correct it")
 
     def transformer(self, qkv_bias: bool = True) -> TransformerConfig:
         """The sizes of the blocks."""
@@ -115,8 +115,8 @@ class VisionConfig:
 class ImageConfig(VisionConfig):
     """An encoder of square images, `image_size` pixels wide, in patches of `patch_size`."""
 
-    image_size: int = 224
-    patch_size: int = 16
+    image_size: int = _size(224)
+    patch_size: int = _size(16)
 
     @property
     def patches(self) -> int:
@@ -134,10 +134,10 @@ class ImageConfig(VisionConfig):
 class ClipConfig(ImageConfig):
     """Defaults: openai/clip-vit-base-patch32. projection_dim is the width of the embedding."""
 
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    patch_size: int = 32
-    projection_dim: int = 512
+    hidden_act: str = _activation("quick_gelu")
+    layer_norm_eps: float = _eps(1e-5)
+    patch_size: int = _size(32)
+    projection_dim: int = _size(512)
 
     model_types = ("clip", "clip_vision_model")
 
@@ -149,31 +149,24 @@ class VitConfig(ImageConfig):
     mask_ratio: the probability with which a patch is replaced by the mask token (see `vision.Vit`).
     """
 
-    layer_norm_eps: float = 1e-12
-    qkv_bias: bool = True
-    mask_ratio: float = 0.0
+    layer_norm_eps: float = _eps(1e-12)
+    qkv_bias: bool = key(True, "whether queries, keys and values have a bias")
+    mask_ratio: float = key(0.0, "part of the patches that is masked", limit="from 0 to 1")
 
     model_types = ("vit",)
-
-    def check(self) -> None:
-        super().check()
-        if not isinstance(self.qkv_bias, bool):
-            raise UserError(f"{WHERE}.qkv_bias", repr(self.qkv_bias), "true or false", "correct it")
-        if not isinstance(self.mask_ratio, int | float) or not 0 <= self.mask_ratio <= 1:
-            raise UserError(f"{WHERE}.mask_ratio", repr(self.mask_ratio), "a number from 0 to 1", "correct it")
 
 
 @dataclass(frozen=True)
 class Siglip2Config(VisionConfig):
     """Defaults: google/siglip2-so400m-patch16-naflex. num_patches is the size of the (square) position table."""
 
-    hidden_size: int = 1152
-    num_hidden_layers: int = 27
-    num_attention_heads: int = 16
-    intermediate_size: int = 4304
-    hidden_act: str = "gelu_pytorch_tanh"
-    patch_size: int = 16
-    num_patches: int = 256
+    hidden_size: int = _size(1152)
+    num_hidden_layers: int = _size(27)
+    num_attention_heads: int = _size(16)
+    intermediate_size: int = _size(4304)
+    hidden_act: str = _activation("gelu_pytorch_tanh")
+    patch_size: int = _size(16)
+    num_patches: int = _size(256)
 
     model_types = ("siglip2", "siglip2_vision_model")
     ignored = OF_THE_PROCESSOR
@@ -204,10 +197,10 @@ class SiglipEcgConfig(VisionConfig):
     sizes of the transformer only: its patches and positions are those of images.
     """
 
-    hidden_act: str = "gelu_pytorch_tanh"
-    patch_size: int = 25
-    seq_len: int = 2500
-    num_leads: int = 12
+    hidden_act: str = _activation("gelu_pytorch_tanh")
+    patch_size: int = _size(25)
+    seq_len: int = _size(2500)
+    num_leads: int = _size(12)
 
     model_types = ("siglip2", "siglip2_vision_model")
     ignored = frozenset({"num_encoder_tokens"})  # ours is the argument `tokens`
@@ -259,14 +252,3 @@ def _check_model_type(config: Mapping[str, Any], allowed: Collection[str]) -> No
     if model_type and model_type not in allowed:
         fix = nearest(str(model_type), allowed) or "choose the encoder.name that fits the checkpoint"
         raise UserError(f"{WHERE}.model_type", repr(model_type), " or ".join(allowed), fix)
-
-
-def _check_names(values: Mapping[str, Any], known: Collection[str], ignored: Collection[str]) -> None:
-    """UserError for a field that is unknown, or known and of a value that is not supported."""
-    for name, value in values.items():
-        if name in ONLY and value not in ONLY[name]:
-            expected = " or ".join(str(option) for option in ONLY[name])
-            raise UserError(f"{WHERE}.{name}", repr(value), expected, "this variant is not supported")
-        if name not in known and name not in ONLY and name not in IRRELEVANT and name not in ignored:
-            fix = nearest(name, known) or "remove it if you know that the encoder computes the same without it"
-            raise UserError(f"{WHERE}.{name}", "an unknown field", f"one of {', '.join(known)}", fix)
