@@ -34,7 +34,7 @@ from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
 from elm_jax import cli
-from elm_jax.errors import UserError, nearest, one_line, printable
+from elm_jax.errors import UserError, nearest, one_line, printable, refused
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,11 +132,9 @@ class _Chat:
 
         assert self.pictures is not None
         path = self.pictures / f"ecg_{self.shown}.png"
-        try:
+        with refused("--png", "", "a folder that can be written", "name another", OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             draw_ecg(recorded, self.session.spec.sampling_rate, path)
-        except OSError as error:
-            raise UserError("--png", one_line(str(error)), "a folder that can be written", "name another") from error
         return path
 
     def _answer(self, text: str) -> None:

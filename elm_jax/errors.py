@@ -1,8 +1,9 @@
 """The one error for what the user got wrong; `assert` is for what we got wrong."""
 
+import contextlib
 import difflib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 LONGEST = 2000  # characters of each part of an error: a file may hold any text
 
@@ -29,6 +30,24 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, str, str]]:
         # Exceptions are pickled by their message; loader workers need the four parts to cross processes.
         return type(self), self.parts
+
+
+@contextlib.contextmanager
+def refused(
+    where: object, found: str, expected: str, fix: str, *errors: type[BaseException]
+) -> Iterator[None]:
+    """What of `errors` (by default OSError and ValueError) is raised within, as one UserError.
+
+    Behind what was `found` stands what the error says, in brackets; where `found` is "", that alone.
+    """
+    refusable = errors or (OSError, ValueError)
+    try:
+        yield
+    except UserError:
+        raise
+    except refusable as error:
+        said = str(error.__cause__ or error)
+        raise UserError(str(where), f"{found} ({said})" if found else said, expected, fix) from error
 
 
 class Absent(UserError):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from elm_jax.errors import UserError, one_line
+from elm_jax.errors import UserError, refused
 from elm_jax.json_text import parse_json
 
 TOKENIZER, ECG_BYTE = "tokenizer", "ecg_byte.json"  # a run's own; the second, if the run has it, lies in the first
@@ -27,11 +27,8 @@ def writable_folder(out: Path, where: str) -> Path:
 def check_writable(out: Path, where: str) -> None:
     """Raise UserError, which names `where`, unless `out` is a folder that can be written, or can be made one."""
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            return
-    except OSError as error:
-        raise UserError(where, one_line(str(error)), "a folder that can be written", "name another") from error
+    with refused(where, "", "a folder that can be written", "name another", OSError):
+        tempfile.TemporaryFile(dir=there).close()
 
 
 @contextlib.contextmanager
@@ -40,7 +37,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
     An exception leaves `out` as it was. Raises UserError where files cannot be written.
     """
-    try:
+    with refused("--out", "", "a folder that can be written", "name another, or make room", OSError):
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         old = fresh.with_name(f"{fresh.name}.old")
@@ -56,9 +53,6 @@ def whole_folder(out: Path) -> Iterator[Path]:
                 shutil.rmtree(old, ignore_errors=True)
             elif old.exists():
                 old.rename(out)
-    except OSError as error:
-        fix = "name another, or make room"
-        raise UserError("--out", str(error), "a folder that can be written", fix) from error
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -94,10 +88,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a run folder. Raises UserError, naming the file, for anything else."""
-    try:
+    with refused(path, "", "a run folder's JSON file", "check the folder"):
         value = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(str(path), str(error), "a run folder's JSON file", "check the folder") from error
     if not isinstance(value, dict):
         raise UserError(str(path), type(value).__name__, "a JSON object", "check the folder")
     return value

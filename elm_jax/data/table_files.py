@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elm_jax.errors import UserError, nearest
+from elm_jax.errors import UserError, nearest, refused
 from elm_jax.json_text import parse_json
 
 KINDS = ("question_type", "attribute_type", "attribute", "template_id")  # of ECG-QA, to score by
@@ -115,16 +115,9 @@ def _write_arrow(kept: Path, schema: Any, file: Path, table: Any) -> None:
             temporary.unlink()
 
 
-@contextlib.contextmanager
-def _unreadable(path: Path, expected: str) -> Iterator[None]:
-    """Errors of the libraries that read `path` are the user's."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # pyarrow's and the library's own
-        found = f"an unreadable file ({error.__cause__ or error})"
-        raise UserError(str(path), found, expected, "write it again") from None
+def _unreadable(path: Path, expected: str) -> contextlib.AbstractContextManager[None]:
+    """Errors of the libraries that read `path`, pyarrow's and their own, are the user's."""
+    return refused(path, "an unreadable file", expected, "write it again", Exception)
 
 
 def plain(where: str, table: Any) -> Any:
@@ -168,7 +161,8 @@ def _json_table(file: Path) -> Any:
 
 
 def _json_rows(file: Path) -> Iterator[Mapping[str, Any]]:
-    text = _read_text(file)
+    with refused(file, "an unreadable file", "UTF-8 text", "check the file"):
+        text = file.read_text(encoding="utf-8-sig")
     if file.suffix == ".jsonl":
         entries = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         numbered = ((n, _parse_json(file, line, n)) for n, line in entries)
@@ -190,13 +184,6 @@ def _json_rows(file: Path) -> Iterator[Mapping[str, Any]]:
                 f"{file}, {kind} {number}", found, "a record with ecg_path and text", "correct it"
             )
         yield row
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(file), f"an unreadable file ({error})", "UTF-8 text", "check the file") from None
 
 
 def _parse_json(file: Path, text: str, first_line: int) -> Any:

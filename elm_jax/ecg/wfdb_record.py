@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from elm_jax.errors import UserError, some
+from elm_jax.errors import UserError, refused, some
 
 ENDINGS = (".hea", ".dat", ".mat")
 _UNIT = re.compile(r"(m|milli|u|micro|n|nano)?(?:v|volts?)")
@@ -215,11 +215,9 @@ def _read(header: _Header, rows: list[int]) -> tuple[np.ndarray, float, int]:
         _check_regular(path.parent / name, "a file of samples")
     import wfdb  # slow to import, and not needed for prepared records
 
-    try:
+    fix = "download it again if it is damaged, else save its signals as .npy"
+    with refused(path, "an unreadable record", "a whole WFDB record", fix, Exception):  # wfdb lets all errors through
         record: Any = wfdb.rdrecord(str(path.with_suffix("")), channels=rows, smooth_frames=False)
-    except Exception as error:  # wfdb lets the errors of its parsers through
-        fix = "download it again if it is damaged, else save its signals as .npy"
-        raise _refused(path, f"an unreadable record ({error})", "a whole WFDB record", fix) from None
     rates = {header.rate * samples for samples in record.samps_per_frame}
     if len(rates) > 1:
         raise _refused(path, f"leads at {_hertz(rates)}", "all at one rate", "save them at one rate as .npy")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.sources import Record, patient_of
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, refused
 from elm_jax.evaluation.answering import BadRecords
 from elm_jax.evaluation.controls import Question, Source
 from elm_jax.evaluation.store import AnswerFile
@@ -199,11 +199,9 @@ class _Auc:
 
 
 def _rows(path: Path, needed: Iterable[str]) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError("eval.labels", str(error), f"{path.name} of PTB-XL", "give PTB-XL's folder") from error
+    told = refused("eval.labels", "", f"{path.name} of PTB-XL", "give PTB-XL's folder", OSError, ValueError, csv.Error)
+    with told, path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
     missing = [name for name in needed if not rows or name not in rows[0]]
     if missing:
         raise UserError(str(path), f"no column {', '.join(missing)}", "PTB-XL's own file", "download it again")

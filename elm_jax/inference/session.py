@@ -20,7 +20,7 @@ from elm_jax.data.batch import Signal
 from elm_jax.data.ecg_tokens import reserved
 from elm_jax.data.represent import DEMO, FLATLINE, NOISE, SignalSpec
 from elm_jax.ecg.recording import LEADS, Recording, read_recording, say_again
-from elm_jax.errors import UserError, one_line
+from elm_jax.errors import UserError, refused
 from elm_jax.inference.model import Prompt, TrainedModel
 from elm_jax.text.render import CHAT_FORMS, Rendered, Turn, to_prompt, to_tokens
 from elm_jax.text.turns import count_marks
@@ -149,7 +149,7 @@ class Session:
         record = self.record()
         lines = [f"{record['checkpoint']}, step {record['step']}", *(f"ecg {ecg.summary}" for ecg in self.ecgs)]
         lines += [f"{turn['role']}: {turn['content']}" for turn in record["text"]]
-        try:
+        with refused("/save", "", "a file that can be written", "name another", OSError, ValueError, RuntimeError):
             path = Path(name).expanduser()
             path = path.with_suffix("") if path.suffix in (".json", ".txt") else path
             if path.name in ("", ".."):
@@ -157,8 +157,6 @@ class Session:
             files = path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.txt")
             files[0].write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
             files[1].write_text("\n\n".join(lines) + "\n", encoding="utf-8")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError("/save", one_line(str(error)), "a file that can be written", "name another") from error
         return files
 
     def _answer(self, rendered: Rendered) -> Iterator[str]:
@@ -264,14 +262,11 @@ def read_input(path: str, spec: SignalSpec, number: int = 0) -> Ecg:
 
 def _read(path: str, spec: SignalSpec) -> tuple[str, Recording, list[str]]:
     """The absolute path, what is there, and what reading it took for granted."""
-    try:
+    errors = OSError, ValueError, RuntimeError  # of what no file can be called
+    with refused(path, "", "the path of a recording", "correct it", *errors):
         file = Path(path).expanduser().absolute()
         with _collected_notes(str(file.parent)) as notes:
             return str(file), read_recording(file, bare_rate=spec.sampling_rate), notes
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:  # what no file can be called
-        raise UserError(one_line(path), one_line(str(error)), "the path of a recording", "correct it") from error
 
 
 def _amount(leads: int, rate: float, samples: int) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from elm_jax.compat import check, enabled
-from elm_jax.errors import UserError, nearest
+from elm_jax.errors import UserError, nearest, refused
 from elm_jax.symbols import files as symbolic_files
 from elm_jax.symbols.files import BYTES, TokenizerFile
 
@@ -60,8 +60,7 @@ class EcgByte:
 
         Raises UserError for any other file and for contents that are not a tokenizer.
         """
-        file = symbolic_files.read(path)
-        return cls(file.merges, file.symbols, file.order, file.settings)
+        return cls(*symbolic_files.read(path))
 
     def save(self, path: str | Path) -> None:
         """Write our format, with a checksum (.json), or the reference's, without the settings (.pkl).
@@ -94,10 +93,9 @@ class EcgByte:
         if num_merges < 0:
             raise UserError("EcgByte.train", f"num_merges = {num_merges}", "0 or more", "raise it")
         learn, most = _extension().train, sum(map(len, symbols))  # each merge leaves at least one symbol fewer
-        try:
-            learnt = learn(list(symbols), min(num_merges, most), across_records, _workers(threads), progress)
-        except ValueError as error:
-            raise UserError("EcgByte.train", str(error), "fewer", "train on fewer recordings") from None
+        workers = _workers(threads)
+        with refused("EcgByte.train", "", "fewer", "train on fewer recordings", ValueError):
+            learnt = learn(list(symbols), min(num_merges, most), across_records, workers, progress)
         merges, _, before, after, interrupted = learnt
         settings = {"records": len(symbols), "across_records": across_records, "symbols": before, "tokens": after}
         return cls(merges, settings=settings | ({"interrupted_of": num_merges} if interrupted else {}))
@@ -200,14 +198,10 @@ class EcgByte:
         return _extension().Encoder(list(self.merges), self.symbols.encode("latin-1"))
 
     def _call(self, work: Callable[["Encoder"], Any]) -> Any:
-        try:
+        expected = "finite samples, eps of 0 or more, merges that a training gives"
+        fix = "mend or leave out the recording, or use another tokenizer"
+        with refused("EcgByte.encode", "", expected, fix, ValueError):
             return work(self._encoder)
-        except ValueError as error:  # UserError is one, too
-            if isinstance(error, UserError):
-                raise
-            expected = "finite samples, eps of 0 or more, merges that a training gives"
-            fix = "mend or leave out the recording, or use another tokenizer"
-            raise UserError("EcgByte.encode", str(error), expected, fix) from None
 
 
 def _readable(signals: np.ndarray, dimensions: tuple[int, ...]) -> np.ndarray:
@@ -232,12 +226,7 @@ def cores() -> int:
 
 def _extension() -> Any:
     """The compiled module. Raises UserError where it is not built."""
-    try:
+    expected = "the module built out of rust_bpe, which the symbolic representation needs"
+    fix = "install Rust (https://rustup.rs) and run `pip install .` (or `pip install -e .`) again"
+    with refused("elm_jax._bpe", "no usable compiled extension", expected, fix, ImportError):
         return importlib.import_module("elm_jax._bpe")
-    except ImportError as error:
-        raise UserError(
-            "elm_jax._bpe",
-            f"no usable compiled extension ({error})",
-            "the module built out of rust_bpe, which the symbolic representation needs",
-            "install Rust (https://rustup.rs) and run `pip install .` (or `pip install -e .`) again",
-        ) from None

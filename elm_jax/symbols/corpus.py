@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elm_jax.ecg.recording import LEADS, read_recording, to_segment
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, refused
 from elm_jax.schema import check, key, walk
 from elm_jax.symbols.coder import cores
 
@@ -112,10 +112,8 @@ def _is_new(folder: str, seen: set[str]) -> bool:
 
 
 def _lines(path: Path) -> list[Path]:
-    try:
+    with refused(path, "an unreadable list", "a path a line", "check the file"):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(path), f"an unreadable list ({error})", "a path a line", "check the file") from None
     return [path.parent / line.strip() for line in lines if line.strip()]
 
 

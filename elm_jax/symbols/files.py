@@ -3,10 +3,9 @@
 import hashlib
 import json
 import pickle
-from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from elm_jax.ecg.pickled import read_pickle
 from elm_jax.errors import UserError
@@ -18,15 +17,14 @@ VERSION = 1
 ENDINGS = (".json", ".pkl")  # ours, the reference's
 
 
-@dataclass(frozen=True)
-class TokenizerFile:
+class TokenizerFile(NamedTuple):
     """What a file holds: merge i is what id 256+i spells, `symbols` has the letter of each level, `order` is the order
     of the ids in the file's vocabulary (None: sorted), `settings` say what it was made with."""
 
     merges: tuple[bytes, ...]
-    symbols: str = ascii_lowercase
-    order: tuple[int, ...] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    symbols: str
+    order: tuple[int, ...] | None
+    settings: dict[str, Any]
 
 
 def read(path: str | Path) -> TokenizerFile:

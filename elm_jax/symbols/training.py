@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elm_jax.ecg.features import ecg_features
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, refused
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.symbols.corpus import Reader
 from elm_jax.symbols.files import check_ending
@@ -163,13 +163,9 @@ def stratified_sample(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 def require_sampling() -> None:
     """Raises UserError where scikit-learn is not installed."""
-    try:
+    fix = "run pip install scikit-learn threadpoolctl, or take --sample random"
+    with refused("--sample stratified", "no scikit-learn", "scikit-learn", fix, ImportError):
         import sklearn  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "--sample stratified", f"no scikit-learn ({error})", "scikit-learn",
-            "run pip install scikit-learn threadpoolctl, or take --sample random",
-        ) from None  # fmt: skip
 
 
 def cluster(features: np.ndarray, seed: int) -> tuple[np.ndarray, str]:

@@ -18,7 +18,7 @@ from elm_jax.data.prepare.ptb_xl import INDEX, read_index
 from elm_jax.data.prepare.runner import segment_counts
 from elm_jax.data.prepare.splits import SPLITS, leaks, split_of
 from elm_jax.data.table_files import KINDS
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, refused
 from elm_jax.folders import write_json
 from elm_jax.json_text import parse_json
 
@@ -204,12 +204,8 @@ def _questions(
     if not files:
         raise UserError(str(folder), "no .json file", "train/*.json and the like", "correct --raw")
     for form, split, file in tqdm(files, desc="ECG-QA", unit="file", disable=not progress):
-        try:
+        with refused(file, "an unreadable file", "a list of questions", "download it again"):
             items = parse_json(file.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                str(file), f"an unreadable file ({error})", "a list of questions", "download it again"
-            ) from None
         if not isinstance(items, list):
             raise UserError(
                 str(file), f"a JSON {type(items).__name__}", "a list of questions", "download it again"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elm_jax.data.prepare.runner import RawDataset, RawRecording
-from elm_jax.errors import UserError, nearest
+from elm_jax.errors import UserError, nearest, refused
 
 INDEX = "ptbxl_database.csv"
 _COLUMNS = ("ecg_id", "patient_id", "report", "strat_fold", "filename_lr", "filename_hr")
@@ -45,7 +45,8 @@ def read_index(path: Path) -> list[Entry]:
 
 
 def _entry(path: Path, line: int, row: dict[str, str]) -> Entry:
-    try:
+    wrong, expected = (ValueError, TypeError, AttributeError, OverflowError), "numbers as in PTB-XL's database"
+    with refused(f"{path}, line {line}", "an unreadable row", expected, "correct the line", *wrong):
         return Entry(
             int(row["ecg_id"]),
             str(int(float(row["patient_id"]))),
@@ -54,13 +55,6 @@ def _entry(path: Path, line: int, row: dict[str, str]) -> Entry:
             row["filename_lr"],
             row["filename_hr"],
         )
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(
-            f"{path}, line {line}",
-            f"an unreadable row ({error})",
-            "numbers as in PTB-XL's database",
-            "correct the line",
-        ) from None
 
 
 def _recordings(raw: Path) -> Iterator[RawRecording]:
