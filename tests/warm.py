@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def run(path: str, arguments: list[str]) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
         number = json.loads(answers.readline())
         if number is None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)  # or the command would never see them
             os.execve(sys.executable, [sys.executable, *arguments], environment)
         for name in PASSED_ON:
             signal.signal(name, lambda got, _: os.kill(number, got))
@@ -100,7 +102,8 @@ def serve(path: str) -> None:
     """The server: import, then fork for each client that connects, until stdin closes."""
     import datasets  # noqa: F401
     import orbax.checkpoint  # noqa: F401
-    import transformers  # noqa: F401
+    import rouge_score.rouge_scorer  # noqa: F401  # and with it nltk: half a second each of scores
+    import transformers.models.auto.tokenization_auto  # noqa: F401  # and with it torch, where there is one
 
     import elm_jax.analyze
     import elm_jax.chat
@@ -204,15 +207,27 @@ def _become(asked: dict[str, Any], files: list[int]) -> None:
     os.environ.update(asked["environment"])
     os.chdir(asked["folder"])
     first, *rest = asked["arguments"]
-    if first == "-m":
-        sys.path[0] = asked["folder"]
-        sys.argv = rest
-        sys.modules.pop(rest[0], None)
-        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = str(Path(first).parent)
-        sys.argv = [first, *rest]
-        runpy.run_path(first, run_name="__main__")
+    status: Any = 0
+    try:
+        if first == "-m":
+            sys.path[0] = asked["folder"]
+            sys.argv = rest
+            sys.modules.pop(rest[0], None)
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = str(Path(first).parent)
+            sys.argv = [first, *rest]
+            runpy.run_path(first, run_name="__main__")
+    except SystemExit as ended:
+        status = ended.code or 0
+        if not isinstance(status, int):
+            raise
+    # An interpreter ends by taking apart all that was imported, for half a second: what else it does is done here.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
