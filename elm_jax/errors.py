@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import unicodedata
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 LONGEST = 2000  # characters of each part of an error: a file may hold any text
 
@@ -17,8 +18,8 @@ class UserError(ValueError):
 
     status = 2
 
-    def __init__(self, where: str, found: str, expected: str, fix: str) -> None:
-        parts = (one_line(s) for s in (where, found, expected, fix))
+    def __init__(self, where: str | Path, found: str, expected: str, fix: str) -> None:
+        parts = (one_line(str(s)) for s in (where, found, expected, fix))
         self.where, self.found, self.expected, self.fix = (s if len(s) <= LONGEST else f"{s[:LONGEST]}…" for s in parts)
         super().__init__(f"{self.where}: found {self.found}; expected {self.expected}; {self.fix}")
 
@@ -34,7 +35,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def refused(
-    where: object, found: str, expected: str, fix: str, *errors: type[BaseException]
+    where: str | Path, found: str, expected: str, fix: str, *errors: type[BaseException]
 ) -> Iterator[None]:
     """What of `errors` (by default OSError and ValueError) is raised within, as one UserError.
 
@@ -47,7 +48,7 @@ def refused(
         raise
     except refusable as error:
         said = str(error.__cause__ or error)
-        raise UserError(str(where), f"{found} ({said})" if found else said, expected, fix) from error
+        raise UserError(where, f"{found} ({said})" if found else said, expected, fix) from error
 
 
 class Absent(UserError):
@@ -80,7 +81,7 @@ def some(names: Iterable[str], most: int = 4) -> str:
 
 def one_line(text: str) -> str:
     """`text`, printable, with every run of whitespace, line breaks included, as one space."""
-    return printable(" ".join(str(text).split()))
+    return printable(" ".join(text.split()))
 
 
 def printable(text: str, but: str = "") -> str:

@@ -24,7 +24,7 @@ from machine import machine
 from elm_jax.config import DataConfig
 from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.represent import signal_spec
-from elm_jax.ecg.recording import read_recording, to_segment
+from elm_jax.ecg.recording import read_ecg, to_segment
 from elm_jax.symbols.coder import EcgByte
 
 RATE, SAMPLES, BATCH, THREADS, MERGES, TRAINED_ON, COPIES = 250.0, 2500, 256, 2, 1000, 200, 10
@@ -147,7 +147,7 @@ def _recordings(folder: Path) -> np.ndarray:
     headers = sorted(folder.rglob("*.hea"))[:TRAINED_ON]
     if not headers:
         raise SystemExit(f"error: {folder} holds no WFDB record (.hea)")
-    return np.stack([to_segment(read_recording(path.with_suffix("")), RATE, SAMPLES) for path in headers])
+    return np.stack([to_segment(read_ecg(path.with_suffix("")), RATE, SAMPLES) for path in headers])
 
 
 def _row(what: str, theirs: float, ours: float, unit: str, scale: float) -> None:

@@ -18,7 +18,7 @@ from elm_jax.data.kept_features import Features
 from elm_jax.ecg.augment import augment_ecg, augment_image, noise_ecg
 from elm_jax.ecg.images import Processing, process, stacked
 from elm_jax.ecg.rasterize import DPI, REFERENCE_DPI, draw
-from elm_jax.ecg.recording import LEADS, min_max, normalize, read_recording, to_segment
+from elm_jax.ecg.recording import LEADS, min_max, normalize, read_ecg, to_segment
 from elm_jax.ecg.wfdb_record import files_of, header_of
 from elm_jax.errors import UserError
 
@@ -177,7 +177,7 @@ class SignalSpec:
 
     def _from_file(self, path: str) -> np.ndarray:
         order = LEADS if behaviours.enabled("lead_order", self.compat) else None
-        recording = read_recording(path, order, bare_rate=self.sampling_rate)
+        recording = read_ecg(path, order, bare_rate=self.sampling_rate)
         try:
             return to_segment(recording, self.sampling_rate, self.length, self.compat)
         except UserError as error:

@@ -36,14 +36,15 @@ def read_npy(path: str | Path) -> np.ndarray | dict[str, Any]:
     descr, fortran, shape, start = _parse(path, data)
     if descr in ("|O", "O"):
         return _unpickle(path, data, start)
-    dtype = _dtype(descr)
-    if dtype is None:
-        raise UserError(str(path), f"dtype {descr}", "real numbers", "save the signal as float32")
+    order, kind = (descr[0], descr[1:]) if descr[0] in ORDERS else ("=", descr)
+    if kind not in NUMBERS or kind == "b1":
+        raise UserError(path, f"dtype {descr}", "real numbers", "save the signal as float32")
+    dtype = np.dtype(order + kind)
     expected = prod(shape) * dtype.itemsize
     if len(data) - start != expected:
         kind = "a truncated file" if len(data) - start < expected else "a file with trailing bytes"
         raise UserError(
-            str(path),
+            path,
             f"{kind} ({len(data) - start} bytes of samples)",
             f"{expected} bytes for shape {shape}",
             "write or download the file again",
@@ -51,7 +52,7 @@ def read_npy(path: str | Path) -> np.ndarray | dict[str, Any]:
     try:
         values = shaped(memoryview(data)[start:], dtype, shape, fortran)
     except ValueError:  # of no samples, along axes that numpy does not have
-        raise UserError(str(path), f"shape {shape}", "(leads, samples)", "save the signal so") from None
+        raise UserError(path, f"shape {shape}", "(leads, samples)", "save the signal so") from None
     return values.astype(dtype.newbyteorder("="), copy=False)
 
 
@@ -63,10 +64,10 @@ def _read_bytes(path: str | Path) -> bytes:
             status = os.fstat(file)
             if not S_ISREG(status.st_mode):
                 what = "a directory" if S_ISDIR(status.st_mode) else "no regular file"
-                raise UserError(str(path), what, "a .npy file", "check the path (and data.root)")
+                raise UserError(path, what, "a .npy file", "check the path (and data.root)")
             size = status.st_size
             if size > MAX_BYTES:
-                raise UserError(str(path), f"{size} bytes", f"at most {MAX_BYTES}", "give one recording per file")
+                raise UserError(path, f"{size} bytes", f"at most {MAX_BYTES}", "give one recording per file")
             data = os.read(file, size)
             while len(data) < size and (more := os.read(file, size - len(data))):
                 data += more
@@ -77,30 +78,25 @@ def _read_bytes(path: str | Path) -> bytes:
         raise
     except (OSError, ValueError) as error:  # ValueError: of a path that no file can have
         found = getattr(error, "strerror", None) or str(error)
-        raise UserError(str(path), found, "a readable .npy file", "check the path (and data.root)") from None
+        raise UserError(path, found, "a readable .npy file", "check the path (and data.root)") from None
 
 
 def _parse(path: str | Path, data: bytes) -> tuple[str, bool, tuple[int, ...], int]:
     """(descr, fortran_order, shape, offset of the samples)."""
     if data[:6] != _MAGIC:
-        raise UserError(str(path), "no numpy header", "a .npy file", "save the signal with numpy.save")
+        raise UserError(path, "no numpy header", "a .npy file", "save the signal with numpy.save")
     width = 2 if data[6:7] == b"\x01" else 4
     length = int.from_bytes(data[8 : 8 + width], "little")
     start = 8 + width + length
     parsed = _header(data[8 + width : start]) if len(data) >= start and length <= _LONGEST_HEADER else None
     if parsed is None:
         raise UserError(
-            str(path),
+            path,
             "an unreadable numpy header",
             "a simple numeric array or a record of the reference",
             "write or download the file again",
         )
     return *parsed, start
-
-
-def _dtype(descr: str) -> np.dtype | None:
-    order, kind = (descr[0], descr[1:]) if descr[0] in ORDERS else ("=", descr)
-    return np.dtype(order + kind) if kind in NUMBERS and kind != "b1" else None
 
 
 @lru_cache(maxsize=1024)
@@ -120,7 +116,7 @@ def _unpickle(path: str | Path, data: bytes, start: int) -> dict[str, Any]:
         value = read_pickle(data, start)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise UserError(
-            str(path),
+            path,
             f"a pickled {type(value).__name__}",
             "a dictionary with the keys ecg and report",
             "save the array alone, or the reference's dictionary",

@@ -6,6 +6,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +28,6 @@ FOLDER_ORDER = {
     **dict.fromkeys(("ptb_xl", "ptb", "csn", "cpsc", "heed"), LEADS),
     **dict.fromkeys(("mimic_iv", "mimic", "code15", "echonext"), AVL_FIRST),
 }
-DEFAULT_RATE = 250.0  # samples per second of a bare array: what the reference's preparation writes
 LEAST_RATE, MOST_RATE = 1.0, 100_000.0  # of what can be an ECG
 _FOLDED = {lead.casefold() for lead in LEADS}
 _log = logging.getLogger(__name__)
@@ -48,34 +48,27 @@ class Recording:
 
 
 def read_ecg(
-    path: str | Path, lead_order: Sequence[str] | None = None, sampling_rate: float | None = None
-) -> Recording:
-    """The 12-lead recording in a `.npy` file or a WFDB record (with or without `.hea`, `.dat`, `.mat`).
-
-    signal (12, L) float32 in the order of LEADS, whatever the order of the file, in mV if it is a WFDB record; further
-    leads are dropped, with a warning in the log, and a lead that is stored negated ("-aVR") is turned back.
-    lead_order names the file's rows and overrides what the file says; without either, the order known for
-    the reference's dataset folder is taken, else LEADS, with a note in the log. sampling_rate (Hz) likewise;
-    a bare array is taken to be at 250 Hz. Raises UserError for whatever cannot be such a recording.
-    """
-    return read_recording(path, lead_order, sampling_rate)
-
-
-def read_recording(
     path: str | Path,
     lead_order: Sequence[str] | None = None,
     sampling_rate: float | None = None,
-    bare_rate: float = DEFAULT_RATE,
+    *,
+    bare_rate: float = 250.0,  # what the reference's preparation writes
     dtype: type[np.floating[Any]] = np.float32,
 ) -> Recording:
-    """`read_ecg` with the rate to assume for a file that states none, and the signal's dtype."""
+    """The 12-lead recording in a `.npy` file or a WFDB record (with or without `.hea`, `.dat`, `.mat`).
+
+    signal (12, L) of `dtype` in the order of LEADS, whatever the order of the file, in mV if it is a WFDB record;
+    further leads are dropped, with a warning in the log, and a lead that is stored negated ("-aVR") is turned back.
+    lead_order names the file's rows and overrides what the file says; without either, the order known for
+    the reference's dataset folder is taken, else LEADS, with a note in the log. sampling_rate (Hz) likewise; a bare
+    array is taken to be at `bare_rate`. Raises UserError for whatever cannot be such a recording.
+    """
     path = os.fspath(path)  # a loader reads thousands a second, and a Path costs as much as an array operation
     _check_name(path)
     if path.endswith(".npy"):
-        stored = _read_npy(path)
-        rows = _rows(path, stored.names if lead_order is None else lead_order, stored.signal)
-        signal, rate, report = stored.signal, stored.sampling_rate, stored.report
-        if not rows.as_stored(len(signal)):
+        signal, names, rate, report = _read_npy(path)
+        rows = _rows(path, names if lead_order is None else lead_order, signal)
+        if rows.places != tuple(range(len(signal))):
             signal = signal[list(rows.places)]
     else:
         record = _open_wfdb(path)
@@ -99,28 +92,17 @@ def read_recording(
 
 
 def _check_name(path: str) -> None:
-    try:
-        usable = bool(path) and b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:
-        usable = False
-    if not usable:
-        raise UserError(ascii(path), "what no file can be called", "the path of a recording", "correct it")
+    with suppress(UnicodeEncodeError):
+        if path and b"\0" not in os.fsencode(path):
+            return
+    raise UserError(ascii(path), "what no file can be called", "the path of a recording", "correct it")
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """What a `.npy` file says: signal (rows, L) of any real dtype, rows' names and rate where it gives them."""
-
-    signal: np.ndarray
-    names: tuple[str, ...] | None
-    sampling_rate: Any
-    report: str
-
-
-def _read_npy(path: str) -> _Stored:
+def _read_npy(path: str) -> tuple[np.ndarray, tuple[str, ...] | None, Any, str]:
+    """What a `.npy` file says: signal (rows, L) of any real dtype, rows' names and rate where it gives them, report."""
     value = read_npy(path)
     if isinstance(value, np.ndarray):
-        return _Stored(_two_dimensional(path, value), None, None, "")
+        return _two_dimensional(path, value), None, None, ""
     if "ecg" not in value:
         raise UserError(path, f"keys {some(map(repr, value))}", "the key ecg", "call the signal's key ecg")
     signal, report, names, rate = (value.get(key) for key in ("ecg", "report", "leads", "target_sf"))
@@ -133,7 +115,7 @@ def _read_npy(path: str) -> _Stored:
     if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)):
         raise UserError(path, f"leads of type {type(names).__name__}", "a list of names", "correct the key leads")
     text = "; ".join(map(str, report)) if isinstance(report, (list, tuple)) else str(report or "")
-    return _Stored(_two_dimensional(path, signal), None if names is None else tuple(names), rate, text)
+    return _two_dimensional(path, signal), None if names is None else tuple(names), rate, text
 
 
 def _of_lists(rows: Sequence[Any]) -> np.ndarray | Sequence[Any]:
@@ -165,9 +147,12 @@ def _checked_rate(path: str, rate: Any, name: str) -> float:
 def _open_wfdb(path: str) -> WfdbRecord:
     file = Path(path)
     if not file.name or not os.path.isfile(header_of(file)):  # which raises nothing, however long the name is
-        found = f"no header {header_of(file).name} beside it" if os.path.isfile(file) else "no file"
-        expected = "a .npy file or a WFDB record with its .hea"
-        raise UserError(path, found, expected, "check the path (and data.root)")
+        raise UserError(
+            path,
+            f"no header {header_of(file).name} beside it" if os.path.isfile(file) else "no file",
+            "a .npy file or a WFDB record with its .hea",
+            "check the path (and data.root)",
+        )
     return WfdbRecord.open(file)
 
 
@@ -179,9 +164,6 @@ class _Rows:
     negated: tuple[int, ...] = ()
     dropped: tuple[str, ...] = ()
 
-    def as_stored(self, rows: int) -> bool:
-        return self.places == tuple(range(rows))
-
 
 _IN_ORDER = _Rows(tuple(range(len(LEADS))))
 
@@ -190,8 +172,9 @@ def _rows(path: str, names: Sequence[str] | None, stored: Sequence[Any] | np.nda
     """Where LEADS are among the `stored` rows, by `names`."""
     names = _unnamed_order(path, np.asarray(stored)) if names is None else tuple(names)
     if len(names) != len(stored):
-        found = f"{len(stored)} rows for {len(names)} lead names"
-        raise UserError(path, found, "one name per row", "give one name for each")
+        raise UserError(
+            path, f"{len(stored)} rows for {len(names)} lead names", "one name per row", "give one name for each"
+        )
     if names == LEADS:  # as nearly all prepared files have them
         return _IN_ORDER
     plain = [name.strip().casefold().replace("\N{MINUS SIGN}", "-") for name in names]

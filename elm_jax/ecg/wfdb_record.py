@@ -18,7 +18,6 @@ import numpy as np
 
 from elm_jax.errors import UserError, refused, some
 
-ENDINGS = (".hea", ".dat", ".mat")
 _UNIT = re.compile(r"(m|milli|u|micro|n|nano)?(?:v|volts?)")
 _MILLIVOLTS = {None: 1e3, "m": 1.0, "milli": 1.0, "u": 1e-3, "micro": 1e-3, "n": 1e-6, "nano": 1e-6}
 _RATE = 250.0  # of a header that states none, by WFDB's standard
@@ -68,14 +67,14 @@ class WfdbRecord:
             return cls(header, whole.names, ((whole, None),))
         gaps = [frames for name, frames in whole.segments if name == "~"]
         if gaps:
-            raise _refused(header, f"a gap of {gaps[0]} samples", "a record without gaps", "give one of its segments")
+            raise UserError(header, f"a gap of {gaps[0]} samples", "a record without gaps", "give one of its segments")
         parts = [(_read_header(header.with_name(f"{name}.hea")), frames) for name, frames in whole.segments]
         for part, _ in parts:
             if part.segments:
-                raise _refused(part.path, "segments of a segment", "segments that have signals", _FIX)
+                raise UserError(part.path, "segments of a segment", "segments that have signals", _FIX)
             if part.rate != whole.rate:
-                found, expected = f"{part.rate:g} frames a second", f"{whole.rate:g} as in {header.name}"
-                raise _refused(part.path, found, expected, _FIX)
+                expected = f"{whole.rate:g} as in {header.name}"
+                raise UserError(part.path, f"{part.rate:g} frames a second", expected, _FIX)
         return cls(header, parts[0][0].names, tuple(part for part in parts if part[1] > 0))  # 0: only says the layout
 
     def read(self, rows: Sequence[int]) -> tuple[np.ndarray, float]:
@@ -90,21 +89,21 @@ class WfdbRecord:
             if names != self.names:
                 absent = [name for name in (self.names[row] for row in rows) if names.count(name) != 1]
                 if absent:
-                    raise _refused(part.path, f"signals {', '.join(names)}", f"{some(absent)} among them, once", _FIX)
+                    raise UserError(part.path, f"signals {', '.join(names)}", f"{some(absent)} among them, once", _FIX)
                 own = [names.index(self.names[row]) for row in rows]
             piece, rate, count = _read(part, own)
             if frames not in (None, count):
-                raise _refused(part.path, f"{count} frames", f"{frames} as in {self.header.name}", _FIX)
+                raise UserError(part.path, f"{count} frames", f"{frames} as in {self.header.name}", _FIX)
             pieces.append(piece)
             rates.add(rate)
         if len(rates) != 1:
-            raise _refused(self.header, f"segments at {_hertz(rates)}", "one rate", "give one segment")
+            raise UserError(self.header, f"segments at {_hertz(rates)}", "one rate", "give one segment")
         return np.concatenate(pieces, axis=1), rates.pop()
 
 
 def header_of(path: Path) -> Path:
     """The header of the record `path`."""
-    return path.with_suffix(".hea") if path.suffix in ENDINGS else path.with_name(f"{path.name}.hea")
+    return path.with_suffix(".hea") if path.suffix in (".hea", ".dat", ".mat") else path.with_name(f"{path.name}.hea")
 
 
 def files_of(header: Path) -> list[Path]:
@@ -120,14 +119,10 @@ def files_of(header: Path) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _refused(path: Path, found: str, expected: str, fix: str) -> UserError:
-    return UserError(str(path), found, expected, fix)
-
-
 def _check_regular(path: Path, expected: str) -> None:
     """Raise UserError for what is there and is no file: a pipe would be waited for, a device has no end."""
     if os.path.exists(path) and not os.path.isfile(path):  # which raise nothing, however long the name is
-        raise _refused(path, "no regular file", expected, "check the path")
+        raise UserError(path, "no regular file", expected, "check the path")
 
 
 def _read_header(path: Path) -> _Header:
@@ -136,7 +131,7 @@ def _read_header(path: Path) -> _Header:
         with path.open("rb") as file:
             content = file.read(_LONGEST + 1)
     except OSError as error:
-        raise _refused(path, error.strerror or str(error), "a WFDB header", "check the path") from None
+        raise UserError(path, error.strerror or str(error), "a WFDB header", "check the path") from None
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -145,37 +140,37 @@ def _read_header(path: Path) -> _Header:
     lines = [line for line in lines if line and not line.startswith("#")]
     if len(content) > _LONGEST or any(len(line) > _LONGEST_LINE for line in lines):
         expected = f"a WFDB header: at most {_LONGEST} bytes, and {_LONGEST_LINE} characters a line"
-        raise _refused(path, "a longer one", expected, _FIX)
+        raise UserError(path, "a longer one", expected, _FIX)
     match = _RECORD.fullmatch(lines[0]) if lines else None
     if match is None:
         found = f"the line {lines[0][:80]!r}" if lines else "no line but comments"
-        raise _refused(path, found, "a WFDB header: name, number of signals, sampling rate", _FIX)
+        raise UserError(path, found, "a WFDB header: name, number of signals, sampling rate", _FIX)
     rate = _RATE if match["rate"] is None else _number(path, "sampling rate", match["rate"])
     count = int(match["segments"] or match["signals"])
     if len(lines) <= count:
-        raise _refused(path, f"{len(lines) - 1} lines after the first", str(count), f"download it again, or {_FIX}")
+        raise UserError(path, f"{len(lines) - 1} lines after the first", str(count), f"download it again, or {_FIX}")
     if match["segments"]:
         if count == 0:
-            raise _refused(path, "no segment", "some", _FIX)
+            raise UserError(path, "no segment", "some", _FIX)
         return _Header(path, rate, (), tuple(_segment(path, line) for line in lines[1 : count + 1]))
     signals = tuple(_signal(path, line) for line in lines[1 : count + 1])
     files = [name for name, _ in groupby(signal.file for signal in signals)]
     if len(set(files)) < len(files):
-        raise _refused(path, f"signals of {some(files)}", "signals of one file behind each other", _FIX)
+        raise UserError(path, f"signals of {some(files)}", "signals of one file behind each other", _FIX)
     return _Header(path, rate, signals, ())
 
 
 def _segment(path: Path, line: str) -> tuple[str, int]:
     match = re.fullmatch(r"([-\w]+|~)\s+(\d{1,15})", line)
     if match is None or match[1] == path.stem:
-        raise _refused(path, f"the line {line[:80]!r}", "a segment: another record's name, its samples", _FIX)
+        raise UserError(path, f"the line {line[:80]!r}", "a segment: another record's name, its samples", _FIX)
     return match[1], int(match[2])
 
 
 def _signal(path: Path, line: str) -> _Signal:
     words = line.split(maxsplit=8)
     if len(words) < 2 or not _FORMAT.fullmatch(words[1]) or os.sep in words[0] or "\0" in words[0]:
-        raise _refused(path, f"the line {line[:80]!r}", "a signal: file, format, gain, …, description", _FIX)
+        raise UserError(path, f"the line {line[:80]!r}", "a signal: file, format, gain, …, description", _FIX)
     words += [""] * (9 - len(words))
     return _Signal(words[0], words[1], words[2], words[8].strip())
 
@@ -186,7 +181,7 @@ def _number(path: Path, what: str, text: str) -> float:
     except ValueError:
         value = np.nan
     if not np.isfinite(value):
-        raise _refused(path, f"{what} {text[:40]!r}", "a number", _FIX)
+        raise UserError(path, f"{what} {text[:40]!r}", "a number", _FIX)
     return value
 
 
@@ -195,14 +190,14 @@ def _scale(path: Path, signal: _Signal) -> float:
     what = f"of signal {signal.name or signal.file}"
     match = _GAIN.fullmatch(signal.gain)
     if match is None:
-        raise _refused(path, f"{signal.gain!r} {what}", "gain(baseline)/unit", _FIX)
+        raise UserError(path, f"{signal.gain!r} {what}", "gain(baseline)/unit", _FIX)
     if not match["gain"] or _number(path, f"gain {what}", match["gain"]) == 0:
         expected = "converter steps for one mV: without a gain a signal is uncalibrated"
-        raise _refused(path, f"no gain {what}", expected, "write it into the header, as in 1000/mV")
+        raise UserError(path, f"no gain {what}", expected, "write it into the header, as in 1000/mV")
     unit = unicodedata.normalize("NFKC", match["unit"] or "mV").casefold().replace("μ", "u")  # NFKC: µ, U+00B5, to μ
     known = _UNIT.fullmatch(unit)
     if known is None:
-        raise _refused(path, f"unit {match['unit']!r} {what}", "V, mV, µV or nV", "write the unit into the header")
+        raise UserError(path, f"unit {match['unit']!r} {what}", "V, mV, µV or nV", "write the unit into the header")
     return _MILLIVOLTS[known[1]]
 
 
@@ -220,7 +215,7 @@ def _read(header: _Header, rows: list[int]) -> tuple[np.ndarray, float, int]:
         record: Any = wfdb.rdrecord(str(path.with_suffix("")), channels=rows, smooth_frames=False)
     rates = {header.rate * samples for samples in record.samps_per_frame}
     if len(rates) > 1:
-        raise _refused(path, f"leads at {_hertz(rates)}", "all at one rate", "save them at one rate as .npy")
+        raise UserError(path, f"leads at {_hertz(rates)}", "all at one rate", "save them at one rate as .npy")
     frames = max(record.sig_len - skew, 0)  # a signal that lags lacks its last samples
     values = np.stack(record.e_p_signal)[:, : frames * record.samps_per_frame[0]]
     return values * np.array(scales)[:, None], rates.pop(), frames

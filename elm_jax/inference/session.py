@@ -19,7 +19,7 @@ import numpy as np
 from elm_jax.data.batch import Signal
 from elm_jax.data.ecg_tokens import reserved
 from elm_jax.data.represent import DEMO, FLATLINE, NOISE, SignalSpec
-from elm_jax.ecg.recording import LEADS, Recording, read_recording, say_again
+from elm_jax.ecg.recording import LEADS, Recording, read_ecg, say_again
 from elm_jax.errors import UserError, refused
 from elm_jax.inference.model import Prompt, TrainedModel
 from elm_jax.text.render import CHAT_FORMS, Rendered, Turn, to_prompt, to_tokens
@@ -266,7 +266,7 @@ def _read(path: str, spec: SignalSpec) -> tuple[str, Recording, list[str]]:
     with refused(path, "", "the path of a recording", "correct it", *errors):
         file = Path(path).expanduser().absolute()
         with _collected_notes(str(file.parent)) as notes:
-            return str(file), read_recording(file, bare_rate=spec.sampling_rate), notes
+            return str(file), read_ecg(file, bare_rate=spec.sampling_rate), notes
 
 
 def _amount(leads: int, rate: float, samples: int) -> str:
@@ -303,7 +303,7 @@ def _collected_notes(folder: str) -> Iterator[list[str]]:
     say_again()
     handler = logging.Handler()
     handler.emit = lambda record: notes.append(record.getMessage().removeprefix(f"{folder}: "))
-    logger = logging.getLogger(read_recording.__module__)
+    logger = logging.getLogger(read_ecg.__module__)
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

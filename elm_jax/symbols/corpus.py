@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from elm_jax.ecg.recording import LEADS, read_recording, to_segment
+from elm_jax.ecg.recording import LEADS, read_ecg, to_segment
 from elm_jax.errors import UserError, refused
 from elm_jax.schema import check, key, walk
 from elm_jax.symbols.coder import cores
@@ -62,7 +62,7 @@ class Form:
 
     def read(self, path: Path) -> np.ndarray:
         """The segment (C, L) float32 of a recording. Raises UserError for one that has no such segment."""
-        signal = to_segment(read_recording(path), self.sampling_rate, self.segment_len)
+        signal = to_segment(read_ecg(path), self.sampling_rate, self.segment_len)
         if self.leads == LEADS:
             return signal
         return signal[[LEADS.index(lead) for lead in self.leads]]

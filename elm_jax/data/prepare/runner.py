@@ -17,7 +17,7 @@ from tqdm import tqdm
 from elm_jax import compat as behaviours
 from elm_jax.data.prepare.output import compact, write_segment, write_table
 from elm_jax.data.prepare.splits import SPLITS, leaks, split_of
-from elm_jax.ecg.recording import Recording, read_recording, segments
+from elm_jax.ecg.recording import Recording, read_ecg, segments
 from elm_jax.errors import UserError
 from elm_jax.folders import write_json
 from elm_jax.json_text import parse_json
@@ -44,7 +44,7 @@ class RawRecording:
 
 def read_double(path: Path) -> Recording:
     """The recording of a WFDB record or a `.npy` file: (12, L) float64 in canonical order, mV."""
-    return read_recording(path, dtype=np.float64)
+    return read_ecg(path, dtype=np.float64)
 
 
 @dataclass(frozen=True)
