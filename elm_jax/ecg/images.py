@@ -24,7 +24,7 @@ class Processing:
 
     With `patch`, the image is resized to at most `max_patches` patches of its own shape (NaFlex). Otherwise it
     becomes `size` (H', W'): stretched, or with `shortest_edge` resized to that edge and cropped at the centre.
-    mean and std are of pixels times `rescale`, one for each channel; `resample` is Pillow's number of a filter.
+    mean and std are of pixels / 255, one for each channel; `resample` is Pillow's number of a filter.
     """
 
     mean: tuple[float, float, float]
@@ -34,7 +34,6 @@ class Processing:
     shortest_edge: int | None = None
     patch: int | None = None
     max_patches: int = 256
-    rescale: float = 1 / 255
 
     def whole(self) -> "Processing":
         """The same without the crop: the image is stretched to `size`, and all of it is seen.
@@ -74,15 +73,12 @@ def process(image: np.ndarray, processing: Processing) -> np.ndarray | Patches:
         return _patches(image, processing.patch, processing.max_patches, processing.resample)
     assert processing.size is not None
     if processing.shortest_edge is None:
-        return np.asarray(_resized(Image.fromarray(image), *processing.size, processing.resample))
+        height, width = processing.size
+        return np.asarray(Image.fromarray(image).resize((width, height), processing.resample))
     return _resized_and_cropped(image, processing.shortest_edge, processing.size, processing.resample)
 
 
 # --- resizing ------------------------------------------------------------------------------------------------
-
-
-def _resized(image: Image.Image, height: int, width: int, resample: int) -> Image.Image:
-    return image.resize((width, height), Image.Resampling(resample))
 
 
 def _resized_and_cropped(image: np.ndarray, edge: int, size: tuple[int, int], resample: int) -> np.ndarray:
@@ -95,14 +91,14 @@ def _resized_and_cropped(image: np.ndarray, edge: int, size: tuple[int, int], re
     short = min(height, width)
     new_height, new_width = int(edge * height / short), int(edge * width / short)
     top, left = (new_height - size[0]) // 2, (new_width - size[1]) // 2
-    wide = _resized(Image.fromarray(image), height, new_width, resample).crop((left, 0, left + size[1], height))
-    return np.asarray(_resized(wide, new_height, size[1], resample))[top : top + size[0]]
+    wide = Image.fromarray(image).resize((new_width, height), resample).crop((left, 0, left + size[1], height))
+    return np.asarray(wide.resize((size[1], new_height), resample))[top : top + size[0]]
 
 
 def _patches(image: np.ndarray, patch: int, most: int, resample: int) -> Patches:
     height, width = image.shape[:2]
     rows, columns = naflex_shape(height, width, patch, most)
-    pixels = np.asarray(_resized(Image.fromarray(image), rows * patch, columns * patch, resample))
+    pixels = np.asarray(Image.fromarray(image).resize((columns * patch, rows * patch), resample))
     by_patch = pixels.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
     patches = np.zeros((most, patch * patch * 3), np.uint8)
     patches[: rows * columns] = by_patch.reshape(rows * columns, -1)

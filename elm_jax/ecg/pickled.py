@@ -26,9 +26,11 @@ _TEXTS = re.compile(r"U[1-9]\d{0,4}")
 
 _CONSTANTS = {ord("N"): None, 0x88: True, 0x89: False, ord(")"): ()}
 _PACKED = {ord("M"): Struct("<H"), ord("J"): Struct("<i"), ord("G"): Struct(">d")}
-_BYTES = {ord("C"): 1, ord("B"): 4, 0x96: 8}  # the last: a bytearray
+# Opcodes and the bytes of the number that follows.
+_TEXT = ord("X")
+_SIZED = {_TEXT: 4, ord("C"): 1, ord("B"): 4, 0x96: 8}  # text, bytes, bytes, a bytearray
 _PUT = {ord("q"): 1, ord("r"): 4}
-_PROTO, _FRAME, _STOP = 0x80, 0x95, ord(".")
+_SKIPPED = {0x80: 1, 0x95: 8}  # PROTO, FRAME
 
 
 @dataclass(eq=False, slots=True)
@@ -107,14 +109,9 @@ def _tree(data: bytes, pos: int) -> Any:
             form = _PACKED[code]
             stack += form.unpack_from(data, pos)
             pos += form.size
-        elif code == 0x86:  # TUPLE2
-            last = stack.pop()
-            stack[-1] = (stack[-1], last)
-        elif code == 0x85:  # TUPLE1
-            stack[-1] = (stack[-1],)
-        elif code == 0x87:  # TUPLE3
-            last, middle = stack.pop(), stack.pop()
-            stack[-1] = (stack[-1], middle, last)
+        elif 0x85 <= code <= 0x87:  # TUPLE1, TUPLE2, TUPLE3
+            items = [stack.pop() for _ in range(code - 0x84)]
+            stack.append(tuple(reversed(items)))
         elif code == 0x74:  # TUPLE
             items, stack = stack, below.pop()
             stack.append(tuple(items))
@@ -128,10 +125,10 @@ def _tree(data: bytes, pos: int) -> Any:
             if type(call) is not _Call or call.args is None or call.state is not None:
                 raise ValueError("it sets the state of what is no array")
             call.state = state
-        elif code in _BYTES:
-            begin = pos + _BYTES[code]
+        elif code in _SIZED:
+            begin = pos + _SIZED[code]
             pos = begin + int.from_bytes(data[pos:begin], "little")
-            stack.append(view[begin:pos])
+            stack.append(data[begin:pos].decode() if code == _TEXT else view[begin:pos])
         elif code == 0x93:  # STACK_GLOBAL
             name = stack.pop()
             stack[-1] = _named(stack[-1], name)
@@ -150,10 +147,6 @@ def _tree(data: bytes, pos: int) -> Any:
         elif code == 0x73:  # SETITEM
             last = stack.pop()
             _set([stack.pop(), last], stack[-1])
-        elif code == 0x58:  # BINUNICODE
-            begin = pos + 4
-            pos = begin + int.from_bytes(data[pos:begin], "little")
-            stack.append(data[begin:pos].decode())
         elif code == 0x8A:  # LONG1
             begin, pos = pos + 1, pos + 1 + data[pos]
             if pos - begin > MAX_INT_BYTES:
@@ -171,11 +164,9 @@ def _tree(data: bytes, pos: int) -> Any:
             module, name = data[pos : pos + _LONGEST_NAME].split(b"\n")[:2]
             stack.append(_named(module.decode(), name.decode()))
             pos += len(module) + len(name) + 2
-        elif code == _PROTO:
-            pos += 1
-        elif code == _FRAME:
-            pos += 8
-        elif code == _STOP:
+        elif code in _SKIPPED:
+            pos += _SKIPPED[code]
+        elif code == 0x2E:  # STOP
             if len(stack) != 1 or below or pos != len(data):
                 raise ValueError("it goes on behind its end")
             return stack[0]

@@ -61,11 +61,12 @@ def draw(
 
 def _check(signal: np.ndarray, sampling_rate: float, leads: tuple[str, ...], dpi: float) -> None:
     if signal.ndim != 2 or signal.shape[1] < 2 or not len(signal) == len(leads) > 0:
-        found = f"shape {signal.shape} for {len(leads)} leads"
-        raise UserError("signal", found, "(leads, samples)", "give one row for each lead")
-    if not np.isfinite(signal).all():
-        count = signal.size - np.count_nonzero(np.isfinite(signal))
-        raise UserError("signal", f"{count} samples that are not finite", "finite numbers", "repair or leave it out")
+        raise UserError(
+            "signal", f"shape {signal.shape} for {len(leads)} leads", "(leads, samples)", "give one row for each lead"
+        )
+    bad = signal.size - np.count_nonzero(np.isfinite(signal))
+    if bad:
+        raise UserError("signal", f"{bad} samples that are not finite", "finite numbers", "repair or leave it out")
     if not (math.isfinite(sampling_rate) and sampling_rate > 0):
         raise UserError("sampling_rate", f"{sampling_rate}", "a positive number of Hz", "correct it")
     if not dpi >= _LEAST_DPI:

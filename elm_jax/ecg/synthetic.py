@@ -20,8 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elm_jax.ecg.recording import LEADS
-
 RATE_RANGE = (40, 150)  # beats per minute, the truth of every recording lies inside
 IRREGULAR_SHARE = 0.25
 Key = tuple[int, ...]
@@ -41,22 +39,10 @@ _DOWER = np.array(
 )
 
 
-def _all_leads() -> np.ndarray:
-    """(12, 8): every lead of LEADS from the independent leads I, II, V1..V6."""
-    one, two = np.eye(8)[0], np.eye(8)[1]
-    limb = {
-        "I": one,
-        "II": two,
-        "III": two - one,
-        "aVR": -(one + two) / 2,
-        "aVL": one - two / 2,
-        "aVF": two - one / 2,
-    }
-    chest = {f"V{i + 1}": np.eye(8)[2 + i] for i in range(6)}
-    return np.stack([(limb | chest)[lead] for lead in LEADS]).astype(np.float32)
-
-
-_ALL_LEADS = _all_leads()
+# (12, 8): every lead, in the order of `recording.LEADS`, from the independent leads I, II, V1..V6.
+_ALL_LEADS = np.zeros((12, 8), np.float32)
+_ALL_LEADS[:6, :2] = [[1, 0], [0, 1], [-1, 1], [-0.5, -0.5], [1, -0.5], [-0.5, 1]]
+_ALL_LEADS[6:, 2:] = np.eye(6)
 
 # The typical heart, one row per wave: centre and width in seconds at a rate of 60, dipole (x, y, z) in mV.
 # P is timed from the next R peak; Q, R, S from the nearest;
@@ -133,7 +119,7 @@ def _into_range(times: np.ndarray, seconds: float) -> tuple[np.ndarray, float]:
 
 
 def synthesize(key: Key, sampling_rate: float = 100.0, length: int = 1000) -> np.ndarray:
-    """The recording `key`: (12, length) float32 in mV, leads in the order of LEADS.
+    """The recording `key`: (12, length) float32 in mV, leads in the order of `recording.LEADS`.
 
     Beats are those of `draw_rhythm(key, length / sampling_rate)`; the window begins at the first sample.
     """

@@ -198,7 +198,7 @@ def _check_images(file: Path, ours: Processing) -> None:
     """
     expected: dict[str, Any] = {
         "do_resize": True, "do_rescale": True, "do_normalize": True, "image_mean": list(ours.mean),
-        "image_std": list(ours.std), "resample": ours.resample, "rescale_factor": ours.rescale,
+        "image_std": list(ours.std), "resample": ours.resample, "rescale_factor": 1 / 255,
     }  # fmt: skip
     if ours.patch is not None:
         expected["max_num_patches"] = ours.max_patches

@@ -25,7 +25,7 @@ def normalized(processed, processing):
     """What the encoder makes of `process`: (H', W', 3) or (P, p * p * 3) float32, zero in patches that are none."""
     pixels = processed["patches"] if isinstance(processed, dict) else processed
     by_channel = pixels.reshape(*pixels.shape[:-1], -1, 3)
-    scaled = (by_channel.astype(np.float64) * processing.rescale).astype(np.float32)
+    scaled = (by_channel.astype(np.float64) * (1 / 255)).astype(np.float32)
     mean, std = np.array(processing.mean, np.float32), np.array(processing.std, np.float32)
     values = ((scaled - mean) / std).reshape(pixels.shape)
     return values * processed["mask"][:, None] if isinstance(processed, dict) else values
