@@ -19,12 +19,12 @@ from typing import NoReturn
 
 from elm_jax.doctoring import checks, trials
 from elm_jax.doctoring.checks import FAIL, NOTE, Finding
-from elm_jax.errors import UserError
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError("command line", message, "--json FILE or nothing", f"run {self.prog} --help")
+        print(f"error: command line: {message}; run {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,17 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the findings to a file too")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
-    try:
-        options = parser.parse_args(argv)
-        if options.json and not options.json.absolute().parent.is_dir():
-            raise UserError("--json", f"no folder {options.json.parent}", "a file in a folder that exists", "make it")
-    except UserError as error:
-        if "--debug" in (sys.argv[1:] if argv is None else argv):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return report(chain(checks.examine(checks.HOST_CHECKS), trials.findings()), options.json)
+    parser.add_argument("--debug", action="store_true", help="taken, as by all commands; there is no more to show")
+    path = parser.parse_args(argv).json
+    if path and not path.absolute().parent.is_dir():
+        parser.error(f"--json: no folder {path.parent}")
+    return report(chain(checks.examine(checks.HOST_CHECKS), trials.findings()), path)
 
 
 def report(findings: Iterable[Finding], path: Path | None) -> int:

@@ -71,25 +71,20 @@ def install(extra: str = "") -> str:
 # -- what is installed ---------------------------------------------------------------------------------------
 
 
-def packages() -> Finding:
-    """Versions of Python and of all required packages, against the ranges asked for."""
-    found = list(_installed())
-    wrong = {asked: said for status, said, asked in found if status != OK}
-    if wrong:
-        return Finding(FAIL, "; ".join(wrong.values()), f"pip install {' '.join(wrong)}")
-    named = [said for _, said, _ in found if said.split()[0] in NAMED]
-    text = f"Python {platform.python_version()}, {', '.join(named)} and {len(found) - len(named)} more packages"
-    return Finding(OK, f"{text} fit {PROJECT}")
+def packages(extra: str = "", gives: str = PROJECT) -> Finding:
+    """Versions of Python and the required packages, or of those of an extra, against the ranges asked for.
 
-
-def optional(extra: str, gives: str) -> Finding:
-    """Whether the packages of an extra are there, in versions that fit; `gives` is what they are for."""
+    `gives`: what these are for. That an extra is not there is a note, a version that does not fit a failure.
+    """
     found = list(_installed(extra))
-    for status, said, asked in found:
-        if status != OK:
-            mend = install(extra) if status == NOTE else f"pip install {asked}"
-            return Finding(status, f"{said}, so no {gives}", mend)
-    return Finding(OK, f"{', '.join(said for _, said, _ in found)} is installed, for {gives}")
+    wrong = [one for one in found if one[0] != OK]
+    if not wrong:
+        named = [said for _, said, _ in found if extra or said.split()[0] in NAMED]
+        more = "" if extra else f" and {len(found) - len(named)} more packages, Python {platform.python_version()}"
+        return Finding(OK, f"{', '.join(named)}{more}, for {gives}")
+    absent = extra and all(status == NOTE for status, _, _ in wrong)
+    mend = install(extra) if absent else f"pip install {' '.join(asked for _, _, asked in wrong)}"
+    return Finding(NOTE if absent else FAIL, f"{'; '.join(said for _, said, _ in wrong)}, so no {gives}", mend)
 
 
 def _installed(extra: str = "") -> Iterator[tuple[str, str, str]]:
@@ -237,9 +232,9 @@ def _hub_cache() -> Path:
 HOST_CHECKS: Checks = {
     "packages": packages,
     "tokenizer": tokenizer,
-    "torch": partial(optional, "torch", ".pt files"),
-    "wandb": partial(optional, "wandb", "Weights & Biases"),
-    "tensorboard": partial(optional, "tensorboard", "TensorBoard"),
+    "torch": partial(packages, "torch", ".pt files"),
+    "wandb": partial(packages, "wandb", "Weights & Biases"),
+    "tensorboard": partial(packages, "tensorboard", "TensorBoard"),
     "machine": machine,
     "nvidia": nvidia,
     "run folder": partial(folder, "run folder", lambda: Path("runs"), "cd to one with room, or set config.workdir"),

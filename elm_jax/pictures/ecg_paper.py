@@ -47,29 +47,13 @@ class Example:
 
 
 def draw_ecg(
-    signal: np.ndarray,
-    sampling_rate: float,
-    path: str | os.PathLike[str] | IO[bytes] | None = None,
-    *,
-    ax: Axes | None = None,
-    title: str = "",
+    signal: np.ndarray, sampling_rate: float, path: str | os.PathLike[str] | IO[bytes], title: str = "",
     caption: Sequence[str] = (),
-) -> None:
-    """Draws a 12-lead ECG on paper: three rows of four leads, consecutive in time, and all of lead II.
-
-    `signal` (12, L) in mV, leads in the order of LEADS; `sampling_rate` in Hz. A lead is drawn about its
-    median, as recorders are AC-coupled. `title` stands above the paper, the lines of `caption` below it.
-    Give either `path` (a PNG is written) or `ax` (in millimetres then, the paper's lower left at (0, 0)).
-    """
-    assert (path is None) != (ax is None), "give either path or ax"
-    assert signal.shape[0] == len(LEADS), f"expected ({len(LEADS)}, L), got {signal.shape}"
-    if ax is not None:
-        _draw(ax, signal, sampling_rate, title, caption)
-        return
-    assert path is not None
+) -> None:  # fmt: skip
+    """A PNG of a 12-lead ECG, as `draw_on` draws it."""
     x0, x1, y0, y1 = _view(signal, sampling_rate, bool(title), len(caption))
     figure = Figure(figsize=((x1 - x0) / _INCH, (y1 - y0) / _INCH), facecolor="white")
-    _draw(figure.add_axes((0, 0, 1, 1)), signal, sampling_rate, title, caption)
+    draw_on(figure.add_axes((0, 0, 1, 1)), signal, sampling_rate, title, caption)
     _save(figure, path, dpi=110)
 
 
@@ -86,7 +70,7 @@ def gallery(
         row, column = divmod(index, columns)
         ax = figure.add_axes((column / columns, 1 - (row + 1) / rows, 1 / columns, 1 / rows))
         first = f" (the first of {len(example.ecgs)} ECGs)" if len(example.ecgs) > 1 else ""
-        _draw(ax, example.ecgs[0], sampling_rate, _shorten(example.question, 100 - len(first)) + first, ("",))
+        draw_on(ax, example.ecgs[0], sampling_rate, _shorten(example.question, 100 - len(first)) + first, ("",))
         colour, mark = (_RIGHT, "correct") if example.correct else (_WRONG, "wrong")
         answer = _shorten(example.answer, 45) or "(empty)"
         ax.text(0, _line(0), f"Answer: {answer}", color=colour, **_PLAIN, **_bold(12))
@@ -135,7 +119,16 @@ def loss_plot(
     _save(figure, path, dpi=130)
 
 
-def _draw(ax: Axes, signal: np.ndarray, sampling_rate: float, title: str, caption: Sequence[str]) -> None:
+def draw_on(
+    ax: Axes, signal: np.ndarray, sampling_rate: float, title: str = "", caption: Sequence[str] = ()
+) -> None:
+    """A 12-lead ECG on paper: three rows of four leads, consecutive in time, and all of lead II.
+
+    `signal` (12, L) in mV, leads in the order of LEADS; `sampling_rate` in Hz. A lead is drawn about its median, as
+    recorders are AC-coupled. `title` stands above the paper, the lines of `caption` below it. `ax` is in millimetres
+    then, the paper's lower left at (0, 0).
+    """
+    assert signal.shape[0] == len(LEADS), f"expected ({len(LEADS)}, L), got {signal.shape}"
     width, height = _paper_size(signal, sampling_rate)
     x0, x1, y0, y1 = _view(signal, sampling_rate, bool(title), len(caption))
     ax.set(xlim=(x0, x1), ylim=(y0, y1), aspect="equal")
@@ -212,14 +205,10 @@ def _baseline(row: int) -> float:
 
 
 def _running_mean(values: np.ndarray, span: int) -> np.ndarray:
-    """The mean of the finite ones among the `span` values around each place; NaN if there are none."""
-    finite = np.isfinite(values)
-    parts = (np.where(finite, values, 0), finite)
-    total, count = (np.concatenate([[0.0], np.cumsum(part)]) for part in parts)
-    place = np.arange(len(values))
-    start, end = np.maximum(place - span // 2, 0), np.minimum(place + span // 2 + 1, len(values))
+    """The mean of the finite ones among the `span` (odd) values around each place; NaN if there are none."""
+    finite, around = np.isfinite(values), np.ones(span)
     with np.errstate(invalid="ignore"):
-        return (total[end] - total[start]) / (count[end] - count[start])
+        return np.convolve(np.where(finite, values, 0), around, "same") / np.convolve(finite, around, "same")
 
 
 def _shorten(text: str, width: int) -> str:

@@ -127,7 +127,7 @@ def _moved(module: Module, computation: str, instruction: Instruction) -> int:
 
 
 def _fused(module: Module, fusion: Instruction, inputs: list[Instruction]) -> int:
-    body = module.computations[str(fusion.called)]
+    body = module.computations[fusion.called]
     users: dict[str, list[Instruction]] = {}
     for inner in body.values():
         for name in inner.operands:

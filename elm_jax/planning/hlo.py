@@ -65,16 +65,14 @@ class Instruction:
         return sum(array.bytes for array in self.arrays if not array.on_chip)
 
     @property
-    def called(self) -> str | None:
+    def called(self) -> str:
         """The computation that a fusion, a call or an asynchronous start runs."""
-        found = re.search(r"(?:calls|to_apply)=%?([\w.\-$]+)", self.attributes)
-        return found[1] if found else None
+        return self.attribute(r"(?:calls|to_apply)=%?([\w.\-$]+)")
 
     @property
     def target(self) -> str:
         """The library function of a custom call."""
-        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        return self.attribute(r'custom_call_target="([^"]*)"')
 
     @property
     def collective(self) -> str | None:
@@ -83,17 +81,19 @@ class Instruction:
         return kind if kind in COLLECTIVES else None
 
     @property
-    def channel(self) -> str | None:
+    def channel(self) -> str:
         """Of a collective: its number, which no other has."""
-        found = re.search(r"channel_id=(\d+)", self.attributes)
-        return found[1] if found else None
+        return self.attribute(r"channel_id=(\d+)")
 
     @property
     def body(self) -> str:
         """Of a while loop."""
-        found = re.search(r"body=%?([\w.\-$]+)", self.attributes)
-        assert found, f"a loop without a body: {self.name}"
-        return found[1]
+        return self.attribute(r"body=%?([\w.\-$]+)")
+
+    def attribute(self, pattern: str) -> str:
+        """What a pattern's group finds in the attributes; empty where there is none."""
+        found = re.search(pattern, self.attributes)
+        return found[1] if found else ""
 
     def group(self, devices: int) -> list[int]:
         """The devices of the first group of a collective, by their place in the mesh; all where none are named."""
@@ -128,15 +128,14 @@ class Module:
     def outer(self) -> set[str]:
         """The computations that are no fusion's."""
         instructions = [i for computation in self.computations.values() for i in computation.values()]
-        return set(self.computations) - {str(i.called) for i in instructions if i.opcode == "fusion"}
+        return set(self.computations) - {i.called for i in instructions if i.opcode == "fusion"}
 
     def trips(self, loop: Instruction) -> int:
         """How often a while loop runs: as XLA notes it, or the bound that its condition compares with; else 1."""
-        noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
+        noted = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}')
         if noted:
-            return int(noted[1])
-        condition = re.search(r"condition=%?([\w.\-$]+)", loop.attributes)
-        test = self.computations[condition[1]] if condition else {}
+            return int(noted)
+        test = self.computations.get(loop.attribute(r"condition=%?([\w.\-$]+)"), {})
         bounds = [i.number for i in test.values() if i.opcode == "constant" and i.number is not None]
         counters = [int(n[1]) for i in test.values() if (n := re.search(r"index=(\d+)", i.attributes))]
         if len(bounds) != 1 or len(counters) != 1:
@@ -188,7 +187,7 @@ def collectives(module: Module, devices: int) -> list[Collective]:
         if instruction.collective is None:
             continue
         channel = instruction.channel
-        if channel is not None and (channel, times) in channels and computation not in module.outer:
+        if channel and (channel, times) in channels and computation not in module.outer:
             continue
         channels.add((channel, times))
         one = collective(module, computation, instruction, devices, times)

@@ -24,8 +24,8 @@ from elm_jax.models.hints import placed
 from elm_jax.planning.costs import cost
 from elm_jax.planning.hlo import Collective, Module, collectives
 from elm_jax.planning.topology import Topology
+from elm_jax.runtime.gpu_settings import gpu_flags
 from elm_jax.runtime.mesh import RULES, SMALL, MeshPlacement, batch_ways, check_heads, partition_spec
-from elm_jax.runtime.xla_flags import gpu_flags
 from elm_jax.training.program import TrainProgram, check_rows, train_program
 
 STEPS = 1000  # of the schedule that is compiled in; any number makes the same program

@@ -45,7 +45,7 @@ def step_times(module: Module, hardware: Hardware, nodes: Sequence[int]) -> Time
 class _Player:
     def __init__(self, module: Module, hardware: Hardware, nodes: Sequence[int]) -> None:
         self.module, self.hardware, self.nodes = module, hardware, nodes
-        self.carried: set[str | None] = set()  # channels of collectives inside fusions
+        self.carried: set[str] = set()  # channels of collectives inside fusions
 
     def play(self, computation: str) -> Times:
         """One run of a computation; what it started is waited for at its end."""

@@ -1,8 +1,9 @@
 """What XLA, NCCL and CUDA are told before JAX starts on NVIDIA GPUs.
 
-Only the train command applies it. The flags of XLA are those of `xla_flags`, by version of jaxlib. What the user has
-set stays: a flag in XLA_FLAGS, a variable in the environment. A flag that the installed libraries do not have is left
-out, because XLA ends the process over it. None of the settings changes what is computed.
+Only the train command applies it; `elm_jax.plan` compiles with the same flags. They let collectives run beside the
+products of other layers, which is NVIDIA's advice for JAX. What the user has set stays: a flag in XLA_FLAGS, a variable
+in the environment. A flag that the installed libraries do not have is left out, because XLA ends the process over it.
+None of the settings changes what is computed.
 """
 
 from __future__ import annotations
@@ -17,12 +18,31 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.version import Version
+
 from elm_jax.runtime import launchers
 from elm_jax.runtime.distributed import gpus
-from elm_jax.runtime.xla_flags import gpu_flags
 
 HOPPER = ("H100", "H200", "H800", "H20")
 DRIVER = Path("/proc/driver/nvidia/gpus")
+Flags = dict[str, bool | int]
+
+_LAYER = 2**29  # bytes: more than one layer's weights of a 7B model, which are then gathered at once
+
+# From this version of jaxlib on.
+_GPU: dict[str, Flags] = {
+    "0.10": {
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_enable_pipelined_all_gather": True,
+        "xla_gpu_enable_pipelined_reduce_scatter": True,
+        "xla_gpu_enable_pipelined_all_reduce": True,
+        "xla_gpu_enable_while_loop_double_buffering": True,
+        "xla_gpu_all_gather_combine_threshold_bytes": _LAYER,
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": _LAYER,
+        "xla_gpu_all_reduce_combine_threshold_bytes": _LAYER,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +115,12 @@ def is_any(models: Sequence[str], folder: Path = DRIVER) -> bool:
     """Whether the driver names a GPU of one of these models."""
     told = [path.read_text(encoding="utf-8", errors="replace") for path in folder.glob("*/information")]
     return any(model in text for text in told for model in models)
+
+
+def gpu_flags(jaxlib: str) -> Flags:
+    """The flags for a version of jaxlib; none for one older than the table."""
+    known = [version for version in _GPU if Version(version) <= Version(jaxlib)]
+    return dict(_GPU[max(known, key=Version)]) if known else {}
 
 
 def libraries() -> list[Path]:

@@ -21,7 +21,7 @@ from elm_jax.data.demo import (
 from elm_jax.ecg.recording import LEADS
 from elm_jax.ecg.synthetic import RATE_RANGE, draw_rhythm
 from elm_jax.errors import UserError
-from elm_jax.pictures.ecg_paper import Example, draw_ecg, gallery, loss_plot
+from elm_jax.pictures.ecg_paper import Example, draw_ecg, draw_on, gallery, loss_plot
 
 PATHS = [f"demo:test:{i}" for i in range(200)]
 
@@ -288,7 +288,7 @@ def test_paper_is_to_scale():
     ax = Figure().add_subplot()
     signal = np.zeros((12, 1000))
     signal[LEADS.index("II"), 100:400] = 2.0  # two millivolts from 1 s to 4 s
-    draw_ecg(signal, 100.0, ax=ax)
+    draw_on(ax, signal, 100.0)
     (strip,) = (line.get_xydata() for line in ax.lines if len(line.get_xydata()) == 1000)
     assert strip[:, 1].max() - strip[:, 1].min() == pytest.approx(20)  # 10 mm/mV
     assert strip[400, 0] - strip[100, 0] == pytest.approx(75)  # 25 mm/s
@@ -307,7 +307,7 @@ def test_what_data_and_models_say_is_drawn_as_it_is_not_as_a_formula(tmp_path, t
 def test_paper_shows_every_lead_at_its_place():
     ax = Figure().add_subplot()
     signal = np.tile(np.arange(12.0)[:, None] / 20, (1, 1000)) * np.where(np.arange(1000) % 20 == 0, 1, 0)
-    draw_ecg(signal, 100.0, ax=ax)
+    draw_on(ax, signal, 100.0)
     parts = [line.get_xydata() for line in ax.lines if len(line.get_xydata()) == 250]
     labels = {text.get_text(): np.array(text.get_position()) for text in ax.texts if text.get_text() in LEADS}
     assert len(parts) == 12 and set(labels) == set(LEADS)

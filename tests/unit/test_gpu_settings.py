@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from elm_jax.runtime import gpu_settings
-from elm_jax.runtime.xla_flags import gpu_flags
+from elm_jax.runtime.gpu_settings import gpu_flags
 
 Patch = pytest.MonkeyPatch
 
