@@ -10,7 +10,6 @@ pretrain is given no --question.
 
 import json
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,17 +20,14 @@ from elm_jax.errors import UserError, printable
 
 def main(argv: Sequence[str]) -> None:
     """Parse the arguments, answer the question, draw the attention."""
-    parser = cli.Parser(
-        prog="python -m elm_jax.analyze", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser("analyze", description=__doc__)
     parser.add_argument("--checkpoint", metavar="W", required=True, help="the run's folder")
     parser.add_argument("--step", default="best", help="latest, best or a number")
     parser.add_argument("--ecg", metavar="F", action="append", required=True, help="an ECG; may be repeated")
     parser.add_argument("--question", help="what is asked; several ECGs stand at its <ecg> markers")
     parser.add_argument("--answer", help="look at this answer")
     parser.add_argument("--out", type=Path, metavar="D", help="where to write; default: W/analysis")
-    flags = cli.ConfigFlags.parse(argv)
-    options = parser.parse_args(flags.rest)
+    flags, options = parser.read(argv)
     from elm_jax.evaluation.attention import attention
     from elm_jax.evaluation.attention_picture import as_json, draw_attention
     from elm_jax.folders import writable_folder

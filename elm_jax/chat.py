@@ -24,7 +24,6 @@ others.
 """
 
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -48,14 +47,13 @@ HELP = __doc__.split("\n\n")[3]
 
 def main(argv: Sequence[str]) -> None:
     """Parse the arguments, load the run, talk until the input ends."""
-    parser = cli.Parser(prog="python -m elm_jax.chat", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = cli.Parser("chat", description=__doc__)
     parser.add_argument("--checkpoint", metavar="W", required=True, help="the run's folder")
     parser.add_argument("--step", default="best", help="latest, best or a number")
     parser.add_argument("--ecg", metavar="F", action="append", default=[], help="begin with this ECG; may be repeated")
     parser.add_argument("--png", metavar="D", type=Path, help="a folder for pictures of the ECGs")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt other than the run's: a text or a file")
-    flags = cli.ConfigFlags.parse(argv)
-    options = parser.parse_args(flags.rest)
+    flags, options = parser.read(argv)
     from elm_jax.data.dataset import read_system_prompt
     from elm_jax.data.represent import signal_spec
     from elm_jax.inference.model import TrainedModel

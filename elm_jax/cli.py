@@ -108,18 +108,23 @@ def _report(error: UserError, debug: bool) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors; flags are not abbreviated; knows --debug."""
+    """The arguments of the command `elm_jax.<command>`, described by its module's docstring.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
+    Errors are UserErrors; flags are not abbreviated; it knows --debug.
+    """
+
+    def __init__(self, command: str = "", **kwargs: Any) -> None:
+        if command:
+            kwargs |= {"prog": f"python -m elm_jax.{command}", "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(**{"allow_abbrev": False, **kwargs})
         self.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of user errors"
         )
-        self.add_argument(  # `guard` has taken it
-            "--register", metavar="FILE", default=argparse.SUPPRESS,
-            help="import a file of yours first, which adds an encoder, a dataset ... (docs/extend.md)",
-        )  # fmt: skip
+
+    def read(self, argv: Sequence[str]) -> tuple["ConfigFlags", argparse.Namespace]:
+        """The flags of the configuration in `argv`, and the command's own arguments."""
+        flags = ConfigFlags.parse(argv)
+        return flags, self.parse_args(flags.rest)
 
     def error(self, message: str) -> NoReturn:
         """Raise `message`, which argparse words, as a UserError."""

@@ -12,7 +12,6 @@ configurations name, where they are on this machine; --wordnet and --bert-model 
 
 import json
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,9 +22,7 @@ from elm_jax.scoring.protocols import PROTOCOLS
 
 def main(argv: Sequence[str]) -> None:
     """Parse the arguments, compare, print the tables."""
-    parser = cli.Parser(
-        prog="python -m elm_jax.compare", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser("compare", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="W", help="run folders")
     parser.add_argument("--eval", metavar="NAME", help="the evaluation, where the runs have several")
     parser.add_argument("--protocol", default="ours", choices=tuple(PROTOCOLS), help="by which answers are scored")

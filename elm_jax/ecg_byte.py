@@ -11,7 +11,7 @@ segment is taken. A model takes the tokenizer as data.ecg_tokenizer.
 
 import json
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,9 +44,7 @@ def main(argv: Sequence[str]) -> int | None:
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser(
-        prog="python -m elm_jax.ecg_byte", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser("ecg_byte", description=__doc__)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     train = tasks.add_parser("train", help="learn merges from recordings")
     train.add_argument("--num-merges", type=int, default=5000)

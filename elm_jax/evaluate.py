@@ -10,7 +10,6 @@ predictions.jsonl, report.html. Stopped and started again, an evaluation goes on
 """
 
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from elm_jax import cli
@@ -18,14 +17,11 @@ from elm_jax import cli
 
 def main(argv: Sequence[str]) -> None:
     """Parse the arguments, evaluate the run."""
-    parser = cli.Parser(
-        prog="python -m elm_jax.evaluate", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser("evaluate", description=__doc__)
     parser.add_argument("--checkpoint", metavar="W", help="the run's folder")
     parser.add_argument("--step", default="best", help="latest, best or a number")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="train, val or test")
-    flags = cli.ConfigFlags.parse(argv)
-    options = parser.parse_args(flags.rest)
+    flags, options = parser.read(argv)
     from elm_jax.evaluation.evaluator import evaluate
     from elm_jax.run.folder import config_of_run
     from elm_jax.runtime import distributed

@@ -14,7 +14,6 @@ Weights come out in the dtype in which they were trained, or, where they were no
 
 import re
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,8 +25,7 @@ _UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 def main(argv: Sequence[str]) -> None:
     """Parse the arguments, export the run, upload it if asked."""
-    flags = cli.ConfigFlags.parse(argv)
-    options = _parser().parse_args(flags.rest)
+    flags, options = _parser().read(argv)
     shard_bytes = _bytes(options.max_shard_size)
     from elm_jax.exchange.export import export
     from elm_jax.exchange.hub import check_repo, push
@@ -44,9 +42,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser(
-        prog="python -m elm_jax.export", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser("export", description=__doc__)
     parser.add_argument("--checkpoint", metavar="W", required=True, help="the run's folder")
     parser.add_argument("--out", metavar="D", required=True, help="the folder to write; an earlier export is replaced")
     parser.add_argument("--step", default="best", help="latest, best or a number")

@@ -12,7 +12,6 @@ W/import_report.json says what went where. `train` starts from W by --config.ini
 """
 
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,14 +22,11 @@ from elm_jax.errors import printable
 
 def main(argv: Sequence[str]) -> None:
     """Parse the arguments, import, say what went where."""
-    parser = cli.Parser(
-        prog="python -m elm_jax.import_weights", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser("import_weights", description=__doc__)
     parser.add_argument("path", metavar="PATH", help="a .pt, .pth, .bin or .safetensors file, or a folder")
     parser.add_argument("--out", metavar="W", required=True, help="the new run folder")
     parser.add_argument("--merge", action="store_true", help="add an adapter to the weights beneath it")
-    flags = cli.ConfigFlags.parse(argv)
-    options = parser.parse_args(flags.rest)
+    flags, options = parser.read(argv)
     from elm_jax.exchange.bring_in import import_weights
 
     report = import_weights(options.path, options.out, flags, options.merge)

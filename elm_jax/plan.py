@@ -11,7 +11,6 @@ made and how far it can be trusted.
 
 import json
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     """Parse the arguments, plan, print and write the result."""
-    flags = cli.ConfigFlags.parse(argv)
-    options = _parser().parse_args(flags.rest)
+    flags, options = _parser().read(argv)
     from elm_jax.planning import topology
 
     where, config = topology.parse(options.topology), flags.load()
@@ -49,9 +47,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser(
-        prog="python -m elm_jax.plan", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser("plan", description=__doc__)
     parser.add_argument("--topology", required=True, help="h100:NODESxGPUS, v5p:XxYxZ, v5e:XxY or cpu:DEVICES")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the plan to a file too")
     parser.add_argument("--hlo", metavar="FILE", type=Path, help="write the compiled program to a file")

@@ -8,7 +8,7 @@ stopped. A dataset of your own: docs/add_a_dataset.md.
 """
 
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser(
-        prog="python -m elm_jax.prepare", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser("prepare", description=__doc__)
     datasets = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
     for name, dataset in DATASETS.items():
         own = datasets.add_parser(name, help=f"{dataset.title}: {dataset.holds}")

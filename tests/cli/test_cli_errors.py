@@ -252,7 +252,7 @@ def test_a_status_passes_and_a_fault_of_ours_stays_an_exception() -> None:
 
 def test_guard_serves_commands_with_flags_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
     def main(argv) -> None:
-        parser = cli.Parser(prog="export")
+        parser = cli.Parser("export")
         parser.add_argument("--checkpoint", required=True)
         parser.add_argument("--step", type=int)
         raise UserError(parser.parse_args(argv).checkpoint, "nothing", "a run", "train first")
