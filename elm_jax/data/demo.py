@@ -12,15 +12,16 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from elm_jax.data.tables import Lazy
 from elm_jax.ecg.synthetic import RATE_RANGE, Rhythm, draw_rhythm, synthesize
 from elm_jax.errors import UserError, nearest
 
@@ -96,7 +97,7 @@ def parse_sizes(dataset: str) -> DemoSizes:
     return DemoSizes(**sizes)
 
 
-class DemoRecords(Sequence[dict[str, str]]):
+class DemoRecords(Lazy[dict[str, str]]):
     """Lazy records of one split; record i is made when it is asked for, and always the same."""
 
     def __init__(self, split: str, recordings: int) -> None:
@@ -109,21 +110,13 @@ class DemoRecords(Sequence[dict[str, str]]):
     def __len__(self) -> int:
         return self._length
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, str]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, str]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, str] | list[dict[str, str]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        block, place = divmod(index % len(self), len(self._block))
+    def make(self, index: int) -> dict[str, str]:
+        block, place = divmod(index, len(self._block))
         offset, name, kind = self._block[place]
         recording = block * self._every + offset
         path = f"demo:{self._split}:{recording}" if kind == "ecg" else kind
         answer = kind if name == "signal_type" else _answer(name, demo_rhythm(path))
-        question = random.Random(f"{self._split}:{index % len(self)}").choice(_QUESTIONS[name])
+        question = random.Random(f"{self._split}:{index}").choice(_QUESTIONS[name])
         return {
             "ecg_path": path,
             "text": json.dumps([{"from": "human", "value": question}, {"from": "gpt", "value": answer}]),

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 
 from elm_jax.config import DataConfig
 from elm_jax.data.represent import FLATLINE, NOISE
 from elm_jax.data.table_files import KINDS
-from elm_jax.data.tables import Part, Source, identities, open_source
+from elm_jax.data.tables import Lazy, Part, Source, identities, open_source
 from elm_jax.errors import UserError
 from elm_jax.json_text import parse_json
 from elm_jax.text.turns import decode_text
@@ -85,7 +85,7 @@ class _Rows:
         return people
 
 
-class Records(Sequence[Record]):
+class Records(Lazy[Record]):
     """Records by number, each built when asked for; the latest are kept: a step asks for each several times.
 
     Pickling keeps references to files where it can.
@@ -94,7 +94,7 @@ class Records(Sequence[Record]):
     def __init__(self, rows: Sequence[_Rows]) -> None:
         self._rows = list(rows)
         self._ends = np.array(list(accumulate(len(r.part.rows) for r in self._rows)), dtype=np.int64)
-        self._record = lru_cache(KEPT_RECORDS)(self._build)
+        self.make = lru_cache(KEPT_RECORDS)(self.make)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Records, (self._rows,)
@@ -102,24 +102,10 @@ class Records(Sequence[Record]):
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._rows else 0
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        position = index + len(self) if index < 0 else index
-        if not 0 <= position < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        return self._record(position)
-
-    def _build(self, position: int) -> Record:
-        which = int(np.searchsorted(self._ends, position, side="right"))
+    def make(self, index: int) -> Record:
+        which = int(np.searchsorted(self._ends, index, side="right"))
         start = int(self._ends[which - 1]) if which else 0
-        return self._rows[which].record(position - start)
+        return self._rows[which].record(index - start)
 
 
 def load_records(data: DataConfig, split: Split, seed: int) -> Records:

@@ -5,11 +5,12 @@ sequence of dictionaries); nothing here turns rows into Python objects before th
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
 
@@ -27,6 +28,7 @@ SPLIT_NAMES = {
     "dev": "val",
 }
 _CHUNK = 100_000
+Item = TypeVar("Item")
 
 # The families of dataset names: (pattern, an example to show).
 _LENGTHS = r"250-(500|1250|2500)"
@@ -60,6 +62,27 @@ class Table(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+class Lazy(ABC, Sequence[Item]):
+    """A sequence whose items are made when they are asked for."""
+
+    @abstractmethod
+    def make(self, index: int) -> Item:
+        """The item at `index`, from 0 up to the length."""
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return self.make(index % len(self))
 
 
 @dataclass(frozen=True)
