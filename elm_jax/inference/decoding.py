@@ -24,7 +24,8 @@ from elm_jax.models.hints import Placement, hint, placed
 NONE = -1  # where there is no token
 ENDLESS = 2**31 - 1  # patience: rows may stand idle until all have ended
 Array = Any  # of JAX, or of NumPy on the host
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @jax.tree_util.register_dataclass

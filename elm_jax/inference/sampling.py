@@ -22,8 +22,8 @@ class Sampling(NamedTuple):
         cls, temperature: float = 0.0, top_p: float = 1.0, penalty: float = 1.0, key: jax.Array | None = None
     ) -> "Sampling":
         """As arrays. By default greedy; `penalty` 1 is none; `key` None: that of seed 0."""
-        numbers = (jnp.float32(x) for x in (temperature, top_p, penalty))
-        return cls(*numbers, jax.random.key(0) if key is None else key)
+        key = jax.random.key(0) if key is None else key
+        return cls(jnp.float32(temperature), jnp.float32(top_p), jnp.float32(penalty), key)
 
 
 def draw(

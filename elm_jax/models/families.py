@@ -14,6 +14,7 @@ from elm_jax.errors import UserError, nearest
 from elm_jax.models.decoder import DecoderConfig
 from elm_jax.models.family_table import ALIASES, FAMILIES, Family
 from elm_jax.models.layers import Llama3Scaling, Rope
+from elm_jax.schema import Key, check
 
 __all__ = [
     "ALIASES",
@@ -46,8 +47,14 @@ _IRRELEVANT = frozenset(
 )
 _LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
-_SIZES = ("vocab_size", "hidden", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_len")
-_NUMBERS = ("norm_eps", "query_scalar", "attention_cap", "logit_cap")
+_SIZE, _NUMBER = Key(None, int, "a size", limit="at least 1"), Key(None, float, "a number", limit="above 0")
+_KEYS = {
+    **dict.fromkeys(("vocab_size", "hidden", "layers", "heads", "max_len"), _SIZE),
+    **dict.fromkeys(("kv_heads", "head_dim", "mlp"), replace(_SIZE, type=int | None)),
+    "norm_eps": _NUMBER,
+    **dict.fromkeys(("query_scalar", "attention_cap", "logit_cap"), replace(_NUMBER, type=float | None)),
+    "tied": Key(None, bool, "tied embeddings"),
+}
 
 _SCRATCH_REQUIRED = ("hidden", "layers", "heads", "mlp")
 _SCRATCH_FAMILY = "qwen2"
@@ -214,8 +221,8 @@ def _windows(config: Mapping[str, Any], where: str, layers: int) -> tuple[int | 
         found = f"layer_types = {kinds}"
         raise UserError(where, found, f"{layers} times {' or '.join(_KINDS)}", "correct it")
     window = config.get("sliding_window")
-    if _KINDS[0] in kinds and (not isinstance(window, int) or not _is_number(window)):
-        raise UserError(where, f"sliding_window = {window!r}", "a whole number above 0", "correct it")
+    if _KINDS[0] in kinds:
+        check(f"{where}, sliding_window", _SIZE, window)
     windows = tuple(window if kind == _KINDS[0] else None for kind in kinds)
     periods = (n for n in range(1, layers + 1) if layers % n == 0)
     return next(windows[:n] for n in periods if windows[:n] * (layers // n) == windows)
@@ -234,8 +241,7 @@ def _rope(config: Mapping[str, Any], where: str) -> Rope:
         found = f"rope '{kind}' with {', '.join(sorted(spec)) or 'no fields'}"
         raise UserError(where, found, ", ".join(fields) or "no further fields", "correct the rope fields")
     for name, value in {"rope_theta": theta, **spec}.items():
-        if not _is_number(value):
-            raise UserError(where, f"{name} = {value!r}", "a number above 0", "correct it")
+        check(f"{where}, {name}", _NUMBER, value)
     if kind == "default":
         return Rope(float(theta))
     factor, low, high, original = (spec[name] for name in fields)
@@ -244,11 +250,8 @@ def _rope(config: Mapping[str, Any], where: str) -> Rope:
 
 def _checked(where: str, values: dict[str, Any]) -> DecoderConfig:
     """A DecoderConfig of these values, its derived sizes filled in, if they are sound and fit each other."""
-    for name in _SIZES:
-        value = values.get(name)
-        optional = value is None and name in ("kv_heads", "head_dim", "mlp")
-        if not optional and not (isinstance(value, int) and _is_number(value)):
-            raise UserError(where, f"{name} = {value!r}", "a whole number above 0", "correct it")
+    for name, k in _KEYS.items():
+        check(f"{where}, {name}", k, values.get(name))
     hidden, heads = values["hidden"], values["heads"]
     kv_heads = values["kv_heads"] = values.get("kv_heads") or heads
     values["mlp"] = values["mlp"] or 4 * hidden
@@ -266,14 +269,4 @@ def _checked(where: str, values: dict[str, Any]) -> DecoderConfig:
         raise UserError(where, f"head_dim {values['head_dim']}", "an even number", "correct it")
     if "query_scalar" in values and values["query_scalar"] is None:
         values["query_scalar"] = values["head_dim"]
-    for name in _NUMBERS:
-        optional = name != "norm_eps" and values.get(name) is None
-        if not optional and not _is_number(values[name]):
-            raise UserError(where, f"{name} = {values[name]!r}", "a number above 0", "correct it")
-    if not isinstance(values["tied"], bool):
-        raise UserError(where, f"tied embeddings {values['tied']!r}", "true or false", "correct it")
     return DecoderConfig(**values)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

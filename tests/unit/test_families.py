@@ -160,7 +160,7 @@ def test_scratch_keys_are_those_of_the_family():
             scratch_config(sizes | {"family": family, key: 1}, 64)
     gemma = scratch_config(sizes | {"family": "gemma2"}, 64)
     assert (gemma.windows, gemma.attention_cap, gemma.logit_cap, gemma.query_scalar) == ((4096, None), 50, 30, 8)
-    with pytest.raises(UserError, match="sliding_window = 0"):
+    with pytest.raises(UserError, match="sliding_window: found 0"):
         scratch_config(sizes | {"family": "gemma2", "window": 0}, 64)
 
 
