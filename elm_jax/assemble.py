@@ -24,14 +24,14 @@ from elm_jax.data.sources import load_records
 from elm_jax.errors import UserError, some
 from elm_jax.folders import ECG_BYTE, read_json, run_folder, tokenizer_of
 from elm_jax.models.attention import choose_attention
-from elm_jax.models.connectors import SIGNAL_KINDS, build_connector, build_signal_connector
+from elm_jax.models.connectors import build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder, DecoderConfig, Remat
 from elm_jax.models.elm import ELM
 from elm_jax.models.encoders import ENCODERS, build_encoder
 from elm_jax.models.families import chat_family, extended, scratch_config
 from elm_jax.models.functional import Arrays, Structure, initialise, structure_of
 from elm_jax.models.lora import add_lora, is_lora
-from elm_jax.models.views import check_views
+from elm_jax.models.views import check_views, representation_of
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.text.render import THINK_TOKENS, add_tokens
 from elm_jax.text.vocabulary import load_tokenizer
@@ -52,7 +52,7 @@ class Assembly:
     signal: SignalSpec
     llm: DecoderConfig
     llm_folder: Path | None  # None: the LLM starts from nothing
-    encoder: Mapping[str, Any]  # the fields of the encoder's own config
+    encoders: Mapping[str, Mapping[str, Any]]  # by view, the fields of its encoder's own config
     structure: Structure
 
     def dataset(self, split: Any, fold: int | None = None) -> Dataset:
@@ -73,8 +73,9 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
         UserError: a name or size in the config does not fit; names the key.
     """
     check_views(config)
-    if config.encoder.name is not None and ENCODERS[config.encoder.name].file_config is None:
-        ENCODERS[config.encoder.name].config(_encoder_fields(config))  # before anything is looked for
+    for view in _encoded(config):
+        if ENCODERS[name := str(config.encoder_of(view).name)].file_config is None:
+            ENCODERS[name].config(_encoder_fields(config, view))  # before anything is looked for
     weights = weights and config.llm.scratch is None
     folder = None if config.llm.scratch else resolve_llm_folder(config.llm.name, weights)
     tokenizer = _tokenizer(config, tokenizer_folder, weights)
@@ -91,24 +92,24 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
     family = config.llm.chat or chat_family(
         llm.model_type, tokenizer.get_vocab(), str(tokenizer.chat_template or ""), config.llm.name
     )
-    text = text_spec(config.data, family, config.encoder.tokens, config.phase, config.compat)
-    encoder = _encoder_fields(config)
-    processing = ENCODERS[name].image_processing(encoder, config.compat) if (name := config.encoder.name) else None
-    signal = signal_spec(config.data, config.seed, processing, symbols, config.compat)
-    structure = structure_of(lambda: _build(config, llm, encoder))
-    return Assembly(config, tokenizer, text, signal, llm, folder, encoder, structure)
+    text = text_spec(config.data, family, config.signal_tokens, config.phase, config.compat)
+    encoders = {view: _encoder_fields(config, view) for view in _encoded(config)}
+    signal = _signal(config, encoders, symbols)
+    structure = structure_of(lambda: _build(config, llm, encoders))
+    return Assembly(config, tokenizer, text, signal, llm, folder, encoders, structure)
 
 
 def encoder_structure(assembly: Assembly) -> Structure:
-    """The encoder alone."""
-    return structure_of(lambda: _encoder(assembly.config, assembly.encoder))
+    """The encoder alone, of a model of one view."""
+    ((view, fields),) = assembly.encoders.items()
+    return structure_of(lambda: _encoder(assembly.config, view, fields))
 
 
 def structure_behind_encoder(assembly: Assembly) -> Structure:
     """The model without its encoder: it is given the encoder's outputs in place of signals."""
 
     def build() -> ELM:
-        elm = _build(assembly.config, assembly.llm, assembly.encoder)
+        elm = _build(assembly.config, assembly.llm, assembly.encoders)
         return ELM(None, elm.connector, elm.llm, elm.dtype, elm.compat)
 
     return structure_of(build)
@@ -117,7 +118,7 @@ def structure_behind_encoder(assembly: Assembly) -> Structure:
 def with_attention(assembly: Assembly, name: str) -> Assembly:
     """The same parts with another `llm.attention`."""
     config = replace(assembly.config, llm=replace(assembly.config.llm, attention=name))
-    structure = structure_of(lambda: _build(config, assembly.llm, assembly.encoder))
+    structure = structure_of(lambda: _build(config, assembly.llm, assembly.encoders))
     return replace(assembly, config=config, structure=structure)
 
 
@@ -128,7 +129,6 @@ def make_arrays(assembly: Assembly, shardings: Mapping[str, Any], known: Collect
     """
     config, leaves = assembly.config, assembly.structure.leaves
     wanted = [name for name in leaves if name not in known]
-    components = {name.split(".")[0] for name in wanted}
     made: Arrays = {}
     if assembly.llm_folder is not None and any(n.startswith("llm.") and not is_lora(n) for n in wanted):
         dtype = _llm_dtype(config)
@@ -140,25 +140,49 @@ def make_arrays(assembly: Assembly, shardings: Mapping[str, Any], known: Collect
         for name in adapted:
             array = adapter[name.removeprefix("llm.")].astype(leaves[name].dtype)
             made[name] = jax.device_put(array, shardings[name])
-    if config.encoder.checkpoint is not None and "encoder" in components:
-        mine = {n.removeprefix("encoder."): leaf for n, leaf in leaves.items() if n.startswith("encoder.")}
-        arrays = from_published(str(config.encoder.name), mine, *read_checkpoint(config.encoder.checkpoint))
-        drawn = [name for name, leaf in mine.items() if name not in arrays and not leaf.statistic]
-        if drawn and "encoder" not in config.update:
-            raise UserError(
-                "encoder.checkpoint", f"no weights for {some(drawn)}, which would stay as they are drawn",
-                f"all weights of {config.encoder.name}, or encoder in update", "give a checkpoint of it, or train it",
-            )  # fmt: skip
-        made |= {f"encoder.{n}": jax.device_put(x, shardings[f"encoder.{n}"]) for n, x in arrays.items()}
+    for view in assembly.encoders:
+        if config.encoder_of(view).checkpoint is not None:
+            mine = f"{config.part('encoder', view)}."
+            arrays = _encoder_arrays(assembly, view, [n for n in wanted if n.startswith(mine)])
+            made |= {name: jax.device_put(x, shardings[name]) for name, x in arrays.items()}
     rest = {name: shardings[name] for name in wanted if name not in made}
     if rest:
-        made |= initialise(lambda: _build(config, assembly.llm, assembly.encoder), assembly.structure, rest)
+        made |= initialise(lambda: _build(config, assembly.llm, assembly.encoders), assembly.structure, rest)
     return {name: made[name] for name in wanted}
 
 
-def _build(config: Config, llm: DecoderConfig, encoder_fields: Mapping[str, Any]) -> ELM:
+def _encoder_arrays(assembly: Assembly, view: str, wanted: Collection[str]) -> dict[str, Any]:
+    """The arrays of a view's encoder that its checkpoint has, if any is wanted."""
+    config, encoder, part = assembly.config, assembly.config.encoder_of(view), assembly.config.part("encoder", view)
+    if not wanted:
+        return {}
+    mine = {n.removeprefix(f"{part}."): x for n, x in assembly.structure.leaves.items() if x.part == part}
+    arrays = from_published(str(encoder.name), mine, *read_checkpoint(str(encoder.checkpoint)))
+    drawn = [name for name, leaf in mine.items() if name not in arrays and not leaf.statistic]
+    if drawn and not any(mine[name].is_of(config.update) for name in drawn):
+        raise UserError(
+            "encoder.checkpoint", f"no weights for {some(drawn)}, which would stay as they are drawn",
+            f"all weights of {encoder.name}, or {part} in update", "give a checkpoint of it, or train it",
+        )  # fmt: skip
+    return {f"{part}.{name}": x for name, x in arrays.items()}
+
+
+def _signal(config: Config, encoders: Mapping[str, Mapping[str, Any]], symbols: EcgTokens | None) -> SignalSpec:
+    """What becomes of an ECG in each view."""
+    specs = {}
+    for view in config.views:
+        encoder = config.encoder_of(view).name
+        processing = ENCODERS[encoder].image_processing(encoders[view], config.compat) if encoder else None
+        spec = signal_spec(config.data, config.seed, processing, symbols, config.compat)
+        specs[view] = replace(spec, representation=representation_of(config, view))
+    first, *_ = specs
+    return replace(specs.pop(first), view=first, further=specs)
+
+
+def _build(config: Config, llm: DecoderConfig, encoders: Mapping[str, Mapping[str, Any]]) -> ELM:
     compute = jnp.dtype(config.llm.compute_dtype)
-    encoder, connector = _signal_path(config, encoder_fields, llm.hidden, compute)
+    built = {view: _encoder(config, view, fields) for view, fields in encoders.items()}
+    connectors = {view: _connector(config, view, built.get(view), llm.hidden) for view in config.slots}
     decoder = Decoder(
         llm, _rngs(config, "llm"), param_dtype=_llm_dtype(config), scan=config.llm.scan,
         remat=cast(Remat, config.llm.remat),
@@ -168,39 +192,41 @@ def _build(config: Config, llm: DecoderConfig, encoder_fields: Mapping[str, Any]
     adapter = spec_of(config.llm.lora)
     if adapter is not None:
         add_lora(decoder, adapter, _rngs(config, "lora"), _dtype(config, "llm"))
-    return ELM(encoder, connector, decoder, compute, config.compat)
+    if len(connectors) > 1:
+        return ELM(built, connectors, decoder, compute, config.compat)
+    view = next(iter(config.views))
+    return ELM(built.get(view), connectors.get(view), decoder, compute, config.compat)
 
 
-def _signal_path(
-    config: Config, encoder_fields: Mapping[str, Any], width: int, compute: Any
-) -> tuple[nnx.Module | None, nnx.Module | None]:
-    """The encoder and the connector of `config.elm`, where it has them; `width` is the LLM's."""
-    kind, tokens = config.view.connector, config.encoder.tokens
-    shape = len(config.data.leads), config.data.segment_len
-    options = {"rngs": _rngs(config, "connector"), "param_dtype": _dtype(config, "connector")}
-    if kind is None:
-        return None, None
-    if kind in SIGNAL_KINDS:
-        return None, build_signal_connector(kind, *shape, tokens, width, **options)
-    encoder = _encoder(config, encoder_fields)
-    return cast(nnx.Module, encoder), build_connector(kind, encoder.width, width, config.connector.hidden, **options)
+def _connector(config: Config, view: str, encoder: Any, width: int) -> nnx.Module:
+    """What leads from a view's encoder, or from its signals themselves, to the LLM's width."""
+    part, kind = config.part("connector", view), str(config.views[view].connector)
+    options = {"rngs": _rngs(config, part), "param_dtype": _dtype(config, part)}
+    if encoder is None:
+        shape, tokens = (len(config.data.leads), config.data.segment_len), config.encoder_of(view).tokens
+        return build_signal_connector(kind, *shape, tokens, width, **options)
+    hidden = config.connector.hidden if kind == "mlp" else None
+    return build_connector(kind, encoder.width, width, hidden, **options)
 
 
-def _encoder(config: Config, fields: Mapping[str, Any]) -> Any:
-    compute = jnp.dtype(config.llm.compute_dtype)
+def _encoder(config: Config, view: str, fields: Mapping[str, Any]) -> Any:
+    compute, part, encoder = jnp.dtype(config.llm.compute_dtype), config.part("encoder", view), config.encoder_of(view)
     return build_encoder(
-        str(config.encoder.name), fields, config.encoder.tokens, _rngs(config, "encoder"), compute,
-        _dtype(config, "encoder"), config.compat,
-    )  # fmt: skip
+        str(encoder.name), fields, encoder.tokens, _rngs(config, part), compute, _dtype(config, part), config.compat
+    )
 
 
-def _encoder_fields(config: Config) -> dict[str, Any]:
+def _encoded(config: Config) -> list[str]:
+    """The views that have an encoder."""
+    return [name for name, view in config.views.items() if view.encoder]
+
+
+def _encoder_fields(config: Config, view: str) -> dict[str, Any]:
     """The encoder's own config: of `encoder.config`, else of its checkpoint, else of the data."""
-    name, data = config.encoder.name, config.data
-    if name is None:
-        return {}
-    sizes = {"num_leads": len(data.leads), "seq_len": data.segment_len} if data.representation == "signal" else {}
-    return encoder_config(name, config.encoder.checkpoint, sizes | config.encoder.config)
+    encoder, data = config.encoder_of(view), config.data
+    of_signal = representation_of(config, view) == "signal"
+    sizes = {"num_leads": len(data.leads), "seq_len": data.segment_len} if of_signal else {}
+    return encoder_config(str(encoder.name), encoder.checkpoint, sizes | encoder.config)
 
 
 def _symbols(config: Config, tokenizer: Any, own: Path | None) -> EcgTokens | None:
@@ -225,7 +251,8 @@ def _symbols(config: Config, tokenizer: Any, own: Path | None) -> EcgTokens | No
 
 def _dtype(config: Config, component: str) -> Any:
     """What is trained has its own dtype; what is frozen is kept in the one it computes in."""
-    return jnp.dtype(config.llm.param_dtype if component in config.update else config.llm.compute_dtype)
+    learns = not {component, component.partition(".")[0]}.isdisjoint(config.update)
+    return jnp.dtype(config.llm.param_dtype if learns else config.llm.compute_dtype)
 
 
 def _llm_dtype(config: Config) -> Any:

@@ -6,7 +6,7 @@ returns the frozen `Config` that everything else reads. No key is read that is n
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -220,6 +220,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     llm: LlmConfig = field(default_factory=LlmConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    encoders: dict[str, Any] = key({}, "of an elm of several views: the keys of encoder of each but the first, by view")
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -236,6 +237,29 @@ class Config:
     def view(self) -> View:
         """The first of them."""
         return next(iter(self.views.values()))
+
+    @property
+    def slots(self) -> dict[str, View]:
+        """Those of them that have embeddings."""
+        return {name: view for name, view in self.views.items() if view.writes == "slots"}
+
+    @property
+    def signal_tokens(self) -> int:
+        """Places of an ECG among the tokens: of its embeddings, or one that its own tokens take."""
+        return sum(view.tokens or self.encoder_of(name).tokens for name, view in self.slots.items()) or 1
+
+    def encoder_of(self, view: str) -> EncoderConfig:
+        """What is said of a view's encoder: of the first one in `encoder`, of another in `encoders`."""
+        return self.encoder if view == next(iter(self.views)) else EncoderConfig(**self.encoders.get(view, {}))
+
+    @property
+    def encoder_parts(self) -> dict[str, EncoderConfig]:
+        """What is said of each encoder, by its part of the model."""
+        return {self.part("encoder", name): self.encoder_of(name) for name, view in self.views.items() if view.encoder}
+
+    def part(self, component: str, view: str) -> str:
+        """What the names of a view's arrays begin with: `encoder`, or where there are several `encoder.<view>`."""
+        return f"{component}.{view}" if len(self.slots) > 1 else component
 
 
 SCHEMA = dict(schema.walk(Config))  # dotted name -> Key
@@ -346,6 +370,15 @@ def _check(name: str, value: Any) -> Any:
         value = ALIASES.get(value, value)
     if name == "data.leads" and isinstance(value, list | tuple):
         value = tuple(LEADS[lead] if type(lead) is int and 0 <= lead < len(LEADS) else lead for lead in value)
+    if name == "update" and isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+        schema.check(name, SCHEMA[name], list(dict.fromkeys(part.partition(".")[0] for part in value)))
+        return schema.check(name, replace(SCHEMA[name], choices=()), value)  # of one view: `check_views` knows it
+    if name == "encoders":
+        for view, keys in schema.check(name, SCHEMA[name], value).items():
+            for each, given in keys.items() if isinstance(keys, dict) else [("", keys)]:
+                if f"encoder.{each}" not in SCHEMA:
+                    raise UserError(f"encoders.{view}.{each}", "an unknown key", "one of encoder's", "correct it")
+                schema.check(f"encoders.{view}.{each}", SCHEMA[f"encoder.{each}"], given)
     return schema.check(name, SCHEMA[name], value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import jax
@@ -20,7 +21,7 @@ from elm_jax.models.functional import Arrays, Structure, structure_of
 
 LEADS, SAMPLES, SIGNAL_TOKENS, VOCABULARY = 3, 64, 2, 64
 SIGNAL_SHAPE = (LEADS, SAMPLES)
-SIGNAL_LAYOUT = ArraySpec(SIGNAL_SHAPE)
+SIGNAL_LAYOUT = {"ecg": ArraySpec(SIGNAL_SHAPE)}
 
 
 def tiny_elm(heads: int = 2, hidden: int = 32, layers: int = 2, seed: int = 0) -> tuple[Structure, Arrays]:
@@ -48,11 +49,11 @@ class RandomConversations:
         self.system = self.rng.integers(1, VOCABULARY, 5).astype(np.int32)
         self.count = 0
 
-    def recording(self, ecgs: int = 1) -> list[np.ndarray]:
-        return [self.rng.random(SIGNAL_SHAPE).astype(np.float32) for _ in range(ecgs)]
+    def recording(self, ecgs: int = 1) -> list[dict[str, Any]]:
+        return [{"ecg": self.rng.random(SIGNAL_SHAPE).astype(np.float32)} for _ in range(ecgs)]
 
     def ask(
-        self, signals: list[np.ndarray], question: int = 4, answer: int = 2, late_ecgs: int = 0
+        self, signals: list[dict[str, Any]], question: int = 4, answer: int = 2, late_ecgs: int = 0
     ) -> Conversation:
         """A conversation; `late_ecgs` of its ECGs stand after the question instead of before it."""
         placeholders = np.full(SIGNAL_TOKENS, 1, np.int32)

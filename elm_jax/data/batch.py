@@ -11,14 +11,17 @@ M supervised slots of a row, Q blocks of a row, n blocks of keys that a block of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 Array = Any  # of NumPy on the host, of JAX on devices and in traced functions
-Signal = np.ndarray | dict[str, np.ndarray]  # one ECG as a model sees it: an array, or several by name
+Signal = np.ndarray | dict[str, Any]  # one ECG as a model sees it: an array, or several by name
+
+
+Shown = dict[str, Any]  # one ECG as a model sees it: its signal in each view
 
 
 class ArraySpec(NamedTuple):
@@ -29,24 +32,53 @@ class ArraySpec(NamedTuple):
 
 
 BLOCK = 64  # tokens: attention is skipped a block of queries and keys at a time
-Layout = ArraySpec | Mapping[str, ArraySpec]  # of a Signal
+Layout = ArraySpec | Mapping[str, Any]  # of a Signal: the same tree with ArraySpecs
 
 
 def empty_signals(layout: Layout, *leading: int) -> Signal:
     """Zeros for `leading` signals of this layout."""
     if isinstance(layout, ArraySpec):
         return np.zeros((*leading, *layout.shape), layout.dtype)
-    return {name: np.zeros((*leading, *spec.shape), spec.dtype) for name, spec in layout.items()}
+    return {name: empty_signals(part, *leading) for name, part in layout.items()}
+
+
+def arrays_in(signals: Signal) -> Iterator[np.ndarray]:
+    """The arrays of signals."""
+    if isinstance(signals, dict):
+        for part in signals.values():
+            yield from arrays_in(part)
+    else:
+        yield signals
 
 
 def put_signal(signals: Signal, place: tuple[int, ...], signal: Signal) -> None:
     """Write one signal into its place among `signals`."""
     if isinstance(signals, dict):
         assert isinstance(signal, dict) and signals.keys() == signal.keys()
-        for name, array in signals.items():
-            array[place] = signal[name]
+        for name, part in signals.items():
+            put_signal(part, place, signal[name])
     else:
         signals[place] = signal
+
+
+def place_ecgs(
+    signals: Signal, weights: np.ndarray, row: tuple[int, ...], first: int, ecgs: Sequence[Shown] | None,
+    positions: np.ndarray, slots: np.ndarray, readers: int = 1,
+) -> None:  # fmt: skip
+    """Lay ECGs out in a row's signal slots, from number `first` on; the one place where this is done.
+
+    Args:
+        signals, weights: leaves (..., S, ...) and (..., S), of a batch; row: its place on the leading axes.
+        ecgs: None, of a bad record: their slots stay unused.
+        positions: (n, N) of their tokens; slots: (T,), which gets there the number of the token's embedding.
+        readers: how many conversations read them.
+    """
+    width = positions.shape[1]
+    for number, places in enumerate(positions, first):
+        if ecgs is not None:
+            put_signal(signals, (*row, number), ecgs[number - first])
+            weights[(*row, number)] = readers
+        slots[places] = np.arange(number * width, (number + 1) * width)
 
 
 class Batch(NamedTuple):
@@ -56,7 +88,7 @@ class Batch(NamedTuple):
     positions: Array  # (B, T) int32, counted within the conversation
     group_ids: Array  # (B, T) int32, 0 = padding
     branch_ids: Array  # (B, T) int32, 0 = the group's prefix
-    signals: Any  # leaves (B, S, ...): the signals, an array or a dictionary of arrays
+    signals: Any  # by view, leaves (B, S, ...): an array or a dictionary of arrays
     signal_weights: Array  # (B, S) float32: conversations that read this signal; 0 = slot unused
     signal_slot: Array  # (B, T) int32: index into the row's S·N signal embeddings, -1 for text
     target_index: Array  # (B, M) int32: the position whose hidden state predicts the target
@@ -84,7 +116,7 @@ class Conversation:
     ids: np.ndarray  # (T,) int32
     supervised: np.ndarray  # (T,) bool
     signal_positions: np.ndarray  # (n_ecgs, N) int32
-    signals: list[Signal] | None  # n_ecgs of them
+    signals: list[Shown] | None  # n_ecgs of them
 
 
 @dataclass(frozen=True)
@@ -158,7 +190,7 @@ class _RowWriter:
     """Fills one row from left to right."""
 
     def __init__(self, batch: Batch, row: tuple[int, ...]) -> None:
-        self.signals, self.place = batch.signals, row
+        self.batch, self.place = batch, row
         self.row = Batch(*(None if name == "signals" else a[row] for name, a in zip(batch._fields, batch, strict=True)))
         self.token = self.signal = self.target = self.sample = 0
 
@@ -195,13 +227,10 @@ class _RowWriter:
     def _place_signals(self, c: Conversation, first: int, last: int, readers: int) -> np.ndarray:
         """Put ECGs [first, last) in slots; the slot embedding of each of the conversation's tokens, -1 for text."""
         slots = np.full(len(c.ids), -1, np.int32)
-        width = c.signal_positions.shape[1]
-        for ecg in range(first, last):
-            if c.signals is not None:
-                put_signal(self.signals, (*self.place, self.signal), c.signals[ecg])
-                self.row.signal_weights[self.signal] = readers
-            slots[c.signal_positions[ecg]] = np.arange(self.signal * width, (self.signal + 1) * width)
-            self.signal += 1
+        ecgs, positions = None if c.signals is None else c.signals[first:last], c.signal_positions[first:last]
+        signals, weights = self.batch.signals, self.batch.signal_weights
+        place_ecgs(signals, weights, self.place, self.signal, ecgs, positions, slots, readers)
+        self.signal += last - first
         return slots
 
     def _place_tokens(

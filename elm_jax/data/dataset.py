@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from elm_jax import compat as behaviours
 from elm_jax.config import DataConfig
-from elm_jax.data.batch import Conversation, Signal
+from elm_jax.data.batch import Conversation, Shown
 from elm_jax.data.ecg_tokens import EcgTokens, cut_ecgs, kept_as_reference, reserved, write_ecgs
 from elm_jax.data.plan import LengthIndex
 from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec
@@ -90,7 +90,7 @@ class Dataset:
         return len(self.records)
 
     def render(
-        self, index: int, ecgs: Sequence[Signal] | None = None, length: int | None = None
+        self, index: int, ecgs: Sequence[Shown] | None = None, length: int | None = None
     ) -> Rendered:
         """The tokens of one record. Where ECGs are symbols they are written into them: `ecgs`, or those of the files.
 
@@ -103,7 +103,8 @@ class Dataset:
         with self._naming(index) as record:
             if self._symbols is None:
                 return self._rendered(record, self.text.max_len)
-            return self._with_symbols(record, self.signals(index) if ecgs is None else ecgs, length)
+            shown = self.signals(index) if ecgs is None else ecgs
+            return self._with_symbols(record, [ecg[self.signal.view] for ecg in shown], length)
 
     @contextlib.contextmanager
     def _naming(self, index: int) -> Iterator[Record]:
@@ -169,8 +170,8 @@ class Dataset:
             raise UserError("text", found, CONVERSATIONS, fix)
         return len(record.ecg_paths) if self.text.signal_tokens else 0
 
-    def signals(self, index: int, epoch: int | None = None) -> list[Signal]:
-        """The record's ECGs as the model sees them, in `epoch` where they are augmented.
+    def signals(self, index: int, epoch: int | None = None) -> list[Shown]:
+        """The record's ECGs as the model sees them, each by view, in `epoch` where they are augmented.
 
         Raises:
             UserError: a file is missing, damaged or of the wrong shape; names it.
@@ -178,7 +179,7 @@ class Dataset:
         if not self.text.signal_tokens:
             return []
         paths, epoch = self.records[index].ecg_paths, epoch if self.augments else None
-        return [self.signal.load(path, self.key(index, place), epoch) for place, path in enumerate(paths)]
+        return [self.signal.show(path, self.key(index, place), epoch) for place, path in enumerate(paths)]
 
     def recordings(self) -> Iterator[tuple[str, int]]:
         """The path of each ECG of each record, and the key that goes with it."""
@@ -212,7 +213,7 @@ class Dataset:
         """What noise in the place of a record's ECG number `place` is drawn from."""
         return zlib.crc32(f"{self.signal.seed}:{self.records[index].id}:{place}".encode())
 
-    def conversation(self, index: int, signals: list[Signal] | None, length: int) -> Conversation:
+    def conversation(self, index: int, signals: list[Shown] | None, length: int) -> Conversation:
         """The record with given signals (None: a bad record, which keeps its place of `length` with weight 0).
 
         Raises:
@@ -299,11 +300,11 @@ class Dataset:
         limit, symbols = self.text.max_len, self._symbols
         with self._naming(index) as record:
             whole = self._rendered(record, None)
-            ecgs = [] if symbols is None else self.signals(index)
+            ecgs = [] if symbols is None else [ecg[self.signal.view] for ecg in self.signals(index)]
         if symbols is None and (limit is None or len(whole.ids) <= limit):
             return whole, (False, 0, False)
         room = [np.resize(symbols.llm_ids, int(SPARE * len(ecg))) for ecg in ecgs] if symbols and self.varies else ecgs
-        rendered, amount = self.render(index, room), sum(map(len, ecgs))
+        rendered, amount = self.render(index, [{self.signal.view: ecg} for ecg in room]), sum(map(len, ecgs))
         last = int(np.flatnonzero(whole.supervised).max(initial=-1)) + 1 + amount - len(ecgs)
         if limit is None or last <= limit:
             return rendered, (False, 0, False)

@@ -20,7 +20,7 @@ import grain.python as grain
 import numpy as np
 from absl import flags
 
-from elm_jax.data.batch import Batch, Conversation, Group, Signal, empty_batch, write_row
+from elm_jax.data.batch import Batch, Conversation, Group, Shown, arrays_in, empty_batch, write_row
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.plan import LengthIndex, Plan, PlannedGroup, PlannedRow
 from elm_jax.errors import UserError
@@ -106,7 +106,7 @@ class _Reader:
     def _group(self, group: PlannedGroup) -> Group:
         shares_ecg = bool(group.prefix) and bool(self.index.shares_ecg[group.samples[0]])
         conversations: list[Conversation] = []
-        signals: list[Signal] | None = None
+        signals: list[Shown] | None = None
         error = ""
         for n, sample in enumerate(group.samples):
             if n == 0 or not shares_ecg:
@@ -116,7 +116,7 @@ class _Reader:
             conversations.append(self.dataset.conversation(sample, signals, int(self.index.length[sample])))
         return Group(group.prefix, conversations)
 
-    def _signals(self, sample: int) -> tuple[list[Signal] | None, str]:
+    def _signals(self, sample: int) -> tuple[list[Shown] | None, str]:
         """The sample's ECGs, or None and what is wrong with them."""
         try:
             return self.dataset.signals(sample, self.epoch), ""
@@ -196,7 +196,7 @@ def _fits_shared_memory(source: StepSource, first: int, workers: int) -> bool:
     if not _SHARED_MEMORY.is_dir():
         return True
     batch = source.empty(source.plan.rows(first))
-    arrays = [*batch, *(batch.signals.values() if isinstance(batch.signals, dict) else ())]
+    arrays = [*batch, *arrays_in(batch.signals)]
     needed = workers * _IN_FLIGHT * sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
     room = shutil.disk_usage(_SHARED_MEMORY).free
     if needed > room:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 
 from elm_jax import compat as behaviours
 from elm_jax.config import DataConfig
-from elm_jax.data.batch import ArraySpec, Layout, Signal
+from elm_jax.data.batch import ArraySpec, Layout, Shown, Signal
 from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.kept_features import Features
 from elm_jax.ecg.augment import augment_ecg, augment_image, noise_ecg
@@ -37,6 +37,9 @@ class SignalSpec:
 
     With `features` it is instead what a frozen encoder has made of these: (N, E).
 
+    That is the view called `view`; `further` are other views of the same recording, of which only what is said of
+    their representation counts.
+
     Paths are relative to `root`, and lie in it unless `outside_root`; `leads` are indices into the canonical order,
     `length` L samples at `sampling_rate` Hz. `augment_*` hold where an epoch is given.
     """
@@ -57,6 +60,8 @@ class SignalSpec:
     compat: tuple[str, ...] = ()  # of the reference's ways to read a recording
     features: Features | None = None
     outside_root: bool = field(default=False, repr=False)  # changes nothing of what is read
+    view: str = field(default="ecg", repr=False)
+    further: Mapping[str, "SignalSpec"] = field(default_factory=dict, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,16 +69,30 @@ class SignalSpec:
         return len(self.leads), self.length
 
     @property
-    def layout(self) -> Layout:
-        """The shapes and dtypes of what `load` returns and a batch holds; symbols are held by its tokens."""
+    def views(self) -> dict[str, "SignalSpec"]:
+        return {self.view: self, **self.further}
+
+    @property
+    def layout(self) -> dict[str, Layout]:
+        """By view, the shapes and dtypes of what a batch holds; symbols are held by its tokens."""
+        return {view: spec.own_layout for view, spec in self.views.items() if spec.representation != "symbolic"}
+
+    @property
+    def own_layout(self) -> Layout:
+        """The shapes and dtypes of what `load` returns."""
         if self.features is not None:
             return self.features.layout
-        if self.representation == "symbolic":
-            return ArraySpec((0,))
         return ArraySpec(self.shape) if self.processing is None else _image_layout(self.processing)
 
+    def show(self, path: str, key: int, epoch: int | None = None) -> Shown:
+        """The ECG at `path` in every view; it is read once. See `load`."""
+        if not self.further:
+            return {self.view: self.load(path, key, epoch)}
+        path, raw = self._read(path, key)
+        return {view: spec._shown(path, raw, epoch) for view, spec in self.views.items()}
+
     def load(self, path: str, key: int, epoch: int | None = None) -> Signal:
-        """The ECG at `path` as the model sees it.
+        """The ECG at `path` as the model sees it in the first view.
 
         The paths "noise" and "flatline" stand for signals without a recording: standard normal samples drawn from
         `key`, and a constant; `perturb` puts the same in place of any recording, drawn from the seed and the path.
@@ -81,14 +100,20 @@ class SignalSpec:
         leaves what is no recording alone.
         Raises UserError for a recording that cannot be read or is too short.
         """
-        if self.features is not None:
-            return self._kept(path, key)
+        return self._shown(*self._read(path, key), epoch) if self.features is None else self._kept(path, key)
+
+    def _read(self, path: str, key: int) -> tuple[str, np.ndarray]:
+        """The path with what `perturb` makes of it, and the leads (C, L) before normalisation."""
         if self.perturb == "noise" and path not in (NOISE, FLATLINE):
             key = zlib.crc32(path.encode(), self.seed)  # all that is asked of a recording is asked of one noise
         path = {"zeros": FLATLINE, "noise": NOISE}.get(self.perturb or "", path)
         raw = self.load_raw(path, key)
         if self.leads != tuple(range(len(raw))):
             raw = raw[list(self.leads)]
+        return path, raw
+
+    def _shown(self, path: str, raw: np.ndarray, epoch: int | None) -> Signal:
+        """What becomes of leads (C, L) that were read."""
         drawn = None if epoch is None or path in (NOISE, FLATLINE) else _generator(self.seed, epoch, path)
         if drawn is not None and self.augment_ecg:
             raw = augment_ecg(raw, drawn)

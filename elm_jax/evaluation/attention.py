@@ -6,19 +6,19 @@ causes the answer: `dependence` tells that. T tokens, N signal tokens of an ECG,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elm_jax.data.batch import empty_signals, put_signal
+from elm_jax.config import Config
 from elm_jax.data.represent import SignalSpec
 from elm_jax.inference.model import Prompt, TrainedModel
 from elm_jax.models.attention import padding_mask
 from elm_jax.models.decoder import Decoder, Layer, Window
-from elm_jax.models.elm import ELM
 from elm_jax.models.encoders import ENCODERS
 from elm_jax.models.hints import placed
 from elm_jax.models.pooling import pooling_weights
@@ -78,30 +78,20 @@ def attention(model: TrainedModel, prompt: Prompt, answer: str) -> Attention:
     # A token's answer is made in the place before it.
     mean = weights[start - 1 : len(ids) - 1 if len(ids) > start else start].mean(0)
     places = _ecg_places(model, prompt, written)
-    spans = [_spans(model, ids[where], len(where)) for where in places]
+    spans = [_spans(model, ids[where]) for where in places]
     return Attention([tokenizer.decode([int(i)]) for i in ids], mean, places, spans, start)
 
 
 def _weights(model: TrainedModel, prompt: Prompt, ids: np.ndarray) -> np.ndarray:
     """(T, T): the mean over layers and heads."""
-    slot = np.full((1, len(ids)), -1, np.int32)
-    positions = prompt.rendered.signal_positions
-    slot[0, positions.reshape(-1)] = np.arange(positions.size)
-    signals = empty_signals(model.assembly.signal.layout, 1, max(1, len(prompt.signals)))
-    counts = np.zeros((1, max(1, len(prompt.signals))), np.float32)
-    for place, signal in enumerate(prompt.signals):
-        put_signal(signals, (0, place), signal)
-        counts[0, place] = 1
-    structure = model.assembly.structure
+    inputs = model.embeddings(replace(model.request(0, prompt, 1), ids=ids))
 
     @jax.jit
-    def run(arrays: Any, tokens: Any, slot: Any, signals: Any, counts: Any) -> jax.Array:
+    def run(arrays: Any, inputs: Any) -> jax.Array:
         with placed(MeshPlacement(model.mesh)):
-            elm: ELM = structure.bind(arrays)
-            x = elm.inputs(tokens, slot, elm.signal_embeddings(signals, counts))
-            return _mean_weights(elm.llm, x)
+            return _mean_weights(model.assembly.structure.bind(arrays).llm, inputs)
 
-    return np.asarray(run(model.arrays, ids[None], slot, signals, counts))[0]
+    return np.asarray(run(model.arrays, inputs[None]))[0]
 
 
 def _mean_weights(llm: Decoder, x: jax.Array) -> jax.Array:
@@ -141,21 +131,28 @@ def _ecg_places(model: TrainedModel, prompt: Prompt, written: Prompt) -> list[li
     return [[int(i) for i in part] for part in np.split(own, breaks)]
 
 
-def _spans(model: TrainedModel, ids: np.ndarray, count: int) -> list[list[Part]]:
+def _spans(model: TrainedModel, ids: np.ndarray) -> list[list[Part]]:
     """The parts of the signal that the tokens of one ECG stand for; a token that has no place stands for all of it."""
-    spec, name = model.assembly.signal, model.config.encoder.name
-    leads, samples = spec.shape
-    whole = [(0, leads, 0, samples)]
+    spec, config = model.assembly.signal, model.config
     if spec.tokens is not None:
         return _symbol_spans(spec, ids)
-    if name is None:  # the connector's patches are the tokens
+    return [span for view in config.slots for span in _view_spans(spec.shape, config, view, model.assembly.encoders)]
+
+
+def _view_spans(
+    shape: tuple[int, int], config: Config, view: str, encoders: Mapping[str, Mapping[str, Any]]
+) -> list[list[Part]]:
+    """Of the tokens of one view."""
+    (leads, samples), encoder = shape, config.encoder_of(view)
+    whole, count = [(0, leads, 0, samples)], config.views[view].tokens or encoder.tokens
+    if encoder.name is None:  # the connector's patches are the tokens
         by_lead, edges = False, range(0, samples + 1, samples // count)
     else:
-        pooled, config = ENCODERS[name].pooled, ENCODERS[name].config(model.assembly.encoder)
+        pooled, fields = ENCODERS[encoder.name].pooled, ENCODERS[encoder.name].config(encoders[view])
         if pooled is None:  # one vector of an image, from a CLS token, a mean or attention over all patches
             return [whole] * count
         by_lead = pooled.by_lead
-        edges = pooled.edges(config, leads * samples if by_lead else samples)
+        edges = pooled.edges(fields, leads * samples if by_lead else samples)
     spans = []
     for inside in pooling_weights(len(edges) - 1, count) > 0:
         positions = np.flatnonzero(inside)

@@ -60,7 +60,7 @@ def _report(
     """What went where, as a JSON object."""
     config = assembly.config
     names = assembly.structure.leaves
-    parts = dict.fromkeys(run.part_of(name) for name in names if name not in entries)
+    parts = dict.fromkeys(leaf.part for name, leaf in names.items() if name not in entries)
     made = {part: _from_elsewhere(part, assembly) for part in parts}
     return {
         "source": str(source.path), "kind": source.kind, "elm": config.elm, "llm": config.llm.name,
@@ -94,8 +94,9 @@ def _from_elsewhere(part: str, assembly: Assembly) -> str:
     config = assembly.config
     if part == "llm" and assembly.llm_folder is not None:
         return f"loaded from {config.llm.name} whenever the run is"
-    if part == "encoder" and config.encoder.checkpoint is not None:
-        return f"loaded from {config.encoder.checkpoint} whenever the run is"
+    encoder = config.encoder_parts.get(part)
+    if encoder is not None and encoder.checkpoint is not None:
+        return f"loaded from {encoder.checkpoint} whenever the run is"
     return f"as drawn from seed {config.seed}, untrained"
 
 

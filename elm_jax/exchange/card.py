@@ -35,17 +35,17 @@ def facts_of(weights: TrainedWeights, rows: int, no_template: str) -> dict[str, 
     """What a program must know to ask the model; `rows` is len(tokenizer), `no_template` why it has no template."""
     config, assembly = weights.config, weights.assembly
     data = config.data
-    encoder = None
-    if config.encoder.name is not None:
-        sizes = {key: value for key, value in assembly.encoder.items() if not isinstance(value, (tuple, set))}
-        encoder = {"name": config.encoder.name, "tokens": config.encoder.tokens, "config": sizes}
+    encoders = {}
+    for view, own in assembly.encoders.items():
+        sizes, encoder = {k: v for k, v in own.items() if not isinstance(v, (tuple, set))}, config.encoder_of(view)
+        encoders[config.part("encoder", view)] = {"name": encoder.name, "tokens": encoder.tokens, "config": sizes}
     return {
         "elm": config.elm,
         "phase": config.phase,
         "step": weights.step,
         "llm": config.llm.name,
         "vocabulary": rows,
-        "encoder": encoder,
+        **(encoders or {"encoder": None}),
         "signal": {
             "token": SIGNAL_TOKEN,
             "token_id": assembly.tokenizer.convert_tokens_to_ids(SIGNAL_TOKEN),

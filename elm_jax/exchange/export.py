@@ -26,7 +26,6 @@ from elm_jax.folders import ECG_BYTE, TOKENIZER, whole_folder, write_json
 from elm_jax.models.encoders import ENCODERS
 from elm_jax.models.lora import is_lora
 from elm_jax.models.names import Rule
-from elm_jax.run import folder as run
 from elm_jax.run.weights import TrainedWeights, merged
 from elm_jax.weights.load import open_checkpoint
 from elm_jax.weights.peft import WEIGHTS, save_adapter, spec_of
@@ -199,7 +198,7 @@ class _Export:
             written["llm.lora"] = Safetensors(folder / ADAPTER / WEIGHTS)
         tensors = {}
         for ours in self.reference.rules:
-            names, part = self.reference.names(ours), run.part_of(ours)
+            names, part = self.reference.names(ours), self.weights.leaves[ours].part
             rule = self.rules.get(ours)
             own = [_in_adapter(name) for name in names] if rule is None else rule.names(len(names))
             tensors |= {name: written[part][theirs] for name, theirs in zip(names, own, strict=True)}

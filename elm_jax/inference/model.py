@@ -47,7 +47,7 @@ def _load(folder: Path, assembly: Assembly, mesh: jax.sharding.Mesh, which: str)
     saved = checkpoints.meta(step)["frozen"]
     checkpoints.close()
     frozen = inherited | make_arrays(assembly, shardings, known={*restored, *inherited})
-    run.check_frozen(str(folder), saved, frozen, set(saved))
+    run.check_frozen(str(folder), saved, structure, frozen, set(saved))
     compute = jnp.dtype(assembly.config.llm.compute_dtype)
     # What is multiplied in the compute dtype is kept in it; norms and statistics stay as they are.
     cast = {n: x.astype(compute) if n.endswith((".kernel", ".table")) else x for n, x in restored.items()}

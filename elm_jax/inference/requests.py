@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from elm_jax.data.batch import Signal
+from elm_jax.data.batch import Shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Request:
 
     number: int
     ids: np.ndarray
-    signals: Sequence[Signal]
+    signals: Sequence[Shown]
     places: np.ndarray
     edges: tuple[int, ...]
     new: int

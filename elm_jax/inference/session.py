@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from elm_jax.data.batch import Signal
+from elm_jax.data.batch import Shown
 from elm_jax.data.ecg_tokens import reserved
 from elm_jax.data.represent import DEMO, FLATLINE, NOISE, SignalSpec
 from elm_jax.ecg.recording import LEADS, Recording, read_ecg, say_again
@@ -35,7 +35,7 @@ class Ecg:
     """An ECG as the model sees it, the leads as they were recorded (12, L) in mV, and in words what was read."""
 
     path: str
-    signal: Signal
+    signal: Shown
     recorded: np.ndarray
     summary: str
 
@@ -214,9 +214,10 @@ class Session:
 
     def _room_beside(self, whole: bool) -> int:
         """The tokens that text and placeholders may have beside the ECGs' symbols, which are whole or cut short."""
-        tokens, ecgs = self.spec.tokens, [ecg.signal for ecg in self.ecgs]
+        tokens = self.spec.tokens
         if tokens is None:
             return self.room
+        ecgs = [ecg.signal[self.spec.view] for ecg in self.ecgs]
         return self.room - reserved(ecgs, max(map(len, ecgs), default=0) if whole else tokens.least)
 
     def _too_long(self, needed: str) -> UserError:
@@ -257,7 +258,7 @@ def read_input(path: str, spec: SignalSpec, number: int = 0) -> Ecg:
         facts.append(f"only {', '.join(LEADS[i] for i in spec.leads)} used")
     if spec.perturb is not None:
         facts.append(f"replaced by {spec.perturb} (data.perturb)")
-    return Ecg(file, spec.load(file, key), spec.load_raw(file, key), f"{path}: {'; '.join(facts)}")
+    return Ecg(file, spec.show(file, key), spec.load_raw(file, key), f"{path}: {'; '.join(facts)}")
 
 
 def _read(path: str, spec: SignalSpec) -> tuple[str, Recording, list[str]]:

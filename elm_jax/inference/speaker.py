@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from elm_jax.assemble import Assembly
 from elm_jax.config import EvalConfig
-from elm_jax.data.batch import Signal, empty_signals, put_signal
+from elm_jax.data.batch import Shown, empty_signals, place_ecgs
 from elm_jax.data.ecg_tokens import write_prompt
 from elm_jax.errors import UserError
 from elm_jax.inference.engine import CHUNK, Engine
@@ -35,7 +35,7 @@ class Prompt:
     """
 
     rendered: Rendered
-    signals: Sequence[Signal]
+    signals: Sequence[Shown]
     new: int | None = None
     draw: int | None = None
     cut: int = 0
@@ -148,10 +148,10 @@ class Speaker:
         Raises:
             UserError: it does not fit the context beside `new` tokens, however its ECGs are cut.
         """
-        tokens, room = self.assembly.signal.tokens, self.assembly.llm.max_len - new
+        spec, tokens, room = self.assembly.signal, self.assembly.signal.tokens, self.assembly.llm.max_len - new
         if tokens is None or not prompt.signals:
             return prompt
-        ecgs = cast(Sequence[np.ndarray], prompt.signals)
+        ecgs = [ecg[spec.view] for ecg in prompt.signals]
         rendered = write_prompt(prompt.rendered, ecgs, tokens.least, room)
         if len(rendered.ids) > room:
             raise UserError(
@@ -190,7 +190,10 @@ class Speaker:
         return self._splice(self.arrays, tokens, slot, self._encode(self.arrays, signals, weights) if slots else None)
 
     def _arrays(self, pieces: Sequence[Piece], rows: int, width: int) -> tuple[Any, ...]:
-        """Tokens and slots (B, P), signals (leaves (B, S, ...)) and their weights (B, S); S is a power of two, or 0."""
+        """Tokens and slots (B, P), signals (by view, leaves (B, S, ...)) and their weights (B, S).
+
+        S is a power of two, or 0.
+        """
         most = max(len(piece.request.ecgs(piece.begin, piece.end)) for piece in pieces)
         slots = 1 << (most - 1).bit_length() if most else 0
         tokens, signal_slot = np.zeros((rows, width), np.int32), np.full((rows, width), -1, np.int32)
@@ -200,10 +203,8 @@ class Speaker:
             tokens[row, : len(piece.ids)] = piece.ids
             ecgs = piece.request.ecgs(piece.begin, piece.end)
             positions = piece.request.places[ecgs.start : ecgs.stop] - piece.begin
-            signal_slot[row, positions.reshape(-1)] = np.arange(positions.size)
-            for slot, ecg in enumerate(ecgs):
-                put_signal(signals, (row, slot), piece.request.signals[ecg])
-                weights[row, slot] = 1
+            shown = piece.request.signals[ecgs.start : ecgs.stop]
+            place_ecgs(signals, weights, (row,), 0, shown, positions, signal_slot[row])
         return tokens, signal_slot, signals, weights
 
     def _signal_embeddings(self, arrays: Any, signals: Any, weights: Any) -> Any:

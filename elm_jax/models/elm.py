@@ -5,6 +5,7 @@ Dimension letters: B rows, T tokens, S signal slots, N signal tokens per ECG, E 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -20,11 +21,14 @@ from elm_jax.models.hints import hint
 
 
 class ELM(nnx.Module):
-    """An encoder of signals -> (B, N, E), a connector E -> D and a decoder.
+    """Of each view an encoder of signals -> (B, N, E) and a connector E -> D; and a decoder.
+
+    With one view their arrays are `encoder.*` and `connector.*`, with several `encoder.<view>.*`, `connector.<view>.*`.
 
     Args:
-        encoder: None where the connector reads the signals itself.
-        connector: None where ECGs are symbols in the text.
+        encoder: of one view, or by view where there are several; None, or left out, where the connector reads the
+            signals itself.
+        connector: of one view, or by view in their order; None where ECGs are symbols in the text.
         llm: the decoder.
         dtype: dtype of the decoder's activations.
         compat: names of reference behaviours (`elm_jax.compat`).
@@ -32,20 +36,24 @@ class ELM(nnx.Module):
 
     def __init__(
         self,
-        encoder: nnx.Module | None,
-        connector: nnx.Module | None,
+        encoder: nnx.Module | Mapping[str, nnx.Module] | None,
+        connector: nnx.Module | Mapping[str, nnx.Module] | None,
         llm: Decoder,
         dtype: jnp.dtype,
         compat: tuple[str, ...] = (),
     ) -> None:
-        self.encoder, self.connector, self.llm = encoder, connector, llm
-        self.dtype, self.compat = dtype, compat
+        several = isinstance(connector, Mapping)
+        self.views = tuple(connector) if several else ()
+        self.encoder: Any = nnx.Dict(dict(encoder or {})) if several else encoder  # type: ignore[arg-type]
+        self.connector: Any = nnx.Dict(dict(connector)) if several else connector
+        self.llm, self.dtype, self.compat = llm, dtype, compat
 
-    def signal_embeddings(self, signals: Any, weights: jax.Array, train_encoder: bool = False) -> jax.Array:
-        """ECGs (leaves (B, S, ...)) as LLM inputs (B, S·N, D); (B, 0, D) where ECGs are symbols.
+    def signal_embeddings(self, signals: Any, weights: jax.Array, trained: Collection[str] = ()) -> jax.Array:
+        """ECGs (by view, leaves (B, S, ...)) as LLM inputs (B, S·N, D); (B, 0, D) where ECGs are symbols.
 
-        `weights` (B, S) counts the conversations that read each signal; with `train_encoder` the encoder's
-        batch statistics are taken with these weights and its running statistics move.
+        The N embeddings of an ECG are those of its views, one after the other. `weights` (B, S) counts the
+        conversations that read each ECG; where `trained` has the part of an encoder, its batch statistics are taken
+        with these weights and its running statistics move.
         """
         rows, slots = weights.shape
         if self.connector is None:
@@ -54,21 +62,31 @@ class ELM(nnx.Module):
         def flattened(x: jax.Array) -> jax.Array:
             return hint(x.reshape(rows * slots, *x.shape[2:]), "batch", *(None,) * (x.ndim - 2))
 
-        features = jax.tree.map(flattened, signals)
-        if self.encoder is not None:
-            features = self.encoder(features, weights.reshape(-1), train=train_encoder)
-        embeddings = self.connector(features.astype(self.dtype))
+        parts = []
+        for part, view, encoder, connector in self._paths(signals):
+            features = jax.tree.map(flattened, view)
+            if encoder is not None:
+                features = encoder(features, weights.reshape(-1), train=part in trained)
+            parts.append(connector(features.astype(self.dtype)))
+        embeddings = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
         if behaviours.enabled("scale_signal_embeddings", self.compat):
             embeddings = embeddings * jnp.asarray(self.llm.embedding_scale, embeddings.dtype)
         return hint(embeddings.reshape(rows, -1, embeddings.shape[-1]), "batch", None, None)
+
+    def _paths(self, signals: Any) -> list[tuple[str, Any, Any, Any]]:
+        """Of each view the name of its encoder's part, its signals, its encoder and its connector."""
+        if not self.views:
+            (signal,) = signals.values()
+            return [("encoder", signal, self.encoder, self.connector)]
+        return [(f"encoder.{v}", signals[v], self.encoder.get(v), self.connector[v]) for v in self.views]
 
     def inputs(self, tokens: jax.Array, signal_slot: jax.Array, embeddings: jax.Array) -> jax.Array:
         """Token embeddings (B, T, D) with the signals' in their slots."""
         return splice(self.llm.embed(tokens, self.dtype), embeddings, signal_slot, self.compat)
 
-    def hidden(self, batch: Batch, train_encoder: bool = False, key: jax.Array | None = None) -> jax.Array:
+    def hidden(self, batch: Batch, trained: Collection[str] = (), key: jax.Array | None = None) -> jax.Array:
         """Final hidden states (B, T, D) of a batch without micro-batch axis; dropout draws from `key`, if given."""
-        embeddings = self.signal_embeddings(batch.signals, batch.signal_weights, train_encoder)
+        embeddings = self.signal_embeddings(batch.signals, batch.signal_weights, trained)
         x = self.inputs(batch.tokens, batch.signal_slot, embeddings)
         blocks = Blocks(batch.key_blocks) if batch.key_blocks.shape[-1] else None
         return self.llm.hidden(

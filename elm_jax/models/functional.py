@@ -7,12 +7,14 @@ is sharded, differentiated, saved and compared. Names are state paths joined by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from flax import nnx
+
+from elm_jax.models.lora import is_lora
 
 Arrays = dict[str, jax.Array]
 
@@ -25,6 +27,11 @@ class Leaf:
     dtype: Any
     axes: tuple[str | None, ...]  # logical names of the trailing dimensions
     statistic: bool  # no parameter: no gradient moves it (running statistics, and what is `layers.Held`)
+    part: str = ""  # of the model: "encoder", of several views "encoder.<view>"; "llm", its adapter "llm.lora"
+
+    def is_of(self, parts: Collection[str]) -> bool:
+        """Whether it belongs to one of `parts`, of which "encoder" means that of every view."""
+        return self.part in parts or self.part.partition(".")[0] in parts
 
 
 @dataclass(frozen=True)
@@ -51,18 +58,22 @@ class Structure:
 
 def structure_of(build: Callable[[], Any]) -> Structure:
     """The structure of the module that `build` makes, without making its arrays."""
-    graphdef, state = nnx.split(nnx.eval_shape(build))
+    module = nnx.eval_shape(build)
+    several = {name for name, value in vars(module).items() if isinstance(value, nnx.Dict)}
+    graphdef, state = nnx.split(module)
     paths, treedef = jax.tree_util.tree_flatten_with_path(state)
     variables = {_name(path): v for path, v in nnx.to_flat_state(state)}
     leaves = {}
     for path, leaf in paths:
         name = _name(key.key for key in path[:-1])  # the last step leads from the variable to its array
-        variable = variables[name]
+        variable, (first, second, *_) = variables[name], (*path, "")
+        part = f"{first.key}.{second.key}" if first.key in several else str(first.key)
         leaves[name] = Leaf(
             tuple(leaf.shape),
             leaf.dtype,
             tuple(variable.get_metadata().get("axes", ())),
             not isinstance(variable, nnx.Param),
+            f"{part}.lora" if is_lora(name) else part,
         )
     return Structure(graphdef, treedef, leaves)
 

@@ -11,16 +11,28 @@ from elm_jax.models.encoders import ENCODERS, kind_of
 def check_views(config: Config) -> None:
     """Raise UserError, naming the key, for what the views of `config.elm` do not have, and for what they lack."""
     elm, view, encoder, data = config.elm, config.view, config.encoder, config.data
-    if view.encoder and encoder.name is None:
-        known = ", ".join(ENCODERS)
-        raise UserError("encoder.name", "None", f"an ECG encoder for elm={elm}: {known}", "set --config.encoder.name")
-    if not view.encoder and encoder.name is not None:
-        raise UserError("encoder.name", encoder.name, f"no encoder with elm={elm}", "leave it out, or choose a LLaVA")
-    for part, exists in (("encoder", view.encoder), ("connector", view.connector is not None)):
-        if part in config.update and not exists:
+    first, *further = config.views
+    for name in config.encoders:
+        if name not in further:
+            expected = f"one of {', '.join(further)}" if further else f"nothing for elm={elm}"
+            raise UserError("encoders", name, expected, f"leave --config.encoders.{name} out")
+    for name, each in config.views.items():
+        key = "encoder" if name == first else f"encoders.{name}"
+        own = config.encoder_of(name).name
+        if each.encoder and own is None:
+            known = ", ".join(ENCODERS)
+            raise UserError(f"{key}.name", "None", f"an ECG encoder for elm={elm}: {known}", f"set --config.{key}.name")
+        if not each.encoder and own is not None:
+            raise UserError(f"{key}.name", own, f"no encoder with elm={elm}", "leave it out, or choose a LLaVA")
+    parts = {"encoder": any(each.encoder for each in config.views.values()), "connector": bool(config.slots)}
+    parts |= {config.part("encoder", name): True for name, each in config.slots.items() if each.encoder}
+    parts |= {config.part("connector", name): True for name in config.slots}
+    for part in config.update:
+        if part != "llm" and not parts.get(part):
             raise UserError("update", part, f"no {part} with elm={elm}", "leave it out, or choose another elm")
-    of_images = encoder.name is not None and kind_of(encoder.name).processing is not None
-    fitting = (view.shows,) if view.shows else ("rgb", "stacked_signal") if of_images else ("signal",)
+    mlp = any(each.connector == "mlp" for each in config.views.values())
+    of_images = any(_reads_images(config, name) for name in config.views)
+    fitting = _fitting(config, first)
     if data.representation not in fitting:
         what = f"encoder.name={encoder.name}" if view.encoder else f"elm={elm}"
         raise UserError(
@@ -41,18 +53,35 @@ def check_views(config: Config) -> None:
         (view.encoder or not encoder.cache, "encoder.cache", True, f"false for elm={elm}"),
         ("encoder" not in config.update or not encoder.cache, "encoder.cache", True,
          "false where update has the encoder: outputs of one that learns change"),
+        (len(config.views) == 1 or not encoder.cache, "encoder.cache", True, f"false for elm={elm}"),
         (not (data.augment_ecg or data.augment_rgb) or not encoder.cache, "encoder.cache", True,
          "false with data.augment_ecg or data.augment_rgb: recordings change"),
         (view.tokens in (None, encoder.tokens), "encoder.tokens", encoder.tokens, f"{view.tokens} for elm={elm}"),
         (symbols or data.ecg_tokenizer is None, "data.ecg_tokenizer", data.ecg_tokenizer,
          f"None but for {_elms_with('writes', 'tokens')}"),
         (of_images or not data.augment_rgb, "data.augment_rgb", True, "false without an encoder of images"),
-        (view.connector == "mlp" or config.connector.hidden is None, "connector.hidden", config.connector.hidden,
+        (mlp or config.connector.hidden is None, "connector.hidden", config.connector.hidden,
          f"None but for {_elms_with('connector', 'mlp')}"),
     ]  # fmt: skip
     for holds, key, found, expected in used:
         if not holds:
             raise UserError(key, str(found), expected, f"leave --config.{key} out")
+
+
+def representation_of(config: Config, view: str) -> str:
+    """What a view shows of an ECG: the first one what `data.representation` says."""
+    return config.data.representation if view == next(iter(config.views)) else _fitting(config, view)[0]
+
+
+def _fitting(config: Config, view: str) -> tuple[str, ...]:
+    """The representations that a view can have."""
+    shows = config.views[view].shows
+    return (shows,) if shows else ("rgb", "stacked_signal") if _reads_images(config, view) else ("signal",)
+
+
+def _reads_images(config: Config, view: str) -> bool:
+    encoder = config.encoder_of(view).name
+    return encoder is not None and kind_of(encoder).processing is not None
 
 
 def _elms_with(fact: str, value: str) -> str:

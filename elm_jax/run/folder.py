@@ -122,21 +122,17 @@ def write_done(folder: Path, steps: int, total_steps: int) -> None:
     write_json(folder / "DONE", done)
 
 
-def part_of(name: str) -> str:
-    """The part of the model that an array belongs to: its component, or the adapter of one ("llm.lora")."""
-    component = name.split(".")[0]
-    return f"{component}.lora" if is_lora(name) else component
-
-
-def frozen_fingerprints(frozen: Arrays) -> dict[str, str]:
+def frozen_fingerprints(structure: Structure, frozen: Arrays) -> dict[str, str]:
     """Part -> fingerprint of what is frozen of it."""
-    parts = sorted({part_of(name) for name in frozen})
-    return {part: fingerprint({n: x for n, x in frozen.items() if part_of(n) == part}) for part in parts}
+    parts: dict[str, Arrays] = {}
+    for name, array in frozen.items():
+        parts.setdefault(structure.leaves[name].part, {})[name] = array
+    return {part: fingerprint(parts[part]) for part in sorted(parts)}
 
 
-def check_frozen(where: str, saved: dict[str, str], frozen: Arrays, parts: set[str]) -> None:
+def check_frozen(where: str, saved: dict[str, str], structure: Structure, frozen: Arrays, parts: set[str]) -> None:
     """Raise UserError where a frozen part is not the one that the checkpoint was trained with."""
-    now = frozen_fingerprints({n: x for n, x in frozen.items() if part_of(n) in parts})
+    now = frozen_fingerprints(structure, {n: x for n, x in frozen.items() if structure.leaves[n].part in parts})
     check_fingerprints(where, {part: saved[part] for part in parts & set(saved)}, now)
 
 
@@ -226,10 +222,10 @@ def check_start(
     checkpoints = Checkpoints(folder, read_only=True)
     saved = checkpoints.meta(checkpoints.find("best") or 0).get("frozen", {})
     checkpoints.close()
-    missing = {part_of(name) for name in structure.leaves if name not in known}
+    missing = {leaf.part for name, leaf in structure.leaves.items() if name not in known}
     if "llm.lora" not in saved:  # a new adapter changes nothing until it is trained: no run need have it
         missing.discard("llm.lora")
-    lacking = {part for part in missing if part.split(".")[0] not in missing_ok}
+    lacking = missing - {leaf.part for leaf in structure.leaves.values() if leaf.is_of(missing_ok)}
     without = sorted(lacking - set(saved))
     if without:
         raise UserError(
@@ -239,7 +235,7 @@ def check_start(
     # There it was frozen, in the dtype that run computes in; here it may be trained, in another.
     frozen_in = jnp.dtype(read_json(folder / "config.json")["llm"]["compute_dtype"])
     there = {n: x if structure.leaves[n].statistic else x.astype(frozen_in) for n, x in made.items()}
-    check_frozen(source, saved, there, lacking)
+    check_frozen(source, saved, structure, there, lacking)
 
 
 def keep_inherited(folder: Path, frozen: Arrays) -> None:

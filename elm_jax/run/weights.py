@@ -67,8 +67,8 @@ class TrainedWeights:
         self.leaves = self.assembly.structure.leaves
         self.frozen = [name for name in self.leaves if name not in saved]
         self._sources = {name: source for name, source in own.items() if name in self.leaves}
-        for part in dict.fromkeys(run.part_of(name) for name in self.leaves):
-            names = [name for name in self.leaves if run.part_of(name) == part and name not in self._sources]
+        for part in dict.fromkeys(self.leaves[name].part for name in self.leaves):
+            names = [name for name in self.leaves if self.leaves[name].part == part and name not in self._sources]
             self._sources |= self._published(part, names) if names else {}
         drawn = [name for name in self.leaves if name not in self._sources]
         self._sources |= dict.fromkeys(drawn, _Drawn(self.assembly))
@@ -95,14 +95,14 @@ class TrainedWeights:
                 for name in group:
                     if name in self.frozen:
                         summary = summary_of(read[name], self.leaves[name].dtype)
-                        summaries.setdefault(run.part_of(name), {})[name] = summary
+                        summaries.setdefault(self.leaves[name].part, {})[name] = summary
                     yield name, read.pop(name)
         self._check(summaries)
 
     def _check(self, summaries: Mapping[str, Mapping[str, str]]) -> None:
         whole = {
             part: joined(found) for part, found in summaries.items()
-            if set(found) == {name for name in self.frozen if run.part_of(name) == part}
+            if set(found) == {name for name in self.frozen if self.leaves[name].part == part}
         }  # fmt: skip
         saved = {part: value for part, value in self.meta["frozen"].items() if part in whole}
         run.check_fingerprints(str(self.folder), saved, whole)
@@ -139,10 +139,11 @@ class TrainedWeights:
         if part == "llm.lora" and config.llm.lora.adapter is not None:
             adapter = load_adapter(config.llm.lora.adapter, assembly.llm)[1]
             return dict.fromkeys(names, _Held({f"llm.{name}": array for name, array in adapter.items()}))
-        if part == "encoder" and config.encoder.checkpoint is not None:
-            mine = {n.removeprefix("encoder."): x for n, x in self.leaves.items() if n.startswith("encoder.")}
-            arrays = _encoder(str(config.encoder.name), mine, config.encoder.checkpoint)
-            held = _Held({f"encoder.{name}": array for name, array in arrays.items()})
+        encoder = config.encoder_parts.get(part)
+        if encoder is not None and encoder.checkpoint is not None:
+            mine = {n.removeprefix(f"{part}."): x for n, x in self.leaves.items() if x.part == part}
+            arrays = _encoder(str(encoder.name), mine, encoder.checkpoint)
+            held = _Held({f"{part}.{name}": array for name, array in arrays.items()})
             return {name: held for name in names if name in held.arrays}
         return {}
 

@@ -56,7 +56,7 @@ def keep_features(
     spec = replace(assembly.signal, root=str(Path(assembly.signal.root).absolute()))
     if spec.perturb != "noise":
         spec = replace(spec, seed=0)  # nothing of a recording is drawn from it
-    facts = (SIGNALS, spec, config.encoder.name, config.encoder.tokens, assembly.encoder, config.compat)
+    facts = (SIGNALS, spec, config.encoder.name, config.encoder.tokens, *assembly.encoders.values(), config.compat)
     weights = sorted(summaries(own).items())
     key = hashlib.sha256(repr((*facts, config.llm.compute_dtype, weights)).encode()).hexdigest()[:32]
 
@@ -70,7 +70,7 @@ def keep_features(
         return outputs.astype(config.llm.compute_dtype)
 
     run = jax.jit(encode, out_shardings=replicated(mesh))
-    signals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty_signals(spec.layout, rows))
+    signals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty_signals(spec.own_layout, rows))
     shape = jax.eval_shape(encode, own, signals).shape[1:]
     features = Features(str(cache / "encoder" / key), shape, config.llm.compute_dtype)
 
@@ -99,7 +99,7 @@ def keep_features(
                     unread: list[int] = []
                     for at in range(0, len(part_of_them), rows):
                         places = part_of_them[at : at + rows]
-                        local = empty_signals(spec.layout, len(mine))
+                        local = empty_signals(spec.own_layout, len(mine))
                         own_places = [places[row] for row in mine if row < len(places)]  # `mine` rises: the first slots
                         read = pool.map(lambda place: _read(spec, wanted[place]), own_places)
                         for slot, (place, signal) in enumerate(zip(own_places, read, strict=True)):

@@ -116,10 +116,14 @@ class Trainer:
 
     def _warn_of_random_parts(self) -> None:
         """A part that is neither trained nor loaded is noise: rarely what was meant."""
-        config, loaded = self.config, {"llm": self.assembly.llm_folder, "encoder": self.config.encoder.checkpoint}
-        for part in dict.fromkeys(name.split(".")[0] for name in self.assembly.structure.leaves):
-            if part not in config.update and not config.init_from and loaded.get(part) is None:
-                where = {"encoder": "encoder.checkpoint", "llm": "llm.name without llm.scratch"}.get(part, "init_from")
+        config = self.config
+        loaded = {part: encoder.checkpoint for part, encoder in config.encoder_parts.items()}
+        loaded |= {"llm": self.assembly.llm_folder}
+        leaves = {leaf.part.removesuffix(".lora"): leaf for leaf in self.assembly.structure.leaves.values()}
+        for part, leaf in leaves.items():
+            if not leaf.is_of(config.update) and not config.init_from and loaded.get(part) is None:
+                where = "encoder.checkpoint" if part in config.encoder_parts else "init_from"
+                where = "llm.name without llm.scratch" if part == "llm" else where
                 print(f"warning: the {part} stays as it is drawn: not in update, and no {where}", file=sys.stderr)
 
     def _plan(self, dataset: Dataset, rows: int | None = None) -> Plan:
@@ -177,11 +181,11 @@ class Trainer:
             arrays = self._first_arrays(moved)
             self.state = new_state(arrays, like, self.program.optimizer)
             self.frozen: Arrays = {n: x for n, x in arrays.items() if n not in moved}
-            self.fingerprints = run.frozen_fingerprints(self.frozen)
+            self.fingerprints = run.frozen_fingerprints(self.assembly.structure, self.frozen)
         else:
             known = run.inherited(self.folder, self.assembly.structure.abstract(shardings))
             self.frozen = {**known, **make_arrays(self.assembly, shardings, known={*moved, *known})}
-            self.fingerprints = run.frozen_fingerprints(self.frozen)
+            self.fingerprints = run.frozen_fingerprints(self.assembly.structure, self.frozen)
             self._restore(latest, like)
         if config.encoder.cache:
             self._keep_features()
@@ -211,7 +215,7 @@ class Trainer:
 
     def _restore(self, step: int, like: TrainState) -> None:
         meta = self.checkpoints.meta(step)
-        run.check_frozen(str(self.folder), meta["frozen"], self.frozen, set(self.fingerprints))
+        run.check_frozen(str(self.folder), meta["frozen"], self.assembly.structure, self.frozen, set(self.fingerprints))
         run.check_data(str(self.folder), meta, self.dataset.fingerprint, self.config.data)
         self.history = meta["history"]
         items = {"trained": like.trained, "statistics": like.statistics, "optimizer": like.optimizer}
@@ -343,7 +347,8 @@ class Trainer:
         self._report_bad()
         state = self.state
         items = {"trained": state.trained, "statistics": state.statistics, "optimizer": state.optimizer}
-        ids = {"llm": self.config.llm.name, "encoder": self.config.encoder.checkpoint}
+        ids = {part: encoder.checkpoint for part, encoder in self.config.encoder_parts.items()}
+        ids |= {"llm": self.config.llm.name}
         frozen = {"frozen": self.fingerprints, "frozen_ids": {c: ids.get(c) for c in self.fingerprints}}
         meta = {**frozen, **run.data_facts(self.dataset.fingerprint), "history": self.history}
         self.checkpoints.save(done, items, meta, self.history["best_step"])

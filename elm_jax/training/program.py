@@ -55,7 +55,7 @@ def train_program(assembly: Assembly, mesh: Mesh, total_steps: int) -> TrainProg
     shardings = array_shardings(structure, mesh)
     if config.encoder.cache:
         with placed(MeshPlacement(mesh)):  # whose platform decides the attention
-            structure, layout = structure_behind_encoder(assembly), _encoded(assembly)
+            structure, layout = structure_behind_encoder(assembly), {assembly.signal.view: _encoded(assembly)}
     trained, moving, frozen = split_names(structure, config.update)
     tx = optimizer_of(assembly, total_steps)
     state = abstract_state(structure, trained, moving, tx, mesh, shardings)
@@ -109,7 +109,7 @@ def _abstract_batch(shape: BatchShape, config: Config, layout: Layout, mesh: Mes
 def _encoded(assembly: Assembly) -> ArraySpec:
     """The layout of what a frozen encoder makes of one ECG."""
     structure: Structure = encoder_structure(assembly)
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty_signals(assembly.signal.layout, 1))
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty_signals(assembly.signal.own_layout, 1))
     arrays = {n: jax.ShapeDtypeStruct(v.shape, v.dtype) for n, v in structure.leaves.items()}
     out = jax.eval_shape(lambda a, x: structure.bind(a)(x, jnp.ones(1, jnp.float32), train=False), arrays, one)
     return ArraySpec(out.shape[1:], jnp.dtype(assembly.config.llm.compute_dtype))

@@ -29,19 +29,12 @@ def split_names(structure: Structure, update: tuple[str, ...]) -> tuple[list[str
 
     A component that has LoRA is trained in nothing else.
     """
-    adapted = {_component(name) for name in structure.leaves if is_lora(name)}
-    mine = [
-        name
-        for name in structure.leaves
-        if _component(name) in update and (is_lora(name) or _component(name) not in adapted)
-    ]
-    trained = [name for name in mine if not structure.leaves[name].statistic]
-    moving = [name for name in mine if structure.leaves[name].statistic]
-    return trained, moving, [name for name in structure.leaves if name not in set(mine)]
-
-
-def _component(name: str) -> str:
-    return name.split(".")[0]
+    leaves = structure.leaves
+    adapted = {leaf.part.removesuffix(".lora") for name, leaf in leaves.items() if is_lora(name)}
+    mine = [n for n, leaf in leaves.items() if leaf.is_of(update) and leaf.part not in adapted]
+    trained = [name for name in mine if not leaves[name].statistic]
+    moving = [name for name in mine if leaves[name].statistic]
+    return trained, moving, [name for name in leaves if name not in set(mine)]
 
 
 def state_shardings(state: TrainState, arrays: Mapping[str, NamedSharding], mesh: Mesh) -> TrainState:

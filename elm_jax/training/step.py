@@ -50,7 +50,7 @@ def loss_and_gradients(
     ) -> tuple[jax.Array, Arrays]:
         elm = structure.bind({**frozen, **statistics, **trained})
         own_key = None if key is None else jax.random.fold_in(key, number)
-        hidden = elm.hidden(micro, train_encoder=_trains_encoder(trained), key=own_key)
+        hidden = elm.hidden(micro, trained={structure.leaves[name].part for name in trained}, key=own_key)
         after = structure.arrays(elm)
         own_total = jnp.maximum(micro.target_weights.sum(), 1.0) * batch.tokens.shape[0]
         divisor = own_total if mean_of_means else total
@@ -167,7 +167,3 @@ def _drops(config: Config) -> bool:
     """Whether anything is dropped: only in an LLM that is trained."""
     llm = config.llm
     return "llm" in config.update and (llm.dropout > 0 or llm.lora.dropout > 0)
-
-
-def _trains_encoder(trained: Arrays) -> bool:
-    return any(name.startswith("encoder.") for name in trained)

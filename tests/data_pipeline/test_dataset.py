@@ -253,7 +253,8 @@ def test_noise_is_a_records_own_and_depends_on_the_seed(tmp_path: Path) -> None:
     write_records(tmp_path, [ANSWERED, ANSWERED], ["noise", "noise"])
     made = dataset(tmp_path)
     other = Dataset(made.records, made.tokenizer, made.text, dataclasses.replace(made.signal, seed=1))
-    first, again, second, reseeded = made.signals(0)[0], made.signals(0)[0], made.signals(1)[0], other.signals(0)[0]
+    shown = (made.signals(0), made.signals(0), made.signals(1), other.signals(0))
+    first, again, second, reseeded = (ecgs[0]["ecg"] for ecgs in shown)
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, second) and not np.array_equal(first, reseeded)
     assert first.shape == made.signal.shape == (12, 2500) and first.dtype == np.float32

@@ -109,7 +109,7 @@ def test_worker_processes_make_the_same_images_from_any_step(folder: Path, repre
     made = source(dataset(folder, representation, encoder), 4)
     expected = list(steps_from(made, 1))
     assert [bad.id for loaded in expected for bad in loaded.bad].count("records.jsonl:6") >= 1
-    assert isinstance(expected[0].batch.signals, dict) == (encoder == "siglip2")
+    assert isinstance(expected[0].batch.signals["ecg"], dict) == (encoder == "siglip2")
     assert_equal(steps_from(made, 1, workers=2), expected)
 
 

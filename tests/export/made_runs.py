@@ -107,7 +107,7 @@ def make_run(folder: Path, tree: Mapping[str, Any], arrays: Mapping[str, np.ndar
     checkpoints = Checkpoints(folder)
     items = {"trained": {n: made[n] for n in trained}, "statistics": {n: made[n] for n in moving}}
     history = {"best_step": None, "best_val_loss": None, "val_losses": [], "bad": []}
-    prints = run.frozen_fingerprints({name: made[name] for name in frozen})
+    prints = run.frozen_fingerprints(assembly.structure, {name: made[name] for name in frozen})
     checkpoints.save(3, items, {"frozen": prints, "frozen_ids": {}, "data": "", "history": history})
     checkpoints.wait()
     checkpoints.close()

@@ -96,7 +96,7 @@ def _our_answer(case: e2e.Case, first: int, last: int, new: int) -> list[int]:
     """Our `new` greedy tokens after columns `first` to `last` of row 1 of the golden's first batch."""
     batch = case.batch(0)
     elm = case.structure.bind({name: jnp.asarray(x) for name, x in case.arrays.items()})
-    signals = elm.signal_embeddings(jnp.asarray(batch.signals), jnp.asarray(batch.signal_weights))
+    signals = elm.signal_embeddings(*jax.tree.map(jnp.asarray, (batch.signals, batch.signal_weights)))
     inputs = elm.inputs(jnp.asarray(batch.tokens), jnp.asarray(batch.signal_slot), signals)
     prompt = inputs[1:2, : last - first]  # ours has no padding on the left
     return np.asarray(generate(elm.llm, inputs_embeds=prompt, max_new_tokens=new))[0].tolist()
@@ -134,7 +134,7 @@ def test_every_family_computes_the_same_beside_an_ecg(golden: Golden, tmp_path: 
     elm = assembly.structure.bind({n: jnp.asarray(x) for n, x in made_runs.arrays_of(config).items()})
     slot = np.full(ids.shape, -1, np.int32)
     np.put_along_axis(slot, places, np.arange(tokens)[None], 1)
-    embeddings = elm.signal_embeddings(jnp.asarray(signals)[:, None], jnp.ones((2, 1)))
+    embeddings = elm.signal_embeddings({"ecg": jnp.asarray(signals)[:, None]}, jnp.ones((2, 1)))
     ours = np.asarray(elm.llm(inputs_embeds=elm.inputs(jnp.asarray(ids), jnp.asarray(slot), embeddings)))
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 

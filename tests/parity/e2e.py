@@ -78,10 +78,10 @@ class Case:
             at = np.zeros((0, 1), np.int32) if places is None else places[row : row + 1] - first
             supervised = labels[row, first:] >= 0
             assert not supervised[0] and (labels[row, first:] == ids[row, first:])[supervised].all()
-            own = [] if signals is None else [signals[row].reshape(self.signal_shape)]
+            own = [] if signals is None else [{"ecg": signals[row].reshape(self.signal_shape)}]
             rows.append([Group(0, [Conversation(row, ids[row, first:].astype(np.int32), supervised, at, own)])])
         shape = BatchShape(ids.shape[1], 0 if signals is None else 1, int((labels >= 0).sum(1).max()))
-        batch = collate(rows, shape, ArraySpec(self.signal_shape))
+        batch = collate(rows, shape, {"ecg": ArraySpec(self.signal_shape)})
         return batch._replace(target_weights=0 * batch.target_weights) if empty else batch
 
     def published(self, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:

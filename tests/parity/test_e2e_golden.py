@@ -37,7 +37,7 @@ def test_loss_logits_and_gradients_match(case: e2e.Case) -> None:
     valid = logits[np.asarray(batch.group_ids) > 0][::3]
     compare(case.name, "logits", valid, expected["logits_valid_rows"], FORWARD)
     if "projections" in expected:
-        signals, weights = jnp.asarray(batch.signals), jnp.asarray(batch.signal_weights)
+        signals, weights = jax.tree.map(jnp.asarray, (batch.signals, batch.signal_weights))
         found = jax.jit(lambda: elm.signal_embeddings(signals, weights))()
         projections = expected["projections"]
         compare(case.name, "signal embeddings", found.reshape(projections.shape), projections, FORWARD)

@@ -49,21 +49,21 @@ def test_greedy_tokens_with_ecgs_are_identical(golden: Golden, name: str, rows: 
     new = outputs["gen_row1_logits"].shape[1]
     expected = outputs["gen_row1"][0, -new:].tolist()
     elm = case.structure.bind({n: jnp.asarray(x) for n, x in case.arrays.items()})
-    tokens = elm.signal_embeddings(jnp.asarray(batch.signals), jnp.asarray(batch.signal_weights)).shape[1]
+    tokens = elm.signal_embeddings(*jax.tree.map(jnp.asarray, (batch.signals, batch.signal_weights))).shape[1]
 
     @jax.jit
     def inputs(ids: jax.Array, slot: jax.Array, signals: jax.Array) -> jax.Array:
-        return elm.inputs(ids, slot, elm.signal_embeddings(signals, jnp.ones(signals.shape[:2])))
+        return elm.inputs(ids, slot, elm.signal_embeddings({"ecg": signals}, jnp.ones(signals.shape[:2])))
 
     def embed(pieces: Sequence[Piece], rows: int, width: int) -> jax.Array:
         ids, slot = np.zeros((rows, width), np.int32), np.full((rows, width), -1, np.int32)
-        signals = np.zeros((rows, *np.shape(batch.signals)[1:]), np.float32)
+        signals = np.zeros((rows, *np.shape(batch.signals["ecg"])[1:]), np.float32)
         for row, piece in enumerate(pieces):
             ids[row, : len(piece.ids)] = piece.ids
             for ecg in piece.request.ecgs(piece.begin, piece.end):
                 places = piece.request.places[ecg] - piece.begin
                 slot[row, places] = np.arange(len(places))
-                signals[row, ecg] = piece.request.signals[ecg]
+                signals[row, ecg] = piece.request.signals[ecg]["ecg"]
         return inputs(ids, slot, signals)
 
     def asked(number: int, row: int) -> Request:

@@ -115,7 +115,7 @@ def test_answers(run: tuple[Assembly, Arrays, Dataset], golden: Golden) -> None:
     new = json.loads((golden(NAME) / "setup.json").read_text())["args"]["max_new_tokens"]
     eos = (assembly.tokenizer.eos_token_id,)
     for i in range(len(dataset)):
-        signal = jnp.asarray(dataset.signals(i)[0])[None, None]
+        signal = jax.tree.map(lambda x: jnp.asarray(x)[None, None], dataset.signals(i)[0])
         for prompt, truth in dataset.prompts(i):
             slot = np.full((1, len(prompt.ids)), -1, np.int32)
             slot[0, prompt.signal_positions.reshape(-1)] = np.arange(prompt.signal_positions.size)

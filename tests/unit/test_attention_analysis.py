@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from elm_jax.analyze import _question
-from elm_jax.ecg.images import CLIP
+from elm_jax.config import resolve
 from elm_jax.errors import UserError
 from elm_jax.evaluation import attention_picture
 from elm_jax.evaluation.attention import Attention, _mean_weights, _spans, _symbol_spans
@@ -66,12 +66,12 @@ IMAGES = {"clip", "vit", "siglip2"}
 
 
 def spans_of(
-    name: str | None, tokens: int, fields: Any = None, shape: tuple[int, int] = (LEADS, SAMPLES), image: Any = None
+    name: str | None, tokens: int, fields: Any = None, shape: tuple[int, int] = (LEADS, SAMPLES)
 ) -> Any:
-    signal = SimpleNamespace(shape=shape, tokens=None, processing=image)
-    config = SimpleNamespace(encoder=SimpleNamespace(name=name))
-    model: Any = SimpleNamespace(assembly=SimpleNamespace(signal=signal, encoder=fields or {}), config=config)
-    return _spans(model, np.zeros(tokens, np.int32), tokens)
+    signal = SimpleNamespace(shape=shape, tokens=None)
+    config = resolve({"elm": "mlp_llava" if name else "patch_elf", "encoder": {"name": name, "tokens": tokens}})
+    model: Any = SimpleNamespace(assembly=SimpleNamespace(signal=signal, encoders={"ecg": fields or {}}), config=config)
+    return _spans(model, np.zeros(tokens, np.int32))
 
 
 def drawn(spans: Any) -> np.ndarray:
@@ -145,7 +145,7 @@ def test_tokens_of_the_shipped_sizes_stand_where_their_patches_are() -> None:
 
 
 def test_the_token_of_an_image_stands_for_all_of_it_and_every_encoder_is_known() -> None:
-    assert spans_of("clip", 1, image=CLIP) == [[(0, LEADS, 0, SAMPLES)]]
+    assert spans_of("clip", 1) == [[(0, LEADS, 0, SAMPLES)]]
     assert {name for name, kind in ENCODERS.items() if kind.processing} == IMAGES
     assert set(FIELDS) == {name for name, kind in ENCODERS.items() if kind.pooled} == set(ENCODERS) - IMAGES
 

@@ -168,7 +168,7 @@ def model(dtype: str = "float32") -> dict[str, jax.Array]:
 
 def start(source: str, missing_ok: tuple[str, ...] = (), dtype: str = "float32") -> dict[str, jax.Array]:
     """As a new run does: what `source` knows, the rest made anew, and checked."""
-    leaves = {n: Leaf(x.shape, x.dtype, (), False) for n, x in model(dtype).items()}
+    leaves = {n: Leaf(x.shape, x.dtype, (), False, n.split(".")[0]) for n, x in model(dtype).items()}
     structure = Structure(None, None, leaves)  # type: ignore[arg-type]
     known = run.start_from(source, structure, {n: x.sharding for n, x in model().items()}, LoraConfig())
     made = {n: x for n, x in model(dtype).items() if n not in known}

@@ -118,7 +118,7 @@ def test_a_branch_does_not_see_another_by_a_bit() -> None:
 def test_accumulated_micro_batches_equal_one_batch(layouts: dict[str, Batch]) -> None:
     update = ("connector", "llm")
     whole = layouts["packed"]
-    parts = Batch(*(np.swapaxes(np.asarray(x), 0, 1) for x in whole))
+    parts = jax.tree.map(lambda x: np.swapaxes(np.asarray(x), 0, 1), whole)
     expected, found = evaluate(whole, update), evaluate(parts, update)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
     scale = max(float(jnp.abs(g).max()) for g in expected[1].values())

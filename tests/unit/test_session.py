@@ -50,7 +50,7 @@ def test_a_first_question_is_asked_as_the_records_of_the_run_ask_it() -> None:
     (prompt,) = talk.model.prompts  # type: ignore[attr-defined]
     np.testing.assert_array_equal(prompt.rendered.ids, expected.ids)
     np.testing.assert_array_equal(prompt.rendered.signal_positions, expected.signal_positions)
-    np.testing.assert_array_equal(prompt.signals[0], dataset.signals(0)[0])
+    np.testing.assert_equal(prompt.signals[0], dataset.signals(0)[0])
 
 
 def test_the_history_is_rendered_as_a_conversation_of_training() -> None:
@@ -87,7 +87,7 @@ def test_a_later_ecg_stands_before_the_question_it_came_up_with() -> None:
     for prompt in prompts(talk)[1:]:
         assert f"user\n{ECG}How fast?" in prompt and f"user\n{ECG}And this?" in prompt
     first, second = (ecg.signal for ecg in talk.ecgs)
-    np.testing.assert_array_equal(talk.model.prompts[-1].signals, [first, second])  # type: ignore[attr-defined]
+    np.testing.assert_equal(talk.model.prompts[-1].signals, [first, second])  # type: ignore[attr-defined]
 
 
 def test_markers_in_a_message_say_where_its_ecgs_stand() -> None:

@@ -70,7 +70,7 @@ def prompts(assembly: Assembly, count: int = 6) -> list[Prompt]:
     """Two questions on each recording; the last one is about two recordings."""
     found, options = [], {**assembly.text.__dict__, "max_len": None}
     for i in range(count):
-        ecgs = [assembly.signal.load(f"demo:test:{n}", 0) for n in ([0, 1] if i == count - 1 else [i // 2])]
+        ecgs = [assembly.signal.show(f"demo:test:{n}", 0) for n in ([0, 1] if i == count - 1 else [i // 2])]
         text = [{"role": "user", "content": f"What is the rate{', please' * i}?"}]
         rendered = render_prompt(text, assembly.tokenizer, n_ecgs=len(ecgs), **options)
         found.append(Prompt(rendered, ecgs))
@@ -140,6 +140,6 @@ def test_inputs_reach_the_devices_without_a_word_among_processes(
     requests = [model.request(i, prompt, 6) for i, prompt in enumerate(prompts(assembly, 4))]
     pieces = [Piece(request, 0, len(request.ids)) for request in requests]
     found, expected = model._embedded(pieces, 4, 64), model._arrays(pieces, 4, 64)
-    for x, whole in zip(found, expected, strict=True):
+    for x, whole in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert x.shape == whole.shape and x.dtype == whole.dtype and np.array_equal(x, whole)
         assert {shard.data.shape for shard in x.addressable_shards} == {(1, *whole.shape[1:])}

@@ -1,0 +1,123 @@
+"""A model with two encoders: the signal's and an image's, in one ECG's places."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from elm_jax.assemble import Assembly, assemble
+from elm_jax.config import Config, resolve, to_dict
+from elm_jax.data.batch import BatchShape, Group, collate
+from elm_jax.elms import ELMS, View
+from elm_jax.errors import UserError
+from elm_jax.evaluation.controls import Question, Source
+from elm_jax.inference.model import TrainedModel
+from elm_jax.training.loop import train
+from elm_jax.training.state import split_names
+
+VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32,
+       "patch_size": 16}  # fmt: skip
+TWO = {
+    "elm": "two", "encoder__tokens": 2, "encoders": {"image": {"name": "vit", "config": VIT}},
+    "update": ["connector", "encoder.image", "llm"], "connector__hidden": 16,
+    "data__names": ["demo:train=16,val=8,test=8"],
+    "llm__scratch": {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 2, "mlp": 32, "max_len": 256},
+    "train__batch_size": 8, "train__steps": 4, "train__save_every": 2, "llm__compute_dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def elm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    meaning = "Two encoders and a language model"
+    views = {
+        "ecg": View(meaning, None, encoder=True, connector="mlp"),
+        "image": View(meaning, "rgb", encoder=True, connector="linear"),
+    }
+    monkeypatch.setitem(ELMS, "two", views)
+    runs.prepare(monkeypatch, tmp_path / "cache")
+
+
+def config(workdir: Path, **changes: Any) -> Config:
+    return runs.config(workdir, **{**TWO, **changes})
+
+
+def drawn(assembly: Assembly) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    return {n: jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype) for n, x in assembly.structure.leaves.items()}
+
+
+def test_an_ecgs_embeddings_are_those_of_its_views_one_after_the_other(tmp_path: Path) -> None:
+    assembly = assemble(config(tmp_path / "run"))
+    elm, dataset = assembly.structure.bind(drawn(assembly)), assembly.dataset("train")
+    conversations = [dataset.conversation(i, dataset.signals(i), 0) for i in range(2)]
+    assert assembly.text.signal_tokens == 3 and all(c.signal_positions.shape == (1, 3) for c in conversations)
+    rows = [[Group(0, [c]) for c in conversations]]
+    batch = collate(rows, BatchShape(256, 2, 64), dataset.signal.layout)
+    slots = batch.signal_slot[0]
+    assert slots[slots >= 0].tolist() == list(range(6))
+    found = elm.signal_embeddings(jax.tree.map(jnp.asarray, batch.signals), jnp.ones((1, 2)))
+    expected = []
+    for each in conversations:
+        ((ecg, image),) = [(signals["ecg"], signals["image"]) for signals in each.signals or []]
+        expected.append(elm.connector["ecg"](elm.encoder["ecg"](ecg[None]))[0])
+        expected.append(elm.connector["image"](elm.encoder["image"](image[None]))[0])
+    np.testing.assert_allclose(found[0], np.concatenate(expected), rtol=2e-5, atol=1e-5)
+
+
+def test_one_encoder_may_learn_and_the_other_not(tmp_path: Path) -> None:
+    structure = assemble(config(tmp_path / "run")).structure
+    trained, moving, frozen = split_names(structure, ("connector", "encoder.image"))
+    assert {structure.leaves[n].part for n in trained} == {"connector.ecg", "connector.image", "encoder.image"}
+    assert moving == ["encoder.image.mask_token"]
+    assert {structure.leaves[n].part for n in frozen} == {"encoder.ecg", "llm"}
+    trained, moving, _ = split_names(structure, ("encoder",))
+    assert {structure.leaves[n].part for n in trained} == {"encoder.ecg", "encoder.image"} and moving
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"update": ["encoder.found"]}, "update: found encoder.found; expected no encoder.found with elm=two"),
+        ({"encoders": {}}, "encoders.image.name: found None; expected an ECG encoder for elm=two"),
+        ({"encoders": {"picture": {"name": "vit"}}}, "encoders: found picture; expected one of image"),
+        ({"encoders": {"image": {"size": 3}}}, "encoders.image.size: found an unknown key"),
+        ({"encoder__cache": True, "update": ["llm"]}, "encoder.cache: found True; expected false for elm=two"),
+        ({"elm": "mlp_llava", "update": ["llm"]}, "encoders: found image; expected nothing for elm=mlp_llava"),
+    ],
+)
+def test_what_fits_no_view_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        assemble(config(tmp_path / "run", **changes))
+    assert told in str(error.value)
+
+
+@pytest.mark.slow
+def test_such_a_model_trains_goes_on_evaluates_and_comes_back_from_an_export(tmp_path: Path) -> None:
+    whole, parts = config(tmp_path / "whole"), config(tmp_path / "parts", train__steps=2)
+    train(whole)
+    train(parts)
+    train(replace(parts, train=replace(parts.train, steps=4)))
+    ours, again = (TrainedModel(c, "latest") for c in (whole, parts))
+    for name, array in ours.arrays.items():
+        np.testing.assert_array_equal(array, again.arrays[name], err_msg=name)
+    assert resolve(to_dict(whole)) == whole
+    dataset = ours.assembly.dataset("test")
+    answers = {}
+    for condition in ("real", "zeros", "shuffled", "text_only"):
+        prompts, unread = Source(dataset, condition).load([Question(0, 0, "")])
+        assert not unread
+        (answers[condition],) = prompts.values()
+    shapes = {view: np.shape(x) for view, x in answers["real"].signals[0].items()}
+    assert shapes == {"ecg": (12, 500), "image": (32, 32, 3)}
+    for view in ("ecg", "image"):
+        assert not np.array_equal(answers["real"].signals[0][view], answers["shuffled"].signals[0][view])
+        assert not np.array_equal(answers["real"].signals[0][view], answers["zeros"].signals[0][view])
+    assert answers["text_only"].signals == []
+    assert all(isinstance(ours.answers([prompt], whole.eval)[0], str) for prompt in answers.values())
