@@ -20,10 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from elm_jax import compat as behaviours
 from elm_jax.config import DataConfig
 from elm_jax.data.batch import Conversation, Shown
-from elm_jax.data.ecg_tokens import EcgTokens, cut_ecgs, kept_as_reference, reserved, write_ecgs
+from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.plan import LengthIndex
 from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec
 from elm_jax.data.sources import Record
@@ -104,7 +103,9 @@ class Dataset:
             if self._symbols is None:
                 return self._rendered(record, self.text.max_len)
             shown = self.signals(index) if ecgs is None else ecgs
-            return self._with_symbols(record, [ecg[self.signal.view] for ecg in shown], length)
+            written, limit = [ecg[self.signal.view] for ecg in shown], self.text.max_len
+            render = functools.partial(self._rendered, record)
+            return self._symbols.expand(render, written, limit, length, self.varies, self.text.compat)
 
     @contextlib.contextmanager
     def _naming(self, index: int) -> Iterator[Record]:
@@ -117,32 +118,6 @@ class Dataset:
 
     def _rendered(self, record: Record, max_len: int | None) -> Rendered:
         return to_tokens(record.text, self.tokenizer, replace(self.text, max_len=max_len), self._ecgs(record))
-
-    def _with_symbols(self, record: Record, ecgs: Sequence[Any], length: int | None) -> Rendered:
-        """The tokens of a record with symbols in place of its ECGs, within `text.max_len` and `length`.
-
-        The ECGs take the room that the text leaves, but each keeps `data.min_ecg_tokens`: for these text gives way.
-        """
-        limit = self.text.max_len
-        if limit is None or not ecgs:
-            rendered = self._rendered(record, limit)
-            return write_ecgs(rendered, ecgs) if ecgs else rendered
-        assert self._symbols is not None
-        least = self._symbols.least
-        if len(ecgs) == 1 and behaviours.enabled("truncate_tokens", self.text.compat):
-            return _cut_as_reference(self._rendered(record, None), ecgs[0], limit, least)
-        # Where the symbols vary the text does not: it makes room as if each ECG had at least `least` of them.
-        kept = len(ecgs) * max(least - 1, 0) if self.varies else reserved(ecgs, least)
-        try:
-            rendered = self._rendered(record, limit - kept)
-        except UserError as error:
-            if error.where != "data.max_len":
-                raise
-            found = f"{limit} tokens, {kept + len(ecgs)} of them for ECGs (data.min_ecg_tokens)"
-            fix = "raise data.max_len or lower data.min_ecg_tokens"
-            raise UserError(error.where, found, "room for the text beside the ECGs", fix) from error
-        room = min(limit, length or limit) - len(rendered.ids) + len(ecgs)
-        return write_ecgs(rendered, cut_ecgs(ecgs, room))
 
     @property
     def _symbols(self) -> EcgTokens | None:
@@ -211,7 +186,8 @@ class Dataset:
 
     def key(self, index: int, place: int = 0) -> int:
         """What noise in the place of a record's ECG number `place` is drawn from."""
-        return zlib.crc32(f"{self.signal.seed}:{self.records[index].id}:{place}".encode())
+        record = self.records[index]
+        return zlib.crc32(f"{self.signal.seed}:{record.ecgs_of or record.id}:{place}".encode())
 
     def conversation(self, index: int, signals: list[Shown] | None, length: int) -> Conversation:
         """The record with given signals (None: a bad record, which keeps its place of `length` with weight 0).
@@ -338,20 +314,6 @@ def cuts(index: LengthIndex) -> dict[str, float]:
     number = int(index.cut.sum())
     return {"conversations": number, "share": number / max(len(index), 1), "answers": int(index.lost_answers.sum()),
             "with_ecgs_cut": int(index.cut_ecgs.sum())}  # fmt: skip
-
-
-def _cut_as_reference(rendered: Rendered, ecg: np.ndarray, limit: int, least: int) -> Rendered:
-    """The ECG's symbols in place, cut as the reference cuts them and the text behind them."""
-    place, length = int(rendered.signal_positions[0, 0]), len(rendered.ids)
-    kept, after = kept_as_reference(place, len(ecg), length - place - 1, limit, least)
-    end = place + 1 + after
-    if not rendered.supervised[:end].any():
-        raise UserError(
-            "data.max_len", str(limit), "room for a token of the answer behind the ECG",
-            "raise it, lower data.min_ecg_tokens, or leave truncate_tokens out of compat",
-        )  # fmt: skip
-    cut = replace(rendered, ids=rendered.ids[:end], supervised=rendered.supervised[:end])
-    return write_ecgs(cut, [ecg[:kept]])
 
 
 def _fill(columns: dict[str, np.ndarray], i: int, rendered: Rendered, record: Record) -> None:

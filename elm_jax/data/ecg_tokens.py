@@ -5,7 +5,7 @@ A conversation is rendered with one `<signal>` where an ECG belongs; `write_ecgs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,32 @@ class EcgTokens:
         ids = self.coder.encode(signal, eps=eps)
         assert isinstance(ids, np.ndarray)
         return self.llm_ids.take(ids)
+
+    def expand(
+        self, render: Callable[[int | None], Rendered], ecgs: Sequence[np.ndarray], limit: int | None,
+        length: int | None = None, varies: bool = False, compat: tuple[str, ...] = (),
+    ) -> Rendered:  # fmt: skip
+        """What `render` makes within so many tokens, with the ECGs' tokens in it, within `limit` and `length`.
+
+        The ECGs take the room that the text leaves, but each keeps `data.min_ecg_tokens`: for these text gives way.
+        Where they vary from epoch to epoch the text does not: it makes room as if each ECG had at least so many.
+        """
+        if limit is None or not ecgs:
+            rendered = render(limit)
+            return write_ecgs(rendered, ecgs) if ecgs else rendered
+        if len(ecgs) == 1 and behaviours.enabled("truncate_tokens", compat):
+            return _cut_as_reference(render(None), ecgs[0], limit, self.least)
+        kept = len(ecgs) * max(self.least - 1, 0) if varies else reserved(ecgs, self.least)
+        try:
+            rendered = render(limit - kept)
+        except UserError as error:
+            if error.where != "data.max_len":
+                raise
+            found = f"{limit} tokens, {kept + len(ecgs)} of them for ECGs (data.min_ecg_tokens)"
+            fix = "raise data.max_len or lower data.min_ecg_tokens"
+            raise UserError(error.where, found, "room for the text beside the ECGs", fix) from error
+        room = min(limit, length or limit) - len(rendered.ids) + len(ecgs)
+        return write_ecgs(rendered, cut_ecgs(ecgs, room))
 
 
 def add_ecg_tokens(tokenizer: Any, path: str | Path, least: int, compat: tuple[str, ...] = ()) -> EcgTokens:
@@ -123,3 +149,17 @@ def kept_as_reference(before: int, ecg: int, after: int, limit: int, least: int)
         )  # fmt: skip
     kept = min(ecg, max(least, limit - before - after))
     return kept, min(after, limit - before - kept)
+
+
+def _cut_as_reference(rendered: Rendered, ecg: np.ndarray, limit: int, least: int) -> Rendered:
+    """The ECG's symbols in place, cut as the reference cuts them and the text behind them."""
+    place, length = int(rendered.signal_positions[0, 0]), len(rendered.ids)
+    kept, after = kept_as_reference(place, len(ecg), length - place - 1, limit, least)
+    end = place + 1 + after
+    if not rendered.supervised[:end].any():
+        raise UserError(
+            "data.max_len", str(limit), "room for a token of the answer behind the ECG",
+            "raise it, lower data.min_ecg_tokens, or leave truncate_tokens out of compat",
+        )  # fmt: skip
+    cut = replace(rendered, ids=rendered.ids[:end], supervised=rendered.supervised[:end])
+    return write_ecgs(cut, [ecg[:kept]])

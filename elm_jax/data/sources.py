@@ -32,7 +32,8 @@ class Record:
 
     patient: who it is about ("a+b" for two); id: "<dataset>:<row>", or "<dataset>:<split>:<row>"
     where rows are numbered per split; dataset: index into data.names; problem: what is wrong with the record
-    itself, where no conversation can be made of it; fields: what of `table_files.KINDS` it says about its question.
+    itself, where no conversation can be made of it; fields: what of `table_files.KINDS` it says about its question;
+    ecgs_of: the id of the record whose ECGs it has, where a control gave it another's.
     """
 
     ecg_paths: tuple[str, ...]
@@ -43,6 +44,7 @@ class Record:
     dataset: int
     problem: UserError | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
+    ecgs_of: str = ""
 
 
 @dataclass(frozen=True)

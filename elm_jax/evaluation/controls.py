@@ -39,6 +39,22 @@ Loaded = tuple[dict[Question, Prompt], dict[int, UserError]]  # prompts with ECG
 Recording = tuple[str, int]  # a path, and the key of the noise where it names none
 
 
+@dataclass(frozen=True)
+class _Swapped(Sequence[Record]):
+    """Records with the ECGs of the `other` that some have, or with none."""
+
+    records: Sequence[Record]
+    other: Mapping[int, int]
+    without: bool
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Any) -> Any:
+        record, other = self.records[index], self.records[self.other.get(index, index)]
+        return replace(record, ecg_paths=() if self.without else other.ecg_paths, ecgs_of=other.id)
+
+
 class Source:
     """Prompts with ECGs under one condition: `real` or a control; `records`: whose recordings are shuffled."""
 
@@ -46,19 +62,17 @@ class Source:
         self, dataset: Dataset, condition: str, seed: int = 0, records: Iterable[int] | None = None
     ) -> None:
         self.condition = condition
-        text, signal = dataset.text, dataset.signal
-        if condition == "text_only":
-            text = replace(text, signal_tokens=0)
-        elif condition in ("zeros", "noise"):
-            signal = replace(signal, perturb=condition)
-        self.dataset = Dataset(dataset.records, dataset.tokenizer, text, signal)
         self.other = shuffled_records(dataset, seed, records) if condition == "shuffled" else {}
+        # Before any view of an ECG is made, so that none can show the true one: where it is read, or in the record.
+        signal = replace(dataset.signal, perturb=condition) if condition in ("zeros", "noise") else dataset.signal
+        swapped = _Swapped(dataset.records, self.other, condition == "text_only")
+        self.dataset, self._asked = Dataset(swapped, dataset.tokenizer, dataset.text, signal), dataset
 
     def about(self, record: int) -> tuple[Recording, ...]:
         """The recordings that stand in the prompts of a record, or would, had they ECGs."""
         record = self.other.get(record, record)
-        paths = self.dataset.records[record].ecg_paths
-        return tuple(_recording(path, self.dataset.key(record, place)) for place, path in enumerate(paths))
+        paths = self._asked.records[record].ecg_paths
+        return tuple(_recording(path, self._asked.key(record, place)) for place, path in enumerate(paths))
 
     def load(self, questions: Sequence[Question]) -> Loaded:
         """Prompts with their ECGs. A recording is read once; adjacent questions of a record are rendered at once."""
@@ -79,7 +93,7 @@ class Source:
 
     def _signal(self, path: str, key: int, read: dict[Recording, Any]) -> Any:
         if (path, key) not in read:
-            read[path, key] = self.dataset.signal.load(path, key)
+            read[path, key] = self.dataset.signal.show(path, key)
         return read[path, key]
 
 

@@ -29,7 +29,8 @@ TWO = {
     "update": ["connector", "encoder.image", "llm"], "connector__hidden": 16,
     "data__names": ["demo:train=16,val=8,test=8"],
     "llm__scratch": {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 2, "mlp": 32, "max_len": 256},
-    "train__batch_size": 8, "train__steps": 4, "train__save_every": 2, "llm__compute_dtype": "float32",
+    "train__batch_size": 8, "train__steps": 4, "train__save_every": 2, "optim__schedule": "constant",
+    "llm__compute_dtype": "float32",
 }  # fmt: skip
 
 
