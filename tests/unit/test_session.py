@@ -268,7 +268,7 @@ def recording(seconds: float = SECONDS, rate: int = RATE) -> np.ndarray:
 
 def test_the_summary_says_what_was_read_and_assumed(tmp_path: Path) -> None:
     ecg = read_input(write(tmp_path / "a.npy", recording()), SPEC)
-    assert ecg.signal.shape == SPEC.shape and ecg.signal.dtype == np.float32
+    assert ecg.signal["ecg"].shape == SPEC.shape and ecg.signal["ecg"].dtype == np.float32
     assert f"{tmp_path}/a.npy: 12 leads, 50 Hz, 10 s" in ecg.summary
     assert "no sampling rate in the files: taken as 50 Hz" in ecg.summary
     assert "rows taken as I, II, III, aVR" in ecg.summary
@@ -280,7 +280,7 @@ def test_the_summary_says_what_is_not_used(tmp_path: Path) -> None:
     assert "15 s" in ecg.summary and "the first 10 s used" in ecg.summary
     spec = signal_spec(fake_config(data__leads=["II", "V1"], data__perturb="zeros").data, 0)
     ecg = read_input("demo:test:0", spec)
-    assert ecg.signal.shape == (2, 500) and "only II, V1 used" in ecg.summary
+    assert ecg.signal["ecg"].shape == (2, 500) and "only II, V1 used" in ecg.summary
     assert "replaced by zeros (data.perturb)" in ecg.summary
 
 
@@ -312,9 +312,9 @@ def test_recordings_of_the_public_databases_do_not_contradict_themselves(shared:
 
 
 def test_noise_is_new_each_time_and_a_flat_line_is_flat() -> None:
-    one, two, again = (read_input("noise", SPEC, number).signal for number in (0, 1, 0))
+    one, two, again = (read_input("noise", SPEC, number).signal["ecg"] for number in (0, 1, 0))
     assert not np.array_equal(one, two) and np.array_equal(one, again)
-    assert not read_input("flatline", SPEC).signal.any()
+    assert not read_input("flatline", SPEC).signal["ecg"].any()
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_relative_and_home_paths_are_the_users(tmp_path: Path, monkeypatch: pyte
     elsewhere = signal_spec(fake_config(data__root="/elsewhere").data, 0)
     for path in ("a.npy", "~/a.npy"):
         ecg = read_input(path, elsewhere)
-        assert ecg.path == str(tmp_path / "a.npy") and ecg.signal.shape == (len(LEADS), 500)
+        assert ecg.path == str(tmp_path / "a.npy") and ecg.signal["ecg"].shape == (len(LEADS), 500)
 
 
 def symbolic(tmp_path: Path, context: int) -> Session:
@@ -370,7 +370,7 @@ def symbolic(tmp_path: Path, context: int) -> Session:
     talk.spec = replace(talk.spec, representation="symbolic", leads=(1,), tokens=tokens)
     talk.model.assembly.signal = talk.spec  # type: ignore[misc]
     ecg = talk.add_ecg("noise")
-    assert isinstance(ecg.signal, np.ndarray) and 300 < ecg.signal.shape[0] <= 500
+    assert isinstance(ecg.signal["ecg"], np.ndarray) and 300 < ecg.signal["ecg"].shape[0] <= 500
     return talk
 
 
@@ -379,7 +379,7 @@ def test_where_ecgs_are_symbols_old_turns_make_room_for_all_of_them(tmp_path: Pa
     for question in range(8):
         talk.say(f"Question {question}, and a little more of it?")
         (*_, prompt) = talk.model.prompts  # type: ignore[attr-defined]
-        assert talk.cut == 0 and talk.ecgs[0].signal.tobytes() in prompt.rendered.ids.tobytes()
+        assert talk.cut == 0 and talk.ecgs[0].signal["ecg"].tobytes() in prompt.rendered.ids.tobytes()
     assert talk.shortened and len(talk.turns) == 16
 
 
@@ -388,8 +388,8 @@ def test_symbols_for_which_the_context_has_no_room_are_cut_and_counted(tmp_path:
     talk.say("Is it normal?")
     (prompt,) = talk.model.prompts  # type: ignore[attr-defined]
     assert len(prompt.rendered.ids) == 200 - talk.model.config.eval.max_new_tokens and not talk.shortened
-    kept = len(talk.ecgs[0].signal) - talk.cut
-    assert kept >= 60 and talk.ecgs[0].signal[:kept].tobytes() in prompt.rendered.ids.tobytes()
+    kept = len(talk.ecgs[0].signal["ecg"]) - talk.cut
+    assert kept >= 60 and talk.ecgs[0].signal["ecg"][:kept].tobytes() in prompt.rendered.ids.tobytes()
     cut = talk.cut
     for _ in range(3):
         talk.say("Is it normal?")
