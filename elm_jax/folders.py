@@ -95,6 +95,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def json_if_whole(path: Path) -> dict[str, Any]:
+    """`read_json`, or an empty object where the file is not there, or is being written."""
+    with contextlib.suppress(UserError):
+        return read_json(path)
+    return {}
+
+
 def run_folder(path: str, where: str) -> Path:
     """A folder that holds a run. Raises UserError, naming `where`, otherwise."""
     folder = Path(path)

@@ -237,15 +237,10 @@ def _cut(name: str) -> str:
     return name if len(name) < 25 else f"{name[:11]}…{name[-12:]}"
 
 
-def evaluation_names(folder: Path) -> list[str]:
-    """What a run folder was evaluated on."""
-    return sorted(path.parent.name for path in folder.glob("eval/*/metrics.json"))
-
-
 def check_evaluation(folders: Sequence[Path], name: str | None) -> None:
     """Raise UserError unless every folder has the evaluation `name`."""
     for folder in folders:
-        known = evaluation_names(folder)
+        known = sorted(path.parent.name for path in folder.glob("eval/*/metrics.json"))
         if name is not None and name not in known:
             fix = nearest(name, known) or "evaluate the run on it"
             raise UserError("--eval", f"{name}, which {folder} lacks", ", ".join(known) or "an evaluation", fix)

@@ -83,7 +83,8 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
     if first:
         check_writable(out, "config.workdir")  # before the model takes its time
     model, options = TrainedModel(config, which), config.eval
-    scorer = Scorer(options.protocol, options.wordnet, options.bert_model, _end_token(model))
+    end_token = str(model.assembly.tokenizer.eos_token or "")
+    scorer = Scorer(options.protocol, options.wordnet, options.bert_model, end_token)
     numbers = options.folds or (config.data.fold,)
     datasets = [model.assembly.dataset(split, number) for number in numbers]
     folds = [_fold(model, number, data) for number, data in zip(numbers, datasets, strict=True)]
@@ -101,7 +102,7 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
             raise UserError(f"split {split}", "no question that can be asked", "at least one", "mend the data")
         known = _known(config, folds) if first else {}
         bad = sum(len(fold.bad.found) for fold in folds)
-        facts: dict[str, Any] = {"split": split, "step": model.step, "end_token": _end_token(model), "bad": bad}
+        facts: dict[str, Any] = {"split": split, "step": model.step, "end_token": end_token, "bad": bad}
         facts["asked_with"] = asked_with(config)
         if config.eval.seeds and not options.temperature:
             facts["greedy_for_seeds"] = list(config.eval.seeds)
@@ -305,7 +306,3 @@ def _identity(model: TrainedModel, split: str, datasets: Sequence[Dataset]) -> d
         "config": {key: config[key] for key in ("seed", "data", "llm", "mesh", "compat")},
         "eval": {key: value for key, value in asdict(model.config.eval).items() if key not in scoring},
     }
-
-
-def _end_token(model: TrainedModel) -> str:
-    return str(model.assembly.tokenizer.eos_token or "")

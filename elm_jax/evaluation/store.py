@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elm_jax.errors import UserError, printable
-from elm_jax.folders import read_json, write_json
+from elm_jax.errors import UserError, printable, refused
+from elm_jax.folders import json_if_whole, write_json
 from elm_jax.json_text import parse_json
 
 IDENTITY, PROBLEMS = "evaluation.json", "problems.jsonl"
@@ -34,7 +34,7 @@ class Store:
         identity = json.loads(json.dumps(identity))
         path = folder / IDENTITY
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / _MOVING).is_dir() or not path.is_file() or _read(path) != identity:
+        if (folder / _MOVING).is_dir() or not path.is_file() or json_if_whole(path) != identity:
             _set_aside(folder, identity)
             write_json(path, identity)
         self.problems = AnswerFile(folder / PROBLEMS)  # what was noted of records that cannot be evaluated
@@ -56,7 +56,7 @@ def _set_aside(folder: Path, identity: Mapping[str, Any]) -> None:
     moving.mkdir(exist_ok=True)
     for name in left:
         (folder / name).rename(moving / name)
-    before = _read(moving / IDENTITY) or {}
+    before = json_if_whole(moving / IDENTITY)
     aside = next(path for n in itertools.count(1) if not (path := folder / f"previous-{n}").exists())
     moving.rename(aside)
     other = ", ".join(_differing(before, identity)) or "keys"
@@ -142,12 +142,10 @@ def lines_in(path: Path) -> list[Line]:
     Raises:
         UserError: the file cannot be read, or is something else.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except OSError as error:
-        raise UserError(str(path), str(error), "a file of answers", "check the folder") from error
+    with refused(path, "", "a file of answers", "check the folder", OSError):
+        data = path.read_bytes()
     found = list(_whole_lines(data))
     if b"\n" in data[found[-1][1] if found else 0 :]:
         fix = "evaluate the run again: python -m elm_jax.evaluate --checkpoint W"
@@ -164,13 +162,6 @@ def _whole_lines(data: bytes) -> Iterator[tuple[Line, int]]:
             return
         end += len(line)
         yield value, end
-
-
-def _read(path: Path) -> Mapping[str, Any] | None:
-    try:
-        return read_json(path)
-    except UserError:  # none, or not whole
-        return None
 
 
 def _parsed(line: bytes) -> Line | None:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_jax.assemble import DEMO_LLM
-from elm_jax.errors import UserError
-from elm_jax.folders import read_json
+from elm_jax.folders import json_if_whole
 from elm_jax.models.families import ALIASES
 from elm_jax.pictures.page import filled
 from elm_jax.run.weights import TrainedWeights
@@ -70,7 +69,7 @@ def write_card(path: Path, weights: TrainedWeights, facts: Mapping[str, Any], me
     config = weights.config
     no_base = config.llm.scratch is not None or config.llm.name == DEMO_LLM
     repo = None if no_base else ALIASES.get(config.llm.name, config.llm.name)
-    evaluations = {file.parent.name: _metrics(file) for file in sorted(weights.folder.glob("eval/*/metrics.json"))}
+    evaluations = {file.parent.name: json_if_whole(file) for file in sorted(weights.folder.glob("eval/*/metrics.json"))}
     text = filled(
         "card.md", config=config, facts=facts, merged=merged, repo=repo, licence=repo and _licence(weights, repo),
         lora=spec_of(config.llm.lora), step=weights.step, best_loss=weights.meta["history"].get("best_val_loss"),
@@ -86,10 +85,3 @@ def _licence(weights: TrainedWeights, repo: str) -> str | None:
     text = card.read_text(encoding="utf-8", errors="replace") if card is not None and card.is_file() else ""
     said = _FRONT_MATTER.match(text)
     return said[1] if said else next((name for start, name in _LICENCES if repo.startswith(start)), None)
-
-
-def _metrics(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except UserError:  # an evaluation that is being written
-        return {}

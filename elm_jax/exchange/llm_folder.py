@@ -147,7 +147,9 @@ def chat_template(spec: TextSpec, tokenizer: Any) -> tuple[str | None, str]:
         if tokenizer(rendered.prompt, add_special_tokens=False)["input_ids"] != rendered.ids.tolist():
             return None, f"training cuts a conversation where one text does not ({rendered.prompt[-60:]!r})"
     settings = _settings(spec, tokenizer).items()
-    return "".join(f"{{% set {name} = {_literal(value)} %}}" for name, value in settings) + _TEMPLATE, ""
+    # JSON is Jinja, but for its null.
+    values = ((name, "none" if value is None else json.dumps(value, ensure_ascii=False)) for name, value in settings)
+    return "".join(f"{{% set {name} = {value} %}}" for name, value in values) + _TEMPLATE, ""
 
 
 def _probes(spec: TextSpec) -> list[list[dict[str, str]]]:
@@ -194,8 +196,3 @@ def _settings(spec: TextSpec, tokenizer: Any) -> dict[str, Any]:
         "speakers": _SPEAKERS,
         "writer": _WRITER,
     }
-
-
-def _literal(value: Any) -> str:
-    """JSON is Jinja, but for its null."""
-    return "none" if value is None else json.dumps(value, ensure_ascii=False)

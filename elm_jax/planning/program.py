@@ -16,16 +16,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from elm_jax.assemble import Assembly, assemble
+from elm_jax.assemble import Assembly
 from elm_jax.config import Config
 from elm_jax.data.batch import BatchShape
 from elm_jax.errors import UserError, one_line
-from elm_jax.models.hints import placed
 from elm_jax.planning.costs import cost
 from elm_jax.planning.hlo import Collective, Module, collectives
 from elm_jax.planning.topology import Topology
 from elm_jax.runtime.gpu_settings import gpu_flags
-from elm_jax.runtime.mesh import RULES, SMALL, MeshPlacement, batch_ways, check_heads, partition_spec
+from elm_jax.runtime.mesh import RULES, SMALL, batch_ways, check_heads, partition_spec
 from elm_jax.training.program import TrainProgram, check_rows, train_program
 
 STEPS = 1000  # of the schedule that is compiled in; any number makes the same program
@@ -86,12 +85,6 @@ class Compiled:
     def attention(self) -> str:
         """The attention that the program runs."""
         return "cudnn" if "__cudnn$fmha" in self.text else "xla"
-
-
-def assembled(config: Config, mesh: Mesh) -> Assembly:
-    """The parts of a run on devices as those of `mesh`; no weights are read."""
-    with placed(MeshPlacement(mesh)):
-        return assemble(config, weights=False)
 
 
 class TooLarge(UserError):

@@ -9,16 +9,17 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from elm_jax.assemble import Assembly
+from elm_jax.assemble import Assembly, assemble
 from elm_jax.config import Config, MeshConfig
 from elm_jax.data.batch import BLOCK, BatchShape
 from elm_jax.errors import UserError
+from elm_jax.models.hints import placed
 from elm_jax.models.lora import is_lora
 from elm_jax.planning import program, topology
 from elm_jax.planning.program import Compiled
 from elm_jax.planning.roofline import Times, step_times
 from elm_jax.planning.topology import Topology
-from elm_jax.runtime.mesh import batch_ways, make_mesh
+from elm_jax.runtime.mesh import MeshPlacement, batch_ways, make_mesh
 from elm_jax.runtime.telemetry import step_flops
 
 TARGETS = 8  # a row's tokens for each supervised one, where `Load.targets` is not given
@@ -144,7 +145,8 @@ class Planner:
     def __init__(self, config: Config, where: Topology, load: Load) -> None:
         self.where, self.load, self.config = where, load, load.config(config, where.count)
         self.devices = topology.devices(where)
-        self.assembly = program.assembled(self.config, make_mesh(MeshConfig(), self.devices))
+        with placed(MeshPlacement(make_mesh(MeshConfig(), self.devices))):
+            self.assembly = assemble(self.config, weights=False)
         self._speeds: dict[tuple[str, int, int, int], float | None] = {}  # see `_speed`
 
     def plan(self, mesh: MeshConfig | None = None) -> Plan:
