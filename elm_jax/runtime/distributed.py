@@ -27,19 +27,8 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")  # one for all containers of a ma
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """`start`, and at the end, or when an error passes, tell the other processes."""
-    line = start()
-    try:
+    with start() or contextlib.nullcontext():
         yield
-    except SystemExit:
-        if line:
-            line.leave()
-        raise
-    except BaseException as error:
-        if line:
-            line.leave(error)
-        raise
-    if line:
-        line.leave()
 
 
 def start() -> Lifeline | None:
@@ -56,10 +45,16 @@ def start() -> Lifeline | None:
     if place is None:
         _check_devices(launchers.expected_devices(environment), 0)
         return None
-    own = device_share(place, gpus(environment))
     if LOCAL_IDS in environment:
         own = [int(i) for i in environment[LOCAL_IDS].split(",") if i.isdigit()]
-    line = lifeline.join(place, _facts(environment, place, own), judge)
+    else:
+        own = device_share(place, gpus(environment))
+    claimed = claims(environment, own)
+    facts = {
+        "gpus": len(claimed), "claims": claimed, "visible": environment.get(VISIBLE),
+        "expected": place.devices, "jax": metadata.version("jax"),
+    }  # fmt: skip
+    line = lifeline.join(place, facts, judge)
     try:
         _initialize(place, own)
         _check_devices(place.devices, place.index)
@@ -111,14 +106,6 @@ def claims(environment: Mapping[str, str], own: list[int] | None, devices: Path 
     return [f"{machine} {among} {visible[i].strip()}" for i in (range(seen) if own is None else own) if i < seen]
 
 
-def _facts(environment: Mapping[str, str], place: Place, own: list[int] | None) -> Facts:
-    claimed = claims(environment, own)
-    return {
-        "gpus": len(claimed), "claims": claimed, "visible": environment.get(VISIBLE),
-        "expected": place.devices, "jax": metadata.version("jax"),
-    }  # fmt: skip
-
-
 def judge(processes: list[Facts]) -> UserError | None:
     """What is wrong with processes that bring these facts: other devices than expected, other than the first's, or
     those of another process."""
@@ -133,7 +120,7 @@ def judge(processes: list[Facts]) -> UserError | None:
             )  # fmt: skip
         count, name = one["expected"] or (one["gpus"], "")
         if name == "SLURM_GPUS_ON_NODE" and one["gpus"] != count:
-            return _not_expected(name, f"{sees} in {where}", count, "GPUs")
+            return _not_expected(name, f"{sees} in {where}", count)
         if one["gpus"] != first["gpus"]:
             return UserError(
                 VISIBLE, f"{sees} in {where}, {_sees(first)} in process 0 on {first['host']}",
@@ -156,15 +143,14 @@ def _sees(facts: Facts) -> str:
     return f"{facts['gpus']} GPUs{visible}"
 
 
-def _not_expected(name: str, found: str, count: int, kind: str) -> UserError:
+def _not_expected(name: str, found: str, count: int) -> UserError:
     if name == launchers.DEVICES:
         fix = f"correct {name}, or what the process may see"
-    else:
-        fix = (
-            f"leave {VISIBLE} to SLURM, set --ntasks-per-node to 1 or to the GPUs of a node, and run"
-            " python -m elm_jax.doctor there; or set JAX_PLATFORMS=cpu"
-        )
-    return UserError(name, found, f"{count} {kind} in each process", fix)
+        return UserError(name, found, f"{count} devices in each process", fix)
+    return UserError(
+        name, found, f"{count} GPUs in each process", f"leave {VISIBLE} to SLURM, set --ntasks-per-node to 1 or to the"
+        " GPUs of a node, and run python -m elm_jax.doctor there; or set JAX_PLATFORMS=cpu",
+    )  # fmt: skip
 
 
 def _initialize(place: Place, own: list[int] | None) -> None:
@@ -198,8 +184,7 @@ def _check_devices(expected: tuple[int, str] | None, index: int) -> None:
     devices, (count, name) = jax.local_devices(), expected
     platform = devices[0].platform
     if len(devices) != count or (name != launchers.DEVICES and platform == "cpu"):
-        kind = "devices" if name == launchers.DEVICES else "GPUs"
-        raise _not_expected(name, f"{len(devices)} of platform {platform} in process {index}", count, kind)
+        raise _not_expected(name, f"{len(devices)} of platform {platform} in process {index}", count)
 
 
 def gather(value: Any) -> list[Any]:

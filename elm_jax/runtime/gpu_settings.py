@@ -15,7 +15,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.version import Version
@@ -25,6 +24,8 @@ from elm_jax.runtime.distributed import gpus
 
 HOPPER = ("H100", "H200", "H800", "H20")
 DRIVER = Path("/proc/driver/nvidia/gpus")
+# The second is deprecated, but jaxlib takes no GPU where both are set.
+MEMORY = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"}
 Flags = dict[str, bool | int]
 
 _LAYER = 2**29  # bytes: more than one layer's weights of a 7B model, which are then gathered at once
@@ -45,34 +46,6 @@ _GPU: dict[str, Flags] = {
 }
 
 
-@dataclass(frozen=True)
-class Variable:
-    """An environment variable.
-
-    models: parts of the names of the GPUs that it is for, empty for all. other_name: by which the user may have set it.
-    """
-
-    name: str
-    value: str
-    why: str
-    models: tuple[str, ...] = ()
-    other_name: str = ""
-
-    def applies(self, environment: Mapping[str, str]) -> bool:
-        """Whether it is for the GPUs here, and the user has not set it."""
-        theirs = any(name in environment for name in (self.name, self.other_name) if name)
-        return not theirs and (not self.models or is_any(self.models))
-
-
-VARIABLES = (
-    Variable(
-        "XLA_CLIENT_MEM_FRACTION", "0.9", "of the GPU's memory; JAX's own default is 0.75",
-        other_name="XLA_PYTHON_CLIENT_MEM_FRACTION",  # deprecated; jaxlib takes no GPU where both are set
-    ),
-    Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", "kernels start in the order of their launch", HOPPER),
-)  # fmt: skip
-
-
 def apply(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set what is to be set where JAX will use NVIDIA GPUs, and print it in process 0. Call before JAX is imported.
 
@@ -85,7 +58,11 @@ def apply(environment: MutableMapping[str, str] = os.environ) -> None:
     version = metadata.version("jaxlib")
     flags, unknown = choose(environment, version, libraries())
     environment["XLA_FLAGS"] = " ".join([*flags, environment.get("XLA_FLAGS", "")]).strip()
-    added = {variable.name: variable.value for variable in VARIABLES if variable.applies(environment)}
+    added = {}
+    if not MEMORY & environment.keys():
+        added["XLA_CLIENT_MEM_FRACTION"] = "0.9"  # of the GPU's memory; JAX's own default is 0.75
+    if "CUDA_DEVICE_MAX_CONNECTIONS" not in environment and is_any(HOPPER):
+        added["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # kernels start in the order of their launch
     environment.update(added)
     if place is None or place.index == 0:
         told = [*(f"{name}={value}" for name, value in added.items()), f"XLA_FLAGS={environment['XLA_FLAGS']!r}"]

@@ -85,8 +85,14 @@ def find(environment: Mapping[str, str]) -> Place | None:
     if _alone(environment):
         return None
     launcher = _launcher(environment)
+    told = environment.get("SLURM_JOB_NUM_NODES", "")
+    nodes = int(told) if told.isdigit() else 1  # of SLURM's job, all of which must have a process
     if launcher is None:
-        _check_started_by_srun(environment)
+        if nodes > 1:
+            raise UserError(
+                SLURM.present[0], f"nothing, in a job of {nodes} nodes", "a process on each node, started by srun",
+                f"write srun before python, {ALONE}",
+            )  # fmt: skip
         for name in (COUNT, INDEX):
             if name in environment:
                 raise UserError(ADDRESS, "nothing", f"host:port of process 0, beside {name}", f"set it, {ALONE}")
@@ -96,8 +102,13 @@ def find(environment: Mapping[str, str]) -> Place | None:
     if launcher is SLURM and count_name == SLURM.count:
         _check_one_count(environment)
     count, index = (_number(environment, name, launcher) for name in (count_name, index_name))
+    if count == 1 and nodes > 1:
+        by_slurm = count_name == SLURM.count
+        more = "set --ntasks-per-node (1, or the number of GPUs of a node)" if by_slurm else "start more"
+        raise UserError(
+            count_name, f"1 process in a job of {nodes} nodes", "at least one process a node", f"{more}, {ALONE}"
+        )
     if count == 1:
-        _check_nodes(environment, count_name)
         return None
     if index >= count:
         raise UserError(
@@ -156,8 +167,10 @@ def _alone(environment: Mapping[str, str]) -> bool:
 def _number(environment: Mapping[str, str], name: str, launcher: _Launcher) -> int:
     value = environment.get(name, "")
     if not value.isdecimal():
-        expected = f"a whole number, started by {launcher.name}"
-        raise UserError(name, repr(value) if value else "nothing", expected, f"set it in every process, {ALONE}")
+        raise UserError(
+            name, repr(value) if value else "nothing", f"a whole number, started by {launcher.name}",
+            f"set it in every process, {ALONE}",
+        )  # fmt: skip
     return int(value)
 
 
@@ -166,25 +179,6 @@ def _checked_address(address: str) -> str:
     if not host or not port.isdigit() or not 0 < int(port) < 2**16 - 1:
         raise UserError(ADDRESS, repr(address), "host:port of process 0", f"set it to something like host-0:{PORT}")
     return address
-
-
-def _check_started_by_srun(environment: Mapping[str, str]) -> None:
-    """A job of several nodes in which Python was started without srun would train on the first node alone."""
-    nodes = environment.get("SLURM_JOB_NUM_NODES", "1")
-    if nodes.isdigit() and int(nodes) > 1 and ADDRESS not in environment:
-        raise UserError(
-            SLURM.present[0], f"nothing, in a job of {nodes} nodes", "a process on each node, started by srun",
-            f"write srun before python, {ALONE}",
-        )  # fmt: skip
-
-
-def _check_nodes(environment: Mapping[str, str], count: str) -> None:
-    nodes = environment.get("SLURM_JOB_NUM_NODES", "1")
-    if nodes.isdigit() and int(nodes) > 1:
-        more = "set --ntasks-per-node (1, or the number of GPUs of a node)" if count == SLURM.count else "start more"
-        raise UserError(
-            count, f"1 process in a job of {nodes} nodes", "at least one process a node", f"{more}, {ALONE}"
-        )
 
 
 def _check_one_count(environment: Mapping[str, str]) -> None:
@@ -246,11 +240,15 @@ def _address(launcher: _Launcher, environment: Mapping[str, str], index: int) ->
 def _torch_address(launcher: _Launcher, environment: Mapping[str, str]) -> str:
     host, port = environment.get("MASTER_ADDR"), _number(environment, "MASTER_PORT", launcher)
     if not host:
-        expected = f"the host of process 0, beside {launcher.count}"
-        raise UserError("MASTER_ADDR", "nothing", expected, f"set it in every process, {ALONE}")
+        raise UserError(
+            "MASTER_ADDR", "nothing", f"the host of process 0, beside {launcher.count}",
+            f"set it in every process, {ALONE}",
+        )  # fmt: skip
     if not 0 < port < 2**16 - 1:
-        expected = f"a port from 1 to {2**16 - 2}, free on the host of process 0, as is the next"
-        raise UserError("MASTER_PORT", str(port), expected, f"set it in every process, {ALONE}")
+        raise UserError(
+            "MASTER_PORT", str(port), f"a port from 1 to {2**16 - 2}, free on the host of process 0, as is the next",
+            f"set it in every process, {ALONE}",
+        )  # fmt: skip
     if launcher is ELASTIC:  # torchrun itself listens at this port
         port = _port(f"{port} {environment[ELASTIC.present[0]]}")
     return f"{host}:{port}"

@@ -43,6 +43,12 @@ class Lifeline:
         self._leaving = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="lifeline").start()
 
+    def __enter__(self) -> Lifeline:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
+        self.leave(None if isinstance(error, SystemExit) else error)
+
     def leave(self, error: BaseException | None = None) -> None:
         """Say that this process ends, in order or by `error`; after an error it ends soon, whatever waits for others.
 
@@ -84,7 +90,7 @@ class Lifeline:
         if "left" in message:
             self._finished.add(sender)
         elif "gone" in message:
-            self._stop(message["text"], LOST)
+            self._stop(message["text"])
         elif "failed" in message:
             self._finished.add(sender)
             if self.place.index == 0:
@@ -103,11 +109,11 @@ class Lifeline:
             " the same command goes on from the last checkpoint"
         )
         self._tell({"gone": index, "text": text}, but=index)
-        self._stop(text, LOST)
+        self._stop(text)
 
-    def _stop(self, text: str, status: int) -> None:
+    def _stop(self, text: str) -> None:
         if not self._leaving.is_set():
-            _end(status, text)
+            _end(LOST, text)
 
 
 def join(place: Place, facts: Facts, judge: Judge) -> Lifeline:
@@ -122,10 +128,8 @@ def join(place: Place, facts: Facts, judge: Judge) -> Lifeline:
     own = {**facts, "host": socket.gethostname(), "index": place.index, "count": place.count}
     deadline = time.monotonic() + seconds
     if place.index == 0:
-        peers, hosts = _receive_all(place, own, judge, deadline, seconds)
-    else:
-        peers, hosts = _report(place, own, deadline, seconds)
-    return Lifeline(place, peers, hosts)
+        return Lifeline(place, *_receive_all(place, own, judge, deadline, seconds))
+    return Lifeline(place, *_report(place, own, deadline, seconds))
 
 
 def _seconds() -> float:
@@ -212,18 +216,18 @@ def _listen(place: Place) -> socket.socket:
 def _report(
     place: Place, own: Facts, deadline: float, seconds: float
 ) -> tuple[dict[int, _Line], list[str]]:
-    where, reason = _port(place), ""
+    where = _port(place)
     while True:
         try:
             line = _Line(socket.create_connection(where, timeout=max(0.1, min(10.0, deadline - time.monotonic()))))
             break
         except OSError as error:  # process 0 may start later, and its name may be known later
-            reason = error.strerror or str(error)
-        if time.monotonic() > deadline:
-            raise Absent(
-                place.names[0], f"no answer of process 0 at {where[0]}:{where[1]} within {seconds:g} s ({reason})",
-                "process 0 listening there", f"see what process 0 printed, check the address, or raise {JOIN_TIMEOUT}",
-            )  # fmt: skip
+            if time.monotonic() > deadline:
+                raise Absent(
+                    place.names[0], f"no answer of process 0 at {where[0]}:{where[1]} within {seconds:g} s"
+                    f" ({error.strerror or error})", "process 0 listening there",
+                    f"see what process 0 printed, check the address, or raise {JOIN_TIMEOUT}",
+                ) from None  # fmt: skip
         time.sleep(0.2)
     line.send(own)
     said = line.read(max(1.0, deadline - time.monotonic()) + 10.0)  # process 0 is the one to say who is missing
@@ -247,11 +251,13 @@ class _Line:
         self._sending = threading.Lock()
         connected.settimeout(None)
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 4), ("TCP_KEEPCNT", 0)):
-            if hasattr(socket, name):
-                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), SILENT_SECONDS // value if value else 3)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENT_SECONDS)
+        options = {
+            "TCP_KEEPIDLE": SILENT_SECONDS // 4, "TCP_KEEPINTVL": SILENT_SECONDS // 4, "TCP_KEEPCNT": 3,
+            "TCP_USER_TIMEOUT": 1000 * SILENT_SECONDS,
+        }  # fmt: skip
+        for name, value in options.items():
+            if hasattr(socket, name):  # not every system has each
+                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send an object; one that is gone hears nothing."""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from elm_jax.config import LogConfig
 from elm_jax.errors import UserError, one_line
+from elm_jax.folders import write_atomic
 from elm_jax.json_text import parse_json
 
 WANDB_ID = "wandb_id"  # in a run's folder: its id in Weights & Biases
@@ -72,10 +73,8 @@ class MetricsFile:
         self.path, self.writes = folder / "metrics.jsonl", writes
         if not writes:
             return
-        lines = [line for line in self.lines() if line.get("step", 0) <= resume_at]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(self.path)
+        kept = "".join(json.dumps(line) + "\n" for line in self.lines() if line.get("step", 0) <= resume_at)
+        write_atomic(self.path, lambda file: file.write(kept.encode()))
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append one object, at once on disk. NaN and infinities become null: JSON has none."""
@@ -96,14 +95,14 @@ class MetricsFile:
         found = []
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         for number, line in enumerate(lines, 1):
+            value = None
             with contextlib.suppress(ValueError):
-                found.append(parse_json(line))
-            whole = len(found) == number and isinstance(found[-1], dict) and type(found[-1].get("step", 0)) is int
-            if not whole and line.endswith("\n"):
+                value = parse_json(line)
+            if isinstance(value, dict) and type(value.get("step", 0)) is int:
+                found.append(value)
+            elif line.endswith("\n"):
                 fix = "remove this line, or the file"
                 raise UserError(f"{self.path}, line {number}", one_line(line)[:60], "a JSON object", fix)
-            if not whole:
-                del found[number - 1 :]
         return found
 
 
@@ -261,9 +260,8 @@ def trackers(folder: Path, log: LogConfig, config: Mapping[str, Any]) -> list[Tr
 def _wandb_id(path: Path) -> str:
     """The run's id there: the one that the run's folder keeps, else that of a sweep's agent or a new one, then kept."""
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12], encoding="utf-8")
-        temporary.replace(path)
+        new = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
+        write_atomic(path, lambda file: file.write(new.encode()))
     kept = path.read_bytes()
     if not re.fullmatch(rb"[\w.-]+", kept.strip()):
         fix = "put it back, or remove the file: the run goes on there as a new one"
