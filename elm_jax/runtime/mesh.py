@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +64,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
     except NotImplementedError as error:
         torus = "x".join(str(1 + max(place)) for place in zip(*(device.coords for device in devices), strict=True))
-        fix = "set --config.mesh.* to these sizes or products of them"
-        raise UserError("mesh", f"{asked} on a torus of {torus}", f"each a product of some of {torus}", fix) from error
+        raise UserError(
+            "mesh", f"{asked} on a torus of {torus}", f"each a product of some of {torus}",
+            "set --config.mesh.* to these sizes or products of them",
+        ) from error  # fmt: skip
 
 
 def check_heads(mesh: Mesh, llm: Any) -> None:
@@ -88,7 +90,8 @@ def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int],
     """
     logical = (None,) * (len(shape) - len(axes)) + tuple(axes)
     targets = [RULES[axis] if axis else None for axis in logical]
-    targets = [_rest(targets) if target == REST else target for target in targets]
+    rest = next((axis for axis in ("fsdp", "tensor") if axis not in targets), None)
+    targets = [rest if target == REST else target for target in targets]
     spec: list[str | tuple[str, ...] | None] = []
     for size, target in zip(shape, targets, strict=True):
         ways = _ways(mesh, target)
@@ -201,18 +204,13 @@ class MeshPlacement:
         in_use = PartitionSpec(*(None if axis == "fsdp" else axis for axis in at_rest))
         original = w.dtype
 
-        @jax.custom_vjp
         def gather(w: jax.Array) -> jax.Array:
             return self._constrain(self._constrain(w.astype(dtype), at_rest), in_use)
 
-        def forward(w: jax.Array) -> tuple[jax.Array, None]:
-            return gather(w), None
+        def reduce(cotangent: jax.Array) -> jax.Array:
+            return self._constrain(cotangent, at_rest).astype(original)
 
-        def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
-            return (self._constrain(cotangent, at_rest).astype(original),)
-
-        gather.defvjp(forward, backward)
-        return gather(w)
+        return _apply(gather, reduce, w)
 
     def copies(self, w: jax.Array, axes: tuple[str | None, ...], rows: int) -> jax.Array:
         """One copy of `w` for each part of the batch: a device has its own. One for all where the rows do not divide.
@@ -225,33 +223,33 @@ class MeshPlacement:
         at_rest = partition_spec(self.mesh, axes, w.shape, "a weight")
         in_use = tuple(None if axis == "fsdp" else axis for axis in at_rest)
 
-        @jax.custom_vjp
         def spread(w: jax.Array) -> jax.Array:
             each = jnp.broadcast_to(w, (data * fsdp, *w.shape))
             return self._constrain(each, PartitionSpec(BATCH_AXES, *in_use))
 
-        def forward(w: jax.Array) -> tuple[jax.Array, None]:
-            return spread(w), None
-
-        def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
+        def reduce(cotangent: jax.Array) -> jax.Array:
             parts = self._constrain(cotangent.reshape(data, fsdp, *w.shape), PartitionSpec("data", "fsdp", *in_use))
             shards = self._constrain(_sum(parts, 1), PartitionSpec("data", *at_rest))
-            return (self._constrain(_sum(shards, 0), at_rest),)
+            return self._constrain(_sum(shards, 0), at_rest)
 
-        spread.defvjp(forward, backward)
-        return spread(w)
+        return _apply(spread, reduce, w)
 
     def _constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
 
+def _apply(
+    forward: Callable[[jax.Array], jax.Array], backward: Callable[[jax.Array], jax.Array], x: jax.Array
+) -> jax.Array:
+    """`forward` of `x`; the gradient of `x` is `backward` of that of the result."""
+    function = jax.custom_vjp(forward)
+    function.defvjp(lambda x: (function(x), None), lambda _, cotangent: (backward(cotangent),))
+    return function(x)
+
+
 def _sum(x: jax.Array, axis: int) -> jax.Array:
     """In its own dtype: `jnp.sum` of bfloat16 would send float32."""
     return jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (axis,))
-
-
-def _rest(targets: list[str | tuple[str, ...] | None]) -> str | None:
-    return next((axis for axis in ("fsdp", "tensor") if axis not in targets), None)
 
 
 def _divisors(ways: int) -> list[int]:
