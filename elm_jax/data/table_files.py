@@ -4,6 +4,7 @@ A table has those of COLUMNS that the file has, as text and numbers; nothing tha
 """
 
 import contextlib
+import csv
 import hashlib
 import json
 import logging
@@ -118,6 +119,20 @@ def _write_arrow(kept: Path, schema: Any, file: Path, table: Any) -> None:
 def _unreadable(path: Path, expected: str) -> contextlib.AbstractContextManager[None]:
     """Errors of the libraries that read `path`, pyarrow's and their own, are the user's."""
     return refused(path, "an unreadable file", expected, "write it again", Exception)
+
+
+def csv_rows(
+    path: Path, needed: Sequence[str], where: object, expected: str, fix: str
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(number of the line, row) of a CSV file. UserError, naming `where`, unless it can be read and has the columns."""
+    told = refused(where, "an unreadable file", expected, fix, OSError, ValueError, csv.Error)
+    with told, path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in needed if name not in (reader.fieldnames or ())]
+        if missing:
+            near = nearest(missing[0], reader.fieldnames or ()) or "download it again"
+            raise UserError(path, f"no column {', '.join(missing)}", expected, near)
+        yield from ((reader.line_num, row) for row in reader)
 
 
 def plain(where: str, table: Any) -> Any:

@@ -9,7 +9,6 @@ and the question here are ours. n recordings, K labels.
 from __future__ import annotations
 
 import ast
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,8 @@ from tqdm import tqdm
 
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.sources import Record, patient_of
-from elm_jax.errors import UserError, refused
+from elm_jax.data.table_files import csv_rows
+from elm_jax.errors import UserError
 from elm_jax.evaluation.answering import BadRecords
 from elm_jax.evaluation.controls import Question, Source
 from elm_jax.evaluation.store import AnswerFile
@@ -198,11 +198,5 @@ class _Auc:
         return float((yes * (below + no / 2)).sum() / total) if total else float("nan")
 
 
-def _rows(path: Path, needed: Iterable[str]) -> list[dict[str, str]]:
-    told = refused("eval.labels", "", f"{path.name} of PTB-XL", "give PTB-XL's folder", OSError, ValueError, csv.Error)
-    with told, path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    missing = [name for name in needed if not rows or name not in rows[0]]
-    if missing:
-        raise UserError(str(path), f"no column {', '.join(missing)}", "PTB-XL's own file", "download it again")
-    return rows
+def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
+    return [row for _, row in csv_rows(path, needed, "eval.labels", f"{path.name} of PTB-XL", "give PTB-XL's folder")]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from elm_jax.scoring.answers import words
+from elm_jax.scoring.classification import classification
 
 SINGLE = ("single-verify", "single-choose", "single-query")
 _TYPES = re.compile(r"(single|comparison_consecutive|comparison_irrelevant)-(verify|choose|query)")
@@ -95,10 +96,8 @@ class QuestionOnly:
 def macro_f1(truths: Sequence[str], answers: Sequence[str]) -> float:
     """Unweighted mean of the F1 of each true answer, case, punctuation and spaces aside; as OpenTSLM scores a template
     of ECG-QA-CoT."""
-    ours, theirs = [_words_of(text) for text in answers], [_words_of(text) for text in truths]
-    given, true = Counter(ours), Counter(theirs)
-    right = Counter(a for a, t in zip(ours, theirs, strict=True) if a == t)
-    return float(np.mean([2 * right[option] / (given[option] + true[option]) for option in true]))
+    report = classification([_words_of(text) for text in truths], [_words_of(text) for text in answers])["report"]
+    return float(np.mean([rates["f1"] for rates in report.values()]))
 
 
 def _words_of(text: str) -> str:

@@ -1,12 +1,12 @@
 """PTB-XL: its index, and what it says of each recording."""
 
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from elm_jax.data.prepare.runner import RawDataset, RawRecording
-from elm_jax.errors import UserError, nearest, refused
+from elm_jax.data.table_files import csv_rows
+from elm_jax.errors import refused
 
 INDEX = "ptbxl_database.csv"
 _COLUMNS = ("ecg_id", "patient_id", "report", "strat_fold", "filename_lr", "filename_hr")
@@ -31,17 +31,8 @@ class Entry:
 
 def read_index(path: Path) -> list[Entry]:
     """ptbxl_database.csv. Raises UserError naming the line that is malformed."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
-            if missing:
-                fix = nearest(missing[0], reader.fieldnames or ()) or "download it again"
-                raise UserError(str(path), f"no column {', '.join(missing)}", "PTB-XL's database", fix)
-            return [_entry(path, reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        fix = "point --raw at PTB-XL's folder" if isinstance(error, OSError) else "download it again"
-        raise UserError(str(path), f"an unreadable file ({error})", "PTB-XL's database", fix) from None
+    rows = csv_rows(path, _COLUMNS, path, "PTB-XL's database", "point --raw at PTB-XL's folder, or download it again")
+    return [_entry(path, line, row) for line, row in rows]
 
 
 def _entry(path: Path, line: int, row: dict[str, str]) -> Entry:
