@@ -30,3 +30,21 @@ def get_config() -> ConfigDict:
     config.train.epochs = 1
     config.train.eval_every = 500
     return config
+
+
+def llava(
+    encoder: str, tokens: int = 1, checkpoint: str | None = None, representation: str = "signal"
+) -> ConfigDict:
+    """Of these experiments one with an encoder, its `tokens`, and an MLP connector."""
+    config = get_config()
+    config.elm = "mlp_llava"
+    config.encoder.name, config.encoder.tokens, config.encoder.checkpoint = encoder, tokens, checkpoint
+    config.data.representation = representation
+    return config
+
+
+def elf(elm: str, tokens: int = 1) -> ConfigDict:
+    """Of these experiments one without an encoder: the signal in `tokens` patches."""
+    config = get_config()
+    config.elm, config.encoder.tokens = elm, tokens
+    return config

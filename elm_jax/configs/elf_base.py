@@ -6,6 +6,4 @@ from elm_jax.configs import ecg_qa
 
 
 def get_config() -> ConfigDict:
-    config = ecg_qa.get_config()
-    config.elm = "base_elf"
-    return config
+    return ecg_qa.elf("base_elf")

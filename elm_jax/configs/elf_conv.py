@@ -6,7 +6,4 @@ from elm_jax.configs import ecg_qa
 
 
 def get_config() -> ConfigDict:
-    config = ecg_qa.get_config()
-    config.elm = "conv_elf"
-    config.encoder.tokens = 50
-    return config
+    return ecg_qa.elf("conv_elf", tokens=50)

@@ -6,9 +6,4 @@ from elm_jax.configs import ecg_qa
 
 
 def get_config() -> ConfigDict:
-    config = ecg_qa.get_config()
-    config.elm = "mlp_llava"
-    config.encoder.name = "clip"
-    config.encoder.checkpoint = "openai/clip-vit-base-patch32"
-    config.data.representation = "rgb"
-    return config
+    return ecg_qa.llava("clip", checkpoint="openai/clip-vit-base-patch32", representation="rgb")

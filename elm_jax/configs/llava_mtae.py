@@ -9,8 +9,4 @@ from elm_jax.configs import ecg_qa
 
 
 def get_config() -> ConfigDict:
-    config = ecg_qa.get_config()
-    config.elm = "mlp_llava"
-    config.encoder.name = "mtae"
-    config.encoder.tokens = 25
-    return config
+    return ecg_qa.llava("mtae", tokens=25)

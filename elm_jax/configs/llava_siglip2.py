@@ -6,9 +6,4 @@ from elm_jax.configs import ecg_qa
 
 
 def get_config() -> ConfigDict:
-    config = ecg_qa.get_config()
-    config.elm = "mlp_llava"
-    config.encoder.name = "siglip2"
-    config.encoder.checkpoint = "google/siglip2-so400m-patch16-naflex"
-    config.data.representation = "rgb"
-    return config
+    return ecg_qa.llava("siglip2", checkpoint="google/siglip2-so400m-patch16-naflex", representation="rgb")

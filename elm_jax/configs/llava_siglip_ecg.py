@@ -9,8 +9,4 @@ from elm_jax.configs import ecg_qa
 
 
 def get_config() -> ConfigDict:
-    config = ecg_qa.get_config()
-    config.elm = "mlp_llava"
-    config.encoder.name = "siglip_ecg"
-    config.encoder.tokens = 100
-    return config
+    return ecg_qa.llava("siglip_ecg", tokens=100)

@@ -9,8 +9,4 @@ from elm_jax.configs import ecg_qa
 
 
 def get_config() -> ConfigDict:
-    config = ecg_qa.get_config()
-    config.elm = "mlp_llava"
-    config.encoder.name = "st_mem"
-    config.encoder.tokens = 50
-    return config
+    return ecg_qa.llava("st_mem", tokens=50)

@@ -6,9 +6,4 @@ from elm_jax.configs import ecg_qa
 
 
 def get_config() -> ConfigDict:
-    config = ecg_qa.get_config()
-    config.elm = "mlp_llava"
-    config.encoder.name = "vit"
-    config.encoder.checkpoint = "google/vit-base-patch16-224-in21k"
-    config.data.representation = "stacked_signal"
-    return config
+    return ecg_qa.llava("vit", checkpoint="google/vit-base-patch16-224-in21k", representation="stacked_signal")
