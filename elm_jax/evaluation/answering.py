@@ -167,7 +167,7 @@ def check_lengths(where: str, lengths: Sequence[int], room: int) -> None:
         raise UserError(where, "a prompt without a token", "a token to go on from", fix)
 
 
-def asked_of(text: Any) -> list[tuple[str, str]]:
+def question_answers(text: Any) -> list[tuple[str, str]]:
     """(question, answer) for each answer that a record's text has; a text without questions has empty ones."""
     found, question = [], ""
     for turn in to_turns(text):
@@ -200,7 +200,7 @@ def _id(task: Task, question: Question) -> str:
 
 def _prediction(task: Task, question: Question, prompt: Prompt, answer: Answer) -> dict[str, Any]:
     record = task.source.dataset.records[question.record]
-    asked = asked_of(record.text)
+    asked = question_answers(record.text)
     answers = answer_list(record.text)
     # In a table that names its records otherwise, the text itself says what type of ECG-QA a question is.
     kind = {"question_type": record.text[0]} if answers and is_ecg_qa(str(record.text[0])) else {}

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from elm_jax.errors import UserError, nearest
-from elm_jax.evaluation.results import short_text
+from elm_jax.evaluation.results import perfect_note
 from elm_jax.evaluation.store import CONTROLS, lines_in, predictions_in
 from elm_jax.folders import read_json
 from elm_jax.pictures.page import filled
 from elm_jax.pictures.svg import Bar, bars
 from elm_jax.scoring.dependence import METRIC, PREFERRED, by_question, pairing, tested
 from elm_jax.scoring.metrics import Scorer, Table, question_id
-from elm_jax.scoring.statistics import SIGNIFICANT, ci95, told_p
+from elm_jax.scoring.statistics import SIGNIFICANT, ci95, p_text
 
 Lines = Sequence[Mapping[str, Any]]
 _STAR = f"* significant: p below {SIGNIFICANT:g} after Holm's correction for all that is compared"
@@ -179,18 +179,18 @@ def text_of(result: Mapping[str, Any]) -> str:
     width = max(map(len, (*metrics, "signal dependence")))
     lines = [f"{result['evaluation']}: {_asked(result)}", " " * width + "".join(f"{_cut(name):>26}" for name in runs)]
     for metric in metrics:
-        cells = (f"{_told(run['metrics'].get(metric)):>26}" for run in runs.values())
+        cells = (f"{_with_interval(run['metrics'].get(metric)):>26}" for run in runs.values())
         lines.append(f"{metric:<{width}}" + "".join(cells))
-    told = "".join(f"{_told(run['signal_dependence']):>26}" for run in runs.values())
+    told = "".join(f"{_with_interval(run['signal_dependence']):>26}" for run in runs.values())
     lines += [f"{'signal dependence':<{width}}{told}", ""]
     lines += [f"no {metric}: {reason}" for metric, reason in result["unavailable"].items()]
-    lines += filter(None, [short_text(result), _no_star(result)])
+    lines += filter(None, [perfect_note(result), _no_star(result)])
     for pair in result["differences"]:
         lines.append(f"{pair['a']} less {pair['b']}")
         for metric, d in (*pair["metrics"].items(), ("signal dependence", pair["signal_dependence"])):
             if d:
-                p, mark = f"p {told_p(d['p']):<8} corrected {told_p(d['p_holm']):<8}", _star(d)
-                lines.append(f"  {metric:<{width}} {_told(d):>26}   {p}{mark}".rstrip())
+                p, mark = f"p {p_text(d['p']):<8} corrected {p_text(d['p_holm']):<8}", _star(d)
+                lines.append(f"  {metric:<{width}} {_with_interval(d):>26}   {p}{mark}".rstrip())
     return "\n".join(lines)
 
 
@@ -205,7 +205,7 @@ def _no_star(result: Mapping[str, Any]) -> str:
     """Why no difference can be marked, in a sentence; nothing where one can."""
     if result["least_p_holm"] < SIGNIFICANT:
         return ""
-    least, corrected = told_p(result["least_p"]), told_p(result["least_p_holm"])
+    least, corrected = p_text(result["least_p"]), p_text(result["least_p_holm"])
     few = f"of {result['patients']} patients the least p is {least}, corrected for all that is compared {corrected}"
     return f"no difference can be significant: {few}"
 
@@ -223,11 +223,11 @@ def html_of(result: Mapping[str, Any]) -> str:
         ])
         for metric in next(iter(result["runs"].values()))["metrics"]
     }  # fmt: skip
-    said = list(filter(None, [_asked(result), short_text(result), _no_star(result), _STAR]))
-    return filled("compare.html", result=result, plots=plots, said=said, told_p=told_p, star=_star)
+    said = list(filter(None, [_asked(result), perfect_note(result), _no_star(result), _STAR]))
+    return filled("compare.html", result=result, plots=plots, said=said, p_text=p_text, star=_star)
 
 
-def _told(score: Mapping[str, Any] | None) -> str:
+def _with_interval(score: Mapping[str, Any] | None) -> str:
     if not score:
         return ""
     return f"{score['value']:.3f} [{score['ci95'][0]:.3f}, {score['ci95'][1]:.3f}]"

@@ -22,7 +22,7 @@ from elm_jax.config import Config, to_dict
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.sources import load_records
 from elm_jax.errors import UserError, printable
-from elm_jax.evaluation.answering import Asker, BadRecords, Task, asked_of, check_lengths
+from elm_jax.evaluation.answering import Asker, BadRecords, Task, check_lengths, question_answers
 from elm_jax.evaluation.controls import REAL, Question, Source, kept_ecgs, shuffled_records
 from elm_jax.evaluation.examples import draw_examples
 from elm_jax.evaluation.labels import PtbXl, ask_labels, read_ptb_xl
@@ -286,7 +286,7 @@ def _known(config: Config, folds: Sequence[_Fold]) -> dict[str, Any]:
 
 def _safely_asked(text: Any) -> list[tuple[str, str]]:
     try:
-        return asked_of(text)
+        return question_answers(text)
     except UserError:  # a bad record, which training leaves out too
         return []
 

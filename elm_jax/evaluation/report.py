@@ -19,13 +19,13 @@ from PIL import Image
 from elm_jax.data.dataset import Dataset
 from elm_jax.errors import printable
 from elm_jax.evaluation.examples import chosen_examples
-from elm_jax.evaluation.results import SHOWN_CLASSES, few_text, kept_text, notes, short_text
+from elm_jax.evaluation.results import SHOWN_CLASSES, least_p_note, notes, perfect_note, unshuffled_note
 from elm_jax.pictures import svg
 from elm_jax.pictures.ecg_paper import draw_ecg
 from elm_jax.pictures.page import filled
 from elm_jax.pictures.svg import Bar
 from elm_jax.scoring.metrics import is_right
-from elm_jax.scoring.statistics import told_p
+from elm_jax.scoring.statistics import p_text
 
 SHOWN, LISTED = 24, 500  # examples with their ECG, and predictions in the list
 _COLOURS = 32  # of an ECG's picture: paper, grid and ink
@@ -55,9 +55,8 @@ def report(
     """The page. examples: {"question", "answer", "truth", "mark", "kind", "id", "seconds", "prompt", "pictures"}."""
     return filled(
         "report.html", title=title, results=results, plots=plots, examples=list(examples), rows=_rows(predictions),
-        predictions_count=len(predictions), most_levels=_LEVELS,
-        shown_classes=SHOWN_CLASSES, notes=notes, short_text=short_text, few_text=few_text, kept_text=kept_text,
-        told_p=told_p,
+        predictions_count=len(predictions), most_levels=_LEVELS, shown_classes=SHOWN_CLASSES, notes=notes,
+        perfect_note=perfect_note, least_p_note=least_p_note, unshuffled_note=unshuffled_note, p_text=p_text,
     )  # fmt: skip
 
 

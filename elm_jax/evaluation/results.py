@@ -14,7 +14,7 @@ from elm_jax.scoring.dependence import pairing, signal_dependence
 from elm_jax.scoring.ecg_qa import QuestionOnly, average_of_types, macro_f1
 from elm_jax.scoring.ecgbench import ecgbench
 from elm_jax.scoring.metrics import FIELDS, Scorer, Table, question_id
-from elm_jax.scoring.statistics import SIGNIFICANT, student_t, told_p
+from elm_jax.scoring.statistics import SIGNIFICANT, p_text, student_t
 from elm_jax.scoring.summary import scores_of
 
 MOST_CLASSES = 100
@@ -175,9 +175,9 @@ def summary(results: Mapping[str, Any]) -> str:
         low, high = dependence["ci95"]
         lines.append(
             f"signal dependence (score less {dependence['control']}): {dependence['value']:.3f}"
-            f" [{low:.3f}, {high:.3f}], p {told_p(dependence['p'])}{few_text(dependence)}"
+            f" [{low:.3f}, {high:.3f}], p {p_text(dependence['p'])}{least_p_note(dependence)}"
         )
-    lines += filter(None, [short_text(results), kept_text(results), *notes(results)])
+    lines += filter(None, [perfect_note(results), unshuffled_note(results), *notes(results)])
     return "\n".join(lines)
 
 
@@ -203,19 +203,19 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def short_text(results: Mapping[str, Any]) -> str:
+def perfect_note(results: Mapping[str, Any]) -> str:
     """What answers equal to their truths would have of the metrics that give them less than 1, in a sentence."""
     less = [f"{name} {value:.2g}" for name, value in results["perfect"].items() if value < LESS_THAN_ONE]
     return f"answers equal to every truth would have {' and '.join(less)}, made for longer texts" if less else ""
 
 
-def few_text(dependence: Mapping[str, Any]) -> str:
+def least_p_note(dependence: Mapping[str, Any]) -> str:
     """What a p that cannot be small for want of patients says of itself; nothing where it can."""
     least = dependence["least_p"]
-    return f" (with so few patients it is at least {told_p(least)})" if least >= SIGNIFICANT else ""
+    return f" (with so few patients it is at least {p_text(least)})" if least >= SIGNIFICANT else ""
 
 
-def kept_text(results: Mapping[str, Any]) -> str:
+def unshuffled_note(results: Mapping[str, Any]) -> str:
     """What the control `shuffled` could not shuffle, in a sentence; nothing where all questions got another's ECG."""
     found = results.get("shuffled_ecgs", {})
     if not found or not found["own_ecg"] + found["same_patient"]:

@@ -108,7 +108,7 @@ def student_t(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "std": std, "ci95": [mean - half, mean + half]}
 
 
-def told_p(p: float | None) -> str:
+def p_text(p: float | None) -> str:
     """A p as it stands in tables and sentences: two digits, and none that is said to be 0."""
     return "" if p is None else f"{p:.2g}" if p >= _LEAST_TOLD else f"< {_LEAST_TOLD:g}"
 

@@ -56,7 +56,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Asked]
     return make
 
 
-def asked_of(dataset: Dataset) -> list[Question]:
+def question_answers(dataset: Dataset) -> list[Question]:
     return [
         Question(record, turn, truth, len(prompt.ids))
         for record in range(len(dataset))
@@ -70,7 +70,7 @@ def test_the_questions_about_an_ecg_are_asked_together_under_every_condition(
     ask: Callable[..., Asked], condition: str, draw: int
 ) -> None:
     dataset = ask().dataset("test")
-    source, questions = Source(dataset, condition, draw), asked_of(dataset)
+    source, questions = Source(dataset, condition, draw), question_answers(dataset)
     chunks = chunks_of(source, questions, 16)
     assert sorted((q.record, q.turn) for chunk in chunks for q in chunk) == [(q.record, q.turn) for q in questions]
     assert max(map(len, chunks)) <= 16 and len(chunks) == 3, "chunks are as full as whole recordings make them"
@@ -86,7 +86,7 @@ def test_the_questions_about_an_ecg_are_asked_together_under_every_condition(
 
 def test_an_ecg_with_more_questions_than_a_chunk_has_chunks_of_its_own(ask: Callable[..., Asked]) -> None:
     dataset = ask().dataset("test")
-    chunks = chunks_of(Source(dataset, "real"), asked_of(dataset), 4)
+    chunks = chunks_of(Source(dataset, "real"), question_answers(dataset), 4)
     assert [len(chunk) for chunk in chunks] == [4, 1] * RECORDINGS
     assert chunks_of(Source(dataset, "real"), [], 4) == []
 
@@ -173,7 +173,7 @@ def test_a_question_that_any_ecg_would_make_too_long_is_left_out_before_the_firs
     model.assembly.text = replace(model.assembly.text, signal_tokens=1)
     model.assembly.signal = replace(model.assembly.signal, representation="symbolic", tokens=tokens, perturb="zeros")
     model.assembly.llm.max_len = 240
-    lengths = [(q.record, q.tokens) for q in asked_of(model.dataset("test"))]
+    lengths = [(q.record, q.tokens) for q in question_answers(model.dataset("test"))]
     long = {record for record, length in lengths if length + 99 + 8 > 240}
     assert long and all(length + 1 + 8 <= 240 for _, length in lengths), "with their own flat lines all fit"
     out = evaluator.evaluate(model.config)

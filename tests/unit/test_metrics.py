@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elm_jax.evaluation.results import short_text
+from elm_jax.evaluation.results import perfect_note
 from elm_jax.scoring import dependence as dependence_module
 from elm_jax.scoring import metrics
 from elm_jax.scoring.answers import exact_match, first_integer, same_words, split_response, token_f1, within_5_bpm
 from elm_jax.scoring.dependence import signal_dependence
 from elm_jax.scoring.metrics import Scorer
 from elm_jax.scoring.overlap import rouge_l, rouge_l_in_any_script, stemmer
-from elm_jax.scoring.statistics import FLIPS, Patients, told_p
+from elm_jax.scoring.statistics import FLIPS, Patients, p_text
 from elm_jax.scoring.summary import best_constant, scores_of
 
 
@@ -257,7 +257,7 @@ def test_random_flips_agree_with_all_flips():
 
 def test_a_p_is_never_said_to_be_zero():
     told = {0.0: "< 0.0001", 3e-20: "< 0.0001", 1e-4: "0.0001", 0.0312: "0.031", 1.0: "1", None: ""}
-    assert {p: told_p(p) for p in told} == told
+    assert {p: p_text(p) for p in told} == told
 
 
 SAME = {
@@ -305,5 +305,5 @@ def test_answer_sets_and_the_majority_are_compared_composed():
 def test_what_short_right_answers_have_of_bleu_is_said():
     result = aggregate(prediction(i, "yes", "yes", name="x") for i in range(100))
     assert result["metrics"]["bleu4"]["value"] == result["perfect"]["bleu4"] == pytest.approx(0.001**0.75)
-    assert "bleu4 0.0056" in short_text(result)
-    assert short_text(aggregate([prediction(0, "no", "sinus rhythm at 70 bpm", name="x")])) == ""
+    assert "bleu4 0.0056" in perfect_note(result)
+    assert perfect_note(aggregate([prediction(0, "no", "sinus rhythm at 70 bpm", name="x")])) == ""
