@@ -30,8 +30,7 @@ def ecg_features(signal: np.ndarray, sampling_rate: float) -> np.ndarray:
     """
     x = np.asarray(signal, np.float64)
     beats = np.array([_beats(lead, sampling_rate) for lead in x])
-    columns = [_amplitudes(x), _spectrum(x, sampling_rate), beats, _wavelets(x), _slopes(x)]
-    return np.concatenate(columns, axis=1).reshape(-1)
+    return np.hstack([_amplitudes(x), _spectrum(x, sampling_rate), beats, _wavelets(x), _slopes(x)]).reshape(-1)
 
 
 def _amplitudes(x: np.ndarray) -> np.ndarray:

@@ -139,8 +139,12 @@ def _checked_rate(path: str, rate: Any, name: str) -> float:
     except OverflowError:
         value = np.inf
     if not LEAST_RATE <= value <= MOST_RATE:
-        found = f"sampling rate {value:g}" if is_number else f"a sampling rate of type {type(rate).__name__}"
-        raise UserError(path, found, f"{LEAST_RATE:g} to {MOST_RATE:g} samples a second", f"correct {name}")
+        raise UserError(
+            path,
+            f"sampling rate {value:g}" if is_number else f"a sampling rate of type {type(rate).__name__}",
+            f"{LEAST_RATE:g} to {MOST_RATE:g} samples a second",
+            f"correct {name}",
+        )
     return value
 
 

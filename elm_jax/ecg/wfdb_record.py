@@ -73,8 +73,9 @@ class WfdbRecord:
             if part.segments:
                 raise UserError(part.path, "segments of a segment", "segments that have signals", _FIX)
             if part.rate != whole.rate:
-                expected = f"{whole.rate:g} as in {header.name}"
-                raise UserError(part.path, f"{part.rate:g} frames a second", expected, _FIX)
+                raise UserError(
+                    part.path, f"{part.rate:g} frames a second", f"{whole.rate:g} as in {header.name}", _FIX
+                )
         return cls(header, parts[0][0].names, tuple(part for part in parts if part[1] > 0))  # 0: only says the layout
 
     def read(self, rows: Sequence[int]) -> tuple[np.ndarray, float]:
@@ -139,12 +140,20 @@ def _read_header(path: Path) -> _Header:
     lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
     lines = [line for line in lines if line and not line.startswith("#")]
     if len(content) > _LONGEST or any(len(line) > _LONGEST_LINE for line in lines):
-        expected = f"a WFDB header: at most {_LONGEST} bytes, and {_LONGEST_LINE} characters a line"
-        raise UserError(path, "a longer one", expected, _FIX)
+        raise UserError(
+            path,
+            "a longer one",
+            f"a WFDB header: at most {_LONGEST} bytes, and {_LONGEST_LINE} characters a line",
+            _FIX,
+        )
     match = _RECORD.fullmatch(lines[0]) if lines else None
     if match is None:
-        found = f"the line {lines[0][:80]!r}" if lines else "no line but comments"
-        raise UserError(path, found, "a WFDB header: name, number of signals, sampling rate", _FIX)
+        raise UserError(
+            path,
+            f"the line {lines[0][:80]!r}" if lines else "no line but comments",
+            "a WFDB header: name, number of signals, sampling rate",
+            _FIX,
+        )
     rate = _RATE if match["rate"] is None else _number(path, "sampling rate", match["rate"])
     count = int(match["segments"] or match["signals"])
     if len(lines) <= count:
@@ -176,13 +185,11 @@ def _signal(path: Path, line: str) -> _Signal:
 
 
 def _number(path: Path, what: str, text: str) -> float:
-    try:
+    with suppress(ValueError):
         value = float(text)
-    except ValueError:
-        value = np.nan
-    if not np.isfinite(value):
-        raise UserError(path, f"{what} {text[:40]!r}", "a number", _FIX)
-    return value
+        if np.isfinite(value):
+            return value
+    raise UserError(path, f"{what} {text[:40]!r}", "a number", _FIX)
 
 
 def _scale(path: Path, signal: _Signal) -> float:
@@ -192,8 +199,12 @@ def _scale(path: Path, signal: _Signal) -> float:
     if match is None:
         raise UserError(path, f"{signal.gain!r} {what}", "gain(baseline)/unit", _FIX)
     if not match["gain"] or _number(path, f"gain {what}", match["gain"]) == 0:
-        expected = "converter steps for one mV: without a gain a signal is uncalibrated"
-        raise UserError(path, f"no gain {what}", expected, "write it into the header, as in 1000/mV")
+        raise UserError(
+            path,
+            f"no gain {what}",
+            "converter steps for one mV: without a gain a signal is uncalibrated",
+            "write it into the header, as in 1000/mV",
+        )
     unit = unicodedata.normalize("NFKC", match["unit"] or "mV").casefold().replace("μ", "u")  # NFKC: µ, U+00B5, to μ
     known = _UNIT.fullmatch(unit)
     if known is None:

@@ -19,7 +19,7 @@ from elm_jax.planning import program, topology
 from elm_jax.planning.program import Compiled
 from elm_jax.planning.roofline import Times, step_times
 from elm_jax.planning.topology import Topology
-from elm_jax.runtime.mesh import MeshPlacement, batch_ways, make_mesh
+from elm_jax.runtime.mesh import MeshPlacement, batch_ways, divisors, make_mesh
 from elm_jax.runtime.telemetry import step_flops
 
 TARGETS = 8  # a row's tokens for each supervised one, where `Load.targets` is not given
@@ -196,11 +196,11 @@ class Planner:
 
         found = []
         node, llm = self.where.one_node().count, self.assembly.llm
-        for tensor in _divisors(node if self.where.hardware.platform == "gpu" else min(8, self.where.count)):
+        for tensor in divisors(node if self.where.hardware.platform == "gpu" else min(8, self.where.count)):
             if llm.heads % tensor or llm.kv_heads % tensor:
                 continue
             fitting = []
-            for fsdp in _divisors(self.where.count // tensor):
+            for fsdp in divisors(self.where.count // tensor):
                 try:
                     mesh = make_mesh(MeshConfig(-1, fsdp, tensor), self.devices)
                     check_rows(self.config, mesh)
@@ -261,7 +261,3 @@ def nodes(mesh: Mesh, where: Topology) -> Sequence[int]:
     if where.hardware.platform == "gpu":
         return [device.process_index for device in mesh.devices.flat]
     return [0] * mesh.size
-
-
-def _divisors(count: int) -> list[int]:
-    return [n for n in range(1, count + 1) if count % n == 0]

@@ -134,13 +134,10 @@ def join(place: Place, facts: Facts, judge: Judge) -> Lifeline:
 
 def _seconds() -> float:
     text = os.environ.get(JOIN_TIMEOUT, str(JOIN_SECONDS))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0:
-        raise UserError(JOIN_TIMEOUT, repr(text), "a positive number of seconds", f"unset it for {JOIN_SECONDS:g}")
-    return seconds
+    with contextlib.suppress(ValueError):
+        if float(text) > 0:
+            return float(text)
+    raise UserError(JOIN_TIMEOUT, repr(text), "a positive number of seconds", f"unset it for {JOIN_SECONDS:g}")
 
 
 def _port(place: Place) -> tuple[str, int]:
@@ -180,14 +177,13 @@ def _receive_all(
                 line.send(_wrong(problem))
             else:
                 known[said["index"]], lines[said["index"]] = said, line
-    problem = problem or judge([known[i] for i in range(place.count)])
-    if problem is not None:
-        for line in lines.values():
-            line.send(_wrong(problem))
-        raise problem
-    hosts = [known[i]["host"] for i in range(place.count)]
+    processes = [known[i] for i in sorted(known)]
+    problem = problem or judge(processes)
+    hosts = [process["host"] for process in processes]
     for line in lines.values():
-        line.send({"hosts": hosts})
+        line.send({"hosts": hosts} if problem is None else _wrong(problem))
+    if problem is not None:
+        raise problem
     return lines, hosts
 
 
@@ -271,7 +267,11 @@ class _Line:
         except OSError:
             return [], False
         *whole, self._rest = (self._rest + data).split(b"\n")
-        return [found for found in map(_object, whole) if found is not None], bool(data)
+        found: list[Any] = []
+        for text in whole:
+            with contextlib.suppress(ValueError):
+                found.append(parse_json(text))
+        return [message for message in found if isinstance(message, dict)], bool(data)
 
     def read(self, seconds: float) -> dict[str, Any] | None:
         """The first object; None where none comes."""
@@ -286,14 +286,6 @@ class _Line:
             return None
         finally:
             self.socket.settimeout(None)
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        found = parse_json(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _end_in(seconds: float, status: int, text: str = "") -> None:

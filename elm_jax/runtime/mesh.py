@@ -75,7 +75,7 @@ def check_heads(mesh: Mesh, llm: Any) -> None:
     ways = mesh.shape["tensor"]
     for what, count in (("heads", llm.heads), ("key/value heads", llm.kv_heads)):
         if count % ways:
-            fits = [n for n in _divisors(ways) if llm.heads % n == 0 and llm.kv_heads % n == 0]
+            fits = [n for n in divisors(ways) if llm.heads % n == 0 and llm.kv_heads % n == 0]
             raise UserError(
                 "mesh.tensor", f"{ways} for {count} {what}", f"a size that divides {llm.heads} and {llm.kv_heads}",
                 f"set --config.mesh.tensor={max(fits)}, and mesh.fsdp for the rest",
@@ -101,7 +101,7 @@ def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int],
                     f"mesh.{target}",
                     f"{ways} for {name} of shape {tuple(shape)}",
                     f"a size that divides {size}",
-                    f"set --config.mesh.{target}={max(n for n in _divisors(ways) if size % n == 0)}, and another axis"
+                    f"set --config.mesh.{target}={max(n for n in divisors(ways) if size % n == 0)}, and another axis"
                     " for the rest",
                 )
             target = None
@@ -252,9 +252,9 @@ def _sum(x: jax.Array, axis: int) -> jax.Array:
     return jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (axis,))
 
 
-def _divisors(ways: int) -> list[int]:
-    """What an axis of this size can be made instead: the rest must divide the devices, too."""
-    return [n for n in range(1, ways) if ways % n == 0]
+def divisors(count: int) -> list[int]:
+    """From 1 to `count`: the sizes that an axis of so many devices can have, and leave the rest to another."""
+    return [n for n in range(1, count + 1) if count % n == 0]
 
 
 def _ways(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:

@@ -101,8 +101,9 @@ class MetricsFile:
             if isinstance(value, dict) and type(value.get("step", 0)) is int:
                 found.append(value)
             elif line.endswith("\n"):
-                fix = "remove this line, or the file"
-                raise UserError(f"{self.path}, line {number}", one_line(line)[:60], "a JSON object", fix)
+                raise UserError(
+                    f"{self.path}, line {number}", one_line(line)[:60], "a JSON object", "remove this line, or the file"
+                )
         return found
 
 
@@ -264,8 +265,10 @@ def _wandb_id(path: Path) -> str:
         write_atomic(path, lambda file: file.write(new.encode()))
     kept = path.read_bytes()
     if not re.fullmatch(rb"[\w.-]+", kept.strip()):
-        fix = "put it back, or remove the file: the run goes on there as a new one"
-        raise UserError(str(path), repr(kept[:40]), "the id of this run in Weights & Biases", fix)
+        raise UserError(
+            path, repr(kept[:40]), "the id of this run in Weights & Biases",
+            "put it back, or remove the file: the run goes on there as a new one",
+        )  # fmt: skip
     return kept.strip().decode()
 
 
@@ -273,5 +276,7 @@ def _needed(module: str, key: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        fix = f"install it with pip install {module}, or set config.{key} to False"
-        raise UserError(f"config.{key}", f"no package {module}", "the package", fix) from error
+        raise UserError(
+            f"config.{key}", f"no package {module}", "the package",
+            f"install it with pip install {module}, or set config.{key} to False",
+        ) from error  # fmt: skip
