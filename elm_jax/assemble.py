@@ -31,7 +31,7 @@ from elm_jax.models.encoders import ENCODERS, build_encoder
 from elm_jax.models.families import chat_family, extended, scratch_config
 from elm_jax.models.functional import Arrays, Structure, initialise, structure_of
 from elm_jax.models.lora import add_lora, is_lora
-from elm_jax.models.views import check_views, representation_of
+from elm_jax.models.views import check_views, representation_of, signal_tokens
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.text.render import THINK_TOKENS, add_tokens
 from elm_jax.text.vocabulary import load_tokenizer
@@ -92,7 +92,7 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
     family = config.llm.chat or chat_family(
         llm.model_type, tokenizer.get_vocab(), str(tokenizer.chat_template or ""), config.llm.name
     )
-    text = text_spec(config.data, family, config.signal_tokens, config.phase, config.compat)
+    text = text_spec(config.data, family, signal_tokens(config), config.phase, config.compat)
     encoders = {view: _encoder_fields(config, view) for view in _encoded(config)}
     signal = _signal(config, encoders, symbols)
     structure = structure_of(lambda: _build(config, llm, encoders))
@@ -170,13 +170,16 @@ def _encoder_arrays(assembly: Assembly, view: str, wanted: Collection[str]) -> d
 def _signal(config: Config, encoders: Mapping[str, Mapping[str, Any]], symbols: EcgTokens | None) -> SignalSpec:
     """What becomes of an ECG in each view."""
     specs = {}
-    for view in config.views:
+    for view, each in config.views.items():
+        if each.writes == "text":
+            continue
         encoder = config.encoder_of(view).name
         processing = ENCODERS[encoder].image_processing(encoders[view], config.compat) if encoder else None
         spec = signal_spec(config.data, config.seed, processing, symbols, config.compat)
         specs[view] = replace(spec, representation=representation_of(config, view))
     first, *_ = specs
-    return replace(specs.pop(first), view=first, further=specs)
+    texts = {view: each.text for view, each in config.views.items() if each.text is not None}
+    return replace(specs.pop(first), view=first, further=specs, texts=texts)
 
 
 def _build(config: Config, llm: DecoderConfig, encoders: Mapping[str, Mapping[str, Any]]) -> ELM:

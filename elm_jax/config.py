@@ -234,19 +234,12 @@ class Config:
         return ELMS[self.elm]
 
     @property
-    def view(self) -> View:
-        """The first of them."""
+    def view(self) -> View:  # the first of them
         return next(iter(self.views.values()))
 
     @property
-    def slots(self) -> dict[str, View]:
-        """Those of them that have embeddings."""
+    def slots(self) -> dict[str, View]:  # those of them that have embeddings
         return {name: view for name, view in self.views.items() if view.writes == "slots"}
-
-    @property
-    def signal_tokens(self) -> int:
-        """Places of an ECG among the tokens: of its embeddings, or one that its own tokens take."""
-        return sum(view.tokens or self.encoder_of(name).tokens for name, view in self.slots.items()) or 1
 
     def encoder_of(self, view: str) -> EncoderConfig:
         """What is said of a view's encoder: of the first one in `encoder`, of another in `encoders`."""
@@ -373,12 +366,6 @@ def _check(name: str, value: Any) -> Any:
     if name == "update" and isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
         schema.check(name, SCHEMA[name], list(dict.fromkeys(part.partition(".")[0] for part in value)))
         return schema.check(name, replace(SCHEMA[name], choices=()), value)  # of one view: `check_views` knows it
-    if name == "encoders":
-        for view, keys in schema.check(name, SCHEMA[name], value).items():
-            for each, given in keys.items() if isinstance(keys, dict) else [("", keys)]:
-                if f"encoder.{each}" not in SCHEMA:
-                    raise UserError(f"encoders.{view}.{each}", "an unknown key", "one of encoder's", "correct it")
-                schema.check(f"encoders.{view}.{each}", SCHEMA[f"encoder.{each}"], given)
     return schema.check(name, SCHEMA[name], value)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class View:
     shows: the representation (`data.representation`) that it has; None: one that its encoder reads.
     encoder: whether an encoder reads that; connector: the kind of what stands between it and the LLM
     (`models.connectors`), None where it has no embeddings.
-    writes: "slots", places among the tokens for its embeddings; "tokens", tokens of its own.
+    writes: "slots", places among the tokens for its embeddings; "tokens", tokens of its own; "text", what `text` says
+    of the leads (C, L) in mV, at a rate in Hz, which stands behind the ECG in the words of the user.
     tokens: the places of an ECG; None: `encoder.tokens` says it.
     """
 
@@ -23,8 +26,9 @@ class View:
     shows: str | None = "signal"
     encoder: bool = False
     connector: str | None = None
-    writes: Literal["slots", "tokens"] = "slots"
+    writes: Literal["slots", "tokens", "text"] = "slots"
     tokens: int | None = None
+    text: Callable[[np.ndarray, float], str] | None = None
 
 
 ELMS: dict[str, Mapping[str, View]] = {

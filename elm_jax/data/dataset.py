@@ -28,7 +28,7 @@ from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 from elm_jax.text.render import Rendered, TextSpec, to_prompts, to_tokens
-from elm_jax.text.turns import CONVERSATIONS
+from elm_jax.text.turns import CONVERSATIONS, with_words
 
 _log = logging.getLogger(__name__)
 INDEX_VERSION = 3  # of the fingerprint, which checkpoints hold
@@ -101,10 +101,10 @@ class Dataset:
         """
         with self._naming(index) as record:
             if self._symbols is None:
-                return self._rendered(record, self.text.max_len)
+                return self._rendered(index, record, self.text.max_len)
             shown = self.signals(index) if ecgs is None else ecgs
             written, limit = [ecg[self.signal.view] for ecg in shown], self.text.max_len
-            render = functools.partial(self._rendered, record)
+            render = functools.partial(self._rendered, index, record)
             return self._symbols.expand(render, written, limit, length, self.varies, self.text.compat)
 
     @contextlib.contextmanager
@@ -116,8 +116,21 @@ class Dataset:
         except UserError as error:
             raise UserError(f"record {record.id}", error.found, error.expected, error.fix) from error
 
-    def _rendered(self, record: Record, max_len: int | None) -> Rendered:
-        return to_tokens(record.text, self.tokenizer, replace(self.text, max_len=max_len), self._ecgs(record))
+    def _rendered(self, index: int, record: Record, max_len: int | None) -> Rendered:
+        ecgs, spec = self._ecgs(record), replace(self.text, max_len=max_len)
+        return to_tokens(self._words(index, record, ecgs), self.tokenizer, spec, ecgs)
+
+    def _words(self, index: int, record: Record, ecgs: int) -> Any:
+        """The record's text, with what views write of its ECGs."""
+        if not ecgs or not self.signal.texts:
+            return record.text
+        words = [self.signal.words(path, self.key(index, place)) for place, path in enumerate(record.ecg_paths)]
+        return with_words(record.text, words)
+
+    @property
+    def _reads_ecgs(self) -> bool:
+        """Whether an ECG decides how long its record is."""
+        return self._symbols is not None or bool(self.text.signal_tokens and self.signal.texts)
 
     @property
     def _symbols(self) -> EcgTokens | None:
@@ -129,7 +142,8 @@ class Dataset:
         Where ECGs are symbols, one placeholder stands for each: `ecg_tokens.write_prompt` puts them in.
         """
         with self._naming(index) as record:
-            return to_prompts(record.text, self.tokenizer, replace(self.text, max_len=None), self._ecgs(record))
+            ecgs, spec = self._ecgs(record), replace(self.text, max_len=None)
+            return to_prompts(self._words(index, record, ecgs), self.tokenizer, spec, ecgs)
 
     def room(self, prompt: Rendered) -> int:
         """The tokens that one of `prompts` may have, whatever its ECGs are: symbols keep `data.min_ecg_tokens`."""
@@ -195,14 +209,13 @@ class Dataset:
         Raises:
             UserError: an ECG has other symbols than when `length` was measured; names the record.
         """
-        if self._symbols is None:
-            r = self.render(index)
-            return Conversation(index, r.ids, r.supervised, r.signal_positions, signals)
         nowhere = np.zeros((0, 0), np.int32)
-        if signals is None:
+        if signals is None and self._reads_ecgs:
             nothing = np.zeros(length, np.int32)
             return Conversation(index, nothing, nothing.astype(bool), nowhere, None)
         r = self.render(index, signals, length)
+        if self._symbols is None:
+            return Conversation(index, r.ids, r.supervised, r.signal_positions, signals)
         if len(r.ids) != length and not self.varies:
             found = f"{len(r.ids)} tokens where the run's plan has {length}: its ECG has changed"
             raise UserError(f"record {self.records[index].id}", found, "the ECG as it was", "start the run again")
@@ -224,7 +237,7 @@ class Dataset:
         else:
             columns = self._measure(max_bad, progress)
             # An ECG that could not be read may be mended: the next start looks again.
-            if path and (self._symbols is None or columns["length"].all()):
+            if path and (not self._reads_ecgs or columns["length"].all()):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
                 pq.write_table(pa.table(columns), temporary)
@@ -275,7 +288,7 @@ class Dataset:
         """
         limit, symbols = self.text.max_len, self._symbols
         with self._naming(index) as record:
-            whole = self._rendered(record, None)
+            whole = self._rendered(index, record, None)
             ecgs = [] if symbols is None else [ecg[self.signal.view] for ecg in self.signals(index)]
         if symbols is None and (limit is None or len(whole.ids) <= limit):
             return whole, (False, 0, False)
@@ -297,9 +310,11 @@ class Dataset:
         if self._symbols is not None:
             told = replace(self.signal, root=str(Path(self.signal.root).absolute()), tokens=None)
             digest.update(repr((told, self._symbols.fingerprint, self.augments)).encode())
+        if self.text.signal_tokens and self.signal.texts:
+            digest.update(repr({view: text.__qualname__ for view, text in self.signal.texts.items()}).encode())
         for record in self.records:
             digest.update(repr((record.id, record.ecg_paths, record.text, record.dataset)).encode())
-            if self._symbols is not None:
+            if self._reads_ecgs:
                 digest.update(repr([self.signal.stamp(path) for path in record.ecg_paths]).encode())
         return digest.hexdigest()[:32]
 

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -38,7 +38,7 @@ class SignalSpec:
     With `features` it is instead what a frozen encoder has made of these: (N, E).
 
     That is the view called `view`; `further` are other views of the same recording, of which only what is said of
-    their representation counts.
+    their representation counts, and `texts` what others write of it.
 
     Paths are relative to `root`, and lie in it unless `outside_root`; `leads` are indices into the canonical order,
     `length` L samples at `sampling_rate` Hz. `augment_*` hold where an epoch is given.
@@ -62,6 +62,7 @@ class SignalSpec:
     outside_root: bool = field(default=False, repr=False)  # changes nothing of what is read
     view: str = field(default="ecg", repr=False)
     further: Mapping[str, "SignalSpec"] = field(default_factory=dict, repr=False)
+    texts: Mapping[str, Callable[[np.ndarray, float], str]] = field(default_factory=dict, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,6 +91,11 @@ class SignalSpec:
             return {self.view: self.load(path, key, epoch)}
         path, raw = self._read(path, key)
         return {view: spec._shown(path, raw, epoch) for view, spec in self.views.items()}
+
+    def words(self, path: str, key: int) -> str:
+        """What views write of the ECG at `path`, a line each. Raises UserError as `load`."""
+        leads = self._read(path, key)[1] if self.texts else np.zeros(0)
+        return "".join(f"{text(leads, self.sampling_rate)}\n" for text in self.texts.values())
 
     def load(self, path: str, key: int, epoch: int | None = None) -> Signal:
         """The ECG at `path` as the model sees it in the first view.

@@ -16,6 +16,7 @@ import numpy as np
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.represent import FLATLINE, NOISE
 from elm_jax.data.sources import Record
+from elm_jax.data.tables import Lazy
 from elm_jax.errors import UserError
 from elm_jax.inference.model import Prompt
 
@@ -40,7 +41,7 @@ Recording = tuple[str, int]  # a path, and the key of the noise where it names n
 
 
 @dataclass(frozen=True)
-class _Swapped(Sequence[Record]):
+class _Swapped(Lazy[Record]):
     """Records with the ECGs of the `other` that some have, or with none."""
 
     records: Sequence[Record]
@@ -50,7 +51,7 @@ class _Swapped(Sequence[Record]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: Any) -> Any:
+    def make(self, index: int) -> Record:
         record, other = self.records[index], self.records[self.other.get(index, index)]
         return replace(record, ecg_paths=() if self.without else other.ecg_paths, ecgs_of=other.id)
 

@@ -23,7 +23,7 @@ from elm_jax.ecg.recording import LEADS, Recording, read_ecg, say_again
 from elm_jax.errors import UserError, refused
 from elm_jax.inference.model import Prompt, TrainedModel
 from elm_jax.text.render import CHAT_FORMS, Rendered, Turn, to_prompt, to_tokens
-from elm_jax.text.turns import count_marks
+from elm_jax.text.turns import count_marks, with_words
 from elm_jax.text.write import THINK_PREFIX, TextSpec
 
 MARK = "<ecg>"
@@ -37,6 +37,7 @@ class Ecg:
     path: str
     signal: Shown
     recorded: np.ndarray
+    words: str  # what views of the model write of it
     summary: str
 
 
@@ -178,20 +179,24 @@ class Session:
         return text if marks else MARK * self._new + text
 
     def _prompt(self, turns: Sequence[Turn]) -> Rendered:
-        whole, room = to_prompt(turns, *self._options()), self._room_beside(whole=True)
+        whole, room = self._to_prompt(turns), self._room_beside(whole=True)
         self.shortened = len(whole.ids) > room
         if not self.shortened:
             return whole
         try:
-            return to_prompt(turns, *self._options(max(room, 1)))
+            return self._to_prompt(turns, max(room, 1))
         except UserError:
             alone, room = self._alone(turns[-1]), self._room_beside(whole=False)
         try:
-            rendered = to_prompt([alone], *self._options(room))
+            rendered = self._to_prompt([alone], room)
         except UserError as error:
             raise self._too_long(error.expected) from error
         self.shortened = len(rendered.ids) < len(whole.ids)
         return rendered
+
+    def _to_prompt(self, turns: Sequence[Turn], max_len: int | None = None) -> Rendered:
+        words = [ecg.words for ecg in self.ecgs]
+        return to_prompt(with_words(turns, words) if any(words) else turns, *self._options(max_len))
 
     def _alone(self, question: Turn) -> Turn:
         """The question with all ECGs of the conversation before it."""
@@ -258,7 +263,8 @@ def read_input(path: str, spec: SignalSpec, number: int = 0) -> Ecg:
         facts.append(f"only {', '.join(LEADS[i] for i in spec.leads)} used")
     if spec.perturb is not None:
         facts.append(f"replaced by {spec.perturb} (data.perturb)")
-    return Ecg(file, spec.show(file, key), spec.load_raw(file, key), f"{path}: {'; '.join(facts)}")
+    told = f"{path}: {'; '.join(facts)}"
+    return Ecg(file, spec.show(file, key), spec.load_raw(file, key), spec.words(file, key), told)
 
 
 def _read(path: str, spec: SignalSpec) -> tuple[str, Recording, list[str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from elm_jax.config import Config
+from elm_jax import schema
+from elm_jax.config import SCHEMA, Config
 from elm_jax.elms import ELMS
 from elm_jax.errors import UserError
 from elm_jax.models.encoders import ENCODERS, kind_of
@@ -16,6 +17,12 @@ def check_views(config: Config) -> None:
         if name not in further:
             expected = f"one of {', '.join(further)}" if further else f"nothing for elm={elm}"
             raise UserError("encoders", name, expected, f"leave --config.encoders.{name} out")
+        if not isinstance(config.encoders[name], dict):
+            raise UserError(f"encoders.{name}", str(config.encoders[name]), "keys of encoder", "write a dictionary")
+        for key, value in config.encoders[name].items():
+            if f"encoder.{key}" not in SCHEMA:
+                raise UserError(f"encoders.{name}.{key}", "an unknown key", "one of encoder's", "correct it")
+            schema.check(f"encoders.{name}.{key}", SCHEMA[f"encoder.{key}"], value)
     for name, each in config.views.items():
         key = "encoder" if name == first else f"encoders.{name}"
         own = config.encoder_of(name).name
@@ -31,6 +38,8 @@ def check_views(config: Config) -> None:
         if part != "llm" and not parts.get(part):
             raise UserError("update", part, f"no {part} with elm={elm}", "leave it out, or choose another elm")
     mlp = any(each.connector == "mlp" for each in config.views.values())
+    if config.phase == "pretrain" and any(each.text for each in config.views.values()):
+        raise UserError("phase", "pretrain", f"sft with elm={elm}, which writes into the user's words", "set it so")
     of_images = any(_reads_images(config, name) for name in config.views)
     fitting = _fitting(config, first)
     if data.representation not in fitting:
@@ -66,6 +75,11 @@ def check_views(config: Config) -> None:
     for holds, key, found, expected in used:
         if not holds:
             raise UserError(key, str(found), expected, f"leave --config.{key} out")
+
+
+def signal_tokens(config: Config) -> int:
+    """Places of an ECG among the tokens: of its embeddings, or one that its own tokens take."""
+    return sum(view.tokens or config.encoder_of(name).tokens for name, view in config.slots.items()) or 1
 
 
 def representation_of(config: Config, view: str) -> str:

@@ -5,7 +5,7 @@ The cleaning rules are the reference's (golden text_clean).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from elm_jax.errors import UserError
@@ -69,6 +69,18 @@ def clean_text(text: str) -> str:
 def count_marks(text: str) -> int:
     """How many `<ecg>` markers the text holds."""
     return len(_ECG_MARK.findall(text))
+
+
+def with_words(conversation: Any, words: Sequence[str]) -> list[Turn]:
+    """The turns, with the words about each ECG behind its mark; without marks all before the user's first text."""
+    turns, left = to_turns(conversation), iter(words)
+    if any(count_marks(turn.text) for turn in turns):
+        return [turn._replace(text=_ECG_MARK.sub(lambda mark: mark[0] + next(left, ""), turn.text)) for turn in turns]
+    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), 0)
+    if turns[first].role != "user":
+        turns.insert(first, Turn("user", ""))
+    turns[first] = turns[first]._replace(text="".join(words) + turns[first].text)
+    return turns
 
 
 def clean_around_marks(text: str) -> list[str]:

@@ -122,3 +122,32 @@ def test_such_a_model_trains_goes_on_evaluates_and_comes_back_from_an_export(tmp
         assert not np.array_equal(answers["real"].signals[0][view], answers["zeros"].signals[0][view])
     assert answers["text_only"].signals == []
     assert all(isinstance(ours.answers([prompt], whole.eval)[0], str) for prompt in answers.values())
+
+
+def amplitude(leads: np.ndarray, rate: float) -> str:
+    return f"Amplitude {np.ptp(leads):.3f} mV at {rate:g} Hz."
+
+
+def test_what_a_view_writes_is_of_the_ecg_that_the_model_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = View("", writes="text", text=amplitude)
+    monkeypatch.setitem(ELMS, "written", {**ELMS["base_elf"], "words": written})
+    changes = {"elm": "written", "encoder__name": None, "encoder__config": {}, "encoder__tokens": 1, "encoders": {}}
+    assembly = assemble(config(tmp_path / "run", **changes, update=["connector", "llm"], connector__hidden=None))
+    assert {leaf.part for leaf in assembly.structure.leaves.values()} == {"connector", "llm"}
+    dataset = assembly.dataset("test")
+
+    def words(condition: str) -> str:
+        (prompt,) = Source(dataset, condition).load([Question(0, 0, "")])[0].values()
+        return str(assembly.tokenizer.decode(prompt.rendered.ids))
+
+    def told(record: int) -> str:
+        return amplitude(dataset.signal.load_raw(dataset.records[record].ecg_paths[0], 0), 50)
+
+    assert told(0) in words("real") and told(0) in assembly.tokenizer.decode(dataset.render(0).ids)
+    shuffled = Source(dataset, "shuffled")
+    assert told(0) != told(shuffled.other[0]) and told(shuffled.other[0]) in words("shuffled")
+    assert "Amplitude 0.000 mV" in words("zeros") and "Amplitude" not in words("text_only")
+    for condition in ("shuffled", "zeros", "noise", "text_only"):
+        assert told(0) not in words(condition)
