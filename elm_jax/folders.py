@@ -55,23 +55,28 @@ def whole_folder(out: Path) -> Iterator[Path]:
                 old.rename(out)
 
 
-def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """`write` into a file beside `path`, then rename it: nobody ever sees half of it."""
-    try:
+def write_atomic(
+    path: Path,
+    write: Callable[[IO[bytes]], Any],
+    where: Path | None = None,
+    expected: str = "a place to write to",
+    fix: str = "name another, or make room",
+) -> None:
+    """`write` into a file beside `path`, then rename it: nobody ever sees half of it.
+
+    Raises UserError, naming `where` (None: the path), where files cannot be written.
+    """
+    with refused(where or path, "", expected, fix, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise UserError(
-            str(path), error.strerror or str(error), "a place to write to", "name another, or make room"
-        ) from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        try:
+            with os.fdopen(handle, "wb") as file:
+                write(file)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
 
 
 def _umask() -> int:

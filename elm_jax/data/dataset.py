@@ -7,8 +7,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
-import socket
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -27,6 +25,7 @@ from elm_jax.data.plan import LengthIndex
 from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
+from elm_jax.folders import write_atomic
 from elm_jax.text.render import Rendered, TextSpec, to_prompts, to_tokens
 from elm_jax.text.turns import CONVERSATIONS, with_words
 
@@ -238,10 +237,7 @@ class Dataset:
             columns = self._measure(max_bad, progress)
             # An ECG that could not be read may be mended: the next start looks again.
             if path and (not self._reads_ecgs or columns["length"].all()):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
-                pq.write_table(pa.table(columns), temporary)
-                temporary.replace(path)
+                write_atomic(path, lambda file: pq.write_table(pa.table(columns), file))
         # An ECG of which every epoch has other symbols is part of no prefix of a known length.
         return _for_share(columns, "system" if share == "ecg" and self.varies else share)
 

@@ -8,14 +8,13 @@ import csv
 import hashlib
 import json
 import logging
-import os
 import re
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from elm_jax.errors import UserError, nearest, refused
+from elm_jax.folders import write_atomic
 from elm_jax.json_text import parse_json
 
 KINDS = ("question_type", "attribute_type", "attribute", "template_id")  # of ECG-QA, to score by
@@ -101,19 +100,13 @@ def _write_arrow(kept: Path, schema: Any, file: Path, table: Any) -> None:
                 batch.validate(full=True)  # Parquet promises nothing of its texts
                 yield batch
 
-    temporary = kept.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+    def write(sink: IO[bytes]) -> None:
+        with pa.ipc.new_stream(sink, schema) as writer:
             for batch in batches():
                 writer.write_batch(batch)
-        temporary.replace(kept)
-    except OSError as error:
-        fix = "make room there, or set HF_DATASETS_CACHE to a folder that can be written"
-        raise UserError(str(kept.parent), str(error), f"a place for the rows of {file}", fix) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+
+    fix = "make room there, or set HF_DATASETS_CACHE to a folder that can be written"
+    write_atomic(kept, write, kept.parent, f"a place for the rows of {file}", fix)
 
 
 def _unreadable(path: Path, expected: str) -> contextlib.AbstractContextManager[None]:
