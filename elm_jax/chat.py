@@ -8,14 +8,15 @@ A line is a message to the model, or one of:
     /ecg PATH     show an ECG: a .npy file, a WFDB record, demo:test:3, noise or flatline; as many as you like
     /system TEXT  another system prompt, from the next answer on; alone: the one there is
     /save FILE    keep the conversation: FILE.json, a record as datasets have them, and FILE.txt to read
+    /new          begin a new conversation about the same ECGs
     /clear        begin a new conversation, without ECGs
     /help         these lines
     /quit         leave; so does the end of the input
 
 At a terminal ECGs are drawn in Braille characters, and answers come word by word. --png D draws each ECG on paper
-(25 mm/s, 10 mm/mV), D/ecg_1.png and so on. Several ECGs stand where they came up, or at the markers <ecg> in your
-message. A message that begins with / is written with a blank before it. A model of phase pretrain goes on with your
-line; an empty line asks for a text.
+(25 mm/s, 10 mm/mV) as the model reads it, at its own sampling rate: D/ecg_1.png and so on. Several ECGs stand where
+they came up, or at the markers <ecg> in your message. A message that begins with / is written with a blank before it.
+A model of phase pretrain goes on with your line; an empty line asks for a text.
 
 Input that is no terminal is read as a script: each answer is then one line, "assistant: ...". Errors are lines
 on stderr, "error: ...", and the chat goes on. --config.eval.* says how answers are made, such as
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
     from elm_jax.inference.session import Session
 
-COMMANDS = ("/ecg", "/system", "/save", "/clear", "/help", "/quit")
+COMMANDS = ("/ecg", "/system", "/save", "/new", "/clear", "/help", "/quit")
 assert __doc__ is not None
 HELP = __doc__.split("\n\n")[3]
 
@@ -51,11 +52,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--checkpoint", metavar="W", required=True, help="the run's folder")
     parser.add_argument("--step", default="best", help="latest, best or a number")
     parser.add_argument("--ecg", metavar="F", action="append", default=[], help="begin with this ECG; may be repeated")
+    parser.add_argument(
+        "--sampling-rate", metavar="HZ", type=float, help="of .npy files that state none; default: the model's own rate"
+    )
     parser.add_argument("--png", metavar="D", type=Path, help="a folder for pictures of the ECGs")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt other than the run's: a text or a file")
     flags, options = parser.read(argv)
     from elm_jax.data.dataset import read_system_prompt
     from elm_jax.data.represent import signal_spec
+    from elm_jax.ecg.recording import LEAST_RATE, MOST_RATE
     from elm_jax.inference.model import TrainedModel
     from elm_jax.inference.session import Session, read_input
     from elm_jax.run.folder import config_of_run
@@ -63,10 +68,15 @@ def main(argv: Sequence[str]) -> None:
 
     keep_compiled()
     config = config_of_run(options.checkpoint, flags)
-    waveforms = replace(signal_spec(config.data, config.seed, compat=config.compat), representation="signal")
+    rate = options.sampling_rate
+    if rate is not None and not LEAST_RATE <= rate <= MOST_RATE:
+        expected = f"{LEAST_RATE:g} to {MOST_RATE:g} Hz"
+        raise UserError("--sampling-rate", f"{rate:g}", expected, "give the rate of the file")
+    spec = signal_spec(config.data, config.seed, compat=config.compat)
+    waveforms = replace(spec, representation="signal", bare_rate=rate)
     for path in options.ecg:  # what cannot be read is said before the model is loaded, which is slow
         read_input(path, waveforms)
-    session = Session(TrainedModel(config, options.step))
+    session = Session(TrainedModel(config, options.step), rate)
     if options.system is not None:
         session.instruct(read_system_prompt(options.system) or "")
     print(printable(_banner(session), "\n"), file=sys.stderr)
@@ -142,6 +152,8 @@ class _Chat:
             if self.is_terminal:
                 print(("" if shown else "assistant: ") + printable(piece, "\n\t"), end="", flush=True)
                 shown = True
+        if not self.session.ecgs:
+            print("note: no ECG was shown: this is from the text alone", file=sys.stderr, flush=True)
         if self.session.shortened:
             room = f"the {self.session.room} tokens that a prompt may have"
             print(f"note: the conversation was shortened to {room}", file=sys.stderr, flush=True)
@@ -166,6 +178,9 @@ class _Chat:
             if argument:
                 self.session.instruct(argument)
             print(f"system prompt: {one_line(self.session.system or 'none')}", flush=True)
+        elif name == "/new":
+            self.session.renew()
+            print(f"a new conversation; ECGs: {len(self.session.ecgs)}", flush=True)
         elif name == "/clear":
             self.session.clear()
             print("cleared: no turns, no ECGs", flush=True)

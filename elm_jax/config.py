@@ -343,8 +343,12 @@ def unknown_key(name: str, prefix: str = "") -> UserError:
 
 
 def closest_key(name: str) -> str:
-    """The key or section that `name` may mean: one with the same last part, else the most similar, or ""."""
-    leaf = name.rpartition(".")[2]
+    """The key or section that `name` may mean: a slip of one in its own section, one with the same last part, else the
+    most similar, or ""."""
+    section, _, leaf = name.rpartition(".")
+    beside = [known.rpartition(".")[2] for known in SCHEMA if section and known.rpartition(".")[0] == section]
+    if meant := closest(leaf, beside, cutoff=0.85):
+        return f"{section}.{meant}"
     same = [known for known in SCHEMA if known.rpartition(".")[2] == leaf]
     return closest(name, same or [*SCHEMA, *SECTIONS]) or (same[0] if same else "")
 

@@ -63,12 +63,12 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"did you mean '{best}'?" if best else ""
 
 
-def closest(name: str, choices: Iterable[str]) -> str:
+def closest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
     """The choice closest to `name`, upper or lower case, or "" when none is close."""
     folded: dict[str, str] = {}
     for choice in choices:
         folded.setdefault(choice.casefold(), choice)
-    found = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)
+    found = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=cutoff)
     return folded[found[0]] if found else ""
 
 

@@ -187,7 +187,8 @@ class Dataset:
             found += [(record.id, error) for path in record.ecg_paths if (error := known[path])][:1]
             if len(found) > max_bad * len(self):
                 first, (where, says, expected, fix) = found[0][0], found[0][1].parts
-                many = f"at most {max_bad * len(self):g} records such as {first} (data.max_bad_records)"
+                most = int(max_bad * len(self))
+                many = f"at most {most} of {len(self)} records such as {first} (data.max_bad_records)"
                 return UserError(where, says, f"{expected}; {many}", fix)
         return None
 

@@ -41,7 +41,8 @@ class SignalSpec:
     their representation counts, and `texts` what others write of it.
 
     Paths are relative to `root`, and lie in it unless `outside_root`; `leads` are indices into the canonical order,
-    `length` L samples at `sampling_rate` Hz. `augment_*` hold where an epoch is given.
+    `length` L samples at `sampling_rate` Hz, at which a file that states no rate is taken to be unless `bare_rate` says
+    another. `augment_*` hold where an epoch is given.
     """
 
     root: str
@@ -60,6 +61,7 @@ class SignalSpec:
     compat: tuple[str, ...] = ()  # of the reference's ways to read a recording
     features: Features | None = None
     outside_root: bool = field(default=False, repr=False)  # changes nothing of what is read
+    bare_rate: float | None = field(default=None, repr=False)
     view: str = field(default="ecg", repr=False)
     further: Mapping[str, "SignalSpec"] = field(default_factory=dict, repr=False)
     texts: Mapping[str, Callable[[np.ndarray, float], str]] = field(default_factory=dict, repr=False)
@@ -208,7 +210,7 @@ class SignalSpec:
 
     def _from_file(self, path: str) -> np.ndarray:
         order = LEADS if behaviours.enabled("lead_order", self.compat) else None
-        recording = read_ecg(path, order, bare_rate=self.sampling_rate)
+        recording = read_ecg(path, order, bare_rate=self.bare_rate or self.sampling_rate)
         try:
             return to_segment(recording, self.sampling_rate, self.length, self.compat)
         except UserError as error:

@@ -71,7 +71,7 @@ class Asker:
 
     def __init__(self, model: TrainedModel, options: EvalConfig, total: int, progress: bool) -> None:
         self.model, self.options = model, options
-        self._bar = tqdm(total=total, unit="answers", disable=not progress or jax.process_index() > 0, smoothing=0.05)
+        self._bar = tqdm(total=total, unit="answers", disable=not progress or jax.process_index() > 0, smoothing=0)
 
     def close(self) -> None:
         """Take the bar away."""

@@ -121,7 +121,8 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         write_report(out, results, conditions[REAL], folds[0].dataset)
         print(printable(summary(results), "\n"), file=sys.stderr)
         calls = model.engine.calls
-        print(f"generation: {len(calls)} programs compiled for {calls.total()} calls", file=sys.stderr)
+        made = f"generation: {len(calls)} programs compiled for {calls.total()} calls"
+        print(made if calls else "all questions were answered before; scored again", file=sys.stderr)
         print(printable(f"results are in {out}"), file=sys.stderr)
     return out
 

@@ -27,6 +27,7 @@ from elm_jax.text.turns import count_marks, with_words
 from elm_jax.text.write import THINK_PREFIX, TextSpec
 
 MARK = "<ecg>"
+MOST_MV = 30.0  # no ECG is larger
 MISFIT = 0.5  # of a lead's own size: limb leads that are further apart than this are not in the order named
 
 
@@ -52,13 +53,15 @@ class Session:
     Where answers are drawn (`eval.temperature`), the seed and an answer's number decide how: the first of `eval.seeds`,
     else `seed`; answers are numbered from the start of the session on.
 
+    `bare_rate`: Hz of files that state none; by default the model's own rate.
+
     Raises:
         UserError: `eval.max_new_tokens` leaves no room for a prompt.
     """
 
-    def __init__(self, model: TrainedModel) -> None:
+    def __init__(self, model: TrainedModel, bare_rate: float | None = None) -> None:
         self.model = model
-        self.spec = model.assembly.signal
+        self.spec = replace(model.assembly.signal, bare_rate=bare_rate)
         context, new = model.assembly.llm.max_len, model.config.eval.max_new_tokens
         self.room = context - new
         if self.room < 1:
@@ -86,9 +89,14 @@ class Session:
         """Forget all turns and ECGs."""
         self.turns: list[Turn] = []
         self.ecgs: list[Ecg] = []
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget all turns; the ECGs are for the next question."""
+        self.turns = []
+        self._new = len(self.ecgs)  # ECGs that no question has come with yet
         self.shortened = False  # whether the last prompt had to be shortened to fit the context
         self.cut = 0  # tokens of its ECGs, where these are symbols, that did not fit
-        self._new = 0  # ECGs that no question has come with yet
 
     def add_ecg(self, path: str) -> Ecg:
         """Read an ECG for the next question: `read_input`, which says what it raises."""
@@ -273,7 +281,7 @@ def _read(path: str, spec: SignalSpec) -> tuple[str, Recording, list[str]]:
     with refused(path, "", "the path of a recording", "correct it", *errors):
         file = Path(path).expanduser().absolute()
         with _collected_notes(str(file.parent)) as notes:
-            return str(file), read_ecg(file, bare_rate=spec.sampling_rate), notes
+            return str(file), read_ecg(file, bare_rate=spec.bare_rate or spec.sampling_rate), notes
 
 
 def _amount(leads: int, rate: float, samples: int) -> str:
@@ -287,6 +295,9 @@ def _remarks(recording: Recording, spec: SignalSpec) -> Iterator[str]:
         yield f"resampled to {spec.sampling_rate:g} Hz"
     if seconds > used:
         yield f"the first {used:g} s used"
+    most = float(np.abs(recording.signal).max())
+    if most > MOST_MV:
+        yield f"values up to {most:g}, taken as mV: are they \N{MICRO SIGN}V?"
     flat = [name for name, lead in zip(recording.leads, recording.signal, strict=True) if np.ptp(lead) == 0]
     if flat:
         yield f"flat: {', '.join(flat)}"
@@ -314,8 +325,10 @@ def _collected_notes(folder: str) -> Iterator[list[str]]:
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # they are said with the ECG
     try:
         yield notes
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+        logger.propagate = True

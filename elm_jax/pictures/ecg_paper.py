@@ -148,7 +148,7 @@ def draw_on(
         ax.text(x + 1.2, y + 0.38 * _ROW_MM, lead, color=_INK, bbox=_LABEL_BOX, zorder=3, **_bold(10))
         if column:
             ax.plot((x, x), (y - 3, y + 3), color=_GREY, linewidth=0.7)
-    note = f"{MM_PER_SECOND:g} mm/s   {MM_PER_MV:g} mm/mV   {sampling_rate:g} Hz"
+    note = f"{MM_PER_SECOND:g} mm/s   {MM_PER_MV:g} mm/mV   read at {sampling_rate:g} samples/s"
     ax.text(
         width - 1.5, 2.3, note, ha="right", va="center", fontsize=7, color=_GREY, bbox=_LABEL_BOX, zorder=3
     )

@@ -119,6 +119,7 @@ class Progress:
             dynamic_ncols=True,
             file=file,
             desc="train",
+            smoothing=0.02,  # lines are slower than steps
         )
 
     def update(self, steps: int, line: Mapping[str, Any] | None = None) -> None:

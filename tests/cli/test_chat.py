@@ -49,7 +49,15 @@ def test_a_script_gets_one_line_for_each_command_and_answer(typed) -> None:
         "cleared: no turns, no ECGs",
         "assistant: Hi, there",
     ]
-    assert err == ""
+    assert err == "note: no ECG was shown: this is from the text alone\n"
+
+
+def test_a_new_conversation_keeps_the_ecgs_and_one_without_any_is_noted(typed) -> None:
+    out, err = typed(["How fast?", "/ecg demo:test:3", "How fast?", "/new", "Regular?", "/clear", "How?"], *"abcd")
+    assert out[0] == "assistant: a" and out[2:] == [
+        "assistant: b", "a new conversation; ECGs: 1", "assistant: c", "cleared: no turns, no ECGs", "assistant: d"
+    ]  # fmt: skip
+    assert err.splitlines() == ["note: no ECG was shown: this is from the text alone"] * 2
 
 
 def test_mistakes_are_error_lines_and_the_chat_goes_on(typed) -> None:

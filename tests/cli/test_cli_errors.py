@@ -154,6 +154,8 @@ BASE = "--config=configs/base.py"
         (["--config=elsewhere/base.py"], ["no file elsewhere/base.py"]),
         (["--config=configs"], ["no file configs"]),
         (["--confg=configs/base.py"], ["--confg", "did you mean --config?"]),
+        ([BASE, "--config.data.name=demo"], ["config.data.name", "did you mean '--config.data.names'?"]),
+        ([BASE, "--config.data.lr=3"], ["config.data.lr", "did you mean '--config.optim.lr'?"]),
         ([BASE, "--config.optim.lrr=3"], ["config.optim.lrr", "did you mean '--config.optim.lr'?"]),
         ([BASE, "--config.lr=3"], ["config.lr", "--config.optim.lr"]),
         ([BASE, "--config.optim=3"], ["config.optim", "section"]),
