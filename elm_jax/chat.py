@@ -146,13 +146,13 @@ class _Chat:
         return path
 
     def _answer(self, text: str) -> None:
-        pieces, shown = [], False
+        pieces, shown, blind = [], False, not (self.session.ecgs or self.session.turns)
         for piece in self.session.spoken(text):
             pieces.append(piece)
             if self.is_terminal:
                 print(("" if shown else "assistant: ") + printable(piece, "\n\t"), end="", flush=True)
                 shown = True
-        if not self.session.ecgs:
+        if blind:
             print("note: no ECG was shown: this is from the text alone", file=sys.stderr, flush=True)
         if self.session.shortened:
             room = f"the {self.session.room} tokens that a prompt may have"

@@ -24,6 +24,7 @@ from elm_jax.inference.session import Session
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).resolve().parents[2]
+BLIND = "note: no ECG was shown: this is from the text alone"
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_a_script_gets_one_line_for_each_command_and_answer(typed) -> None:
         "cleared: no turns, no ECGs",
         "assistant: Hi, there",
     ]
-    assert err == "note: no ECG was shown: this is from the text alone\n"
+    assert err == f"{BLIND}\n"
 
 
 def test_a_new_conversation_keeps_the_ecgs_and_one_without_any_is_noted(typed) -> None:
@@ -57,15 +58,15 @@ def test_a_new_conversation_keeps_the_ecgs_and_one_without_any_is_noted(typed) -
     assert out[0] == "assistant: a" and out[2:] == [
         "assistant: b", "a new conversation; ECGs: 1", "assistant: c", "cleared: no turns, no ECGs", "assistant: d"
     ]  # fmt: skip
-    assert err.splitlines() == ["note: no ECG was shown: this is from the text alone"] * 2
+    assert err.splitlines() == [BLIND] * 2
 
 
 def test_mistakes_are_error_lines_and_the_chat_goes_on(typed) -> None:
     lines = ["/ecg nowhere.npy", "/ecg", "/egc demo:test:3", "/etc/passwd?", "What of <ecg>?", "How are you?"]
     out, err = typed(lines, "Well.")
     assert out == ["assistant: Well."]
-    errors = err.splitlines()
-    assert len(errors) == 5 and all(line.startswith("error: ") for line in errors)
+    *errors, note = err.splitlines()
+    assert note == BLIND and len(errors) == 5 and all(line.startswith("error: ") for line in errors)
     expected = ["nowhere.npy", "/ecg PATH", "did you mean '/ecg'?", "a blank", "0 new"]
     for line, says in zip(errors, expected, strict=True):
         assert says in line
@@ -79,7 +80,7 @@ def test_paths_may_have_blanks_and_quotes(typed, tmp_path: Path) -> None:
 
 
 def test_a_blank_before_a_slash_makes_it_a_message(typed) -> None:
-    assert typed([" /ecg is a command"], "Yes.") == (["assistant: Yes."], "")
+    assert typed([" /ecg is a command"], "Yes.") == (["assistant: Yes."], f"{BLIND}\n")
 
 
 def test_a_shortened_conversation_is_noted(typed) -> None:
@@ -103,7 +104,8 @@ def test_an_empty_line_asks_a_pretrained_model_for_a_text(typed) -> None:
 
 def test_a_system_prompt_can_be_given_and_seen(typed) -> None:
     out, err = typed(["/system", "/system Answer in one word.", "How are you?"], "Well.")
-    assert out == ["system prompt: Be brief.", "system prompt: Answer in one word.", "assistant: Well."] and err == ""
+    assert out == ["system prompt: Be brief.", "system prompt: Answer in one word.", "assistant: Well."]
+    assert err == f"{BLIND}\n"
 
 
 def test_a_conversation_is_saved_as_a_record_and_to_read(typed, tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def test_keys_and_defaults_are_those_of_the_contract_and_those_it_has_grown_by()
     expected["log"] |= {"wandb_project": None, "wandb_entity": None, "wandb_tags": ()}
     expected["eval"] |= {"wordnet": None, "bert_model": None}
     expected["train"]["conversations"] = None
+    expected["encoders"] = {}
     assert dataclasses.asdict(Config()) == expected
     assert default_config().to_dict() == expected
     assert resolve(default_config()) == resolve({}) == Config(workdir="runs/default")
