@@ -275,6 +275,22 @@ def test_the_summary_says_what_was_read_and_assumed(tmp_path: Path) -> None:
     assert "contradict" not in ecg.summary and "flat" not in ecg.summary
 
 
+def test_a_file_without_its_rate_is_read_at_the_one_given(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.npy", recording(10, 200))
+    ecg = read_input(path, replace(SPEC, bare_rate=200))
+    assert "12 leads, 200 Hz, 10 s; no sampling rate in the files: taken as 200 Hz" in ecg.summary
+    stated = tmp_path / "b.npy"
+    np.save(stated, {"ecg": recording(10, 200), "leads": LEADS, "target_sf": 200}, allow_pickle=True)  # type: ignore[arg-type]
+    told = read_input(str(stated), replace(SPEC, bare_rate=100))
+    assert "taken as" not in told.summary
+    np.testing.assert_array_equal(ecg.signal["ecg"], told.signal["ecg"])
+
+
+def test_values_that_are_no_millivolts_are_noticed(tmp_path: Path) -> None:
+    assert "taken as mV" not in read_input(write(tmp_path / "a.npy", recording()), SPEC).summary
+    assert "are they µV?" in read_input(write(tmp_path / "b.npy", 1000 * recording()), SPEC).summary
+
+
 def test_the_summary_says_what_is_not_used(tmp_path: Path) -> None:
     ecg = read_input(write(tmp_path / "a.npy", recording(15)), SPEC)
     assert "15 s" in ecg.summary and "the first 10 s used" in ecg.summary
