@@ -109,9 +109,14 @@ def _tree(data: bytes, pos: int) -> Any:
             form = _PACKED[code]
             stack += form.unpack_from(data, pos)
             pos += form.size
-        elif 0x85 <= code <= 0x87:  # TUPLE1, TUPLE2, TUPLE3
-            items = [stack.pop() for _ in range(code - 0x84)]
-            stack.append(tuple(reversed(items)))
+        elif code == 0x86:  # TUPLE2
+            last = stack.pop()
+            stack[-1] = (stack[-1], last)
+        elif code == 0x85:  # TUPLE1
+            stack[-1] = (stack[-1],)
+        elif code == 0x87:  # TUPLE3
+            last, middle = stack.pop(), stack.pop()
+            stack[-1] = (stack[-1], middle, last)
         elif code == 0x74:  # TUPLE
             items, stack = stack, below.pop()
             stack.append(tuple(items))
