@@ -278,7 +278,7 @@ def test_the_summary_says_what_was_read_and_assumed(tmp_path: Path) -> None:
 def test_a_file_without_its_rate_is_read_at_the_one_given(tmp_path: Path) -> None:
     path = write(tmp_path / "a.npy", recording(10, 200))
     ecg = read_input(path, replace(SPEC, bare_rate=200))
-    assert "12 leads, 200 Hz, 10 s; no sampling rate in the files: taken as 200 Hz" in ecg.summary
+    assert "12 leads, 200 Hz, 10 s" in ecg.summary and "taken as 200 Hz" in ecg.summary
     stated = tmp_path / "b.npy"
     np.save(stated, {"ecg": recording(10, 200), "leads": LEADS, "target_sf": 200}, allow_pickle=True)  # type: ignore[arg-type]
     told = read_input(str(stated), replace(SPEC, bare_rate=100))
