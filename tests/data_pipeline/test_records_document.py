@@ -50,7 +50,7 @@ def rendered(root: Path, lines: str, phase: str = "sft") -> list[str]:
     (root / "example.jsonl").write_text(lines)
     made = dataset(root, "example.jsonl", phase)
     assert made.length_index("system", 0.0).length.all() and made.missing(0.0) is None
-    signals = [signal for i in range(len(made)) for signal in made.signals(i)]
+    signals = [shown["ecg"] for i in range(len(made)) for shown in made.signals(i)]
     assert all(isinstance(signal, np.ndarray) and signal.shape == (12, 2500) for signal in signals)
     return [made.render(i).prompt for i in range(len(made))]
 
