@@ -20,7 +20,7 @@ from elm_jax.data.dataset import Dataset, cuts, read_system_prompt, text_spec
 from elm_jax.data.demo import demo_tokenizer
 from elm_jax.data.loader import unusable
 from elm_jax.data.represent import signal_spec
-from elm_jax.data.sources import Record, load_records
+from elm_jax.data.sources import load_records
 from elm_jax.errors import UserError
 from elm_jax.text.render import TextSpec, add_tokens
 
@@ -42,9 +42,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     render = Dataset._rendered
 
-    def count(self: Dataset, record: Record, max_len: int | None) -> Any:
-        seen.append(int(record.id.rpartition(":")[2]))
-        return render(self, record, max_len)
+    def count(self: Dataset, index: int, *rest: Any) -> Any:
+        seen.append(index)
+        return render(self, index, *rest)
 
     monkeypatch.setattr(Dataset, "_rendered", count)
     return seen
