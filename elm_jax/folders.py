@@ -107,6 +107,35 @@ def json_if_whole(path: Path) -> dict[str, Any]:
     return {}
 
 
+def json_lines(path: Path, fix: str) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; none where there is no file. A last line that is still being written, or
+    was cut short, is left out. Raises UserError, naming the line, for anything else."""
+    if not path.exists():
+        return []
+    with refused(path, "", "a file of JSON lines", "check the folder", OSError):
+        data = path.read_bytes()
+    found = list(whole_lines(data))
+    rest = data[found[-1][1] if found else 0 :]
+    if b"\n" in rest:
+        line = rest.partition(b"\n")[0].decode(errors="replace")
+        raise UserError(f"{path}, line {len(found) + 1}", repr(line[:60]), "a JSON object", fix)
+    return [line for line, _ in found]
+
+
+def whole_lines(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
+    """The objects of JSON lines up to the first that is none, each with the place of its end."""
+    end = 0
+    for line in data.splitlines(keepends=True):
+        try:
+            value = parse_json(line) if line.endswith(b"\n") else None
+        except ValueError:
+            return
+        if not isinstance(value, dict):
+            return
+        end += len(line)
+        yield value, end
+
+
 def run_folder(path: str, where: str) -> Path:
     """A folder that holds a run. Raises UserError, naming `where`, otherwise."""
     folder = Path(path)

@@ -11,8 +11,8 @@ import numpy as np
 
 from elm_jax.errors import UserError, nearest
 from elm_jax.evaluation.results import perfect_note
-from elm_jax.evaluation.store import CONTROLS, lines_in, predictions_in
-from elm_jax.folders import read_json
+from elm_jax.evaluation.store import AGAIN, CONTROLS, predictions_in
+from elm_jax.folders import json_lines, read_json
 from elm_jax.pictures.page import filled
 from elm_jax.pictures.svg import Bar, bars
 from elm_jax.scoring.dependence import METRIC, PREFERRED, by_question, pairing, tested
@@ -109,7 +109,7 @@ def _owed(outs: Sequence[Path], lines: Sequence[Lines], scorer: Scorer) -> tuple
     the table of the n questions. The control is the first under which all runs answered all of them, or None."""
     tables = [_right_or_not(scorer, run) for run in lines]
     for control in PREFERRED if tables[0].pairs else ():
-        answered = [_right_or_not(scorer, lines_in(out / CONTROLS / f"{control}.jsonl")) for out in outs]
+        answered = [_right_or_not(scorer, json_lines(out / CONTROLS / f"{control}.jsonl", AGAIN)) for out in outs]
         known = [by_question(table, METRIC) for table in answered]
         if all(pair.id in scores for pair in tables[0].pairs for scores in known):
             owed = [

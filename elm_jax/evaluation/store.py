@@ -13,15 +13,15 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elm_jax.errors import UserError, printable, refused
-from elm_jax.folders import json_if_whole, write_json
-from elm_jax.json_text import parse_json
+from elm_jax.errors import UserError, printable
+from elm_jax.folders import json_if_whole, json_lines, whole_lines, write_json
 
 IDENTITY, PROBLEMS = "evaluation.json", "problems.jsonl"
 PREDICTIONS, LABELS, CONTROLS = "predictions.jsonl", "labels.jsonl", "controls"
 # All that an evaluation leaves. A move that was stopped is finished by the next one.
 LEFT = (PREDICTIONS, PROBLEMS, LABELS, CONTROLS, "metrics.json", "report.html", "examples.png", "plots", IDENTITY)
 _MOVING = "previous.tmp"
+AGAIN = "evaluate the run again: python -m elm_jax.evaluate --checkpoint W"
 Line = dict[str, Any]
 
 
@@ -79,7 +79,7 @@ class AnswerFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.lines, self._ends, end = path, [], [], 0
-        for value, end in _whole_lines(path.read_bytes()) if path.is_file() else ():
+        for value, end in whole_lines(path.read_bytes()) if path.is_file() else ():
             self.lines.append(value)
             self._ends.append(end)
         self._taken = 0
@@ -127,46 +127,7 @@ class AnswerFile:
 
 def predictions_in(folder: Path) -> list[Line]:
     """The predictions of an evaluation. Raises UserError where there are none."""
-    found = lines_in(folder / PREDICTIONS)
+    found = json_lines(folder / PREDICTIONS, AGAIN)
     if not found:
-        fix = "evaluate the run first: python -m elm_jax.evaluate --checkpoint W"
-        raise UserError(str(folder / PREDICTIONS), "no answer", "an evaluation's predictions", fix)
+        raise UserError(folder / PREDICTIONS, "no answer", "an evaluation's predictions", AGAIN)
     return found
-
-
-def lines_in(path: Path) -> list[Line]:
-    """The lines of a file of answers, which stays as it is; none where there is no file.
-
-    The beginning of a line that is still being written is left out.
-
-    Raises:
-        UserError: the file cannot be read, or is something else.
-    """
-    if not path.exists():
-        return []
-    with refused(path, "", "a file of answers", "check the folder", OSError):
-        data = path.read_bytes()
-    found = list(_whole_lines(data))
-    if b"\n" in data[found[-1][1] if found else 0 :]:
-        fix = "evaluate the run again: python -m elm_jax.evaluate --checkpoint W"
-        raise UserError(f"{path}:{len(found) + 1}", "no JSON object", "an answer in each line", fix)
-    return [line for line, _ in found]
-
-
-def _whole_lines(data: bytes) -> Iterator[tuple[Line, int]]:
-    """The lines of a file up to the first that is none, each with the place of its end."""
-    end = 0
-    for line in data.splitlines(keepends=True):
-        value = _parsed(line)
-        if value is None:
-            return
-        end += len(line)
-        yield value, end
-
-
-def _parsed(line: bytes) -> Line | None:
-    try:
-        value = parse_json(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None

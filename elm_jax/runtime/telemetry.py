@@ -20,9 +20,8 @@ import jax
 from tqdm import tqdm
 
 from elm_jax.config import LogConfig
-from elm_jax.errors import UserError, one_line
-from elm_jax.folders import write_atomic
-from elm_jax.json_text import parse_json
+from elm_jax.errors import UserError
+from elm_jax.folders import json_lines, write_atomic
 
 WANDB_ID = "wandb_id"  # in a run's folder: its id in Weights & Biases
 # Peak dense bfloat16 FLOP/s of one device, by how its `device_kind` reads (vendors' data sheets): the first that is a
@@ -90,20 +89,11 @@ class MetricsFile:
         Raises:
             UserError: another line is no JSON object with a whole number `step`, if it has one.
         """
-        if not self.path.is_file():
-            return []
-        found = []
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
-            value = None
-            with contextlib.suppress(ValueError):
-                value = parse_json(line)
-            if isinstance(value, dict) and type(value.get("step", 0)) is int:
-                found.append(value)
-            elif line.endswith("\n"):
-                raise UserError(
-                    f"{self.path}, line {number}", one_line(line)[:60], "a JSON object", "remove this line, or the file"
-                )
+        fix = "remove this line, or the file"
+        found = json_lines(self.path, fix)
+        for number, line in enumerate(found, 1):
+            if type(line.get("step", 0)) is not int:
+                raise UserError(f"{self.path}, line {number}", f"step {line['step']!r}", "a whole number", fix)
         return found
 
 

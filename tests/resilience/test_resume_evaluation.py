@@ -31,7 +31,8 @@ from fake_model import Asked, fake_config  # noqa: E402
 from elm_jax.assemble import assemble, make_arrays  # noqa: E402
 from elm_jax.config import MeshConfig  # noqa: E402
 from elm_jax.evaluation import evaluator  # noqa: E402
-from elm_jax.evaluation.store import AnswerFile, Store, lines_in  # noqa: E402
+from elm_jax.evaluation.store import AnswerFile, Store  # noqa: E402
+from elm_jax.folders import json_lines  # noqa: E402
 from elm_jax.inference.speaker import Speaker  # noqa: E402
 from elm_jax.runtime import distributed  # noqa: E402
 from elm_jax.runtime.mesh import array_shardings, make_mesh  # noqa: E402
@@ -48,10 +49,16 @@ def config(folder: Path, **keys: Any) -> Any:
     )
 
 
+def shown(prompt: Any) -> bytes:
+    """All that the model sees of a prompt."""
+    views = (view for signal in prompt.signals for view in signal.values())
+    return prompt.rendered.prompt.encode() + b"".join(view.tobytes() for view in views)
+
+
 def reply(prompt: Any) -> str:
     """Right now and then, in a way that the prompt and its ECGs decide."""
-    seen = prompt.rendered.prompt.encode() + b"".join(s.tobytes() for s in prompt.signals)
-    return random.Random(zlib.crc32(seen)).choice(["ecg", "noise", "flatline", "regular", "irregular", "72", ""])
+    answers = ["ecg", "noise", "flatline", "regular", "irregular", "72", ""]
+    return random.Random(zlib.crc32(shown(prompt))).choice(answers)
 
 
 def model_of(conf: Any) -> Asked:
@@ -177,7 +184,7 @@ def test_a_stop_while_old_answers_are_moved_loses_none(tmp_path: Path, monkeypat
     assert sorted(path.name for path in (tmp_path / "previous-1").iterdir()) == [
         "evaluation.json", "metrics.json", "predictions.jsonl", "problems.jsonl",
     ]  # fmt: skip
-    assert [line["id"] for line in lines_in(tmp_path / "predictions.jsonl")] == ["new", "new"]
+    assert [line["id"] for line in json_lines(tmp_path / "predictions.jsonl", "")] == ["new", "new"]
     assert not (tmp_path / "previous-2").exists()
 
 
@@ -211,14 +218,14 @@ def test_keys_that_change_no_answer_keep_the_answers(tmp_path: Path, monkeypatch
         model = model_of(conf)
         monkeypatch.setattr(evaluator, "TrainedModel", lambda *_, model=model: model)
         evaluator.evaluate(conf)
-        asked.append([prompt.rendered.prompt + str(zlib.crc32(prompt.signals[0])) for prompt in model.prompts])
+        asked.append([*map(shown, model.prompts)])
     assert [len(prompts) for prompts in asked] == [10, 0, 10] and asked[0] != asked[2]
     conf = config(tmp_path / "new", eval__controls=[], eval__limit=10,
                   **{f"data__{name}": value for name, value in others.items()})  # fmt: skip
     model = model_of(conf)
     monkeypatch.setattr(evaluator, "TrainedModel", lambda *_: model)
     evaluator.evaluate(conf)
-    assert asked[0] == [prompt.rendered.prompt + str(zlib.crc32(prompt.signals[0])) for prompt in model.prompts]
+    assert asked[0] == [*map(shown, model.prompts)]
 
 
 def test_a_process_without_the_answers_takes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +323,7 @@ def test_a_real_model_stopped_anywhere_says_the_same(tmp_path: Path, monkeypatch
         return tmp_path / folder / "eval" / "demo-test"
 
     def answers(out: Path) -> list[dict[str, Any]]:
-        lines = [line for name in ("predictions.jsonl", "controls/zeros.jsonl") for line in lines_in(out / name)]
+        lines = [line for name in ("predictions.jsonl", "controls/zeros.jsonl") for line in json_lines(out / name, "")]
         return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
     whole = evaluated("whole", 0)

@@ -14,7 +14,7 @@ from elm_jax import cli
 from elm_jax.compare import main
 from elm_jax.errors import UserError
 from elm_jax.evaluation.comparison import compare, html_of, text_of
-from elm_jax.evaluation.store import lines_in
+from elm_jax.folders import json_lines
 from elm_jax.scoring.metrics import Scorer
 from elm_jax.scoring.overlap import bleu
 from elm_jax.scoring.statistics import FLIPS
@@ -67,7 +67,7 @@ def answer_controls(folder: Path, control: str, answer: str) -> Path:
     """Let the run have this answer to every question under a control."""
     out = folder / "eval" / "demo-test"
     (out / "controls").mkdir(exist_ok=True)
-    lines = [line | {"answer": answer} for line in lines_in(out / "predictions.jsonl")]
+    lines = [line | {"answer": answer} for line in json_lines(out / "predictions.jsonl", "")]
     (out / "controls" / f"{control}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -113,12 +113,12 @@ def test_meteor_is_scored_with_the_wordnet_that_runs_or_flags_name(tmp_path, mon
 def test_answers_may_hold_any_character(tmp_path):
     a, b = (run(tmp_path / name, 0.5) for name in "ab")
     path = a / "eval" / "demo-test" / "predictions.jsonl"
-    lines = lines_in(path)
+    lines = json_lines(path, "")
     lines[0]["answer"] = "one\u2028two\u0085three\x0bfour"
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    assert lines_in(path) == lines and compare([a, b])["n"] == 120
+    assert json_lines(path, "") == lines and compare([a, b])["n"] == 120
     path.write_text("no answer\n")
-    with pytest.raises(UserError, match="predictions.jsonl:1"):
+    with pytest.raises(UserError, match="predictions.jsonl, line 1"):
         compare([a, b])
 
 

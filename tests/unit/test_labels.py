@@ -88,7 +88,7 @@ def test_the_recordings_of_all_folds_are_asked_about_once_and_those_left_out_are
 
     class Fails(Knows):
         def option_probabilities(self, prompts: Any, options: Any) -> np.ndarray:
-            if np.array_equal(prompts[0].signals[0], lost):
+            if np.array_equal(prompts[0].signals[0]["ecg"], lost["ecg"]):
                 raise UserError("eval.max_new_tokens", "too long a prompt", "a shorter one", "lower it")
             return super().option_probabilities(prompts, options)
 
