@@ -32,6 +32,7 @@ from elm_jax.models.families import chat_family, extended, scratch_config
 from elm_jax.models.functional import Arrays, Structure, initialise, structure_of
 from elm_jax.models.lora import add_lora, is_lora
 from elm_jax.models.views import check_views, representation_of, signal_tokens
+from elm_jax.objectives import OBJECTIVES, Objective
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.text.render import THINK_TOKENS, add_tokens
 from elm_jax.text.vocabulary import load_tokenizer
@@ -47,9 +48,10 @@ class Assembly:
     """A run's parts before any array exists."""
 
     config: Config
-    tokenizer: Any
+    tokenizer: Any  # None as the LLM, where the objective needs an encoder alone
     text: TextSpec
     signal: SignalSpec
+    objective: Objective
     llm: DecoderConfig
     llm_folder: Path | None  # None: the LLM starts from nothing
     encoders: Mapping[str, Mapping[str, Any]]  # by view, the fields of its encoder's own config
@@ -60,7 +62,14 @@ class Assembly:
         data = self.config.data if fold is None else replace(self.config.data, fold=fold)
         records = load_records(data, split, self.config.seed)
         augments = split == "train" and (self.signal.augment_ecg or self.signal.augment_rgb)
-        return Dataset(records, self.tokenizer, self.text, self.signal, augments)
+        return Dataset(records, self.tokenizer, self.text, self.signal, augments, self.objective.samples)
+
+    def check_llm(self) -> None:
+        """Raise UserError where an encoder is all there is."""
+        if self.llm is None:
+            found = f"{self.config.objective}, of an encoder alone"
+            fix = "train an LLM behind it first: --config.init_from takes this run's encoder"
+            raise UserError("config.objective", found, "one with an LLM", fix)
 
 
 def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool = True) -> Assembly:
@@ -72,13 +81,18 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
     Raises:
         UserError: a name or size in the config does not fit; names the key.
     """
+    objective = OBJECTIVES.find(config.objective)
+    _check_objective(config, objective)
     check_views(config)
     for view in _encoded(config):
         if ENCODERS[name := str(config.encoder_of(view).name)].file_config is None:
             ENCODERS[name].config(_encoder_fields(config, view))  # before anything is looked for
+    if "llm" not in objective.needs:
+        return _encoders_alone(config, objective)
     weights = weights and config.llm.scratch is None
     folder = None if config.llm.scratch else resolve_llm_folder(config.llm.name, weights)
-    tokenizer = _tokenizer(config, tokenizer_folder, weights)
+    phase = str(objective.samples.phase)
+    tokenizer = _tokenizer(config, phase, tokenizer_folder, weights)
     symbols = _symbols(config, tokenizer, tokenizer_folder)
     # A pretrained model has room for the tags of fine-tuning too, so that this can start from it as it is.
     rows = len({*tokenizer.get_vocab(), *THINK_TOKENS})
@@ -92,11 +106,18 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
     family = config.llm.chat or chat_family(
         llm.model_type, tokenizer.get_vocab(), str(tokenizer.chat_template or ""), config.llm.name
     )
-    text = text_spec(config.data, family, signal_tokens(config), config.phase, config.compat)
+    text = text_spec(config.data, family, signal_tokens(config), phase, config.compat)
     encoders = {view: _encoder_fields(config, view) for view in _encoded(config)}
     signal = _signal(config, encoders, symbols)
     structure = structure_of(lambda: _build(config, llm, encoders))
-    return Assembly(config, tokenizer, text, signal, llm, folder, encoders, structure)
+    return Assembly(config, tokenizer, text, signal, objective, llm, folder, encoders, structure)
+
+
+def _encoders_alone(config: Config, objective: Objective) -> Assembly:
+    encoders, none = {view: _encoder_fields(config, view) for view in _encoded(config)}, cast(Any, None)
+    structure = structure_of(lambda: _build(config, none, encoders))
+    signal, text = _signal(config, encoders, None), TextSpec("plain", signal_tokens(config))
+    return Assembly(config, none, text, signal, objective, none, none, encoders, structure)
 
 
 def encoder_structure(assembly: Assembly) -> Structure:
@@ -182,9 +203,11 @@ def _signal(config: Config, encoders: Mapping[str, Mapping[str, Any]], symbols: 
     return replace(specs.pop(first), view=first, further=specs, texts=texts)
 
 
-def _build(config: Config, llm: DecoderConfig, encoders: Mapping[str, Mapping[str, Any]]) -> ELM:
+def _build(config: Config, llm: DecoderConfig | None, encoders: Mapping[str, Mapping[str, Any]]) -> ELM:
     compute = jnp.dtype(config.llm.compute_dtype)
     built = {view: _encoder(config, view, fields) for view, fields in encoders.items()}
+    if llm is None:
+        return ELM(built if len(built) > 1 else next(iter(built.values())), None, None, compute, config.compat)
     connectors = {view: _connector(config, view, built.get(view), llm.hidden) for view in config.slots}
     decoder = Decoder(
         llm, _rngs(config, "llm"), param_dtype=_llm_dtype(config), scan=config.llm.scan,
@@ -232,6 +255,19 @@ def _encoder_fields(config: Config, view: str) -> dict[str, Any]:
     return encoder_config(str(encoder.name), encoder.checkpoint, sizes | encoder.config)
 
 
+def _check_objective(config: Config, objective: Objective) -> None:
+    """Raise UserError unless the parts that are trained, and the text, are those of the objective."""
+    if objective.samples.phase != "sft" and any(view.text for view in config.views.values()):
+        expected = f"sft with elm={config.elm}, which writes into the user's words"
+        raise UserError("config.objective", config.objective, expected, "set it so")
+    if "llm" not in objective.needs and {part.split(".")[0] for part in config.update} != {"encoder"}:
+        fix = "set --config.update=encoder"
+        raise UserError("update", ",".join(config.update), f"the encoder alone with objective={config.objective}", fix)
+    if config.data.explicit_thinking and objective.samples.phase != "sft":
+        expected = f"false with objective={config.objective}"
+        raise UserError("data.explicit_thinking", "True", expected, "leave --config.data.explicit_thinking out")
+
+
 def _symbols(config: Config, tokenizer: Any, own: Path | None) -> EcgTokens | None:
     """The ECG's symbols in the tokenizer, which gets them here, where ECGs are symbols.
 
@@ -275,7 +311,7 @@ def _began_with(config: Config, own: Path | None) -> Path | None:
     return None if config.init_from is None else tokenizer_of(config.init_from)
 
 
-def _tokenizer(config: Config, own: Path | None, weights: bool) -> Any:
+def _tokenizer(config: Config, phase: str, own: Path | None, weights: bool) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch is no news here
     folder = _began_with(config, own)
     if folder is None:
@@ -284,7 +320,7 @@ def _tokenizer(config: Config, own: Path | None, weights: bool) -> Any:
         tokenizer = load_tokenizer(folder, str(folder))
     if folder is not None and folder != own:
         _check_llm(config, tokenizer)
-    add_tokens(tokenizer, config.phase)
+    add_tokens(tokenizer, phase)
     return tokenizer
 
 

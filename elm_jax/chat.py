@@ -113,7 +113,7 @@ class _Chat:
         if line.startswith("/"):
             name, _, argument = line.partition(" ")
             return self._command(name, argument.strip())
-        if line.strip() or self.session.model.config.phase == "pretrain":
+        if line.strip() or self.session.model.assembly.text.phase == "pretrain":
             self._answer(line.strip())
         return True
 
@@ -195,7 +195,7 @@ class _Chat:
 def _banner(session: "Session") -> str:
     model, options = session.model, session.model.config.eval
     drawn = f"drawn at temperature {options.temperature:g}" if options.temperature else "greedy"
-    kind = "goes on with a text about the ECGs" if model.config.phase == "pretrain" else "answers questions"
+    kind = "goes on with a text about the ECGs" if model.assembly.text.phase == "pretrain" else "answers questions"
     return (
         f"{model.folder}, step {model.step}: a model that {kind}, up to {options.max_new_tokens} tokens ({drawn}).\n"
         "/ecg PATH shows an ECG, /help says more, /quit leaves. The first answer takes longer: it compiles the model."

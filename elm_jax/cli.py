@@ -177,7 +177,8 @@ class ConfigFlags:
 
     def over(self, tree: dict[str, Any], name: str = "default") -> Config:
         """The checked configuration `tree` with these flags in place of its values."""
-        for key, value in self.values.items():
+        tree = config.renamed(tree)
+        for key, value in config.renamed(self.values, "--config.").items():
             *sections, leaf = key.split(".")
             place = tree
             for section in sections:
@@ -189,7 +190,8 @@ class ConfigFlags:
 
     def _set(self, key: str, text: str) -> None:
         home = _home(key)
-        value = schema.read_literal(text) if home != key else config.from_text(key, text)
+        inside = key.startswith(f"{home}.")
+        value = schema.read_literal(text) if inside else config.from_text(home, text)
         self.values.pop(key, None)  # so that of a dictionary and an entry of it, too, the last one wins
         self.values[key] = value
 
@@ -265,7 +267,8 @@ def _line(error: Exception, path: Path) -> str:
 
 
 def _home(key: str) -> str:
-    """The key of the schema that `key` is or, for an entry of a dictionary, lies in; else UserError."""
+    """The key of the schema that `key` names or, for an entry of a dictionary, lies in; else UserError."""
+    key = config.OLDER.get(key, key)
     parents = [key[:place] for place, char in enumerate(key) if char == "."]
     for known in (key, *parents):
         if known in SCHEMA and (known == key or dict in schema.kinds(SCHEMA[known].type)):

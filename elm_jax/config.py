@@ -208,7 +208,7 @@ class Config:
 
     seed: int = key(0, "seed of everything random", limit="from 0 to 4294967295")
     workdir: str = key("runs/<name>", "the run's folder; <name> is the config file's name")
-    phase: str = key("sft", "pretrain or supervised fine-tuning", choices=("pretrain", "sft"), later=("rl",))
+    objective: str = key("sft", "what is learnt: pretrain (texts) or sft (answers); its older name is phase")
     elm: str = key("mlp_llava", "how an ECG enters the LLM", choices=ELMS)
     update: tuple[str, ...] = key(
         ("connector", "llm"), "the parts that are trained", choices=("encoder", "connector", "llm")
@@ -256,11 +256,15 @@ class Config:
 
 
 SCHEMA = dict(schema.walk(Config))  # dotted name -> Key
+OLDER = {"phase": "objective"}  # former names of keys, which may be written still
 SECTIONS = {".".join(name.split(".")[:depth]) for name in SCHEMA for depth in range(1, name.count(".") + 1)}
 
 
 def default_config() -> ConfigDict:
-    """All keys with their defaults, for a config file to change; one that is None can be set to its type."""
+    """All keys with their defaults, for a config file to change; one that is None can be set to its type.
+
+    A key and its older name are one: what is set last counts.
+    """
     tree: dict[str, Any] = {}
     for name, k in SCHEMA.items():
         *sections, leaf = name.split(".")
@@ -269,7 +273,25 @@ def default_config() -> ConfigDict:
             section = section.setdefault(part, {})
         empty = config_dict.placeholder(schema.kinds(k.type)[0])
         section[leaf] = empty if k.default is None else k.default
+    for older, name in OLDER.items():
+        tree[older] = tree[name] = config_dict.FieldReference(tree[name])
     return ConfigDict(tree)
+
+
+def renamed(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`values` under the names that keys have now; errors name keys with `prefix`.
+
+    Raises:
+        UserError: a key and its older name have different values.
+    """
+    found = dict(values)
+    for older, name in OLDER.items():
+        if older in found and found.setdefault(name, found[older]) != found.pop(older):
+            raise UserError(
+                prefix + older, f"{values[older]!r} beside {prefix}{name}={values[name]!r}",
+                f"one of the two: {older} is the older name of {name}", f"leave {prefix}{older} out",
+            )  # fmt: skip
+    return found
 
 
 def resolve(cd: ConfigDict | Mapping[str, Any], config_name: str = "default") -> Config:
@@ -279,7 +301,7 @@ def resolve(cd: ConfigDict | Mapping[str, Any], config_name: str = "default") ->
     type or value, keys that contradict each other, and for what is not built yet.
     """
     values = dict(_leaves(asdict(Config())))
-    for name, value in _leaves(cd.to_dict() if isinstance(cd, ConfigDict) else cd):
+    for name, value in _leaves(renamed(cd.to_dict() if isinstance(cd, ConfigDict) else cd)):
         if name not in SCHEMA:
             raise unknown_key(name)
         values[name] = _check(name, value)
@@ -302,7 +324,7 @@ def differences(old: Mapping[str, Any], new: Config) -> dict[str, str]:
     Of two dictionaries only the entries that differ are shown.
     """
     defaults = _leaves(to_dict(Config()))
-    before, after = dict(defaults) | dict(_leaves(old)), dict(_leaves(to_dict(new)))
+    before, after = dict(defaults) | dict(_leaves(renamed(old))), dict(_leaves(to_dict(new)))
     changed = {}
     for name, was in before.items():
         now = after.get(name)
@@ -316,14 +338,13 @@ def differences(old: Mapping[str, Any], new: Config) -> dict[str, str]:
 
 
 def help_text() -> str:
-    """Every key as its flag, with type, default, meaning, choices and what of it is not built yet."""
+    """Every key as its flag, with type, default, meaning and choices."""
     lines = []
     for name, k in SCHEMA.items():
         choices = f": {', '.join(k.choices)}" if k.choices else ""
-        later = ", ".join(k.later)
         kind = schema.type_name(k.accepts or k.type)
         lines.append(f"  --config.{name}={schema.to_text(k.default)}  ({kind})")
-        lines.append(f"      {k.meaning}{choices}{f' (not built yet: {later})' if later else ''}")
+        lines.append(f"      {k.meaning}{choices}")
     return "\n".join(lines)
 
 
@@ -387,8 +408,6 @@ def _check_together(c: Config) -> None:
         (c.data.leads, "data.leads", "no leads", "at least one", "name some, or leave it out for all 12"),
         (weights is None or len(weights) == len(names), "data.weights", f"{len(weights or ())} weights",
          f"{len(names)}, one for each of data.names", "give as many weights as names"),
-        (not c.data.explicit_thinking or c.phase == "sft", "data.explicit_thinking", f"true in {c.phase}",
-         "true only in phase=sft", "change one of them"),
         ((c.train.batch_size is None) != (c.train.conversations is None), "train.batch_size",
          f"{c.train.batch_size} beside train.conversations={c.train.conversations}",
          "one of the two: a step counts rows or conversations", "set the other to None"),

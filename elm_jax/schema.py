@@ -39,19 +39,18 @@ TRUTH = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": Fa
 
 @dataclass(frozen=True)
 class Key:
-    """What is known of one key. `choices`, `later` and `limit` hold for each item of a list."""
+    """What is known of one key. `choices` and `limit` hold for each item of a list."""
 
     default: Any
     type: Any
     meaning: str
     choices: Collection[str] = ()
-    later: tuple[str, ...] = ()  # values that are known but not built yet
     limit: str = ""  # a name in LIMITS
     accepts: Any = None  # the type that may be written, where it is wider than `type`
 
 
 def key(default: Any, meaning: str, **rules: Any) -> Any:
-    """A dataclass field for one key; `rules` are the last four fields of `Key`."""
+    """A dataclass field for one key; `rules` are the last three fields of `Key`."""
     metadata = {"meaning": meaning, **rules}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -101,7 +100,6 @@ def check(where: str, k: Key, value: Any) -> Any:
     for item in items:
         if k.choices and item not in k.choices:
             fix = nearest(str(item), k.choices) or default
-            fix = f"{item!r} is not built yet" if item in k.later else fix
             raise UserError(where, shown(item), f"one of {', '.join(k.choices)}", fix)
         if k.limit and not LIMITS[k.limit](item):
             raise UserError(where, shown(item), f"{type_name(type(item))} {k.limit}", default)

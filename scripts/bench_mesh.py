@@ -127,7 +127,7 @@ def _row(assembly: Any, mesh: Any, batch: Any, arrays: Gradients) -> tuple[dict[
 
     def run(arrays: Any, batch: Any) -> Any:
         with placed(MeshPlacement(mesh)):
-            loss, gradients, _ = loss_and_gradients(assembly.structure, arrays, {}, {}, batch)
+            loss, gradients, *_ = loss_and_gradients(assembly.structure, arrays, {}, {}, batch)
         return loss, gradients
 
     step: Callable[..., Any] = jax.jit(run, out_shardings=(None, shardings))

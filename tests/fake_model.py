@@ -42,8 +42,8 @@ class FakeModel:
     def __init__(self, config: Config, family: str = "qwen2", context: int = 256, answers: Sequence[str] = ()) -> None:
         self.config, self.folder, self.step = config, config.workdir, 3
         tokenizer = demo_tokenizer()
-        add_tokens(tokenizer, config.phase)
-        text = text_spec(config.data, family, config.encoder.tokens, config.phase, config.compat)
+        add_tokens(tokenizer, config.objective)
+        text = text_spec(config.data, family, config.encoder.tokens, config.objective, config.compat)
         signal, llm = signal_spec(config.data, config.seed), SimpleNamespace(max_len=context)
         self.assembly = SimpleNamespace(text=text, signal=signal, tokenizer=tokenizer, llm=llm)
         self.arrays: dict[str, Any] = {}

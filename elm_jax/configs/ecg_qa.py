@@ -12,7 +12,7 @@ from elm_jax.text.prompts import DEFAULT
 
 def get_config() -> ConfigDict:
     config = default_config()
-    config.phase = "sft"
+    config.objective = "sft"
     config.update = ("connector", "llm")
     config.llm.name = "qwen2.5-1.5b-instruct"
 

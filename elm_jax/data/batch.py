@@ -12,7 +12,7 @@ M supervised slots of a row, Q blocks of a row, n blocks of keys that a block of
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,6 +94,8 @@ class Batch(NamedTuple):
     target_index: Array  # (B, M) int32: the position whose hidden state predicts the target
     target_ids: Array  # (B, M) int32
     target_weights: Array  # (B, M) float32, 0 = slot unused
+    target_sample: Array  # (B, M) int32: the place in `sample_ids` of the sample that the target is of
+    extras: Any  # leaves (B, M) float32 by name: what an objective has beside the targets; none for most
     sample_ids: Array  # (B, M) int32: the samples of the row, -1 = none (a row has at most M)
     key_blocks: Array  # (B, Q, n) int32: the blocks that each block of tokens may see, then -1; n = 0: all of them
 
@@ -117,6 +119,7 @@ class Conversation:
     supervised: np.ndarray  # (T,) bool
     signal_positions: np.ndarray  # (n_ecgs, N) int32
     signals: list[Shown] | None  # n_ecgs of them
+    extras: Mapping[str, Any] = field(default_factory=dict)  # a number, or one for each supervised token
 
 
 @dataclass(frozen=True)
@@ -127,15 +130,15 @@ class Group:
     conversations: list[Conversation]
 
 
-def collate(rows: list[list[Group]], shape: BatchShape, layout: Layout) -> Batch:
+def collate(rows: list[list[Group]], shape: BatchShape, layout: Layout, extras: Iterable[str] = ()) -> Batch:
     """Lay rows of groups out as arrays (no micro-batch axis). A row that does not fit is our own fault."""
-    batch = empty_batch(shape, layout, len(rows))
+    batch = empty_batch(shape, layout, len(rows), extras=extras)
     for r, groups in enumerate(rows):
         write_row(batch, (r,), groups)
     return batch
 
 
-def empty_batch(shape: BatchShape, layout: Layout, *leading: int) -> Batch:
+def empty_batch(shape: BatchShape, layout: Layout, *leading: int, extras: Iterable[str] = ()) -> Batch:
     """A batch of padding with these leading axes: (B,), or (A, B) with micro-batches. `write_row` fills it."""
     return Batch(
         tokens=np.zeros((*leading, shape.tokens), np.int32),
@@ -148,6 +151,8 @@ def empty_batch(shape: BatchShape, layout: Layout, *leading: int) -> Batch:
         target_index=np.zeros((*leading, shape.targets), np.int32),
         target_ids=np.zeros((*leading, shape.targets), np.int32),
         target_weights=np.zeros((*leading, shape.targets), np.float32),
+        target_sample=np.zeros((*leading, shape.targets), np.int32),
+        extras={name: np.zeros((*leading, shape.targets), np.float32) for name in extras},
         sample_ids=np.full((*leading, shape.targets), -1, np.int32),
         key_blocks=np.full((*leading, shape.tokens // BLOCK, shape.key_blocks), -1, np.int32),
     )
@@ -191,7 +196,8 @@ class _RowWriter:
 
     def __init__(self, batch: Batch, row: tuple[int, ...]) -> None:
         self.batch, self.place = batch, row
-        self.row = Batch(*(None if name == "signals" else a[row] for name, a in zip(batch._fields, batch, strict=True)))
+        trees = {"signals": None, "extras": {name: a[row] for name, a in batch.extras.items()}}
+        self.row = Batch(**{n: trees[n] if n in trees else a[row] for n, a in batch._asdict().items()})
         self.token = self.signal = self.target = self.sample = 0
 
     def write(self, groups: list[Group]) -> None:
@@ -199,7 +205,7 @@ class _RowWriter:
             start = self.token
             # Of a bad record nothing may be known; what is shared comes from a good one where there is any.
             first = next((c for c in group.conversations if c.signals is not None), group.conversations[0])
-            shared_ecgs = _ecgs_before(first, group.prefix)
+            shared_ecgs = ecgs_before(first, group.prefix)
             readers = sum(c.signals is not None for c in group.conversations)
             shared_slots = self._place_signals(first, 0, shared_ecgs, readers)
             self._place_tokens(first, 0, group.prefix, number, 0, shared_slots)
@@ -247,8 +253,6 @@ class _RowWriter:
 
     def _place_targets(self, c: Conversation, prefix: int, start: int, offset: int) -> None:
         """The token at conversation position p is predicted by position p - 1, in the prefix or the branch."""
-        self.row.sample_ids[self.sample] = c.sample
-        self.sample += 1
         targets = np.flatnonzero(c.supervised)
         assert not len(targets) or targets[0] >= max(prefix, 1), (
             "a supervised token lies in the shared prefix"
@@ -258,10 +262,15 @@ class _RowWriter:
         self.row.target_index[slots] = np.where(source < prefix, start + source, offset + source)
         self.row.target_ids[slots] = c.ids[targets]
         self.row.target_weights[slots] = float(c.signals is not None)
+        self.row.target_sample[slots] = self.sample
+        for name, values in c.extras.items():
+            self.row.extras[name][slots] = values
+        self.row.sample_ids[self.sample] = c.sample
+        self.sample += 1
         self.target += len(targets)
 
 
-def _ecgs_before(c: Conversation, prefix: int) -> int:
+def ecgs_before(c: Conversation, prefix: int) -> int:
     """How many of the conversation's ECGs lie wholly in its first `prefix` tokens."""
     if not c.signal_positions.size:
         return 0

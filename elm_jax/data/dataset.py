@@ -23,6 +23,7 @@ from elm_jax.data.batch import Conversation, Shown
 from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.plan import LengthIndex
 from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec
+from elm_jax.data.samples import Samples
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 from elm_jax.folders import write_atomic
@@ -35,6 +36,7 @@ KEPT_VERSION = 2  # of what a length index keeps on disk
 _COLUMNS = ("length", "targets", "ecgs", "system_end", "signal_end", "system_key", "signal_key", "dataset")
 _CUTS = {"cut": bool, "lost_answers": np.int16, "cut_ecgs": bool}  # see LengthIndex
 LOOKED_FOR = 20_000  # records whose recordings are looked for before a run
+PLAIN = Samples()
 SPARE = 1.25  # of an ECG's symbols are planned for where augmentation varies them
 
 
@@ -75,30 +77,33 @@ def read_system_prompt(text_or_path: str | None) -> str | None:
 class Dataset:
     """Records with the tokenizer and the two specs. Picklable, so that worker processes can hold it.
 
-    `augments`: whether ECGs change from epoch to epoch, as `data.augment_*` ask; only training's do.
+    `augments`: whether ECGs change from epoch to epoch, as `data.augment_*` ask; only training's do. `samples`: what
+    of each record is learnt.
     """
 
     def __init__(
-        self, records: Sequence[Record], tokenizer: Any, text: TextSpec, signal: SignalSpec, augments: bool = False
-    ) -> None:
+        self, records: Sequence[Record], tokenizer: Any, text: TextSpec, signal: SignalSpec, augments: bool = False,
+        samples: Samples = PLAIN,
+    ) -> None:  # fmt: skip
         self.records, self.tokenizer, self.text, self.signal = records, tokenizer, text, signal
-        self.augments = augments
+        self.augments, self.samples = augments, samples
 
     def __len__(self) -> int:
         return len(self.records)
 
     def render(
-        self, index: int, ecgs: Sequence[Shown] | None = None, length: int | None = None
+        self, index: int, ecgs: Sequence[Shown] | None = None, length: int | None = None, text: Any = None
     ) -> Rendered:
         """The tokens of one record. Where ECGs are symbols they are written into them: `ecgs`, or those of the files.
 
         `length`: the most tokens that the record may have, where that is less than `text.max_len`; symbols that
-        exceed it are cut.
+        exceed it are cut. `text`: in place of the record's own.
 
         Raises:
             UserError: the record has no answer, or does not fit; names the record.
         """
         with self._naming(index) as record:
+            record = record if text is None else replace(record, text=text)
             if self._symbols is None:
                 return self._rendered(index, record, self.text.max_len)
             shown = self.signals(index) if ecgs is None else ecgs
@@ -127,7 +132,7 @@ class Dataset:
         return with_words(record.text, words)
 
     @property
-    def _reads_ecgs(self) -> bool:
+    def reads_ecgs(self) -> bool:
         """Whether an ECG decides how long its record is."""
         return self._symbols is not None or bool(self.text.signal_tokens and self.signal.texts)
 
@@ -154,7 +159,7 @@ class Dataset:
             raise record.problem
         if isinstance(record.text, str) and self.text.phase != "pretrain":
             found = f"phase {self.text.phase} and text {record.text[:40]!r}, an answer without a question"
-            fix = "give it a question, or train on texts with --config.phase=pretrain"
+            fix = "give it a question, or train on texts with --config.objective=pretrain"
             raise UserError("text", found, CONVERSATIONS, fix)
         return len(record.ecg_paths) if self.text.signal_tokens else 0
 
@@ -203,20 +208,31 @@ class Dataset:
         record = self.records[index]
         return zlib.crc32(f"{self.signal.seed}:{record.ecgs_of or record.id}:{place}".encode())
 
-    def conversation(self, index: int, signals: list[Shown] | None, length: int) -> Conversation:
-        """The record with given signals (None: a bad record, which keeps its place of `length` with weight 0).
+    def conversations(self, index: int, signals: list[Shown] | None, length: int) -> list[Conversation]:
+        """The record's samples, with given signals (None: a bad record); `length` tokens are planned for it.
+
+        Raises:
+            UserError: as `conversation`.
+        """
+        if self.samples.plain:
+            return [self.conversation(index, signals, length)]
+        return self.samples.conversations(self, index, signals, length)
+
+    def conversation(self, index: int, signals: list[Shown] | None, length: int, text: Any = None) -> Conversation:
+        """The record, or the `text` in place of its own, with given signals (None: a bad record, which keeps its place
+        of `length` with weight 0).
 
         Raises:
             UserError: an ECG has other symbols than when `length` was measured; names the record.
         """
         nowhere = np.zeros((0, 0), np.int32)
-        if signals is None and self._reads_ecgs:
+        if signals is None and self.reads_ecgs:
             nothing = np.zeros(length, np.int32)
             return Conversation(index, nothing, nothing.astype(bool), nowhere, None)
-        r = self.render(index, signals, length)
+        r = self.render(index, signals, length if text is None else None, text)
         if self._symbols is None:
             return Conversation(index, r.ids, r.supervised, r.signal_positions, signals)
-        if len(r.ids) != length and not self.varies:
+        if text is None and len(r.ids) != length and not self.varies:
             found = f"{len(r.ids)} tokens where the run's plan has {length}: its ECG has changed"
             raise UserError(f"record {self.records[index].id}", found, "the ECG as it was", "start the run again")
         return Conversation(index, r.ids, r.supervised, nowhere, [])
@@ -233,14 +249,21 @@ class Dataset:
         columns = self._kept(path) if path and path.is_file() else None
         if columns is not None:
             for i in np.flatnonzero(columns["length"] == 0)[int(max_bad * len(self)) :]:
-                self.render(int(i))  # says what is wrong with the first that is too many
+                self.check(int(i))  # says what is wrong with the first that is too many
         else:
             columns = self._measure(max_bad, progress)
             # An ECG that could not be read may be mended: the next start looks again.
-            if path and (not self._reads_ecgs or columns["length"].all()):
+            if path and (not self.reads_ecgs or columns["length"].all()):
                 write_atomic(path, lambda file: pq.write_table(pa.table(columns), file))
         # An ECG of which every epoch has other symbols is part of no prefix of a known length.
         return _for_share(columns, "system" if share == "ecg" and self.varies else share)
+
+    def check(self, index: int) -> None:
+        """Raise UserError, which names the record, where nothing can be learnt of it."""
+        if self.samples.plain:
+            self.render(index)
+        else:
+            self.samples.measure(self, index)
 
     def _kept(self, path: Path) -> dict[str, np.ndarray] | None:
         """The columns that an earlier start has measured; None, and a line that says so, where they are damaged."""
@@ -267,6 +290,9 @@ class Dataset:
             record = self.records[i]
             columns["dataset"][i] = record.dataset
             try:
+                if not self.samples.plain:
+                    columns["length"][i], columns["targets"][i], columns["ecgs"][i] = self.samples.measure(self, i)
+                    continue
                 rendered, cuts = self._planned(i)
             except UserError as error:
                 bad.append(error)
@@ -301,9 +327,12 @@ class Dataset:
     def fingerprint(self) -> str:
         """Changes with anything that may change a length: records, tokenizer, text spec; signals that are symbols."""
         words = self.tokenizer
-        told = [INDEX_VERSION, asdict(self.text), words.bos_token, words.eos_token]
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-        digest.update(words.backend_tokenizer.to_str().encode())
+        ends = () if words is None else (words.bos_token, words.eos_token)
+        digest = hashlib.sha256(json.dumps([INDEX_VERSION, asdict(self.text), *ends], sort_keys=True).encode())
+        if words is not None:
+            digest.update(words.backend_tokenizer.to_str().encode())
+        if not self.samples.plain:
+            digest.update(self.samples.fingerprint.encode())
         if self._symbols is not None:
             told = replace(self.signal, root=str(Path(self.signal.root).absolute()), tokens=None)
             digest.update(repr((told, self._symbols.fingerprint, self.augments)).encode())
@@ -311,7 +340,7 @@ class Dataset:
             digest.update(repr({view: text.__qualname__ for view, text in self.signal.texts.items()}).encode())
         for record in self.records:
             digest.update(repr((record.id, record.ecg_paths, record.text, record.dataset)).encode())
-            if self._reads_ecgs:
+            if self.reads_ecgs:
                 digest.update(repr([self.signal.stamp(path) for path in record.ecg_paths]).encode())
         return digest.hexdigest()[:32]
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -23,6 +23,7 @@ from absl import flags
 from elm_jax.data.batch import Batch, Conversation, Group, Shown, arrays_in, empty_batch, write_row
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.plan import LengthIndex, Plan, PlannedGroup, PlannedRow
+from elm_jax.data.samples import grouped
 from elm_jax.errors import UserError
 
 _SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; what exceeds its room ends a process without a word
@@ -74,23 +75,28 @@ class StepSource:
             shape = replace(shape, key_blocks=0)
         micro = self.plan.micro_batches
         mine = len(self.parts) * (len(rows) // micro // self.plan.ways)
-        return empty_batch(shape, self.dataset.signal.layout, micro, mine)
+        return empty_batch(shape, self.dataset.signal.layout, micro, mine, extras=self.dataset.samples.extras)
 
     def __getitem__(self, step: int) -> Loaded:
-        rows = self.plan.rows(int(step))
-        batch = self.empty(rows)
         reader = _Reader(self.dataset, self.plan.index, self.plan.epoch_of(int(step)))
+        return self.fill(int(step), reader.groups, reader.bad)
+
+    def fill(self, step: int, groups: Callable[[PlannedGroup], list[Group]], bad: Sequence[BadRecord]) -> Loaded:
+        """The step with these groups in the places that are planned; `bad` is what was bad when all are there."""
+        rows = self.plan.rows(step)
+        batch = self.empty(rows)
         per_micro = len(rows) // self.plan.micro_batches
         size = per_micro // self.plan.ways
         mine = [part * size + row for part in self.parts for row in range(size)]  # of a micro-batch
         for m in range(self.plan.micro_batches):
             for r, row in enumerate(mine):
-                write_row(batch, (m, r), reader.row(rows[m * per_micro + row]))
+                planned = rows[m * per_micro + row]
+                write_row(batch, (m, r), [group for part in planned for group in groups(part)])
         planned = [group for row in rows for group in row]
         samples = [sample for group in planned for sample in group.samples]
         truncated = int(self.plan.index.cut[samples].sum())
         pairs = sum(_attention_pairs(group, self.plan.index) for group in planned)
-        return Loaded(int(step), batch, len(samples), pairs, tuple(reader.bad), truncated)
+        return Loaded(step, batch, len(samples), pairs, tuple(bad), truncated)
 
 
 class _Reader:
@@ -100,10 +106,7 @@ class _Reader:
         self.dataset, self.index, self.epoch = dataset, index, epoch
         self.bad: list[BadRecord] = []
 
-    def row(self, row: PlannedRow) -> list[Group]:
-        return [self._group(group) for group in row]
-
-    def _group(self, group: PlannedGroup) -> Group:
+    def groups(self, group: PlannedGroup) -> list[Group]:
         shares_ecg = bool(group.prefix) and bool(self.index.shares_ecg[group.samples[0]])
         conversations: list[Conversation] = []
         signals: list[Shown] | None = None
@@ -113,8 +116,8 @@ class _Reader:
                 signals, error = self._signals(sample)
             if signals is None:
                 self.bad.append(BadRecord(self.dataset.records[sample].id, error))
-            conversations.append(self.dataset.conversation(sample, signals, int(self.index.length[sample])))
-        return Group(group.prefix, conversations)
+            conversations += self.dataset.conversations(sample, signals, int(self.index.length[sample]))
+        return [Group(group.prefix, conversations)] if self.dataset.samples.plain else grouped(conversations)
 
     def _signals(self, sample: int) -> tuple[list[Shown] | None, str]:
         """The sample's ECGs, or None and what is wrong with them."""
@@ -135,7 +138,7 @@ def unusable(dataset: Dataset, index: LengthIndex) -> list[BadRecord]:
     found = []
     for i in np.flatnonzero(index.length == 0).tolist():
         try:
-            dataset.render(i)
+            dataset.check(i)
         except UserError as error:
             found.append(BadRecord(dataset.records[i].id, str(error)))
     return found
@@ -196,7 +199,7 @@ def _fits_shared_memory(source: StepSource, first: int, workers: int) -> bool:
     if not _SHARED_MEMORY.is_dir():
         return True
     batch = source.empty(source.plan.rows(first))
-    arrays = [*batch, *arrays_in(batch.signals)]
+    arrays = [*batch, *arrays_in(batch.signals), *batch.extras.values()]
     needed = workers * _IN_FLIGHT * sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
     room = shutil.disk_usage(_SHARED_MEMORY).free
     if needed > room:

@@ -31,6 +31,7 @@ from elm_jax.evaluation.results import asked_with, results_of, summary
 from elm_jax.evaluation.store import Store
 from elm_jax.folders import check_writable, read_json, write_json
 from elm_jax.inference.model import TrainedModel
+from elm_jax.objectives import OBJECTIVES
 from elm_jax.run.checkpoint import fingerprint
 from elm_jax.runtime import distributed
 from elm_jax.scoring.metrics import Scorer
@@ -134,9 +135,9 @@ def _labels_asked(config: Config) -> PtbXl | None:
         return None
     if jax.process_count() > 1:
         raise UserError("eval.labels", "several processes", "one", "evaluate labels with one process")
-    if config.phase == "pretrain":
-        expected = "phase 'sft', which answers questions"
-        raise UserError("eval.labels", "phase 'pretrain'", expected, "leave eval.labels out")
+    if OBJECTIVES.find(config.objective).samples.phase != "sft":
+        expected = "objective 'sft', which answers questions"
+        raise UserError("eval.labels", f"objective {config.objective!r}", expected, "leave eval.labels out")
     return read_ptb_xl(Path(folder))
 
 

@@ -40,7 +40,7 @@ def facts_of(weights: TrainedWeights, rows: int, no_template: str) -> dict[str, 
         encoders[config.part("encoder", view)] = {"name": encoder.name, "tokens": encoder.tokens, "config": sizes}
     return {
         "elm": config.elm,
-        "phase": config.phase,
+        "phase": assembly.text.phase,
         "step": weights.step,
         "llm": config.llm.name,
         "vocabulary": rows,

@@ -22,8 +22,8 @@ from elm_jax.weights.peft import spec_of
 # What a checkpoint of each kind may leave open, and the user then should know to be taken as usual.
 _OPEN = {
     "elm": ("encoder.tokens", "data.segment_len", "llm.lora.alpha", "data.system_prompt"),
-    "encoder": ("elm", "encoder.tokens", "data.segment_len", "phase"),
-    "adapter": ("elm", "encoder.name", "phase"),
+    "encoder": ("elm", "encoder.tokens", "data.segment_len", "objective"),
+    "adapter": ("elm", "encoder.name", "objective"),
 }
 
 
@@ -59,7 +59,8 @@ def configure(source: Source, flags: ConfigFlags, out: str) -> Imported:
     config = _resolved(flags, tree, name, facts, out)
     if source.kind == "elm":
         rows = int(source.info[embedding_of(source)].shape[0])
-        assembly, facts["phase"] = _phase(source, config, rows, _is_said(flags, "phase"))
+        said = _is_said(flags, "objective") or _is_said(flags, "phase")
+        assembly, facts["objective"] = _objective(source, config, rows, said)
     else:
         rows, assembly = None, assemble(config)
     said = flags.path is not None
@@ -150,16 +151,16 @@ def _reads_images(encoder: str) -> bool:
     return ENCODERS[encoder].processing is not None
 
 
-def _phase(source: Source, config: Config, rows: int, said: bool) -> tuple[Assembly, Fact]:
-    """The parts of a model with `rows` tokens, and its phase: the reference gives a pretrained one fewer tokens."""
+def _objective(source: Source, config: Config, rows: int, said: bool) -> tuple[Assembly, Fact]:
+    """The parts of a model with `rows` tokens, and its objective: the reference gives a pretrained one fewer tokens."""
     table = embedding_of(source)
     counts = []
-    for phase in (config.phase,) if said else ("sft", "pretrain"):
-        assembly = assemble(replace(config, phase=phase))
+    for objective in (config.objective,) if said else ("sft", "pretrain"):
+        assembly = assemble(replace(config, objective=objective))
         tokens = len(assembly.tokenizer)
-        counts.append(f"{tokens} ({phase})")
+        counts.append(f"{tokens} ({objective})")
         if rows in (tokens, _unextended(assembly)) and rows >= tokens:
-            return assembly, Fact(phase, table)
+            return assembly, Fact(objective, table)
     raise UserError(
         str(source.path), f"{table} of {rows} tokens", f"as many as the tokenizer has: {' or '.join(counts)}",
         f"set --config.llm.name to the model that it was made from (not {config.llm.name})"

@@ -59,13 +59,17 @@ class Speaker:
     """A model that answers: the arrays of an assembly's structure, laid out on a mesh."""
 
     def __init__(self, assembly: Assembly, mesh: jax.sharding.Mesh, arrays: Mapping[str, jax.Array]) -> None:
-        self.assembly, self.mesh, self.arrays, self.config = assembly, mesh, arrays, assembly.config
+        self.assembly, self.mesh, self.config = assembly, mesh, assembly.config
         self.stops = stop_ids(assembly.tokenizer, assembly.text.family)
         self._rows = batch_sharding(mesh, micro_batches=False)
         self._encode = jax.jit(self._signal_embeddings, out_shardings=self._rows)
         self._splice = jax.jit(self._inputs, out_shardings=self._rows)
-        llm = assembly.structure.bind(arrays).llm
-        self.engine = Engine(llm, self._embedded, self.stops, MeshPlacement(mesh), batch_ways(mesh))
+        self.use(arrays)
+
+    def use(self, arrays: Mapping[str, jax.Array]) -> None:
+        """Answer with these arrays from now on; what is compiled stays."""
+        self.arrays, llm = arrays, self.assembly.structure.bind(arrays).llm
+        self.engine = Engine(llm, self._embedded, self.stops, MeshPlacement(self.mesh), batch_ways(self.mesh))
 
     def answers(self, prompts: Sequence[Prompt], options: EvalConfig, seed: int = 0) -> list[str]:
         """The model's answers, one per prompt, in their order; see `stream`."""

@@ -6,7 +6,7 @@ Dimension letters: B rows, T tokens, S signal slots, N signal tokens per ECG, E 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class ELM(nnx.Module):
         encoder: of one view, or by view where there are several; None, or left out, where the connector reads the
             signals itself.
         connector: of one view, or by view in their order; None where ECGs are symbols in the text.
-        llm: the decoder.
+        llm: the decoder; None where encoders learn alone, which have no connectors then.
         dtype: dtype of the decoder's activations.
         compat: names of reference behaviours (`elm_jax.compat`).
     """
@@ -38,15 +38,15 @@ class ELM(nnx.Module):
         self,
         encoder: nnx.Module | Mapping[str, nnx.Module] | None,
         connector: nnx.Module | Mapping[str, nnx.Module] | None,
-        llm: Decoder,
+        llm: Decoder | None,
         dtype: jnp.dtype,
         compat: tuple[str, ...] = (),
     ) -> None:
-        several = isinstance(connector, Mapping)
-        self.views = tuple(connector) if several else ()
-        self.encoder: Any = nnx.Dict(dict(encoder or {})) if several else encoder  # type: ignore[arg-type]
-        self.connector: Any = nnx.Dict(dict(connector)) if several else connector
-        self.llm, self.dtype, self.compat = llm, dtype, compat
+        several = connector if isinstance(connector, Mapping) else encoder if isinstance(encoder, Mapping) else None
+        self.views = () if several is None else tuple(several)
+        self.encoder: Any = encoder if several is None else nnx.Dict(dict(encoder or {}))  # type: ignore[arg-type]
+        self.connector: Any = nnx.Dict(dict(connector)) if isinstance(connector, Mapping) else connector
+        self.llm, self.dtype, self.compat = cast(Decoder, llm), dtype, compat
 
     def signal_embeddings(self, signals: Any, weights: jax.Array, trained: Collection[str] = ()) -> jax.Array:
         """ECGs (by view, leaves (B, S, ...)) as LLM inputs (B, S·N, D); (B, 0, D) where ECGs are symbols.

@@ -38,8 +38,6 @@ def check_views(config: Config) -> None:
         if part != "llm" and not parts.get(part):
             raise UserError("update", part, f"no {part} with elm={elm}", "leave it out, or choose another elm")
     mlp = any(each.connector == "mlp" for each in config.views.values())
-    if config.phase == "pretrain" and any(each.text for each in config.views.values()):
-        raise UserError("phase", "pretrain", f"sft with elm={elm}, which writes into the user's words", "set it so")
     of_images = any(_reads_images(config, name) for name in config.views)
     fitting = _fitting(config, first)
     if data.representation not in fitting:

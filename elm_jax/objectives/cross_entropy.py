@@ -1,10 +1,12 @@
-"""The loss: cross-entropy at supervised positions only; (B, T, V) logits never exist.
+"""Log probabilities at supervised positions only; (B, T, V) logits never exist.
 
 Dimension letters: B rows, T tokens, M supervised slots, D model width, V vocabulary, W parts of the batch (one for
 each of the devices that the rows are divided over), N slots of a part.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,9 @@ from elm_jax.models.hints import copies, hint, ways
 CHUNK = 2**27  # logits that may exist at a time on a device
 
 
+Part = tuple[jax.Array, jax.Array, jax.Array]  # of the targets: hidden states (W, N, D), ids and weights (W, N)
+
+
 def summed_cross_entropy(llm: Decoder, hidden: jax.Array, batch: Batch) -> jax.Array:
     """Σ weight · −log p(target) over the supervised slots, float32 scalar.
 
@@ -23,6 +28,40 @@ def summed_cross_entropy(llm: Decoder, hidden: jax.Array, batch: Batch) -> jax.A
         hidden: (B, T, D) final hidden states.
         batch: `target_index`, `target_ids`, `target_weights` (B, M).
     """
+    losses, inputs, chunks = _in_chunks(llm, hidden, batch)
+
+    def chunk(total: jax.Array, part: Part) -> tuple[jax.Array, None]:
+        weights = part[2]
+        return total + jnp.where(weights > 0, losses(part) * weights, 0.0).sum(), None
+
+    if chunks == 1:
+        return chunk(jnp.zeros((), jnp.float32), jax.tree.map(lambda x: x[0], inputs))[0]
+    body = jax.checkpoint(chunk, prevent_cse=False)
+    return jax.lax.scan(body, jnp.zeros((), jnp.float32), inputs)[0]
+
+
+def log_probs(llm: Decoder, hidden: jax.Array, batch: Batch) -> jax.Array:
+    """log p(target) of each slot, float32 (B, M); 0 where a slot is unused. Arguments as `summed_cross_entropy`."""
+    losses, inputs, chunks = _in_chunks(llm, hidden, batch)
+
+    def chunk(part: Part) -> jax.Array:
+        return jnp.where(part[2] > 0, -losses(part), 0.0)
+
+    if chunks == 1:
+        found = chunk(jax.tree.map(lambda x: x[0], inputs))[None]
+    else:
+        found = jax.lax.map(jax.checkpoint(chunk, prevent_cse=False), inputs)
+    return jnp.moveaxis(found, 0, 1).reshape(batch.target_ids.shape)
+
+
+def sums_of_samples(values: jax.Array, batch: Batch) -> jax.Array:
+    """The sums (B, M) of values (B, M) of the targets over those of each sample, by the sample's place in its row."""
+    size = values.shape[1]
+    return jax.vmap(lambda x, samples: jax.ops.segment_sum(x, samples, size))(values, batch.target_sample)
+
+
+def _in_chunks(llm: Decoder, hidden: jax.Array, batch: Batch) -> tuple[Callable[[Part], jax.Array], Part, int]:
+    """(a part of the targets -> −log p (W, N); the parts (chunks, W, N, ...); the number of chunks)."""
     picked = jnp.take_along_axis(hidden, batch.target_index[..., None], axis=1)  # (B, M, D)
     rows, targets, _ = picked.shape
     # Its gradient is summed over the chunks where it arises, and over the devices once, after the last chunk.
@@ -30,25 +69,20 @@ def summed_cross_entropy(llm: Decoder, hidden: jax.Array, batch: Batch) -> jax.A
     parts = len(each)
     chunks = _chunks(rows // parts * targets, -(-llm.config.vocab_size // ways("vocab")))
 
-    def chunk(total: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        h, ids, weights = part
+    def losses(part: Part) -> jax.Array:
+        h, ids, _ = part
         logits = llm.logits(h, each)
         # A masked sum rather than a gather: the vocabulary may be divided over devices.
         vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         target = jnp.where(vocabulary == ids[..., None], logits, 0.0).sum(-1)
-        losses = jax.nn.logsumexp(logits, axis=-1) - target
-        return total + jnp.where(weights > 0, losses * weights, 0.0).sum(), None
+        return jax.nn.logsumexp(logits, axis=-1) - target
 
     def split(x: jax.Array) -> jax.Array:
         """(B, M, ...) -> (chunks, W, N / chunks, ...)."""
         x = x.reshape(parts, chunks, -1, *x.shape[2:])
         return hint(jnp.moveaxis(x, 1, 0), None, "batch", *(None,) * (x.ndim - 2))
 
-    inputs = (split(picked), split(batch.target_ids), split(batch.target_weights))
-    if chunks == 1:
-        return chunk(jnp.zeros((), jnp.float32), jax.tree.map(lambda x: x[0], inputs))[0]
-    body = jax.checkpoint(chunk, prevent_cse=False)
-    return jax.lax.scan(body, jnp.zeros((), jnp.float32), inputs)[0]
+    return losses, (split(picked), split(batch.target_ids), split(batch.target_weights)), chunks
 
 
 def _chunks(slots: int, vocabulary: int) -> int:

@@ -147,6 +147,7 @@ class Planner:
         self.devices = topology.devices(where)
         with placed(MeshPlacement(make_mesh(MeshConfig(), self.devices))):
             self.assembly = assemble(self.config, weights=False)
+        self.assembly.check_llm()
         self._speeds: dict[tuple[str, int, int, int], float | None] = {}  # see `_speed`
 
     def plan(self, mesh: MeshConfig | None = None) -> Plan:

@@ -30,6 +30,7 @@ from elm_jax.runtime.mesh import replicated
 from elm_jax.runtime.telemetry import WANDB_ID
 from elm_jax.weights.peft import save_adapter, spec_of
 
+REFERENCE = "reference"  # folder of what an objective compares with: what is trained, as it was in the beginning
 INHERITED = "inherited"  # folder of the frozen arrays that came from `init_from`
 
 
@@ -58,8 +59,8 @@ def open_folder(config: Config) -> Path:
     if jax.process_index() == 0:
         try:
             if changed:  # nothing has been trained yet: what is left of the other configuration goes
-                shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
-                shutil.rmtree(folder / INHERITED, ignore_errors=True)
+                for kept in (TOKENIZER, INHERITED, REFERENCE):
+                    shutil.rmtree(folder / kept, ignore_errors=True)
                 (folder / WANDB_ID).unlink(missing_ok=True)
             folder.mkdir(parents=True, exist_ok=True)
             write_json(path, to_dict(config))

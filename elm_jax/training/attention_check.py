@@ -74,6 +74,8 @@ def checked_attention(assembly: Assembly, mesh: Any, rows: int) -> tuple[Assembl
         UserError: `llm.attention` names an implementation that does not.
     """
     config, llm = assembly.config, assembly.llm
+    if llm is None:
+        return assembly, Choice("none", "an encoder alone")
     dtype = jnp.dtype(config.llm.compute_dtype)
     asked = config.llm.attention
     chosen = attention.choose_attention(asked, llm.head_dim, dtype, softcap=llm.attention_cap)

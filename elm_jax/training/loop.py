@@ -7,7 +7,8 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,8 @@ from elm_jax.data.plan import Plan
 from elm_jax.errors import UserError, printable
 from elm_jax.folders import TOKENIZER
 from elm_jax.models.functional import Arrays
-from elm_jax.models.lora import is_lora
 from elm_jax.run import folder as run
-from elm_jax.run.checkpoint import Checkpoints
+from elm_jax.run.checkpoint import Checkpoints, load_arrays, save_arrays
 from elm_jax.runtime import distributed, telemetry
 from elm_jax.runtime.compilation import cache_folder
 from elm_jax.runtime.faults import StopSignal
@@ -35,7 +35,8 @@ from elm_jax.training.attention_check import checked_attention, tell
 from elm_jax.training.encoder_cache import keep_features
 from elm_jax.training.optim import batch_scale, learning_rate_multiplier
 from elm_jax.training.program import check_rows, train_program
-from elm_jax.training.report import Report, tell_of_cuts
+from elm_jax.training.report import Report, flops_of, tell_of_cuts
+from elm_jax.training.rollouts import Rollouts
 from elm_jax.training.state import TrainState, new_state
 from elm_jax.training.step import StepPrograms
 
@@ -66,23 +67,24 @@ class Trainer:
         self.mesh = make_mesh(config.mesh)
         check_rows(config, self.mesh)
         self.assembly = assemble(config, folder / TOKENIZER)
-        check_heads(self.mesh, self.assembly.llm)
+        if self.assembly.llm is not None:
+            check_heads(self.mesh, self.assembly.llm)
+            run.keep_tokenizer(folder, self.assembly.tokenizer, self.assembly.signal.tokens)
         self._warn_of_random_parts()
-        run.keep_tokenizer(folder, self.assembly.tokenizer, self.assembly.signal.tokens)
         self.dataset = self.assembly.dataset("train")
         self.plan = self._plan(self.dataset)
         self.assembly, self.attention = checked_attention(self.assembly, self.mesh, self.plan.usual_rows)
         steps = config.train.steps
         self.total_steps = self.plan.steps_before(config.train.epochs) if steps is None else steps
+        self.source = self._source(self.dataset, self.plan, self.total_steps)
         self._prepare_validation()
 
     def run(self) -> None:
         """Train from where the folder stands to `total_steps`."""
         self._build()
         first = int(self.state.step)
-        self.report = Report(
-            self.folder, self.config, self.mesh, self._flops(), first, self.total_steps
-        )
+        flops = flops_of(self.assembly, self.state.trained)
+        self.report = Report(self.folder, self.config, self.mesh, flops, first, self.total_steps)
         self._announce(first)
         self._note_bad(first, unusable(self.dataset, self.plan.index))
         self._report_bad()
@@ -91,7 +93,7 @@ class Trainer:
         # Nothing passes between host and devices unasked: what does would make the loop wait for the step.
         with StopSignal(together=jax.process_count() > 1) as stop, jax.transfer_guard("disallow"):
             try:
-                for loaded in self._steps(first):
+                for loaded in self._steps(self.source, first, self.config.data.workers):
                     done = loaded.step + 1
                     profiler.before(loaded.step)
                     line = self._advance(loaded)
@@ -137,9 +139,9 @@ class Trainer:
                 raise UserError(*problem)
         if jax.process_index() == 0:
             tell_of_cuts("training" if rows is None else "validation", index, data.max_len)
-        make = functools.partial(
-            Plan, index, max_len=data.max_len, pack=data.pack, seed=self.config.seed, ways=batch_ways(self.mesh)
-        )
+        max_len, pack = (1, False) if dataset.samples.phase is None else (data.max_len, data.pack)
+        ways, seed = batch_ways(self.mesh), self.config.seed
+        make = functools.partial(Plan, index, max_len=max_len, pack=pack, seed=seed, ways=ways)
         if rows is not None:
             return make(rows=rows, shuffle=False)
         return make(
@@ -179,19 +181,30 @@ class Trainer:
         latest = self.checkpoints.find("latest")
         if latest is None:
             arrays = self._first_arrays(moved)
-            self.state = new_state(arrays, like, self.program.optimizer)
             self.frozen: Arrays = {n: x for n, x in arrays.items() if n not in moved}
             self.fingerprints = run.frozen_fingerprints(self.assembly.structure, self.frozen)
+            self._keep_reference(arrays)
+            self.state = new_state(arrays, like, self.program.optimizer)
         else:
             known = run.inherited(self.folder, self.assembly.structure.abstract(shardings))
             self.frozen = {**known, **make_arrays(self.assembly, shardings, known={*moved, *known})}
             self.fingerprints = run.frozen_fingerprints(self.assembly.structure, self.frozen)
             self._restore(latest, like)
+        if "reference" in self.assembly.objective.needs:
+            self.frozen |= load_arrays(self.folder / run.REFERENCE, self.program.frozen)
         if config.encoder.cache:
             self._keep_features()
+        self.rollouts = Rollouts(self.assembly, self.mesh) if self.assembly.objective.samples.experience else None
         self.rate = learning_rate_multiplier(config.optim, self.total_steps)
         self.found_bad: list[dict[str, Any]] = []  # not yet reported
         self.non_finite = 0
+
+    def _keep_reference(self, arrays: Arrays) -> None:
+        """Save what is trained as it is before the first step, where the objective will compare with it."""
+        prefix = f"{run.REFERENCE}."
+        kept = {n: arrays[n.removeprefix(prefix)] for n in self.program.frozen if n.startswith(prefix)}
+        if kept and not (self.folder / run.REFERENCE).is_dir():
+            save_arrays(self.folder / run.REFERENCE, kept)
 
     def _keep_features(self) -> None:
         """Have the encoder's outputs on disk in place of the encoder."""
@@ -224,9 +237,14 @@ class Trainer:
 
     # -- one step ---------------------------------------------------------------------------------------------
 
-    def _steps(self, first: int) -> Iterator[Loaded]:
-        source = self._source(self.dataset, self.plan, self.total_steps)
-        return steps_from(source, first, self.config.data.workers)
+    def _steps(self, source: StepSource, first: int, workers: int = 0) -> Iterator[Loaded]:
+        if self.rollouts is not None:
+            return self.rollouts.steps(source, first, lambda: self._arrays)
+        return steps_from(source, first, workers)
+
+    @property
+    def _arrays(self) -> Arrays:
+        return {**self.frozen, **self.state.trained, **self.state.statistics}
 
     def _advance(self, loaded: Loaded) -> dict[str, Any] | None:
         """Take one step; validate, and log, where it is time. Returns the logged line, if any."""
@@ -255,7 +273,7 @@ class Trainer:
         line, finite = self.report.line(loaded, lambda updates: peak * float(self.rate(updates)))
         if validates:
             with self.report.paused():
-                line["val_loss"] = self._validate(done)
+                line |= self._validate(done)
         self._report_bad()
         self.report.write(line)
         self._check_finite(done, finite)
@@ -264,14 +282,6 @@ class Trainer:
     def _on_devices(self, batch: Batch) -> Batch:
         sharding = batch_sharding(self.mesh)
         return jax.tree.map(lambda x: to_device(self.mesh, x, sharding, row_axis=1), batch)
-
-    def _flops(self) -> Callable[[int, int, int], float]:
-        """The FLOPs of steps by their tokens, supervised tokens and attention pairs."""
-        own = {n: leaf for n, leaf in self.assembly.structure.leaves.items() if n.startswith("llm.layers.")}
-        base = [name for name in own if not is_lora(name)]
-        parameters = sum(int(np.prod(own[name].shape)) for name in base)
-        trained = any(name in self.state.trained for name in base)
-        return functools.partial(telemetry.step_flops, self.assembly.llm, parameters, trained)
 
     def _check_finite(self, done: int, finite: Iterable[bool]) -> None:
         """Look at all steps since the last log; stop where the run no longer learns."""
@@ -314,23 +324,23 @@ class Trainer:
     def _eval_every(self) -> int:
         return self.config.train.eval_every or self.config.train.save_every
 
-    def _validate(self, done: int) -> float:
-        """The loss on the validation part, in evaluation mode; remembers the best."""
+    def _validate(self, done: int) -> dict[str, float]:
+        """The objective's numbers on the validation part, in evaluation mode; remembers the best loss."""
         assert self.validation is not None
-        arrays = {**self.frozen, **self.state.trained, **self.state.statistics}
+        arrays = self._arrays
         sharding = batch_sharding(self.mesh, micro_batches=False)
-        total = count = 0.0
-        for loaded in steps_from(self.validation, 0):
+        total, count = Counter[str](), Counter[str]()
+        for loaded in self._steps(self.validation, 0):
             self._note_bad(done, loaded.bad)
             batch = jax.tree.map(lambda x: to_device(self.mesh, x[0], sharding, row_axis=0), loaded.batch)
-            summed, tokens = jax.device_get(self.program.eval_step(arrays, batch))
-            total, count = total + float(summed), count + float(tokens)
-        loss = total / max(count, 1.0)
+            for whole, part in zip((total, count), jax.device_get(self.program.eval_step(arrays, batch)), strict=True):
+                whole.update({name: float(x) for name, x in part.items()})
+        means = {f"val_{name}": total[name] / max(count[name], 1.0) for name in count}
+        loss, best = means["val_loss"], self.history["best_val_loss"]
         self.history["val_losses"].append(loss)
-        best = self.history["best_val_loss"]
         if math.isfinite(loss) and (best is None or loss < best):
             self.history |= {"best_val_loss": loss, "best_step": done}
-        return loss
+        return means
 
     def _stops_early(self) -> bool:
         """Whether none of the last `patience` validations beat the best before them by `patience_delta`."""

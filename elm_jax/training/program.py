@@ -25,6 +25,7 @@ from elm_jax.errors import UserError
 from elm_jax.exchange.published import published_rules
 from elm_jax.models.functional import Structure
 from elm_jax.models.hints import placed
+from elm_jax.run.folder import REFERENCE
 from elm_jax.runtime.mesh import MeshPlacement, array_shardings, batch_sharding, batch_ways
 from elm_jax.training.muon import matrices, matrices_by_name
 from elm_jax.training.optim import make_optimizer
@@ -60,11 +61,14 @@ def train_program(assembly: Assembly, mesh: Mesh, total_steps: int) -> TrainProg
     tx = optimizer_of(assembly, total_steps)
     state = abstract_state(structure, trained, moving, tx, mesh, shardings)
     places = jax.tree.map(lambda x: x.sharding, state)
-    step = make_train_step(structure, config, tx, mesh, places, {n: shardings[n] for n in frozen})
     like = structure.abstract(shardings)
-    batch = functools.partial(_abstract_batch, config=config, layout=layout, mesh=mesh)
+    kept = {n: like[n] for n in frozen}
+    if "reference" in assembly.objective.needs:
+        kept |= {f"{REFERENCE}.{n}": like[n] for n in (*trained, *moving)}
+    step = make_train_step(structure, config, tx, mesh, places, {n: x.sharding for n, x in kept.items()})
+    batch = functools.partial(_abstract_batch, assembly=assembly, layout=layout, mesh=mesh)
     return TrainProgram(
-        step, make_eval_step(structure, mesh), tx, state, {n: like[n] for n in frozen}, shardings, batch
+        step, make_eval_step(structure, config, mesh), tx, state, kept, shardings, batch
     )
 
 
@@ -94,16 +98,16 @@ def optimizer_of(assembly: Assembly, total_steps: int) -> Any:
     return make_optimizer(config.optim, config.train, total_steps, moved)
 
 
-def _abstract_batch(shape: BatchShape, config: Config, layout: Layout, mesh: Mesh) -> Batch:
+def _abstract_batch(shape: BatchShape, assembly: Assembly, layout: Layout, mesh: Mesh) -> Batch:
     """A batch (A, B, ...) of this shape, laid out as training lays it out."""
-    assert config.train.batch_size is not None, "a program has rows; how many conversations fill, data tell"
-    place, accum = batch_sharding(mesh), config.optim.accum_steps
+    place, accum, rows = batch_sharding(mesh), assembly.config.optim.accum_steps, assembly.config.train.batch_size
+    assert rows is not None, "a program has rows; how many conversations fill, data tell"
+    leading = accum, rows // accum
 
     def stacked(x: Any) -> jax.ShapeDtypeStruct:
-        leading = accum, config.train.batch_size // accum
         return jax.ShapeDtypeStruct((*leading, *x.shape[1:]), x.dtype, sharding=place)
 
-    return jax.tree.map(stacked, collate([[]], shape, layout))
+    return jax.tree.map(stacked, collate([[]], shape, layout, assembly.objective.samples.extras))
 
 
 def _encoded(assembly: Assembly) -> ArraySpec:

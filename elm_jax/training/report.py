@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from elm_jax.assemble import Assembly
 from elm_jax.config import Config, to_dict
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import cuts
 from elm_jax.data.loader import Loaded
 from elm_jax.data.plan import LengthIndex
+from elm_jax.models.lora import is_lora
 from elm_jax.runtime import telemetry
 from elm_jax.runtime.mesh import batch_ways, host_parts
 
@@ -52,11 +55,12 @@ class Tally:
             if name != "each":
                 setattr(self, name, getattr(self, name) + value)
 
-    def rates(self, flops: Flops, peak: float | None) -> dict[str, Any]:
+    def rates(self, flops: Flops | None, peak: float | None) -> dict[str, Any]:
         """The entries of a line that depend on time. `peak`: FLOP/s of all devices, where it is known."""
-        seconds = max(self.seconds, 1e-9)
+        seconds, mfu = max(self.seconds, 1e-9), None
+        if flops is not None and peak is not None:
+            mfu = flops(self.tokens, self.supervised, self.pairs) / seconds / peak
         p50, p95 = np.percentile(self.each, [50, 95]) * 1000 if self.each else (None, None)
-        done = flops(self.tokens, self.supervised, self.pairs)
         return {
             "step_ms": round(1000 * seconds / max(self.steps, 1), 3),
             "step_ms_p50": None if p50 is None else round(float(p50), 3),
@@ -66,7 +70,7 @@ class Tally:
             "padded_tokens_per_s": round(self.slots / seconds, 3),
             "conversations_per_s": round(self.conversations / seconds, 3),
             "host_wait_share": round(self.idle / seconds, 6),
-            "mfu": None if peak is None else done / seconds / peak,
+            "mfu": mfu,
             "device_memory_gb": telemetry.device_memory_gb(),
         }
 
@@ -82,7 +86,7 @@ class Report:
     host: for the loader, or for a line to be written.
     """
 
-    def __init__(self, folder: Path, config: Config, mesh: Mesh, flops: Flops, first: int, total: int) -> None:
+    def __init__(self, folder: Path, config: Config, mesh: Mesh, flops: Flops | None, first: int, total: int) -> None:
         self._first_process = jax.process_index() == 0
         self._file = telemetry.MetricsFile(folder, first, self._first_process)
         log = config.log
@@ -153,6 +157,7 @@ class Report:
             "loss": float(values["loss"]),
             "learning_rate": rate(int(values["updates"])),
             "grad_norm": float(values["grad_norm"]),
+            **{name: float(value) for name, value in values["others"].items()},
             "tokens": tokens,
             "supervised_tokens": int(values["supervised_tokens"]),
             "conversations": loaded.conversations,
@@ -208,6 +213,15 @@ class Report:
         """End the bar and the clock."""
         self._clock.close()
         self._bar.close()
+
+
+def flops_of(assembly: Assembly, trained: Collection[str]) -> Flops | None:
+    """The FLOPs of steps that train these arrays; None where there is no LLM."""
+    if assembly.llm is None:
+        return None
+    own = {n: leaf for n, leaf in assembly.structure.leaves.items() if n.startswith("llm.layers.") and not is_lora(n)}
+    parameters = sum(int(np.prod(leaf.shape)) for leaf in own.values())
+    return functools.partial(telemetry.step_flops, assembly.llm, parameters, any(name in trained for name in own))
 
 
 def tell_of_cuts(what: str, index: LengthIndex, max_len: int) -> None:

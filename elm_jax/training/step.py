@@ -5,6 +5,7 @@ Dimension letters: A micro-batches, B rows, T tokens, M supervised slots.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +20,13 @@ from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.models.functional import Arrays, Structure
 from elm_jax.models.hints import placed
-from elm_jax.objectives.cross_entropy import summed_cross_entropy
+from elm_jax.objectives import OBJECTIVES, Objective, Sums, log_probs
+from elm_jax.run.folder import REFERENCE
 from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, replicated
 from elm_jax.training.optim import clip_coefficient
 from elm_jax.training.state import TrainState
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]  # scalars; of "others", what the objective has beside its loss, by name
 
 
 def loss_and_gradients(
@@ -35,40 +37,51 @@ def loss_and_gradients(
     batch: Batch,
     key: jax.Array | None = None,
     mean_of_means: bool = False,
-) -> tuple[jax.Array, Arrays, Arrays]:
-    """The loss of one step, its gradients and the running statistics after it.
+    objective: Objective = OBJECTIVES["sft"],
+) -> tuple[jax.Array, Arrays, Arrays, Sums]:
+    """The loss of one step, its gradients, the running statistics after it, and the objective's other numbers.
 
-    The loss is the sum of the cross-entropies over the supervised tokens of all micro-batches (leading axis A)
-    divided by their number. Batch statistics are those of a micro-batch. `key` is what dropout draws from; without
-    it nothing is dropped. With `mean_of_means` the loss is instead the mean over the micro-batches of the mean over
-    each one's tokens (compat "micro_batch_mean_loss").
+    The loss is the sum over all micro-batches (leading axis A) divided by the count of the objective: for `sft`, of
+    the cross-entropies over the supervised tokens. Batch statistics are those of a micro-batch. `key` is what dropout
+    draws from; without it nothing is dropped. With `mean_of_means` the loss is instead the mean over the micro-batches
+    of each one's own mean (compat "micro_batch_mean_loss").
     """
-    total = jnp.maximum(batch.target_weights.sum(), 1.0)
+    each = jax.vmap(objective.counts)(batch)
+    totals = {name: jnp.maximum(counts.sum(), 1.0) for name, counts in each.items()}
+    micro_batches = batch.tokens.shape[0]
 
     def micro_loss(
         trained: Arrays, statistics: Arrays, micro: Batch, number: jax.typing.ArrayLike
-    ) -> tuple[jax.Array, Arrays]:
-        elm = structure.bind({**frozen, **statistics, **trained})
+    ) -> tuple[jax.Array, tuple[Arrays, Sums]]:
+        model = structure.bind({**frozen, **statistics, **trained})
+        micro = _with_reference(structure, frozen, micro, objective)
         own_key = None if key is None else jax.random.fold_in(key, number)
-        hidden = elm.hidden(micro, trained={structure.leaves[name].part for name in trained}, key=own_key)
-        after = structure.arrays(elm)
-        own_total = jnp.maximum(micro.target_weights.sum(), 1.0) * batch.tokens.shape[0]
-        divisor = own_total if mean_of_means else total
-        return summed_cross_entropy(elm.llm, hidden, micro) / divisor, {n: after[n] for n in statistics}
+        sums = dict(objective.loss(model, micro, own_key, {structure.leaves[name].part for name in trained}))
+        after = structure.arrays(model)
+        own_total = jnp.maximum(each["loss"][number], 1.0) * micro_batches
+        loss = sums.pop("loss") / (own_total if mean_of_means else totals["loss"])
+        return loss, ({n: after[n] for n in statistics}, sums)
+
+    def means(sums: Sums) -> Sums:
+        return {name: total / totals[name] for name, total in sums.items()}
 
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
-    if batch.tokens.shape[0] == 1:
-        (loss, statistics), gradients = gradient(trained, statistics, jax.tree.map(lambda x: x[0], batch), 0)
-        return loss, gradients, statistics
+    if micro_batches == 1:
+        (loss, (statistics, sums)), gradients = gradient(trained, statistics, jax.tree.map(lambda x: x[0], batch), 0)
+        return loss, gradients, statistics, means(sums)
 
-    def accumulate(carry: tuple[jax.Array, Arrays, Arrays], part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        loss, gradients, statistics = carry
-        (more_loss, statistics), more = gradient(trained, statistics, *part)
-        return (loss + more_loss, jax.tree.map(jnp.add, gradients, more), statistics), None
+    def accumulate(
+        carry: tuple[jax.Array, Arrays, Arrays, Sums], part: tuple[Batch, jax.Array]
+    ) -> tuple[Any, None]:
+        loss, gradients, statistics, sums = carry
+        (more_loss, (statistics, more_sums)), more = gradient(trained, statistics, *part)
+        add = functools.partial(jax.tree.map, jnp.add)
+        return (loss + more_loss, add(gradients, more), statistics, add(sums, more_sums)), None
 
-    zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained), statistics
-    (loss, gradients, statistics), _ = jax.lax.scan(accumulate, zero, (batch, jnp.arange(batch.tokens.shape[0])))
-    return loss, gradients, statistics
+    zero = jnp.zeros((), jnp.float32)
+    start = zero, jax.tree.map(jnp.zeros_like, trained), statistics, {n: zero for n in totals if n != "loss"}
+    (loss, gradients, statistics, sums), _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(micro_batches)))
+    return loss, gradients, statistics, means(sums)
 
 
 def make_train_step(
@@ -88,12 +101,14 @@ def make_train_step(
     """
 
     mean_of_means = behaviours.enabled("micro_batch_mean_loss", config.compat)
+    objective = OBJECTIVES.find(config.objective)
+    draws = _drops(config) or "key" in objective.needs
 
     def step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if _drops(config) else None
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if draws else None
         with placed(MeshPlacement(mesh)):
-            loss, gradients, statistics = loss_and_gradients(
-                structure, state.trained, state.statistics, frozen, batch, key, mean_of_means
+            loss, gradients, statistics, others = loss_and_gradients(
+                structure, state.trained, state.statistics, frozen, batch, key, mean_of_means, objective
             )
         norm = optax.tree.norm(gradients)
         gradients = jax.tree.map(lambda g: g * clip_coefficient(norm, config.optim.grad_clip), gradients)
@@ -113,6 +128,7 @@ def make_train_step(
             "tokens": (batch.group_ids > 0).sum(),
             "supervised_tokens": (batch.target_weights > 0).sum(),
             "recordings": (batch.signal_weights > 0).sum(),
+            "others": others,
         }
         return TrainState(state.step + 1, *kept), metrics
 
@@ -151,16 +167,28 @@ def _shapes(batch: Batch) -> Any:
 
 
 def make_eval_step(
-    structure: Structure, mesh: Mesh
-) -> Callable[[Arrays, Batch], tuple[jax.Array, jax.Array]]:
-    """The jitted step (arrays, batch without micro-batch axis) -> (summed cross-entropy, supervised tokens)."""
+    structure: Structure, config: Config, mesh: Mesh
+) -> Callable[[Arrays, Batch], tuple[Sums, Sums]]:
+    """The jitted step (arrays, batch without micro-batch axis) -> (the objective's sums, their counts)."""
+    objective = OBJECTIVES.find(config.objective)
 
-    def step(arrays: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def step(arrays: Arrays, batch: Batch) -> tuple[Sums, Sums]:
+        key = jax.random.key(config.seed) if "key" in objective.needs else None
         with placed(MeshPlacement(mesh)):
-            elm = structure.bind(arrays)
-            return summed_cross_entropy(elm.llm, elm.hidden(batch), batch), batch.target_weights.sum()
+            batch = _with_reference(structure, arrays, batch, objective)
+            return objective.loss(structure.bind(arrays), batch, key, ()), objective.counts(batch)
 
     return jax.jit(step, out_shardings=replicated(mesh))
+
+
+def _with_reference(structure: Structure, arrays: Arrays, batch: Batch, objective: Objective) -> Batch:
+    """The batch with the reference's log probabilities of its targets, where the objective needs them."""
+    if "reference" not in objective.needs:
+        return batch
+    begins = f"{REFERENCE}."
+    first = {n.removeprefix(begins): x for n, x in arrays.items() if n.startswith(begins)}
+    model = structure.bind({**arrays, **first})
+    return batch._replace(extras={**batch.extras, "reference": log_probs(model.llm, model.hidden(batch), batch)})
 
 
 def _drops(config: Config) -> bool:

@@ -166,7 +166,7 @@ BASE = "--config=configs/base.py"
         ([BASE, "--config.optim.lr"], ["--config.optim.lr", "no value"]),
         ([BASE, "--noconfig.seed"], ["--noconfig.seed", "--config.seed=VALUE"]),
         ([BASE, "--config.update=conector"], ["update", "did you mean 'connector'?"]),
-        ([BASE, "--config.phase=rl"], ["phase", "not built yet"]),
+        ([BASE, "--config.phase=sft", "--config.objective=pretrain"], ["config.phase", "older name of objective"]),
         ([BASE, "--config.compat=elm-2026-4"], ["compat", "did you mean 'elm-2026-04'?"]),
         ([BASE, "lr=3"], ["'lr=3'", "did you mean --config.optim.lr=3?"]),
         ([BASE, "--lr=3"], ["'--lr=3'", "did you mean --config.optim.lr=3?"]),

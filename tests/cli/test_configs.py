@@ -157,7 +157,7 @@ def test_a_config_learns_evaluates_and_goes_on(
 def check_attention(command: Command, workdir: Path, ecg: Path) -> None:
     """What `analyze` leaves of any model: weights that sum to 1, and tokens of different places that cover the ECG."""
     config = json.loads((workdir / "config.json").read_text())
-    question = [] if config["phase"] == "pretrain" else ["--question", "What is it?"]
+    question = [] if config["objective"] == "pretrain" else ["--question", "What is it?"]
     run(command, "analyze", "--checkpoint", str(workdir), "--ecg", str(ecg), *question)
     found = json.loads((workdir / "analysis" / "attention.json").read_text())
     assert abs(sum(token["weight"] for token in found["tokens"]) - 1) < 1e-4

@@ -66,7 +66,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     [
         ({"optim.lrr": 1}, "did you mean '--config.optim.lr'"),
         ({"train.batch_size": "many"}, "train.batch_size"),
-        ({"phase": "rl"}, "not built"),
+        ({"phase": "pretrian"}, "did you mean 'pretrain'"),
         ({"elm": "mlp_lava"}, "mlp_llava"),
         ({"encoder.name": "merll"}, "did you mean 'merl'"),
         ({"llm.name": "qwen2.5-1.5b-instuct"}, "did you mean 'qwen2.5-1.5b-instruct'"),

@@ -211,7 +211,7 @@ def test_a_plain_string_is_a_text_of_pretraining_and_no_answer_to_an_empty_quest
         with pytest.raises(UserError, match=r"records.jsonl:0.*phase sft.*'Sinus.*without a question.*from and value"):
             use(0)
         use(1)
-    with pytest.raises(UserError, match="records.jsonl:0.*config.phase=pretrain"):
+    with pytest.raises(UserError, match="records.jsonl:0.*config.objective=pretrain"):
         found.length_index("none", 0.0)
     assert "Sinus rhythm." in dataset(tmp_path, phase="pretrain").render(0).prompt
 

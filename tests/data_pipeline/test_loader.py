@@ -138,6 +138,7 @@ def test_a_target_is_predicted_by_the_token_before_it(rows: list[list[Group]]) -
                 assert batch.target_index[r, slot] == places[p - 1]
                 assert batch.target_ids[r, slot] == c.ids[p]
                 assert batch.target_weights[r, slot] == (c.signals is not None)
+                assert batch.sample_ids[r, batch.target_sample[r, slot]] == c.sample
                 slot += 1
         assert not batch.target_weights[r, slot:].any()
         assert batch.sample_ids[r][batch.sample_ids[r] >= 0].tolist() == [c.sample for *_, c in conversations(row)]
@@ -174,7 +175,7 @@ def test_a_bad_record_keeps_its_place(rows: list[list[Group]]) -> None:
     good = [[Group(g.prefix, [mended(c) for c in g.conversations]) for g in row] for row in rows]
     found, expected = collate(rows, SHAPE, SIGNAL_LAYOUT), collate(good, SHAPE, SIGNAL_LAYOUT)
     for name in Batch._fields:
-        if name not in ("signals", "signal_weights", "target_weights"):
+        if name not in ("signals", "signal_weights", "target_weights", "extras"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
 
 
@@ -223,9 +224,8 @@ def test_the_hosts_parts_together_are_the_step(
     order = np.argsort([part for parts in hosts for part in parts])
     for step in (0, 3):
         read = [host[step] for host in sources]
-        joined = [np.concatenate(arrays, axis=1) for arrays in zip(*(r.batch for r in read), strict=True)]
-        parts = [np.split(array, ways, axis=1) for array in joined]
-        together = Batch(*(np.concatenate([each[at] for at in order], axis=1) for each in parts))
+        joined = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *(r.batch for r in read))
+        together = jax.tree.map(lambda x: np.concatenate([np.split(x, ways, axis=1)[at] for at in order], 1), joined)
         for one in read:
             assert_equal(one._replace(batch=together), whole[step])
 
@@ -250,8 +250,7 @@ def test_a_step_tells_how_many_of_its_conversations_are_cut() -> None:
 
 def test_micro_batches_are_the_rows_in_order() -> None:
     one, two = source(micro_batches=1)[2].batch, source(micro_batches=2)[2].batch
-    for name, a, b in zip(Batch._fields, one, two, strict=True):
-        np.testing.assert_array_equal(a[0], np.concatenate([b[0], b[1]]), err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], np.concatenate([b[0], b[1]])), one, two)
 
 
 def test_steps_come_in_order_from_any_first_step() -> None:

@@ -92,7 +92,7 @@ def evaluated(family: str, mesh: Mesh) -> tuple[float, dict[str, np.ndarray]]:
 
     def run(arrays: Arrays, batch: Batch) -> tuple[jax.Array, Arrays]:
         with placed(MeshPlacement(mesh)):
-            loss, gradients, _ = loss_and_gradients(shape, arrays, {}, {}, batch)
+            loss, gradients, *_ = loss_and_gradients(shape, arrays, {}, {}, batch)
         return loss, gradients
 
     rows = jax.device_put(batch(), batch_sharding(mesh))

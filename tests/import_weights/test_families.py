@@ -109,7 +109,7 @@ def test_the_phase_follows_from_the_tokens(golden: Golden, tmp_path: Path, refus
     for rows, phase in ((tokens, "sft"), (tokens - len(THINK_TOKENS), "pretrain"), (None, "sft")):
         file = checkpoints.save(tmp_path / f"{rows}.pt", state_of(llm, rows))
         run = imported(file, tmp_path / f"run_{rows}", *flags_of(llm))
-        assert json.loads((run / "config.json").read_text())["phase"] == phase
+        assert json.loads((run / "config.json").read_text())["objective"] == phase
     other = refused(checkpoints.save(tmp_path / "other.pt", state_of(llm, tokens - 1)), *flags_of(llm))
     assert f"of {tokens - 1} tokens; expected as many as the tokenizer has: {tokens} (sft) or" in other
     pretrained = refused(tmp_path / f"{tokens}.pt", *flags_of(llm), "--config.phase=pretrain")

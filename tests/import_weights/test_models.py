@@ -26,10 +26,10 @@ FORWARD = 1e-5
 def loss_and_logits(run: Path, case: e2e.Case) -> tuple[float, np.ndarray]:
     """Of the golden's first batch, as evaluation computes them."""
     model, batch = loaded(run), case.batch(0)
-    total, count = make_eval_step(model.assembly.structure, model.mesh)(model.arrays, batch)
+    sums, counts = make_eval_step(model.assembly.structure, model.config, model.mesh)(model.arrays, batch)
     elm = model.assembly.structure.bind(model.arrays)
     logits = np.asarray(jax.jit(lambda: elm.llm.logits(elm.hidden(batch)))())
-    return float(total / count), logits[np.asarray(batch.group_ids) > 0][::3]
+    return float(sums["loss"] / counts["loss"]), logits[np.asarray(batch.group_ids) > 0][::3]
 
 
 @pytest.mark.parametrize("name", checkpoints.KINDS)

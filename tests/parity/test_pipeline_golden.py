@@ -96,7 +96,7 @@ def test_loss_and_logits(run: tuple[Assembly, Arrays, Dataset], golden: Golden) 
     trained = {n: x for n, x in arrays.items() if n.startswith("connector.")}
     frozen = {n: x for n, x in arrays.items() if n not in trained}
     with jax.default_matmul_precision("highest"):
-        loss, _, _ = loss_and_gradients(assembly.structure, trained, {}, frozen, batch)
+        loss, *_ = loss_and_gradients(assembly.structure, trained, {}, frozen, batch)
         micro = jax.tree.map(lambda x: x[0], batch)
         elm = assembly.structure.bind(arrays)
         logits = np.asarray(elm.llm.logits(elm.hidden(micro)))

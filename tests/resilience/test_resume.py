@@ -247,7 +247,7 @@ def test_init_from_starts_with_the_arrays_of_another_run(unbroken: Path, tmp_pat
 def test_the_best_step_has_a_checkpoint_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation comes more often than checkpoints; here its second loss is the lowest."""
     folder, losses = tmp_path / "run", iter([3.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(program, "make_eval_step", lambda *_: lambda *_: (next(losses), 1.0))
+    monkeypatch.setattr(program, "make_eval_step", lambda *_: lambda *_: ({"loss": next(losses)}, {"loss": 1.0}))
     changes = {"data__names": ["demo:train=64,val=4,test=8"], "train__steps": 4}  # one step validates
     changes |= {"train__eval_every": 1, "train__save_every": 5}
     train(config_of(folder, **changes))

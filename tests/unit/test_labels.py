@@ -117,7 +117,7 @@ def test_labels_that_cannot_be_asked_for_are_an_error_before_any_question(ptb_xl
         assert not model.prompts
 
     refused("ptbxl_database|scp_statements", eval__labels=str(ptb_xl / "nowhere"))
-    refused("phase 'pretrain'", eval__labels=str(ptb_xl), phase="pretrain")
+    refused("objective 'pretrain'", eval__labels=str(ptb_xl), phase="pretrain")
     monkeypatch.setattr(evaluator.jax, "process_count", lambda: 2)
     refused("several processes", eval__labels=str(ptb_xl))
 

@@ -49,7 +49,7 @@ def layouts() -> dict[str, Batch]:
 def compiled(update: tuple[str, ...]) -> tuple[Callable, dict, dict]:
     structure, arrays = tiny_elm()
     trained, moving, frozen = (({n: arrays[n] for n in names}) for names in split_names(structure, update))
-    step = jax.jit(lambda t, m, b: loss_and_gradients(structure, t, m, frozen, b))
+    step = jax.jit(lambda t, m, b: loss_and_gradients(structure, t, m, frozen, b)[:3])
     return step, trained, moving
 
 

@@ -98,8 +98,8 @@ def loaded(step: int) -> Loaded:
 
 def metrics(finite: bool = True) -> dict[str, jax.Array]:
     values: dict[str, Any] = {"loss": 1.5, "grad_norm": 0.5, "finite": finite, "tokens": REAL, "supervised_tokens": 6,
-                              "recordings": 2, "updates": 7}  # fmt: skip
-    return {name: jax.device_put(np.asarray(value)) for name, value in values.items()}
+                              "recordings": 2, "updates": 7, "others": {}}  # fmt: skip
+    return jax.tree.map(lambda value: jax.device_put(np.asarray(value)), values)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ def applied(config: ConfigDict) -> ConfigDict:
     """`config` of an architecture, trained as the reference trains it where a command says nothing else."""
     config.workdir = "runs/reference/<name>"
     config.compat = ("elm-2026-08",)
-    config.phase = "sft"
+    config.objective = "sft"
     config.llm.param_dtype = "bfloat16"
     config.llm.remat = "none"
     config.encoder.tokens = 1

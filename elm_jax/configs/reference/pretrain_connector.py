@@ -10,7 +10,7 @@ from elm_jax.configs.reference import llava_st_mem
 
 def get_config() -> ConfigDict:
     config = llava_st_mem.get_config()
-    config.phase = "pretrain"
+    config.objective = "pretrain"
     config.update = ("connector",)
     config.data.system_prompt = None
     config.optim.name = "adamw"

@@ -11,7 +11,7 @@ from elm_jax.configs.st_mem_full_training import recipe
 def get_config() -> ConfigDict:
     config = recipe.with_adamw()
     config.workdir = "runs/st_mem_full_training/stage1"
-    config.phase = "pretrain"
+    config.objective = "pretrain"
     config.update = ("connector",)
     config.data.names = recipe.REPORTS
 

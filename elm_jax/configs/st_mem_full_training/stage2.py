@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config = recipe.with_muon()
     config.workdir = "runs/st_mem_full_training/stage2"
     config.init_from = "runs/st_mem_full_training/stage1"
-    config.phase = "pretrain"
+    config.objective = "pretrain"
     config.data.names = recipe.REPORTS
 
     config.optim.lr = 1e-3

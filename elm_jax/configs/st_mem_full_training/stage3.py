@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
     config = recipe.with_adamw()
     config.workdir = "runs/st_mem_full_training/stage3"
     config.init_from = "runs/st_mem_full_training/stage2"
-    config.phase = "sft"
+    config.objective = "sft"
     config.update = ("connector", "llm")
     config.data.names = recipe.QUESTIONS
     config.data.system_prompt = DEFAULT

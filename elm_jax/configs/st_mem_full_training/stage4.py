@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
     config = recipe.with_muon()
     config.workdir = "runs/st_mem_full_training/stage4"
     config.init_from = "runs/st_mem_full_training/stage3"
-    config.phase = "sft"
+    config.objective = "sft"
     config.data.names = (
         *recipe.QUESTIONS,
         "ecg-grounding-250-2500",

@@ -1,0 +1,150 @@
+"""What of a record is learnt: its samples, before they are tokens. No jax here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from elm_jax.data.batch import Conversation, Group, Shown, ecgs_before
+from elm_jax.data.sources import Record
+from elm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from elm_jax.data.dataset import Dataset
+
+Measured = tuple[int, int, int]  # tokens, supervised tokens and signal slots
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One thing that is learnt of a record, with the record's ECGs.
+
+    text: in one of the four forms of a record's text. extras: a number for all its supervised tokens, by name.
+    """
+
+    text: Any
+    extras: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experience:
+    """How prompts become scored answers, which the model itself gives while it is trained.
+
+    The prompt is a record's, up to its last answer, which is the truth.
+
+    Args:
+        reward: (record, answer, truth) -> how good the answer is.
+        advantages: rewards (P prompts, G answers) -> (P, G), which stand in the batch's extras as "advantage".
+        answers: G; tokens: the most of an answer; temperature, top_p: how they are drawn.
+    """
+
+    reward: Callable[[Record, str, str], float]
+    advantages: Callable[[np.ndarray], np.ndarray]
+    answers: int
+    tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What of each record is learnt.
+
+    Args:
+        of: a record's samples, which are branches of one group: what they begin with is computed once, and a step has
+            all of them or none. None: the record's own text, which may share its beginning with other records'.
+        phase: the form of the text, as `text.render` has it. None: there is no text, only the record's ECGs.
+        extras: names of the numbers that the samples have.
+        experience: where the model makes the samples itself.
+    """
+
+    of: Callable[[Record], list[Sample]] | None = None
+    phase: str | None = "sft"
+    extras: tuple[str, ...] = ()
+    experience: Experience | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether a record is one conversation that is learnt as it stands."""
+        return self.of is None and self.phase is not None and self.experience is None
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with what decides how long a record's samples are."""
+        of = None if self.of is None else f"{self.of.__module__}.{self.of.__qualname__}"
+        made = None if self.experience is None else (self.experience.answers, self.experience.tokens)
+        return repr((of, self.phase, made))
+
+    def measure(self, dataset: Dataset, index: int) -> Measured:
+        """What a row needs for the samples of a record that is not `plain`.
+
+        Raises:
+            UserError: they do not fit data.max_len together, or cannot be rendered; names the record.
+        """
+        if self.experience is None:
+            signals = dataset.signals(index) if dataset.reads_ecgs else None
+            found = measured(grouped(self.conversations(dataset, index, signals, 0)))
+        else:
+            prompt, made = dataset.prompts(index)[-1][0], self.experience.answers * self.experience.tokens
+            tokens, slots, view = len(prompt.ids) + made, len(prompt.signal_positions), dataset.signal.view
+            if dataset.signal.tokens is not None:  # ECGs are symbols, each where one placeholder is
+                tokens, slots = tokens + sum(len(ecg[view]) - 1 for ecg in dataset.signals(index)), 0
+            found = tokens, made, slots
+        if dataset.text.max_len is not None and found[0] > dataset.text.max_len:
+            what = "the prompt with its answers" if self.experience else "samples of one record"
+            fix = "raise data.max_len"
+            record = f"record {dataset.records[index].id}"
+            raise UserError(record, f"{found[0]} tokens, {what}", f"at most data.max_len={dataset.text.max_len}", fix)
+        return found
+
+    def conversations(
+        self, dataset: Dataset, index: int, signals: list[Shown] | None, length: int
+    ) -> list[Conversation]:
+        """The samples of a record that is not `plain`, with given signals (None: a bad record, of weight 0)."""
+        record = dataset.records[index]
+        if self.phase is None:
+            ids, places = np.zeros(1, np.int32), np.zeros((len(record.ecg_paths), 0), np.int32)
+            return [Conversation(index, ids, ids.astype(bool), places, signals)]
+        assert self.of is not None, "the model makes these samples"
+        made = []
+        for sample in self.of(record):
+            made.append(replace(dataset.conversation(index, signals, length, sample.text), extras=sample.extras))
+            length = 1  # of a bad record whose ECGs would be tokens nothing is known but how long all samples are
+        return made
+
+
+def grouped(conversations: list[Conversation]) -> list[Group]:
+    """One group of conversations with the same ECGs, which share what they begin with; where this is nothing, a group
+    of each."""
+    if len(conversations) > 1:
+        prefix = min(_learnt_from(c) for c in conversations)
+        first = conversations[0]
+        for other in conversations[1:]:
+            size = min(prefix, len(first.ids), len(other.ids))
+            unlike = np.flatnonzero(first.ids[:size] != other.ids[:size])
+            prefix = int(unlike[0]) if len(unlike) else size
+        # An ECG stands whole in the prefix or whole behind it.
+        behind = first.signal_positions[ecgs_before(first, prefix) :]
+        prefix = min(prefix, int(behind.min())) if behind.size else prefix
+        if prefix:
+            return [Group(prefix, conversations)]
+    return [Group(0, [c]) for c in conversations]
+
+
+def measured(groups: list[Group]) -> Measured:
+    """What a row needs for groups."""
+    tokens = targets = slots = 0
+    for group in groups:
+        shared = ecgs_before(group.conversations[0], group.prefix)
+        tokens += group.prefix + sum(len(c.ids) - group.prefix for c in group.conversations)
+        targets += sum(int(c.supervised.sum()) for c in group.conversations)
+        slots += shared + sum(len(c.signal_positions) - shared for c in group.conversations)
+    return tokens, targets, slots
+
+
+def _learnt_from(c: Conversation) -> int:
+    """The place of the first supervised token; the conversation's length where there is none."""
+    return int(np.argmax(c.supervised)) if c.supervised.any() else len(c.ids)
