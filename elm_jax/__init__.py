@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from elm_jax.inference.generate import generate
     from elm_jax.models.encoders import register_encoder
     from elm_jax.models.family_table import register_family
+    from elm_jax.objectives import register_objective
     from elm_jax.scoring.metrics import register_metric
     from elm_jax.symbols.coder import EcgByte
     from elm_jax.text.render import render
@@ -29,6 +30,7 @@ _HOME = {
     "register_encoder": "elm_jax.models.encoders",
     "register_family": "elm_jax.models.family_table",
     "register_metric": "elm_jax.scoring.metrics",
+    "register_objective": "elm_jax.objectives",
     "render": "elm_jax.text.render",
     "to_segment": "elm_jax.ecg.recording",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "register_encoder",
     "register_family",
     "register_metric",
+    "register_objective",
     "render",
     "to_segment",
 ]
