@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elm_jax.data.prepare import register_dataset
     from elm_jax.ecg.recording import read_ecg, to_segment
+    from elm_jax.elms import register_view
     from elm_jax.errors import UserError
     from elm_jax.inference.generate import generate
     from elm_jax.models.encoders import register_encoder
@@ -31,6 +32,7 @@ _HOME = {
     "register_family": "elm_jax.models.family_table",
     "register_metric": "elm_jax.scoring.metrics",
     "register_objective": "elm_jax.objectives",
+    "register_view": "elm_jax.elms",
     "render": "elm_jax.text.render",
     "to_segment": "elm_jax.ecg.recording",
 }
@@ -48,6 +50,7 @@ __all__ = [
     "register_family",
     "register_metric",
     "register_objective",
+    "register_view",
     "render",
     "to_segment",
 ]

@@ -8,6 +8,9 @@ from typing import Literal
 
 import numpy as np
 
+from elm_jax.errors import UserError
+from elm_jax.registry import Registry
+
 
 @dataclass(frozen=True)
 class View:
@@ -31,7 +34,7 @@ class View:
     text: Callable[[np.ndarray, float], str] | None = None
 
 
-ELMS: dict[str, Mapping[str, View]] = {
+ELMS: Registry[Mapping[str, View]] = Registry("elm", {
     "linear_llava": {
         "ecg": View("An ECG encoder, a linear connector and a language model", None, encoder=True, connector="linear")
     },
@@ -52,4 +55,16 @@ ELMS: dict[str, Mapping[str, View]] = {
             "A language model that reads the ECG as symbols in the text", "symbolic", writes="tokens", tokens=1
         )
     },
-}  # fmt: skip
+})  # fmt: skip
+
+
+def register_view(elm: str, views: Mapping[str, View]) -> None:
+    """Let `config.elm` be one more: the views of an ECG by name, the first of which writes slots or tokens.
+
+    Raises:
+        UserError: the name is no identifier, or one of the package's.
+    """
+    first = next(iter(views.values()), None)
+    if first is None or first.writes == "text":
+        raise UserError(f"elm {elm!r}", "no view with slots or tokens first", "one", "put it first")
+    ELMS.register(elm, views)
