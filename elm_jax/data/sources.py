@@ -22,7 +22,7 @@ from elm_jax.json_text import parse_json
 from elm_jax.text.turns import decode_text
 
 Split = Literal["train", "val", "test"]
-KEPT_RECORDS = 4096  # a few kilobytes each at most
+KEPT_RECORDS = 16_384  # a few kilobytes each at most; what is asked under each control is built once
 _log = logging.getLogger(__name__)
 
 
