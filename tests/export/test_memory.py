@@ -1,4 +1,7 @@
-"""Exporting a model of 1.5 billion parameters needs no more of the host's memory than the export is large, and 1 GB."""
+"""Exporting a large model needs no more of the host's memory than the export is large, and 1 GB.
+
+Of Qwen2.5-0.5B's sizes: JAX and PyTorch take 0.6 GB, and the model a second time (1 GB) would not fit beside it.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ from elm_jax.weights.shards import ShardWriter
 
 GB = 10**9
 QWEN = {
-    "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "num_hidden_layers": 28,
-    "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 8960, "max_position_embeddings": 32768,
+    "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24,
+    "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864, "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
 }  # fmt: skip
 # The high-water mark of this program alone: what getrusage says begins with that of the process that started it.
@@ -43,8 +46,8 @@ sys.exit(status)
 @pytest.fixture
 def room(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk with room; what is in it goes when the test is done."""
-    if shutil.disk_usage(tmp_path).free < 20 * GB:
-        pytest.skip("not 20 GB of disk")
+    if shutil.disk_usage(tmp_path).free < 8 * GB:
+        pytest.skip("not 8 GB of disk")
     yield tmp_path
     shutil.rmtree(tmp_path, ignore_errors=True)
 
@@ -55,7 +58,7 @@ def values(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def write_llm(folder: Path) -> Path:
-    """A Hugging Face folder of the sizes of Qwen2.5-1.5B, in bfloat16 and shards."""
+    """A Hugging Face folder of the sizes of Qwen2.5-0.5B, in bfloat16 and shards."""
     folder.mkdir()
     config = from_hf(QWEN, "here")
     (folder / "config.json").write_text(json.dumps({**to_hf(config), "torch_dtype": "bfloat16"}))
@@ -63,7 +66,7 @@ def write_llm(folder: Path) -> Path:
     leaves = llm_leaves(folder)
     rules = [rule for rule in family_of("qwen2").rules if rule.ours in leaves]
     dtype = np.dtype(ml_dtypes.bfloat16)
-    writer = ShardWriter(folder / "model", rules, {n: (dtype, x.shape) for n, x in leaves.items()}, limit=GB)
+    writer = ShardWriter(folder / "model", rules, {n: (dtype, x.shape) for n, x in leaves.items()}, limit=GB // 3)
     for name, leaf in leaves.items():
         writer.write(name, values(leaf.shape))
     writer.close()
@@ -95,7 +98,7 @@ def write_run(folder: Path, llm: Path, update: tuple[str, ...]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("update", [("connector",), ("connector", "llm")], ids=["frozen", "trained"])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_exporting_1_5_billion_parameters_stays_within_the_exported_bytes_and_1_gb(
+def test_exporting_half_a_billion_parameters_stays_within_the_exported_bytes_and_1_gb(
     room: Path, update: tuple[str, ...]
 ) -> None:
     llm = write_llm(room / "llm")
@@ -106,5 +109,5 @@ def test_exporting_1_5_billion_parameters_stays_within_the_exported_bytes_and_1_
     peak = 1024 * int(done.stdout.splitlines()[-1])
     model = sum(file.stat().st_size for file in (room / "out" / "llm").glob("*.safetensors"))
     print(f"\n{update}: {model / GB:.2f} GB of weights, {peak / GB:.2f} GB of memory at most")
-    assert model > 3 * GB
+    assert model > 0.95 * GB
     assert peak < model + GB  # elm.pt, as large again, is not counted

@@ -15,8 +15,8 @@ from import_weights import checkpoints
 from elm_jax.weights.safetensors import Safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-         "intermediate_size": 8960, "vocab_size": 151936, "max_position_embeddings": 32768}  # fmt: skip
+SIZES = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+         "intermediate_size": 4864, "vocab_size": 151936, "max_position_embeddings": 32768}  # fmt: skip
 SAMPLES = 250
 
 # In processes of their own: what was in memory before is not counted.
@@ -37,8 +37,8 @@ print("peak", int(peak) * 1024)
 
 
 def names() -> dict[str, list[int]]:
-    """Of Qwen2.5-1.5B and a connector."""
-    width, inner, kv = SIZES["hidden_size"], SIZES["intermediate_size"], 256
+    """Of Qwen2.5-0.5B and a connector."""
+    width, inner, kv = SIZES["hidden_size"], SIZES["intermediate_size"], 128
     layer = {
         **{f"self_attn.{n}_proj.weight": [out, width] for n, out in (("q", width), ("k", kv), ("v", kv), ("o", width))},
         **{f"self_attn.{n}_proj.bias": [out] for n, out in (("q", width), ("k", kv), ("v", kv))},
@@ -56,7 +56,7 @@ def names() -> dict[str, list[int]]:
 
 
 @pytest.mark.slow
-def test_a_model_of_1_5_billion_parameters_is_imported_tensor_by_tensor(
+def test_a_model_of_half_a_billion_parameters_is_imported_tensor_by_tensor(
     golden: Callable[[str], Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("torch")
@@ -75,7 +75,7 @@ def test_a_model_of_1_5_billion_parameters_is_imported_tensor_by_tensor(
     arrays = Safetensors(run / "inherited" / "arrays.safetensors")
     written, peak = (run / "inherited" / "arrays.safetensors").stat().st_size, int(done.stdout.split()[-1])
     print(f"{written / 1e9:.2f} GB written, {peak / 1e9:.2f} GB of memory at most")
-    assert sum(x.size for x in arrays.values()) > 1.5e9
+    assert sum(x.size for x in arrays.values()) > 0.49e9
     assert peak < written + 1e9
     del arrays
     shutil.rmtree(run)
