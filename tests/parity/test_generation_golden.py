@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,16 @@ LLMS = (
     *("llm_gpt2", "llm_opt"),
 )
 KINDS = [f"e2e_{kind}_{llm}" for kind in e2e.KINDS for llm in e2e.LLMS]
-ROWS = [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)]
+QUICK = ("llm_gemma2", "e2e_linear_llava_llama")
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("name", LLMS)
+def at_rows(names: Iterable[str]) -> list[Any]:
+    """Each of `names` at three numbers of rows; one of them at one is quick."""
+    cases = [(name, rows) for name in names for rows in (1, 3, 8)]
+    return [pytest.param(*c, marks=() if c[0] in QUICK and c[1] == 3 else pytest.mark.slow) for c in cases]
+
+
+@pytest.mark.parametrize(("name", "rows"), at_rows(LLMS))
 def test_greedy_tokens_are_identical_at_any_number_of_rows(golden: Golden, name: str, rows: int) -> None:
     folder = golden(name)
     inputs, expected = np.load(folder / "inputs.npz"), np.load(folder / "outputs.npz")["gen_embeds"]
@@ -40,8 +46,7 @@ def test_greedy_tokens_are_identical_at_any_number_of_rows(golden: Golden, name:
     record(name, f"greedy tokens in {rows} rows", wrong, 0)
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "rows"), at_rows(KINDS))
 def test_greedy_tokens_with_ecgs_are_identical(golden: Golden, name: str, rows: int) -> None:
     """The golden's row 1 up to its answer, among the batch's other rows, and twice: its beginning is shared."""
     case = e2e.load_case(name, golden)
@@ -82,9 +87,8 @@ def test_greedy_tokens_with_ecgs_are_identical(golden: Golden, name: str, rows: 
     record(name, f"greedy answers with ECGs in {rows} rows", wrong, 0)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "llm_qwen2_tied" else pytest.param(name, marks=pytest.mark.slow) for name in LLMS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LLMS)
 def test_hugging_face_generates_the_same(golden: Golden, name: str) -> None:
     """On the same weights, its batch padded on the left: up to an end token, with and without a repetition penalty."""
     torch = pytest.importorskip("torch")

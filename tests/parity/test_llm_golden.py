@@ -177,6 +177,7 @@ def test_rematerialisation_changes_no_gradient(golden, remat):
         assert np.abs(variable[...] - parameters(expected)[path][...]).max() <= FORWARD * scale, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_greedy_tokens_are_identical(case, side):
     tokens, mask = case.tokens, case.mask

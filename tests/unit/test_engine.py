@@ -53,6 +53,7 @@ def test_rows_that_are_refilled_answer_as_prompts_alone(family: str, rows: int) 
     assert any(name.startswith("cache prefixes") for name in engine.calls), "nothing was shared"
 
 
+@pytest.mark.slow
 def test_neither_order_nor_sharing_nor_chunks_change_answers() -> None:
     engine = engine_for(tiny_llm("gemma2"), ENDS)
     expected = answered(engine, asked(), 4)
@@ -85,6 +86,7 @@ def test_prompts_are_read_as_rows_become_free() -> None:
     assert sorted(ended) == list(range(40))
 
 
+@pytest.mark.slow
 def test_programs_are_few_and_counted() -> None:
     """Widths 8, 16, 24 times 1 to 4 rows in a prefill, and one for the tokens; a second run compiles nothing."""
     engine = engine_for(tiny_llm("gemma2"), ENDS)
@@ -100,6 +102,7 @@ def test_programs_are_few_and_counted() -> None:
     assert len(engine.calls) <= 13
 
 
+@pytest.mark.slow
 def test_a_beginning_whose_own_beginning_was_pushed_out_changes_nothing() -> None:
     rng = np.random.default_rng(0)
     system, *ecgs = (rng.integers(1, VOCABULARY, size) for size in (4, 5, 5))
@@ -113,6 +116,7 @@ def test_a_beginning_whose_own_beginning_was_pushed_out_changes_nothing() -> Non
     assert answered(engine, prompts, 2) == expected
 
 
+@pytest.mark.slow
 def test_layers_with_arrays_of_their_own_answer_alike() -> None:
     llm = tiny_llm("gemma2")
     expected = answered(engine_for(llm, ENDS), asked(), 4)

@@ -78,7 +78,7 @@ def prompts(assembly: Assembly, count: int = 6) -> list[Prompt]:
 
 
 @pytest.mark.parametrize(
-    "elm", ["mlp_llava", *(pytest.param(elm, marks=pytest.mark.slow) for elm in KINDS if elm != "mlp_llava")]
+    "elm", ["conv_elf", *(pytest.param(elm, marks=pytest.mark.slow) for elm in KINDS if elm != "conv_elf")]
 )
 def test_answers_depend_on_the_prompt_alone(build, elm: str) -> None:
     assembly = build(elm)
