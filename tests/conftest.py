@@ -33,12 +33,32 @@ settings.load_profile("elm_jax")
 SLOW = 40  # a slow test takes as long as so many quick ones, about
 
 
+TRAINS = {"tiny_run", "trained", "unbroken", "run_folder"}  # fixtures of seconds
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest first, so that the two processes end together: each file is one process's alone."""
+    """The files that take longest first, so that the two processes end together: each file is one process's alone.
+
+    And what needs a run that is trained is no quick test.
+    """
+    for item in items:
+        if TRAINS & {*getattr(item, "fixturenames", ())} and not item.get_closest_marker("slow"):
+            raise pytest.UsageError(f"{item.nodeid} trains a model first: mark it slow")
     longest = Counter[Path]()
     for item in items:
         longest[item.path] += SLOW if item.get_closest_marker("slow") else 1
     items.sort(key=lambda item: -longest[item.path])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The slowest parts of tests, in a file: whoever makes the suite slower sees it at the head."""
+    reports = [r for found in terminalreporter.stats.values() for r in found if isinstance(r, pytest.TestReport)]
+    reports.sort(key=lambda report: -report.duration)
+    lines = [f"{r.duration:7.1f} s {r.when:<8} {r.nodeid}\n" for r in reports[:60]]
+    cache = config.rootpath / ".pytest_cache"
+    cache.mkdir(exist_ok=True)
+    (cache / "durations.txt").write_text("".join(lines), encoding="utf-8")
 
 
 MAPPINGS = 30_000  # Linux allows a process 65 530, and ends it inside LLVM where there are no more

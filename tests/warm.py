@@ -4,7 +4,7 @@ A command of a test spends as long on imports (jax, transformers, orbax: four se
 them once for all tests of a process, starts no JAX backend, and forks for each command. What a test starts is a small
 client that hands its arguments, environment, folder and standard files to the server, passes signals on, and ends as
 the command ends, by the same status or signal; when it is killed the command is. To a test it looks like
-`sys.executable`, with two limits: it runs `-m module` or a script, and the command is in the server's process group.
+`sys.executable`, with two limits: `-m module` or a script is warm, and the command is in the server's process group.
 
 A command whose environment differs in what is read at start-up or at import is started cold, by the client itself.
 `cli/test_train.py` and others start `sys.executable`, as a user does.
@@ -19,6 +19,7 @@ import json
 import os
 import runpy
 import selectors
+import shlex
 import signal
 import socket
 import subprocess
@@ -34,6 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 EARLY = ("PYTHON", "LD_", "MALLOC_", "OMP_", "OPENBLAS_", "MKL_", "JAX_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "MPL")
 LATE = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "TRANSFORMERS_NO_ADVISORY_WARNINGS")
 PATH = {"PYTHONPATH": str(ROOT)}
+EXECUTABLE = "TEST_EXECUTABLE"  # what `sys.executable` is to be in a command
+CLIENT = (sys.executable, "-S", "-E", __file__, "run")
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 PASSED_ON = (*STOPPING, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 
@@ -44,16 +47,25 @@ def python(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     Commands of one server share their hash seed; processes that must agree (`environment` has JAX_PROCESS_ID) are of
     two servers.
     """
-    return sys.executable, "-S", "-E", __file__, "run", _server(int(environment.get("JAX_PROCESS_ID", "0")) % 2)
+    return *CLIENT, _server(int(environment.get("JAX_PROCESS_ID", "0")) % 2)
+
+
+def executable(folder: Path, environment: Mapping[str, str]) -> tuple[Path, dict[str, str]]:
+    """A program in `folder` that is `python` for a program that starts `sys.executable` itself, and the environment in
+    which it does, with a server of its own: for what begins in `environment`."""
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nexec {shlex.join([*CLIENT, _server(0, json.dumps(dict(environment)))])} "$@"\n')
+    path.chmod(0o755)
+    return path, {**environment, EXECUTABLE: str(path)}
 
 
 @functools.cache
-def _server(index: int) -> str:
-    """The socket of a server; it ends when this process does, for its stdin closes."""
+def _server(index: int, own: str = "{}") -> str:
+    """The socket of a server, with variables of its `own`; it ends when this process does, for its stdin closes."""
     folder = tempfile.TemporaryDirectory(prefix="warm")  # sockets' paths are short
     atexit.register(folder.cleanup)
     path = f"{folder.name}/socket"
-    environment = os.environ | PATH
+    environment = os.environ | json.loads(own) | PATH
     server = subprocess.Popen(
         [sys.executable, __file__, "serve", path], env=environment, cwd=ROOT, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -67,12 +79,15 @@ def _server(index: int) -> str:
 def early(environment: dict[str, str]) -> dict[str, str]:
     """The part of an environment that a process must have from its start."""
     given = PATH | environment  # a command in the project's folder finds it without
+    given["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(given["PYTHONPATH"].split(os.pathsep)))
     return {name: value for name, value in given.items() if name.startswith(EARLY) and name not in LATE}
 
 
 def run(path: str, arguments: list[str]) -> None:
     """The client: have the server run `arguments`, and end as it ends."""
     environment = dict(os.environ)
+    if not arguments or (arguments[0] != "-m" and not arguments[0].endswith(".py")):
+        os.execve(sys.executable, [sys.executable, *arguments], environment)
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(path)
         asked = {"arguments": arguments, "environment": environment, "folder": os.getcwd()}
@@ -206,6 +221,7 @@ def _become(asked: dict[str, Any], files: list[int]) -> None:
     os.environ.clear()
     os.environ.update(asked["environment"])
     os.chdir(asked["folder"])
+    sys.executable = os.environ.get(EXECUTABLE, sys.executable)
     first, *rest = asked["arguments"]
     status: Any = 0
     try:
