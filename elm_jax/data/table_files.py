@@ -115,7 +115,7 @@ def _unreadable(path: Path, expected: str) -> contextlib.AbstractContextManager[
 
 
 def csv_rows(
-    path: Path, needed: Sequence[str], where: object, expected: str, fix: str
+    path: Path, needed: Sequence[str], where: str | Path, expected: str, fix: str
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """(number of the line, row) of a CSV file. UserError, naming `where`, unless it can be read and has the columns."""
     told = refused(where, "an unreadable file", expected, fix, OSError, ValueError, csv.Error)
