@@ -120,6 +120,10 @@ class Progress:
             self._bar.set_postfix({**shown, "wait": f"{line.get('host_wait_share', 0.0):.0%}"}, refresh=False)
         self._bar.update(steps)
 
+    def says(self, what: str) -> None:
+        """What is done now."""
+        self._bar.set_description(what)
+
     def close(self) -> None:
         self._bar.close()
 

@@ -263,7 +263,7 @@ class Trainer:
             return self._log(loaded, validates)
 
     def _compile(self, step: int, state: TrainState, frozen: Arrays, batch: Batch) -> None:
-        with self.report.paused(), jax.transfer_guard("allow"):
+        with self.report.paused("compiling"), jax.transfer_guard("allow"):
             seconds = self.step.compile(state, frozen, batch)
         self.report.compiled(step + 1, batch, seconds)
 
@@ -272,7 +272,7 @@ class Trainer:
         peak = optim.lr * batch_scale(optim, self.config.train)
         line, finite = self.report.line(loaded, lambda updates: peak * float(self.rate(updates)))
         if validates:
-            with self.report.paused():
+            with self.report.paused("validating"):
                 line |= self._validate(done)
         self._report_bad()
         self.report.write(line)

@@ -106,9 +106,10 @@ class Report:
     # -- while it trains --------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, what: str = "saving") -> Iterator[None]:
         """What happens here is no part of the steps' time. It begins when the steps before it are done."""
         self._clock.wait()
+        self._bar.says(what)
         began = time.perf_counter()
         try:
             yield
@@ -116,6 +117,7 @@ class Report:
             passed = time.perf_counter() - began
             self._mark += passed
             self._clock.skip(passed)
+            self._bar.says("train")
 
     def compiled(self, step: int, batch: Batch, seconds: float) -> None:
         """The train step was compiled for the shape of a batch, which `step` is the first to have."""
