@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     from elm_jax.folders import writable_folder
     from elm_jax.inference.model import Prompt, TrainedModel
     from elm_jax.inference.session import read_input
-    from elm_jax.run.folder import config_of_run
+    from elm_jax.run.config import config_of_run
     from elm_jax.runtime.compilation import keep_compiled
     from elm_jax.text.render import Turn, to_prompt
 

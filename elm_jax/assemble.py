@@ -1,4 +1,4 @@
-"""From a configuration to its parts: tokenizer, data specs, and the model's structure and arrays.
+"""From a configuration to its parts: tokenizer, data specs, and the model's structure.
 
 Train, evaluate and chat start here, so that a run is put together in one way.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from elm_jax.data.dataset import Dataset, TextSpec, text_spec
 from elm_jax.data.ecg_tokens import EcgTokens, add_ecg_tokens
 from elm_jax.data.represent import SignalSpec, signal_spec
 from elm_jax.data.sources import load_records
-from elm_jax.errors import UserError, some
+from elm_jax.errors import UserError
 from elm_jax.folders import ECG_BYTE, read_json, run_folder, tokenizer_of
 from elm_jax.models.attention import choose_attention
 from elm_jax.models.connectors import build_connector, build_signal_connector
@@ -30,15 +30,15 @@ from elm_jax.models.elm import ELM
 from elm_jax.models.encoders import ENCODERS, build_encoder
 from elm_jax.models.families import chat_family, extended, scratch_config
 from elm_jax.models.functional import Arrays, Structure, initialise, structure_of
-from elm_jax.models.lora import add_lora, is_lora
+from elm_jax.models.lora import add_lora
 from elm_jax.models.views import check_views, representation_of, signal_tokens
 from elm_jax.objectives import OBJECTIVES, Objective
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.text.render import THINK_TOKENS, add_tokens
 from elm_jax.text.vocabulary import load_tokenizer
-from elm_jax.weights.encoders import encoder_config, from_published, read_checkpoint
-from elm_jax.weights.load import load_llm_arrays, read_llm_config, resolve_llm_folder
-from elm_jax.weights.peft import load_adapter, spec_of
+from elm_jax.weights.encoders import encoder_config
+from elm_jax.weights.load import read_llm_config, resolve_llm_folder
+from elm_jax.weights.peft import spec_of
 
 DEMO_LLM = "demo"  # llm.name of the embedded demo: a tokenizer trained on the demo's own text
 
@@ -70,6 +70,10 @@ class Assembly:
             found = f"{self.config.objective}, of an encoder alone"
             fix = "train an LLM behind it first: --config.init_from takes this run's encoder"
             raise UserError("config.objective", found, "one with an LLM", fix)
+
+    def draw(self, shardings: Mapping[str, Any]) -> Arrays:
+        """These arrays of the model as they are drawn from the seed, each where it belongs."""
+        return initialise(lambda: _build(self.config, self.llm, self.encoders), self.structure, shardings)
 
 
 def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool = True) -> Assembly:
@@ -141,51 +145,6 @@ def with_attention(assembly: Assembly, name: str) -> Assembly:
     config = replace(assembly.config, llm=replace(assembly.config.llm, attention=name))
     structure = structure_of(lambda: _build(config, assembly.llm, assembly.encoders))
     return replace(assembly, config=config, structure=structure)
-
-
-def make_arrays(assembly: Assembly, shardings: Mapping[str, Any], known: Collection[str] = ()) -> Arrays:
-    """The model's arrays in their shards: loaded where there is a checkpoint, else drawn from the seed.
-
-    Those that are `known`, from a run's own checkpoint, are left out.
-    """
-    config, leaves = assembly.config, assembly.structure.leaves
-    wanted = [name for name in leaves if name not in known]
-    made: Arrays = {}
-    if assembly.llm_folder is not None and any(n.startswith("llm.") and not is_lora(n) for n in wanted):
-        dtype = _llm_dtype(config)
-        arrays = load_llm_arrays(assembly.llm_folder, assembly.llm, dtype, lambda n, _: shardings[f"llm.{n}"])
-        made |= {f"llm.{name}": x for name, x in arrays.items()}
-    adapted = [name for name in wanted if is_lora(name)]
-    if config.llm.lora.adapter is not None and adapted:
-        _, adapter = load_adapter(config.llm.lora.adapter, assembly.llm)
-        for name in adapted:
-            array = adapter[name.removeprefix("llm.")].astype(leaves[name].dtype)
-            made[name] = jax.device_put(array, shardings[name])
-    for view in assembly.encoders:
-        if config.encoder_of(view).checkpoint is not None:
-            mine = f"{config.part('encoder', view)}."
-            arrays = _encoder_arrays(assembly, view, [n for n in wanted if n.startswith(mine)])
-            made |= {name: jax.device_put(x, shardings[name]) for name, x in arrays.items()}
-    rest = {name: shardings[name] for name in wanted if name not in made}
-    if rest:
-        made |= initialise(lambda: _build(config, assembly.llm, assembly.encoders), assembly.structure, rest)
-    return {name: made[name] for name in wanted}
-
-
-def _encoder_arrays(assembly: Assembly, view: str, wanted: Collection[str]) -> dict[str, Any]:
-    """The arrays of a view's encoder that its checkpoint has, if any is wanted."""
-    config, encoder, part = assembly.config, assembly.config.encoder_of(view), assembly.config.part("encoder", view)
-    if not wanted:
-        return {}
-    mine = {n.removeprefix(f"{part}."): x for n, x in assembly.structure.leaves.items() if x.part == part}
-    arrays = from_published(str(encoder.name), mine, *read_checkpoint(str(encoder.checkpoint)))
-    drawn = [name for name, leaf in mine.items() if name not in arrays and not leaf.statistic]
-    if drawn and not any(mine[name].is_of(config.update) for name in drawn):
-        raise UserError(
-            "encoder.checkpoint", f"no weights for {some(drawn)}, which would stay as they are drawn",
-            f"all weights of {encoder.name}, or {part} in update", "give a checkpoint of it, or train it",
-        )  # fmt: skip
-    return {f"{part}.{name}": x for name, x in arrays.items()}
 
 
 def _signal(config: Config, encoders: Mapping[str, Mapping[str, Any]], symbols: EcgTokens | None) -> SignalSpec:

@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     from elm_jax.ecg.recording import LEAST_RATE, MOST_RATE
     from elm_jax.inference.model import TrainedModel
     from elm_jax.inference.session import Session, read_input
-    from elm_jax.run.folder import config_of_run
+    from elm_jax.run.config import config_of_run
     from elm_jax.runtime.compilation import keep_compiled
 
     keep_compiled()

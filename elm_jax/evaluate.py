@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="train, val or test")
     flags, options = parser.read(argv)
     from elm_jax.evaluation.evaluator import evaluate
-    from elm_jax.run.folder import config_of_run
+    from elm_jax.run.config import config_of_run
     from elm_jax.runtime import distributed
     from elm_jax.runtime.compilation import keep_compiled
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     shard_bytes = _bytes(options.max_shard_size)
     from elm_jax.exchange.export import export
     from elm_jax.exchange.hub import check_repo, push
-    from elm_jax.run.folder import config_of_run
+    from elm_jax.run.config import config_of_run
 
     if options.push_to_hub:
         check_repo(options.push_to_hub)

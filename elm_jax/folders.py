@@ -91,12 +91,12 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a run folder. Raises UserError, naming the file, for anything else."""
-    with refused(path, "", "a run folder's JSON file", "check the folder"):
+def read_json(path: Path, fix: str = "check the folder") -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError, which names the file and `fix`, for anything else."""
+    with refused(path, "", "a JSON file", fix):
         value = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
-        raise UserError(str(path), type(value).__name__, "a JSON object", "check the folder")
+        raise UserError(str(path), type(value).__name__, "a JSON object", fix)
     return value
 
 

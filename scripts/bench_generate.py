@@ -88,9 +88,10 @@ def _run(side: str, args: argparse.Namespace) -> dict[str, Any]:
 def _ours(args: argparse.Namespace) -> None:
     import jax
 
-    from elm_jax.assemble import assemble, make_arrays
+    from elm_jax.assemble import assemble
     from elm_jax.cli import ConfigFlags
     from elm_jax.inference.speaker import Prompt, Speaker
+    from elm_jax.run.weights import Weights
     from elm_jax.runtime.mesh import array_shardings, make_mesh
     from elm_jax.text.render import answer_ids
 
@@ -105,7 +106,7 @@ def _ours(args: argparse.Namespace) -> None:
         ["--config", "configs/ecg_qa.py", *(f"--config.{key}={value}" for key, value in values.items())]
     ).load()
     assembly, mesh = assemble(config), make_mesh(config.mesh, jax.devices()[:1])
-    speaker = Speaker(assembly, mesh, make_arrays(assembly, array_shardings(assembly.structure, mesh)))
+    speaker = Speaker(assembly, mesh, Weights(assembly).place(array_shardings(assembly.structure, mesh)))
     asked: list[tuple[str, Prompt]] = []
     for split in ("train", "val", "test"):
         dataset = assembly.dataset(split)

@@ -52,11 +52,12 @@ def measured(meshes: list[tuple[int, ...]], heads: tuple[int, ...]) -> dict[str,
     import jax
     import numpy as np
 
-    from elm_jax.assemble import assemble, make_arrays
+    from elm_jax.assemble import assemble
     from elm_jax.config import MeshConfig
     from elm_jax.data.loader import StepSource
     from elm_jax.data.plan import Plan
     from elm_jax.errors import UserError
+    from elm_jax.run.weights import Weights
     from elm_jax.runtime.mesh import array_shardings, make_mesh
 
     config = _config(heads)
@@ -67,7 +68,7 @@ def measured(meshes: list[tuple[int, ...]], heads: tuple[int, ...]) -> dict[str,
     plan = Plan(index, rows=ROWS, max_len=config.data.max_len, pack=True, seed=0)
     batch = StepSource(dataset, plan, steps=1)[0].batch
     one = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    arrays = jax.device_get(make_arrays(assembly, array_shardings(assembly.structure, one)))
+    arrays = jax.device_get(Weights(assembly).place(array_shardings(assembly.structure, one)))
     rows, expected = [], None
     for sizes in meshes:
         name = ",".join(map(str, sizes))

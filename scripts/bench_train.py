@@ -232,9 +232,10 @@ def _compare(folder: Path, name: str, case: Case, args: argparse.Namespace) -> d
 
 def _ours(work: Path) -> None:
     started = _resident()
-    from elm_jax.assemble import assemble, make_arrays
+    from elm_jax.assemble import assemble
     from elm_jax.cli import ConfigFlags
     from elm_jax.data.loader import StepSource
+    from elm_jax.run.weights import Weights
     from elm_jax.runtime.compilation import cache_folder
     from elm_jax.runtime.mesh import array_shardings
     from elm_jax.training.loop import Trainer
@@ -280,7 +281,7 @@ def _ours(work: Path) -> None:
     used = sorted({s for step in steps for s in step})
     rendered = {s: dataset.render(s) for s in used}
     shardings = array_shardings(trainer.assembly.structure, trainer.mesh)
-    begun_with = make_arrays(trainer.assembly, shardings, known=[n for n in leaves if not n.startswith("connector.")])
+    begun_with = Weights(trainer.assembly).place(shardings, [n for n in leaves if n.startswith("connector.")])
     bias, kernel = sorted(map(np.asarray, begun_with.values()), key=np.ndim)
     np.savez(
         work / "samples.npz", steps=np.array([len(s) for s in steps]), order=np.concatenate(steps),

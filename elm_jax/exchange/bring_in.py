@@ -8,18 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from elm_jax.assemble import Assembly, assemble
 from elm_jax.cli import ConfigFlags
 from elm_jax.config import LoraConfig, to_dict
 from elm_jax.errors import UserError
 from elm_jax.exchange.config import Imported, configure
-from elm_jax.exchange.entries import Entry, entries_of
-from elm_jax.exchange.source import Source, open_source
+from elm_jax.exchange.foreign import Foreign, open_foreign
+from elm_jax.exchange.match import ImportedArray, arrays_of
 from elm_jax.folders import whole_folder, write_json
-from elm_jax.run import folder as run
 from elm_jax.run.checkpoint import Checkpoints
-from elm_jax.weights import stream
+from elm_jax.run.folder import keep_tokenizer
+from elm_jax.run.weights import IMPORTED, INHERITED
 from elm_jax.weights.peft import spec_of
+from elm_jax.weights.safetensors import SafetensorsWriter
 
 REPORT = "import_report.json"
 _OPTIMIZER = "the state of an optimizer: a new run starts with its own"
@@ -37,15 +40,15 @@ def import_weights(path: str | Path, out: str | Path, flags: ConfigFlags, merge:
     out = Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("--out", f"{out}, which is not empty", "a new folder", "name another, or remove it")
-    source = open_source(path)
+    source = open_foreign(path)
     imported = configure(source, flags, str(out))
     spec = spec_of(imported.assembly.config.llm.lora)
     if merge and (spec is None or source.kind == "encoder"):
         raise UserError("--merge", f"no adapter in {path}", "LoRA, to be merged", "leave --merge out")
-    entries, left_out = entries_of(source, imported, spec if merge else None)
+    arrays, left_out = arrays_of(source, imported, spec if merge else None)
     assembly = _merged(imported.assembly) if merge else imported.assembly
-    report = _report(source, imported, assembly, entries, left_out, merge)
-    _write(out.resolve(), assembly, entries, report)
+    report = _report(source, imported, assembly, arrays, left_out, merge)
+    _write(out.resolve(), assembly, arrays, report)
     return report
 
 
@@ -54,32 +57,31 @@ def _merged(assembly: Assembly) -> Assembly:
 
 
 def _report(
-    source: Source, imported: Imported, assembly: Assembly, entries: Mapping[str, Entry],
+    source: Foreign, imported: Imported, assembly: Assembly, arrays: Mapping[str, ImportedArray],
     left_out: Mapping[str, str], merge: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """What went where, as a JSON object."""
     config = assembly.config
     names = assembly.structure.leaves
-    parts = dict.fromkeys(leaf.part for name, leaf in names.items() if name not in entries)
+    parts = dict.fromkeys(leaf.part for name, leaf in names.items() if name not in arrays)
     made = {part: _from_elsewhere(part, assembly) for part in parts}
     return {
         "source": str(source.path), "kind": source.kind, "elm": config.elm, "llm": config.llm.name,
         "encoder": config.encoder.name, "merged": merge, "vocabulary": _vocabulary(imported, assembly),
         "told": {key: {"value": fact.value, "by": fact.tensor} for key, fact in imported.facts.items()},
         "assumed": imported.assumed,
-        "tensors": _tensors(source, entries),
-        "left_out": {source.written[name]: why for name, why in left_out.items()}
-        | {name: _OPTIMIZER if "optim" in name else _OTHER for name in source.rest},
+        "tensors": _tensors(source, arrays),
+        "left_out": {**left_out, **{name: _OPTIMIZER if "optim" in name else _OTHER for name in source.rest}},
         "from_elsewhere": made,
     }  # fmt: skip
 
 
-def _tensors(source: Source, entries: Mapping[str, Entry]) -> list[dict[str, Any]]:
+def _tensors(source: Foreign, arrays: Mapping[str, ImportedArray]) -> list[dict[str, Any]]:
     """Every tensor: its place in our arrays, its shape and its dtype."""
     bare, told = {written: name for name, written in source.written.items()}, []
-    for ours, entry in entries.items():
-        for origin, layer in entry.origins.items():
-            spec = source.info[bare[origin]] if origin in bare else entry.spec  # a base model's is not in the file
+    for ours, array in arrays.items():
+        for origin, layer in array.origins.items():
+            spec = source.info[bare[origin]] if origin in bare else array.spec  # a base model's is not in the file
             place = ours if layer is None else f"{ours}[{layer}]"
             told.append({"from": origin, "to": place, "shape": list(spec.shape), "dtype": str(spec.dtype)})
     return told
@@ -100,14 +102,17 @@ def _from_elsewhere(part: str, assembly: Assembly) -> str:
     return f"as drawn from seed {config.seed}, untrained"
 
 
-def _write(out: Path, assembly: Assembly, entries: Mapping[str, Entry], report: Mapping[str, Any]) -> None:
+def _write(out: Path, assembly: Assembly, arrays: Mapping[str, ImportedArray], report: Mapping[str, Any]) -> None:
     """Make the folder beside its place, then move it there: who stops this finds nothing at `out`."""
     with whole_folder(out) as fresh:
         write_json(fresh / "config.json", to_dict(assembly.config))
-        run.keep_tokenizer(fresh, assembly.tokenizer, assembly.signal.tokens)
-        (fresh / run.INHERITED).mkdir()
-        specs = {name: entry.spec for name, entry in entries.items()}
-        stream.write_arrays(fresh / run.INHERITED / stream.FILE, specs, lambda name: entries[name].pieces())
+        keep_tokenizer(fresh, assembly.tokenizer, assembly.signal.tokens)
+        (fresh / INHERITED).mkdir()
+        layout = {name: (np.dtype(array.spec.dtype), array.spec.shape) for name, array in arrays.items()}
+        writer = SafetensorsWriter(fresh / INHERITED / IMPORTED, layout)
+        for name, array in arrays.items():
+            writer.write_pieces(name, array.pieces())  # a piece is on its way to the file: the model is never in memory
+        writer.close()
         _write_checkpoint(fresh)
         (fresh / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

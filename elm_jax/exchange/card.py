@@ -32,7 +32,7 @@ _FRONT_MATTER = re.compile(r"\A---\n.*?^license:\s*['\"]?([\w.-]+)", re.DOTALL |
 
 def facts_of(weights: TrainedWeights, rows: int, no_template: str) -> dict[str, Any]:
     """What a program must know to ask the model; `rows` is len(tokenizer), `no_template` why it has no template."""
-    config, assembly = weights.config, weights.assembly
+    config, assembly = weights.assembly.config, weights.assembly
     data = config.data
     encoders = {}
     for view, own in assembly.encoders.items():
@@ -66,7 +66,7 @@ def facts_of(weights: TrainedWeights, rows: int, no_template: str) -> dict[str, 
 
 def write_card(path: Path, weights: TrainedWeights, facts: Mapping[str, Any], merged: bool) -> None:
     """Write the model card (`templates/card.md`); scores are those of the evaluations in the run's folder."""
-    config = weights.config
+    config = weights.assembly.config
     no_base = config.llm.scratch is not None or config.llm.name == DEMO_LLM
     repo = None if no_base else ALIASES.get(config.llm.name, config.llm.name)
     evaluations = {file.parent.name: json_if_whole(file) for file in sorted(weights.folder.glob("eval/*/metrics.json"))}

@@ -13,9 +13,10 @@ from elm_jax.config import Config, LoraConfig
 from elm_jax.elms import ELMS
 from elm_jax.errors import UserError
 from elm_jax.exchange.facts import Fact, Facts, embedding_of, facts_of, patches_of
-from elm_jax.exchange.source import Source
+from elm_jax.exchange.foreign import Foreign
+from elm_jax.folders import read_json
 from elm_jax.models.encoders import ENCODERS
-from elm_jax.weights.load import read_json, read_llm_config
+from elm_jax.weights.load import read_llm_config
 from elm_jax.weights.peft import CONFIG as ADAPTER_CONFIG
 from elm_jax.weights.peft import spec_of
 
@@ -41,7 +42,7 @@ class Imported:
     rows: int | None
 
 
-def configure(source: Source, flags: ConfigFlags, out: str) -> Imported:
+def configure(source: Foreign, flags: ConfigFlags, out: str) -> Imported:
     """The configuration and the parts of the run that is to be imported into the folder `out`.
 
     A flag counts for more than the checkpoint, and the checkpoint for more than the config file; a flag that the
@@ -68,7 +69,7 @@ def configure(source: Source, flags: ConfigFlags, out: str) -> Imported:
     return Imported(assembly, facts, {key: _value(assembly.config, key) for key in left if _counts(config, key)}, rows)
 
 
-def _adapter(source: Source, flags: ConfigFlags) -> Facts:
+def _adapter(source: Foreign, flags: ConfigFlags) -> Facts:
     """Of an adapter folder: what LoRA it is, and the model that it names, where nobody names another."""
     spec, base = spec_of(LoraConfig(adapter=str(source.path))), None
     assert spec is not None
@@ -79,7 +80,7 @@ def _adapter(source: Source, flags: ConfigFlags) -> Facts:
     return {key: Fact(value, ADAPTER_CONFIG) for key, value in {**facts, **named}.items()}
 
 
-def _check_llm(source: Source, flags: ConfigFlags, facts: Facts) -> None:
+def _check_llm(source: Foreign, flags: ConfigFlags, facts: Facts) -> None:
     """Raise UserError where nothing says which language model it is: its tokenizer is not in a checkpoint."""
     if flags.path is None and "llm.name" not in facts and not _is_said(flags, "llm.name"):
         width = ""
@@ -92,7 +93,7 @@ def _check_llm(source: Source, flags: ConfigFlags, facts: Facts) -> None:
         )  # fmt: skip
 
 
-def _patches(source: Source, flags: ConfigFlags, tree: dict[str, Any], name: str, facts: Facts) -> Facts:
+def _patches(source: Foreign, flags: ConfigFlags, tree: dict[str, Any], name: str, facts: Facts) -> Facts:
     """`facts`, with one patch told from many by the length of an ECG."""
     if facts.get("elm", Fact(None, "")).value != "patch_elf":
         return facts
@@ -151,7 +152,7 @@ def _reads_images(encoder: str) -> bool:
     return ENCODERS[encoder].processing is not None
 
 
-def _objective(source: Source, config: Config, rows: int, said: bool) -> tuple[Assembly, Fact]:
+def _objective(source: Foreign, config: Config, rows: int, said: bool) -> tuple[Assembly, Fact]:
     """The parts of a model with `rows` tokens, and its objective: the reference gives a pretrained one fewer tokens."""
     table = embedding_of(source)
     counts = []

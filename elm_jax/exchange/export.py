@@ -19,18 +19,17 @@ from elm_jax.config import Config
 from elm_jax.errors import UserError
 from elm_jax.exchange.card import FACTS, facts_of, write_card
 from elm_jax.exchange.llm_folder import write_companions, write_config
-from elm_jax.exchange.published import published_rules
-from elm_jax.exchange.reference import Reference, reference_of
+from elm_jax.exchange.reference import Reference, published_rules, reference_of
 from elm_jax.exchange.torch_files import ELM, ENCODER, has_torch, write_checkpoints
 from elm_jax.folders import ECG_BYTE, TOKENIZER, whole_folder, write_json
 from elm_jax.models.encoders import ENCODERS
 from elm_jax.models.lora import is_lora
 from elm_jax.models.names import Rule
-from elm_jax.run.weights import TrainedWeights, merged
-from elm_jax.weights.load import open_checkpoint
-from elm_jax.weights.peft import WEIGHTS, save_adapter, spec_of
+from elm_jax.run.weights import TrainedWeights
+from elm_jax.weights.files import open_checkpoint
+from elm_jax.weights.peft import WEIGHTS, merged, save_adapter, spec_of
 from elm_jax.weights.safetensors import Safetensors
-from elm_jax.weights.shards import Entry, ShardWriter
+from elm_jax.weights.shards import ShardWriter
 
 LLM, ADAPTER = "llm", "adapter"
 SHARD_BYTES = 5 * 10**9
@@ -55,7 +54,7 @@ def export(
     """
     out = Path(out).expanduser().resolve()
     _check_out(out, config)
-    export = _Export(TrainedWeights(config, which), merge, dtype, shard_bytes)
+    export = _Export(TrainedWeights(Path(config.workdir), which, config), merge, dtype, shard_bytes)
     with whole_folder(out) as fresh:
         (fresh / LLM).mkdir()
         return export.write(fresh)
@@ -106,7 +105,7 @@ class _Export:
 
     @property
     def _kinds(self) -> tuple[str, str | None, str | None]:
-        config = self.weights.config
+        config = self.weights.assembly.config
         return self.weights.assembly.llm.model_type, config.encoder.name, config.view.connector
 
     def dtype(self, name: str) -> np.dtype:
@@ -139,23 +138,21 @@ class _Export:
         stems = {"llm": folder / LLM / "model", "encoder": folder / "encoder", "connector": folder / "connector"}
         writers = {}
         for part, stem in stems.items():
-            rules = [Rule(r.theirs, n, r.transpose) for n, r in self.rules.items() if n.split(".")[0] == part]
-            entries: dict[str, Entry] = {r.ours: (self.dtype(r.ours), self.weights.leaves[r.ours].shape) for r in rules}
+            rules = [rule for name, rule in self.rules.items() if name.split(".")[0] == part]
+            layouts = {rule.ours: (self.dtype(rule.ours), self.weights.leaves[rule.ours].shape) for rule in rules}
             if rules:
-                aliases = self._encoder_aliases(rules, entries) if part == "encoder" else {}
-                writers[part] = ShardWriter(stem, rules, entries, aliases, self.shard_bytes if part == LLM else None)
+                names = [name for rule in rules for name in rule.names(layouts[rule.ours][1])]
+                encoder = self._kinds[1] if part == "encoder" else None
+                aliases = {} if encoder is None else ENCODERS[encoder].aliases(names)
+                writers[part] = ShardWriter(stem, rules, layouts, aliases, self.shard_bytes if part == LLM else None)
         return writers
-
-    def _encoder_aliases(self, rules: list[Rule], entries: Mapping[str, Entry]) -> dict[str, str]:
-        names = [name for r in rules for name in r.names(entries[r.ours][1][0] if r.stacked else 1)]
-        return ENCODERS[str(self.weights.config.encoder.name)].aliases(names)
 
     def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """All arrays that are written, LoRA first."""
         arrays = self.weights.arrays([*self.adapter, *(name for name in self.weights.leaves if not is_lora(name))])
         if not self.merge:
             return arrays
-        spec = spec_of(self.weights.config.llm.lora)
+        spec = spec_of(self.weights.assembly.config.llm.lora)
         assert spec is not None
         # In the dtype that is written: a sum rounded to the base's own would be no better for being widened.
         written = ((n, x if is_lora(n) else x.astype(self.dtype(n), copy=False)) for n, x in arrays)
@@ -176,9 +173,9 @@ class _Export:
         lines = [f"left out: a chat template, for {no_template}"] if no_template else []
         if not adapter:
             return lines
-        spec = spec_of(weights.config.llm.lora)
+        spec = spec_of(weights.assembly.config.llm.lora)
         assert spec is not None
-        save_adapter(folder / ADAPTER, adapter, spec, assembly.llm, weights.config.llm.name)
+        save_adapter(folder / ADAPTER, adapter, spec, assembly.llm, weights.assembly.config.llm.name)
         return [*lines, f"{ADAPTER}: {WEIGHTS} ({_size(sum(x.nbytes for x in adapter.values()))})"]
 
     def _checkpoints(self, folder: Path) -> list[str]:
@@ -200,7 +197,7 @@ class _Export:
         for ours in self.reference.rules:
             names, part = self.reference.names(ours), self.weights.leaves[ours].part
             rule = self.rules.get(ours)
-            own = [_in_adapter(name) for name in names] if rule is None else rule.names(len(names))
+            own = [_in_adapter(n) for n in names] if rule is None else rule.names(self.weights.leaves[ours].shape)
             tensors |= {name: written[part][theirs] for name, theirs in zip(names, own, strict=True)}
         return tensors
 

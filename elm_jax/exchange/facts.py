@@ -10,11 +10,12 @@ import ml_dtypes
 
 from elm_jax.elms import ELMS
 from elm_jax.errors import UserError
-from elm_jax.exchange.source import Source
+from elm_jax.exchange.foreign import Foreign
+from elm_jax.folders import read_json
 from elm_jax.models.connectors import PREFIXES, RULES
 from elm_jax.models.encoders import ENCODERS
 from elm_jax.models.encoders.checkpoints import Tensors, Told
-from elm_jax.weights.load import read_json
+from elm_jax.weights.files import HF_FOLDER
 
 _LORA_A = re.compile(r".*\.layers?\.\d+\.|.*\.h\.\d+\.")
 
@@ -30,14 +31,14 @@ class Fact:
 Facts = dict[str, Fact]
 
 
-def facts_of(source: Source) -> Facts:
+def facts_of(source: Foreign) -> Facts:
     """Every key that a checkpoint of a model or an encoder decides. Raises UserError for names of neither."""
     if source.kind == "encoder":
         return _encoder(source, "")
     return _model(source)
 
 
-def embedding_of(source: Source) -> str:
+def embedding_of(source: Foreign) -> str:
     """The name of the LLM's embedding table in a checkpoint of a model; UserError if there is none."""
     ends = ("embed_tokens.weight", "transformer.wte.weight")
     found = [name for name in source.info if name.startswith("llm.") and name.endswith(ends)]
@@ -48,7 +49,7 @@ def embedding_of(source: Source) -> str:
     return found[0]
 
 
-def _model(source: Source) -> Facts:
+def _model(source: Foreign) -> Facts:
     info, table = source.info, embedding_of(source)
     facts = _connector(source)
     if any(view.encoder for view in ELMS[facts["elm"].value].values()):
@@ -58,7 +59,7 @@ def _model(source: Source) -> Facts:
     return facts | _lora(source)
 
 
-def _connector(source: Source) -> Facts:
+def _connector(source: Foreign) -> Facts:
     """The kind of the model by its connector, of which each kind has other names."""
     elms = {elm: view for elm, views in ELMS.items() for view in views.values() if len(views) == 1}
     signs = {elm: PREFIXES[kind] + RULES[kind][0].theirs for elm, view in elms.items() if (kind := view.connector)}
@@ -76,7 +77,7 @@ def _connector(source: Source) -> Facts:
     raise _unlike(source, f"a connector: {', '.join(dict.fromkeys(signs.values()))}", "none of them")
 
 
-def patches_of(source: Source, leads: int, samples: int) -> Facts:
+def patches_of(source: Foreign, leads: int, samples: int) -> Facts:
     """Of a model whose connector reads patches, of which each has leads x samples / patches values: how many they are.
 
     Raises UserError where an ECG of so many leads and samples cannot be cut so.
@@ -93,7 +94,7 @@ def patches_of(source: Source, leads: int, samples: int) -> Facts:
     return {"elm": Fact("patch_elf", name), "encoder.tokens": Fact(whole // inputs, name)}
 
 
-def _lora(source: Source) -> Facts:
+def _lora(source: Foreign) -> Facts:
     """Rank and targets of an adapter in the names of PEFT; its alpha is not in the file."""
     found = {name: spec for name, spec in source.info.items() if ".lora_A." in name}
     if not found:
@@ -107,7 +108,7 @@ def _lora(source: Source) -> Facts:
     return {"llm.lora.rank": Fact(int(spec.shape[0]), name), "llm.lora.targets": Fact(targets, name)}
 
 
-def _encoder(source: Source, prefix: str) -> Facts:
+def _encoder(source: Foreign, prefix: str) -> Facts:
     """Which encoder's tensors those are whose names begin with `prefix`, and its sizes where they are not the usual."""
     mine = [name for name in source.info if name.startswith(prefix)]
     for name, kind in ENCODERS.items():
@@ -121,16 +122,16 @@ def _encoder(source: Source, prefix: str) -> Facts:
     raise _unlike(source, f"an encoder: {', '.join(ENCODERS)}", "names of none of them")
 
 
-def _of_folder(name: str, source: Source) -> Facts:
+def _of_folder(name: str, source: Foreign) -> Facts:
     """The sizes that a Hugging Face folder's `config.json` says."""
     read, file = ENCODERS[name].file_config, source.path / "config.json"
-    return {"encoder.config": Fact(read(read_json(file)), file.name)} if read and file.is_file() else {}
+    return {"encoder.config": Fact(read(read_json(file, HF_FOLDER)), file.name)} if read and file.is_file() else {}
 
 
-def _shape(source: Source, name: str, rank: int) -> tuple[int, ...]:
+def _shape(source: Foreign, name: str, rank: int) -> tuple[int, ...]:
     """The shape of a tensor, which has `rank` dimensions of at least one."""
     return Tensors(str(source.path), source.info).shape(name, rank)
 
 
-def _unlike(source: Source, expected: str, found: str) -> UserError:
+def _unlike(source: Foreign, expected: str, found: str) -> UserError:
     return Tensors(str(source.path), source.info).unlike(expected, found)

@@ -6,13 +6,10 @@ LoRA, cuts vocabulary tables to the rows that the tokenizer uses, and has some t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from elm_jax.exchange.published import published_rules
-from elm_jax.models.connectors import PREFIXES
+from elm_jax.models.connectors import PREFIXES, RULES
 from elm_jax.models.encoders import ENCODERS
 from elm_jax.models.families import family_of
 from elm_jax.models.functional import Leaf
@@ -34,19 +31,16 @@ class Reference:
     shapes: the name of our array -> its shape where the vocabulary has `rows` rows.
     aliases: a further name of theirs -> the name of the same tensor (the head of a tied model).
     counters: further names of theirs: int64 scalars that count batches, and that nothing reads.
-    rows: of the vocabulary tables.
     """
 
     rules: Mapping[str, Rule]
     shapes: Mapping[str, tuple[int, ...]]
     aliases: Mapping[str, str]
     counters: tuple[str, ...]
-    rows: int
 
     def names(self, ours: str) -> list[str]:
         """Their names of our array, in the order of the layers where it stacks some."""
-        rule = self.rules[ours]
-        return rule.names(self.shapes[ours][0] if rule.stacked else 1)
+        return self.rules[ours].names(self.shapes[ours])
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Every name of the state dict with its shape."""
@@ -57,18 +51,25 @@ class Reference:
         shapes |= {second: shapes[first] for second, first in self.aliases.items()}
         return shapes | dict.fromkeys(self.counters, ())
 
-    def to_reference(self, ours: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Our array -> their (name, tensor) pairs, contiguous; a vocabulary table is cut to `rows`. No aliases."""
-        rule = self.rules[ours]
-        if ours in _VOCABULARY:
-            array = array[:, : self.rows] if rule.transpose else array[: self.rows]
-        for place, theirs in enumerate(self.names(ours)):
-            part = array[place : place + 1] if rule.stacked else array
-            yield theirs, rule.restore(part)[0]
 
-    def from_reference(self, ours: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Their tensors -> our array, in the shape of `shapes` (vocabulary tables have `rows` rows)."""
-        return self.rules[ours].arrange([tensors[theirs] for theirs in self.names(ours)])
+def published_rules(
+    names: Iterable[str], model_type: str, encoder: str | None, connector: str | None
+) -> dict[str, Rule]:
+    """The weight rule of each array ("llm.norm.scale") under its whole name; those of LoRA are left out.
+
+    Args:
+        model_type: the LLM's family; encoder: the encoder's name; connector: the kind of the connector, if any.
+    """
+    llm = {rule.ours: rule for rule in family_of(model_type).rules}
+    bridge = {rule.ours: rule for rule in RULES[connector]} if connector else {}
+    rules = {}
+    for name in names:
+        component, own = name.split(".", 1)
+        if component == "encoder" and encoder is not None:
+            rules[name] = replace(ENCODERS[encoder].weight_rule(own), ours=name)
+        elif not is_lora(name):
+            rules[name] = replace(llm[own] if component == "llm" else bridge[own], ours=name)
+    return rules
 
 
 def reference_of(
@@ -97,7 +98,7 @@ def reference_of(
             theirs = _beneath(published[ours].theirs) if module in adapted else published[ours].theirs
         rules[ours] = Rule(prefix + theirs, ours, is_lora(ours) or published[ours].transpose)
     shapes = {name: _cut(leaf.shape, rules[name], rows) for name, leaf in leaves.items()}
-    table = Reference(rules, shapes, {}, (), rows)
+    table = Reference(rules, shapes, {}, ())
     return replace(table, aliases=_aliases(table, before, model_type, encoder), counters=_counters(table))
 
 
@@ -121,7 +122,7 @@ def _cut(shape: tuple[int, ...], rule: Rule, rows: int) -> tuple[int, ...]:
 
 def _aliases(table: Reference, before: Mapping[str, str], model_type: str, encoder: str | None) -> dict[str, str]:
     aliases = {}
-    if "llm.head.kernel" not in table.rules:
+    if "llm.embedding.table" in table.rules and "llm.head.kernel" not in table.rules:
         aliases[before["llm"] + HEAD] = before["llm"] + family_of(model_type).rules[0].theirs
     if encoder is not None:
         prefix = before["encoder"]

@@ -3,7 +3,6 @@
 Which module of ours is called what in a Hugging Face model follows from the family's weight rules.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 
@@ -113,18 +112,6 @@ def their_module(rule: Rule) -> str:
 def is_lora(name: str) -> bool:
     """Whether an array belongs to an adapter, by its name ("llm.layers.attention.q.lora.a")."""
     return ".lora." in name
-
-
-def merged(arrays: Mapping[str, jax.Array], scale: float) -> dict[str, jax.Array]:
-    """The arrays of the model without LoRA that computes the same: kernel + a @ b · scale, summed in float32."""
-    result = {name: array for name, array in arrays.items() if not is_lora(name)}
-    for name, a in arrays.items():
-        if name.endswith(".lora.a"):
-            kernel, b = name.removesuffix("lora.a") + "kernel", arrays[name.removesuffix("a") + "b"]
-            change = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
-            whole = arrays[kernel].astype(jnp.float32) + scale * change
-            result[kernel] = whole.astype(arrays[kernel].dtype)
-    return result
 
 
 def _means(target: str, rule: Rule) -> bool:

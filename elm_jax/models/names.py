@@ -25,9 +25,9 @@ class Rule:
     def stacked(self) -> bool:
         return "{layer}" in self.theirs
 
-    def names(self, layers: int) -> list[str]:
-        """The checkpoint's tensor names behind this parameter, in the order of the layers."""
-        return [self.theirs.format(layer=i) for i in range(layers)] if self.stacked else [self.theirs]
+    def names(self, shape: tuple[int, ...]) -> list[str]:
+        """The checkpoint's names of the tensors behind our parameter of `shape`, in the order of the layers."""
+        return [self.theirs.format(layer=i) for i in range(shape[0])] if self.stacked else [self.theirs]
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of each tensor of the checkpoint, for our parameter of `shape`."""
@@ -66,5 +66,4 @@ def export(rules: Iterable[Rule], arrays: Mapping[str, np.ndarray]) -> Iterator[
     for rule in rules:
         if rule.ours in arrays:
             ours = np.asarray(arrays[rule.ours])
-            layers = ours.shape[0] if rule.stacked else 1
-            yield from zip(rule.names(layers), rule.restore(ours), strict=True)
+            yield from zip(rule.names(ours.shape), rule.restore(ours), strict=True)

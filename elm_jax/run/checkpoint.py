@@ -17,12 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays
-from elm_jax.weights import stream
-from elm_jax.weights.safetensors import Safetensors
 
 MODEL_ITEMS = ("trained", "statistics")  # flat dictionaries of the model's arrays
 ITEMS = (*MODEL_ITEMS, "optimizer")
@@ -104,24 +103,8 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         return {name: restored[name] if tree else tree for name, tree in like.items()}
 
-    def restore_arrays(self, step: int, like: Mapping[str, Any]) -> Arrays:
-        """Trained parameters and moving statistics among `like` (name -> array or struct with sharding)."""
-        arrays: Arrays = {}
-        for item, names in self.meta(step)["arrays"].items():
-            wanted = {n: _abstract(like[n]) for n in names if n in like}
-            if wanted:
-                if len(wanted) < len(names):
-                    raise UserError(
-                        str(self.folder), f"arrays unknown to this model: {sorted(set(names) - set(wanted))[:5]}",
-                        "a run of the same model", "check config.init_from and the model's keys",
-                    )  # fmt: skip
-                args = ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)})
-                with _named(self.folder / str(step)):
-                    arrays.update(self._manager.restore(step, args=args)[item])
-        return arrays
-
     def items(self, step: int) -> dict[str, Path]:
-        """The name of each of the model's arrays that a step has -> the folder in which `read_arrays` finds it."""
+        """The name of each of the model's arrays that a step has -> the folder of its `SavedArrays`."""
         names = self.meta(step)["arrays"]
         return {name: self.folder / str(step) / item for item in names for name in names[item]}
 
@@ -155,37 +138,35 @@ def save_arrays(folder: Path, arrays: Arrays) -> None:
         checkpointer.save(folder.absolute(), arrays)
 
 
-def load_arrays(folder: Path, like: Mapping[str, Any]) -> Arrays:
-    """What `save_arrays` or an import left in `folder`, laid out as the entries of `like` that have its names."""
-    if (folder / stream.FILE).is_file():
-        return stream.load_arrays(folder / stream.FILE, like)
-    with ocp.StandardCheckpointer() as checkpointer, _named(folder):
-        names = checkpointer.metadata(folder.absolute()).item_metadata.tree
-        wanted = {name: _abstract(like[name]) for name in names}
-        return checkpointer.restore(folder.absolute(), wanted)
+class SavedArrays:
+    """The arrays in a folder that `save_arrays` or a checkpoint left, each read when it is asked for.
 
+    Raises:
+        UserError: the folder cannot be read.
+    """
 
-def saved_dtypes(folder: Path) -> dict[str, np.dtype]:
-    """The names and dtypes of the arrays in a folder that `save_arrays`, a checkpoint or an import left."""
-    if (folder / stream.FILE).is_file():
-        return {name: info.dtype for name, info in Safetensors(folder / stream.FILE).info.items()}
-    with ocp.PyTreeCheckpointer() as checkpointer, _named(folder):
-        tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
-        return {name: np.dtype(entry.dtype) for name, entry in tree.items()}
+    def __init__(self, folder: Path) -> None:
+        self.where, self.folder = str(folder), folder.absolute()
+        with ocp.PyTreeCheckpointer() as checkpointer, _named(folder):
+            self._tree = checkpointer.metadata(self.folder).item_metadata.tree
+        self.shapes = {name: tuple(entry.shape) for name, entry in self._tree.items()}
 
+    def dtype(self, name: str) -> np.dtype:
+        """The one that an array was saved in."""
+        return np.dtype(self._tree[name].dtype)
 
-def read_arrays(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Some of the arrays in such a folder, in the host's memory: no device and none of the others is touched."""
-    if (folder / stream.FILE).is_file():
-        tensors = Safetensors(folder / stream.FILE)
-        return {name: tensors[name] for name in names}
-    with ocp.PyTreeCheckpointer() as checkpointer, _named(folder):
-        tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
-        args = ocp.args.PyTreeRestore(
-            {name: tree[name] for name in names},
-            restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}, partial_restore=True,
-        )  # fmt: skip
-        return checkpointer.restore(folder.absolute(), args)
+    def arrays(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """These arrays in the host's memory: no device and none of the others is touched."""
+        return self._restore({name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names})
+
+    def place(self, like: Mapping[str, jax.ShapeDtypeStruct]) -> Arrays:
+        """These arrays in the dtypes and places that `like` says, which has their shapes."""
+        return self._restore(checkpoint_utils.construct_restore_args(dict(like)))
+
+    def _restore(self, how: Mapping[str, Any]) -> dict[str, Any]:
+        args = ocp.args.PyTreeRestore({name: self._tree[name] for name in how}, restore_args=how, partial_restore=True)
+        with ocp.PyTreeCheckpointer() as checkpointer, _named(self.folder):
+            return checkpointer.restore(self.folder, args)
 
 
 def fingerprint(arrays: Mapping[str, jax.Array]) -> str:

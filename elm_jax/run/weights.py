@@ -1,14 +1,16 @@
-"""The arrays of a trained run, one after the other in the host's memory, each as it is kept: no more of the model than
-a few of them is there at a time.
+"""Every array of a model, and where it comes from: what a run has trained, what it inherited from the run that it
+started from, the files that its config names, and else the seed.
 
-What was trained comes out of the checkpoint. What was frozen comes from where the run took it, in the dtype that it
-has there: the run itself computed with a copy, perhaps in another one.
+Training, evaluation and chat have the arrays placed, each straight into its shards. Export reads them one after the
+other in the host's memory, each as it is kept: what was frozen in the dtype of its file, though the run computed with
+a copy in perhaps another one.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,22 +18,25 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
-from elm_jax.assemble import Assembly, assemble, make_arrays
-from elm_jax.config import Config
-from elm_jax.errors import UserError
-from elm_jax.folders import TOKENIZER
-from elm_jax.models.functional import Leaf
+from elm_jax.assemble import Assembly, assemble
+from elm_jax.config import Config, LoraConfig
+from elm_jax.errors import UserError, some
+from elm_jax.folders import TOKENIZER, read_json, run_folder
+from elm_jax.models.functional import Arrays, Leaf
 from elm_jax.models.lora import is_lora
-from elm_jax.run import folder as run
-from elm_jax.run.checkpoint import Checkpoints, joined, read_arrays, saved_dtypes, summary_of
-from elm_jax.weights import stream
-from elm_jax.weights.encoders import from_published, read_checkpoint
-from elm_jax.weights.load import LlmFolder
-from elm_jax.weights.peft import load_adapter, merged_kernel
-from elm_jax.weights.safetensors import Safetensors, forget
+from elm_jax.models.names import Rule
+from elm_jax.run.checkpoint import Checkpoints, SavedArrays, fingerprint, joined, save_arrays, summary_of
+from elm_jax.runtime.mesh import replicated
+from elm_jax.weights.encoders import open_encoder, read_checkpoint
+from elm_jax.weights.load import open_llm
+from elm_jax.weights.peft import load_adapter, save_adapter, spec_of
+from elm_jax.weights.published import Published
+from elm_jax.weights.safetensors import Safetensors
 
+INHERITED = "inherited"  # folder of the frozen arrays that came from `init_from`, or of an import's
+IMPORTED = "arrays.safetensors"  # in it: those that an import left
 _TABLE = "llm.embedding.table"  # who has it has the whole LLM
 _AT_ONCE = 256 * 2**20  # bytes of small arrays that are read together
 
@@ -39,39 +44,41 @@ _AT_ONCE = 256 * 2**20  # bytes of small arrays that are read together
 class Source(Protocol):
     """Where arrays come from."""
 
-    def dtype(self, name: str) -> np.dtype: ...
+    def dtype(self, name: str, /) -> np.dtype:
+        """The one that an array is kept in."""
+        ...
 
-    def read(self, names: Sequence[str]) -> Mapping[str, np.ndarray]: ...
+    def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        """In the host's memory, as they are kept."""
+        ...
+
+    def place(self, like: Mapping[str, jax.ShapeDtypeStruct]) -> Arrays:
+        """In the dtypes and shards that `like` says."""
+        ...
 
 
-class TrainedWeights:
-    """The weights of the run folder `config.workdir`.
+class Weights:
+    """Every array of a model, and where it comes from.
 
     Args:
-        which: `latest`, `best` (else latest) or a step.
+        saved: by name, the sources of the arrays that a run has saved. The others are in the files that the config
+            names, or are drawn from the seed.
     Raises:
-        UserError: no checkpoint.
+        UserError: such a file cannot be read or does not fit, or leaves out what is frozen; or what was saved is of
+            another model.
     """
 
-    def __init__(self, config: Config, which: str = "best") -> None:
-        self.config, self.folder = config, Path(config.workdir)
-        checkpoints = Checkpoints(self.folder, read_only=True)
-        step = checkpoints.find(which)
-        if step is None:
-            raise UserError(str(self.folder), "no checkpoint", "a trained run", "train it first")
-        self.step, self.meta = step, checkpoints.meta(step)
-        saved = checkpoints.items(step)
-        checkpoints.close()
-        own = self._own(saved)
-        self.assembly = assemble(config, self.folder / TOKENIZER, weights=_TABLE not in own)
-        self.leaves = self.assembly.structure.leaves
-        self.frozen = [name for name in self.leaves if name not in saved]
-        self._sources = {name: source for name, source in own.items() if name in self.leaves}
-        for part in dict.fromkeys(self.leaves[name].part for name in self.leaves):
-            names = [name for name in self.leaves if self.leaves[name].part == part and name not in self._sources]
-            self._sources |= self._published(part, names) if names else {}
-        drawn = [name for name in self.leaves if name not in self._sources]
-        self._sources |= dict.fromkeys(drawn, _Drawn(self.assembly))
+    def __init__(self, assembly: Assembly, saved: Mapping[str, SavedArrays | Published] | None = None) -> None:
+        self.assembly, self.leaves = assembly, assembly.structure.leaves
+        self.saved = saved or {}
+        for source in dict.fromkeys(self.saved.values()):
+            _check_shapes(source, self.leaves)
+        self._sources: dict[str, Source] = {**self.saved}
+        drawn, published = _Drawn(assembly), functools.cache(self._published)
+        for name in self.leaves:
+            if name not in self.saved:
+                found = published(self.leaves[name].part)
+                self._sources[name] = found if found and name in found.rules else drawn
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype that an array is kept in."""
@@ -79,33 +86,31 @@ class TrainedWeights:
 
     def from_folder(self, name: str) -> bool:
         """Whether an array is, unchanged, that of the Hugging Face folder that the run names."""
-        return isinstance(self._sources[name], _Folder)
+        return name not in self.saved and isinstance(self._sources[name], Published) and self.leaves[name].part == "llm"
+
+    def place(self, shardings: Mapping[str, Any], names: Iterable[str] | None = None) -> Arrays:
+        """These arrays, or all, in their shards and in the dtypes that the model has."""
+        names, like, placed = list(self.leaves if names is None else names), {}, {}
+        for name in names:
+            leaf = self.leaves[name]
+            like[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+        for source, mine in self._by_source(names):
+            placed |= source.place({name: like[name] for name in mine})
+        return {name: placed[name] for name in names}
 
     def arrays(self, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """These arrays, by source and in order; those of the frozen parts are checked, when the last has come.
-
-        Raises:
-            UserError: a frozen part is not the one that the run was trained with.
-        """
-        summaries: dict[str, dict[str, str]] = {}
-        for source in dict.fromkeys(self._sources[name] for name in names):
-            mine = [name for name in names if self._sources[name] is source]
+        """These arrays in the host's memory as they are kept, by source and in order, few of them at a time."""
+        for source, mine in self._by_source(names):
             for group in self._groups(mine):
-                read = dict(source.read(group))
+                read = dict(source.arrays(group))
                 for name in group:
-                    if name in self.frozen:
-                        summary = summary_of(read[name], self.leaves[name].dtype)
-                        summaries.setdefault(self.leaves[name].part, {})[name] = summary
                     yield name, read.pop(name)
-        self._check(summaries)
 
-    def _check(self, summaries: Mapping[str, Mapping[str, str]]) -> None:
-        whole = {
-            part: joined(found) for part, found in summaries.items()
-            if set(found) == {name for name in self.frozen if self.leaves[name].part == part}
-        }  # fmt: skip
-        saved = {part: value for part, value in self.meta["frozen"].items() if part in whole}
-        run.check_fingerprints(str(self.folder), saved, whole)
+    def _by_source(self, names: Iterable[str]) -> list[tuple[Source, list[str]]]:
+        found: dict[Source, list[str]] = {}
+        for name in names:
+            found.setdefault(self._sources[name], []).append(name)
+        return list(found.items())
 
     def _groups(self, names: Sequence[str]) -> Iterator[list[str]]:
         """These names in groups that are small enough to be in memory together."""
@@ -119,133 +124,196 @@ class TrainedWeights:
         if group:
             yield group
 
-    def _own(self, saved: Mapping[str, Path]) -> dict[str, Source]:
-        """The sources of the arrays in the run's folder; `saved`: those of the checkpoint."""
-        found: dict[str, Source] = {}
-        inherited = self.folder / run.INHERITED
-        imported = inherited / stream.FILE
-        if imported.is_file():
-            found = dict.fromkeys(tensors := Safetensors(imported), _Mapped(tensors))
-        elif inherited.is_dir():
-            found = dict.fromkeys(saved_dtypes(inherited), _Saved(inherited))
-        folders = {folder: _Saved(folder) for folder in saved.values()}
-        return found | {name: folders[folder] for name, folder in saved.items()}
-
-    def _published(self, part: str, names: Sequence[str]) -> dict[str, Source]:
-        """The sources of these arrays of a part, as far as they are files that the run names."""
-        config, assembly = self.config, self.assembly
+    def _published(self, part: str) -> Published | None:
+        """A part of the model in the file that the config names for it, if it names one."""
+        config, assembly = self.assembly.config, self.assembly
         if part == "llm" and assembly.llm_folder is not None:
-            return dict.fromkeys(names, _Folder(LlmFolder(assembly.llm_folder, assembly.llm)))
+            return open_llm(assembly.llm_folder, assembly.llm).under("llm.")
         if part == "llm.lora" and config.llm.lora.adapter is not None:
-            adapter = load_adapter(config.llm.lora.adapter, assembly.llm)[1]
-            return dict.fromkeys(names, _Held({f"llm.{name}": array for name, array in adapter.items()}))
+            return load_adapter(config.llm.lora.adapter, assembly.llm)[1].under("llm.")
         encoder = config.encoder_parts.get(part)
-        if encoder is not None and encoder.checkpoint is not None:
-            mine = {n.removeprefix(f"{part}."): x for n, x in self.leaves.items() if x.part == part}
-            arrays = _encoder(str(encoder.name), mine, encoder.checkpoint)
-            held = _Held({f"{part}.{name}": array for name, array in arrays.items()})
-            return {name: held for name in names if name in held.arrays}
-        return {}
-
-
-def _encoder(name: str, leaves: Mapping[str, Leaf], checkpoint: str) -> dict[str, np.ndarray]:
-    """The arrays of an encoder's checkpoint in a dtype that holds all of its tensors."""
-    tensors, where = read_checkpoint(checkpoint)
-    dtypes = {np.asarray(tensor).dtype for tensor in tensors.values()}
-    widest = functools.reduce(jnp.promote_types, [d for d in dtypes if jnp.issubdtype(d, jnp.floating)], np.float16)
-    return from_published(name, {n: replace(leaf, dtype=widest) for n, leaf in leaves.items()}, tensors, where)
-
-
-@dataclass(frozen=True, eq=False)
-class _Saved:
-    """Arrays that the run has saved itself."""
-
-    folder: Path
-
-    @functools.cached_property
-    def _dtypes(self) -> dict[str, np.dtype]:
-        return saved_dtypes(self.folder)
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._dtypes[name]
-
-    def read(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
-        return read_arrays(self.folder, names)
-
-
-@dataclass(frozen=True, eq=False)
-class _Mapped:
-    """Arrays that were imported."""
-
-    tensors: Safetensors
-
-    def dtype(self, name: str) -> np.dtype:
-        return self.tensors.info[name].dtype
-
-    def read(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
-        read = {name: self.tensors[name] for name in names}
-        forget(read[names[0]])  # what was read before
-        return read
-
-
-@dataclass(frozen=True, eq=False)
-class _Folder:
-    """The LLM in a Hugging Face folder."""
-
-    tensors: LlmFolder
-
-    def dtype(self, name: str) -> np.dtype:
-        return self.tensors.dtype(name.removeprefix("llm."))
-
-    def read(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
-        self.tensors.forget()
-        return {name: self.tensors.read(name.removeprefix("llm.")) for name in names}
-
-
-@dataclass(frozen=True, eq=False)
-class _Held:
-    """Arrays that are in memory: of small parts."""
-
-    arrays: Mapping[str, np.ndarray]
-
-    def dtype(self, name: str) -> np.dtype:
-        return self.arrays[name].dtype
-
-    def read(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
-        return {name: self.arrays[name] for name in names}
+        if encoder is None or encoder.checkpoint is None:
+            return None
+        mine = {name.removeprefix(f"{part}."): x for name, x in self.leaves.items() if x.part == part}
+        shapes = {name: leaf.shape for name, leaf in mine.items()}
+        found = open_encoder(str(encoder.name), shapes, *read_checkpoint(encoder.checkpoint))
+        drawn = [name for name, leaf in mine.items() if name not in found.rules and not leaf.statistic]
+        if drawn and not any(mine[name].is_of(config.update) for name in drawn):
+            raise UserError(
+                "encoder.checkpoint", f"no weights for {some(drawn)}, which would stay as they are drawn",
+                f"all weights of {encoder.name}, or {part} in update", "give a checkpoint of it, or train it",
+            )  # fmt: skip
+        return found.under(f"{part}.")
 
 
 @dataclass(frozen=True, eq=False)
 class _Drawn:
-    """What stayed as it was drawn from the seed."""
+    """What is as it was drawn from the seed."""
 
     assembly: Assembly
 
     def dtype(self, name: str) -> np.dtype:
         return np.dtype(self.assembly.structure.leaves[name].dtype)
 
-    def read(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
-        leaves = self.assembly.structure.leaves
-        here: dict[str, Any] = dict.fromkeys(leaves, SingleDeviceSharding(jax.local_devices()[0]))
-        arrays = make_arrays(self.assembly, here, known=set(leaves) - set(names))
-        return {name: np.asarray(x) for name, x in arrays.items()}
+    def arrays(self, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        return {name: np.asarray(x) for name, x in self.assembly.draw(dict.fromkeys(names, here)).items()}
+
+    def place(self, like: Mapping[str, jax.ShapeDtypeStruct]) -> Arrays:
+        return self.assembly.draw({name: spec.sharding for name, spec in like.items()})
 
 
-def merged(arrays: Iterator[tuple[str, np.ndarray]], scale: float) -> Iterator[tuple[str, np.ndarray]]:
-    """Arrays, those of LoRA first, as those of the model without it."""
-    adapter: dict[str, np.ndarray] = {}
-    for name, array in arrays:
-        module = name.removesuffix(".kernel")
-        if is_lora(name):
-            adapter[name] = array
-        elif f"{module}.lora.a" in adapter:
-            layers = zip(array, adapter[f"{module}.lora.a"], adapter[f"{module}.lora.b"], strict=True)
-            result = np.empty_like(array)
-            for layer, parts in enumerate(layers):
-                result[layer] = merged_kernel(*parts, scale)
-            del array, layers  # it may be large, and what comes next too
-            yield name, result
-            del result
-        else:
+class TrainedWeights(Weights):
+    """The weights of a run: those that it has trained or inherited, and beside them what `Weights` finds.
+
+    Args:
+        folder: the run's. which: `latest`, `best` (else latest) or a step.
+        model: the parts of the model, or the run's config, of which they are made.
+        key: what names the folder, in errors.
+    Raises:
+        UserError: no checkpoint, or what `Weights` raises.
+    """
+
+    def __init__(self, folder: Path, which: str, model: Assembly | Config, key: str = "config.workdir") -> None:
+        self.folder = folder
+        checkpoints = Checkpoints(folder, read_only=True)
+        step = checkpoints.find(which)
+        if step is None:
+            raise UserError(key, f"no checkpoint in {folder}", "a trained run", "train it first")
+        self.step, self.meta, places = step, checkpoints.meta(step), checkpoints.items(step)
+        checkpoints.close()
+        saved: dict[str, SavedArrays | Published] = {}
+        if (folder / INHERITED).is_dir():
+            inherited = _inherited(folder / INHERITED)
+            saved = dict.fromkeys(inherited.shapes, inherited)
+        opened = {place: SavedArrays(place) for place in places.values()}
+        saved |= {name: opened[place] for name, place in places.items()}
+        if isinstance(model, Config):
+            model = assemble(model, folder / TOKENIZER, weights=_TABLE not in saved)
+        super().__init__(model, saved)
+        self.trained = frozenset(places)
+        self.frozen = [name for name in self.leaves if name not in places]
+
+    def check(self, fingerprints: Mapping[str, str]) -> None:
+        """Raise UserError where a frozen part is not the one that the run was trained with."""
+        _check_fingerprints(str(self.folder), self.meta["frozen"], fingerprints)
+
+    def arrays(self, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """As `Weights.arrays`; when the last has come, frozen parts that were read whole are checked as by `check`."""
+        summaries: dict[str, dict[str, str]] = {}
+        frozen = set(self.frozen)
+        for name, array in super().arrays(names):
+            if name in frozen:
+                summaries.setdefault(self.leaves[name].part, {})[name] = summary_of(array, self.leaves[name].dtype)
             yield name, array
-            del array
+            del array  # it may be large, and what comes next too
+        counts = Counter(self.leaves[name].part for name in frozen)
+        whole = {part: joined(found) for part, found in summaries.items() if len(found) == counts[part]}
+        saved = {part: value for part, value in self.meta["frozen"].items() if part in whole}
+        _check_fingerprints(str(self.folder), saved, whole)
+
+
+def first_arrays(assembly: Assembly, folder: Path, shardings: Mapping[str, Any], moved: Collection[str]) -> Arrays:
+    """The arrays that a new run in `folder` begins with: those of `init_from`, the others as `Weights` has them.
+
+    What came from there and is not `moved` by training is saved in `folder`: nothing else would have it later.
+
+    Raises:
+        UserError: no run there or one of another model, an adapter that would mean something else here, a part that is
+            missing there and not in `init_missing_ok`, or one that it was not trained with.
+    """
+    config = assembly.config
+    if config.init_from is None:
+        return Weights(assembly).place(shardings)
+    source = run_folder(config.init_from, "config.init_from")
+    before = read_json(source / "config.json").get("llm", {})
+    _check_adapter(source, LoraConfig(**before.get("lora", {})), config.llm.lora)
+    weights = TrainedWeights(source, "best", assembly, "config.init_from")
+    lacking = _lacking(config, weights)
+    arrays = weights.place(shardings)
+    # There it was frozen, in the dtype that run computes in; here it may be trained, in another.
+    dtype = jnp.dtype(before["compute_dtype"])
+    made = {n: x for n, x in weights.leaves.items() if n not in weights.saved and x.part in lacking}
+    there = {name: arrays[name] if leaf.statistic else arrays[name].astype(dtype) for name, leaf in made.items()}
+    saved = {part: weights.meta["frozen"][part] for part in lacking}
+    _check_fingerprints(config.init_from, saved, frozen_fingerprints(weights.leaves, there))
+    inherited = {name: arrays[name] for name in weights.saved if name not in moved}
+    if inherited and not (folder / INHERITED).is_dir():
+        save_arrays(folder / INHERITED, inherited)
+    return arrays
+
+
+def _lacking(config: Config, weights: TrainedWeights) -> set[str]:
+    """The parts of which the run has not saved all, and which must be those that it was trained with, frozen."""
+    saved = weights.meta.get("frozen", {})
+    missing = {leaf.part for name, leaf in weights.leaves.items() if name not in weights.saved}
+    if "llm.lora" not in saved:  # a new adapter changes nothing until it is trained: no run need have it
+        missing.discard("llm.lora")
+    lacking = missing - {leaf.part for leaf in weights.leaves.values() if leaf.is_of(config.init_missing_ok)}
+    if without := ",".join(sorted(lacking - set(saved))):
+        raise UserError(
+            "config.init_from", f"no {without.replace(',', ', ')} in {config.init_from}", "all parts of the model",
+            f"name what may start afresh: --config.init_missing_ok={without}",
+        )  # fmt: skip
+    return lacking
+
+
+def _check_adapter(folder: Path, before: LoraConfig, lora: LoraConfig) -> None:
+    """Raise UserError unless the adapter of the run in `folder`, where it has one, means the same under `lora`."""
+    there = spec_of(before)
+    if there is None:
+        return
+    here = None if lora.adapter is not None and lora.rank == 0 else spec_of(replace(lora, adapter=None))
+    if here is None or (here.rank, here.alpha, here.targets) != (there.rank, there.alpha, there.targets):
+        found = "none" if here is None else f"rank {here.rank}, alpha {here.alpha:g}, targets {here.targets}"
+        expected = f"that of {folder}: rank {there.rank}, alpha {there.alpha:g}, targets {there.targets}"
+        fix = "set llm.lora.rank, alpha and targets so, without llm.lora.adapter"
+        raise UserError("llm.lora", found, expected, fix)
+
+
+def keep_adapter(folder: Path, assembly: Assembly, trained: Arrays, mesh: Mesh) -> None:
+    """Leave the adapter, if one was trained, as a folder that PEFT opens: `adapter/`."""
+    llm, spec = assembly.config.llm, spec_of(assembly.config.llm.lora)
+    mine = {name: x for name, x in trained.items() if is_lora(name)}
+    if spec is None or not mine:
+        return
+    whole = {n.removeprefix("llm."): np.asarray(jax.device_put(x, replicated(mesh))) for n, x in mine.items()}
+    if jax.process_index() == 0:
+        save_adapter(folder / "adapter", whole, spec, assembly.llm, llm.name)
+
+
+def frozen_fingerprints(leaves: Mapping[str, Leaf], frozen: Arrays) -> dict[str, str]:
+    """Part -> fingerprint of what is frozen of it."""
+    parts: dict[str, Arrays] = {}
+    for name, array in frozen.items():
+        parts.setdefault(leaves[name].part, {})[name] = array
+    return {part: fingerprint(parts[part]) for part in sorted(parts)}
+
+
+def _check_fingerprints(where: str, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    for part in sorted(saved):
+        if now.get(part) != saved[part]:
+            raise UserError(
+                where, f"a checkpoint trained with other {part} weights", "the frozen weights of that run",
+                f"use the same weights for the {part}, or start a new run",
+            )  # fmt: skip
+
+
+def _inherited(folder: Path) -> SavedArrays | Published:
+    """The arrays that a run inherited from another one, or an import left."""
+    path = folder / IMPORTED
+    if not path.is_file():
+        return SavedArrays(folder)
+    tensors = Safetensors(path)
+    rules, shapes = {name: Rule(name, name) for name in tensors}, {name: x.shape for name, x in tensors.info.items()}
+    return Published(str(path), rules, shapes, tensors, {name: name for name in tensors})
+
+
+def _check_shapes(source: SavedArrays | Published, leaves: Mapping[str, Leaf]) -> None:
+    unknown = [name for name in source.shapes if name not in leaves]
+    found = f"arrays unknown to this model: {some(unknown)}" if unknown else ""
+    for name, shape in source.shapes.items():
+        if not found and shape != leaves[name].shape:
+            found = f"{name} {list(shape)}, here {list(leaves[name].shape)}"
+    if found:
+        raise UserError(source.where, found, "a run of the same model", "check config.init_from and the model's keys")

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from elm_jax.assemble import assemble, make_arrays
+from elm_jax.assemble import assemble
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset, cuts
@@ -26,7 +26,8 @@ from elm_jax.errors import UserError, printable
 from elm_jax.folders import TOKENIZER
 from elm_jax.models.functional import Arrays
 from elm_jax.run import folder as run
-from elm_jax.run.checkpoint import Checkpoints, load_arrays, save_arrays
+from elm_jax.run.checkpoint import Checkpoints, SavedArrays, save_arrays
+from elm_jax.run.weights import TrainedWeights, first_arrays, frozen_fingerprints, keep_adapter
 from elm_jax.runtime import distributed, telemetry
 from elm_jax.runtime.compilation import cache_folder
 from elm_jax.runtime.faults import StopSignal
@@ -180,18 +181,20 @@ class Trainer:
         self.history: dict[str, Any] = {"best_step": None, "best_val_loss": None, "val_losses": [], "bad": []}
         latest = self.checkpoints.find("latest")
         if latest is None:
-            arrays = self._first_arrays(moved)
+            arrays = first_arrays(self.assembly, self.folder, shardings, moved)
             self.frozen: Arrays = {n: x for n, x in arrays.items() if n not in moved}
-            self.fingerprints = run.frozen_fingerprints(self.assembly.structure, self.frozen)
+            self.fingerprints = frozen_fingerprints(self.assembly.structure.leaves, self.frozen)
             self._keep_reference(arrays)
             self.state = new_state(arrays, like, self.program.optimizer)
         else:
-            known = run.inherited(self.folder, self.assembly.structure.abstract(shardings))
-            self.frozen = {**known, **make_arrays(self.assembly, shardings, known={*moved, *known})}
-            self.fingerprints = run.frozen_fingerprints(self.assembly.structure, self.frozen)
-            self._restore(latest, like)
+            weights = TrainedWeights(self.folder, str(latest), self.assembly)
+            self.frozen = weights.place(shardings, weights.frozen)
+            self.fingerprints = frozen_fingerprints(weights.leaves, self.frozen)
+            weights.check(self.fingerprints)
+            self._restore(latest, weights.meta, like)
         if "reference" in self.assembly.objective.needs:
-            self.frozen |= load_arrays(self.folder / run.REFERENCE, self.program.frozen)
+            kept = SavedArrays(self.folder / run.REFERENCE)
+            self.frozen |= kept.place({name: self.program.frozen[name] for name in kept.shapes})
         if config.encoder.cache:
             self._keep_features()
         self.rollouts = Rollouts(self.assembly, self.mesh) if self.assembly.objective.samples.experience else None
@@ -215,20 +218,7 @@ class Trainer:
             dataset.signal = replace(dataset.signal, features=features)
         self.frozen = {name: self.frozen[name] for name in self.program.frozen}
 
-    def _first_arrays(self, moved: Collection[str]) -> Arrays:
-        """The arrays of a new run: of `init_from`, of checkpoints, drawn from the seed."""
-        source, structure, shardings = self.config.init_from, self.assembly.structure, self.program.shardings
-        if source is None:
-            return make_arrays(self.assembly, shardings)
-        known = run.start_from(source, structure, shardings, self.config.llm.lora)
-        made = make_arrays(self.assembly, shardings, known=known)
-        run.check_start(source, structure, known, made, self.config.init_missing_ok)
-        run.keep_inherited(self.folder, {n: x for n, x in known.items() if n not in moved})
-        return {**made, **known}
-
-    def _restore(self, step: int, like: TrainState) -> None:
-        meta = self.checkpoints.meta(step)
-        run.check_frozen(str(self.folder), meta["frozen"], self.assembly.structure, self.frozen, set(self.fingerprints))
+    def _restore(self, step: int, meta: Mapping[str, Any], like: TrainState) -> None:
         run.check_data(str(self.folder), meta, self.dataset.fingerprint, self.config.data)
         self.history = meta["history"]
         items = {"trained": like.trained, "statistics": like.statistics, "optimizer": like.optimizer}
@@ -397,7 +387,7 @@ class Trainer:
         raise SystemExit(143)
 
     def _finish(self, done: int) -> None:
-        run.keep_adapter(self.folder, self.config, self.assembly.llm, self.state.trained, self.mesh)
+        keep_adapter(self.folder, self.assembly, self.state.trained, self.mesh)
         self.report.summary("finish", done)
         self.report.plot(self.folder)
         if jax.process_index() == 0:

@@ -22,7 +22,7 @@ from elm_jax.assemble import Assembly, encoder_structure, structure_behind_encod
 from elm_jax.config import Config
 from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Layout, collate, empty_signals
 from elm_jax.errors import UserError
-from elm_jax.exchange.published import published_rules
+from elm_jax.exchange.reference import published_rules
 from elm_jax.models.functional import Structure
 from elm_jax.models.hints import placed
 from elm_jax.run.folder import REFERENCE

@@ -14,22 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from elm_jax import compat as behaviours
 from elm_jax.ecg.images import Processing
-from elm_jax.errors import UserError, some
+from elm_jax.errors import UserError
+from elm_jax.folders import read_json
 from elm_jax.models.encoders import Encoder, build_encoder, kind_of
 from elm_jax.models.functional import Leaf, initialise, structure_of
 from elm_jax.models.names import export
-from elm_jax.weights.load import open_checkpoint, read_json
+from elm_jax.weights.files import HF_FOLDER, TORCH_WHOLE, download, is_repository, open_tensors
+from elm_jax.weights.published import Published, match
 from elm_jax.weights.safetensors import Safetensors
 from elm_jax.weights.torch_file import SUFFIXES, TorchFile
 
 WHERE = "encoder.checkpoint"
 FOLDER_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
-TORCH_IN_FOLDER = "pytorch_model.bin"  # of old repositories, which have no safetensors
 
 
 def load_encoder(
@@ -84,45 +83,34 @@ class LoadedEncoder:
         return self._encode(self._state, jnp.asarray(signals))
 
 
-def from_published(
-    name: str, leaves: Mapping[str, Leaf], tensors: Mapping[str, Any], where: str = "encoder.checkpoint"
-) -> dict[str, np.ndarray]:
-    """Published tensors as arrays under our names, in the shapes and dtypes of `leaves`.
+def open_encoder(
+    name: str, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Any], where: str = WHERE
+) -> Published:
+    """Published tensors as arrays of these names and shapes of ours, in the tensors' own dtype.
 
-    What the checkpoint may lack and does (`Kind.absent`) is left out of the result. Raises UserError, naming
-    `where` and the tensors, unless every other leaf is there in its shape and nothing is left over but what the
-    encoder's table says belongs to other parts.
+    What the checkpoint may lack and does (`Kind.absent`) is left out. Raises UserError, naming `where` and the
+    tensors, unless every other array is there in its shape and nothing is left over but what the encoder's table says
+    belongs to other parts.
     """
-    kind = kind_of(name)
-    wanted = {ours: kind.weight_rule(ours) for ours in leaves}
-    names = {ours: rule.names(leaves[ours].shape[0] if rule.stacked else 1) for ours, rule in wanted.items()}
-    expected = [theirs for each in names.values() for theirs in each]
-    named = kind.published(tensors)
-    given = {known: key for key, own in named.items() if (known := kind.published_name(own)) is not None}
-    aliases = kind.aliases(expected)
-    if not aliases.keys().isdisjoint(given):
-        expected += aliases  # under both names throughout, or under one
-    fix = "check encoder.config and that the file is of this encoder"
-    absent = [theirs for theirs in kind.absent(tensors.keys()) if theirs not in given]
-    if missing := [theirs for theirs in expected if theirs not in given and theirs not in absent]:
-        raise UserError(where, f"no weights {some(missing)}", f"the {len(expected)} weights of {name}", fix)
-    if extra := sorted(set(given) - set(expected)):
-        raise UserError(where, f"unknown weights {some(extra)}", f"only the weights of {name}", fix)
-    arrays = {}
-    for ours, rule in wanted.items():
-        if rule.theirs in absent:
-            continue
-        leaf, parts = leaves[ours], [np.asarray(tensors[given[theirs]]) for theirs in names[ours]]
-        shape = rule.their_shape(leaf.shape)
-        for theirs, tensor in zip(names[ours], parts, strict=True):
-            if tensor.shape != shape or not jnp.issubdtype(tensor.dtype, jnp.floating):
-                found = f"{theirs} {tensor.dtype}{list(tensor.shape)}"
-                raise UserError(where, found, f"floating {list(shape)}", fix)
-        arrays[ours] = rule.arrange(parts).astype(leaf.dtype)
-    for second, first in aliases.items():
-        if second in given and not np.array_equal(tensors[given[second]], tensors[given[first]]):
-            raise UserError(where, f"{second} unlike {first}", "the same weights under both names", fix)
-    return arrays
+    kind, fix = kind_of(name), "check encoder.config and that the file is of this encoder"
+    rules = [kind.weight_rule(ours) for ours in shapes]
+    published = {key: kind.published_name(own) for key, own in kind.published(tensors).items()}
+    named = {key: theirs for key, theirs in published.items() if theirs is not None}  # what is not of other parts
+    if not isinstance(tensors, Safetensors | TorchFile):
+        tensors = {key: np.asarray(tensors[key]) for key in named}
+    expected = [theirs for rule in rules for theirs in rule.names(shapes[rule.ours])]
+    return match(
+        where, f"this {name}", fix, rules, shapes, tensors, named, aliases=kind.aliases(expected),
+        may_lack=kind.absent(published),
+    )  # fmt: skip
+
+
+def from_published(
+    name: str, leaves: Mapping[str, Leaf], tensors: Mapping[str, Any], where: str = WHERE
+) -> dict[str, np.ndarray]:
+    """`open_encoder`, read: the arrays in the shapes and dtypes of `leaves`."""
+    found = open_encoder(name, {ours: leaf.shape for ours, leaf in leaves.items()}, tensors, where)
+    return {ours: array.astype(leaves[ours].dtype) for ours, array in found.arrays().items()}
 
 
 def to_published(name: str, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -137,20 +125,11 @@ def read_checkpoint(checkpoint: str | Path | Mapping[str, Any]) -> tuple[Mapping
 
     checkpoint: a dict, maybe with the tensors under model_state_dict; a .safetensors, .pt or .pth file; a folder
         with model.safetensors (or an index and its files), else pytorch_model.bin; an id of the Hugging Face hub.
-    Raises UserError for what cannot be read; files of PyTorch need the torch extra.
     """
     if isinstance(checkpoint, Mapping):
         return checkpoint.get("model_state_dict", checkpoint), WHERE
     path = resolve(checkpoint)
-    if path.is_dir():
-        old = path / TORCH_IN_FOLDER
-        return (TorchFile(old), str(old)) if _only_torch(path) else (open_checkpoint(path), str(path))
-    if path.suffix == ".safetensors":
-        return Safetensors(path), str(path)
-    if path.suffix in SUFFIXES:
-        return TorchFile(path), str(path)
-    fix = "convert it to .safetensors"
-    raise UserError(WHERE, str(path), "a folder, or a file ending in .pt, .pth or .safetensors", fix)
+    return open_tensors(path, WHERE), str(path)
 
 
 def read_config(checkpoint: str | Path | Mapping[str, Any] | None, processing: Processing | None) -> dict[str, Any]:
@@ -166,7 +145,7 @@ def read_config(checkpoint: str | Path | Mapping[str, Any] | None, processing: P
     images = path / "preprocessor_config.json"
     if processing is not None and images.is_file():
         _check_images(images, processing)
-    return read_json(path / "config.json")
+    return read_json(path / "config.json", HF_FOLDER)
 
 
 def resolve(checkpoint: str | Path) -> Path:
@@ -174,20 +153,12 @@ def resolve(checkpoint: str | Path) -> Path:
     path = Path(checkpoint).expanduser()
     if path.exists():
         return path
-    parts = str(checkpoint).split("/")
-    is_file = path.suffix in (".safetensors", *SUFFIXES)
-    if is_file or len(parts) != 2 or parts[0] in ("", ".", "..", "~") or not parts[1]:
+    if path.suffix in (".safetensors", *SUFFIXES) or not is_repository(str(checkpoint)):
         expected = "an existing file or folder, or owner/name of the Hugging Face hub"
         raise UserError(WHERE, str(path), expected, "correct the path")
-    try:
-        folder = Path(snapshot_download(str(checkpoint), allow_patterns=FOLDER_FILES))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(str(checkpoint), allow_patterns=[*FOLDER_FILES, TORCH_IN_FOLDER]))
-        return folder
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        found = f"'{checkpoint}', which the Hugging Face hub did not give ({type(error).__name__}: {str(error)[:200]})"
-        fix = f"download {checkpoint} on a connected machine and set {WHERE} to that folder"
-        raise UserError(WHERE, found, "a file, a folder or a model that can be downloaded", fix) from None
+    folder = download(str(checkpoint), WHERE, FOLDER_FILES)
+    whole = list(folder.glob("*.safetensors"))
+    return folder if whole else download(str(checkpoint), WHERE, [*FOLDER_FILES, TORCH_WHOLE])
 
 
 def _check_images(file: Path, ours: Processing) -> None:
@@ -202,12 +173,8 @@ def _check_images(file: Path, ours: Processing) -> None:
     }  # fmt: skip
     if ours.patch is not None:
         expected["max_num_patches"] = ours.max_patches
-    told = read_json(file)
+    told = read_json(file, HF_FOLDER)
     for name, value in expected.items():
         if told.get(name, value) not in (value, None):
             fix = "use a checkpoint that was trained on such images"
             raise UserError(f"{file} {name}", str(told[name]), str(value), fix)
-
-
-def _only_torch(folder: Path) -> bool:
-    return (folder / TORCH_IN_FOLDER).is_file() and not list(folder.glob("*.safetensors"))

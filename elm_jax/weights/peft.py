@@ -7,22 +7,22 @@ b (L, rank, out). Every field of the configuration is accounted for: one that is
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from elm_jax.config import LoraConfig
-from elm_jax.errors import UserError, nearest, some
-from elm_jax.json_text import parse_json
+from elm_jax.errors import UserError, nearest
+from elm_jax.folders import read_json
 from elm_jax.models.decoder import Decoder, DecoderConfig
 from elm_jax.models.lora import LoraSpec, add_lora, is_lora, target_modules, their_module
 from elm_jax.models.names import Rule, export
 from elm_jax.weights.load import parameters
+from elm_jax.weights.published import Published, match
 from elm_jax.weights.safetensors import Safetensors, save_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -79,32 +79,18 @@ def spec_of(lora: LoraConfig) -> LoraSpec | None:
     return replace(spec, dropout=lora.dropout)
 
 
-def load_adapter(folder: str | Path, config: DecoderConfig) -> tuple[LoraSpec, dict[str, np.ndarray]]:
+def load_adapter(folder: str | Path, config: DecoderConfig) -> tuple[LoraSpec, Published]:
     """The adapter in a PEFT folder: its spec, and its arrays ("layers.attention.q.lora.a") in their own dtype.
 
     Raises:
         UserError: a field of its configuration that we do not know or do not compute, or tensors that do not fit
             the model; by name.
     """
-    folder = Path(folder)
-    spec = _read_spec(folder / CONFIG)
-    rules = _rules(config, spec.targets, str(folder / CONFIG))
-    tensors, where = Safetensors(folder / WEIGHTS), str(folder / WEIGHTS)
-    fix = "use the adapter of this model, with its own adapter_config.json"
-    expected = {name for rule in rules for name in rule.names(config.layers)}
-    for what, names in (("no", expected - set(tensors)), ("unexpected", set(tensors) - expected)):
-        if names:
-            found = f"{what} {some(sorted(names))}"
-            raise UserError(where, found, f"the {len(expected)} tensors of {spec.targets}", fix)
-    shapes, arrays = _shapes(config, spec), {}
-    for rule in rules:
-        shape = rule.their_shape(shapes[rule.ours])
-        for name in rule.names(config.layers):
-            if tensors[name].shape != shape or not jnp.issubdtype(tensors[name].dtype, jnp.floating):
-                found = f"{name} {tensors[name].dtype}{list(tensors[name].shape)}"
-                raise UserError(where, found, f"floating {list(shape)}", fix)
-        arrays[rule.ours] = rule.arrange([tensors[name] for name in rule.names(config.layers)])
-    return spec, arrays
+    told, file = Path(folder) / CONFIG, Path(folder) / WEIGHTS
+    spec, fix = _read_spec(told), "use the adapter of this model, with its own adapter_config.json"
+    rules, tensors = _rules(config, spec.targets, str(told)), Safetensors(file)
+    names = {name: name for name in tensors}
+    return spec, match(str(file), spec.targets, fix, rules, _shapes(config, spec), tensors, names)
 
 
 def save_adapter(
@@ -148,6 +134,26 @@ def merged_kernel(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float
     return (kernel.astype(np.float32) + change).astype(kernel.dtype)
 
 
+def merged(arrays: Iterable[tuple[str, np.ndarray]], scale: float) -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays, those of LoRA first, as those of the model without it."""
+    adapter: dict[str, np.ndarray] = {}
+    for name, array in arrays:
+        module = name.removesuffix(".kernel")
+        if is_lora(name):
+            adapter[name] = array
+        elif f"{module}.lora.a" in adapter:
+            layers = zip(array, adapter[f"{module}.lora.a"], adapter[f"{module}.lora.b"], strict=True)
+            result = np.empty_like(array)
+            for layer, parts in enumerate(layers):
+                result[layer] = merged_kernel(*parts, scale)
+            del array, layers  # it may be large, and what comes next too
+            yield name, result
+            del result
+        else:
+            yield name, array
+            del array
+
+
 def _rules(config: DecoderConfig, targets: str, where: str) -> list[Rule]:
     """Which tensor of the adapter is which array."""
     return [
@@ -176,12 +182,7 @@ def _short(rule: Rule, model_type: str) -> str:
 
 
 def _read_spec(path: Path) -> LoraSpec:
-    try:
-        fields = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(str(path), str(error), "a JSON file", "use a folder that PEFT has saved") from None
-    if not isinstance(fields, dict):
-        raise UserError(str(path), type(fields).__name__, "a JSON object", "use a folder that PEFT has saved")
+    fields = read_json(path, "use a folder that PEFT has saved")
     known = {*_READ, *_IRRELEVANT, *_ONLY}
     for name, value in fields.items():
         if name not in known:

@@ -12,7 +12,7 @@ import numpy as np
 from elm_jax.models.names import Rule
 from elm_jax.weights.safetensors import SafetensorsWriter
 
-Entry = tuple[np.dtype, tuple[int, ...]]
+Layout = tuple[np.dtype, tuple[int, ...]]
 
 
 class ShardWriter:
@@ -20,25 +20,25 @@ class ShardWriter:
 
     Args:
         stem: the folder and the start of the files' names.
-        rules: of the arrays that will be written; entries: the dtype and shape of our array of each rule.
+        rules: of the arrays that will be written; layouts: the dtype and shape of our array of each rule.
         aliases: a further name -> the name of the same tensor, which is written under both.
         limit: bytes of a file at most (a larger tensor has one of its own); None: all is one file.
     """
 
     def __init__(
-        self, stem: Path, rules: Sequence[Rule], entries: Mapping[str, Entry],
+        self, stem: Path, rules: Sequence[Rule], layouts: Mapping[str, Layout],
         aliases: Mapping[str, str] | None = None, limit: int | None = None,
     ) -> None:  # fmt: skip
         self._rules = {rule.ours: rule for rule in rules}
         layout = {
-            theirs: (entries[rule.ours][0], rule.their_shape(entries[rule.ours][1]))
-            for rule in rules for theirs in _names(rule, entries)
+            theirs: (layouts[rule.ours][0], rule.their_shape(layouts[rule.ours][1]))
+            for rule in rules for theirs in rule.names(layouts[rule.ours][1])
         }  # fmt: skip
         self._aliases: dict[str, list[str]] = {}
         for second, first in (aliases or {}).items():
             layout[second] = layout[first]
             self._aliases.setdefault(first, []).append(second)
-        order = [*_in_reading_order(rules, entries), *(aliases or {})]
+        order = [*_in_reading_order(rules, layouts), *(aliases or {})]
         groups = [order] if limit is None else _groups(order, layout, limit)
         self.files = [_file_name(stem.name, number, len(groups)) for number in range(len(groups))]
         shards = dict(zip(self.files, groups, strict=True))
@@ -54,7 +54,7 @@ class ShardWriter:
     def write(self, ours: str, array: np.ndarray) -> None:
         """Put our array, in the dtype that was said, into the files."""
         rule = self._rules[ours]
-        for layer, theirs in enumerate(rule.names(len(array) if rule.stacked else 1)):
+        for layer, theirs in enumerate(rule.names(array.shape)):
             part = rule.restore(array[layer : layer + 1] if rule.stacked else array)[0]
             for name in (theirs, *self._aliases.get(theirs, ())):
                 self._writers[self._where[name]].write(name, part)
@@ -63,20 +63,16 @@ class ShardWriter:
         for writer in self._writers.values():
             writer.close()
 
-    def _write_index(self, path: Path, layout: Mapping[str, Entry]) -> None:
+    def _write_index(self, path: Path, layout: Mapping[str, Layout]) -> None:
         count = sum(math.prod(shape) for _, shape in layout.values())
         metadata = {"total_parameters": count, "total_size": self.bytes}
         content = {"metadata": metadata, "weight_map": dict(sorted(self._where.items()))}
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _names(rule: Rule, entries: Mapping[str, Entry]) -> list[str]:
-    return rule.names(entries[rule.ours][1][0] if rule.stacked else 1)
-
-
-def _in_reading_order(rules: Sequence[Rule], entries: Mapping[str, Entry]) -> Iterable[str]:
+def _in_reading_order(rules: Sequence[Rule], layouts: Mapping[str, Layout]) -> Iterable[str]:
     """Their names: what stands before the layers, layer by layer, what stands after them."""
-    stacked = [_names(rule, entries) for rule in rules if rule.stacked]
+    stacked = [rule.names(layouts[rule.ours][1]) for rule in rules if rule.stacked]
     first = next((i for i, rule in enumerate(rules) if rule.stacked), len(rules))
     yield from (rule.theirs for rule in rules[:first])
     for layer in range(max(map(len, stacked), default=0)):  # an encoder's stacks may differ in length
@@ -84,7 +80,7 @@ def _in_reading_order(rules: Sequence[Rule], entries: Mapping[str, Entry]) -> It
     yield from (rule.theirs for rule in rules[first:] if not rule.stacked)
 
 
-def _groups(names: Sequence[str], layout: Mapping[str, Entry], limit: int) -> list[list[str]]:
+def _groups(names: Sequence[str], layout: Mapping[str, Layout], limit: int) -> list[list[str]]:
     groups: list[list[str]] = [[]]
     size = 0
     for name in names:
@@ -97,7 +93,7 @@ def _groups(names: Sequence[str], layout: Mapping[str, Entry], limit: int) -> li
     return groups
 
 
-def _size(entry: Entry) -> int:
+def _size(entry: Layout) -> int:
     return math.prod(entry[1]) * entry[0].itemsize
 
 

@@ -15,13 +15,13 @@ from jax.sharding import SingleDeviceSharding
 from parity import e2e
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from elm_jax.assemble import assemble, make_arrays
+from elm_jax.assemble import assemble
 from elm_jax.cli import guard
 from elm_jax.config import Config, resolve
 from elm_jax.elms import ELMS
 from elm_jax.run import folder as run
 from elm_jax.run.checkpoint import Checkpoints
-from elm_jax.run.weights import TrainedWeights
+from elm_jax.run.weights import TrainedWeights, Weights, frozen_fingerprints
 from elm_jax.runtime.mesh import array_shardings, make_mesh
 from elm_jax.text.render import THINK_TOKENS
 from elm_jax.training.state import split_names
@@ -102,12 +102,12 @@ def make_run(folder: Path, tree: Mapping[str, Any], arrays: Mapping[str, np.ndar
     here: dict[str, Any] = dict.fromkeys(assembly.structure.leaves, SingleDeviceSharding(jax.devices()[0]))
     if "mesh" in tree:
         here = dict(array_shardings(assembly.structure, make_mesh(config.mesh)))
-    made = make_arrays(assembly, here) | {name: jax.device_put(x, here[name]) for name, x in (arrays or {}).items()}
+    made = Weights(assembly).place(here) | {name: jax.device_put(x, here[name]) for name, x in (arrays or {}).items()}
     trained, moving, frozen = split_names(assembly.structure, config.update)
     checkpoints = Checkpoints(folder)
     items = {"trained": {n: made[n] for n in trained}, "statistics": {n: made[n] for n in moving}}
     history = {"best_step": None, "best_val_loss": None, "val_losses": [], "bad": []}
-    prints = run.frozen_fingerprints(assembly.structure, {name: made[name] for name in frozen})
+    prints = frozen_fingerprints(assembly.structure.leaves, {name: made[name] for name in frozen})
     checkpoints.save(3, items, {"frozen": prints, "frozen_ids": {}, "data": "", "history": history})
     checkpoints.wait()
     checkpoints.close()
@@ -123,7 +123,7 @@ def export_command(*args: Any) -> int:
 
 def arrays_of(config: Config) -> dict[str, np.ndarray]:
     """All arrays of a run as they are kept."""
-    weights = TrainedWeights(config)
+    weights = TrainedWeights(Path(config.workdir), "best", config)
     return {name: np.array(x) for name, x in weights.arrays(list(weights.leaves))}
 
 

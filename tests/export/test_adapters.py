@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from export.made_runs import Golden, export_command, llm_folder, make_run, settings
 
-from elm_jax.weights.load import open_checkpoint
+from elm_jax.weights.files import open_checkpoint
 from elm_jax.weights.peft import CONFIG, WEIGHTS
 from elm_jax.weights.safetensors import Safetensors
 

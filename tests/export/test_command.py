@@ -18,7 +18,7 @@ from parity import e2e
 from elm_jax.exchange import hub
 from elm_jax.exchange.card import _licence
 from elm_jax.folders import write_json
-from elm_jax.weights.load import open_checkpoint
+from elm_jax.weights.files import open_checkpoint
 from elm_jax.weights.safetensors import Safetensors
 
 SCORES = {

@@ -13,7 +13,7 @@ from export.made_runs import ADDED, Golden, arrays_of, export_command, llm_folde
 
 from elm_jax.assemble import assemble
 from elm_jax.exchange.llm_folder import edited
-from elm_jax.weights.load import open_checkpoint
+from elm_jax.weights.files import open_checkpoint
 
 LLAMAS = ("llm_llama_tied", "llm_llama_untied_sharded")
 LLMS = (*LLAMAS, "llm_qwen2_tied", "llm_qwen3", "llm_gemma2", "llm_gpt2", "llm_opt")

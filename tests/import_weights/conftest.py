@@ -15,7 +15,7 @@ from elm_jax import cli
 from elm_jax.cli import ConfigFlags
 from elm_jax.import_weights import main
 from elm_jax.inference.model import TrainedModel
-from elm_jax.run.folder import config_of_run
+from elm_jax.run.config import config_of_run
 from elm_jax.symbols.coder import EcgByte
 
 Golden = Callable[[str], Path]

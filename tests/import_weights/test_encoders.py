@@ -16,11 +16,12 @@ from import_weights import checkpoints
 from import_weights.conftest import imported, loaded
 from parity import e2e
 
-from elm_jax.exchange.published import published_rules
+from elm_jax.exchange.reference import published_rules
 from elm_jax.models.encoders import build_encoder
 from elm_jax.models.functional import structure_of
 from elm_jax.weights.encoders import load_encoder, to_published
-from elm_jax.weights.load import load_llm, open_checkpoint
+from elm_jax.weights.files import open_checkpoint
+from elm_jax.weights.load import load_llm
 from elm_jax.weights.peft import load_adapter
 from elm_jax.weights.safetensors import Safetensors, save_safetensors
 
@@ -209,7 +210,8 @@ def test_an_adapter_folder_becomes_a_run(golden: Golden, workplace: Path, tmp_pa
     run = imported(folder, tmp_path / "run", *model)
     found = Safetensors(run / "inherited" / "arrays.safetensors")
     decoder = load_llm(base)
-    spec, expected = load_adapter(folder, decoder.config)
+    spec, adapter = load_adapter(folder, decoder.config)
+    expected = adapter.arrays()
     assert set(found) == {f"llm.{n}" for n in expected}
     for n, array in expected.items():
         np.testing.assert_array_equal(found[f"llm.{n}"], array)
@@ -239,7 +241,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(
     name = sorted(tensors)[0]
     for change, message in (
         ({name: None}, f"found no {name}"),
-        ({"base_model.model.other.weight": np.zeros(3)}, "found unexpected base_model.model.other.weight"),
+        ({"base_model.model.other.weight": np.zeros(3)}, "found unknown base_model.model.other.weight"),
         ({name: np.zeros((2, 2), np.float32)}, f"found {name} float32[2, 2]"),
     ):
         changed = {n: x for n, x in {**tensors, **change}.items() if x is not None}

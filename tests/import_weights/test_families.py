@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from import_weights import checkpoints
@@ -15,7 +14,8 @@ from import_weights.conftest import imported
 from transformers import AutoTokenizer
 
 from elm_jax.text.render import THINK_TOKENS, add_tokens
-from elm_jax.weights.load import load_llm_arrays, open_checkpoint, read_llm_config
+from elm_jax.weights.files import open_checkpoint
+from elm_jax.weights.load import open_llm, read_llm_config
 from elm_jax.weights.peft import load_adapter
 from elm_jax.weights.safetensors import Safetensors
 
@@ -65,8 +65,7 @@ def test_every_family_comes_in_as_its_folder_does(golden: Golden, tmp_path: Path
     rows = tokens_of(llm) if is_cut else None
     run = imported(checkpoints.save(tmp_path / "elm.pt", state_of(llm, rows)), tmp_path / "run", *flags_of(llm))
     found = Safetensors(run / "inherited" / "arrays.safetensors")
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    expected = load_llm_arrays(llm, read_llm_config(llm), "float32", lambda *_: here)
+    expected = open_llm(llm, read_llm_config(llm)).arrays()
     assert {n.removeprefix("llm.") for n in found if n.startswith("llm.")} == set(expected)
     for own, array in expected.items():
         got, want = found[f"llm.{own}"], np.asarray(array)
@@ -92,7 +91,8 @@ def test_an_adapter_of_every_family_comes_in(golden: Golden, tmp_path: Path, nam
     wrapped |= {f"llm.llm.{n.removesuffix('.weight')}.default.weight": x for n, x in tensors.items()}
     file = checkpoints.save(tmp_path / "lora.pt", wrapped)
     inside = imported(file, tmp_path / "inside", *flags_of(llm))
-    spec, arrays = load_adapter(adapter, config)
+    spec, opened = load_adapter(adapter, config)
+    arrays = opened.arrays()
     found = [Safetensors(run / "inherited" / "arrays.safetensors") for run in (alone, inside)]
     for each in found:
         assert {n for n in each if ".lora." in n} == {f"llm.{n}" for n in arrays}

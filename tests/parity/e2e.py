@@ -23,7 +23,7 @@ from support import stack_micro_batches
 from elm_jax.config import Config, MeshConfig, resolve
 from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Conversation, Group, collate
 from elm_jax.elms import ELMS
-from elm_jax.exchange.published import published_rules
+from elm_jax.exchange.reference import published_rules
 from elm_jax.models.connectors import SIGNAL_KINDS, build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder
 from elm_jax.models.elm import ELM
@@ -36,7 +36,7 @@ from elm_jax.training.optim import batch_scale, learning_rate_multiplier, make_o
 from elm_jax.training.state import abstract_state, new_state, split_names
 from elm_jax.training.step import make_train_step
 from elm_jax.weights.encoders import from_published
-from elm_jax.weights.load import load_llm_arrays, read_llm_config
+from elm_jax.weights.load import open_llm, read_llm_config
 from elm_jax.weights.safetensors import Safetensors
 
 KINDS = tuple(ELMS)
@@ -145,9 +145,8 @@ def _build(kind: str, llm: Any, tokens: int, shape: tuple[int, int], golden: Any
 def _initial(
     structure: Structure, folder: Path, llm_folder: Path, encoder: str | None, rules: Mapping[str, Rule], golden: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    llm = load_llm_arrays(llm_folder, read_llm_config(llm_folder), "float32", lambda *_: here)
-    yield from ((f"llm.{name}", np.asarray(x)) for name, x in llm.items())
+    llm = open_llm(llm_folder, read_llm_config(llm_folder)).arrays()
+    yield from ((f"llm.{name}", x.astype(np.float32)) for name, x in llm.items())
     if encoder is not None:
         own = {n.removeprefix("encoder."): leaf for n, leaf in structure.leaves.items() if n.startswith("encoder.")}
         tensors = Safetensors(golden(ENCODER_FOLDER) / "model.safetensors")

@@ -142,7 +142,7 @@ def test_every_weight_is_needed_in_its_shape(golden: GoldenFolder, case: str) ->
     for key, tensor in tensors.items():
         with pytest.raises(UserError) as missing:
             from_published(name, leaves, {other: tensors[other] for other in tensors if other != key})
-        assert f"found no weights {key};" in str(missing.value)
+        assert f"found no {key};" in str(missing.value)
         with pytest.raises(UserError) as misshapen:
             from_published(name, leaves, {**tensors, key: np.concatenate([tensor, tensor])})
         assert f"found {key} " in str(misshapen.value)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from parity_log import compare, record
 
-from elm_jax.assemble import Assembly, assemble, make_arrays
+from elm_jax.assemble import Assembly, assemble
 from elm_jax.config import resolve
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset
@@ -22,6 +22,7 @@ from elm_jax.data.plan import Plan
 from elm_jax.inference.generate import generate
 from elm_jax.models.connectors import RULES
 from elm_jax.models.functional import Arrays
+from elm_jax.run.weights import Weights
 from elm_jax.text.render import decode
 from elm_jax.training.step import loss_and_gradients
 from elm_jax.weights.safetensors import Safetensors
@@ -61,7 +62,7 @@ def run(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> tuple[Assem
     assembly = assemble(config)
     assert len(assembly.tokenizer) == setup["vocab"]
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    arrays = make_arrays(assembly, dict.fromkeys(assembly.structure.leaves, device))
+    arrays = Weights(assembly).place(dict.fromkeys(assembly.structure.leaves, device))
     connector = Safetensors(folder / "connector_init.safetensors")
     for rule in RULES[str(assembly.config.view.connector)]:
         (theirs,) = [name for name in connector if name.endswith(rule.theirs)]

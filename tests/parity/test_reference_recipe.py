@@ -18,10 +18,11 @@ import runs
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from elm_jax.assemble import Assembly, assemble, make_arrays
+from elm_jax.assemble import Assembly, assemble
 from elm_jax.cli import ConfigFlags, read_config_file
 from elm_jax.config import Config, resolve
 from elm_jax.data.plan import Plan
+from elm_jax.run.weights import Weights
 from elm_jax.text.render import add_tokens
 from elm_jax.training import loop
 
@@ -90,7 +91,7 @@ def small(shared: Path, folder: Path, workdir: Path, **changes: Any) -> Config:
 def reference_losses(folder: Path, assembly: Assembly, order: list[list[int]]) -> list[float]:
     """The loop of the reference over micro-batches of these samples: left-padded rows of one conversation each."""
     dataset, device = assembly.dataset("train"), jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    arrays = make_arrays(assembly, dict.fromkeys(assembly.structure.leaves, device))
+    arrays = Weights(assembly).place(dict.fromkeys(assembly.structure.leaves, device))
     elm = assembly.structure.bind(arrays)
     llm = Qwen2ForCausalLM.from_pretrained(folder / "llm", attn_implementation="eager").float()
     sizes = [arrays[f"connector.{part}.kernel"].shape for part in ("hidden", "projection")]

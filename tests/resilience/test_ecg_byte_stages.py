@@ -12,7 +12,8 @@ from elm_jax import chat, cli, evaluate
 from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config
 from elm_jax.inference.model import TrainedModel
-from elm_jax.run.folder import config_of_run, open_folder
+from elm_jax.run.config import config_of_run
+from elm_jax.run.folder import open_folder
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.training.loop import Trainer, train
 

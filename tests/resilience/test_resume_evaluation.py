@@ -28,12 +28,13 @@ import runs  # noqa: E402
 import warm  # noqa: E402
 from fake_model import Asked, fake_config  # noqa: E402
 
-from elm_jax.assemble import assemble, make_arrays  # noqa: E402
+from elm_jax.assemble import assemble  # noqa: E402
 from elm_jax.config import MeshConfig  # noqa: E402
 from elm_jax.evaluation import evaluator  # noqa: E402
 from elm_jax.evaluation.store import AnswerFile, Store  # noqa: E402
 from elm_jax.folders import json_lines  # noqa: E402
 from elm_jax.inference.speaker import Speaker  # noqa: E402
+from elm_jax.run.weights import Weights  # noqa: E402
 from elm_jax.runtime import distributed  # noqa: E402
 from elm_jax.runtime.mesh import array_shardings, make_mesh  # noqa: E402
 
@@ -280,7 +281,7 @@ def real_model(conf: Any) -> Callable[[], Any]:
     """Makes a tiny model of random weights, moved so that answers differ; each time with nothing computed yet."""
     assembly = assemble(conf)
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    arrays, rng = make_arrays(assembly, array_shardings(assembly.structure, mesh)), np.random.default_rng(0)
+    arrays, rng = Weights(assembly).place(array_shardings(assembly.structure, mesh)), np.random.default_rng(0)
     for name, x in arrays.items():
         if name.startswith(("llm.embedding", "llm.head", "connector.")):
             arrays[name] = jax.device_put(np.asarray(x) + rng.standard_normal(x.shape).astype(x.dtype), x.sharding)

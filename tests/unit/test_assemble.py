@@ -11,11 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from elm_jax.assemble import Assembly, assemble, make_arrays
+from elm_jax.assemble import Assembly, assemble
 from elm_jax.config import Config, resolve
 from elm_jax.data.demo import demo_tokenizer
 from elm_jax.errors import UserError
 from elm_jax.run import folder as run
+from elm_jax.run.weights import Weights
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.text.render import THINK_TOKENS
 from elm_jax.training.loop import Trainer
@@ -234,7 +235,7 @@ def test_a_frozen_encoder_needs_all_its_weights(tmp_path: Path, golden: Any) -> 
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = dict.fromkeys(assembly.structure.leaves, here)
         if "encoder" in update:
-            assert set(make_arrays(assembly, shardings)) == set(shardings)
+            assert set(Weights(assembly).place(shardings)) == set(shardings)
         else:
             with pytest.raises(UserError, match=r"encoder.checkpoint: found no weights for .*stay as they are drawn"):
-                make_arrays(assembly, shardings)
+                Weights(assembly).place(shardings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from elm_jax.config import Config, LoraConfig, MeshConfig, to_dict
+from elm_jax.config import Config, MeshConfig, to_dict
 from elm_jax.errors import UserError
 from elm_jax.folders import read_json, write_json
-from elm_jax.models.functional import Leaf, Structure
+from elm_jax.models.functional import Arrays, Leaf, Structure
 from elm_jax.run import folder as run
-from elm_jax.run.checkpoint import Checkpoints, fingerprint
+from elm_jax.run.checkpoint import Checkpoints, SavedArrays, fingerprint, save_arrays
+from elm_jax.run.weights import INHERITED, first_arrays
 from elm_jax.runtime.mesh import make_mesh
 
 SPECS = [PartitionSpec(), PartitionSpec("fsdp"), PartitionSpec("fsdp", "tensor"), PartitionSpec(None, ("data", "fsdp"))]
@@ -41,6 +43,10 @@ def items(seed: int = 0, spec: PartitionSpec = SPECS[0]) -> dict[str, Any]:
     trained = arrays(seed, spec)
     moments = jax.tree.map(lambda x: (2 * x).astype(jnp.bfloat16), trained)
     return {"trained": trained, "statistics": {}, "optimizer": (jnp.int32(seed), moments)}
+
+
+def structs(like: dict[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in like.items()}
 
 
 @pytest.fixture
@@ -65,7 +71,11 @@ def test_restored_on_another_mesh_bit_by_bit(checkpoints: Checkpoints) -> None:
     assert_equal(restored, items(1))
     for name, array in restored["trained"].items():
         assert array.sharding == like["trained"][name].sharding
-    assert_equal(checkpoints.restore_arrays(3, arrays()), arrays(1))
+    saved = SavedArrays(checkpoints.items(3)["llm.w"])
+    assert_equal(saved.place(structs(arrays())), arrays(1))
+    one = {"llm.w": arrays()["llm.w"].astype(jnp.bfloat16)}
+    assert_equal(saved.place(structs(one)), {"llm.w": arrays(1)["llm.w"].astype(jnp.bfloat16)})
+    assert_equal(saved.arrays(["llm.w"]), {"llm.w": np.asarray(arrays(1)["llm.w"])})
 
 
 def test_the_latest_and_the_best_are_kept_also_by_the_next_start(tmp_path: Path) -> None:
@@ -120,8 +130,6 @@ def test_another_models_checkpoint_is_refused_by_folder(checkpoints: Checkpoints
     for like in (larger, other_names):
         with pytest.raises(UserError, match="checkpoints/1"):
             checkpoints.restore(1, like)
-    with pytest.raises(UserError, match="unknown to this model"):
-        checkpoints.restore_arrays(1, {"llm.w": arrays()["llm.w"]})
 
 
 # -- fingerprints ---------------------------------------------------------------------------------------------
@@ -166,14 +174,15 @@ def model(dtype: str = "float32") -> dict[str, jax.Array]:
     return {**arrays(0), "encoder.w": jnp.ones((4, 4), dtype) / 3}
 
 
-def start(source: str, missing_ok: tuple[str, ...] = (), dtype: str = "float32") -> dict[str, jax.Array]:
-    """As a new run does: what `source` knows, the rest made anew, and checked."""
-    leaves = {n: Leaf(x.shape, x.dtype, (), False, n.split(".")[0]) for n, x in model(dtype).items()}
-    structure = Structure(None, None, leaves)  # type: ignore[arg-type]
-    known = run.start_from(source, structure, {n: x.sharding for n, x in model().items()}, LoraConfig())
-    made = {n: x for n, x in model(dtype).items() if n not in known}
-    run.check_start(source, structure, known, made, missing_ok)
-    return {**made, **known}
+def start(source: str, missing_ok: tuple[str, ...] = (), dtype: str = "float32", **others: jax.Array) -> Arrays:
+    """As a new run does: what `source` knows, the rest made anew, and checked; `others` replace arrays of the model."""
+    made = {**model(dtype), **others}
+    leaves = {n: Leaf(x.shape, x.dtype, (), False, n.split(".")[0]) for n, x in made.items()}
+    assembly: Any = SimpleNamespace(
+        config=Config(init_from=source, init_missing_ok=missing_ok), structure=Structure(None, None, leaves),  # type: ignore[arg-type]
+        llm_folder=None, draw=lambda shardings: {name: made[name] for name in shardings},
+    )  # fmt: skip
+    return first_arrays(assembly, Path(source) / "new", {n: x.sharding for n, x in made.items()}, made)
 
 
 def encoder_fingerprint(dtype: str) -> dict[str, str]:
@@ -194,8 +203,7 @@ def test_init_from_takes_what_was_trained_and_checks_what_was_not(tmp_path: Path
 def test_init_from_takes_what_the_source_itself_inherited(tmp_path: Path) -> None:
     source = a_run(tmp_path / "heir", {"encoder": "whatever"})
     inherited = {"encoder.w": jnp.full((4, 4), 7.0)}
-    run.keep_inherited(Path(source), inherited)
-    run.keep_inherited(Path(source), {"encoder.w": jnp.zeros((4, 4))})  # once is once
+    save_arrays(Path(source) / INHERITED, inherited)
     assert_equal(start(source)["encoder.w"], inherited["encoder.w"])
 
 
@@ -210,8 +218,17 @@ def test_init_from_a_folder_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="config.init_from"):
         start(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="without a checkpoint"):
+    with pytest.raises(UserError, match="config.init_from: found no checkpoint in"):
         start(str(tmp_path))
+
+
+def test_init_from_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    source = a_run(tmp_path / "other", {})
+    with pytest.raises(UserError, match=r"connector.w \[16, 8\], here \[2, 2\]"):
+        start(source, ("encoder",), **{"connector.w": jnp.zeros((2, 2))})
+    save_arrays(Path(source) / INHERITED, {"encoder.v": jnp.zeros(3)})
+    with pytest.raises(UserError, match="inherited: found arrays unknown to this model: encoder.v"):
+        start(source, ("encoder",))
 
 
 # -- the run's folder -----------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from elm_jax.errors import UserError
 from elm_jax.models.families import ALIASES, FAMILIES, chat_family, extended, family_of, from_hf, scratch_config, to_hf
 from elm_jax.models.names import export
 from elm_jax.text.forms import CHAT_FORMS
-from elm_jax.weights.load import load_llm, open_checkpoint, parameters, read_llm_config, resolve_llm_folder
+from elm_jax.weights.files import open_checkpoint
+from elm_jax.weights.load import load_llm, parameters, read_llm_config, resolve_llm_folder
 from elm_jax.weights.safetensors import save_safetensors
 
 SHARDED = "llm_llama_untied_sharded"
@@ -259,7 +260,7 @@ def test_a_checkpoint_of_the_bare_model_with_its_buffers_is_read(golden, tmp_pat
     for path, variable in parameters(nnx.state(load_llm(tmp_path))).items():
         assert np.array_equal(variable[...], expected[path][...]), path
     save_safetensors(tmp_path / "model.safetensors", tensors | {"h.0.extra.bias": tensors["h.0.attn.bias"]})
-    with pytest.raises(UserError, match="unexpected transformer.h.0.extra.bias"):
+    with pytest.raises(UserError, match="unknown transformer.h.0.extra.bias"):
         load_llm(tmp_path)
 
 

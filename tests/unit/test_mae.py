@@ -297,5 +297,5 @@ def test_a_training_checkpoint_of_st_mem_is_read_without_its_decoder(rng) -> Non
     wrapped = {f"module.{key}": tensor for key, tensor in tensors.items()}
     arrays = from_published("st_mem", leaves, wrapped | more)
     np.testing.assert_array_equal(arrays["sep"], tensors["encoder.sep_embedding"])
-    with pytest.raises(UserError, match="found unknown weights encoder.cls_embedding"):
+    with pytest.raises(UserError, match="found unknown encoder.cls_embedding"):
         from_published("st_mem", leaves, {**tensors, "encoder.cls_embedding": np.zeros(16, np.float32)})

@@ -14,7 +14,7 @@ import pytest
 import runs
 from runs import logged, saved_arrays
 
-from elm_jax.assemble import assemble, make_arrays
+from elm_jax.assemble import assemble
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch, BatchShape, Group, collate
 from elm_jax.data.loader import StepSource
@@ -23,6 +23,7 @@ from elm_jax.data.samples import Experience, Sample, Samples
 from elm_jax.data.sources import Record
 from elm_jax.models.elm import ELM
 from elm_jax.objectives import OBJECTIVES, Objective, Sums, log_probs, register_objective, sums_of_samples
+from elm_jax.run.weights import Weights
 from elm_jax.runtime.mesh import array_shardings, make_mesh
 from elm_jax.text.turns import to_turns
 from elm_jax.training import loop
@@ -171,7 +172,7 @@ def test_a_pair_begins_at_log_two_and_is_computed_as_in_rows_of_its_own(tmp_path
     samples = [sample for sample in batch.sample_ids.reshape(-1).tolist() if sample >= 0]
     assert samples[::2] == samples[1::2] and (batch.branch_ids > 1).any()  # both, behind a prefix
     mesh = make_mesh(made.mesh, jax.devices()[:1])
-    arrays = make_arrays(parts, array_shardings(parts.structure, mesh))
+    arrays = Weights(parts).place(array_shardings(parts.structure, mesh))
 
     def of_samples(batch: Batch) -> np.ndarray:
         elm = parts.structure.bind(arrays)
@@ -199,7 +200,7 @@ def log_probs_of(parts: Any, arrays: Any, batch: Batch) -> Any:
 def test_answers_depend_on_seed_step_and_record_alone(tmp_path: Path) -> None:
     parts, source = step_of(config(tmp_path, "toy_answers"))
     mesh = make_mesh(parts.config.mesh, jax.devices()[:1])
-    arrays = make_arrays(parts, array_shardings(parts.structure, mesh))
+    arrays = Weights(parts).place(array_shardings(parts.structure, mesh))
     first = list(Rollouts(parts, mesh).steps(source, 0, lambda: arrays))
     later = next(Rollouts(parts, mesh).steps(source, 2, lambda: arrays))
     jax.tree.map(np.testing.assert_array_equal, first[2].batch, later.batch)

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import runs
 
-from elm_jax.assemble import Assembly, assemble, make_arrays
+from elm_jax.assemble import Assembly, assemble
 from elm_jax.config import MeshConfig
 from elm_jax.errors import UserError
 from elm_jax.inference.decoding import make_cache
 from elm_jax.inference.requests import Piece
 from elm_jax.inference.speaker import Prompt, Speaker
+from elm_jax.run.weights import Weights
 from elm_jax.runtime.mesh import array_shardings, make_mesh
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.text.render import render_prompt
@@ -57,7 +58,7 @@ def speaker(assembly: Assembly, sizes: tuple[int, int, int] = ONE) -> Speaker:
     """With random weights, moved so that answers differ."""
     count = int(np.prod(sizes))
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:count])
-    arrays = make_arrays(assembly, array_shardings(assembly.structure, mesh))
+    arrays = Weights(assembly).place(array_shardings(assembly.structure, mesh))
     rng = np.random.default_rng(0)
     for name, x in arrays.items():
         if name.startswith(("llm.embedding", "llm.head", "connector.")):

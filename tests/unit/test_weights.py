@@ -20,15 +20,15 @@ from elm_jax.models import hints
 from elm_jax.models.families import extended, family_of, to_hf
 from elm_jax.models.names import Rule, bare_name, export
 from elm_jax.runtime.mesh import MeshPlacement, make_mesh, named_sharding
+from elm_jax.weights.files import open_checkpoint
 from elm_jax.weights.load import (
-    NewRows,
     load_llm,
-    load_llm_arrays,
-    open_checkpoint,
+    open_llm,
     parameters,
     read_llm_config,
     resolve_llm_folder,
 )
+from elm_jax.weights.published import NewRows
 from elm_jax.weights.safetensors import DTYPES, Safetensors, save_safetensors
 
 SHARDED = "llm_llama_untied_sharded"
@@ -218,7 +218,9 @@ TABLES = {"embedding.table": "model.embed_tokens.weight", "head.kernel": "lm_hea
 
 def new_rows(folder, config, base, shardings=one_device) -> dict[str, np.ndarray]:
     """The rows (new, D) of both tables after the folder's own, which must be as they were."""
-    arrays, tensors, found = load_llm_arrays(folder, config, "float32", shardings), open_checkpoint(folder), {}
+    llm, tensors, found = open_llm(folder, config), open_checkpoint(folder), {}
+    specs = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in llm.shapes.items()}
+    arrays = llm.place({path: spec.update(sharding=shardings(path, spec)) for path, spec in specs.items()})
     for path, name in TABLES.items():
         rows = np.asarray(arrays[path] if path == "embedding.table" else arrays[path].T)
         assert len(rows) == config.vocab_size and np.array_equal(rows[: base.vocab_size], tensors[name])
@@ -290,7 +292,7 @@ def test_missing_and_unexpected_tensors_are_named(folder):
     tensors["model.layers.9.extra"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
     rewrite(folder, tensors)
     with pytest.raises(
-        UserError, match="missing model.layers.1.mlp.up_proj.weight; unexpected model.layers.9.extra"
+        UserError, match="no model.layers.1.mlp.up_proj.weight; unknown model.layers.9.extra"
     ):
         load_llm(folder)
 
@@ -352,8 +354,8 @@ def test_files_of_pytorch_are_to_be_converted(tmp_path, golden):
 def test_a_repository_of_pytorch_files_is_to_be_converted(tmp_path, monkeypatch, files):
     if "model.safetensors" in files:
         (tmp_path / "model.safetensors").touch()
-    monkeypatch.setattr("elm_jax.weights.load.snapshot_download", lambda repo, allow_patterns: str(tmp_path))
-    monkeypatch.setattr("elm_jax.weights.load.list_repo_files", lambda repo: files)
+    monkeypatch.setattr("elm_jax.weights.files.snapshot_download", lambda repo, allow_patterns: str(tmp_path))
+    monkeypatch.setattr("elm_jax.weights.files.list_repo_files", lambda repo: files)
     assert resolve_llm_folder("opt-125m", weights=False) == tmp_path
     if "pytorch_model.bin" not in files:
         assert resolve_llm_folder("opt-125m") == tmp_path

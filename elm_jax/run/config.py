@@ -1,0 +1,39 @@
+"""The configuration of a trained run, as it is read again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from elm_jax.cli import ConfigFlags
+from elm_jax.config import Config, differences
+from elm_jax.errors import UserError
+from elm_jax.folders import read_json, run_folder
+
+
+def config_of_run(checkpoint: str | None, flags: ConfigFlags) -> Config:
+    """The configuration that reads a trained run: of the folder `checkpoint` with what `flags` change of it, or of
+    the config file that `flags` name, which must then be that of the folder `workdir`.
+
+    What the model is made of cannot be changed; data.*, eval.*, mesh.* and log.* can. Without `mesh.*` each device
+    holds a whole copy.
+
+    Raises:
+        UserError: no run there, or a change of the model.
+    """
+    if checkpoint is None:
+        config = flags.load()
+        folder = run_folder(config.workdir, "config.workdir")
+    else:
+        folder = run_folder(checkpoint, "--checkpoint")
+        tree = read_json(folder / "config.json") | {"workdir": str(folder), "mesh": {}}
+        config = flags.over(tree)
+    before = read_json(folder / "config.json")
+    changed = {name: x for name, x in differences(before, config).items() if not name.startswith("data.")}
+    if changed:
+        raise UserError(str(folder), told(changed), "the run's own model", "leave these keys as they are")
+    return config
+
+
+def told(changed: Mapping[str, str]) -> str:
+    """What `differences` found, in words."""
+    return "a run with other " + "; ".join(f"{name} ({values})" for name, values in changed.items())
