@@ -53,7 +53,7 @@ def configure(source: Foreign, flags: ConfigFlags, out: str) -> Imported:
             another one.
     """
     tree, name = ({}, "import") if flags.path is None else read_config_file(flags.path)
-    facts = _adapter(source, flags) if source.kind == "adapter" else facts_of(source)
+    facts = _adapter(source, flags) if source.kind == "adapter" else facts_of(source, _several(flags, tree))
     _check_llm(source, flags, facts)
     facts = _patches(source, flags, tree, name, facts)
     facts |= _consequences(flags, tree, facts)
@@ -146,6 +146,11 @@ def _implied(facts: Facts) -> dict[str, Any]:
         **implied, **pictured, "encoder.name": None, "encoder.config": {}, "connector.hidden": None,
         "llm.lora.rank": 0,
     }  # fmt: skip
+
+
+def _several(flags: ConfigFlags, tree: dict[str, Any]) -> bool:
+    """Whether the user names an elm of several views."""
+    return len(ELMS.get(str(flags.values.get("elm", tree.get("elm"))), ())) > 1
 
 
 def _reads_images(encoder: str) -> bool:

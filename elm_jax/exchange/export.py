@@ -5,6 +5,7 @@ Files are written into a folder beside the target, which it becomes when they ar
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from elm_jax.config import Config
 from elm_jax.errors import UserError
 from elm_jax.exchange.card import FACTS, facts_of, write_card
 from elm_jax.exchange.llm_folder import write_companions, write_config
-from elm_jax.exchange.reference import Reference, published_rules, reference_of
+from elm_jax.exchange.reference import Kinds, Reference, published_rules, reference_of
 from elm_jax.exchange.torch_files import ELM, ENCODER, has_torch, write_checkpoints
 from elm_jax.folders import ECG_BYTE, TOKENIZER, whole_folder, write_json
 from elm_jax.models.encoders import ENCODERS
@@ -66,11 +67,12 @@ def _check_out(out: Path, config: Config) -> None:
         raise UserError("--out", f"{out}, where a disk is mounted", "a folder that can be replaced", "name one in it")
     if out.exists():
         there = {entry.name for entry in out.iterdir()} if out.is_dir() else {""}
-        if there - _WRITTEN or (there and FACTS not in there):
+        of_views = {name for name in there if re.fullmatch(r"(encoder|connector)\.\w+\.safetensors", name)}
+        if there - _WRITTEN - of_views or (there and FACTS not in there):
             raise UserError("--out", f"{out}, which holds something else", "a new folder", "name another")
     for key, path in (("--checkpoint", config.workdir), ("llm.name", config.llm.name),
-                      ("encoder.checkpoint", config.encoder.checkpoint), ("llm.lora.adapter", config.llm.lora.adapter),
-                      ("init_from", config.init_from)):  # fmt: skip
+                      *(("encoder.checkpoint", encoder.checkpoint) for encoder in config.encoder_parts.values()),
+                      ("llm.lora.adapter", config.llm.lora.adapter), ("init_from", config.init_from)):  # fmt: skip
         if path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(out):
             raise UserError("--out", f"{out}, in which lies {key}={path}", "a folder of its own", "name another")
 
@@ -95,18 +97,17 @@ class _Export:
     @cached_property
     def rules(self) -> dict[str, Rule]:
         """The published rule of each array but those of LoRA, named within its part."""
-        return published_rules(self.weights.leaves, *self._kinds)
+        return published_rules(self.weights.leaves, self._kinds)
 
     @cached_property
     def reference(self) -> Reference:
         """The names in elm.pt."""
         leaves = {n: leaf for n, leaf in self.weights.leaves.items() if not (self.merge and is_lora(n))}
-        return reference_of(leaves, *self._kinds, rows=len(self.weights.assembly.tokenizer))
+        return reference_of(leaves, self._kinds, rows=len(self.weights.assembly.tokenizer))
 
     @property
-    def _kinds(self) -> tuple[str, str | None, str | None]:
-        config = self.weights.assembly.config
-        return self.weights.assembly.llm.model_type, config.encoder.name, config.view.connector
+    def _kinds(self) -> Kinds:
+        return Kinds.of(self.weights.assembly)
 
     def dtype(self, name: str) -> np.dtype:
         """What an array is written in; running statistics and constants are as they are."""
@@ -120,11 +121,10 @@ class _Export:
         adapter: dict[str, np.ndarray] = {}
         for name, array in self._arrays():
             array = array.astype(self.dtype(name), copy=False)
-            part, _, own = name.partition(".")
             if is_lora(name):
-                adapter[own] = array
+                adapter[name.removeprefix("llm.")] = array
             else:
-                writers[part].write(name, array)
+                writers[self.weights.leaves[name].part].write(name, array)
             del array  # before the next one is read
         lines = []
         for part, writer in writers.items():
@@ -135,15 +135,15 @@ class _Export:
         return lines
 
     def _writers(self, folder: Path) -> dict[str, ShardWriter]:
-        stems = {"llm": folder / LLM / "model", "encoder": folder / "encoder", "connector": folder / "connector"}
+        kinds = self._kinds
         writers = {}
-        for part, stem in stems.items():
-            rules = [rule for name, rule in self.rules.items() if name.split(".")[0] == part]
+        for part in ("llm", *kinds.encoders, *kinds.connectors):
+            stem = folder / LLM / "model" if part == LLM else folder / part
+            rules = [rule for name, rule in self.rules.items() if self.weights.leaves[name].part == part]
             layouts = {rule.ours: (self.dtype(rule.ours), self.weights.leaves[rule.ours].shape) for rule in rules}
             if rules:
                 names = [name for rule in rules for name in rule.names(layouts[rule.ours][1])]
-                encoder = self._kinds[1] if part == "encoder" else None
-                aliases = {} if encoder is None else ENCODERS[encoder].aliases(names)
+                aliases = ENCODERS[kinds.encoders[part]].aliases(names) if part in kinds.encoders else {}
                 writers[part] = ShardWriter(stem, rules, layouts, aliases, self.shard_bytes if part == LLM else None)
         return writers
 
@@ -182,15 +182,15 @@ class _Export:
         if not has_torch():
             return [NO_TORCH]
         loss = self.weights.meta["history"].get("best_val_loss")
-        files = write_checkpoints(folder, self.reference, self._reference_tensors(folder), self.weights.step, loss)
+        tensors, alone = self._reference_tensors(folder), list(self._kinds.encoders) == ["encoder"]
+        files = write_checkpoints(folder, self.reference, tensors, self.weights.step, loss, alone)
         return [f"for the reference: {name} ({_size((folder / name).stat().st_size)})" for name in files]
 
     def _reference_tensors(self, folder: Path) -> dict[str, np.ndarray]:
         """The tensors of the written files under the names that they have in elm.pt."""
         written: dict[str, Any] = {"llm": open_checkpoint(folder / LLM)}
-        for part in ("encoder", "connector"):
-            if (folder / f"{part}.safetensors").is_file():
-                written[part] = Safetensors(folder / f"{part}.safetensors")
+        for part in (*self._kinds.encoders, *self._kinds.connectors):
+            written[part] = Safetensors(folder / f"{part}.safetensors")
         if not self.merge and self.adapter:
             written["llm.lora"] = Safetensors(folder / ADAPTER / WEIGHTS)
         tensors = {}

@@ -31,11 +31,14 @@ class Fact:
 Facts = dict[str, Fact]
 
 
-def facts_of(source: Foreign) -> Facts:
-    """Every key that a checkpoint of a model or an encoder decides. Raises UserError for names of neither."""
+def facts_of(source: Foreign, several: bool = False) -> Facts:
+    """Every key that a checkpoint of a model or an encoder decides. Raises UserError for names of neither.
+
+    `several`: of a model of several views, of which only a configuration says what they are.
+    """
     if source.kind == "encoder":
         return _encoder(source, "")
-    return _model(source)
+    return _model(source, several)
 
 
 def embedding_of(source: Foreign) -> str:
@@ -49,10 +52,10 @@ def embedding_of(source: Foreign) -> str:
     return found[0]
 
 
-def _model(source: Foreign) -> Facts:
+def _model(source: Foreign, several: bool) -> Facts:
     info, table = source.info, embedding_of(source)
-    facts = _connector(source)
-    if any(view.encoder for view in ELMS[facts["elm"].value].values()):
+    facts = {} if several else _connector(source)
+    if facts and any(view.encoder for view in ELMS[facts["elm"].value].values()):
         facts |= _encoder(source, "encoder.")
     dtype = "bfloat16" if info[table].dtype == ml_dtypes.bfloat16 else "float32"
     facts |= {f"llm.{which}_dtype": Fact(dtype, table) for which in ("compute", "param")}

@@ -13,7 +13,7 @@ from elm_jax.assemble import Assembly
 from elm_jax.errors import UserError
 from elm_jax.exchange.config import Imported
 from elm_jax.exchange.foreign import Foreign
-from elm_jax.exchange.reference import reference_of
+from elm_jax.exchange.reference import Kinds, reference_of
 from elm_jax.models.encoders import ENCODERS
 from elm_jax.models.families import family_of
 from elm_jax.models.lora import LoraSpec, is_lora
@@ -93,14 +93,16 @@ def _base(assembly: Assembly) -> Published:
 def _matched(source: Foreign, imported: Imported) -> tuple[Published, dict[str, str]]:
     """A checkpoint of a model or of an encoder; only of what has two names values are read."""
     assembly = imported.assembly
-    encoder, connector = assembly.config.encoder.name, assembly.config.view.connector
+    kinds = Kinds.of(assembly)
     before = "encoder." if source.kind == "encoder" else ""
     leaves = {name: leaf for name, leaf in assembly.structure.leaves.items() if name.startswith(before)}
     rows = imported.rows or assembly.llm.vocab_size
-    table = reference_of(leaves, assembly.llm.model_type, encoder, connector, rows)
-    named, left_out = _named(source, assembly)
-    kind = ENCODERS.get(encoder or "")
-    may_lack = [] if kind is None else [f"encoder.{kind.wrapper}{n}" for n in kind.absent(source.info.keys())]
+    table = reference_of(leaves, kinds, rows)
+    named, left_out = _named(source, kinds)
+    may_lack = [
+        kinds.before(part) + name for part, encoder in kinds.encoders.items()
+        for name in ENCODERS[encoder].absent(source.info.keys())
+    ]  # fmt: skip
     found = match(
         str(source.path), "this model", _FIX, table.rules.values(), {name: leaf.shape for name, leaf in leaves.items()},
         source.tensors, named, stored=table.shapes, aliases=table.aliases, may_lack=may_lack,
@@ -109,11 +111,11 @@ def _matched(source: Foreign, imported: Imported) -> tuple[Published, dict[str, 
     return found, left_out | {key: _COPY.format(found.keys[first]) for key, first in copies.items()}
 
 
-def _named(source: Foreign, assembly: Assembly) -> tuple[dict[str, str], dict[str, str]]:
+def _named(source: Foreign, kinds: Kinds) -> tuple[dict[str, str], dict[str, str]]:
     """The checkpoint's tensors -> their names in the table; and those that no model needs, with the reason."""
-    encoder, buffers = assembly.config.encoder.name, family_of(assembly.llm.model_type).buffers
-    before = "" if source.kind == "encoder" else "encoder."
-    own = {} if encoder is None else _of_encoder(source, encoder, before)
+    buffers, own = family_of(kinds.model_type).buffers, dict[str, str | None]()
+    for part, encoder in kinds.encoders.items():
+        own |= _of_encoder(source, encoder, "" if source.kind == "encoder" else f"{part}.", kinds.before(part))
     named, left_out = {}, {}
     for name, key in source.written.items():
         theirs = own.get(name, name)
@@ -126,12 +128,15 @@ def _named(source: Foreign, assembly: Assembly) -> tuple[dict[str, str], dict[st
     return named, left_out
 
 
-def _of_encoder(source: Foreign, encoder: str, before: str) -> dict[str, str | None]:
-    """The checkpoint's names of the encoder's tensors -> those of the table; None for what no embedding needs."""
+def _of_encoder(source: Foreign, encoder: str, there: str, before: str) -> dict[str, str | None]:
+    """The checkpoint's names of an encoder's tensors, which begin with `there` -> those of the table, with `before`.
+
+    None: what no embedding needs.
+    """
     kind = ENCODERS[encoder]
-    mine = {name: name.removeprefix(before) for name in source.info if name.startswith(before)}
-    if before:
+    mine = {name: name.removeprefix(there) for name in source.info if name.startswith(there)}
+    if there:
         mine = {name: own.removeprefix(kind.wrapper) for name, own in mine.items()}
     published = kind.published(mine.values())
     known = {name: kind.published_name(published[own]) for name, own in mine.items()}
-    return {name: None if own is None else f"encoder.{kind.wrapper}{own}" for name, own in known.items()}
+    return {name: None if own is None else before + own for name, own in known.items()}

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Self
 
+from elm_jax.assemble import Assembly
 from elm_jax.models.connectors import PREFIXES, RULES
 from elm_jax.models.encoders import ENCODERS
 from elm_jax.models.families import family_of
@@ -52,46 +54,61 @@ class Reference:
         return shapes | dict.fromkeys(self.counters, ())
 
 
-def published_rules(
-    names: Iterable[str], model_type: str, encoder: str | None, connector: str | None
-) -> dict[str, Rule]:
-    """The weight rule of each array ("llm.norm.scale") under its whole name; those of LoRA are left out.
+@dataclass(frozen=True)
+class Kinds:
+    """What a model is made of: its LLM's family; by part ("encoder", "encoder.<view>") its encoders and connectors."""
 
-    Args:
-        model_type: the LLM's family; encoder: the encoder's name; connector: the kind of the connector, if any.
-    """
-    llm = {rule.ours: rule for rule in family_of(model_type).rules}
-    bridge = {rule.ours: rule for rule in RULES[connector]} if connector else {}
+    model_type: str
+    encoders: Mapping[str, str]
+    connectors: Mapping[str, str]
+
+    @classmethod
+    def of(cls, assembly: Assembly) -> Self:
+        config = assembly.config
+        encoders = {part: str(encoder.name) for part, encoder in config.encoder_parts.items()}
+        connectors = {config.part("connector", view): str(each.connector) for view, each in config.slots.items()}
+        return cls(assembly.llm.model_type, encoders, connectors)
+
+    def part_of(self, name: str) -> str:
+        """The part that an array is of; its name within that follows a dot."""
+        return next((part for part in (*self.encoders, *self.connectors) if name.startswith(f"{part}.")), "llm")
+
+    def before(self, part: str) -> str:
+        """What the reference puts before the names of a part, or would, if its models had several views."""
+        component, _, view = part.partition(".")
+        if part in self.encoders:
+            return f"{part}.{ENCODERS[self.encoders[part]].wrapper}"
+        if part in self.connectors:
+            return PREFIXES[self.connectors[part]] + (f"{view}." if view else "")
+        return f"{component}.llm." if self.connectors else f"{component}."
+
+
+def published_rules(names: Iterable[str], kinds: Kinds) -> dict[str, Rule]:
+    """The weight rule of each array ("llm.norm.scale") under its whole name; those of LoRA are left out."""
+    tables = {part: {rule.ours: rule for rule in RULES[kind]} for part, kind in kinds.connectors.items()}
+    tables["llm"] = {rule.ours: rule for rule in family_of(kinds.model_type).rules}
     rules = {}
     for name in names:
-        component, own = name.split(".", 1)
-        if component == "encoder" and encoder is not None:
-            rules[name] = replace(ENCODERS[encoder].weight_rule(own), ours=name)
+        part = kinds.part_of(name)
+        own = name.removeprefix(f"{part}.")
+        if part in kinds.encoders:
+            rules[name] = replace(ENCODERS[kinds.encoders[part]].weight_rule(own), ours=name)
         elif not is_lora(name):
-            rules[name] = replace(llm[own] if component == "llm" else bridge[own], ours=name)
+            rules[name] = replace(tables[part][own], ours=name)
     return rules
 
 
-def reference_of(
-    leaves: Mapping[str, Leaf], model_type: str, encoder: str | None, connector: str | None, rows: int
-) -> Reference:
+def reference_of(leaves: Mapping[str, Leaf], kinds: Kinds, rows: int) -> Reference:
     """The table of a model of these arrays ("llm.norm.scale"); without those of LoRA, of the model without it.
 
-    Args:
-        model_type: the LLM's family; encoder: the encoder's name; connector: the kind of the connector, None where
-            ECGs are symbols in the text.
-        rows: of the vocabulary tables in the state dict: the reference has exactly `len(tokenizer)`.
+    `rows`: of the vocabulary tables in the state dict: the reference has exactly `len(tokenizer)`.
     """
-    published = published_rules(leaves, model_type, encoder, connector)
+    published = published_rules(leaves, kinds)
     adapted = {name.removesuffix(".lora.a") for name in leaves if name.endswith(".lora.a")}
-    before = {
-        "llm": ("llm." if connector is None else "llm.llm.") + (PEFT_PREFIX if adapted else ""),
-        "encoder": f"encoder.{ENCODERS[encoder].wrapper}" if encoder else "encoder.",
-        "connector": PREFIXES[connector] if connector else "",
-    }
     rules = {}
     for ours in leaves:
-        prefix, module = before[ours.split(".")[0]], ours.rpartition(".")[0]
+        part, module = kinds.part_of(ours), ours.rpartition(".")[0]
+        prefix = kinds.before(part) + (PEFT_PREFIX if part == "llm" and adapted else "")
         if is_lora(ours):
             theirs = _of_adapter(ours, published)
         else:
@@ -99,7 +116,7 @@ def reference_of(
         rules[ours] = Rule(prefix + theirs, ours, is_lora(ours) or published[ours].transpose)
     shapes = {name: _cut(leaf.shape, rules[name], rows) for name, leaf in leaves.items()}
     table = Reference(rules, shapes, {}, ())
-    return replace(table, aliases=_aliases(table, before, model_type, encoder), counters=_counters(table))
+    return replace(table, aliases=_aliases(table, kinds, PEFT_PREFIX if adapted else ""), counters=_counters(table))
 
 
 def _of_adapter(ours: str, published: Mapping[str, Rule]) -> str:
@@ -120,13 +137,14 @@ def _cut(shape: tuple[int, ...], rule: Rule, rows: int) -> tuple[int, ...]:
     return (*shape[:-1], rows) if rule.transpose else (rows, *shape[1:])
 
 
-def _aliases(table: Reference, before: Mapping[str, str], model_type: str, encoder: str | None) -> dict[str, str]:
-    aliases = {}
+def _aliases(table: Reference, kinds: Kinds, before: str) -> dict[str, str]:
+    """Of the LLM, whose names begin with `before`, its head where it is tied; of encoders what they have twice."""
+    aliases, llm = {}, kinds.before("llm") + before
     if "llm.embedding.table" in table.rules and "llm.head.kernel" not in table.rules:
-        aliases[before["llm"] + HEAD] = before["llm"] + family_of(model_type).rules[0].theirs
-    if encoder is not None:
-        prefix = before["encoder"]
-        own = [n.removeprefix(prefix) for ours in table.rules if ours.startswith("encoder.") for n in table.names(ours)]
+        aliases[llm + HEAD] = llm + family_of(kinds.model_type).rules[0].theirs
+    for part, encoder in kinds.encoders.items():
+        prefix, mine = kinds.before(part), [ours for ours in table.rules if ours.startswith(f"{part}.")]
+        own = [name.removeprefix(prefix) for ours in mine for name in table.names(ours)]
         aliases |= {prefix + second: prefix + first for second, first in ENCODERS[encoder].aliases(own).items()}
     return aliases
 

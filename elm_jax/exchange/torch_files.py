@@ -31,12 +31,14 @@ def has_torch() -> bool:
 
 
 def write_checkpoints(
-    folder: Path, reference: Reference, tensors: Mapping[str, np.ndarray], step: int, loss: float | None
-) -> list[str]:
-    """Write `elm.pt` and, for a model with an encoder, `encoder.pt`; returns their names.
+    folder: Path, reference: Reference, tensors: Mapping[str, np.ndarray], step: int, loss: float | None,
+    alone: bool,
+) -> list[str]:  # fmt: skip
+    """Write `elm.pt` and, for a model with one encoder, `encoder.pt`; returns their names.
 
     Args:
         tensors: by the names of `reference`, but for aliases and counters; vocabulary tables may have more rows.
+        alone: whether there is one encoder, which the reference reads without the model.
         step: how many steps the model was trained for; loss: the best validation loss, if there was validation.
     """
     import torch  # pyright: ignore[reportMissingImports]
@@ -50,7 +52,7 @@ def write_checkpoints(
     run = {"epoch": 0, "step": step, "n_current_steps": step, "best_loss": best, "optimizer_state_dict": {}}
     _save({**run, "model_state_dict": state}, folder / ELM, tensors.values())
     encoder = {name.removeprefix("encoder."): x for name, x in state.items() if name.startswith("encoder.")}
-    if not encoder:
+    if not alone:
         return [ELM]
     _save({"model_state_dict": encoder}, folder / ENCODER, ())
     return [ELM, ENCODER]

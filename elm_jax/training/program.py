@@ -22,7 +22,7 @@ from elm_jax.assemble import Assembly, encoder_structure, structure_behind_encod
 from elm_jax.config import Config
 from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Layout, collate, empty_signals
 from elm_jax.errors import UserError
-from elm_jax.exchange.reference import published_rules
+from elm_jax.exchange.reference import Kinds, published_rules
 from elm_jax.models.functional import Structure
 from elm_jax.models.hints import placed
 from elm_jax.run.folder import REFERENCE
@@ -91,8 +91,7 @@ def optimizer_of(assembly: Assembly, total_steps: int) -> Any:
     """The optimizer of a run; Muon is told which parameters are matrices."""
     leaves, config = assembly.structure.leaves, assembly.config
     if behaviours.enabled("muon_by_name", config.compat):
-        parts = assembly.llm.model_type, config.encoder.name, config.view.connector
-        moved = matrices_by_name(leaves, published_rules(leaves, *parts))
+        moved = matrices_by_name(leaves, published_rules(leaves, Kinds.of(assembly)))
     else:
         moved = matrices(leaves)
     return make_optimizer(config.optim, config.train, total_steps, moved)

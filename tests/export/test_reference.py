@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from tiny_llms import TINY, tiny_config
 
-from elm_jax.exchange.reference import Reference, reference_of
+from elm_jax.exchange.reference import Kinds, Reference, reference_of
 from elm_jax.models.connectors import RULES, SIGNAL_KINDS, build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder
 from elm_jax.models.elm import ELM
@@ -64,8 +64,12 @@ MODELS: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+def kinds(family: str, encoder: str | None, connector: str | None) -> Kinds:
+    return Kinds(family, {"encoder": encoder} if encoder else {}, {"connector": connector} if connector else {})
+
+
 def table(family: str, encoder: str | None, connector: str | None, lora: bool = False) -> Reference:
-    return reference_of(leaves_of(family, encoder, connector, lora), family, encoder, connector, ROWS)
+    return reference_of(leaves_of(family, encoder, connector, lora), kinds(family, encoder, connector), ROWS)
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
@@ -107,7 +111,7 @@ def test_the_names_of_a_whole_encoder_are_the_references(name: str, golden: Call
     config = {field: value for field, value in config.items() if field not in ("num_encoder_tokens",)}
     leaves = structure_of(lambda: build_encoder(name, config, 1, nnx.Rngs(0))).leaves
     leaves = {f"encoder.{own}": leaf for own, leaf in leaves.items()} | LLM
-    found = reference_of(leaves, "llama", name, "linear", ROWS).expected()
+    found = reference_of(leaves, kinds("llama", name, "linear"), ROWS).expected()
     theirs = {f"encoder.{tensor['name']}": tuple(tensor["shape"]) for tensor in facts["tensors"]}
     shapes = {n: shape for n, shape in found.items() if n.startswith("encoder.")}
     aliases = {f"encoder.{second}" for second in facts.get("state_dict_aliases") or {}}
@@ -119,6 +123,6 @@ def test_every_encoder_is_in_the_table() -> None:
     """Those of images are a Hugging Face model in a module of the reference's."""
     assert {"clip", "siglip2", "vit", "siglip_ecg", *ENCODER_FIELDS} == set(ENCODERS)
     leaves = {"encoder.cls": Leaf((8,), None, (), False), **LLM}
-    assert reference_of(leaves, "llama", "clip", "linear", ROWS).names("encoder.cls") == [
+    assert reference_of(leaves, kinds("llama", "clip", "linear"), ROWS).names("encoder.cls") == [
         "encoder.vision_encoder.vision_model.embeddings.class_embedding"
     ]

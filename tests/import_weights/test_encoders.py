@@ -16,7 +16,7 @@ from import_weights import checkpoints
 from import_weights.conftest import imported, loaded
 from parity import e2e
 
-from elm_jax.exchange.reference import published_rules
+from elm_jax.exchange.reference import Kinds, published_rules
 from elm_jax.models.encoders import build_encoder
 from elm_jax.models.functional import structure_of
 from elm_jax.weights.encoders import load_encoder, to_published
@@ -178,7 +178,8 @@ def test_an_encoder_stands_in_a_model_with_the_published_llm(
     state = Safetensors(golden(e2e.ENCODER_FOLDER) / "model.safetensors")
     run = imported(save(tmp_path / "st_mem.pt", state), tmp_path / "run", *llm, "--config.llm.compute_dtype=float32")
     model = loaded(run)
-    rules = {n: published_rules([n], "llama", "st_mem", "mlp")[n] for n in model.arrays}
+    kinds = Kinds("llama", {"encoder": "st_mem"}, {"connector": "mlp"})
+    rules = {n: published_rules([n], kinds)[n] for n in model.arrays}
     table = load_llm(checkpoints.llm_folder("llama", golden, workplace)).embedding.table[...]
     np.testing.assert_array_equal(model.arrays["llm.embedding.table"], table)
     for name, array in model.arrays.items():

@@ -23,7 +23,7 @@ from support import stack_micro_batches
 from elm_jax.config import Config, MeshConfig, resolve
 from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Conversation, Group, collate
 from elm_jax.elms import ELMS
-from elm_jax.exchange.reference import published_rules
+from elm_jax.exchange.reference import Kinds, published_rules
 from elm_jax.models.connectors import SIGNAL_KINDS, build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder
 from elm_jax.models.elm import ELM
@@ -118,7 +118,10 @@ def load_case(name: str, golden: Any) -> Case:
     build = partial(_build, kind, read_llm_config(llm_folder), tokens, signal_shape(inputs), golden)
     structure = structure_of(build)
     encoder = ENCODER if any(n.startswith("encoder.") for n in structure.leaves) else None
-    rules = published_rules(structure.leaves, llm_type(llm_folder), encoder, ELMS[kind]["ecg"].connector)
+    connector = ELMS[kind]["ecg"].connector
+    parts = {"encoder": encoder} if encoder else {}, {"connector": connector} if connector else {}
+    kinds = Kinds(llm_type(llm_folder), *parts)
+    rules = published_rules(structure.leaves, kinds)
     arrays = dict(_initial(structure, folder, llm_folder, encoder, rules, golden))
     traces = json.loads((folder / "train_traces.json").read_text())
     return Case(name, kind, folder, structure, arrays, rules, inputs, traces)

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import runs
 
+from elm_jax import cli
 from elm_jax.assemble import Assembly, assemble
 from elm_jax.config import Config, resolve, to_dict
 from elm_jax.data.batch import BatchShape, Group, collate
 from elm_jax.elms import ELMS, View
 from elm_jax.errors import UserError
 from elm_jax.evaluation.controls import Question, Source
+from elm_jax.export import main as export_main
+from elm_jax.import_weights import main as import_main
 from elm_jax.inference.model import TrainedModel
 from elm_jax.training.loop import train
 from elm_jax.training.state import split_names
@@ -122,6 +125,17 @@ def test_such_a_model_trains_goes_on_evaluates_and_comes_back_from_an_export(tmp
         assert not np.array_equal(answers["real"].signals[0][view], answers["zeros"].signals[0][view])
     assert answers["text_only"].signals == []
     assert all(isinstance(ours.answers([prompt], whole.eval)[0], str) for prompt in answers.values())
+    out, back = tmp_path / "out", tmp_path / "back"
+    assert cli.guard(export_main, ["--checkpoint", whole.workdir, "--step", "latest", "--out", str(out)]) == 0
+    parts = {f"{part}.{view}.safetensors" for part in ("encoder", "connector") for view in ("ecg", "image")}
+    assert parts <= {file.name for file in out.iterdir()}
+    pytest.importorskip("torch", reason="elm.pt is written and read by it")
+    assert cli.guard(import_main, [str(out / "elm.pt"), "--out", str(back), *runs.flags(back, **TWO)[:-1]]) == 0
+    again = TrainedModel(replace(whole, workdir=str(back)), "latest")
+    words = len(ours.assembly.tokenizer)  # a checkpoint of the reference has no more rows
+    for name, array in ours.arrays.items():
+        rows = slice(words) if name == "llm.embedding.table" else slice(None)
+        np.testing.assert_array_equal(array[rows], again.arrays[name][rows], err_msg=name)
 
 
 def amplitude(leads: np.ndarray, rate: float) -> str:
