@@ -301,4 +301,15 @@ def _help(main: Callable[..., Any]) -> str:
     text = inspect.getdoc(module) or inspect.getdoc(main) or ""
     usage = f"usage: python -m {name} --config FILE [--config.KEY=VALUE ...] [--register FILE] [--debug]"
     files = f"config files of the package: {', '.join(_packaged())}"
-    return f"{usage}\n\n{text}\n\n{files}\n\nkeys, with default and type:\n{config.help_text()}"
+    return f"{usage}\n\n{text}\n\n{files}\n\nkeys, with default and type:\n{help_text()}"
+
+
+def help_text() -> str:
+    """Every key as its flag, with type, default, meaning and choices."""
+    lines = []
+    for name, k in config.SCHEMA.items():
+        choices = f": {', '.join(k.choices)}" if k.choices else ""
+        kind = schema.type_name(k.accepts or k.type)
+        lines.append(f"  --config.{name}={schema.to_text(k.default)}  ({kind})")
+        lines.append(f"      {k.meaning}{choices}")
+    return "\n".join(lines)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_dict
 
 from elm_jax import compat, schema
 from elm_jax.ecg.recording import LEADS
-from elm_jax.elms import ELMS, View
+from elm_jax.elms import ELMS, Viewed
 from elm_jax.errors import UserError, closest
 from elm_jax.schema import key
 from elm_jax.scoring.protocols import PROTOCOLS
@@ -203,7 +203,7 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Viewed):
     """A checked configuration. Made by `resolve`; leads are names, aliases of `elm` are replaced."""
 
     seed: int = key(0, "seed of everything random", limit="from 0 to 4294967295")
@@ -228,19 +228,6 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
-    @property
-    def views(self) -> Mapping[str, View]:
-        """The ways in which an ECG enters the model, by name."""
-        return ELMS[self.elm]
-
-    @property
-    def view(self) -> View:  # the first of them
-        return next(iter(self.views.values()))
-
-    @property
-    def slots(self) -> dict[str, View]:  # those of them that have embeddings
-        return {name: view for name, view in self.views.items() if view.writes == "slots"}
-
     def encoder_of(self, view: str) -> EncoderConfig:
         """What is said of a view's encoder: of the first one in `encoder`, of another in `encoders`."""
         return self.encoder if view == next(iter(self.views)) else EncoderConfig(**self.encoders.get(view, {}))
@@ -249,10 +236,6 @@ class Config:
     def encoder_parts(self) -> dict[str, EncoderConfig]:
         """What is said of each encoder, by its part of the model."""
         return {self.part("encoder", name): self.encoder_of(name) for name, view in self.views.items() if view.encoder}
-
-    def part(self, component: str, view: str) -> str:
-        """What the names of a view's arrays begin with: `encoder`, or where there are several `encoder.<view>`."""
-        return f"{component}.{view}" if len(self.slots) > 1 else component
 
 
 SCHEMA = dict(schema.walk(Config))  # dotted name -> Key
@@ -335,17 +318,6 @@ def differences(old: Mapping[str, Any], new: Config) -> dict[str, str]:
             was, now = ({entry: x for entry, x in each.items() if entry not in same} for each in (was, now))
         changed[name] = f"was {schema.shown(was)}, now {schema.shown(now)}"
     return changed
-
-
-def help_text() -> str:
-    """Every key as its flag, with type, default, meaning and choices."""
-    lines = []
-    for name, k in SCHEMA.items():
-        choices = f": {', '.join(k.choices)}" if k.choices else ""
-        kind = schema.type_name(k.accepts or k.type)
-        lines.append(f"  --config.{name}={schema.to_text(k.default)}  ({kind})")
-        lines.append(f"      {k.meaning}{choices}")
-    return "\n".join(lines)
 
 
 def from_text(name: str, text: str) -> Any:

@@ -68,3 +68,28 @@ def register_view(elm: str, views: Mapping[str, View]) -> None:
     if first is None or first.writes == "text":
         raise UserError(f"elm {elm!r}", "no view with slots or tokens first", "one", "put it first")
     ELMS.register(elm, views)
+
+
+class Viewed:
+    """What follows from a configuration's `elm`."""
+
+    elm: str
+
+    @property
+    def views(self) -> Mapping[str, View]:
+        """The ways in which an ECG enters the model, by name."""
+        return ELMS[self.elm]
+
+    @property
+    def view(self) -> View:
+        """The first of them."""
+        return next(iter(self.views.values()))
+
+    @property
+    def slots(self) -> dict[str, View]:
+        """Those of them that have embeddings."""
+        return {name: view for name, view in self.views.items() if view.writes == "slots"}
+
+    def part(self, component: str, view: str) -> str:
+        """What the names of a view's arrays begin with: `encoder`, or where there are several `encoder.<view>`."""
+        return f"{component}.{view}" if len(self.slots) > 1 else component

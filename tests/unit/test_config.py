@@ -10,8 +10,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from elm_jax import compat
-from elm_jax.cli import read_config_file
-from elm_jax.config import SCHEMA, Config, default_config, differences, from_text, help_text, resolve, to_dict
+from elm_jax.cli import help_text, read_config_file
+from elm_jax.config import SCHEMA, Config, default_config, differences, from_text, resolve, to_dict
 from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError
 
