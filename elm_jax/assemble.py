@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from elm_jax.config import Config
+from elm_jax.config import Config, renamed
 from elm_jax.data.dataset import Dataset, TextSpec, text_spec
 from elm_jax.data.ecg_tokens import EcgTokens, add_ecg_tokens
 from elm_jax.data.represent import SignalSpec, signal_spec
@@ -267,7 +267,11 @@ def _began_with(config: Config, own: Path | None) -> Path | None:
     """The folder of the tokenizer that the run has, else of the run that it starts from."""
     if own is not None and (own / "tokenizer.json").is_file():
         return own
-    return None if config.init_from is None else tokenizer_of(config.init_from)
+    if config.init_from is None:
+        return None
+    before = renamed(read_json(run_folder(config.init_from, "config.init_from") / "config.json"))
+    alone = "llm" not in OBJECTIVES.find(before.get("objective", Config.objective)).needs
+    return None if alone else tokenizer_of(config.init_from)
 
 
 def _tokenizer(config: Config, phase: str, own: Path | None, weights: bool) -> Any:

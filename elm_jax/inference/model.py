@@ -25,7 +25,6 @@ class TrainedModel(Speaker):
 
     def __init__(self, config: Config, which: str = "best") -> None:
         mesh, weights = make_mesh(config.mesh), TrainedWeights(Path(config.workdir), which, config)
-        weights.assembly.check_llm()
         check_heads(mesh, weights.assembly.llm)
         arrays = weights.place(array_shardings(weights.assembly.structure, mesh))
         weights.check(frozen_fingerprints(weights.leaves, {name: arrays[name] for name in weights.frozen}))

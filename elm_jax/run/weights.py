@@ -190,6 +190,7 @@ class TrainedWeights(Weights):
         saved |= {name: opened[place] for name, place in places.items()}
         if isinstance(model, Config):
             model = assemble(model, folder / TOKENIZER, weights=_TABLE not in saved)
+            model.check_llm()
         super().__init__(model, saved)
         self.trained = frozenset(places)
         self.frozen = [name for name in self.leaves if name not in places]

@@ -21,8 +21,11 @@ from elm_jax.data.loader import StepSource
 from elm_jax.data.plan import Plan
 from elm_jax.data.samples import Experience, Sample, Samples
 from elm_jax.data.sources import Record
+from elm_jax.errors import UserError
+from elm_jax.inference.model import TrainedModel
 from elm_jax.models.elm import ELM
 from elm_jax.objectives import OBJECTIVES, Objective, Sums, log_probs, register_objective, sums_of_samples
+from elm_jax.run.folder import open_folder
 from elm_jax.run.weights import Weights
 from elm_jax.runtime.mesh import array_shardings, make_mesh
 from elm_jax.text.turns import to_turns
@@ -163,6 +166,25 @@ def test_a_toy_trains_and_goes_on_as_if_it_had_not_stopped(name: str, tmp_path: 
         np.testing.assert_array_equal(value, last[array], err_msg=array)
     assert (whole / "tokenizer").exists() == ("llm" in TOYS[name].needs)
     assert (whole / "reference").exists() == ("reference" in TOYS[name].needs)
+
+
+@pytest.mark.slow  # two models are compiled
+def test_what_an_encoder_has_learnt_alone_begins_a_model_that_answers(tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    assert loop.train(config(alone, "toy_contrast", train__steps=1))
+    with pytest.raises(UserError, match="toy_contrast, of an encoder alone; expected one with an LLM"):
+        TrainedModel(config(alone, "toy_contrast", train__steps=1))
+    begun = runs.config(
+        tmp_path / "begun", data__names=[RECORDS], init_from=str(alone), init_missing_ok="connector,llm",
+        train__batch_size=4, update="connector,llm", encoder__tokens=2,
+    )  # fmt: skip
+    trainer = loop.Trainer(begun, open_folder(begun))
+    trainer._build()
+    saved = {name.partition("['"): value for name, value in saved_arrays(alone, 1).items()}
+    learnt = {array.removesuffix("']"): x for (item, _, array), x in saved.items() if item in ("trained", "statistics")}
+    assert learnt.keys() == {name for name in trainer.frozen if name.startswith("encoder.")}
+    for name, value in learnt.items():
+        np.testing.assert_array_equal(np.asarray(trainer.frozen[name]), value, err_msg=name)
 
 
 def test_a_pair_begins_at_log_two_and_is_computed_as_in_rows_of_its_own(tmp_path: Path) -> None:
