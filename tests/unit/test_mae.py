@@ -210,7 +210,8 @@ def test_what_no_embedding_depends_on_is_held_and_all_else_is_trained(rng, name:
     gradients = jax.jit(jax.grad(lambda arrays: jnp.sum(form.bind(arrays)(signals) ** 2)))(initial(name))
     unused = {key for key, gradient in gradients.items() if not np.asarray(gradient).any()}
     assert unused == (set() if name == "st_mem" else OF_PRETRAINING)
-    model = replace(form, leaves={f"encoder.{key}": leaf for key, leaf in form.leaves.items()})
+    leaves = {f"encoder.{key}": replace(leaf, part="encoder") for key, leaf in form.leaves.items()}
+    model = replace(form, leaves=leaves)
     trained, moving, frozen = split_names(model, ("encoder",))
     assert set(moving) == {f"encoder.{key}" for key in (*unused, *form.leaves) if key in unused or "position" in key}
     assert not frozen and set(trained) | set(moving) == set(model.leaves)
