@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -14,22 +17,25 @@ from elm_jax.config import Config, DataConfig, differences, to_dict
 from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.plan import ECG_ROWS
 from elm_jax.data.represent import SIGNALS
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, one_line, printable
 from elm_jax.folders import ECG_BYTE, TOKENIZER, read_json, write_json
 from elm_jax.run.config import told
 from elm_jax.run.weights import INHERITED
 from elm_jax.runtime import distributed
 from elm_jax.runtime.telemetry import WANDB_ID
 
+LOCK = ".lock"  # held while a process trains in the folder; what it says of whom counts only then
+_claimed: dict[Path, TextIO] = {}
 REFERENCE = "reference"  # folder of what an objective compares with: what is trained, as it was in the beginning
 
 
 def open_folder(config: Config) -> Path:
-    """Make the run's folder and write config.json, or check that the folder is of this run.
+    """Make the run's folder and write config.json, or check that the folder is of this run. Nobody else may train in it
+    until `leave_folder`, or this process's end in any way.
 
     Raises:
         UserError: the folder holds a run of another configuration (names the keys, with both values), or one whose
-            config.json is gone.
+            config.json is gone; or another process trains in it.
     """
     folder = Path(config.workdir)
     path = folder / "config.json"
@@ -45,23 +51,55 @@ def open_folder(config: Config) -> Path:
             str(folder), told(changed), "the same configuration, to resume",
             "undo these changes, or choose another --config.workdir",
         )  # fmt: skip
-    problem = ""
+    problem, other = "", ""
     if jax.process_index() == 0:
         try:
-            if changed:  # nothing has been trained yet: what is left of the other configuration goes
+            folder.mkdir(parents=True, exist_ok=True)
+            other = _claim(folder)
+            if changed and not other:  # nothing has been trained yet: what is left of the other configuration goes
                 for kept in (TOKENIZER, INHERITED, REFERENCE):
                     shutil.rmtree(folder / kept, ignore_errors=True)
                 (folder / WANDB_ID).unlink(missing_ok=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, to_dict(config))
+            if not other:
+                write_json(path, to_dict(config))
         except UserError as error:
             problem = f"{error.where}: {error.found}"
         except OSError as error:
             problem = str(error)
-    problem = distributed.gather(problem)[0]  # the others wait here, and end as the first one does
+    problem, other = distributed.gather((problem, other))[0]  # the others wait here, and end as the first one does
+    if other:
+        fix = "wait for its end or stop it, or choose another --config.workdir"
+        raise UserError(str(folder), f"a run that {other} trains", "one training in a folder at a time", fix)
     if problem:
         raise UserError("config.workdir", problem, "a folder that can be written", "name another")
     return folder
+
+
+def _claim(folder: Path) -> str:
+    """Lock the folder; who has locked it, if somebody has. The lock is the system's and ends with the process."""
+    if folder.resolve() in _claimed:  # closing the file a second time would give the lock away
+        return ""
+    file = (folder / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        with file:
+            file.seek(0)
+            return one_line(file.read())[:80] or "another process"
+    except OSError as error:  # a file system without locks
+        warning = f"warning: {folder} cannot be locked ({error}): start no second training in it"
+        print(printable(warning), file=sys.stderr)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _claimed[folder.resolve()] = file
+    return ""
+
+
+def leave_folder(folder: Path) -> None:
+    """Let others train in the folder."""
+    if folder.resolve() in _claimed:
+        _claimed.pop(folder.resolve()).close()
 
 
 def keep_tokenizer(folder: Path, tokenizer: Any, symbols: EcgTokens | None = None) -> None:

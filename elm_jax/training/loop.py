@@ -52,12 +52,15 @@ def train(config: Config) -> bool:
         UserError: the config, the data or the folder does not fit.
     """
     folder = run.open_folder(config)
-    trainer = Trainer(config, folder)
-    if run.is_done(folder, trainer.total_steps):
-        print(printable(f"{folder} is done: raise train.steps or train.epochs to go on"), file=sys.stderr)
-        return False
-    trainer.run()
-    return True
+    try:
+        trainer = Trainer(config, folder)
+        if run.is_done(folder, trainer.total_steps):
+            print(printable(f"{folder} is done: raise train.steps or train.epochs to go on"), file=sys.stderr)
+            return False
+        trainer.run()
+        return True
+    finally:
+        run.leave_folder(folder)
 
 
 class Trainer:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,6 +245,23 @@ def test_only_a_committed_checkpoint_binds_the_configuration(tmp_path: Path) -> 
     (folder / "checkpoints" / "3").mkdir()
     with pytest.raises(UserError, match="other seed"):
         run.open_folder(config)
+
+
+def test_one_process_at_a_time_trains_in_a_folder_and_a_dead_one_leaves_it(tmp_path: Path) -> None:
+    config = Config(workdir=str(tmp_path / "run"))
+    assert run.open_folder(config) == run.open_folder(config)  # its own it may open again
+    run.leave_folder(Path(config.workdir))
+    program = f"import fcntl, sys; f = open({str(tmp_path / 'run' / run.LOCK)!r}, 'r+'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    waits = f"{program}; f.write('process 7 on here'); f.flush(); print(flush=True); sys.stdin.read()"
+    before = read_json(tmp_path / "run" / "config.json")
+    with subprocess.Popen([sys.executable, "-c", waits], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(UserError, match="run: found a run that process 7 on here.* trains; expected one training"):
+            run.open_folder(Config(workdir=config.workdir, seed=7))
+        assert read_json(tmp_path / "run" / "config.json") == before
+        other.kill()
+    assert run.open_folder(config)
+    run.leave_folder(Path(config.workdir))
 
 
 def test_done_until_there_is_more_to_do(tmp_path: Path) -> None:
