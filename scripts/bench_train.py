@@ -289,7 +289,7 @@ def _ours(work: Path) -> None:
         **{f"ids_{s}": r.ids for s, r in rendered.items()},
         **{f"told_{s}": r.supervised for s, r in rendered.items()},
         **{f"at_{s}": r.signal_positions.ravel() for s, r in rendered.items()},
-        **{f"signal_{s}": np.asarray(dataset.signals(s)[0], np.float32) for s in used},
+        **{f"signal_{s}": np.asarray(dataset.signals(s)[0][dataset.signal.view], np.float32) for s in used},
     )  # fmt: skip
     lengths = [len(r.ids) for r in rendered.values()]
     prefix = {r.system_end for r in rendered.values()}

@@ -33,18 +33,8 @@ settings.load_profile("elm_jax")
 SLOW = 40  # a slow test takes as long as so many quick ones, about
 
 
-TRAINS = {"tiny_run", "trained", "unbroken", "run_folder"}  # fixtures of seconds
-
-
-@pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest first, so that the two processes end together: each file is one process's alone.
-
-    And what needs a run that is trained is no quick test.
-    """
-    for item in items:
-        if TRAINS & {*getattr(item, "fixturenames", ())} and not item.get_closest_marker("slow"):
-            raise pytest.UsageError(f"{item.nodeid} trains a model first: mark it slow")
+    """The files that take longest first, so that the two processes end together: each file is one process's alone."""
     longest = Counter[Path]()
     for item in items:
         longest[item.path] += SLOW if item.get_closest_marker("slow") else 1

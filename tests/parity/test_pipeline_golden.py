@@ -86,7 +86,7 @@ def test_tokens_and_labels(run: tuple[Assembly, Arrays, Dataset], golden: Golden
         wrong += not np.array_equal(labels, expected["elm_labels"][i][real])
         start = int(real.argmax())
         wrong += not np.array_equal(rendered.signal_positions[0] + start, expected["signal_id_indices"][i])
-        compare(NAME, "normalised ECG", dataset.signals(i)[0], expected["ecg_normalised"][i], 1e-6)
+        compare(NAME, "normalised ECG", dataset.signals(i)[0]["ecg"], expected["ecg_normalised"][i], 1e-6)
     record(NAME, "differing ids, labels and positions", wrong, 0)
 
 

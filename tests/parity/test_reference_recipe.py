@@ -112,7 +112,7 @@ def reference_losses(folder: Path, assembly: Assembly, order: list[list[int]]) -
         rendered = [dataset.render(i) for i in samples]
         longest = max(len(one.ids) for one in rendered)
         ids, labels = np.full((2, len(samples), longest), -100)
-        signals = jnp.asarray(np.stack([np.asarray(dataset.signals(i)[0]) for i in samples]))
+        signals = jnp.asarray(np.stack([np.asarray(dataset.signals(i)[0]["ecg"]) for i in samples]))
         features = torch.from_numpy(np.array(elm.encoder(signals, jnp.ones(len(samples)), train=False)))
         places = []
         for row, one in enumerate(rendered):

@@ -22,6 +22,14 @@ def test_importing_it_imports_no_jax(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+TRAINS = {"tiny_run", "trained", "unbroken", "run_folder"}  # fixtures that train a model: seconds
+
+
+def test_no_quick_test_trains_a_model_first(request: pytest.FixtureRequest) -> None:
+    found = [item for item in request.session.items if TRAINS & {*getattr(item, "fixturenames", ())}]
+    assert not [item.nodeid for item in found if not item.get_closest_marker("slow")], "mark them slow"
+
+
 def test_dir_lists_the_public_names_without_loading_them() -> None:
     assert set(elm_jax.__all__) <= set(dir(elm_jax))
 

@@ -20,7 +20,7 @@ signals = arrays.arrays(np.float32, shapes, elements=samples)
 
 
 @pytest.fixture(scope="module")
-def trained() -> EcgByte:
+def coder() -> EcgByte:
     """A tokenizer learnt from a few random walks, so that its merges meet the signals of the tests."""
     rng = np.random.default_rng(0)
     letters = EcgByte([])
@@ -119,11 +119,11 @@ def test_another_error_of_progress_is_raised():
 
 
 @given(signals, methods)
-def test_a_signal_comes_back_within_half_a_level_whatever_its_leads(trained, signal, method):
-    ids = trained.encode(signal, method)
-    assert trained.spell(ids) == trained.to_symbols(signal)
+def test_a_signal_comes_back_within_half_a_level_whatever_its_leads(coder, signal, method):
+    ids = coder.encode(signal, method)
+    assert coder.spell(ids) == coder.to_symbols(signal)
     low, high = float(signal.min()), float(signal.max())
-    back = trained.decode(ids, signal.shape, low, high)
+    back = coder.decode(ids, signal.shape, low, high)
     # The epsilon of the normalisation may push an amplitude of a small range down by up to 26 levels.
     span = high - low
     pushed = 1e-6 / (span + 1e-6) * span if span else 0.0
@@ -131,35 +131,35 @@ def test_a_signal_comes_back_within_half_a_level_whatever_its_leads(trained, sig
 
 
 @given(signals, methods)
-def test_every_sample_belongs_to_the_token_that_spells_it(trained, signal, method):
-    encoded = encode(trained, signal, method)
-    token = token_of_sample(trained, encoded)
+def test_every_sample_belongs_to_the_token_that_spells_it(coder, signal, method):
+    encoded = encode(coder, signal, method)
+    token = token_of_sample(coder, encoded)
     assert token.shape == signal.shape
-    letters = np.frombuffer(trained.to_symbols(signal), np.uint8)
+    letters = np.frombuffer(coder.to_symbols(signal), np.uint8)
     for i, entry in enumerate(encoded.ids):
-        assert letters[token.reshape(-1) == i].tobytes() == trained.spell([entry])
+        assert letters[token.reshape(-1) == i].tobytes() == coder.spell([entry])
 
 
 @given(signals, methods)
-def test_float32_and_float64_of_the_same_values_have_the_same_ids(trained, signal, method):
-    np.testing.assert_array_equal(trained.encode(signal, method), trained.encode(signal.astype(np.float64), method))
+def test_float32_and_float64_of_the_same_values_have_the_same_ids(coder, signal, method):
+    np.testing.assert_array_equal(coder.encode(signal, method), coder.encode(signal.astype(np.float64), method))
 
 
 @given(arrays.arrays(st.sampled_from([np.int16, np.uint8, np.float16]), shapes), methods)
-def test_other_numbers_have_the_ids_of_their_values(trained, signal, method):
+def test_other_numbers_have_the_ids_of_their_values(coder, signal, method):
     assume(np.isfinite(signal).all())
-    expected = trained.encode(signal.astype(np.float64), method)
-    np.testing.assert_array_equal(trained.encode(signal, method), expected)
+    expected = coder.encode(signal.astype(np.float64), method)
+    np.testing.assert_array_equal(coder.encode(signal, method), expected)
 
 
 @given(st.data(), methods)
-def test_how_an_array_lies_in_memory_makes_no_difference(trained, data, method):
+def test_how_an_array_lies_in_memory_makes_no_difference(coder, data, method):
     whole = data.draw(arrays.arrays(np.float32, arrays.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=20)))
     assume(np.isfinite(whole).all())
     for view in (whole.T, whole[::-1], whole[:, ::-2], whole[1:, 1:], np.asfortranarray(whole), whole.astype(">f4")):
-        np.testing.assert_array_equal(trained.encode(view, method), trained.encode(view.copy(order="C"), method))
+        np.testing.assert_array_equal(coder.encode(view, method), coder.encode(view.copy(order="C"), method))
     whole.setflags(write=False)
-    trained.encode(whole, method)
+    coder.encode(whole, method)
 
 
 @given(
@@ -167,50 +167,50 @@ def test_how_an_array_lies_in_memory_makes_no_difference(trained, data, method):
     methods,
     st.integers(1, 9),
 )
-def test_batches_and_threads_change_no_id(trained, batch, method, threads):
-    alone = [trained.encode(signal, method) for signal in batch]
-    together = trained.encode(batch, method, threads=threads)
+def test_batches_and_threads_change_no_id(coder, batch, method, threads):
+    alone = [coder.encode(signal, method) for signal in batch]
+    together = coder.encode(batch, method, threads=threads)
     assert isinstance(together, list) and len(together) == len(batch)
     for a, b in zip(alone, together, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @given(arrays.arrays(st.sampled_from([np.float32, np.float64]), shapes), methods)
-def test_any_floats_encode_or_are_refused_with_a_reason(trained, signal, method):
+def test_any_floats_encode_or_are_refused_with_a_reason(coder, signal, method):
     bad = int(np.count_nonzero(~np.isfinite(signal)))
     if not bad:
         try:
-            assert trained.spell(trained.encode(signal, method)) == trained.to_symbols(signal)
+            assert coder.spell(coder.encode(signal, method)) == coder.to_symbols(signal)
         except UserError as error:
             assert "too far apart" in str(error) and np.ptp(signal.astype(np.longdouble)) > 1e308
         return
     with pytest.raises(UserError, match=f"{bad} samples that are not finite"):
-        trained.encode(signal, method)
+        coder.encode(signal, method)
     with pytest.raises(UserError, match="not finite in recording 1"):
-        trained.encode(np.stack([np.zeros_like(signal), signal]), method, threads=2)
+        coder.encode(np.stack([np.zeros_like(signal), signal]), method, threads=2)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
-def test_an_empty_signal_is_refused_and_an_empty_batch_is_none(trained, shape):
+def test_an_empty_signal_is_refused_and_an_empty_batch_is_none(coder, shape):
     with pytest.raises(UserError, match="not empty"):
-        trained.encode(np.zeros(shape))
+        coder.encode(np.zeros(shape))
     with pytest.raises(UserError, match="not empty"):
-        trained.to_symbols(np.zeros(shape))
-    assert trained.encode(np.zeros((0, 12, 5))) == []
+        coder.to_symbols(np.zeros(shape))
+    assert coder.encode(np.zeros((0, 12, 5))) == []
 
 
 @given(shapes, samples, st.sampled_from([np.float32, np.float64]), methods)
-def test_a_constant_signal_is_its_lowest_level_and_comes_back(trained, shape, value, dtype, method):
+def test_a_constant_signal_is_its_lowest_level_and_comes_back(coder, shape, value, dtype, method):
     signal = np.full(shape, value, dtype)
-    ids = trained.encode(signal, method)
-    assert trained.spell(ids) == b"a" * signal.size
-    np.testing.assert_array_equal(trained.decode(ids, shape, float(signal.min()), float(signal.max())), signal)
+    ids = coder.encode(signal, method)
+    assert coder.spell(ids) == b"a" * signal.size
+    np.testing.assert_array_equal(coder.decode(ids, shape, float(signal.min()), float(signal.max())), signal)
 
 
 @given(st.lists(st.integers(-2, 700), max_size=30))
-def test_any_ids_decode_or_are_refused(trained, ids):
+def test_any_ids_decode_or_are_refused(coder, ids):
     try:
-        back = trained.decode(np.array(ids, np.int64), (1, len(ids)), 0.0, 1.0)
+        back = coder.decode(np.array(ids, np.int64), (1, len(ids)), 0.0, 1.0)
     except UserError:
         return
     assert back.shape == (1, len(ids))
