@@ -166,7 +166,8 @@ def _build(config: Config, llm: DecoderConfig | None, encoders: Mapping[str, Map
     compute = jnp.dtype(config.llm.compute_dtype)
     built = {view: _encoder(config, view, fields) for view, fields in encoders.items()}
     if llm is None:
-        return ELM(built if len(built) > 1 else next(iter(built.values())), None, None, compute, config.compat)
+        encoders_alone = built if len(config.slots) > 1 else next(iter(built.values()))
+        return ELM(encoders_alone, None, None, compute, config.compat)
     connectors = {view: _connector(config, view, built.get(view), llm.hidden) for view in config.slots}
     decoder = Decoder(
         llm, _rngs(config, "llm"), param_dtype=_llm_dtype(config), scan=config.llm.scan,
@@ -222,6 +223,9 @@ def _check_objective(config: Config, objective: Objective) -> None:
     if "llm" not in objective.needs and {part.split(".")[0] for part in config.update} != {"encoder"}:
         fix = "set --config.update=encoder"
         raise UserError("update", ",".join(config.update), f"the encoder alone with objective={config.objective}", fix)
+    if "llm" not in objective.needs and config.eval.at_end:
+        fix = "set --noconfig.eval.at_end"
+        raise UserError("eval.at_end", "True", f"false with objective={config.objective}: nothing answers", fix)
     if config.data.explicit_thinking and objective.samples.phase != "sft":
         expected = f"false with objective={config.objective}"
         raise UserError("data.explicit_thinking", "True", expected, "leave --config.data.explicit_thinking out")
@@ -270,8 +274,8 @@ def _began_with(config: Config, own: Path | None) -> Path | None:
     if config.init_from is None:
         return None
     before = renamed(read_json(run_folder(config.init_from, "config.init_from") / "config.json"))
-    alone = "llm" not in OBJECTIVES.find(before.get("objective", Config.objective)).needs
-    return None if alone else tokenizer_of(config.init_from)
+    objective = OBJECTIVES.get(before.get("objective", Config.objective))
+    return None if objective is not None and "llm" not in objective.needs else tokenizer_of(config.init_from)
 
 
 def _tokenizer(config: Config, phase: str, own: Path | None, weights: bool) -> Any:

@@ -120,6 +120,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of user errors"
         )
+        own = "import a file of yours first, which adds an encoder, a dataset ... (docs/extend.md)"  # `guard` does it
+        self.add_argument("--register", metavar="FILE", default=argparse.SUPPRESS, help=own)
 
     def read(self, argv: Sequence[str]) -> tuple["ConfigFlags", argparse.Namespace]:
         """The flags of the configuration in `argv`, and the command's own arguments."""

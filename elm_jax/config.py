@@ -13,13 +13,12 @@ from ml_collections import ConfigDict, config_dict
 
 from elm_jax import compat, schema
 from elm_jax.ecg.recording import LEADS
-from elm_jax.elms import ELMS, Viewed
+from elm_jax.elms import ALIASES, ELMS, Viewed
 from elm_jax.errors import UserError, closest
 from elm_jax.schema import key
 from elm_jax.scoring.protocols import PROTOCOLS
 from elm_jax.text.forms import CHAT_FORMS
 
-ALIASES = {"llava": "linear_llava", "fuyu": "base_elf"}
 # A run may be resumed with other values of these (a trailing dot: of the whole section).
 RESUMABLE = (
     "workdir", "debug", "mesh.", "log.", "eval.", "data.workers", "data.outside_root",
@@ -281,7 +280,7 @@ def resolve(cd: ConfigDict | Mapping[str, Any], config_name: str = "default") ->
     """The checked Config of what a config file returned or a config.json holds, with defaults for the rest.
 
     `config_name` replaces `<name>` in workdir. Raises UserError, naming the key, for an unknown key, a wrong
-    type or value, keys that contradict each other, and for what is not built yet.
+    type or value, or keys that contradict each other.
     """
     values = dict(_leaves(asdict(Config())))
     for name, value in _leaves(renamed(cd.to_dict() if isinstance(cd, ConfigDict) else cd)):

@@ -34,6 +34,7 @@ class View:
     text: Callable[[np.ndarray, float], str] | None = None
 
 
+ALIASES = {"llava": "linear_llava", "fuyu": "base_elf"}  # names of the reference's
 ELMS: Registry[Mapping[str, View]] = Registry("elm", {
     "linear_llava": {
         "ecg": View("An ECG encoder, a linear connector and a language model", None, encoder=True, connector="linear")
@@ -59,14 +60,22 @@ ELMS: Registry[Mapping[str, View]] = Registry("elm", {
 
 
 def register_view(elm: str, views: Mapping[str, View]) -> None:
-    """Let `config.elm` be one more: the views of an ECG by name, the first of which writes slots or tokens.
+    """Let `config.elm` be one more: the views of an ECG by name, first those with slots, or one with tokens.
 
     Raises:
-        UserError: the name is no identifier, or one of the package's.
+        UserError: the name is no identifier, or one of the package's; or no model can have these views.
     """
-    first = next(iter(views.values()), None)
-    if first is None or first.writes == "text":
-        raise UserError(f"elm {elm!r}", "no view with slots or tokens first", "one", "put it first")
+    writes = [view.writes for view in views.values()]
+    numbers = writes.count("slots"), writes.count("tokens")
+    if writes[:1] in ([], ["text"]) or numbers not in ((numbers[0], 0), (0, 1)):
+        found = f"views that write {', '.join(writes) or 'nothing'}"
+        raise UserError(f"elm {elm!r}", found, "slots, or tokens once, and text behind these", "change the views")
+    if elm in ALIASES:
+        raise UserError(f"elm {elm!r}", f"another name of {ALIASES[elm]}", "a name of its own", "rename it")
+    for name, view in views.items():
+        if not name.isidentifier() or name == "lora" or (view.writes == "text") != (view.text is not None):
+            expected = "an identifier other than lora, and a function `text` where it writes text"
+            raise UserError(f"elm {elm!r}, view {name!r}", str(view.writes), expected, "correct the view")
     ELMS.register(elm, views)
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from elm_jax.errors import UserError, nearest
 
 Row = TypeVar("Row")
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The name of a function, or of the class of what is called as one."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 class Registry(dict[str, Row]):
@@ -17,14 +24,18 @@ class Registry(dict[str, Row]):
         super().__init__(rows)
         self.where, self._packaged = where, frozenset(rows)
 
+    def packaged(self) -> dict[str, Row]:
+        """The package's own rows."""
+        return {name: self[name] for name in self if name in self._packaged}
+
     def register(self, name: str, row: Row) -> None:
         """Add a row. A name may be registered again (a file is run again), but not taken from the package.
 
         Raises:
-            UserError: the name is no identifier, or the package's own.
+            UserError: it is no name that a flag can have, or the package's own.
         """
-        if not all(part.isidentifier() for part in name.split(".")):
-            raise UserError(f"{self.where} {name!r}", "no identifier", "letters, digits and _", "rename it")
+        if not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
+            raise UserError(f"{self.where} {name!r}", "no name", "letters, digits, _, - and .", "rename it")
         if name in self._packaged:
             raise UserError(f"{self.where} {name!r}", "a name of the package", "a name of its own", "rename it")
         self[name] = row

@@ -94,7 +94,7 @@ def check(where: str, k: Key, value: Any) -> Any:
     default = f"correct it, or leave it out for {to_text(k.default) or 'none'}"
     try:
         value = fit(value, k.accepts or k.type)
-    except TypeError:
+    except (TypeError, OverflowError):  # the second: a whole number that no float can hold
         raise UserError(where, shown(value), type_name(k.accepts or k.type), default) from None
     items = value if isinstance(value, tuple) else () if value is None else (value,)
     for item in items:

@@ -27,6 +27,7 @@ from elm_jax.data.samples import Samples
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 from elm_jax.folders import write_atomic
+from elm_jax.registry import name_of
 from elm_jax.text.render import Rendered, TextSpec, to_prompts, to_tokens
 from elm_jax.text.turns import CONVERSATIONS, with_words
 
@@ -245,7 +246,9 @@ class Dataset:
         Raises:
             UserError: more than the fraction `max_bad` of the records cannot be rendered; names the first.
         """
-        path = cache / f"{self.fingerprint}.{KEPT_VERSION}.parquet" if cache else None
+        # What a function of the user's writes is measured at every start: nothing says when the function has changed.
+        of_functions = self.samples.of is not None or (self.reads_ecgs and bool(self.signal.texts))
+        path = cache / f"{self.fingerprint}.{KEPT_VERSION}.parquet" if cache and not of_functions else None
         columns = self._kept(path) if path and path.is_file() else None
         if columns is not None:
             for i in np.flatnonzero(columns["length"] == 0)[int(max_bad * len(self)) :]:
@@ -333,11 +336,11 @@ class Dataset:
             digest.update(words.backend_tokenizer.to_str().encode())
         if not self.samples.plain:
             digest.update(self.samples.fingerprint.encode())
+        told = replace(self.signal, root=str(Path(self.signal.root).absolute()), tokens=None)
         if self._symbols is not None:
-            told = replace(self.signal, root=str(Path(self.signal.root).absolute()), tokens=None)
             digest.update(repr((told, self._symbols.fingerprint, self.augments)).encode())
         if self.text.signal_tokens and self.signal.texts:
-            digest.update(repr({view: text.__qualname__ for view, text in self.signal.texts.items()}).encode())
+            digest.update(repr((told, {view: name_of(text) for view, text in self.signal.texts.items()})).encode())
         for record in self.records:
             digest.update(repr((record.id, record.ecg_paths, record.text, record.dataset)).encode())
             if self.reads_ecgs:

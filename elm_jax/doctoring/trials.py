@@ -39,7 +39,7 @@ def findings(command: Sequence[str] = COMMAND) -> Iterator[Finding]:
                 left.pop(0)
         if process.wait():
             errors.seek(0)
-            yield _death(left[0], process.returncode, errors.read())
+            yield _death(left[0] if left else "the end of the trials", process.returncode, errors.read())
 
 
 def _death(trial: str, status: int, errors: str) -> Finding:

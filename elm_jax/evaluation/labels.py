@@ -199,4 +199,7 @@ class _Auc:
 
 
 def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
-    return [row for _, row in csv_rows(path, needed, "eval.labels", f"{path.name} of PTB-XL", "give PTB-XL's folder")]
+    rows = [row for _, row in csv_rows(path, needed, "eval.labels", f"{path.name} of PTB-XL", "give PTB-XL's folder")]
+    if not rows:
+        raise UserError("eval.labels", f"{path} without rows", f"{path.name} of PTB-XL", "download it again")
+    return rows

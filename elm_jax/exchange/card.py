@@ -27,6 +27,7 @@ _LICENCES = (
     ("lmsys/vicuna-", "llama2"),
     ("PharMolix/BioMedGPT-LM-7B", "apache-2.0"),
 )
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FRONT_MATTER = re.compile(r"\A---\n.*?^license:\s*['\"]?([\w.-]+)", re.DOTALL | re.MULTILINE)
 
 
@@ -72,6 +73,9 @@ def write_card(path: Path, weights: TrainedWeights, facts: Mapping[str, Any], me
     evaluations = {file.parent.name: json_if_whole(file) for file in sorted(weights.folder.glob("eval/*/metrics.json"))}
     text = filled(
         "card.md", config=config, facts=facts, merged=merged, repo=repo, licence=repo and _licence(weights, repo),
+        base_model=repo if repo and _HUB_ID.fullmatch(repo) else None,
+        began=[Path(one.checkpoint).name for one in config.encoder_parts.values() if one.checkpoint],
+        started_from=Path(config.init_from).name if config.init_from else None,
         lora=spec_of(config.llm.lora), step=weights.step, best_loss=weights.meta["history"].get("best_val_loss"),
         evaluations={name: found for name, found in evaluations.items() if found.get("metrics")},
     )  # fmt: skip

@@ -64,7 +64,7 @@ def _model(source: Foreign, several: bool) -> Facts:
 
 def _connector(source: Foreign) -> Facts:
     """The kind of the model by its connector, of which each kind has other names."""
-    elms = {elm: view for elm, views in ELMS.items() for view in views.values() if len(views) == 1}
+    elms = {elm: view for elm, views in ELMS.packaged().items() for view in views.values() if len(views) == 1}
     signs = {elm: PREFIXES[kind] + RULES[kind][0].theirs for elm, view in elms.items() if (kind := view.connector)}
     for elm, sign in reversed(signs.items()):  # of several patches before one: `patches_of` tells them apart
         if sign in source.info:

@@ -67,6 +67,8 @@ class Kinds:
         config = assembly.config
         encoders = {part: str(encoder.name) for part, encoder in config.encoder_parts.items()}
         connectors = {config.part("connector", view): str(each.connector) for view, each in config.slots.items()}
+        if assembly.llm is None:  # encoders alone
+            return cls("", encoders, {})
         return cls(assembly.llm.model_type, encoders, connectors)
 
     def part_of(self, name: str) -> str:
@@ -86,7 +88,8 @@ class Kinds:
 def published_rules(names: Iterable[str], kinds: Kinds) -> dict[str, Rule]:
     """The weight rule of each array ("llm.norm.scale") under its whole name; those of LoRA are left out."""
     tables = {part: {rule.ours: rule for rule in RULES[kind]} for part, kind in kinds.connectors.items()}
-    tables["llm"] = {rule.ours: rule for rule in family_of(kinds.model_type).rules}
+    if kinds.model_type:
+        tables["llm"] = {rule.ours: rule for rule in family_of(kinds.model_type).rules}
     rules = {}
     for name in names:
         part = kinds.part_of(name)

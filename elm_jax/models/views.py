@@ -23,6 +23,13 @@ def check_views(config: Config) -> None:
             if f"encoder.{key}" not in SCHEMA:
                 raise UserError(f"encoders.{name}.{key}", "an unknown key", "one of encoder's", "correct it")
             schema.check(f"encoders.{name}.{key}", SCHEMA[f"encoder.{key}"], value)
+        each, own = config.views[name], config.encoders[name]
+        meant = {"cache": False, "tokens": each.tokens is None, "checkpoint": each.encoder, "config": each.encoder}
+        for key, holds in meant.items():
+            usual = SCHEMA[f"encoder.{key}"].default
+            if not holds and own.get(key, usual) != usual:
+                fix = f"leave --config.encoders.{name}.{key} out"
+                raise UserError(f"encoders.{name}.{key}", str(own[key]), f"nothing for view {name} of elm={elm}", fix)
     for name, each in config.views.items():
         key = "encoder" if name == first else f"encoders.{name}"
         own = config.encoder_of(name).name

@@ -145,6 +145,8 @@ def register_metric(name: str, score: Score, kind: str = "") -> None:
     Raises:
         UserError: the name is no identifier, or one of the package's metrics.
     """
+    if name in (*_PLAIN, "meteor", *BERT_METRICS):
+        raise UserError(f"metric {name!r}", "a name of the package", "a name of its own", "rename it")
     _OWN.register(f"{kind}.{name}" if kind else name, _mean_of(score, kind))
 
 

@@ -58,6 +58,8 @@ class Form:
         Raises UserError, which names the file and the setting, for what no recording can have.
         """
         told = {name: k for name, k in walk(cls) if name in settings}
+        if settings.get("leads") == []:
+            raise UserError(f"{file}: settings.leads", "no leads", "at least one", "make the tokenizer again")
         return cls(**{name: check(f"{file}: settings.{name}", k, settings[name]) for name, k in told.items()})
 
     def read(self, path: Path) -> np.ndarray:

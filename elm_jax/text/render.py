@@ -117,7 +117,7 @@ def render_prompt(
 ) -> Rendered:
     """The whole conversation and the header of the response that comes next. Arguments as in `render`.
 
-    With `explicit_thinking` the response is given its "<think>\n".
+    With `explicit_thinking` the response is given its "<think>\\n".
     """
     spec = TextSpec(family, signal_tokens, system_prompt, phase, explicit_thinking, max_len, tuple(compat))
     return to_prompt(conversation, tokenizer, spec, n_ecgs)
@@ -146,7 +146,7 @@ def to_prompts(
 ) -> list[tuple[Rendered, str]]:
     """For each non-empty answer: the true history with the header of the response, and the answer.
 
-    With `explicit_thinking` a prompt ends in "<think>\n" where its answer begins so, and the answer is what follows. A
+    With `explicit_thinking` a prompt ends in "<think>\\n" where its answer begins so, and the answer is what follows. A
     prompt holds the ECGs that came up until then. Nothing in it is supervised.
 
     Raises UserError as `render`.

@@ -74,8 +74,11 @@ def count_marks(text: str) -> int:
 def with_words(conversation: Any, words: Sequence[str]) -> list[Turn]:
     """The turns, with the words about each ECG behind its mark; without marks all before the user's first text."""
     turns, left = to_turns(conversation), iter(words)
-    if any(count_marks(turn.text) for turn in turns):
-        return [turn._replace(text=_ECG_MARK.sub(lambda mark: mark[0] + next(left, ""), turn.text)) for turn in turns]
+    asked = [i for i, turn in enumerate(turns) if turn.role == "user"]
+    if any(count_marks(turns[i].text) for i in asked):
+        for i in asked:
+            turns[i] = turns[i]._replace(text=_ECG_MARK.sub(lambda mark: mark[0] + next(left, ""), turns[i].text))
+        return turns
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), 0)
     if turns[first].role != "user":
         turns.insert(first, Turn("user", ""))

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from elm_jax import compat as behaviours
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch
+from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays, Structure
 from elm_jax.models.hints import placed
 from elm_jax.objectives import OBJECTIVES, Objective, Sums, log_probs
@@ -57,6 +58,9 @@ def loss_and_gradients(
         micro = _with_reference(structure, frozen, micro, objective)
         own_key = None if key is None else jax.random.fold_in(key, number)
         sums = dict(objective.loss(model, micro, own_key, {structure.leaves[name].part for name in trained}))
+        if sums.keys() != totals.keys() or "loss" not in sums:
+            found = f"sums of {', '.join(sums) or 'nothing'} and counts of {', '.join(totals) or 'nothing'}"
+            raise UserError("objective", found, "the same names, loss among them", "correct the objective's functions")
         after = structure.arrays(model)
         own_total = jnp.maximum(each["loss"][number], 1.0) * micro_batches
         loss = sums.pop("loss") / (own_total if mean_of_means else totals["loss"])

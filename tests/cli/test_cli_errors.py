@@ -348,7 +348,7 @@ def test_names_of_the_package_are_not_taken_and_own_ones_may_be_given_again() ->
     rows.register("mine", 2)
     rows.register("mine", 3)
     assert rows.find("mine") == 3
-    for name, says in (("merl", "a name of the package"), ("a b", "no identifier")):
+    for name, says in (("merl", "a name of the package"), ("a b", "no name")):
         with pytest.raises(UserError, match=says):
             rows.register(name, 4)
     with pytest.raises(UserError, match="did you mean 'mine'.*--register FILE"):

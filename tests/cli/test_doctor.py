@@ -328,6 +328,13 @@ def test_a_trial_that_kills_its_process_or_hangs_is_a_finding(ending: str, words
     says(finding, FAIL, words)
 
 
+def test_a_process_that_dies_after_its_trials_is_a_finding_too() -> None:
+    told = "print(json.dumps({'status': 'ok', 'text': 'b', 'mend': '', 'check': 'a'}), flush=True)"
+    *found, last = trials.findings(script(f"for _ in range({len(trials.TRIALS)}): {told}\nos.abort()"))
+    assert len(found) == len(trials.TRIALS)
+    says(last, FAIL, "the end of the trials ended the process with signal SIGABRT")
+
+
 @pytest.mark.parametrize("flag", ["--xla_nonsense=1", "--xla_cpu_enable_fast_math=maybe"])
 def test_flags_that_xla_refuses_are_named(monkeypatch: Patch, flag: str) -> None:
     monkeypatch.setenv("XLA_FLAGS", flag)
@@ -340,8 +347,10 @@ def test_the_trials_stop_where_there_is_no_device(monkeypatch: Patch, capfd) -> 
         raise RuntimeError("as can be")
 
     monkeypatch.setattr(trials, "TRIALS", {"first": breaks, "devices": breaks, "last": breaks})
-    monkeypatch.setattr(trials.signal, "alarm", lambda seconds: 0)
+    limits: list[int] = []
+    monkeypatch.setattr(trials.signal, "alarm", limits.append)
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     trials.main()
     first, last = (json.loads(line) for line in capfd.readouterr().out.splitlines())
     assert first["text"] == "first cannot be checked: RuntimeError: as can be" and last["check"] == "devices"
+    assert limits == [trials.SECONDS]

@@ -12,6 +12,7 @@ import pytest
 import wfdb
 
 from elm_jax.config import DataConfig
+from elm_jax.data.prepare import register_dataset
 from elm_jax.data.prepare.ecg_qa import Settings, prepare_ecg_qa
 from elm_jax.data.prepare.ptb_xl import PTB_XL, read_index
 from elm_jax.data.prepare.runner import RawRecording, prepare_dataset
@@ -192,6 +193,18 @@ def test_an_index_may_not_lead_out_of_its_folder(tmp_path, path):
     hostile = replace(PTB_XL, recordings=lambda _: [RawRecording(path, "2", "train", "x"), inside])
     report = prepare_dataset("ptb_xl", hostile, raw, tmp_path / "out", length=200, progress=False)
     assert report["records"] == 1 and report["missing"] == {path: "not a path below the raw folder"}
+
+
+def test_recordings_that_would_be_kept_under_one_name_are_refused(tmp_path):
+    alike = [RawRecording(path, "1", "train", "x") for path in ("a/b_c", "a_b/c")]
+    with pytest.raises(UserError, match="found a/b_c and a_b/c; expected recordings that differ"):
+        prepare_dataset("mine", replace(PTB_XL, recordings=lambda _: alike), tmp_path, tmp_path / "out", progress=False)
+
+
+def test_a_dataset_is_not_registered_under_a_name_that_is_taken():
+    for name in ("ptb_xl", "ecg_qa", "a-b"):
+        with pytest.raises(UserError, match="DATASET"):
+            register_dataset(name, PTB_XL)
 
 
 def test_records_without_a_report_are_prepared_but_ask_for_none(tmp_path):

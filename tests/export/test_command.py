@@ -88,6 +88,7 @@ def test_the_card_has_data_scores_beside_their_controls_and_the_licence(made: Pa
     assert export_command("--checkpoint", made, "--out", tmp_path / "out") == 0
     card = (tmp_path / "out" / "README.md").read_text()
     front = card.split("---\n")[1]
+    assert "base_model" not in front  # of the hub it has none: it began from a folder
     assert "license: apache-2.0\n" in front and "pipeline_tag: text-generation\n" in front
     assert "demo:train=64,val=8,test=8" in card and f"12 leads, {e2e.SAMPLES} samples at 250 Hz" in card
     assert "| exact_match | 0.750 (0.500 to 0.900) | 0.250 |" in card

@@ -85,6 +85,11 @@ def test_an_encoder_that_is_none_is_told_before_the_llm_is_looked_for(
         assemble(config(tmp_path, **MERL | nowhere | keys))
 
 
+def test_thinking_is_of_a_form_that_has_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="data.explicit_thinking: found True; expected false with objective=pretrain"):
+        assemble(config(tmp_path, **MERL, objective="pretrain", data__explicit_thinking=True))
+
+
 # -- the tokenizer of init_from -------------------------------------------------------------------------------
 
 

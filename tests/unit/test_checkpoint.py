@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -176,7 +177,9 @@ def model(dtype: str = "float32") -> dict[str, jax.Array]:
     return {**arrays(0), "encoder.w": jnp.ones((4, 4), dtype) / 3}
 
 
-def start(source: str, missing_ok: tuple[str, ...] = (), dtype: str = "float32", **others: jax.Array) -> Arrays:
+def start(
+    source: str, missing_ok: tuple[str, ...] = (), dtype: str = "float32", learns: bool = True, **others: jax.Array
+) -> Arrays:
     """As a new run does: what `source` knows, the rest made anew, and checked; `others` replace arrays of the model."""
     made = {**model(dtype), **others}
     leaves = {n: Leaf(x.shape, x.dtype, (), False, n.split(".")[0]) for n, x in made.items()}
@@ -184,7 +187,8 @@ def start(source: str, missing_ok: tuple[str, ...] = (), dtype: str = "float32",
         config=Config(init_from=source, init_missing_ok=missing_ok), structure=Structure(None, None, leaves),  # type: ignore[arg-type]
         llm_folder=None, draw=lambda shardings: {name: made[name] for name in shardings},
     )  # fmt: skip
-    return first_arrays(assembly, Path(source) / "new", {n: x.sharding for n, x in made.items()}, made)
+    moved = made if learns else {}
+    return first_arrays(assembly, Path(source) / "new", {n: x.sharding for n, x in made.items()}, moved)
 
 
 def encoder_fingerprint(dtype: str) -> dict[str, str]:
@@ -207,6 +211,13 @@ def test_init_from_takes_what_the_source_itself_inherited(tmp_path: Path) -> Non
     inherited = {"encoder.w": jnp.full((4, 4), 7.0)}
     save_arrays(Path(source) / INHERITED, inherited)
     assert_equal(start(source)["encoder.w"], inherited["encoder.w"])
+    kept = Path(source) / "new" / INHERITED
+    start(source, learns=False)
+    shutil.rmtree(Path(source) / INHERITED)
+    save_arrays(Path(source) / INHERITED, {"encoder.w": jnp.full((4, 4), 8.0)})
+    # As a start that was killed is made again: what it has kept stays.
+    assert_equal(start(source, learns=False)["encoder.w"], jnp.full((4, 4), 8.0))
+    assert_equal(SavedArrays(kept).arrays(["encoder.w"]), inherited)
 
 
 def test_init_from_names_what_is_missing(tmp_path: Path) -> None:

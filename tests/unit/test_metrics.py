@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elm_jax.errors import UserError
 from elm_jax.evaluation.results import perfect_note
 from elm_jax.scoring import dependence as dependence_module
 from elm_jax.scoring import metrics
@@ -45,6 +46,12 @@ def dependence(real, controls):
 )
 def test_heart_rate_is_the_first_number_and_may_be_five_off(answer, truth, expected):
     assert within_5_bpm(answer, truth) == expected
+
+
+def test_metrics_of_the_package_are_not_replaced() -> None:
+    for name in ("exact_match", "meteor", "bert_f1", "answer_set_match"):
+        with pytest.raises(UserError, match="a name of the package"):
+            metrics.register_metric(name, lambda answer, truth: 1.0)
 
 
 def test_first_integer_reads_ascii_digits_only():

@@ -16,12 +16,13 @@ from elm_jax import cli
 from elm_jax.assemble import Assembly, assemble
 from elm_jax.config import Config, resolve, to_dict
 from elm_jax.data.batch import BatchShape, Group, collate
-from elm_jax.elms import ELMS, View
+from elm_jax.elms import ELMS, View, register_view
 from elm_jax.errors import UserError
 from elm_jax.evaluation.controls import Question, Source
 from elm_jax.export import main as export_main
 from elm_jax.import_weights import main as import_main
 from elm_jax.inference.model import TrainedModel
+from elm_jax.text.turns import with_words
 from elm_jax.training.loop import train
 from elm_jax.training.state import split_names
 
@@ -92,6 +93,7 @@ def test_one_encoder_may_learn_and_the_other_not(tmp_path: Path) -> None:
         ({"encoders": {}}, "encoders.image.name: found None; expected an ECG encoder for elm=two"),
         ({"encoders": {"picture": {"name": "vit"}}}, "encoders: found picture; expected one of image"),
         ({"encoders": {"image": {"size": 3}}}, "encoders.image.size: found an unknown key"),
+        ({"encoders": {"image": {"name": "vit", "cache": True}}}, "encoders.image.cache: found True; expected nothing"),
         ({"encoder__cache": True, "update": ["llm"]}, "encoder.cache: found True; expected false for elm=two"),
         ({"elm": "mlp_llava", "update": ["llm"]}, "encoders: found image; expected nothing for elm=mlp_llava"),
     ],
@@ -165,3 +167,29 @@ def test_what_a_view_writes_is_of_the_ecg_that_the_model_is_shown(
     assert "Amplitude 0.000 mV" in words("zeros") and "Amplitude" not in words("text_only")
     for condition in ("shuffled", "zeros", "noise", "text_only"):
         assert told(0) not in words(condition)
+
+
+@pytest.mark.parametrize(
+    ("elm", "views", "told"),
+    [
+        ("llava", ELMS["mlp_llava"], "another name of linear_llava"),
+        ("mlp_llava", ELMS["mlp_llava"], "a name of the package"),
+        ("mine", {}, "views that write nothing"),
+        ("mine", {"words": View("", writes="text", text=amplitude)}, "views that write text"),
+        ("mine", {**ELMS["ecg_byte"], "image": ELMS["mlp_llava"]["ecg"]}, "views that write tokens, slots"),
+        ("mine", {**ELMS["mlp_llava"], "more": ELMS["ecg_byte"]["ecg"]}, "views that write slots, tokens"),
+        ("mine", {**ELMS["mlp_llava"], "words": View("", writes="text")}, "a function `text` where it writes text"),
+        ("mine", {"lora": ELMS["mlp_llava"]["ecg"]}, "an identifier other than lora"),
+    ],
+)
+def test_views_that_no_model_can_have_are_not_registered(elm: str, views: dict[str, View], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        register_view(elm, views)
+    assert "mine" not in ELMS
+
+
+def test_what_a_view_writes_stands_at_the_users_marks_alone() -> None:
+    turns = [{"role": "user", "content": "Look: <ecg> so?"}, {"role": "assistant", "content": "The <ecg> shows it."}]
+    assert [turn.text for turn in with_words(turns, ["W "])] == ["Look: <ecg> W so?", "The <ecg> shows it."]
+    turns[0]["content"] = "What is it?"
+    assert [turn.text for turn in with_words(turns, ["W "])] == ["W What is it?", "The <ecg> shows it."]

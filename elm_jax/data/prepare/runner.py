@@ -101,7 +101,9 @@ def prepare_dataset(
     problems: dict[str, dict[str, str]] = {"missing": {}, "unreadable": {}, "too_short": {}}
     prepared: list[_Prepared] = []
     kept = 0
-    for one in tqdm(list(dataset.recordings(raw)), desc=dataset.title, unit="record", disable=not progress):
+    found = list(dataset.recordings(raw))
+    _check_stems(raw, found)
+    for one in tqdm(found, desc=dataset.title, unit="record", disable=not progress):
         stem = one.path.replace("/", "_")
         count = done.get(stem, 0)
         kept += bool(count)
@@ -129,8 +131,8 @@ def prepare_dataset(
     if not prepared:
         kind, listed = max(problems.items(), key=lambda item: len(item[1]))
         first = ": ".join(next(iter(listed.items()), ("the index", "no rows")))
-        found = f"no usable record ({len(listed)} {kind}; {first})"
-        raise UserError(str(raw), found, dataset.holds, f"point --raw at {dataset.title}'s folder")
+        told = f"no usable record ({len(listed)} {kind}; {first})"
+        raise UserError(str(raw), told, dataset.holds, f"point --raw at {dataset.title}'s folder")
     rows = _write_tables(out, name, prepared)
     report = {
         **settings,
@@ -169,6 +171,16 @@ def _write_tables(out: Path, name: str, prepared: Sequence[_Prepared]) -> list[d
 
 def _conversation(report: str) -> str:
     return compact([{"from": "human", "value": REPORT_QUESTION}, {"from": "gpt", "value": report}])
+
+
+def _check_stems(raw: Path, found: Iterable[RawRecording]) -> None:
+    """No two recordings may be kept under one name."""
+    named: dict[str, str] = {}
+    for one in found:
+        other = named.setdefault(one.path.replace("/", "_"), one.path)
+        if other != one.path:
+            fix = "rename one of them"
+            raise UserError(str(raw), f"{other} and {one.path}", "recordings that differ in more than / and _", fix)
 
 
 def _unlike_a_path(path: str) -> str | None:
