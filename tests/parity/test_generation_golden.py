@@ -77,7 +77,7 @@ def test_greedy_tokens_with_ecgs_are_identical(golden: Golden, name: str, rows: 
         places = np.flatnonzero(np.asarray(batch.signal_slot[row])[:end] >= 0)[: tokens or None, None].T
         assert valid[:end].all() and places.size == tokens
         edges = (int(places.max()) + 1,) if tokens else (end // 2,)
-        signals = list(batch.signals[row]) if tokens else []
+        signals = [{"ecg": ecg} for ecg in batch.signals["ecg"][row]] if tokens else []
         return Request(number, np.asarray(batch.tokens[row])[:end], signals, places, edges, new)
 
     count = len(batch.tokens)
