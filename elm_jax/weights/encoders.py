@@ -101,7 +101,7 @@ def open_encoder(
     expected = [theirs for rule in rules for theirs in rule.names(shapes[rule.ours])]
     return match(
         where, f"this {name}", fix, rules, shapes, tensors, named, aliases=kind.aliases(expected),
-        may_lack=kind.absent(published),
+        may_lack=kind.absent(published), twice=True,
     )  # fmt: skip
 
 

@@ -128,7 +128,7 @@ class Published:
 def match(
     where: str, what: str, fix: str, rules: Iterable[Rule], shapes: Mapping[str, Shape], tensors: Mapping[str, Any],
     named: Mapping[str, str], *, stored: Mapping[str, Shape] | None = None,
-    aliases: Mapping[str, str] | None = None, may_lack: Collection[str] = (),
+    aliases: Mapping[str, str] | None = None, may_lack: Collection[str] = (), twice: bool = False,
 ) -> Published:  # fmt: skip
     """Pair the tensors of a checkpoint with our arrays: none may be missing, left over, misshapen, or no floats.
 
@@ -138,6 +138,7 @@ def match(
         named: the checkpoint's name of a tensor -> the one that a rule or an alias has for it.
         aliases: a further name, which may be there -> the name of the same tensor.
         may_lack: names that need not be there; their arrays are left out.
+        twice: whether all aliases must be there where one is.
     Raises:
         UserError: the tensors do not fit, or are unlike under two names; by name.
     """
@@ -153,6 +154,8 @@ def match(
     expected |= {second: expected[first] for second, first in (aliases or {}).items()}
     lacking = {ours[theirs] for theirs in may_lack if theirs in ours and theirs not in given}
     missing = [theirs for theirs, name in ours.items() if theirs not in given and name not in lacking]
+    if twice and not (aliases or {}).keys().isdisjoint(given):
+        missing += [second for second in aliases or {} if second not in given]
     extra = [key for theirs, key in given.items() if theirs not in expected]
     if missing or extra:
         parts = (("no", missing), ("unknown", extra))

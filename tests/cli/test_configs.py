@@ -135,7 +135,7 @@ def run(command: Command, name: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # long: three to five commands of each config, as a user gives them
 @pytest.mark.parametrize("name", all_configs())
 def test_a_config_learns_and_evaluates_and_each_way_goes_on(
     name: str, shared: Path, records: Path, tmp_path: Path, command: Command
@@ -175,7 +175,7 @@ def check_attention(command: Command, workdir: Path, ecg: Path) -> None:
     assert (workdir / "analysis" / "attention_1.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # long: four stages and an evaluation
 def test_the_stages_of_the_full_recipe_start_from_each_other(
     shared: Path, records: Path, tmp_path: Path, command: Command
 ) -> None:

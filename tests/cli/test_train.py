@@ -86,7 +86,7 @@ def test_an_evaluation_leaves_scores_controls_and_pictures(trained: Path) -> Non
     assert (folder / "examples.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # long: evaluates anew under all controls
 def test_evaluate_gives_the_same_answers_again_in_other_batches(trained: Path) -> None:
     path = trained / "eval" / "demo-test" / "predictions.jsonl"
     before = {p["id"]: p["answer"] for p in read_lines(path)}

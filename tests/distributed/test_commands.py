@@ -188,7 +188,7 @@ def said(folder: Path) -> dict[str, list[tuple[str, str]]]:
     return {name: [(line["id"], line["answer"]) for line in lines] for name, lines in parsed.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # long: two and one processes evaluate under controls, and again after a stop
 def test_processes_evaluate_as_one_with_as_many_devices_does_and_go_on_after_a_stop(place: Path, one: Path) -> None:
     alone, both = place / "evaluated-alone", place / "evaluated-together"
     for folder in (alone, both):

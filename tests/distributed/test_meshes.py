@@ -166,7 +166,7 @@ def test_every_mesh_has_the_losses_of_one_device(sizes: Sizes, update: tuple[str
     assert_divided(found.state, sizes)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # long: compiles for a mesh of eight and for one device
 def test_micro_batches_on_a_mesh_have_the_losses_of_one_device() -> None:
     expected, found = alone(TRAINED, 2), train((2, 2, 2), TRAINED, 2)
     np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=TOLERANCE)

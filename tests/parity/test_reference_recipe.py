@@ -138,7 +138,7 @@ def reference_losses(folder: Path, assembly: Assembly, order: list[list[int]]) -
     return losses
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # long: the reference's loop in PyTorch beside two trainings of ours
 def test_llava_merl_has_the_losses_of_the_references_loop_packed_and_not(
     shared: Path, golden: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,7 +74,7 @@ def test_a_run_that_diverges_is_no_success(first: Path) -> None:
 LORA = {"llm__lora__rank": 4, "llm__lora__alpha": 8.0}
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # long: four trainings, each from the one before
 def test_an_adapter_goes_from_stage_to_stage_and_in_and_out_of_a_folder(first: Path) -> None:
     one, two, three = (first.parent / f"adapter_{n}" for n in (1, 2, 3))
     train(one, update="connector,llm", init_from=str(first), llm__lora__dropout=0.1, **LORA)

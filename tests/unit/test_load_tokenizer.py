@@ -57,7 +57,8 @@ def test_everything_of_transformers_is_loaded_without_remote_code_and_tokenizers
         for call in re.findall(r"\w+\.from_pretrained\([^'].*", text):
             assert "trust_remote_code=False" in call, f"{file}: {call}"
         assert ("AutoTokenizer" in text) == (file.name == "vocabulary.py"), file
-        assert "jinja2" not in text, f"{file}: templates of strangers are rendered in transformers' sandbox alone"
+        own = file.name == "page.py"  # which renders the package's templates, found in its folder by their names
+        assert own or "jinja2" not in text, f"{file}: strangers' templates are rendered in transformers' sandbox alone"
 
 
 @pytest.mark.parametrize(

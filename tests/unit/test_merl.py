@@ -270,8 +270,8 @@ def test_a_torch_file_without_torch_says_what_to_install(monkeypatch, tmp_path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("resnet.bn1.weight"), "found no weights resnet.bn1.weight; expected the"),
-        (lambda t: t.update({"resnet.fc.weight": np.zeros(2)}), "found unknown weights resnet.fc.weight"),
+        (lambda t: t.pop("resnet.bn1.weight"), "found no resnet.bn1.weight; expected the"),
+        (lambda t: t.update({"resnet.fc.weight": np.zeros(2)}), "found unknown resnet.fc.weight"),
         (
             lambda t: t.update({"resnet.conv1.weight": np.zeros((4, 12, 5), np.float32)}),
             r"found resnet.conv1.weight float32\[4, 12, 5\]; expected floating \[4, 12, 7\]",

@@ -104,7 +104,7 @@ def test_what_fits_no_view_is_refused(tmp_path: Path, changes: dict[str, Any], t
     assert told in str(error.value)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # long: trains twice, answers, exports and imports
 def test_such_a_model_trains_goes_on_evaluates_and_comes_back_from_an_export(tmp_path: Path) -> None:
     whole, parts = config(tmp_path / "whole"), config(tmp_path / "parts", train__steps=2)
     train(whole)
