@@ -110,7 +110,7 @@ def finish_all(processes: list[subprocess.Popen[str]], expect: int = 0) -> list[
 def finish(process: subprocess.Popen[str], expect: int = 0) -> str:
     """Wait for a run that ends with status `expect`; its stderr."""
     try:
-        _, errors = process.communicate(timeout=1500)
+        _, errors = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == expect, f"status {process.returncode}, expected {expect}:\n{errors[-4000:]}"
