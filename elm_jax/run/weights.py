@@ -186,7 +186,7 @@ class TrainedWeights(Weights):
         if (folder / INHERITED).is_dir():
             inherited = _inherited(folder / INHERITED)
             saved = dict.fromkeys(inherited.shapes, inherited)
-        opened = {place: SavedArrays(place) for place in places.values()}
+        opened = {place: SavedArrays(place) for place in dict.fromkeys(places.values())}
         saved |= {name: opened[place] for name, place in places.items()}
         if isinstance(model, Config):
             model = assemble(model, folder / TOKENIZER, weights=_TABLE not in saved)
