@@ -7,28 +7,25 @@ with their ECGs. Its text is `templates/report.html`; here is what it is filled 
 from __future__ import annotations
 
 import base64
-import io
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from elm_jax.data.dataset import Dataset
 from elm_jax.errors import printable
 from elm_jax.evaluation.examples import chosen_examples
 from elm_jax.evaluation.results import SHOWN_CLASSES, least_p_note, notes, perfect_note, unshuffled_note
 from elm_jax.pictures import svg
-from elm_jax.pictures.ecg_paper import draw_ecg
+from elm_jax.pictures.ecg_paper import small_png
 from elm_jax.pictures.page import filled
 from elm_jax.pictures.svg import Bar
 from elm_jax.scoring.metrics import is_right
 from elm_jax.scoring.statistics import p_text
 
 SHOWN, LISTED = 24, 500  # examples with their ECG, and predictions in the list
-_COLOURS = 32  # of an ECG's picture: paper, grid and ink
 _LEVELS = 40  # rows of a table by kind
 
 Results = Mapping[str, Any]
@@ -97,10 +94,7 @@ def _cards(predictions: Predictions, dataset: Dataset) -> Iterator[dict[str, Any
 
 def _picture(ecg: np.ndarray, rate: float) -> str:
     """The ECG on paper as a data URL."""
-    drawn, small = io.BytesIO(), io.BytesIO()
-    draw_ecg(ecg, rate, drawn)
-    Image.open(drawn).convert("RGB").quantize(_COLOURS).save(small, "png", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(small_png(ecg, rate)).decode()}"
 
 
 def _rows(predictions: Predictions) -> list[list[str]]:

@@ -7,6 +7,7 @@ without pyplot: no global state, no display, any thread.
 
 from __future__ import annotations
 
+import io
 import os
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter, MaxNLocator
+from PIL import Image
 
 from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import printable
@@ -29,6 +31,7 @@ RHYTHM_LEAD = "II"
 _COLUMNS, _ROWS = 4, 3
 _ROW_MM, _EDGE_MM, _PULSE_MM, _LINE_MM, _MARGIN_MM = 30.0, 5.0, 10.0, 7.0, 3.0
 _INCH = 25.4
+_DPI, _COLOURS = 110, 32  # of one ECG's picture; paper, grid and ink
 _PAPER, _FINE, _STRONG, _INK, _GREY = "#fffaf7", "#fae3df", "#efb9b2", "#16161d", "#6b6b76"
 _RIGHT, _WRONG, _BLUE, _ORANGE = "#1f7a4d", "#b3261e", "#2f5d9b", "#d97a1e"
 _PLAIN: dict[str, Any] = {"parse_math": False}  # what data or a model says may look like a formula, a broken one too
@@ -51,10 +54,25 @@ def draw_ecg(
     caption: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """A PNG of a 12-lead ECG, as `draw_on` draws it."""
+    _save(_sheet(signal, sampling_rate, title, caption), path, dpi=_DPI)
+
+
+def small_png(signal: np.ndarray, sampling_rate: float) -> bytes:
+    """The PNG of `draw_ecg` in a few colours: a quarter as large, and made in half the time."""
+    figure = _sheet(signal, sampling_rate)
+    figure.set_dpi(_DPI)
+    canvas, png = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    picture.quantize(_COLOURS, Image.Quantize.FASTOCTREE).save(png, "png")
+    return png.getvalue()
+
+
+def _sheet(signal: np.ndarray, sampling_rate: float, title: str = "", caption: Sequence[str] = ()) -> Figure:
     x0, x1, y0, y1 = _view(signal, sampling_rate, bool(title), len(caption))
     figure = Figure(figsize=((x1 - x0) / _INCH, (y1 - y0) / _INCH), facecolor="white")
     draw_on(figure.add_axes((0, 0, 1, 1)), signal, sampling_rate, title, caption)
-    _save(figure, path, dpi=110)
+    return figure
 
 
 def gallery(
