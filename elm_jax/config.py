@@ -126,6 +126,10 @@ class OptimConfig:
     beta2: float = key(0.99, "decay of the second moment", limit="at least 0 and below 1")
     eps: float = key(1e-8, "added to the root of the second moment", limit="above 0")
     grad_clip: float = key(0.0, "largest global gradient norm; 0 is no clipping", limit="at least 0")
+    skip_spikes: float = key(
+        0.0, "skip steps whose loss or gradient norm is so many standard deviations above the mean of the last 128; "
+        "6 is usual, 0 skips none", limit="at least 0",
+    )  # fmt: skip
     accum_steps: int = key(1, "micro-batches of a step", limit="at least 1")
     ref_batch: int | None = key(
         None, "batch size that lr and weight decay are meant for; None is this one", limit="at least 1"

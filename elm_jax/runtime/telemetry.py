@@ -9,6 +9,7 @@ import math
 import os
 import queue
 import re
+import sys
 import threading
 import time
 import uuid
@@ -20,7 +21,7 @@ import jax
 from tqdm import tqdm
 
 from elm_jax.config import LogConfig
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, printable
 from elm_jax.folders import json_lines, write_atomic
 
 WANDB_ID = "wandb_id"  # in a run's folder: its id in Weights & Biases
@@ -123,6 +124,10 @@ class Progress:
     def says(self, what: str) -> None:
         """What is done now."""
         self._bar.set_description(what)
+
+    def warn(self, text: str) -> None:
+        """A line of its own above the bar, on stderr."""
+        tqdm.write(printable(f"warning: {text}"), file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()

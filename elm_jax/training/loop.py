@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from elm_jax.assemble import assemble
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset, cuts
-from elm_jax.data.loader import BadRecord, Loaded, StepSource, steps_from, unusable
+from elm_jax.data.loader import Loaded, StepSource, steps_from
 from elm_jax.data.plan import Plan
 from elm_jax.errors import UserError, printable
 from elm_jax.folders import TOKENIZER
@@ -34,14 +34,13 @@ from elm_jax.runtime.faults import StopSignal
 from elm_jax.runtime.mesh import batch_sharding, batch_ways, check_heads, host_parts, make_mesh, to_device
 from elm_jax.training.attention_check import checked_attention, tell
 from elm_jax.training.encoder_cache import keep_features
+from elm_jax.training.health import Health
 from elm_jax.training.optim import batch_scale, learning_rate_multiplier
 from elm_jax.training.program import check_rows, train_program
 from elm_jax.training.report import Report, flops_of, tell_of_cuts
 from elm_jax.training.rollouts import Rollouts
 from elm_jax.training.state import TrainState, new_state
 from elm_jax.training.step import StepPrograms
-
-NON_FINITE_LIMIT = 10  # steps in a row without a finite gradient after which the run stops
 
 
 def train(config: Config) -> bool:
@@ -90,8 +89,8 @@ class Trainer:
         flops = flops_of(self.assembly, self.state.trained)
         self.report = Report(self.folder, self.config, self.mesh, flops, first, self.total_steps)
         self._announce(first)
-        self._note_bad(first, unusable(self.dataset, self.plan.index))
-        self._report_bad()
+        bad = self.history["bad"]
+        self.health = Health(self.config, self.report, self.source, first, bad, self.mesh, lambda: self._arrays)
         profiler = telemetry.Profiler(self.folder, self.config.log.profile_steps, self.report.paused)
         done = first
         # Nothing passes between host and devices unasked: what does would make the loop wait for the step.
@@ -202,8 +201,6 @@ class Trainer:
             self._keep_features()
         self.rollouts = Rollouts(self.assembly, self.mesh) if self.assembly.objective.samples.experience else None
         self.rate = learning_rate_multiplier(config.optim, self.total_steps)
-        self.found_bad: list[dict[str, Any]] = []  # not yet reported
-        self.non_finite = 0
 
     def _keep_reference(self, arrays: Arrays) -> None:
         """Save what is trained as it is before the first step, where the objective will compare with it."""
@@ -241,14 +238,15 @@ class Trainer:
 
     def _advance(self, loaded: Loaded) -> dict[str, Any] | None:
         """Take one step; validate, and log, where it is time. Returns the logged line, if any."""
-        self._note_bad(loaded.step + 1, loaded.bad)
+        self.health.note(loaded.step + 1, loaded.bad)
         arguments = self.state, self.frozen, self._on_devices(loaded.batch)
         if not self.step.has(arguments[2]):
             self._compile(loaded.step, *arguments)
         began = time.perf_counter()
         self.state, metrics = self.step(*arguments)
-        self.report.took(loaded, metrics, began)
         done = loaded.step + 1
+        self.report.took(loaded, metrics, began)
+        self.health.took(done, metrics)
         validates = self.validation is not None and self._due(done, self._eval_every)
         if not validates and not self._due(done, self.config.train.log_every):
             return None
@@ -263,50 +261,17 @@ class Trainer:
     def _log(self, loaded: Loaded, validates: bool) -> dict[str, Any]:
         done, optim = loaded.step + 1, self.config.optim
         peak = optim.lr * batch_scale(optim, self.config.train)
-        line, finite = self.report.line(loaded, lambda updates: peak * float(self.rate(updates)))
+        line = self.report.line(loaded, lambda updates: peak * float(self.rate(updates)))
         if validates:
             with self.report.paused("validating"):
                 line |= self._validate(done)
-        self._report_bad()
         self.report.write(line)
-        self._check_finite(done, finite)
+        self.health.check()
         return line
 
     def _on_devices(self, batch: Batch) -> Batch:
         sharding = batch_sharding(self.mesh)
         return jax.tree.map(lambda x: to_device(self.mesh, x, sharding, row_axis=1), batch)
-
-    def _check_finite(self, done: int, finite: Iterable[bool]) -> None:
-        """Look at all steps since the last log; stop where the run no longer learns."""
-        for good in finite:
-            self.non_finite = 0 if good else self.non_finite + 1
-        if self.non_finite:
-            self.report.event("non_finite", done, steps_in_a_row=self.non_finite)
-        if self.non_finite >= NON_FINITE_LIMIT or (self.non_finite and done == self.total_steps):
-            raise UserError(
-                "optim.lr", f"{self.non_finite} steps in a row without a finite gradient, last step {done}",
-                "a loss that stays finite", "lower optim.lr, set optim.grad_clip, or use float32",
-            )  # fmt: skip
-
-    def _note_bad(self, step: int, found: Iterable[BadRecord]) -> None:
-        self.found_bad += [{"step": step, "id": bad.id, "error": bad.error} for bad in found]
-
-    def _report_bad(self) -> None:
-        """Name each bad record once, whichever process met it; stop when there are too many."""
-        found = [bad for part in distributed.gather(self.found_bad) for bad in part]
-        self.found_bad = []
-        allowed = self.config.data.max_bad_records * len(self.dataset)
-        for bad in found:
-            if bad["id"] in self.history["bad"]:
-                continue
-            self.history["bad"].append(bad["id"])
-            self.report.event("bad_record", **bad)
-            if len(self.history["bad"]) > allowed:
-                raise UserError(
-                    f"record {bad['id']}", bad["error"],
-                    f"at most {allowed:g} unreadable records (data.max_bad_records)",
-                    "mend the data, or raise data.max_bad_records",
-                )  # fmt: skip
 
     # -- now and then -----------------------------------------------------------------------------------------
 
@@ -324,7 +289,7 @@ class Trainer:
         sharding = batch_sharding(self.mesh, micro_batches=False)
         total, count = Counter[str](), Counter[str]()
         for loaded in self._steps(self.validation, 0):
-            self._note_bad(done, loaded.bad)
+            self.health.note(done, loaded.bad)
             batch = jax.tree.map(lambda x: to_device(self.mesh, x[0], sharding, row_axis=0), loaded.batch)
             for whole, part in zip((total, count), jax.device_get(self.program.eval_step(arrays, batch)), strict=True):
                 whole.update({name: float(x) for name, x in part.items()})
@@ -347,7 +312,7 @@ class Trainer:
             self._write_checkpoint(done)
 
     def _write_checkpoint(self, done: int) -> None:
-        self._report_bad()
+        self.health.check()
         state = self.state
         items = {"trained": state.trained, "statistics": state.statistics, "optimizer": state.optimizer}
         ids = {part: encoder.checkpoint for part, encoder in self.config.encoder_parts.items()}

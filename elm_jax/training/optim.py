@@ -11,6 +11,7 @@ import optax
 
 from elm_jax.config import OptimConfig, TrainConfig
 from elm_jax.training.muon import divided, scale_by_muon
+from elm_jax.training.spikes import remembering
 
 
 def learning_rate_multiplier(
@@ -68,15 +69,17 @@ def make_optimizer(
 
     adam = optax.scale_by_adam(optim.beta1, optim.beta2, optim.eps)
     if optim.name == "adam":
-        return optax.chain(decay, adam, rate())
-    if optim.name == "adamw":
-        return optax.chain(adam, decay, rate())
-    assert matrices is not None, "Muon has to know what is a matrix"
-    muon = optim.muon
-    directions = scale_by_muon(muon.momentum, muon.ns_steps, matrices)
-    return divided(
-        matrices, optax.chain(directions, decay, rate()), optax.chain(adam, decay, rate(muon.adamw_lr_ratio))
-    )
+        tx = optax.chain(decay, adam, rate())
+    elif optim.name == "adamw":
+        tx = optax.chain(adam, decay, rate())
+    else:
+        assert matrices is not None, "Muon has to know what is a matrix"
+        muon = optim.muon
+        directions = scale_by_muon(muon.momentum, muon.ns_steps, matrices)
+        tx = divided(
+            matrices, optax.chain(directions, decay, rate()), optax.chain(adam, decay, rate(muon.adamw_lr_ratio))
+        )
+    return remembering(tx) if optim.skip_spikes else tx
 
 
 def clip_coefficient(norm: jax.Array, limit: float) -> jax.Array:

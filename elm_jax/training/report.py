@@ -138,10 +138,10 @@ class Report:
         now.truncated += loaded.truncated
         now.pairs += loaded.attention_pairs
 
-    def line(self, loaded: Loaded, rate: Callable[[int], float]) -> tuple[dict[str, Any], list[bool]]:
-        """The line of this step, once it is done, and of each step since the last line whether it was finite.
+    def line(self, loaded: Loaded, rate: Callable[[int], float]) -> dict[str, Any]:
+        """The line of this step, once it is done.
 
-        rate: the learning rate after so many updates, of which steps without finite gradients are none.
+        rate: the learning rate after so many updates, of which skipped steps are none.
         """
         fetched = jax.device_get(self._pending)
         self._pending = []
@@ -170,7 +170,7 @@ class Report:
         }
         self._all.add(now)
         self._now, self._mark = Tally(), time_now
-        return line, [bool(values["finite"]) for values in fetched]
+        return line
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Put a step's line on disk, and send it to the trackers."""
@@ -181,6 +181,11 @@ class Report:
     def event(self, name: str, step: int, **values: Any) -> None:
         """Write what happened at a step."""
         self._file.write({"event": name, "step": step, **values})
+
+    def warn(self, text: str) -> None:
+        """Say in the terminal what should be known while the run goes on."""
+        if self._first_process:
+            self._bar.warn(text)
 
     def advance(self, line: Mapping[str, Any] | None) -> None:
         """Move the bar on by one step."""

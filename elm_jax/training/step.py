@@ -98,7 +98,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, Metrics]]:
     """The jitted step (state, frozen, batch) -> (state, metrics); the state is donated.
 
-    A step whose gradients are not finite changes nothing but the step number and says so in `finite`.
+    A step is skipped if its loss, the norm of its gradients or a statistic after it is not finite: it changes nothing
+    but the step number. (A norm beyond float32 is none that Adam's second moments could hold.) `finite` says so.
+    With optim.skip_spikes a spike (training/spikes.py) is skipped, too. `taken`: not skipped.
 
     Args:
         layout: the shardings of the state; frozen: those of the frozen arrays.
@@ -118,16 +120,22 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g * clip_coefficient(norm, config.optim.grad_clip), gradients)
         updates, optimizer = tx.update(gradients, state.optimizer, state.trained)
         moved = (optax.apply_updates(state.trained, updates), statistics, optimizer)
+        before = (state.trained, state.statistics, state.optimizer)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            moved,
-            (state.trained, state.statistics, state.optimizer),
-        )
+        for values in statistics.values():
+            finite &= jnp.isfinite(values).all()
+        taken = finite
+        if config.optim.skip_spikes:
+            spike, _, recent = state.optimizer.recent.judge(jnp.stack([loss, norm]), config.optim.skip_spikes)
+            taken = finite & ~spike
+        kept = _chosen(taken, moved, before)
+        if config.optim.skip_spikes:  # which a spike moves, too
+            kept = (*kept[:2], kept[2]._replace(recent=_chosen(finite, recent, state.optimizer.recent)))
         metrics = {
             "loss": loss,
             "grad_norm": norm,
             "finite": finite,
+            "taken": taken,
             "updates": optax.tree.get_all_with_path(state.optimizer, "count")[0][1],  # so far, which set the rate
             "tokens": (batch.group_ids > 0).sum(),
             "supervised_tokens": (batch.target_weights > 0).sum(),
@@ -142,6 +150,10 @@ def make_train_step(
         in_shardings=(layout, frozen, batch_sharding(mesh)),
         out_shardings=(layout, replicated(mesh)),
     )
+
+
+def _chosen(new: jax.Array, one: Any, other: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(new, a, b), one, other)
 
 
 class StepPrograms:

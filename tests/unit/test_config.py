@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "optim": {
         "name": "adamw", "lr": 1e-4, "schedule": "constant", "warmup_ratio": 0.1, "min_lr_ratio": 0.1,
         "weight_decay": 1e-2, "weight_decay_scale": "none", "beta1": 0.9, "beta2": 0.99, "eps": 1e-8,
-        "grad_clip": 0.0, "accum_steps": 1, "ref_batch": None,
+        "grad_clip": 0.0, "skip_spikes": 0.0, "accum_steps": 1, "ref_batch": None,
         "muon": {"momentum": 0.95, "ns_steps": 5, "adamw_lr_ratio": 0.015},
     },
     "train": {

@@ -118,8 +118,7 @@ def test_rates_are_of_all_steps_since_the_last_line(report: Report, clock: Clock
     for step in range(4):
         report.took(loaded(step), metrics(finite=step != 1), clock.now)
     clock.sleep(0.5)
-    line, finite = report.line(loaded(3), lambda updates: 0.1 * updates)
-    assert finite == [True, False, True, True]
+    line = report.line(loaded(3), lambda updates: 0.1 * updates)
     for name, amount in {"tokens": REAL, "supervised_tokens": 6, "padded_tokens": ROWS * TOKENS,
                          "conversations": 3}.items():  # fmt: skip
         assert line[f"{name}_per_s"] == pytest.approx(4 * amount / 0.5), name
@@ -131,7 +130,7 @@ def test_cut_conversations_are_counted_since_the_last_line(report: Report, clock
     for step in range(5):
         report.took(loaded(step), metrics(), clock.now)
         if step in (2, 4):
-            assert report.line(loaded(step), float)[0]["truncated"] == {2: 6, 4: 4}[step]
+            assert report.line(loaded(step), float)["truncated"] == {2: 6, 4: 4}[step]
 
 
 def test_the_devices_wait_for_the_host_is_a_share_of_the_time(report: Report, clock: Clock) -> None:
@@ -140,7 +139,7 @@ def test_the_devices_wait_for_the_host_is_a_share_of_the_time(report: Report, cl
         report.took(loaded(step), metrics(), clock.now)
         report._clock.step(clock.now, Result(clock, clock.now + 0.3))
         report._clock.wait()
-    line, _ = report.line(loaded(1), float)
+    line = report.line(loaded(1), float)
     assert line["host_wait_share"] == pytest.approx(0.25)
 
 
@@ -149,7 +148,7 @@ def test_a_pause_is_no_part_of_the_time(report: Report, clock: Clock) -> None:
         clock.sleep(3.0)
     report.took(loaded(0), metrics(), clock.now)
     clock.sleep(0.1)
-    assert report.line(loaded(0), float)[0]["step_ms"] == pytest.approx(100)
+    assert report.line(loaded(0), float)["step_ms"] == pytest.approx(100)
 
 
 def test_compilations_are_counted_and_named_by_shape(report: Report, tmp_path: Path) -> None:
@@ -167,7 +166,7 @@ def test_the_summary_adds_the_lines_up(report: Report, tmp_path: Path, clock: Cl
     for step in range(3):
         report.took(loaded(step), metrics(), clock.now)
         clock.sleep(0.2)
-        report.write(report.line(loaded(step), float)[0])
+        report.write(report.line(loaded(step), float))
     clock.sleep(1.0)
     report.summary("finish", 3)
     *_, finish = lines(tmp_path)
