@@ -3,7 +3,8 @@
 As a program this is the train command with one more ResNet layout, `tiny`, which compiles in a fraction of the
 time; and it sends itself the signal that TEST_SIGNAL asks for: `KILL@step=7` when the line of step 7 has been
 logged, `KILL@rename=6/optimizer` when that part of checkpoint 6 is about to be moved to its final name. With TEST_MESH
-the devices of two processes take turns on the mesh, as neighbours on a torus may.
+the devices of two processes take turns on the mesh, as neighbours on a torus may. The file TEST_SAMPLES gets a line for
+each step that is taken: its number, and the ids of this process's samples in their order.
 """
 
 from __future__ import annotations
@@ -191,6 +192,20 @@ def _arm(asked: str) -> None:
     os.rename = rename_or_signal  # type: ignore[assignment]
 
 
+def _note_samples(path: str) -> None:
+    """Have each step that this process takes written down with its samples."""
+    from elm_jax.training.loop import Trainer
+
+    advance = Trainer._advance
+
+    def note(self: Trainer, loaded: Any) -> Any:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps([loaded.step + 1, loaded.batch.sample_ids.tolist()]) + "\n")
+        return advance(self, loaded)
+
+    Trainer._advance = note  # type: ignore[method-assign]
+
+
 def _take_turns() -> None:
     """Have the devices lie on the mesh in the order 0, n/2, 1, n/2 + 1, ..."""
     import jax
@@ -209,6 +224,8 @@ if __name__ == "__main__":
     merl.LAYOUTS["tiny"] = (merl.basic, (1,))
     if os.environ.get("TEST_SIGNAL"):
         _arm(os.environ["TEST_SIGNAL"])
+    if os.environ.get("TEST_SAMPLES"):
+        _note_samples(os.environ["TEST_SAMPLES"])
     if os.environ.get("TEST_MESH"):
         _take_turns()
     cli.run(elm_jax.train.main)

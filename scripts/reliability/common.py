@@ -29,10 +29,23 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiling.cache()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
+def newest(workdir: Path) -> int:
+    """The step of the newest checkpoint that counts, as every command finds it; 0 where there is none."""
+    from elm_jax.run.checkpoint import Checkpoints
+
+    if not (workdir / "checkpoints").is_dir():
+        return 0
+    reader = Checkpoints(workdir, read_only=True)
+    try:
+        return reader.find("latest") or 0
+    finally:
+        reader.close()
+
+
 def state_hash(workdir: Path, step: int | None = None) -> str:
     """SHA-256 of all arrays of a run's checkpoint (default: the newest): names, dtypes, shapes and bytes."""
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax misses files that it never wrote
-    step = runs.committed(workdir)[-1] if step is None else step
+    step = newest(workdir) if step is None else step
     found = hashlib.sha256(str(step).encode())
     for name, array in sorted(runs.saved_arrays(workdir, step).items()):
         found.update(f"{name} {array.dtype} {array.shape}".encode())

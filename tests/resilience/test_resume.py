@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kills
 import numpy as np
 import pytest
 import runs
@@ -65,27 +65,12 @@ def assert_same_end(found: Path, expected: Path) -> None:
 # -- stopped by a signal --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_killed_at_random_steps(place: Path, unbroken: Path) -> None:
-    first, second = sorted(random.Random(SEED).sample(range(1, STEPS), 2))
-    folder = place / "killed"
-    runs.train(folder, -9, ask=f"KILL@step={first}")
-    assert not (folder / "DONE").exists() and max(logged(folder)) == first
-    runs.train(folder, -9, ask=f"KILL@step={second}")
-    runs.train(folder)
-    assert_same_end(folder, unbroken)
-
-
-@pytest.mark.slow
-def test_killed_in_the_middle_of_saving(place: Path, unbroken: Path) -> None:
-    folder = place / "killed_saving"
-    runs.train(folder, -9, ask="KILL@rename=3")
-    assert committed(folder) == []
-    runs.train(folder, -9, ask="KILL@rename=6/optimizer")
-    assert committed(folder) == [3]
-    assert any("6.orbax" in path.name for path in (folder / "checkpoints").iterdir()), "no save was under way"
-    runs.train(folder)
-    assert_same_end(folder, unbroken)
+@pytest.mark.slow  # 25 s: a run to its end, and one or two that begin six times
+def test_killed_in_saves_and_at_any_time(tmp_path: Path) -> None:
+    """The short form of scripts/reliability/kills.py, without workers."""
+    found, _, problems = kills.killed_runs(tmp_path, 4, SEED, loaders=[0])
+    assert not problems
+    assert len(found) >= 4 and sum(kill.phase == "saving" for kill in found) >= 2
 
 
 @pytest.mark.slow
