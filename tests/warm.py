@@ -38,6 +38,7 @@ PATH = {"PYTHONPATH": str(ROOT)}
 EXECUTABLE = "TEST_EXECUTABLE"  # what `sys.executable` is to be in a command
 CLIENT = (sys.executable, "-S", "-E", __file__, "run")
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+COLLECTED = (5_000, 20, 50)  # `gc.set_threshold`: tracing makes much, and little of it is garbage
 PASSED_ON = (*STOPPING, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 
 
@@ -144,6 +145,7 @@ def serve(path: str) -> None:
         signal.signal(name, signal.SIG_IGN)
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*COLLECTED)
     print("ready", flush=True)
     while True:
         for key, _ in waiting.select():
