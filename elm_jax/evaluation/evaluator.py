@@ -32,7 +32,7 @@ from elm_jax.evaluation.store import Store
 from elm_jax.folders import check_writable, read_json, write_json
 from elm_jax.inference.model import TrainedModel
 from elm_jax.objectives import OBJECTIVES
-from elm_jax.run.checkpoint import fingerprint
+from elm_jax.run.fingerprints import fingerprint
 from elm_jax.runtime import distributed
 from elm_jax.scoring.metrics import Scorer
 

@@ -20,6 +20,7 @@ from elm_jax.exchange.match import ImportedArray, arrays_of
 from elm_jax.folders import whole_folder, write_json
 from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.run.folder import keep_tokenizer
+from elm_jax.run.verification import own_checksums, write_list
 from elm_jax.run.weights import IMPORTED, INHERITED
 from elm_jax.weights.peft import spec_of
 from elm_jax.weights.safetensors import SafetensorsWriter
@@ -113,6 +114,7 @@ def _write(out: Path, assembly: Assembly, arrays: Mapping[str, ImportedArray], r
         for name, array in arrays.items():
             writer.write_pieces(name, array.pieces())  # a piece is on its way to the file: the model is never in memory
         writer.close()
+        write_list(fresh / INHERITED, own_checksums(fresh / INHERITED))
         _write_checkpoint(fresh)
         (fresh / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

@@ -3,52 +3,72 @@
 `checkpoints/<step>/` holds the items `trained`, `statistics` (running statistics that move), `optimizer` and
 `meta`. Frozen parts are not saved: `meta` holds a fingerprint of them, so that a resume on other weights is
 refused.
+
+A checkpoint counts when it is verified: read back after it was written, found equal to what was on the devices, and
+its files listed with their checksums (`run.verification`). Whoever reads takes the newest that still is as it was.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import logging
+import shutil
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import absl.logging
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_utils
-from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, one_line, printable
+from elm_jax.folders import read_json, writable_folder
 from elm_jax.models.functional import Arrays
+from elm_jax.run import verification
+from elm_jax.run.fingerprints import summaries
+from elm_jax.runtime import distributed
 
 MODEL_ITEMS = ("trained", "statistics")  # flat dictionaries of the model's arrays
 ITEMS = (*MODEL_ITEMS, "optimizer")
-_PRIME, _PIECE = 2654435761, 2**22  # of fingerprints: by which places are spread; values that are summed together
+META = "meta/metadata"  # the JSON's file
+DAMAGED = "damaged"  # folder beside `checkpoints` of what was in the way when training went back
+_TEMPORARY = ".orbax-checkpoint-tmp"  # behind a step: being written, or removed
+_GONE = "is gone"
 
 
 class Checkpoints:
-    """The checkpoints of one run folder; saving is asynchronous.
+    """The checkpoints of one run folder; saving and verifying are asynchronous.
 
     Args:
         folder: the run's folder.
         count: how many of the latest are kept, the best aside.
+        read_only: for the model's arrays alone, and nothing in the folder is changed. Who writes must be the only one.
+    Raises:
+        UserError: the folder cannot be written to.
     """
 
     def __init__(self, folder: Path, count: int = 1, read_only: bool = False) -> None:
-        absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax reports each file, and that read-only is read-only
-        self.folder = folder / "checkpoints"
-        self._kept = _LatestAndBest(count)
-        self._manager = ocp.CheckpointManager(
-            self.folder.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._kept, read_only=read_only, create=not read_only
-            ),
-            item_handlers={
-                **{name: ocp.StandardCheckpointHandler() for name in ITEMS},
-                "meta": ocp.JsonCheckpointHandler(),
-            },
+        logging.getLogger("absl").addFilter(_not_of_orbax)
+        self.folder, self.read_only = folder / "checkpoints", read_only
+        self._items = MODEL_ITEMS if read_only else ITEMS
+        self._count = count
+        self._problems: dict[int, str] = {}  # what is wrong with each step that was looked at
+        self._last: int | None = None  # the newest step that is known to be whole
+        self._verifying: threading.Thread | None = None
+        self._failure: UserError | None = None
+        if not read_only:
+            writable_folder(self.folder, str(self.folder))
+            if jax.process_index() == 0:
+                for left in self.folder.glob(f"*{_TEMPORARY}*"):  # by one that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
+        self._library = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(**handlers, meta=ocp.JsonCheckpointHandler())
         )
 
     def save(
@@ -57,38 +77,213 @@ class Checkpoints:
         """Begin to save trees of arrays under names of ITEMS; returns once they are copied from the devices.
 
         `meta` is a JSON object; `best` is the best step so far, whose checkpoint is kept.
+
+        Raises:
+            UserError: this one cannot be begun, or the one before it failed, as in `wait`.
         """
+        self.wait()
         saves: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if tree}
         names = {name: sorted(items[name]) for name in MODEL_ITEMS if items.get(name)}
-        facts = {**meta, "step": step, "best_step": best, "arrays": names}
+        sums = _sums(items)
+        facts = verification.seal({**meta, "step": step, "best_step": best, "arrays": names, "sums": sums})
         saves["meta"] = ocp.args.JsonSave(copy.deepcopy(facts))  # written later, when the caller's has changed
-        self._kept.best = best
-        self._manager.save(step, args=ocp.args.Composite(**saves), force=True)
+        with self._failing(step):
+            if jax.process_index() == 0 and self._path(step).exists():
+                self._move_aside(step)
+            self._library.save(self._path(step).absolute(), args=ocp.args.Composite(**saves))
+        self._verifying = threading.Thread(
+            target=self._complete, args=(step, sums, best), name=f"verify checkpoint {step}", daemon=True
+        )
+        self._verifying.start()
+
+    def _complete(self, step: int, sums: Mapping[str, str], best: int | None) -> None:
+        """In a thread of its own: wait until the step is on disk, verify it, and remove what need not be kept."""
+        try:
+            with self._failing(step):
+                problem = ""
+                try:
+                    self._library.wait_until_finished()
+                    own = verification.own_checksums(self._path(step))  # first: they will tell of what changes later
+                    problem = verification.wrong_array(self._path(step), sums)  # then: earlier ones show here
+                    if not problem:
+                        verification.write_list(self._path(step), own)
+                except Exception as error:
+                    problem = _said(error)
+                    raise
+                finally:
+                    problems = distributed.exchange(f"{self._path(step)}", problem)
+                if problem := verification.first(problems):
+                    raise ValueError(problem)
+            self._problems[step], self._last = "", step
+            if jax.process_index() == 0:
+                self._remove_old(step, best)
+        except UserError as error:
+            self._failure = error
+
+    @contextmanager
+    def _failing(self, step: int) -> Iterator[None]:
+        """Whatever goes wrong while a step is saved, as one error that says what is left."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            last = "no earlier one was made" if self._last is None else f"the checkpoint of step {self._last} is whole"
+            raise UserError(
+                str(self._path(step)), f"a checkpoint that could not be saved: {_said(error)}",
+                "a disk with room that keeps what it is given", f"make room and run the same command again; {last}",
+            ) from error  # fmt: skip
+
+    def wait(self) -> None:
+        """Until what was begun is on disk and verified.
+
+        Raises:
+            UserError: it could not be written, or does not come back as it was saved. The one before it is kept.
+        """
+        if self._verifying is not None:
+            self._verifying.join()
+            self._verifying = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """As `wait`, for the last time."""
+        try:
+            self.wait()
+        finally:
+            self._library.close()
+
+    def _remove_old(self, verified: int, best: int | None) -> None:
+        """Keep the latest up to the one that was `verified` just now, and the best."""
+        steps = [step for step in self._steps() if step <= verified]
+        for step in steps[self._count :]:
+            if step != best:
+                gone = self._path(step).with_name(f"{step}{_TEMPORARY}")  # whoever stops us leaves no half of it
+                with suppress(OSError):  # it stays, then, and the next save tries again
+                    self._path(step).rename(gone)
+                    shutil.rmtree(gone)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / str(step)
+
+    def _steps(self) -> list[int]:
+        """Folders of steps that are not empty, the newest first."""
+        found = []
+        for path in self.folder.glob("*"):
+            with suppress(OSError):  # no folder, or one that is removed meanwhile
+                if path.name.isdecimal() and str(int(path.name)) == path.name and any(path.iterdir()):
+                    found.append(int(path.name))
+        return sorted(found, reverse=True)
+
+    # -- reading --------------------------------------------------------------------------------------------------
 
     def find(self, which: str = "latest") -> int | None:
         """The step of `latest`, `best` (else latest) or a number; None where the run has none.
 
+        Where the first that comes into question is damaged, the next older one is taken, and that is said; who writes
+        moves the damaged newer ones aside. All processes call it together.
+
         Raises:
-            UserError: no checkpoint of that step.
+            UserError: no checkpoint of that step, or a damaged one; or none that is whole.
         """
-        steps = [s for s in self._manager.all_steps() if (self.folder / str(s) / "meta").is_dir()]
+        self.wait()
+        steps, best = distributed.gather((self._steps(), self._best() if which == "best" else None))[0]
         if not steps:
             return None
-        if which == "latest":
-            return max(steps)
+        order = steps
         if which == "best":
-            best = self.meta(max(steps)).get("best_step")
-            return best if best in steps else max(steps)
-        if not which.isdecimal() or int(which) not in steps:
-            raise UserError(
-                "--step", repr(which), f"latest, best or one of {sorted(steps)}", "name one of these"
-            )
-        return int(which)
+            order = [*(step for step in steps if step == best), *(step for step in steps if step != best)]
+        elif which != "latest":
+            order = [step for step in steps if which.isdecimal() and step == int(which)]
+            if not order:
+                raise UserError(
+                    "--step", repr(which), f"latest, best or one of {sorted(steps)}", "name one of these"
+                )
+        damaged: dict[int, str] = {}
+        for step in order:
+            problem = self._problem(step)
+            if problem == _GONE:  # removed by the run itself, which goes on: there is a newer one now
+                return self.find(which)
+            if not problem:
+                self._go_back(damaged, step)
+                return step
+            damaged[step] = problem
+        fix = "name another step, or put it back from a copy"
+        if not which.isdecimal():
+            fix = "put one back from a copy, or remove them all to begin anew"
+        raise UserError(str(self.folder), _told(damaged), "a whole checkpoint", fix)
+
+    def _problem(self, step: int) -> str:
+        """What is wrong with a step; empty if nothing."""
+        if step not in self._problems:
+            self._problems[step] = self._verify(step)
+        if not self._problems[step]:
+            self._last = max(step, self._last or step)
+        return self._problems[step]
+
+    def _verify(self, step: int) -> str:
+        """By the lists of its files; by its arrays, where the run ended before these were written."""
+        path = self._path(step)
+        files, own = verification.listed(path), {}
+        if files:
+            left_out = {*ITEMS} - {*self._items}
+            mine = {name: facts for name, facts in files.items() if name.partition("/")[0] not in left_out}
+            problem = verification.wrong_file(path, mine)
+        else:
+            own = {} if self.read_only else verification.own_checksums(path)
+            problem = self._wrong_value(step)
+        problem = verification.first(distributed.gather(problem if not problem or path.is_dir() else _GONE))
+        if own and not problem:
+            verification.write_list(path, own)
+        return problem
+
+    def _wrong_value(self, step: int) -> str:
+        try:
+            meta = self.meta(step)
+        except UserError as error:
+            return f"{META}: {error.found}"
+        if _has_sums(meta):
+            mine = {name: value for name, value in meta["sums"].items() if name.partition("/")[0] in self._items}
+            return verification.wrong_array(self._path(step), mine)
+        if jax.process_index() == 0:
+            said = f"{self._path(step)} is of a version that kept no checksums: it can be read at most, not verified"
+            print(printable(said), file=sys.stderr)
+        return verification.unreadable(self._path(step), self._items)
+
+    def _best(self) -> int | None:
+        """The best step, as the newest checkpoint whose JSON can be read knows it."""
+        for step in self._steps():
+            try:
+                return self.meta(step).get("best_step")
+            except UserError:
+                continue
+        return None
+
+    def _go_back(self, damaged: Mapping[int, str], step: int) -> None:
+        """Say that `step` is taken in place of the damaged ones; who writes moves newer ones out of the way."""
+        if not damaged or jax.process_index() > 0:
+            return
+        print(printable(f"warning: {self.folder}: {_told(damaged)}; step {step} is taken"), file=sys.stderr)
+        for newer in damaged:
+            if newer > step and not self.read_only:
+                self._move_aside(newer)
+
+    def _move_aside(self, step: int) -> None:
+        """What stands where a checkpoint will be written."""
+        place = self.folder.parent / DAMAGED
+        place.mkdir(exist_ok=True)
+        free = next(path for n in range(10**6) if not (path := place / (f"{step}.{n}" if n else f"{step}")).exists())
+        self._path(step).rename(free)
+        print(printable(f"{self._path(step)} is now {free}"), file=sys.stderr)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The JSON saved with a step."""
-        restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        return restored["meta"]
+        """The JSON saved with a step. Raises UserError where it is damaged."""
+        path = self._path(step) / META
+        facts = read_json(path)
+        if _has_sums(facts) and not verification.sealed(facts):
+            raise UserError(str(path), "other content than was written", "what was saved", "put it back from a copy")
+        return facts
 
     def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """The items of a step, laid out as `like` (arrays, or ShapeDtypeStructs with shardings) are.
@@ -99,53 +294,62 @@ class Checkpoints:
         args = {
             n: ocp.args.StandardRestore(jax.tree.map(_abstract, tree)) for n, tree in like.items() if tree
         }
-        with _named(self.folder / str(step)):
-            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        with _named(self._path(step)):
+            restored = self._library.restore(self._path(step).absolute(), args=ocp.args.Composite(**args))
         return {name: restored[name] if tree else tree for name, tree in like.items()}
 
     def items(self, step: int) -> dict[str, Path]:
         """The name of each of the model's arrays that a step has -> the folder of its `SavedArrays`."""
         names = self.meta(step)["arrays"]
-        return {name: self.folder / str(step) / item for item in names for name in names[item]}
+        return {name: self._path(step) / item for item in names for name in names[item]}
 
     def reached_preemption(self, step: int) -> bool:
         """Whether all of several hosts have agreed to stop at this step."""
-        return jax.process_count() > 1 and self._manager.reached_preemption(step)
-
-    def wait(self) -> None:
-        """Until what was begun is on disk."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        self._manager.close()
-
-
-class _LatestAndBest(keep.PreservationPolicy):
-    """Keeps the latest `count` checkpoints, and the best. (The library forgets metrics when it is reopened.)"""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.best: int | None = None
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        return [step in steps[-self.count :] or step == self.best for step in steps]
+        return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
 def save_arrays(folder: Path, arrays: Arrays) -> None:
-    """Save arrays once, in a folder of their own that must not exist; whole or not at all."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), arrays)
+    """Save arrays once, in a folder of their own that must not exist; whole and verified, or not at all. All processes
+    call it together.
+
+    Raises:
+        UserError: they cannot be written, or do not come back as they are.
+    """
+    fresh = folder.with_name(f"{folder.name}.tmp")
+    if jax.process_index() == 0:
+        shutil.rmtree(fresh, ignore_errors=True)
+    item = "arrays"
+    sums, problem = _sums({item: arrays}), ""
+    try:
+        with ocp.StandardCheckpointer() as library:
+            library.save((fresh / item).absolute(), arrays)
+        own = verification.own_checksums(fresh / item)
+        problem = verification.wrong_array(fresh, sums)
+        if not problem:
+            verification.write_list(fresh / item, own)
+    except Exception as error:
+        problem = _said(error)
+    if problem := verification.first(distributed.gather(problem)):
+        raise UserError(
+            str(folder), f"arrays that could not be saved: {problem}", "a disk with room that keeps what it is given",
+            "make room and run the same command again",
+        )  # fmt: skip
+    if jax.process_index() == 0:
+        (fresh / item).rename(folder)
+        fresh.rmdir()
+    distributed.gather(None)  # it is in its place
 
 
 class SavedArrays:
-    """The arrays in a folder that `save_arrays` or a checkpoint left, each read when it is asked for.
+    """The arrays in a folder that `save_arrays` or a verified checkpoint left, each read when it is asked for. All
+    processes make it together.
 
     Raises:
-        UserError: the folder cannot be read.
+        UserError: the folder cannot be read, or is not as `save_arrays` left it.
     """
 
     def __init__(self, folder: Path) -> None:
+        verification.check_files(folder)
         self.where, self.folder = str(folder), folder.absolute()
         with ocp.PyTreeCheckpointer() as checkpointer, _named(folder):
             self._tree = checkpointer.metadata(self.folder).item_metadata.tree
@@ -169,67 +373,6 @@ class SavedArrays:
             return checkpointer.restore(self.folder, args)
 
 
-def fingerprint(arrays: Mapping[str, jax.Array]) -> str:
-    """32 bits that change with the bytes, names or shapes of these arrays; equal on every mesh. Empty if none."""
-    return joined(summaries(arrays)) if arrays else ""
-
-
-def summaries(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
-    """What changes with the bytes or the shape of each array, in 32 bits; equal on every mesh."""
-    sums = jax.device_get(_sums(dict(arrays)))
-    return {name: _summary(x.shape, sums[name]) for name, x in arrays.items()}
-
-
-def summary_of(array: np.ndarray, dtype: Any) -> str:
-    """What `joined` takes of one array, as it would be in `dtype`: on the host, a piece at a time."""
-    rows = max(1, _PIECE * len(array) // max(1, array.size)) if array.ndim else 1
-    pieces = (array[i : i + rows] for i in range(0, len(array), rows)) if array.ndim else iter([array])
-    total = place = 0
-    for piece in pieces:
-        flat = np.ascontiguousarray(piece.astype(dtype, copy=False)).reshape(-1)
-        words = flat.view(f"uint{8 * flat.dtype.itemsize}").astype(np.uint32)
-        places = np.arange(place, place + len(words), dtype=np.uint64).astype(np.uint32)
-        total += int(_mixed(words, places, np.uint32).sum(dtype=np.uint32))
-        place += len(words)
-    return _summary(array.shape, total & 0xFFFFFFFF)
-
-
-def _summary(shape: tuple[int, ...], words: Any) -> str:
-    return f"{tuple(shape)}:{int(words)}"
-
-
-def joined(summaries: Mapping[str, str]) -> str:
-    """The `fingerprint` of arrays from their summaries."""
-    total = 0
-    for name in sorted(summaries):
-        for byte in f"{name}:{summaries[name]}".encode():
-            total = (total * 16777619 ^ byte) & 0xFFFFFFFF
-    return f"{total:08x}"
-
-
-@jax.jit
-def _sums(arrays: Arrays) -> dict[str, jax.Array]:
-    """Wrapping sum of the words of each array, each mixed with its place."""
-
-    def one(x: jax.Array) -> jax.Array:
-        bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        words = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
-        place = jnp.zeros((), jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return _mixed(words, place, jnp.uint32).sum(dtype=jnp.uint32)
-
-    return {name: one(x) for name, x in arrays.items()}
-
-
-def _mixed(words: Any, place: Any, uint32: Any) -> Any:
-    """Every bit of a word and of its place bears on every bit of this, so that no two changes cancel as signs would."""
-    h = words + place * uint32(_PRIME)
-    h = (h ^ h >> uint32(16)) * uint32(0x7FEB352D)
-    h = (h ^ h >> uint32(15)) * uint32(0x846CA68B)
-    return h ^ h >> uint32(16)
-
-
 def _abstract(x: Any) -> Any:
     return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=x.sharding)
 
@@ -249,3 +392,31 @@ class _named:
                 str(self.folder), str(error).split("\n")[0][:200], "a checkpoint of this model",
                 "use the run's own config, or another workdir",
             ) from error  # fmt: skip
+
+
+def _sums(items: Mapping[str, Any]) -> dict[str, str]:
+    """`item/name` of each array -> its `verification.summary`, made on the devices. Names are those on disk."""
+    arrays = {
+        f"{item}/{'.'.join(path)}": x
+        for item, tree in items.items() for path, x in ocp.tree.to_flat_dict(tree).items()
+    }  # fmt: skip
+    return {name: verification.summary(arrays[name].dtype, found) for name, found in summaries(arrays).items()}
+
+
+def _has_sums(meta: Mapping[str, Any]) -> bool:
+    """Whether a version made it that keeps checksums."""
+    return bool({"sums", "checksum"} & meta.keys())
+
+
+def _told(damaged: Mapping[int, str]) -> str:
+    return "; ".join(f"checkpoint {step} is damaged ({problem})" for step, problem in damaged.items())
+
+
+def _said(error: Exception) -> str:
+    """The beginning of what an error says."""
+    return one_line(str(error) or type(error).__name__)[:300]
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """It reports each file, and tells what it raises with pages of stack."""
+    return "orbax" not in record.pathname

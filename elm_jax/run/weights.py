@@ -27,7 +27,9 @@ from elm_jax.folders import TOKENIZER, read_json, run_folder
 from elm_jax.models.functional import Arrays, Leaf
 from elm_jax.models.lora import is_lora
 from elm_jax.models.names import Rule
-from elm_jax.run.checkpoint import Checkpoints, SavedArrays, fingerprint, joined, save_arrays, summary_of
+from elm_jax.run.checkpoint import Checkpoints, SavedArrays, save_arrays
+from elm_jax.run.fingerprints import fingerprint, joined, summary_of
+from elm_jax.run.verification import check_files
 from elm_jax.runtime.mesh import replicated
 from elm_jax.weights.encoders import open_encoder, read_checkpoint
 from elm_jax.weights.load import open_llm
@@ -170,18 +172,23 @@ class TrainedWeights(Weights):
         folder: the run's. which: `latest`, `best` (else latest) or a step.
         model: the parts of the model, or the run's config, of which they are made.
         key: what names the folder, in errors.
+        opened: the folder's checkpoints, where the caller has them.
     Raises:
-        UserError: no checkpoint, or what `Weights` raises.
+        UserError: no checkpoint, or none that is whole, or what `Weights` raises.
     """
 
-    def __init__(self, folder: Path, which: str, model: Assembly | Config, key: str = "config.workdir") -> None:
+    def __init__(
+        self, folder: Path, which: str, model: Assembly | Config, key: str = "config.workdir",
+        opened: Checkpoints | None = None,
+    ) -> None:  # fmt: skip
         self.folder = folder
-        checkpoints = Checkpoints(folder, read_only=True)
+        checkpoints = opened or Checkpoints(folder, read_only=True)
         step = checkpoints.find(which)
         if step is None:
             raise UserError(key, f"no checkpoint in {folder}", "a trained run", "train it first")
         self.step, self.meta, places = step, checkpoints.meta(step), checkpoints.items(step)
-        checkpoints.close()
+        if opened is None:
+            checkpoints.close()
         saved: dict[str, SavedArrays | Published] = {}
         if (folder / INHERITED).is_dir():
             inherited = _inherited(folder / INHERITED)
@@ -305,6 +312,7 @@ def _inherited(folder: Path) -> SavedArrays | Published:
     path = folder / IMPORTED
     if not path.is_file():
         return SavedArrays(folder)
+    check_files(folder)
     tensors = Safetensors(path)
     rules, shapes = {name: Rule(name, name) for name in tensors}, {name: x.shape for name, x in tensors.info.items()}
     return Published(str(path), rules, shapes, tensors, {name: name for name in tensors})

@@ -28,7 +28,7 @@ from elm_jax.data.represent import SIGNALS, SignalSpec
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays
 from elm_jax.models.hints import placed
-from elm_jax.run.checkpoint import summaries
+from elm_jax.run.fingerprints import summaries
 from elm_jax.runtime import distributed
 from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, batch_ways, host_parts, replicated, to_device
 

@@ -14,7 +14,7 @@ from parity import e2e
 
 from elm_jax.cli import guard
 from elm_jax.run import checkpoint
-from elm_jax.run.checkpoint import fingerprint, joined, summary_of
+from elm_jax.run.fingerprints import fingerprint, joined, summary_of
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mlp_llava with LoRA": ("mlp_llava", "llm_qwen2_tied", {"llm__lora": {"rank": 4}, "update": ("connector", "llm")}),

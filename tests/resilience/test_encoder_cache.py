@@ -23,7 +23,7 @@ from elm_jax.data.kept_features import Features, FeatureWriter
 from elm_jax.data.represent import signal_spec
 from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError
-from elm_jax.run.checkpoint import fingerprint
+from elm_jax.run.fingerprints import fingerprint
 from elm_jax.runtime import distributed
 from elm_jax.training import encoder_cache
 from elm_jax.training.loop import Trainer, train

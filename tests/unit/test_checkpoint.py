@@ -24,7 +24,8 @@ from elm_jax.errors import UserError
 from elm_jax.folders import read_json, write_json
 from elm_jax.models.functional import Arrays, Leaf, Structure
 from elm_jax.run import folder as run
-from elm_jax.run.checkpoint import Checkpoints, SavedArrays, fingerprint, save_arrays
+from elm_jax.run.checkpoint import Checkpoints, SavedArrays, save_arrays
+from elm_jax.run.fingerprints import fingerprint
 from elm_jax.run.weights import INHERITED, first_arrays
 from elm_jax.runtime.mesh import make_mesh
 
@@ -112,13 +113,15 @@ def test_steps_that_are_not_there(checkpoints: Checkpoints, tmp_path: Path) -> N
 def test_meta_is_that_of_the_moment_of_saving(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is written in the background; here as late as can be."""
     written: dict[str, Any] = {}
-    save = checkpoints._manager.save
-    monkeypatch.setattr(checkpoints._manager, "save", lambda step, **options: written.update(step=step, **options))
-    history = {"val_losses": [1.0]}
-    checkpoints.save(1, items(), {"history": history})
-    history["val_losses"].append(2.0)
-    save(**written)
-    checkpoints.wait()
+    save = checkpoints._library.save
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_complete", lambda *_: None)
+        patch.setattr(checkpoints._library, "save", lambda path, args: written.update(path=path, args=args))
+        history = {"val_losses": [1.0]}
+        checkpoints.save(1, items(), {"history": history})
+        history["val_losses"].append(2.0)
+    save(written["path"], args=written["args"])
+    checkpoints._library.wait_until_finished()
     assert checkpoints.meta(1)["history"] == {"val_losses": [1.0]} and checkpoints.meta(1)["step"] == 1
 
 
