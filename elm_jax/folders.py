@@ -61,8 +61,10 @@ def write_atomic(
     where: Path | None = None,
     expected: str = "a place to write to",
     fix: str = "name another, or make room",
+    lasting: bool = False,
 ) -> None:
-    """`write` into a file beside `path`, then rename it: nobody ever sees half of it.
+    """`write` into a file beside `path`, then rename it: nobody ever sees half of it. A `lasting` one is on the disk
+    itself when this returns: it outlives a loss of power.
 
     Raises UserError, naming `where` (None: the path), where files cannot be written.
     """
@@ -72,11 +74,26 @@ def write_atomic(
         try:
             with os.fdopen(handle, "wb") as file:
                 write(file)
+                if lasting:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.chmod(name, 0o666 & ~_umask())
             os.replace(name, path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+        if lasting:
+            _keep_names(path.parent)
+
+
+def _keep_names(folder: Path) -> None:
+    """Have what the files of a folder are called on the disk itself, where its file system can do that."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
@@ -86,9 +103,10 @@ def _umask() -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON; who reads or is stopped meanwhile finds the old file or the new one. Raises UserError."""
+    """Write a value as JSON; who reads, is stopped or loses power meanwhile finds the old file or the new one. Raises
+    UserError."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()))
+    write_atomic(path, lambda file: file.write(text.encode()), lasting=True)
 
 
 def read_json(path: Path, fix: str = "check the folder") -> dict[str, Any]:

@@ -11,11 +11,12 @@ its files listed with their checksums (`run.verification`). Whoever reads takes 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_utils
+from orbax.checkpoint.options import AsyncOptions
 
 from elm_jax.errors import UserError, one_line, printable
 from elm_jax.folders import read_json, writable_folder
@@ -53,7 +55,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, count: int = 1, read_only: bool = False) -> None:
-        logging.getLogger("absl").addFilter(_not_of_orbax)
+        _keep_orbax_quiet()
         self.folder, self.read_only = folder / "checkpoints", read_only
         self._items = MODEL_ITEMS if read_only else ITEMS
         self._count = count
@@ -66,9 +68,11 @@ class Checkpoints:
             if jax.process_index() == 0:
                 for left in self.folder.glob(f"*{_TEMPORARY}*"):  # by one that was killed
                     shutil.rmtree(left, ignore_errors=True)
-        handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
+        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
         self._library = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(**handlers, meta=ocp.JsonCheckpointHandler())
+            ocp.CompositeCheckpointHandler(**handlers, meta=ocp.JsonCheckpointHandler()),
+            # Else threads that wait for a folder keep the process alive where it cannot be made.
+            async_options=AsyncOptions(create_directories_asynchronously=False),
         )
 
     def save(
@@ -152,7 +156,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._library.close()
+            with suppress(OSError):  # it says again what `wait` has told
+                self._library.close()
 
     def _remove_old(self, verified: int, best: int | None) -> None:
         """Keep the latest up to the one that was `verified` just now, and the best."""
@@ -417,6 +422,18 @@ def _said(error: Exception) -> str:
     return one_line(str(error) or type(error).__name__)[:300]
 
 
+def _keep_orbax_quiet() -> None:
+    """It reports each file, tells what it raises with pages of stack, and leaves loops closed that are called later."""
+    logging.getLogger("absl").addFilter(_not_of_orbax)
+    before = sys.unraisablehook
+    if getattr(before, "__name__", "") != _quiet_hook.__name__:
+        sys.unraisablehook = functools.update_wrapper(functools.partial(_quiet_hook, before), _quiet_hook)
+
+
 def _not_of_orbax(record: logging.LogRecord) -> bool:
-    """It reports each file, and tells what it raises with pages of stack."""
     return "orbax" not in record.pathname
+
+
+def _quiet_hook(before: Callable[[Any], Any], found: Any) -> None:
+    if str(found.exc_value) != "Event loop is closed":
+        before(found)

@@ -19,14 +19,18 @@ def fingerprint(arrays: Mapping[str, jax.Array]) -> str:
     return joined(summaries(arrays)) if arrays else ""
 
 
-def summaries(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
-    """What changes with the bytes or the shape of each array, in 32 bits; equal on every mesh."""
-    by_devices: dict[Any, dict[str, jax.Array]] = {}
+def summaries(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, str]:
+    """What changes with the bytes or the shape of each array, in 32 bits; equal on every mesh, and on the host."""
+    found, by_devices = {}, {}
     for name, x in arrays.items():
-        by_devices.setdefault(frozenset(x.sharding.device_set), {})[name] = x
+        if isinstance(x, np.ndarray):
+            found[name] = summary_of(x, x.dtype)
+        else:
+            by_devices.setdefault(frozenset(x.sharding.device_set), {})[name] = x
     # One program each, and one after the other: fake devices wait for ever where collectives overtake each other.
-    sums = {name: total for mine in by_devices.values() for name, total in jax.device_get(_sums(mine)).items()}
-    return {name: _summary(x.shape, sums[name]) for name, x in arrays.items()}
+    for mine in by_devices.values():
+        found |= {name: _summary(mine[name].shape, total) for name, total in jax.device_get(_sums(mine)).items()}
+    return {name: found[name] for name in arrays}
 
 
 def summary_of(array: np.ndarray, dtype: Any) -> str:

@@ -172,23 +172,23 @@ class TrainedWeights(Weights):
         folder: the run's. which: `latest`, `best` (else latest) or a step.
         model: the parts of the model, or the run's config, of which they are made.
         key: what names the folder, in errors.
-        opened: the folder's checkpoints, where the caller has them.
+        checkpoints: those of the folder, where the caller has them.
     Raises:
         UserError: no checkpoint, or none that is whole, or what `Weights` raises.
     """
 
     def __init__(
         self, folder: Path, which: str, model: Assembly | Config, key: str = "config.workdir",
-        opened: Checkpoints | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:  # fmt: skip
         self.folder = folder
-        checkpoints = opened or Checkpoints(folder, read_only=True)
-        step = checkpoints.find(which)
+        reader = checkpoints or Checkpoints(folder, read_only=True)
+        step = reader.find(which)
         if step is None:
             raise UserError(key, f"no checkpoint in {folder}", "a trained run", "train it first")
-        self.step, self.meta, places = step, checkpoints.meta(step), checkpoints.items(step)
-        if opened is None:
-            checkpoints.close()
+        self.step, self.meta, places = step, reader.meta(step), reader.items(step)
+        if checkpoints is None:
+            reader.close()
         saved: dict[str, SavedArrays | Published] = {}
         if (folder / INHERITED).is_dir():
             inherited = _inherited(folder / INHERITED)

@@ -223,6 +223,7 @@ def exchange(key: str, value: str) -> list[str]:
     if jax.process_count() == 1:
         return [value]
     client = distributed.global_state.client
+    assert client is not None
     client.key_value_set(f"elm_jax/{key}/{jax.process_index()}", value)
     # Whoever does not come is gone, and `lifeline` ends this process then, or is slow.
     return [client.blocking_key_value_get(f"elm_jax/{key}/{i}", 2**31 - 1) for i in range(jax.process_count())]

@@ -21,7 +21,7 @@ import jax
 from tqdm import tqdm
 
 from elm_jax.config import LogConfig
-from elm_jax.errors import UserError, printable
+from elm_jax.errors import UserError, printable, refused
 from elm_jax.folders import json_lines, write_atomic
 
 WANDB_ID = "wandb_id"  # in a run's folder: its id in Weights & Biases
@@ -77,11 +77,16 @@ class MetricsFile:
         write_atomic(self.path, lambda file: file.write(kept.encode()))
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Append one object, at once on disk. NaN and infinities become null: JSON has none."""
+        """Append one object, at once on disk. NaN and infinities become null: JSON has none.
+
+        Raises:
+            UserError: there is no room, or the file cannot be written.
+        """
         if not self.writes:
             return
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
+        fix = "make room and run the same command again: it goes on from the last checkpoint"
+        with refused(self.path, "", "a file that can be written", fix), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def lines(self) -> list[dict[str, Any]]:

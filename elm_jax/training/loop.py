@@ -189,7 +189,7 @@ class Trainer:
             self._keep_reference(arrays)
             self.state = new_state(arrays, like, self.program.optimizer)
         else:
-            weights = TrainedWeights(self.folder, str(latest), self.assembly, opened=self.checkpoints)
+            weights = TrainedWeights(self.folder, str(latest), self.assembly, checkpoints=self.checkpoints)
             self.frozen = weights.place(shardings, weights.frozen)
             self.fingerprints = frozen_fingerprints(weights.leaves, self.frozen)
             weights.check(self.fingerprints)
