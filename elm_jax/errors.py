@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -90,12 +91,14 @@ def printable(text: str, but: str = "") -> str:
     These are controls, line separators, marks that turn the direction of writing, halves of surrogate pairs and what
     is no character; not those of `but`, and not the joiners that some scripts and emoji need.
     """
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() or c in but or c in _JOINERS or unicodedata.category(c) in ("Zs", "Co") else repr(c)[1:-1]
-        for c in text
-    )
+
+    def shown(match: re.Match[str]) -> str:
+        c = match[0]
+        holds = c.isprintable() or c in but or c in _JOINERS or unicodedata.category(c) in ("Zs", "Co")
+        return c if holds else repr(c)[1:-1]
+
+    return _NOT_ASCII.sub(shown, text)
 
 
+_NOT_ASCII = re.compile("[^ -~]")  # a character that is not certainly printable
 _JOINERS = "\u200c\u200d"
