@@ -39,8 +39,8 @@ class DataConfig:
     representation: str = key(
         "signal", "what the model sees of an ECG", choices=("signal", "symbolic", "stacked_signal", "rgb")
     )
-    segment_len: int = key(2500, "samples of an ECG after resampling", limit="at least 1")
-    sampling_rate: int = key(250, "samples per second after resampling", limit="at least 1")
+    segment_len: int = key(2500, "samples of an ECG after resampling", limit="from 1 to 10000000")
+    sampling_rate: int = key(250, "samples per second after resampling", limit="from 1 to 100000")
     leads: tuple[str, ...] = key(
         LEADS, "leads by name, or by place in the canonical order (from 0)",
         choices=LEADS, accepts=tuple[int | str, ...],

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +19,8 @@ from elm_jax.errors import UserError, refused
 from elm_jax.json_text import parse_json
 
 TOKENIZER, ECG_BYTE = "tokenizer", "ecg_byte.json"  # a run's own; the second, if the run has it, lies in the first
+MOST_JSON = 64 << 20  # bytes of a file that says how something is made: far above the index of the largest model
+_log = logging.getLogger(__name__)
 
 
 def writable_folder(out: Path, where: str) -> Path:
@@ -102,6 +108,58 @@ def _umask() -> int:
     return mask
 
 
+def check_regular(path: Path, expected: str, fix: str = "check the path") -> None:
+    """Raise UserError for what is there and is no file: a pipe would be waited for, a device has no end."""
+    if os.path.exists(path) and not os.path.isfile(path):  # which raise nothing, however long the name is
+        raise UserError(path, "a folder" if os.path.isdir(path) else "no regular file", expected, fix)
+
+
+def read_regular(path: Path, expected: str, fix: str, most: int | None = None) -> bytes:
+    """What a file holds. Raises UserError for what is no file, cannot be read, or has more than `most` bytes."""
+    check_regular(path, expected, fix)
+    with refused(path, "no readable file", expected, fix):
+        size = path.stat().st_size
+        if most is not None and size > most:
+            raise UserError(path, f"{size} bytes", f"at most {most}", fix)
+        return path.read_bytes()
+
+
+def keep(
+    stem: Path, ending: str, write: Callable[[IO[bytes]], Any], expected: str = "a place to write to",
+    fix: str = "name another, or make room",
+) -> Path:  # fmt: skip
+    """Write what can be made again to a file whose name is that of `stem`, then a checksum of what it holds, then
+    `ending`: only `kept` finds it. Raises UserError, naming the folder, where it cannot be written."""
+    half = stem.with_name(f".{stem.name}.{uuid.uuid4().hex}")
+    write_atomic(half, write, stem.parent, expected, fix)
+    whole = half.replace(stem.with_name(f"{stem.name}-{_checksum(half)}{ending}"))
+    for other in set(stem.parent.glob(f"{glob.escape(stem.name)}-*{ending}")) - {whole}:
+        other.unlink(missing_ok=True)
+    return whole
+
+
+def kept(stem: Path, ending: str) -> Path | None:
+    """The file that `keep` has left for `stem`, where there is one that is whole."""
+    return next(kept_in(stem.parent, ending, stem.name), None)
+
+
+def kept_in(folder: Path, ending: str, name: str | None = None) -> Iterator[Path]:
+    """The files that `keep` has left, of all stems or of the one called `name`. One that has changed since is removed,
+    and the log says so."""
+    for path in sorted(folder.glob(f"{'*' if name is None else glob.escape(name)}-*{ending}")):
+        with contextlib.suppress(OSError):
+            if path.is_file() and path.name.removesuffix(ending).rpartition("-")[2] == _checksum(path):
+                yield path
+                continue
+            _log.warning("%s is damaged: what it held is made again", path)
+            path.unlink(missing_ok=True)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON; who reads, is stopped or loses power meanwhile finds the old file or the new one. Raises
     UserError."""
@@ -111,8 +169,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path, fix: str = "check the folder") -> dict[str, Any]:
     """The object in a JSON file. Raises UserError, which names the file and `fix`, for anything else."""
+    data = read_regular(path, "a JSON file", fix, MOST_JSON)
     with refused(path, "", "a JSON file", fix):
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(data)
     if not isinstance(value, dict):
         raise UserError(str(path), type(value).__name__, "a JSON object", fix)
     return value
@@ -130,8 +189,7 @@ def json_lines(path: Path, fix: str) -> list[dict[str, Any]]:
     was cut short, is left out. Raises UserError, naming the line, for anything else."""
     if not path.exists():
         return []
-    with refused(path, "", "a file of JSON lines", "check the folder", OSError):
-        data = path.read_bytes()
+    data = read_regular(path, "a file of JSON lines", "check the folder")
     found = list(whole_lines(data))
     rest = data[found[-1][1] if found else 0 :]
     if b"\n" in rest:

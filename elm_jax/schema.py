@@ -25,7 +25,11 @@ LIMITS: dict[str, Callable[[float], bool]] = {
     "at least 0 and below 1": lambda v: 0 <= v < 1,
     "above 0 and at most 1": lambda v: 0 < v <= 1,
     "above 0 and at most 100000": lambda v: 0 < v <= 1e5,
+    # Of what a file may ask for: far above all that there is, and no memory is asked for what is beyond.
+    "from 1 to 10000": lambda v: 1 <= v <= 1e4,
+    "from 1 to 100000": lambda v: 1 <= v <= 1e5,
     "from 1 to 10000000": lambda v: 1 <= v <= 1e7,
+    "from 1 to 1000000000": lambda v: 1 <= v <= 1e9,
 }
 WORDS: dict[Any, str] = {
     int: "a whole number",

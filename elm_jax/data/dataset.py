@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -25,15 +24,14 @@ from elm_jax.data.plan import LengthIndex
 from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec
 from elm_jax.data.samples import Samples
 from elm_jax.data.sources import Record
-from elm_jax.errors import UserError
-from elm_jax.folders import write_atomic
+from elm_jax.errors import UserError, refused
+from elm_jax.folders import MOST_JSON, keep, kept, read_regular
 from elm_jax.registry import name_of
 from elm_jax.text.render import Rendered, TextSpec, to_prompts, to_tokens
 from elm_jax.text.turns import CONVERSATIONS, with_words
 
-_log = logging.getLogger(__name__)
 INDEX_VERSION = 3  # of the fingerprint, which checkpoints hold
-KEPT_VERSION = 2  # of what a length index keeps on disk
+KEPT_VERSION = 3  # of what a length index keeps on disk
 _COLUMNS = ("length", "targets", "ecgs", "system_end", "signal_end", "system_key", "signal_key", "dataset")
 _CUTS = {"cut": bool, "lost_answers": np.int16, "cut_ecgs": bool}  # see LengthIndex
 LOOKED_FOR = 20_000  # records whose recordings are looked for before a run
@@ -69,10 +67,8 @@ def read_system_prompt(text_or_path: str | None) -> str | None:
         raise UserError(
             "data.system_prompt", f"no file {path}", "a text, or a file that exists", "correct the path"
         )
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("data.system_prompt", f"{path}: {error}", "a text file in UTF-8", "convert it") from error
+    with refused("data.system_prompt", str(path), "a text file in UTF-8", "convert it", OSError, UnicodeDecodeError):
+        return read_regular(path, "a text", "correct the path", MOST_JSON).decode("utf-8-sig").strip()
 
 
 class Dataset:
@@ -248,18 +244,26 @@ class Dataset:
         """
         # What a function of the user's writes is measured at every start: nothing says when the function has changed.
         of_functions = self.samples.of is not None or (self.reads_ecgs and bool(self.signal.texts))
-        path = cache / f"{self.fingerprint}.{KEPT_VERSION}.parquet" if cache and not of_functions else None
-        columns = self._kept(path) if path and path.is_file() else None
-        if columns is not None:
+        stem = cache / self._index_name if cache and not of_functions else None
+        if whole := stem and kept(stem, ".parquet"):
+            table = pq.read_table(whole)
+            columns = {name: table[name].to_numpy() for name in table.column_names}
             for i in np.flatnonzero(columns["length"] == 0)[int(max_bad * len(self)) :]:
                 self.check(int(i))  # says what is wrong with the first that is too many
         else:
             columns = self._measure(max_bad, progress)
             # An ECG that could not be read may be mended: the next start looks again.
-            if path and (not self.reads_ecgs or columns["length"].all()):
-                write_atomic(path, lambda file: pq.write_table(pa.table(columns), file))
+            if stem and (not self.reads_ecgs or columns["length"].all()):
+                keep(stem, ".parquet", lambda file: pq.write_table(pa.table(columns), file))
         # An ECG of which every epoch has other symbols is part of no prefix of a known length.
         return _for_share(columns, "system" if share == "ecg" and self.varies else share)
+
+    @property
+    def _index_name(self) -> str:
+        """Changes with the lengths; the fingerprint, which checkpoints hold, knows files by times that can be set."""
+        paths = [path for record in self.records if self.reads_ecgs for path in record.ecg_paths]
+        digest = hashlib.sha256(repr([self.signal.stamp(path, kept=True) for path in paths]).encode())
+        return f"{self.fingerprint}.{KEPT_VERSION}.{digest.hexdigest()[:16]}"
 
     def check(self, index: int) -> None:
         """Raise UserError, which names the record, where nothing can be learnt of it."""
@@ -267,16 +271,6 @@ class Dataset:
             self.render(index)
         else:
             self.samples.measure(self, index)
-
-    def _kept(self, path: Path) -> dict[str, np.ndarray] | None:
-        """The columns that an earlier start has measured; None, and a line that says so, where they are damaged."""
-        with contextlib.suppress(pa.ArrowException, ValueError, OSError):
-            table = pq.read_table(path)
-            columns = {name: table[name].to_numpy() for name in table.column_names}
-            if columns.keys() == {*_COLUMNS, *_CUTS} and len(table) == len(self):
-                return columns
-        _log.warning("%s is damaged: the conversations are measured again", path)
-        return None
 
     @property
     def varies(self) -> bool:

@@ -1,7 +1,8 @@
 """Outputs of a frozen encoder, kept on disk: written once, read in place of recordings. No jax here.
 
-A folder belongs to one encoder and one way of preparing signals. It holds parts: an array `<part>.npy` (n, N, E), and
-`<part>.json` with the name of each row, which is written last, so that a part is whole or not there.
+A folder belongs to one encoder and one way of preparing signals. It holds parts: the rows (N, E) of an array in
+`<part>.rows`, and, written last, so that a part is whole or not there, a list with the name and the checksum of each
+row (`folders.keep`). A row is held against its checksum each time that it is read.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import logging
 import os
 import socket
+import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,10 +23,12 @@ import ml_dtypes
 import numpy as np
 
 from elm_jax.data.batch import ArraySpec
+from elm_jax.errors import UserError
+from elm_jax.folders import keep, kept_in
 from elm_jax.json_text import parse_json
 
 _log = logging.getLogger(__name__)
-_STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}  # .npy knows no bfloat16
+_ROWS, _NAMES = ".rows", ".json"
 
 
 @dataclass(frozen=True)
@@ -43,32 +47,46 @@ class Features:
         return name in self._rows
 
     def load(self, name: str) -> np.ndarray | None:
-        """One output (N, E), or None where there is none of this name."""
-        place = self._rows.get(name)
-        return None if place is None else np.array(self._parts[place[0]][1][place[1]]).view(self.layout.dtype)
+        """One output (N, E), or None where there is none of this name.
+
+        Raises:
+            UserError: it is damaged. Its part is removed, so that the next start computes it again.
+        """
+        if (place := self._rows.get(name)) is None:
+            return None
+        part, row, checksum = place
+        values = np.array(self._parts[part][1][row])
+        if zlib.crc32(values) != checksum:
+            part.unlink(missing_ok=True)
+            found = "an output of the encoder that is damaged"
+            raise UserError(part, found, "what was kept", "start the run again: it is computed anew")
+        return values.view(self.layout.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.folder, self.shape, self.dtype)
 
     @cached_property
-    def _rows(self) -> dict[str, tuple[str, int]]:
-        named = [(part, row, name) for part, (names, _) in self._parts.items() for row, name in enumerate(names)]
-        return {name: (part, row) for part, row, name in named if name is not None}
+    def _rows(self) -> dict[str, tuple[Path, int, int]]:
+        named = [(part, i, *row) for part, (rows, _) in self._parts.items() for i, row in enumerate(rows) if row]
+        return {name: (part, i, checksum) for part, i, name, checksum in named}
 
     @cached_property
-    def _parts(self) -> dict[str, tuple[list[str | None], np.ndarray]]:
-        """Of each part its names and its array; a damaged one counts as not there, and is written again."""
+    def _parts(self) -> dict[Path, tuple[list[Any], np.ndarray]]:
+        """Of each part its rows' names and checksums, and its array; a damaged one counts as not there."""
         found = {}
-        for path in sorted(Path(self.folder).glob("*.json")):
+        for path in kept_in(Path(self.folder), _NAMES):
+            rows = parse_json(path.read_bytes())
             try:
-                names, array = parse_json(path.read_bytes()), np.load(path.with_suffix(".npy"), mmap_mode="r")
-            except (ValueError, EOFError, OSError):
-                names, array = None, None
-            if isinstance(names, list) and array is not None and array.shape == (len(names), *self.shape):
-                found[path.stem] = names, array
-            else:
-                _log.warning("%s or its array is damaged: what it held is computed again", path)
+                array = np.memmap(path.with_name(f"{path.name.partition('-')[0]}{_ROWS}"), self._stored, "r")
+                found[path] = rows, array.reshape(len(rows), *self.shape)
+            except (ValueError, OSError):
+                _log.warning("the array of %s is damaged: what it held is computed again", path)
+                path.unlink(missing_ok=True)
         return found
+
+    @property
+    def _stored(self) -> np.dtype:
+        return np.dtype(f"u{self.layout.dtype.itemsize}")
 
 
 class FeatureWriter:
@@ -78,18 +96,18 @@ class FeatureWriter:
     def __init__(self, features: Features, names: Sequence[str]) -> None:
         folder = Path(features.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._names, self._layout, self._stored = list(names), features.layout, _STORED[features.dtype]
+        self._names, self._dtype, self._checksums = list(names), features.layout.dtype, list[int]()
         # Runs with a common disk may write the same part each; the last one to finish leaves it.
         self._part = folder / hashlib.sha256("\0".join(names).encode()).hexdigest()[:32]
         self._half = self._part.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
         self._file = self._half.open("wb")
-        shape = (len(names), *features.shape)
-        header = {"descr": np.lib.format.dtype_to_descr(self._stored), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file, header)
 
     def put(self, rows: np.ndarray) -> None:
         """Write the next rows (n, N, E)."""
-        self._file.write(np.ascontiguousarray(rows.astype(self._layout.dtype)).view(self._stored).tobytes())
+        for row in np.ascontiguousarray(rows.astype(self._dtype)):
+            data = row.tobytes()
+            self._checksums.append(zlib.crc32(data))
+            self._file.write(data)
 
     def leave_out(self, names: Collection[str]) -> None:
         """These have no row after all."""
@@ -102,8 +120,8 @@ class FeatureWriter:
         try:
             self._file.close()
             if kind is None:
-                self._half.replace(self._part.with_suffix(".npy"))
-                self._half.write_text(json.dumps(self._names), encoding="utf-8")
-                self._half.replace(self._part.with_suffix(".json"))
+                self._half.replace(self._part.with_suffix(_ROWS))
+                rows = [name and (name, sum_) for name, sum_ in zip(self._names, self._checksums, strict=True)]
+                keep(self._part, _NAMES, lambda file: file.write(json.dumps(rows).encode()))
         finally:
             self._half.unlink(missing_ok=True)

@@ -138,7 +138,7 @@ class SignalSpec:
     def name_of(self, path: str, key: int) -> str:
         """What an encoder's output for the ECG at `path` is kept as: it changes with the file."""
         drawn = path == NOISE or (path == FLATLINE and self.perturb == "noise")
-        return f"{path}:{key if drawn else self.stamp(path)}"
+        return f"{path}:{key if drawn else self.stamp(path, kept=True)}"
 
     def _kept(self, path: str, key: int) -> Signal:
         assert self.features is not None
@@ -149,14 +149,17 @@ class SignalSpec:
             raise UserError(str(Path(self.root, path)), found, "the file as it was", "start the run again")
         return kept
 
-    def stamp(self, path: str) -> list[tuple[int, int]]:
-        """Size and time of the file at `path`, of a WFDB record of all its files; nothing for what is no file."""
+    def stamp(self, path: str, kept: bool = False) -> list[tuple[int, ...]]:
+        """Size and time of the file at `path`, of a WFDB record of all its files; nothing for what is no file.
+
+        kept: for what is kept on this machine, with the time of the last change of any kind, which nobody can set.
+        """
         found = []
         with contextlib.suppress(UserError):
             for file in self._files(path):
                 with contextlib.suppress(OSError, ValueError):  # no file, or what none can be called
                     stat = os.stat(file)
-                    found.append((stat.st_size, stat.st_mtime_ns))
+                    found.append((stat.st_size, stat.st_mtime_ns, *([stat.st_ctime_ns] if kept else [])))
         return found
 
     def look_for(self, path: str) -> None:

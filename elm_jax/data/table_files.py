@@ -7,31 +7,33 @@ import contextlib
 import csv
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from elm_jax.errors import UserError, nearest, refused
-from elm_jax.folders import write_atomic
+from elm_jax.folders import check_regular, keep, kept, read_json
 from elm_jax.json_text import parse_json
 
 KINDS = ("question_type", "attribute_type", "attribute", "template_id")  # of ECG-QA, to score by
 COLUMNS = ("ecg_path", "text", "name", "patient_id", "split", *KINDS)
 SUFFIXES = (".parquet", ".json", ".jsonl")
-_log = logging.getLogger(__name__)
+_SPLITS, _STATE = "dataset_dict.json", "state.json"  # of a dataset that the library has saved
 
 _SPLIT_IN_NAME = re.compile(r"^((?:fold\d+_)?(?:train|valid|validation|val|dev|test))(?=$|[-_.])")
 
 
 def file_tables(path: Path) -> Iterator[tuple[str, str | None, Any]]:
     """(where, split in the name, table) of every file."""
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if (path / _SPLITS).is_file() or (path / _STATE).is_file():
         import datasets
 
+        _check_saved(path)
         with _unreadable(path, "a saved dataset"):
             saved: Any = datasets.load_from_disk(str(path))
+            for table in saved.values() if isinstance(saved, dict) else [saved]:
+                table.data.table.validate(full=True)  # Arrow believes its files: a wrong offset would end the process
         for split, table in saved.items() if isinstance(saved, dict) else [(None, saved)]:
             where = f"{path}{f'/{split}' if split else ''}"
             yield where, split, plain(where, table)
@@ -42,9 +44,29 @@ def file_tables(path: Path) -> Iterator[tuple[str, str | None, Any]]:
         yield str(file), match[1] if match else None, _open(file)
 
 
+def _check_saved(path: Path) -> None:
+    """Raise UserError where a dataset that the library has saved names files that are not its own, or no files."""
+    folders = [path]
+    if (path / _SPLITS).is_file():
+        folders = [path / name for name in _own(path, read_json(path / _SPLITS).get("splits"))]
+    for folder in folders:
+        parts = read_json(folder / _STATE).get("_data_files")
+        rows = parts if isinstance(parts, list) else [parts]
+        named = [row.get("filename") if isinstance(row, dict) else row for row in rows]
+        for name in ("dataset_info.json", *_own(folder, named)):
+            check_regular(folder / name, "a file of a saved dataset")
+
+
+def _own(folder: Path, names: Any) -> list[str]:
+    if not isinstance(names, list) or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(folder, f"a saved dataset of {str(names)[:80]}", "names of files in it", "save it again")
+    return names
+
+
 def _open(file: Path) -> Any:
     import datasets
 
+    check_regular(file, "a table")
     if file.suffix != ".parquet":
         return datasets.Dataset(_json_table(file))
     return plain(str(file), _as_arrow(file))
@@ -52,8 +74,6 @@ def _open(file: Path) -> Any:
 
 def _as_arrow(file: Path) -> Any:
     """A Parquet file's COLUMNS as a table mapped into memory, of an Arrow file that is kept by the file's content.
-
-    One that is damaged is written again.
 
     What the file says of its columns beyond their types (`datasets` features, pandas' metadata) is left out: a
     feature may have what a row names fetched.
@@ -66,16 +86,12 @@ def _as_arrow(file: Path) -> Any:
     with _unreadable(file, "a parquet file"):
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(repr(COLUMNS).encode(), digest_size=16))
-        kept = Path(config.HF_DATASETS_CACHE, "elm_jax", f"{digest.hexdigest()}.arrow")
+        stem = Path(config.HF_DATASETS_CACHE, "elm_jax", digest.hexdigest())
         with pq.ParquetFile(file) as table:
             if not table.metadata.num_rows:
                 raise UserError(str(file), "no records", "rows of ecg_path and text", "check the file")
-            if kept.is_file():
-                with contextlib.suppress(Exception):  # whatever is wrong with it
-                    known = datasets.Dataset.from_file(str(kept))
-                    if len(known) == table.metadata.num_rows:
-                        return known
-                _log.warning("%s is damaged: it is written again", kept)
+            if (whole := kept(stem, ".arrow")) is not None:
+                return datasets.Dataset.from_file(str(whole))
             fields = [table.schema_arrow.field(i) for i in range(len(table.schema_arrow))]
             _check_columns(str(file), [field.name for field in fields])
             types = {f.name: f.type for f in fields if f.name in COLUMNS}
@@ -85,12 +101,12 @@ def _as_arrow(file: Path) -> Any:
                     datasets.Features.from_arrow_schema(pa.schema([(name, kind)]))
                 except (ValueError, NotImplementedError):
                     raise _not_plain(str(file), name, kind) from None
-            _write_arrow(kept, pa.schema(list(types.items())), file, table)
-        return datasets.Dataset.from_file(str(kept))
+            whole = _write_arrow(stem, pa.schema(list(types.items())), file, table)
+        return datasets.Dataset.from_file(str(whole))
 
 
-def _write_arrow(kept: Path, schema: Any, file: Path, table: Any) -> None:
-    """The columns of `schema` of an open Parquet file as an Arrow file; whole, or not at all."""
+def _write_arrow(stem: Path, schema: Any, file: Path, table: Any) -> Path:
+    """The columns of `schema` of an open Parquet file as an Arrow file that is kept; whole, or not at all."""
     import pyarrow as pa
 
     def batches() -> Iterator[Any]:
@@ -106,7 +122,7 @@ def _write_arrow(kept: Path, schema: Any, file: Path, table: Any) -> None:
                 writer.write_batch(batch)
 
     fix = "make room there, or set HF_DATASETS_CACHE to a folder that can be written"
-    write_atomic(kept, write, kept.parent, f"a place for the rows of {file}", fix)
+    return keep(stem, ".arrow", write, f"a place for the rows of {file}", fix)
 
 
 def _unreadable(path: Path, expected: str) -> contextlib.AbstractContextManager[None]:
@@ -118,6 +134,7 @@ def csv_rows(
     path: Path, needed: Sequence[str], where: str | Path, expected: str, fix: str
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """(number of the line, row) of a CSV file. UserError, naming `where`, unless it can be read and has the columns."""
+    check_regular(path, expected, fix)
     told = refused(where, "an unreadable file", expected, fix, OSError, ValueError, csv.Error)
     with told, path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)

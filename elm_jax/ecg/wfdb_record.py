@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from elm_jax.errors import UserError, refused, some
+from elm_jax.folders import check_regular
 
 _UNIT = re.compile(r"(m|milli|u|micro|n|nano)?(?:v|volts?)")
 _MILLIVOLTS = {None: 1e3, "m": 1.0, "milli": 1.0, "u": 1e-3, "micro": 1e-3, "n": 1e-6, "nano": 1e-6}
@@ -120,14 +121,8 @@ def files_of(header: Path) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _check_regular(path: Path, expected: str) -> None:
-    """Raise UserError for what is there and is no file: a pipe would be waited for, a device has no end."""
-    if os.path.exists(path) and not os.path.isfile(path):  # which raise nothing, however long the name is
-        raise UserError(path, "no regular file", expected, "check the path")
-
-
 def _read_header(path: Path) -> _Header:
-    _check_regular(path, "a WFDB header")
+    check_regular(path, "a WFDB header")
     try:
         with path.open("rb") as file:
             content = file.read(_LONGEST + 1)
@@ -218,7 +213,7 @@ def _read(header: _Header, rows: list[int]) -> tuple[np.ndarray, float, int]:
     scales = [_scale(path, signal) for signal in chosen]
     skew = max(int(_FORMAT.fullmatch(signal.format)["skew"] or 0) for signal in chosen)  # type: ignore[index]
     for name in dict.fromkeys(signal.file for signal in header.signals):
-        _check_regular(path.parent / name, "a file of samples")
+        check_regular(path.parent / name, "a file of samples")
     import wfdb  # slow to import, and not needed for prepared records
 
     fix = "download it again if it is damaged, else save its signals as .npy"

@@ -9,6 +9,7 @@ and the question here are ours. n recordings, K labels.
 from __future__ import annotations
 
 import ast
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.sources import Record, patient_of
 from elm_jax.data.table_files import csv_rows
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, refused
 from elm_jax.evaluation.answering import BadRecords
 from elm_jax.evaluation.controls import Question, Source
 from elm_jax.evaluation.store import AnswerFile
@@ -59,19 +60,21 @@ def read_ptb_xl(folder: Path) -> PtbXl:
 def read_statements(folder: Path) -> list[Statement]:
     """The statements in scp_statements.csv. Raises UserError where the file is not there or not PTB-XL's."""
     found = []
-    for row in _rows(folder / STATEMENTS, ("description", "diagnostic", "form", "rhythm")):
-        code = row.get("") or row.get("code") or ""
-        families = {name: code for name in FAMILIES[:3] if row[name] and float(row[name]) == 1}
-        if "diagnostic" in families:
-            families |= {"superclass": row["diagnostic_class"], "subclass": row["diagnostic_subclass"]}
-        found.append(Statement(code, row["description"], families))
+    with _of_ptb_xl(folder / STATEMENTS):
+        for row in _rows(folder / STATEMENTS, ("description", "diagnostic", "form", "rhythm")):
+            code = row.get("") or row.get("code") or ""
+            families = {name: code for name in FAMILIES[:3] if row[name] and float(row[name]) == 1}
+            if "diagnostic" in families:
+                families |= {"superclass": row["diagnostic_class"], "subclass": row["diagnostic_subclass"]}
+            found.append(Statement(code, row["description"], families))
     return found
 
 
 def read_truths(folder: Path) -> dict[str, frozenset[str]]:
     """Record number, five digits as in its path -> the codes of its statements, whatever their likelihood."""
     rows = _rows(folder / DATABASE, ("ecg_id", "scp_codes"))
-    return {f"{int(row['ecg_id']):05d}": frozenset(ast.literal_eval(row["scp_codes"])) for row in rows}
+    with _of_ptb_xl(folder / DATABASE):
+        return {f"{int(row['ecg_id']):05d}": frozenset(ast.literal_eval(row["scp_codes"])) for row in rows}
 
 
 def ask_labels(
@@ -196,6 +199,12 @@ class _Auc:
         total = yes.sum() * no.sum()
         below = np.cumsum(no) - no
         return float((yes * (below + no / 2)).sum() / total) if total else float("nan")
+
+
+def _of_ptb_xl(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Whatever is wrong with a cell of PTB-XL's tables is the file's fault: `literal_eval` raises many kinds."""
+    found = "a cell that is not as PTB-XL has it"
+    return refused(path, found, f"{path.name} of PTB-XL", "download it again", Exception)
 
 
 def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:

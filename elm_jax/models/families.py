@@ -47,9 +47,10 @@ _IRRELEVANT = frozenset(
 )
 _LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
-_SIZE, _NUMBER = Key(None, int, "a size", limit="at least 1"), Key(None, float, "a number", limit="above 0")
+_SIZE, _NUMBER = Key(None, int, "a size", limit="from 1 to 1000000000"), Key(None, float, "a number", limit="above 0")
 _KEYS = {
-    **dict.fromkeys(("vocab_size", "hidden", "layers", "heads", "max_len"), _SIZE),
+    **dict.fromkeys(("vocab_size", "hidden", "heads", "max_len"), _SIZE),
+    "layers": Key(None, int, "how many layers", limit="from 1 to 10000"),
     **dict.fromkeys(("kv_heads", "head_dim", "mlp"), replace(_SIZE, type=int | None)),
     "norm_eps": _NUMBER,
     **dict.fromkeys(("query_scalar", "attention_cap", "logit_cap"), replace(_NUMBER, type=float | None)),

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from elm_jax.config import LogConfig
 from elm_jax.errors import UserError, printable, refused
-from elm_jax.folders import json_lines, write_atomic
+from elm_jax.folders import json_lines, read_regular, write_atomic
 
 WANDB_ID = "wandb_id"  # in a run's folder: its id in Weights & Biases
 # Peak dense bfloat16 FLOP/s of one device, by how its `device_kind` reads (vendors' data sheets): the first that is a
@@ -268,12 +268,11 @@ def _wandb_id(path: Path) -> str:
     if not path.exists():
         new = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
         write_atomic(path, lambda file: file.write(new.encode()))
-    kept = path.read_bytes()
+    expected = "the id of this run in Weights & Biases"
+    fix = "put it back, or remove the file: the run goes on there as a new one"
+    kept = read_regular(path, expected, fix, most=1000)
     if not re.fullmatch(rb"[\w.-]+", kept.strip()):
-        raise UserError(
-            path, repr(kept[:40]), "the id of this run in Weights & Biases",
-            "put it back, or remove the file: the run goes on there as a new one",
-        )  # fmt: skip
+        raise UserError(path, repr(kept[:40]), expected, fix)
     return kept.strip().decode()
 
 

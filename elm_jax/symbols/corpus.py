@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from elm_jax.ecg.recording import LEADS, read_ecg, to_segment
 from elm_jax.errors import UserError, refused
+from elm_jax.folders import read_regular
 from elm_jax.schema import check, key, walk
 from elm_jax.symbols.coder import cores
 
@@ -114,8 +115,9 @@ def _is_new(folder: str, seen: set[str]) -> bool:
 
 
 def _lines(path: Path) -> list[Path]:
+    data = read_regular(path, "a list of recordings", "check the file")
     with refused(path, "an unreadable list", "a path a line", "check the file"):
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = data.decode("utf-8-sig").splitlines()
     return [path.parent / line.strip() for line in lines if line.strip()]
 
 

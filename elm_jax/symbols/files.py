@@ -9,12 +9,14 @@ from typing import Any, NamedTuple, NoReturn
 
 from elm_jax.ecg.pickled import read_pickle
 from elm_jax.errors import UserError
-from elm_jax.folders import write_atomic
+from elm_jax.folders import read_regular, write_atomic
 from elm_jax.json_text import parse_json
 
 BYTES = 256  # ids below are single bytes
 VERSION = 1
 ENDINGS = (".json", ".pkl")  # ours, the reference's
+MOST_BYTES = 256 << 20  # of a file: far above a vocabulary of a language model's size
+_EXPECTED = "an ECG-Byte tokenizer (our .json or the reference's .pkl)"
 
 
 class TokenizerFile(NamedTuple):
@@ -32,12 +34,7 @@ def read(path: str | Path) -> TokenizerFile:
     path = Path(path)
     if path.suffix not in ENDINGS:
         _refuse(path, f"a file that ends with {path.suffix!r}", "give a .json or .pkl file")
-    if path.exists() and not path.is_file():  # a pipe would be waited for, a device has no end
-        _refuse(path, "no regular file", "check data.ecg_tokenizer")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        _refuse(path, f"no readable file ({error.strerror})", "check data.ecg_tokenizer")
+    data = read_regular(path, _EXPECTED, "check data.ecg_tokenizer", MOST_BYTES)
     return (_from_json if path.suffix == ".json" else _from_pickle)(path, data)
 
 
@@ -148,5 +145,4 @@ def checksum(contents: dict[str, Any]) -> str:
 
 
 def _refuse(path: Path, found: str, fix: str = "get the file again, or train one") -> NoReturn:
-    expected = "an ECG-Byte tokenizer (our .json or the reference's .pkl)"
-    raise UserError(str(path), found, expected, fix) from None
+    raise UserError(str(path), found, _EXPECTED, fix) from None

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import json
+import math
 import re
 import weakref
 from collections.abc import Iterator
@@ -18,9 +19,13 @@ from typing import Any
 
 import tokenizers
 
-from elm_jax.errors import UserError, one_line
+from elm_jax.errors import UserError, one_line, refused
+from elm_jax.folders import check_regular, read_regular
+from elm_jax.json_text import parse_json
 
 SIGNAL_TOKEN = "<signal>"
+TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+_MOST_BYTES, _MOST_GROWTH = 256 << 20, 1000  # of tokenizer.json; characters for one, where it replaces some
 THINK_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 
 _CACHED_TEXTS = 1024  # headers and system prompts always; questions and answers as often as they repeat
@@ -38,9 +43,34 @@ def load_tokenizer(source: str | Path, where: str = "llm.name", **options: Any) 
     """
     from transformers import AutoTokenizer
 
+    _check_files(Path(source))
     found = f"{source} without a tokenizer that can be read"
     with _refused(where, found, "tokenizer.json and its config", "give a folder that has them"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def _check_files(folder: Path) -> None:
+    """Raise UserError for files of a local tokenizer that would be waited for, or whose text would have no end."""
+    for file in (file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        check_regular(file, "a file of a tokenizer")
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        data = read_regular(file, "a tokenizer", "give the model's own", _MOST_BYTES)
+        with refused(file, "", "a tokenizer", "give the model's own"):
+            spec = parse_json(data)
+        for part in ("normalizer", "decoder"):
+            growth = _growth(spec.get(part)) if isinstance(spec, dict) else 1
+            if growth > _MOST_GROWTH:
+                found = f"a {part} that writes {growth} characters for one"
+                raise UserError(file, found, f"at most {_MOST_GROWTH}", "give the model's own tokenizer")
+
+
+def _growth(part: Any) -> int:
+    """Characters that a part of a tokenizer may write for one that it reads."""
+    items = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    growth = math.prod(map(_growth, items))
+    written = part.get("content") if isinstance(part, dict) else None
+    return growth * max(1, len(written) if isinstance(written, str) else 1)
 
 
 @contextlib.contextmanager

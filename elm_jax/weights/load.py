@@ -16,10 +16,10 @@ from elm_jax.folders import read_json
 from elm_jax.models.decoder import Decoder, DecoderConfig
 from elm_jax.models.families import ALIASES, FAMILIES, family_of, from_hf, nearest_model
 from elm_jax.runtime.mesh import named_sharding
+from elm_jax.text.vocabulary import TOKENIZER_FILES
 from elm_jax.weights.files import HF_FOLDER, TORCH, conversion, download, is_repository, listed, open_checkpoint
 from elm_jax.weights.published import Published, match
 
-_TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 _HEAD = "lm_head.weight"  # where the tied ones have a copy of the embedding table
 
 
@@ -117,7 +117,7 @@ def resolve_llm_folder(name: str | Path, weights: bool = True) -> Path:
         known = f"use a folder, owner/name of the Hugging Face hub, or {', '.join(ALIASES)}: {families}"
         fix = nearest_model(repo, ALIASES) or known
         raise UserError("llm.name", f"'{name}', which is no folder", "a folder or a known name", fix)
-    folder = download(repo, "llm.name", (*_TOKENIZER_FILES, *(["*.safetensors"] if weights else [])))
+    folder = download(repo, "llm.name", (*TOKENIZER_FILES, *(["*.safetensors"] if weights else [])))
     old = weights and not list(folder.glob("*.safetensors")) and fnmatch.filter(listed(repo, "llm.name"), TORCH)
     if old:
         found = f"'{repo}', which has {some(old)} only"

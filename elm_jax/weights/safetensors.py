@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from elm_jax.errors import UserError
+from elm_jax.folders import check_regular
 
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -50,6 +51,7 @@ class Safetensors(Mapping[str, np.ndarray]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        check_regular(self.path, "a readable safetensors file")
         try:
             with self.path.open("rb") as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -6,24 +6,27 @@ and plain values and refuses everything else before it is called.
 
 from __future__ import annotations
 
+import mmap
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import ml_dtypes
 import numpy as np
 from packaging.version import Version
 
-from elm_jax.errors import UserError, some
+from elm_jax.errors import UserError, refused, some
+from elm_jax.folders import check_regular
 
 SUFFIXES = (".pt", ".pth", ".bin")
 # Where checkpoints keep their tensors: the reference, MERL and ECG-Neural-Networks; Lightning; ST-MEM.
 STATE_DICTS = ("model_state_dict", "state_dict", "model")
 OLDEST = Version("2.6")  # before it a file could run a program in spite of `weights_only` (CVE-2025-32434)
 WINDOW = 2**28  # bytes handed out before the file is mapped anew, so that pages already read can go
+_ROOM = b"bytearray"  # PyTorch lets a file make one of any size
 _REFUSED = re.compile(r"GLOBAL (\S+)")
 _RESCUE = (
     "if you trust it, save its tensors alone: torch.save({'model_state_dict': checkpoint['model_state_dict']}, new)"
@@ -39,6 +42,7 @@ class TorchFile(Mapping[str, np.ndarray]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        check_regular(self.path, "a file that PyTorch saved")
         self._mapped = zipfile.is_zipfile(self.path)
         self._handed_out = 0
         self._tensors, self.rest = self._load()
@@ -72,6 +76,24 @@ class TorchFile(Mapping[str, np.ndarray]):
         )
 
 
+def _check_claims(path: Path, mapped: bool) -> None:
+    """Refuse what PyTorch would make room for before it refuses it: packed parts, and bytes by their number."""
+    with refused(path, "", "a sound file of tensors only", "save it again", Exception), path.open("rb") as file:
+        if mapped:
+            with zipfile.ZipFile(file) as archive:
+                parts = archive.infolist()
+                if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                    _refuse(path, "packed parts, which PyTorch does not write")
+                if sum(part.file_size for part in parts) > path.stat().st_size:
+                    _refuse(path, "parts that are larger than the file")
+                calls = any(_ROOM in archive.read(part) for part in parts if part.filename.endswith(".pkl"))
+        else:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                calls = content.find(_ROOM) >= 0
+        if calls:
+            _refuse(path, f"a {_ROOM.decode()}, which is no tensor")
+
+
 def _read(path: Path, mapped: bool) -> Any:
     try:
         import torch  # pyright: ignore[reportMissingImports]
@@ -81,6 +103,7 @@ def _read(path: Path, mapped: bool) -> Any:
     if Version(torch.__version__) < OLDEST:
         fix = f"update it with `pip install 'torch>={OLDEST}'`"
         raise UserError(str(path), f"PyTorch {torch.__version__}, whose check of files is not safe", str(OLDEST), fix)
+    _check_claims(path, mapped)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # PyTorch raises many kinds for a damaged or unsafe file
@@ -121,6 +144,6 @@ def _array(tensor: Any, dtype: Any) -> np.ndarray:
     return array
 
 
-def _refuse(path: Path, found: str) -> Any:
+def _refuse(path: Path, found: str) -> NoReturn:
     expected = f"tensors by name, or such a dict under {' or '.join(STATE_DICTS)}"
     raise UserError(str(path), found, expected, "save its state dict with torch.save")

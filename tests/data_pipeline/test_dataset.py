@@ -134,7 +134,7 @@ def test_a_damaged_length_index_is_measured_again(tmp_path: Path, content: bytes
     else:
         kept.write_bytes(content)
     assert_same(dataset(tmp_path).length_index("ecg", 0.0, tmp_path / "cache"), first)
-    assert "measured again" in caplog.text
+    assert "made again" in caplog.text
     caplog.clear()
     assert_same(dataset(tmp_path).length_index("ecg", 0.0, tmp_path / "cache"), first)
     assert not caplog.text

@@ -173,7 +173,7 @@ def test_a_damaged_copy_of_a_table_is_written_again(tmp_path, monkeypatch, place
     assert kept.read_bytes() == whole and "damaged" in caplog.text
 
 
-@pytest.mark.parametrize("damaged", [".json", ".npy"])
+@pytest.mark.parametrize("damaged", [".json", ".rows"])
 @pytest.mark.parametrize("content", [b"", b"[", DEEP.encode()])
 def test_a_damaged_part_of_kept_features_counts_as_not_there(tmp_path, damaged, content, caplog):
     features = Features(str(tmp_path), (2, 3), "float32")

@@ -252,7 +252,7 @@ def test_the_published_sizes_are_the_default() -> None:
     ("name", "config", "message"),
     [
         ("st_mem", {"num_lead": 8}, r"config.num_lead: found an unknown field.*did you mean 'num_leads'\?"),
-        ("mtae", {"depth": 0}, "config.depth: found 0; expected a whole number at least 1"),
+        ("mtae", {"depth": 0}, "config.depth: found 0; expected a whole number from 1 to 100000"),
         ("mtae", {"embed_dim": 63}, "config.embed_dim: found 63; expected an even number"),
         ("mtae", {"mlp_ratio": "4"}, "config.mlp_ratio: found '4'; expected a number"),
         ("mtae", {"qkv_bias": 1}, "config.qkv_bias: found 1; expected true or false"),

@@ -296,7 +296,7 @@ def test_weights_that_do_not_fit_are_named(published, change, message: str) -> N
             "resnet_typ: found an unknown field.*did you mean 'resnet_type'?",
         ),
         ("merl", {"resnet_type": "resnet19"}, "resnet_type: found 'resnet19'; expected one of resnet, "),
-        ("merl", {"width": 0}, "encoder.config.width: found 0; expected a whole number at least 1"),
+        ("merl", {"width": 0}, "encoder.config.width: found 0; expected a whole number from 1 to 100000"),
     ],
 )
 def test_unknown_names_and_fields_are_refused(name: str, config: dict, message: str) -> None:

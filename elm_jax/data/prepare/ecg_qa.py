@@ -19,7 +19,7 @@ from elm_jax.data.prepare.runner import segment_counts
 from elm_jax.data.prepare.splits import SPLITS, leaks, split_of
 from elm_jax.data.table_files import KINDS
 from elm_jax.errors import UserError, refused
-from elm_jax.folders import write_json
+from elm_jax.folders import read_regular, write_json
 from elm_jax.json_text import parse_json
 
 PTB_XL_REPORTS = "ptb_xl_reports.parquet"  # as `prepare ptb_xl` leaves it
@@ -164,8 +164,9 @@ def _patients(
         raise UserError(str(table), "no file", "who the patients are", f"give --ptbxl-csv .../{INDEX}")
     import pyarrow.parquet as pq
 
-    columns = pq.read_table(table, columns=["ecg_path", "patient_id", "split"]).to_pylist()
-    ids = [int(Path(row["ecg_path"]).name.split("_")[2]) for row in columns]
+    with refused(table, "an unreadable table", "the table that prepare makes of PTB-XL", "prepare it again", Exception):
+        columns = pq.read_table(table, columns=["ecg_path", "patient_id", "split"]).to_pylist()
+        ids = [int(Path(row["ecg_path"]).name.split("_")[2]) for row in columns]
     people = {ecg: row["patient_id"] for ecg, row in zip(ids, columns, strict=True)}
     return people, {ecg: row["split"] for ecg, row in zip(ids, columns, strict=True)}
 
@@ -204,8 +205,9 @@ def _questions(
     if not files:
         raise UserError(str(folder), "no .json file", "train/*.json and the like", "correct --raw")
     for form, split, file in tqdm(files, desc="ECG-QA", unit="file", disable=not progress):
+        data = read_regular(file, "a list of questions", "download it again")
         with refused(file, "an unreadable file", "a list of questions", "download it again"):
-            items = parse_json(file.read_text(encoding="utf-8-sig"))
+            items = parse_json(data)
         if not isinstance(items, list):
             raise UserError(
                 str(file), f"a JSON {type(items).__name__}", "a list of questions", "download it again"

@@ -148,8 +148,8 @@ class MerlConfig:
     """Sizes of the encoder."""
 
     resnet_type: str = key("resnet101", "the layout of its blocks", choices=LAYOUTS)
-    width: int = key(64, "channels of the stem", limit="at least 1")
-    num_leads: int = key(12, "C", limit="at least 1")
+    width: int = key(64, "channels of the stem", limit="from 1 to 100000")
+    num_leads: int = key(12, "C", limit="from 1 to 100000")
 
     @classmethod
     def from_fields(cls, config: Mapping[str, Any]) -> "MerlConfig":

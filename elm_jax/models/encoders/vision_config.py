@@ -54,7 +54,7 @@ IRRELEVANT = frozenset({
 OF_THE_PROCESSOR = frozenset({"image_size", "max_num_patches"})  # where images have no size of their own
 
 
-_size = partial(key, meaning="a size", limit="at least 1")
+_size = partial(key, meaning="a size", limit="from 1 to 100000")
 _activation = partial(key, meaning="the activation inside an MLP", choices=tuple(HIDDEN_ACTS))
 _eps = partial(key, meaning="of the norms", limit="above 0")
 
@@ -199,7 +199,7 @@ class SiglipEcgConfig(VisionConfig):
 
     hidden_act: str = _activation("gelu_pytorch_tanh")
     patch_size: int = _size(25)
-    seq_len: int = _size(2500)
+    seq_len: int = _size(2500, limit="from 1 to 10000000")
     num_leads: int = _size(12)
 
     model_types = ("siglip2", "siglip2_vision_model")
