@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from elm_jax import config, schema
+from elm_jax import config, schema, stopping
 from elm_jax.config import SCHEMA, Config
 from elm_jax.errors import UserError, closest, nearest, printable
 
@@ -53,18 +53,24 @@ def run(main: Callable[[Config], int | None], argv: Sequence[str] | None = None)
 
 
 def guard(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Call `command(argv)` and return the exit status: its own, 0 for None, that of a UserError (2, rarely 75).
+    """Call `command(argv)` and return the exit status: its own, 0 for None, that of a UserError (2, rarely 75), or of
+    a signal that asked it to end (143, for SIGINT 130).
 
-    A UserError is one line on stderr, after the traceback if `--debug` is among the arguments. SystemExit and
-    all other exceptions pass through. The files of `--register FILE` are imported first.
+    A UserError is one line on stderr, after the traceback if `--debug` is among the arguments; so is a signal. Other
+    SystemExits and all other exceptions pass through. The files of `--register FILE` are imported first.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if logging.lastResort is not None:  # what shows warnings unless a program sets up its own log
         logging.lastResort.setFormatter(_Printable())
-    try:
-        return command(_without_registered(args)) or 0
-    except UserError as error:
-        return _report(error, "--debug" in args)
+    with stopping.listening():
+        try:
+            stopping.doing("starting")
+            return command(_without_registered(args)) or 0
+        except UserError as error:
+            return _report(error, "--debug" in args)
+        except (stopping.Stopped, stopping.Interrupted) as stop:
+            print(stop.text, file=sys.stderr)
+            return stop.status
 
 
 def _without_registered(args: Sequence[str]) -> list[str]:

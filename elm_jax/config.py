@@ -22,7 +22,7 @@ from elm_jax.text.forms import CHAT_FORMS
 # A run may be resumed with other values of these (a trailing dot: of the whole section).
 RESUMABLE = (
     "workdir", "debug", "mesh.", "log.", "eval.", "data.workers", "data.outside_root",
-    "train.steps", "train.epochs", "train.save_every", "train.keep",
+    "train.steps", "train.epochs", "train.save_every", "train.keep", "train.timeout",
 )  # fmt: skip
 
 
@@ -157,6 +157,7 @@ class TrainConfig:
     early_stopping: bool = key(False, "stop when the validation loss no longer falls")
     patience: int = key(5, "validations without a better loss before stopping", limit="at least 1")
     patience_delta: float = key(0.1, "how much lower counts as better", limit="at least 0")
+    timeout: float = key(1800.0, "seconds without progress that end a run, with stacks; 0 is none", limit="at least 0")
 
     @property
     def count(self) -> int:

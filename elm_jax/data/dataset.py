@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from elm_jax import stopping
 from elm_jax.config import DataConfig
 from elm_jax.data.batch import Conversation, Shown
 from elm_jax.data.ecg_tokens import EcgTokens
@@ -281,9 +282,8 @@ class Dataset:
         columns = {n: np.zeros(len(self), np.uint64 if n.endswith("key") else np.int32) for n in _COLUMNS}
         columns |= {n: np.zeros(len(self), kind) for n, kind in _CUTS.items()}
         bad: list[UserError] = []
-        for i in tqdm(
-            range(len(self)), desc="measuring conversations", disable=not progress, mininterval=1.0
-        ):
+        numbers = tqdm(range(len(self)), "measuring conversations", disable=not progress, mininterval=1.0)
+        for i in stopping.each(numbers, "conversation"):
             record = self.records[i]
             columns["dataset"][i] = record.dataset
             try:

@@ -20,6 +20,7 @@ import grain.python as grain
 import numpy as np
 from absl import flags
 
+from elm_jax import stopping
 from elm_jax.data.batch import Batch, Conversation, Group, Shown, arrays_in, empty_batch, write_row
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.plan import LengthIndex, Plan, PlannedGroup, PlannedRow
@@ -28,7 +29,6 @@ from elm_jax.errors import UserError
 
 _SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; what exceeds its room ends a process without a word
 _IN_FLIGHT = 4  # steps of a worker: made, waiting, sent and read
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what asks a run to stop
 _log = logging.getLogger(__name__)
 
 
@@ -152,7 +152,7 @@ def _stop_signals_blocked() -> Iterator[None]:
     workers by an event, and kills those that do not end.
     """
     resource_tracker.ensure_running()  # it would start with the first worker, and then unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from elm_jax import stopping
 from elm_jax.config import EvalConfig
 from elm_jax.data.dataset import Dataset
 from elm_jax.errors import UserError
@@ -99,7 +100,8 @@ class Asker:
             prompts = self._prompts(task, loaded, bad)
             asked = list(prompts)
             self.model.engine.prefills.forget()  # so that a chunk comes out the same whatever went before it
-            for answer in self.model.stream(prompts.values(), self.options, seed) if prompts else ():
+            stream = self.model.stream(prompts.values(), self.options, seed) if prompts else ()
+            for answer in stopping.each(stream, f"{task.source.condition} answer"):
                 question = asked[answer.number]
                 if file:
                     predictions[question] = _prediction(task, question, prompts[question], answer)

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from elm_jax import stopping
 from elm_jax.config import Config, to_dict
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.sources import load_records
@@ -34,6 +35,7 @@ from elm_jax.inference.model import TrainedModel
 from elm_jax.objectives import OBJECTIVES
 from elm_jax.run.fingerprints import fingerprint
 from elm_jax.runtime import distributed
+from elm_jax.runtime.watchdog import Watchdog
 from elm_jax.scoring.metrics import Scorer
 
 ASKED = 3  # raised where other questions are asked of the same data, or in another order: known answers then go
@@ -79,6 +81,7 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         UserError: no checkpoint, no such split, too many records that cannot be evaluated, or labels that cannot be
             asked for.
     """
+    stopping.doing("loading the model")
     labels = _labels_asked(config)
     out, first = results_folder(config, split), jax.process_index() == 0
     if first:
@@ -147,9 +150,8 @@ def _ask_labels(model: TrainedModel, folds: Sequence[_Fold], store: Store, label
     like = folds[0].dataset
     dataset = Dataset(records, like.tokenizer, like.text, like.signal)
     bad = BadRecords(dataset, model.config.data.max_bad_records)
-    found = ask_labels(
-        model, dataset, range(len(records)), labels, store.labels, bad, model.config.log.progress
-    )
+    with Watchdog(Path(model.config.workdir), model.config.train.timeout):
+        found = ask_labels(model, dataset, range(len(records)), labels, store.labels, bad, model.config.log.progress)
     return {"labels": found, "labels_bad": len(bad.found)}
 
 
@@ -240,7 +242,8 @@ def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: s
         marks |= {"draw": draw} if _draws(condition) > 1 else {}
         source = Source(fold.dataset, condition, draw, fold.records)
         asked = fold.asked if condition == REAL else fold.questions
-        answers = asker.answers(Task(source, asked, seed, marks), file, fold.bad if condition == REAL else None)
+        with Watchdog(Path(config.workdir), config.train.timeout):
+            answers = asker.answers(Task(source, asked, seed, marks), file, fold.bad if condition == REAL else None)
         found += [answers[question] for question in fold.questions] if file else []
     return found
 

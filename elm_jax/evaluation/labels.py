@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from elm_jax import stopping
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.sources import Record, patient_of
 from elm_jax.data.table_files import csv_rows
@@ -95,7 +96,7 @@ def ask_labels(
         raise UserError("eval.labels", "none in this split", expected, "evaluate a table of PTB-XL's recordings")
     known = {line["id"]: line["p"] for line in file.lines if len(line["p"]) == len(statements)}
     rest = [number for number in sorted(recordings) if number not in known]
-    for number in tqdm(rest, "labels", unit="recordings", disable=not progress):
+    for number in stopping.each(tqdm(rest, "labels", unit="recordings", disable=not progress), "recording's labels"):
         model.engine.prefills.forget()  # so that a recording's answers do not depend on those before it
         try:
             known[number] = _asked(model, dataset, dataset.records[recordings[number]], statements)

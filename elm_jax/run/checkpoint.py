@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_utils
 from orbax.checkpoint.options import AsyncOptions
 
@@ -307,10 +306,6 @@ class Checkpoints:
         """The name of each of the model's arrays that a step has -> the folder of its `SavedArrays`."""
         names = self.meta(step)["arrays"]
         return {name: self._path(step) / item for item in names for name in names[item]}
-
-    def reached_preemption(self, step: int) -> bool:
-        """Whether all of several hosts have agreed to stop at this step."""
-        return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
 def save_arrays(folder: Path, arrays: Arrays) -> None:

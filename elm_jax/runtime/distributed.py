@@ -157,22 +157,12 @@ def _initialize(place: Place, own: list[int] | None) -> None:
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Its service would catch SIGTERM, and nothing would look at it before the first step: see `listen_to_sigterm`.
+    # Its service would catch SIGTERM, of which it tells nobody: see `stopping`.
     jax.config.update("jax_enable_preemption_service", False)
     # JAX's own detection is off: under SLURM it would give each process one GPU, however many it has.
     jax.distributed.initialize(
         place.address, place.count, place.index, own, "deactivate", initialization_timeout=300
     )
-
-
-def listen_to_sigterm() -> None:
-    """From now on SIGTERM does not end this process: it tells all of them, which agree on a step after which to stop
-    (`Checkpoints.reached_preemption`). Once in a process."""
-    import jax
-    from jax._src import distributed  # no public call starts the service later than `initialize`
-
-    jax.config.update("jax_enable_preemption_service", True)
-    distributed.global_state.initialize_preemption_sync_manager()
 
 
 def _check_devices(expected: tuple[int, str] | None, index: int) -> None:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from elm_jax import stopping
 from elm_jax.errors import Absent, UserError
 from elm_jax.json_text import parse_json
 from elm_jax.runtime.launchers import Place
@@ -41,12 +42,16 @@ class Lifeline:
         self._peers = dict(peers)
         self._finished: set[int] = set()
         self._leaving = threading.Event()
+        self.agreement = stopping.Agreement(place.index, place.count, self._tell)
+        stopping.peers = self
         threading.Thread(target=self._watch, daemon=True, name="lifeline").start()
 
     def __enter__(self) -> Lifeline:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, stopping.Stopped | stopping.Interrupted):
+            stopping.end_now(error.text, error.status)  # JAX would wait for the others
         self.leave(None if isinstance(error, SystemExit) else error)
 
     def leave(self, error: BaseException | None = None) -> None:
@@ -57,6 +62,7 @@ class Lifeline:
         if error is not None and not isinstance(error, UserError):
             time.sleep(GRACE_SECONDS / 4)  # the watching thread ends the process if another one is gone
         self._leaving.set()
+        stopping.peers = None
         if error is None:
             self._tell({"left": self.place.index})
             return
@@ -64,6 +70,12 @@ class Lifeline:
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error)[:300]}"
         self._tell({"failed": self.place.index, "text": text, "status": status})
         _end_in(GRACE_SECONDS / 2, status)
+
+    def end(self, text: str, status: int) -> None:
+        """Say that this process ends now, and why, so that the others end as well, with the same status."""
+        self._leaving.set()
+        who = f"process {self.place.index} of {self.place.count}, on {self.hosts[self.place.index]}, ends"
+        self._tell({"gone": self.place.index, "text": f"{who}, and so do the others: {text}", "status": status})
 
     def _tell(self, message: Mapping[str, Any], but: int = -1) -> None:
         for index, line in self._peers.items():
@@ -90,7 +102,9 @@ class Lifeline:
         if "left" in message:
             self._finished.add(sender)
         elif "gone" in message:
-            self._stop(message["text"])
+            if self.place.index == 0:
+                self._tell(message, but=sender)
+            self._stop(message["text"], message["status"])
         elif "failed" in message:
             self._finished.add(sender)
             if self.place.index == 0:
@@ -100,6 +114,8 @@ class Lifeline:
                 status, index = message["status"], message["failed"]
                 who = "error:" if status != FAILED else f"process {index} on {self.hosts[index]} has failed:"
                 _end_in(GRACE_SECONDS, status, f"{who} {message['text']}")
+        else:
+            self.agreement.hear(sender, message)
 
     def _closed(self, index: int) -> None:
         if index in self._finished or self._leaving.is_set():
@@ -108,12 +124,12 @@ class Lifeline:
             f"process {index} of {self.place.count}, on {self.hosts[index]}, is gone: the others stop;"
             " the same command goes on from the last checkpoint"
         )
-        self._tell({"gone": index, "text": text}, but=index)
-        self._stop(text)
+        self._tell({"gone": index, "text": text, "status": LOST}, but=index)
+        self._stop(text, LOST)
 
-    def _stop(self, text: str) -> None:
+    def _stop(self, text: str, status: int) -> None:
         if not self._leaving.is_set():
-            _end(LOST, text)
+            _end(status, text)
 
 
 def join(place: Place, facts: Facts, judge: Judge) -> Lifeline:

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import jax
 from tqdm import tqdm
 
+from elm_jax import stopping
 from elm_jax.config import LogConfig
 from elm_jax.errors import UserError, printable, refused
 from elm_jax.folders import json_lines, read_regular, write_atomic
@@ -178,15 +179,15 @@ class StepClock:
     """
 
     def __init__(self) -> None:
-        self._steps: queue.Queue[tuple[float, Any] | None] = queue.Queue()
+        self._steps: queue.Queue[tuple[float, Any, str] | None] = queue.Queue()
         self._seconds: list[float] = []
         self._idle, self._ended = 0.0, time.perf_counter()
         self._thread = threading.Thread(target=self._watch, name="step clock", daemon=True)
         self._thread.start()
 
-    def step(self, began: float, result: Any) -> None:
-        """A step was handed over at `began` (of time.perf_counter) and will leave `result`."""
-        self._steps.put((began, result))
+    def step(self, began: float, result: Any, name: str = "a step") -> None:
+        """A step called `name` was handed over at `began` (of time.perf_counter) and will leave `result`."""
+        self._steps.put((began, result, name))
 
     def wait(self) -> None:
         """Until the results of all steps handed over are there."""
@@ -212,13 +213,15 @@ class StepClock:
 
     def _watch(self) -> None:
         while (step := self._steps.get()) is not None:
-            began, result = step
+            began, result, name = step
+            stopping.doing(name)
             with contextlib.suppress(Exception):  # of a step that failed, which the loop meets when it reads a result
                 jax.block_until_ready(result)
                 now = time.perf_counter()
                 self._seconds.append(now - max(began, self._ended))
                 self._idle += max(0.0, began - self._ended)
                 self._ended = now
+            stopping.doing("")
             self._steps.task_done()
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from elm_jax import stopping
 from elm_jax.assemble import Assembly, encoder_structure
 from elm_jax.data.batch import empty_signals, put_signal
 from elm_jax.data.dataset import Dataset
@@ -112,6 +113,7 @@ def keep_features(
                         if writer:
                             writer.put(np.asarray(outputs)[: len(places)])
                         bar.update(len(places))
+                        stopping.doing("encoding recordings")
                     left_out = {names[place] for places in distributed.gather(unread) for place in places}
                     kept |= set(names_of_part) - left_out
                     if writer:

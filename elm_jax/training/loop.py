@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from elm_jax import stopping
 from elm_jax.assemble import assemble
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch
@@ -30,8 +31,8 @@ from elm_jax.run.checkpoint import Checkpoints, SavedArrays, save_arrays
 from elm_jax.run.weights import TrainedWeights, first_arrays, frozen_fingerprints, keep_adapter
 from elm_jax.runtime import distributed, telemetry
 from elm_jax.runtime.compilation import cache_folder
-from elm_jax.runtime.faults import StopSignal
 from elm_jax.runtime.mesh import batch_sharding, batch_ways, check_heads, host_parts, make_mesh, to_device
+from elm_jax.runtime.watchdog import Watchdog
 from elm_jax.training.attention_check import checked_attention, tell
 from elm_jax.training.encoder_cache import keep_features
 from elm_jax.training.health import Health
@@ -52,12 +53,13 @@ def train(config: Config) -> bool:
     """
     folder = run.open_folder(config)
     try:
-        trainer = Trainer(config, folder)
-        if run.is_done(folder, trainer.total_steps):
-            print(printable(f"{folder} is done: raise train.steps or train.epochs to go on"), file=sys.stderr)
-            return False
-        trainer.run()
-        return True
+        with Watchdog(folder, config.train.timeout):
+            trainer = Trainer(config, folder)
+            if run.is_done(folder, trainer.total_steps):
+                print(printable(f"{folder} is done: raise train.steps or train.epochs to go on"), file=sys.stderr)
+                return False
+            trainer.run()
+            return True
     finally:
         run.leave_folder(folder)
 
@@ -66,6 +68,7 @@ class Trainer:
     """One run: built from its config, then `run`."""
 
     def __init__(self, config: Config, folder: Path) -> None:
+        stopping.doing("reading tokenizer and records")
         self.config, self.folder = config, folder
         self.mesh = make_mesh(config.mesh)
         check_rows(config, self.mesh)
@@ -94,7 +97,7 @@ class Trainer:
         profiler = telemetry.Profiler(self.folder, self.config.log.profile_steps, self.report.paused)
         done = first
         # Nothing passes between host and devices unasked: what does would make the loop wait for the step.
-        with StopSignal(together=jax.process_count() > 1) as stop, jax.transfer_guard("disallow"):
+        with stopping.StopAfterStep() as stop, jax.transfer_guard("disallow"):
             try:
                 for loaded in self._steps(self.source, first, self.config.data.workers):
                     done = loaded.step + 1
@@ -104,11 +107,11 @@ class Trainer:
                     validated = line is not None and "val_loss" in line
                     improved = validated and self.history["best_step"] == done
                     stopped_early = validated and self._stops_early()
-                    stopping = stop.asked or self.checkpoints.reached_preemption(done)
-                    if stopping or stopped_early or improved or self._due(done, self.config.train.save_every):
+                    why = stop.after(done)
+                    if why or stopped_early or improved or self._due(done, self.config.train.save_every):
                         self._save(done)
-                    if stopping:
-                        self._stop(done)
+                    if why:
+                        self._stop(done, why)
                     if stopped_early:
                         break
             finally:
@@ -174,6 +177,7 @@ class Trainer:
             print(f"warning: train.eval_every={train.eval_every}: nothing to validate on; {fix}", file=sys.stderr)
 
     def _build(self) -> None:
+        stopping.doing("loading the weights")
         config = self.config
         self.program = train_program(self.assembly, self.mesh, self.total_steps)
         self.step = StepPrograms(self.program.step)
@@ -230,7 +234,7 @@ class Trainer:
     def _steps(self, source: StepSource, first: int, workers: int = 0) -> Iterator[Loaded]:
         if self.rollouts is not None:
             return self.rollouts.steps(source, first, lambda: self._arrays)
-        return steps_from(source, first, workers)
+        return stopping.each(steps_from(source, first, workers), "step", first)
 
     @property
     def _arrays(self) -> Arrays:
@@ -241,22 +245,20 @@ class Trainer:
         self.health.note(loaded.step + 1, loaded.bad)
         arguments = self.state, self.frozen, self._on_devices(loaded.batch)
         if not self.step.has(arguments[2]):
-            self._compile(loaded.step, *arguments)
+            with self.report.paused("compiling"), jax.transfer_guard("allow"):
+                seconds = self.step.compile(*arguments)
+            self.report.compiled(loaded.step + 1, arguments[2], seconds)
         began = time.perf_counter()
         self.state, metrics = self.step(*arguments)
         done = loaded.step + 1
         self.report.took(loaded, metrics, began)
         self.health.took(done, metrics)
-        validates = self.validation is not None and self._due(done, self._eval_every)
-        if not validates and not self._due(done, self.config.train.log_every):
+        train = self.config.train
+        validates = self.validation is not None and self._due(done, train.eval_every or train.save_every)
+        if not validates and not self._due(done, train.log_every):
             return None
         with jax.transfer_guard("allow"):
             return self._log(loaded, validates)
-
-    def _compile(self, step: int, state: TrainState, frozen: Arrays, batch: Batch) -> None:
-        with self.report.paused("compiling"), jax.transfer_guard("allow"):
-            seconds = self.step.compile(state, frozen, batch)
-        self.report.compiled(step + 1, batch, seconds)
 
     def _log(self, loaded: Loaded, validates: bool) -> dict[str, Any]:
         done, optim = loaded.step + 1, self.config.optim
@@ -277,10 +279,6 @@ class Trainer:
 
     def _due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self.total_steps
-
-    @property
-    def _eval_every(self) -> int:
-        return self.config.train.eval_every or self.config.train.save_every
 
     def _validate(self, done: int) -> dict[str, float]:
         """The objective's numbers on the validation part, in evaluation mode; remembers the best loss."""
@@ -346,15 +344,16 @@ class Trainer:
                 file=sys.stderr,
             )
 
-    def _stop(self, done: int) -> None:
+    def _stop(self, done: int, why: str) -> None:
         """Leave when the checkpoint of step `done` is on disk."""
         self.report.summary("stop", done)
         self.checkpoints.wait()
         if jax.process_index() == 0:
-            print(f"stopped after step {done}; run the same command to go on", file=sys.stderr)
-        raise SystemExit(143)
+            print(f"stopped after step {done} by {why}; run the same command to go on", file=sys.stderr)
+        raise SystemExit(stopping.STOPPED)
 
     def _finish(self, done: int) -> None:
+        stopping.doing("finishing")
         keep_adapter(self.folder, self.assembly, self.state.trained, self.mesh)
         self.report.summary("finish", done)
         self.report.plot(self.folder)

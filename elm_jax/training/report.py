@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from elm_jax import stopping
 from elm_jax.assemble import Assembly
 from elm_jax.config import Config, to_dict
 from elm_jax.data.batch import Batch
@@ -112,7 +113,8 @@ class Report:
         self._bar.says(what)
         began = time.perf_counter()
         try:
-            yield
+            with stopping.during(what):
+                yield
         finally:
             passed = time.perf_counter() - began
             self._mark += passed
@@ -129,7 +131,7 @@ class Report:
 
     def took(self, loaded: Loaded, metrics: dict[str, jax.Array], began: float) -> None:
         """A step was given to the devices at the time `began`."""
-        self._clock.step(began, metrics["finite"])
+        self._clock.step(began, metrics["finite"], f"step {loaded.step + 1} on the devices")
         self._pending.append(metrics)
         now, (micro, rows, tokens) = self._now, loaded.batch.tokens.shape
         now.steps += 1

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elm_jax import stopping
 from elm_jax.errors import UserError, some
 from elm_jax.models.names import Index, Rule
 from elm_jax.weights.safetensors import Safetensors, forget
@@ -90,7 +91,7 @@ class Published:
 
         Each process reads what its own devices hold, one array at a time; no host ever holds the model.
         """
-        return {name: self._placed(name, spec) for name, spec in like.items()}
+        return {name: self._placed(name, like[name]) for name in stopping.each(like, "array")}
 
     def forget(self) -> None:
         """Give back the memory of what was read."""

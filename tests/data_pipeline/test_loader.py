@@ -294,7 +294,7 @@ def test_batches_that_shared_memory_cannot_hold_go_through_pipes(
 READING = """
 import multiprocessing, os, signal, sys, threading, time
 from elm_jax.data.loader import steps_from
-from elm_jax.runtime.faults import StopSignal
+from elm_jax.stopping import StopAfterStep
 
 sys.path[:0] = sys.argv[3:]
 from test_loader import source
@@ -309,7 +309,8 @@ def stop_when_one_starts():
 
 if __name__ == "__main__":
     workers, when = int(sys.argv[1]), sys.argv[2]
-    with StopSignal() as asked:
+    with StopAfterStep() as training:
+        training.after(0)
         if when == "starting":
             threading.Thread(target=stop_when_one_starts).start()
         for loaded in steps_from(source(steps=60), 0, workers):
@@ -319,8 +320,9 @@ if __name__ == "__main__":
                 os.kill(os.getpid(), signal.SIGKILL)
             if loaded.step == 40:  # no worker had read it when the signal came
                 break
-        print(loaded.step, asked.asked, flush=True)
-        sys.exit(143 if asked.asked else 0)
+        asked = bool(training.after(loaded.step))
+        print(loaded.step, asked, flush=True)
+        sys.exit(143 if asked else 0)
 """
 
 

@@ -42,7 +42,7 @@ DEFAULTS: dict[str, Any] = {
     },
     "train": {
         "batch_size": 8, "epochs": 1, "steps": None, "log_every": 10, "save_every": 500, "eval_every": None,
-        "keep": 2, "early_stopping": False, "patience": 5, "patience_delta": 0.1,
+        "keep": 2, "early_stopping": False, "patience": 5, "patience_delta": 0.1, "timeout": 1800.0,
     },
     "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
     "eval": {

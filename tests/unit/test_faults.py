@@ -1,102 +1,232 @@
-"""A stop signal lets the step finish; a second one ends the process."""
+"""What a signal means in each phase of a command, and what a run that makes no progress comes to."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from elm_jax.runtime import distributed
-from elm_jax.runtime.faults import StopSignal
+from elm_jax import cli, stopping
+from elm_jax.stopping import Agreement, StopAfterStep
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("number", StopSignal.SIGNALS, ids=lambda s: s.name)
-def test_a_signal_asks_and_the_old_handler_comes_back(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with StopSignal() as stop:
-        assert not stop.asked
-        os.kill(os.getpid(), number)
-        assert stop.asked
-    assert signal.getsignal(number) is before
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
 
 
-def test_in_a_thread_it_does_nothing() -> None:
-    seen: list[bool] = []
-
-    def enter() -> None:
-        with StopSignal() as stop:
-            seen.append(stop.asked)
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert seen == [False]
-
-
-def test_the_second_signal_ends_the_process() -> None:
-    code = (
-        "import os, signal\n"
-        "from elm_jax.runtime.faults import StopSignal\n"
-        "with StopSignal() as stop:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    print(stop.asked, flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    print('not reached', flush=True)\n"
-    )
+def program(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A program that uses `stopping`, to its end."""
+    command = [sys.executable, "-c", f"import os, signal, sys, time\nfrom elm_jax import cli, stopping\n{code}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert ended.returncode == -signal.SIGTERM and ended.stdout.split() == ["True"]
-
-
-def test_among_several_processes_sigterm_ends_one_but_while_they_train() -> None:
-    """There JAX listens, so that all of them stop after the same step; before and after nothing would look."""
-    code = (
-        "import os, signal, sys, time, jax\n"
-        "from elm_jax.runtime import distributed\n"
-        "from elm_jax.runtime.faults import StopSignal\n"
-        "from elm_jax.runtime.launchers import Place\n"
-        "from jax.experimental.multihost_utils import reached_preemption_sync_point\n"
-        "when, address = sys.argv[1:]\n"
-        "distributed._initialize(Place('one', address, 1, 0), None)\n"
-        "if when == 'before':\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "with StopSignal(together=True):\n"
-        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "    step = 0\n"
-        "    while not reached_preemption_sync_point(step):\n"
-        "        step += 1\n"
-        "        time.sleep(0.1)\n"
-        "    print('agreed', flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGTERM)\n"
-        "print('not reached', flush=True)\n"
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=environment, timeout=120, cwd=ROOT
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for when, printed in (("before", []), ("after", ["agreed"])):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
-        command = [sys.executable, "-c", code, when, address]
-        ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-        assert ended.returncode == -signal.SIGTERM and ended.stdout.split() == printed, ended.stderr
 
 
-def test_among_several_processes_sigusr1_becomes_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which JAX listens to."""
-    terminated: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))
-    monkeypatch.setattr(distributed, "listen_to_sigterm", lambda: None)
+# -- a signal ends a command ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)], ids=lambda x: str(x)
+)
+def test_it_ends_a_command_in_a_line(number: int, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """And everything is put away, and what signals meant before they mean again."""
+    left: list[str] = []
+    before = signal.signal(number, signal.default_int_handler)
+
+    def command(_: Any) -> None:
+        try:
+            stopping.doing("reading records")
+            send(number)
+            left.append("not reached")
+        finally:
+            left.append("put away")
+
     try:
-        with StopSignal(together=True) as stop:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        assert terminated == [signal.SIGTERM] and not stop.asked
-        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+        assert cli.guard(command, []) == status and left == ["put away"]
+        assert signal.getsignal(number) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
+    name = signal.Signals(number).name
+    assert capsys.readouterr().err == f"stopped by {name} (reading records); run the same command to go on\n"
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """As SIGINT is in a job that a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert cli.guard(lambda _: send(signal.SIGINT), []) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_may_be_caught_and_the_command_goes_on() -> None:
+    def command(_: Any) -> int:
+        try:
+            send(signal.SIGINT)
+        except KeyboardInterrupt:
+            return 7
+        return 0
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.guard(command, []) == 7
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_it_ends_a_process_whose_main_thread_hears_nothing() -> None:
+    """As in a library that compiles, or waits for another process."""
+    code = (
+        "import ctypes, threading\n"
+        "stopping.GRACE = 0.1\n"
+        "def command(_):\n"
+        "    stopping.doing('compiling')\n"
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)\n"
+        "    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "    ctypes.CDLL(None).sleep(100)\n"
+        "sys.exit(cli.guard(command, []))\n"
+    )
+    ended = program(code)
+    assert ended.returncode == 143, ended.stderr
+    assert ended.stderr == "stopped by SIGTERM (compiling); run the same command to go on\n"
+
+
+def test_it_ends_a_process_that_does_not_come_to_its_end() -> None:
+    code = (
+        "stopping.GRACE = 0.1\n"
+        "def command(_):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    finally:\n"
+        "        time.sleep(100)\n"
+        "sys.exit(cli.guard(command, []))\n"
+    )
+    ended = program(code)
+    assert ended.returncode == 143 and ended.stderr.startswith("stopped by SIGTERM (starting)"), ended.stderr
+
+
+# -- or asks training to stop ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS, ids=lambda s: s.name)
+def test_training_stops_after_its_step_however_many_signals_come(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit), StopAfterStep() as stop:
+        assert stop.after(1) == ""
+        for _ in range(4):
+            send(number)
+        assert stop.after(2) == number.name
+        raise SystemExit
+    again = f"{number.name} again: the step ends and its checkpoint is written; SIGKILL would lose it\n"
+    assert capfd.readouterr().err == again
+
+
+def test_before_its_first_step_a_signal_ends_it() -> None:
+    with pytest.raises(stopping.Stopped), StopAfterStep():
+        send(signal.SIGTERM)
+
+
+def test_after_its_last_step_a_signal_ends_it() -> None:
+    with pytest.raises(stopping.Stopped), StopAfterStep() as stop:
+        assert not stop.after(1)
+        send(signal.SIGTERM)
+
+
+def test_on_a_terminal_the_third_ctrl_c_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(os, "isatty", lambda _: True)
+    monkeypatch.setattr(stopping, "_say", said.append)
+    monkeypatch.setattr(stopping, "end_now", lambda text, status: said.append(f"{status}: {text}"))
+    with pytest.raises(SystemExit), StopAfterStep() as stop:
+        assert not stop.after(1)
+        for _ in range(3):
+            send(signal.SIGINT)
+        raise SystemExit
+    assert "twice more" in said[0] and "once more" in said[1] and said[2].startswith("130: stopped by SIGINT")
+
+
+# -- in several processes, after one step ---------------------------------------------------------------------
+
+
+def test_processes_stop_after_the_step_behind_the_latest() -> None:
+    """Whoever is asked, and though each is at another step."""
+    members: list[Agreement] = []
+
+    def sends(index: int) -> Any:
+        return lambda message: [
+            other.hear(index, message) for i, other in enumerate(members) if (i == 0) != (index == 0)
+        ]
+
+    members.extend(Agreement(index, 3, sends(index)) for index in range(3))
+    for index, last in enumerate((4, 7, 5)):
+        assert not any(members[index].after(step) for step in range(1, last + 1))
+    members[2].ask("SIGUSR1")
+    members[1].ask("SIGTERM")  # a second one changes nothing
+    for index, last in enumerate((4, 7, 5)):
+        answers = [members[index].after(step) for step in range(last + 1, 9)]
+        assert answers == [*[""] * (7 - last), "SIGUSR1 in process 2"]
+
+
+def test_a_process_waits_before_its_next_step_until_all_have_agreed() -> None:
+    sent: list[Any] = []
+    one = Agreement(1, 2, sent.append)
+    assert not one.after(3)
+    one.hear(0, {"count": "SIGTERM in process 0"})
+    assert sent == [{"passed": 3}]
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.extend(one.after(step) for step in (4, 5)))
+    thread.start()
+    time.sleep(0.05)
+    assert not found
+    one.hear(0, {"last": 5})
+    thread.join(60)
+    assert found == ["", "SIGTERM in process 0"]
+
+
+# -- a run that makes no progress -----------------------------------------------------------------------------
+
+HANGS = """
+from pathlib import Path
+import threading
+from elm_jax.runtime.watchdog import Watchdog
+
+def devices():
+    stopping.doing("step 41 on the devices")
+    threading.Event().wait()
+
+with Watchdog(Path(sys.argv[1]), float(sys.argv[2])):
+    for _ in range(5):
+        stopping.doing("reading step 41")
+        time.sleep(0.02)
+    if sys.argv[3] == "devices":
+        threading.Thread(target=devices, daemon=True).start()
+        time.sleep(0.1)
+        stopping.doing("step 42")
+    time.sleep(float(sys.argv[4]))
+"""
+
+
+@pytest.mark.parametrize(("where", "told"), [("devices", "step 41 on the devices"), ("reader", "reading step 41")])
+def test_it_ends_with_the_stacks_and_what_it_waited_for(tmp_path: Path, where: str, told: str) -> None:
+    ended = program(HANGS, str(tmp_path), "0.5", where, "600")
+    assert ended.returncode == 75, ended.stderr
+    line = ended.stderr.splitlines()[-1]
+    assert line.startswith(f"error: {told}: found no progress for 0.5 s")
+    stacks = next(tmp_path.glob("stacks-0-*.txt"))
+    assert str(stacks) in line and 'File "<string>"' in stacks.read_text() and 'File "<string>"' in ended.stderr
+
+
+def test_zero_watches_nothing(tmp_path: Path) -> None:
+    ended = program(HANGS, str(tmp_path), "0", "reader", "0.3")
+    assert ended.returncode == 0 and not list(tmp_path.iterdir()), ended.stderr

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "elm_jax"
 # From below. A room is a folder or a file of the package; rooms of one floor do not know each other.
 FLOORS = (
     "errors",
-    "compat json_text registry",
+    "compat json_text registry stopping",
     "schema folders elms",
     "ecg",  # recordings: files, units, rates, leads, images
     "text",  # conversations: strings and ids

@@ -1,0 +1,303 @@
+"""What this process does now, and what a signal that asks it to end means meanwhile.
+
+SIGTERM, SIGINT and SIGUSR1 (which SLURM may send before a job's time is up) end a command at once, with a line that
+says where it was and status 143, or 130 for SIGINT: by an exception in the main thread, so that nothing half-written
+stays; by another thread where the main one waits in a library and does not hear for GRACE seconds. Training that has
+taken a step is asked to stop and to save instead (`StopAfterStep`), in several processes after the same step
+(`Agreement`). What the process does (`doing`) is what these lines tell, and what `runtime.watchdog` waits for.
+Imports no jax.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
+from typing import Any, NoReturn, Protocol, Self, TypeVar
+
+from elm_jax.errors import printable
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT  # exit status
+GRACE = 10.0  # seconds in which the main thread may end by itself
+T = TypeVar("T")
+
+
+class Stopped(SystemExit):
+    """A signal ends this process; `text` is its last line."""
+
+    status = STOPPED
+
+    def __init__(self, text: str) -> None:
+        super().__init__(self.status)
+        self.text = text
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT, as `Stopped`. A command may catch it and go on, as with any KeyboardInterrupt."""
+
+    status = INTERRUPTED
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+
+class Peers(Protocol):
+    """The other processes of this run."""
+
+    agreement: Agreement
+
+    def end(self, text: str, status: int, /) -> None:
+        """Tell them that this process ends now, so that they do, too."""
+        ...
+
+
+peers: Peers | None = None
+
+# -- what is done ---------------------------------------------------------------------------------------------
+
+_now: dict[int, tuple[str, float]] = {}  # thread -> what it does, since when (time.monotonic)
+
+
+def doing(what: str) -> None:
+    """From now on this thread does `what` (nothing, if it is empty): what it did before has come to its end."""
+    _now[threading.get_ident()] = what, time.monotonic()
+
+
+@contextlib.contextmanager
+def during(what: str) -> Iterator[None]:
+    """Within, this thread does `what`, as a part of what it did before."""
+    before = _doing()
+    doing(f"{what}, {before}" if before else what)
+    try:
+        yield
+    finally:
+        doing(before)
+
+
+def each(items: Iterable[T], what: str, first: int = 0) -> Iterator[T]:
+    """The items. To read one is something that this thread does, and so is what happens to it; `first` are behind."""
+    number, before = first, _doing()
+    doing(f"reading {what} {number + 1}")
+    for item in items:
+        number += 1
+        doing(f"{what} {number}")
+        yield item
+        doing(f"reading {what} {number + 1}")
+    doing(before)
+
+
+def _doing(thread: int | None = None) -> str:
+    return _now.get(thread or threading.get_ident(), ("", 0.0))[0]
+
+
+def progress() -> tuple[float, str]:
+    """When any thread last came to the end of something, and what has been done for the longest time since."""
+    now = list(_now.values())
+    waiting = [(since, what) for what, since in now if what]
+    return max((since for _, since in now), default=0.0), min(waiting, default=(0.0, "nothing"))[1]
+
+
+# -- signals --------------------------------------------------------------------------------------------------
+
+_training: StopAfterStep | None = None  # what a signal asks to stop, instead of ending the process
+_listener: listening | None = None
+
+
+class listening:
+    """While entered, in the main thread, signals mean what this module says. One that was ignored before stays so."""
+
+    def __enter__(self) -> Self:
+        global _listener
+        self._before: dict[int, Any] = {}
+        if _listener is not None or threading.current_thread() is not threading.main_thread():
+            return self
+        _listener = self
+        self._ending: threading.Timer | None = None
+        self._left = threading.Event()
+        self._ear, self._mouth = socket.socketpair()
+        for end in (self._ear, self._mouth):
+            end.setblocking(False)
+        self._before = {n: old for n in SIGNALS if (old := signal.getsignal(n)) is not signal.SIG_IGN}
+        self._fd_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        for number in self._before:
+            signal.signal(number, self._hear)
+        self._watch = threading.Thread(target=self._watch_main, daemon=True, name="signals")
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _listener
+        if _listener is not self:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        signal.set_wakeup_fd(self._fd_before)
+        self._left.set()
+        self._mouth.close()
+        self._watch.join()
+        self._ear.close()
+        if self._ending is not None:
+            self._ending.cancel()
+        _listener = None
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._ear.recv(4096)  # so that `_watch_main` sees it heard
+        if _training is not None:
+            _training.hear(number)
+        elif number == signal.SIGINT:
+            raise Interrupted(_stopped_by(number))
+        elif self._ending is None:
+            stop = Stopped(_stopped_by(number))
+            self._ending = threading.Timer(GRACE, end_now, (stop.text, STOPPED))
+            self._ending.daemon = True
+            self._ending.start()
+            raise stop
+
+    def _watch_main(self) -> None:
+        """End the process where the main thread does not hear a signal: the system wakes this one, too."""
+        while True:
+            select.select([self._ear], [], [])
+            if self._left.wait(GRACE):
+                return
+            if _training is None and select.select([self._ear], [], [], 0)[0]:
+                number = self._ear.recv(1)[0]
+                if number in SIGNALS:
+                    end_now(_stopped_by(number), INTERRUPTED if number == signal.SIGINT else STOPPED)
+
+
+class StopAfterStep:
+    """While entered, and once a first step was taken, a signal asks training to stop after a step and to save.
+
+    Further signals of any kind change nothing, and are answered once. On a terminal the third Ctrl-C ends the process
+    at once.
+    """
+
+    def __init__(self) -> None:
+        self._heard: list[int] = []
+        self._listening = listening()
+
+    def __enter__(self) -> Self:
+        self._listening.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        global _training
+        _training = None
+        self._listening.__exit__()
+        if kind is None and self._heard:  # it came when the last step was behind us
+            raise Stopped(_stopped_by(self._heard[0]))
+
+    def after(self, step: int) -> str:
+        """Why training stops after this step: which signal came; "" where it goes on. Waits, among several processes
+        of which one has heard a signal, until they have agreed."""
+        global _training
+        _training = self  # there is something to save
+        if peers is not None:
+            return peers.agreement.after(step)
+        return signal.Signals(self._heard[0]).name if self._heard else ""
+
+    def hear(self, number: int) -> None:
+        """A signal has come."""
+        self._heard.append(number)
+        name, terminal = signal.Signals(number).name, number == signal.SIGINT and os.isatty(2)
+        if len(self._heard) == 1:
+            if peers is not None:  # in a thread: this may have interrupted one that sends
+                threading.Thread(target=peers.agreement.ask, args=(name,), daemon=True).start()
+            if terminal:
+                _say("SIGINT: stops after this step, with a checkpoint; Ctrl-C twice more: at once, without it")
+        elif terminal and self._heard.count(number) == 3:
+            end_now(_stopped_by(number), INTERRUPTED)
+        elif len(self._heard) == 2:
+            gives_up = "Ctrl-C once more ends at once, without it" if terminal else "SIGKILL would lose it"
+            _say(f"{name} again: the step ends and its checkpoint is written; {gives_up}")
+
+
+class Agreement:
+    """After which step processes that take the same steps stop.
+
+    Each has its own pace: one may have handed steps over to its devices that another has not read yet. Who is asked
+    to stop tells process 0. It has all of them say which step they have passed, and wait before they pass another;
+    the one after the latest of these is the last of all.
+
+    Args:
+        send: sends a message to process 0, or from there to all others, whose `hear` gets it.
+    """
+
+    def __init__(self, index: int, count: int, send: Callable[[Mapping[str, Any]], None]) -> None:
+        self.index, self._count, self._send = index, count, send
+        self._turn = threading.Condition()
+        self._why, self._waits = "", False
+        self._passed, self._last = -1, -1
+        self._all: dict[int, int] = {}
+
+    def ask(self, why: str) -> None:
+        """Have all processes stop after a step."""
+        message = {"stop": f"{why} in process {self.index}"}
+        if self.index:
+            self._send(message)
+        else:
+            self.hear(0, message)
+
+    def after(self, step: int) -> str:
+        """Why all processes stop after this step; "" where they go on."""
+        with self._turn:
+            self._turn.wait_for(lambda: not self._waits)
+            self._passed = step
+            return self._why if step == self._last else ""
+
+    def hear(self, sender: int, message: Mapping[str, Any]) -> None:
+        """Take a message of another process; what is none of these is passed over."""
+        with self._turn:
+            if "stop" in message and not self._why:
+                self._wait(message["stop"])
+                self._all[0] = self._passed
+                self._send({"count": self._why})
+            elif "count" in message:
+                self._wait(message["count"])
+                self._send({"passed": self._passed})
+            elif "passed" in message:
+                self._all[sender] = message["passed"]
+                if len(self._all) == self._count:
+                    self._settle(max(self._all.values()) + 1)
+                    self._send({"last": self._last})
+            elif "last" in message:
+                self._settle(message["last"])
+
+    def _wait(self, why: str) -> None:
+        self._why, self._waits = why, True
+
+    def _settle(self, last: int) -> None:
+        self._last, self._waits = last, False
+        self._turn.notify_all()
+
+
+def end_now(text: str, status: int) -> NoReturn:
+    """End this process, whatever its threads wait for, and its peers. `text` is its last line."""
+    if peers is not None:
+        peers.end(text, status)
+    _say(text)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            stream.flush()
+    os._exit(status)
+
+
+def _stopped_by(number: int) -> str:
+    what = _doing(threading.main_thread().ident)
+    return f"stopped by {signal.Signals(number).name}{f' ({what})' if what else ''}; run the same command to go on"
+
+
+def _say(text: str) -> None:
+    """A line on stderr, from a signal's handler, too: `print` cannot be interrupted by itself."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{printable(text)}\n".encode())
