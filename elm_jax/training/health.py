@@ -38,7 +38,7 @@ class Health:
 
     Args:
         source: the steps; bad: ids of the records that were named before, to which others are added.
-        arrays: what the model has now, to look for what is wrong in it when the run stops.
+        arrays: what the model has now.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Health:
         """Tell of what was noted and taken since the last call. Waits for the steps; all processes call it together.
 
         Raises:
-            UserError: more records are bad than data.max_bad_records allows, or SKIPPED_LIMIT steps in a row (all steps
-                of a shorter run) were skipped.
+            UserError: more records are bad than data.max_bad_records allows; SKIPPED_LIMIT steps in a row (all steps
+                of a shorter run) were skipped; or one was, and the weights themselves are not finite.
         """
         self._name_records([bad for part in distributed.gather(self._found) for bad in part])
         steps, self._found, self._steps = self._steps, [], []
@@ -111,30 +111,32 @@ class Health:
                 f"step {step} is skipped: {REASONS[reason]} (samples {_few([r.id for r in records])}); others like it "
                 "are named in metrics.jsonl alone"
             )
+            self._check_weights()
         if self._skipped >= self._limit:
-            self._stop(step, reason)
+            raise UserError(
+                "optim.lr", f"{self._skipped} steps in a row skipped, last step {step}: {REASONS[reason]}",
+                "a loss that stays finite and near the usual",
+                "lower optim.lr, set optim.grad_clip, or use float32; metrics.jsonl names the samples",
+            )  # fmt: skip
 
     def _samples(self, step: int) -> list[int]:
         """The samples of a step, as the plan has them on all hosts together."""
         rows = self._source.plan.rows(step - 1)
         return [sample for row in rows for group in row for sample in group.samples]
 
-    def _stop(self, step: int, reason: str) -> None:
+    def _check_weights(self) -> None:
+        """Stop where the weights themselves are not finite: no step will be, since skipped ones do not change them."""
         finite = jax.jit(
             lambda arrays: {name: jnp.isfinite(x).all() for name, x in arrays.items()},
             out_shardings=replicated(self._mesh),
         )(self._arrays())  # fmt: skip
         wrong = [name for name, good in jax.device_get(finite).items() if not good]
-        skipped = f"{self._skipped} steps in a row skipped, last step {step}: {REASONS[reason]}"
         if wrong:
             raise UserError(
-                "weights", f"values that are not finite in {_few(wrong)}; {skipped}", "finite numbers",
-                "start from other weights: init_from, llm.name, encoder.checkpoint",
+                "weights", f"values that are not finite in {_few(wrong)}", "finite numbers",
+                "start from other weights (init_from, llm.name, encoder.checkpoint); if this run made them so, lower "
+                "optim.lr",
             )  # fmt: skip
-        raise UserError(
-            "optim.lr", skipped, "a loss that stays finite and near the usual",
-            "lower optim.lr, set optim.grad_clip, or use float32; metrics.jsonl names the samples",
-        )  # fmt: skip
 
 
 def _few(names: list[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -119,18 +119,16 @@ def make_train_step(
         norm = optax.tree.norm(gradients)
         gradients = jax.tree.map(lambda g: g * clip_coefficient(norm, config.optim.grad_clip), gradients)
         updates, optimizer = tx.update(gradients, state.optimizer, state.trained)
-        moved = (optax.apply_updates(state.trained, updates), statistics, optimizer)
-        before = (state.trained, state.statistics, state.optimizer)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         for values in statistics.values():
             finite &= jnp.isfinite(values).all()
-        taken = finite
+        taken, before, after = finite, cast(Any, state.optimizer), cast(Any, optimizer)
         if config.optim.skip_spikes:
-            spike, _, recent = state.optimizer.recent.judge(jnp.stack([loss, norm]), config.optim.skip_spikes)
-            taken = finite & ~spike
-        kept = _chosen(taken, moved, before)
-        if config.optim.skip_spikes:  # which a spike moves, too
-            kept = (*kept[:2], kept[2]._replace(recent=_chosen(finite, recent, state.optimizer.recent)))
+            spike, _, recent = before.recent.judge(jnp.stack([loss, norm]), config.optim.skip_spikes)
+            recent = _chosen(finite, recent, before.recent)  # which a spike moves, too
+            taken, before, after = finite & ~spike, before._replace(recent=recent), after._replace(recent=recent)
+        moved = (optax.apply_updates(state.trained, updates), statistics, after)
+        kept = _chosen(taken, moved, (state.trained, state.statistics, before))
         metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -152,8 +150,9 @@ def make_train_step(
     )
 
 
-def _chosen(new: jax.Array, one: Any, other: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(new, a, b), one, other)
+def _chosen(first: jax.Array, one: Any, other: Any) -> Any:
+    """One pytree or the other: `one` where `first` is true."""
+    return jax.tree.map(lambda a, b: jnp.where(first, a, b), one, other)
 
 
 class StepPrograms:
