@@ -21,8 +21,8 @@ from elm_jax.text.forms import CHAT_FORMS
 
 # A run may be resumed with other values of these (a trailing dot: of the whole section).
 RESUMABLE = (
-    "workdir", "debug", "mesh.", "log.", "eval.", "data.workers", "data.outside_root",
-    "train.steps", "train.epochs", "train.save_every", "train.keep", "train.timeout",
+    "workdir", "debug", "mesh.", "log.", "eval.", "data.workers", "data.timeout",
+    "data.outside_root", "train.steps", "train.epochs", "train.save_every", "train.keep", "train.timeout",
 )  # fmt: skip
 
 
@@ -65,6 +65,9 @@ class DataConfig:
         0.001, "part of the records that may be bad before the run stops", limit="at least 0 and below 1"
     )
     workers: int = key(0, "loader processes; 0 loads in the training process", limit="at least 0")
+    timeout: float = key(
+        300.0, "seconds after which training stops when a record is still being read; 0 is never", limit="at least 0"
+    )
 
 
 @dataclass(frozen=True)

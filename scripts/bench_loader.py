@@ -29,8 +29,9 @@ from elm_jax.config import DataConfig
 from elm_jax.data import loader
 from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.demo import demo_tokenizer
-from elm_jax.data.loader import StepSource, steps_from
+from elm_jax.data.loader import StepSource
 from elm_jax.data.plan import Plan
+from elm_jax.data.readers import steps_from
 from elm_jax.data.represent import SignalSpec, signal_spec
 from elm_jax.data.sources import load_records
 from elm_jax.ecg.recording import LEADS
@@ -56,7 +57,7 @@ def main() -> None:
         source = StepSource(dataset, plan, steps=plan.steps_before(1))
         source[0]
         result = {
-            "machine": machine("numpy", "grain"), "share": args.share, "conversations": len(dataset),
+            "machine": machine("numpy"), "share": args.share, "conversations": len(dataset),
             "tokens_per_conversation": float(index.length.mean()), "recordings_are_real": args.recordings is not None,
             "split_us": _split(source), "workers": [_through(source, workers) for workers in args.workers],
         }  # fmt: skip

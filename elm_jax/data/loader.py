@@ -1,35 +1,19 @@
-"""Grain over the plan: element k of the source is what this host reads for step k. No jax here."""
+"""The plan's steps, read: element k of the source is what this host reads for step k. No jax here."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import multiprocessing
-import os
-import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import NamedTuple
 
-import grain.experimental
-import grain.python as grain
 import numpy as np
-from absl import flags
 
-from elm_jax import stopping
-from elm_jax.data.batch import Batch, Conversation, Group, Shown, arrays_in, empty_batch, write_row
+from elm_jax.data.batch import Batch, Conversation, Group, Shown, empty_batch, write_row
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.plan import LengthIndex, Plan, PlannedGroup, PlannedRow
+from elm_jax.data.readers import NOTHING, Reading
 from elm_jax.data.samples import grouped
 from elm_jax.errors import UserError
-
-_SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; what exceeds its room ends a process without a word
-_IN_FLIGHT = 4  # steps of a worker: made, waiting, sent and read
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,10 +25,7 @@ class BadRecord:
 
 
 class Loaded(NamedTuple):
-    """One host's part of a step, and what the log wants to know of it.
-
-    A pytree, so that a worker process hands its arrays over in shared memory.
-    """
+    """One host's part of a step, and what the log wants to know of it."""
 
     step: int
     batch: Batch  # arrays with the leading micro-batch axis A
@@ -55,7 +36,7 @@ class Loaded(NamedTuple):
 
 
 class StepSource:
-    """A random-access source for Grain: step number -> `Loaded`.
+    """Step number -> `Loaded`, in any order.
 
     Args:
         parts: which of the `plan.ways` equal parts of every micro-batch's rows this host reads, one after another.
@@ -78,8 +59,14 @@ class StepSource:
         return empty_batch(shape, self.dataset.signal.layout, micro, mine, extras=self.dataset.samples.extras)
 
     def __getitem__(self, step: int) -> Loaded:
-        reader = _Reader(self.dataset, self.plan.index, self.plan.epoch_of(int(step)))
-        return self.fill(int(step), reader.groups, reader.bad)
+        return self.read(step, Reading())
+
+    def read(self, step: int, reading: Reading) -> Loaded:
+        """The step; `reading` always says at which record it is."""
+        conversations = _Conversations(self.dataset, self.plan.index, self.plan.epoch_of(step), reading)
+        loaded = self.fill(step, conversations.groups, conversations.bad)
+        reading.at(NOTHING)
+        return loaded
 
     def fill(self, step: int, groups: Callable[[PlannedGroup], list[Group]], bad: Sequence[BadRecord]) -> Loaded:
         """The step with these groups in the places that are planned; `bad` is what was bad when all are there."""
@@ -99,11 +86,11 @@ class StepSource:
         return Loaded(step, batch, len(samples), pairs, tuple(bad), truncated)
 
 
-class _Reader:
+class _Conversations:
     """Reads the conversations of a step; a recording that several of them ask about is read once."""
 
-    def __init__(self, dataset: Dataset, index: LengthIndex, epoch: int) -> None:
-        self.dataset, self.index, self.epoch = dataset, index, epoch
+    def __init__(self, dataset: Dataset, index: LengthIndex, epoch: int, reading: Reading) -> None:
+        self.dataset, self.index, self.epoch, self.reading = dataset, index, epoch, reading
         self.bad: list[BadRecord] = []
 
     def groups(self, group: PlannedGroup) -> list[Group]:
@@ -112,6 +99,7 @@ class _Reader:
         signals: list[Shown] | None = None
         error = ""
         for n, sample in enumerate(group.samples):
+            self.reading.at(sample)
             if n == 0 or not shares_ecg:
                 signals, error = self._signals(sample)
             if signals is None:
@@ -142,69 +130,3 @@ def unusable(dataset: Dataset, index: LengthIndex) -> list[BadRecord]:
         except UserError as error:
             found.append(BadRecord(dataset.records[i].id, str(error)))
     return found
-
-
-@contextlib.contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Processes started in here never see the signals that stop a run, from their first moment on.
-
-    Such a signal may be sent to all processes of the run, which still reads up to its last step. Grain ends its
-    workers by an event, and kills those that do not end.
-    """
-    resource_tracker.ensure_running()  # it would start with the first worker, and then unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with_parent(worker: int, workers: int) -> None:
-    """In a worker: do not go on without the process that reads, in whatever way it has ended."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def steps_from(source: StepSource, first: int, workers: int = 0) -> Iterator[Loaded]:
-    """The steps from `first` on, in order, read ahead by a thread (or by `workers` processes)."""
-    steps = grain.MapDataset.range(first, len(source)).map(source.__getitem__)
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    dataset = steps.to_iter_dataset(options)
-    if not workers or first >= len(source):
-        yield from dataset
-        return
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["elm_jax"])  # Grain reads flags of its own in the processes that it starts
-    if not _fits_shared_memory(source, first, workers):
-        through_pipes = grain.experimental.DatasetOptions(min_shm_size=1 << 62)
-        dataset = grain.experimental.WithOptionsIterDataset(dataset, through_pipes)
-    iterator = iter(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _end_with_parent))
-    try:
-        with _stop_signals_blocked():
-            loaded = next(iterator)  # all workers are started for it
-        yield loaded
-        yield from iterator
-    finally:
-        iterator.close()  # Python would wait at its end for workers that are left: they do not see its SIGTERM
-
-
-def _fits_shared_memory(source: StepSource, first: int, workers: int) -> bool:
-    """Whether the workers' batches fit into shared memory (containers often have 64 MiB); says so where not."""
-    if not _SHARED_MEMORY.is_dir():
-        return True
-    batch = source.empty(source.plan.rows(first))
-    arrays = [*batch, *arrays_in(batch.signals), *batch.extras.values()]
-    needed = workers * _IN_FLIGHT * sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
-    room = shutil.disk_usage(_SHARED_MEMORY).free
-    if needed > room:
-        _log.warning(
-            "%s has %d MiB free, the batches of data.workers=%d may take %d: they are sent through pipes, which is "
-            "slower (a container's room is set by --shm-size)", _SHARED_MEMORY, room >> 20, workers, needed >> 20,
-        )  # fmt: skip
-    return needed <= room

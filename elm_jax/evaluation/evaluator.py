@@ -44,7 +44,7 @@ SHUFFLES = 3  # ways to give each question another recording: one draw alone is 
 _SCORING = ("at_end", "controls", "protocol", "wordnet", "bert_model", "labels")
 # And of data.*: fingerprints tell which records there are, and what is asked is neither packed nor augmented.
 _TRAINING = ("val_fraction", "subset", "weights", "augment_ecg", "augment_rgb", "pack", "share", "workers",
-             "max_bad_records")  # fmt: skip
+             "timeout", "max_bad_records")  # fmt: skip
 ERROR = ("where", "found", "expected", "fix")  # the parts of a UserError
 
 Line = dict[str, Any]

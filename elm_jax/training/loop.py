@@ -21,8 +21,9 @@ from elm_jax.assemble import assemble
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset, cuts
-from elm_jax.data.loader import Loaded, StepSource, steps_from
+from elm_jax.data.loader import Loaded, StepSource
 from elm_jax.data.plan import Plan
+from elm_jax.data.readers import steps_from
 from elm_jax.errors import UserError, printable
 from elm_jax.folders import TOKENIZER
 from elm_jax.models.functional import Arrays
@@ -234,7 +235,8 @@ class Trainer:
     def _steps(self, source: StepSource, first: int, workers: int = 0) -> Iterator[Loaded]:
         if self.rollouts is not None:
             return self.rollouts.steps(source, first, lambda: self._arrays)
-        return stopping.each(steps_from(source, first, workers), "step", first)
+        timeout = self.config.data.timeout
+        return stopping.each(steps_from(source, first, workers, timeout), "step", first)
 
     @property
     def _arrays(self) -> Arrays:

@@ -103,9 +103,9 @@ def with_versions(monkeypatch: Patch, versions: dict[str, str | None]) -> None:
 
 def test_versions_are_compared_with_those_asked_for(monkeypatch: Patch) -> None:
     says(checks.packages(), OK, f"Python {sys.version_info[0]}.", "jax ", "flax ", "transformers ", "datasets ")
-    with_versions(monkeypatch, {"flax": "0.11.0", "grain": None})
-    words = ("flax 0.11.0 is not", "grain is not installed")
-    says(checks.packages(), FAIL, *words, mend='pip install "flax<0.13,>=0.12.8" "grain>=0.2.18"')
+    with_versions(monkeypatch, {"flax": "0.11.0", "optax": None})
+    words = ("flax 0.11.0 is not", "optax is not installed")
+    says(checks.packages(), FAIL, *words, mend='pip install "flax<0.13,>=0.12.8" "optax>=0.2.8"')
 
 
 def test_the_package_comes_from_its_tree_or_a_wheel(monkeypatch: Patch, tmp_path: Path) -> None:

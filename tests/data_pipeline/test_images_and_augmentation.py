@@ -14,8 +14,9 @@ from texts import chat_tokenizer, write_records
 from elm_jax.config import DataConfig
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset, text_spec
-from elm_jax.data.loader import Loaded, StepSource, steps_from
+from elm_jax.data.loader import Loaded, StepSource
 from elm_jax.data.plan import Plan
+from elm_jax.data.readers import steps_from
 from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
 from elm_jax.models.encoders import ENCODERS

@@ -11,9 +11,9 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,13 +25,15 @@ from hypothesis import strategies as st
 from texts import chat_tokenizer
 
 from elm_jax.config import DataConfig
-from elm_jax.data import loader
+from elm_jax.data import readers
 from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Conversation, Group, collate
 from elm_jax.data.dataset import Dataset, text_spec
-from elm_jax.data.loader import Loaded, StepSource, steps_from, unusable
+from elm_jax.data.loader import Loaded, StepSource, unusable
 from elm_jax.data.plan import LengthIndex, Plan
+from elm_jax.data.readers import Reading, steps_from
 from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
+from elm_jax.errors import Absent, UserError
 from elm_jax.models.attention import packed_mask
 
 ROOT = Path(__file__).parents[2]
@@ -268,32 +270,17 @@ def test_a_source_and_its_records_can_be_sent_to_a_process() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_worker_processes_read_what_threads_read(workers: int) -> None:
+def test_worker_processes_read_what_threads_read() -> None:
     expected = list(steps_from(source(), 1))
-    found = list(steps_from(source(), 1, workers=workers))
+    found = list(steps_from(source(), 1, workers=3))
     assert len(found) == len(expected) == 5
     for mine, theirs in zip(found, expected, strict=True):
         assert_equal(mine, theirs)
 
 
-@pytest.mark.slow
-def test_batches_that_shared_memory_cannot_hold_go_through_pipes(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    expected = list(steps_from(source(), 1))
-    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 10))
-    monkeypatch.setattr(loader, "_SHARED_MEMORY", Path("/"))
-    found = list(steps_from(source(), 1, workers=1))
-    assert "--shm-size" in caplog.text
-    for mine, theirs in zip(found, expected, strict=True):
-        assert type(mine.batch.tokens) is np.ndarray
-        assert_equal(mine, theirs)
-
-
 READING = """
 import multiprocessing, os, signal, sys, threading, time
-from elm_jax.data.loader import steps_from
+from elm_jax.data.readers import steps_from
 from elm_jax.stopping import StopAfterStep
 
 sys.path[:0] = sys.argv[3:]
@@ -364,6 +351,71 @@ def test_workers_end_with_the_loop_that_reads() -> None:
     assert len(multiprocessing.active_children()) == 2
     steps.close()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_named() -> None:
+    steps = steps_from(source(steps=60), 0, workers=2)
+    next(steps)
+    victim = multiprocessing.active_children()[0].pid
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(Absent, match=rf"data.workers: found worker \d of 2 \(process {victim}\).*killed by signal 9"):
+        list(steps)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_stopped_is_named_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "SILENT", 2.0)
+    steps = steps_from(source(steps=60), 0, workers=1)
+    next(steps)
+    victim = multiprocessing.active_children()[0].pid
+    assert victim is not None
+    os.kill(victim, signal.SIGSTOP)
+    with pytest.raises(Absent, match=rf"process {victim}\), which was to bring step \d+, stopped for \d+ s;"):
+        list(steps)
+    assert not multiprocessing.active_children()
+
+
+class Stuck(StepSource):
+    """Its step 2 does not get beyond its second record."""
+
+    def read(self, step: int, reading: Reading) -> Loaded:
+        if step == 2:
+            reading.at(5)
+            time.sleep(600)
+        return super().read(step, reading)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_record_that_is_not_read_in_time_is_named(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    monkeypatch.setattr(readers, "LOOK", 0.05)
+    monkeypatch.setattr(readers, "END", 0.05)
+    good = source(steps=60)
+    steps = steps_from(Stuck(good.dataset, good.plan, steps=60), 0, workers, timeout=1.0)
+    with pytest.raises(Absent, match="record demo.*5: found demo:.* being read for .* s, for step 2; .*timeout=1 s"):
+        list(steps)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_fault_in_a_worker_is_one_of_the_loop() -> None:
+    good = source(steps=3)
+    with pytest.raises(AttributeError, match="nothing"):
+        list(steps_from(Faulty(good.dataset, good.plan, steps=3), 0, workers=1))
+
+
+class Faulty(StepSource):
+    def read(self, step: int, reading: Reading) -> Loaded:
+        return self.nothing  # type: ignore[attr-defined]
+
+
+def test_data_that_cannot_be_sent_are_refused() -> None:
+    unsent = source()
+    unsent.steps_of = lambda: None  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="data.workers: found 2, to whose processes the data cannot be sent"):
+        next(steps_from(unsent, 0, workers=2))
 
 
 # -- bad records ----------------------------------------------------------------------------------------------

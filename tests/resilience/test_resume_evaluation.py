@@ -212,8 +212,8 @@ def test_keys_that_change_no_answer_keep_the_answers(tmp_path: Path, monkeypatch
     for name in ("write_report", "draw_examples"):
         monkeypatch.setattr(evaluator, name, lambda *_: None)
     asked = []
-    others = {"max_bad_records": 0.5, "workers": 3, "pack": False, "share": "none", "val_fraction": 0.3, "subset": 0.5,
-              "augment_ecg": True, "augment_rgb": True, "weights": [2.0]}  # fmt: skip
+    others = {"max_bad_records": 0.5, "workers": 3, "timeout": 9.0, "pack": False, "share": "none", "val_fraction": 0.3,
+              "subset": 0.5, "augment_ecg": True, "augment_rgb": True, "weights": [2.0]}  # fmt: skip
     for keys in ({}, {f"data__{name}": value for name, value in others.items()}, {"data__perturb": "zeros"}):
         conf = config(tmp_path / "run", eval__controls=[], eval__limit=10, **keys)
         model = model_of(conf)

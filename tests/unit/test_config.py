@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Any] = {
         "segment_len": 2500, "sampling_rate": 250, "leads": LEADS, "normalize": "minmax", "norm_eps": 1e-6,
         "subset": None, "weights": None, "augment_ecg": False, "augment_rgb": False, "perturb": None,
         "system_prompt": None, "ecg_tokenizer": None, "min_ecg_tokens": 512, "explicit_thinking": False,
-        "pack": True, "share": "system", "max_len": 2048, "max_bad_records": 0.001, "workers": 0,
+        "pack": True, "share": "system", "max_len": 2048, "max_bad_records": 0.001, "workers": 0, "timeout": 300.0,
     },
     "llm": {
         "name": "qwen2.5-1.5b-instruct", "scratch": None, "compute_dtype": "bfloat16",
