@@ -2,7 +2,8 @@
 
 First a roll call: every process says where it is and what it sees, so that one that is missing or unlike the others
 is named at once. Then a thread watches the connections: the kernel closes them when a process ends in whatever way,
-so that the others can say which one it was and stop, where JAX would let them wait or end without a word.
+and one that is stopped, or whose host is, no longer sends its heartbeats. So the others can say which one it was and
+stop, where JAX would let them wait or end without a word.
 Imports no jax.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import selectors
 import socket
@@ -26,7 +28,9 @@ from elm_jax.runtime.launchers import Place
 
 JOIN_TIMEOUT = "ELM_JAX_JOIN_TIMEOUT"  # seconds in which all processes must have come
 JOIN_SECONDS = 300.0
-SILENT_SECONDS = 60  # after which a host that no longer answers counts as gone
+PEER_TIMEOUT = "ELM_JAX_PEER_TIMEOUT"  # seconds of silence after which a process counts as gone
+PEER_SECONDS = 60.0
+BEATS = 10  # in these seconds
 GRACE_SECONDS = 10.0  # in which a process that hears that another has failed may end by itself
 LOST, FAILED = Absent.status, 1  # exit status: another process is gone (try again); one has failed (as Python's own)
 
@@ -42,6 +46,7 @@ class Lifeline:
         self._peers = dict(peers)
         self._finished: set[int] = set()
         self._leaving = threading.Event()
+        self._timeout = _seconds(PEER_TIMEOUT, PEER_SECONDS)
         self.agreement = stopping.Agreement(place.index, place.count, self._tell)
         stopping.peers = self
         threading.Thread(target=self._watch, daemon=True, name="lifeline").start()
@@ -86,17 +91,32 @@ class Lifeline:
         for index, line in self._peers.items():
             for message in line.unheard:
                 self._hear(index, message)
+        beat, beaten, looked = self._timeout / BEATS, 0.0, time.monotonic()
+        heard = dict.fromkeys(self._peers, looked)
         with selectors.DefaultSelector() as selector:
             for index, line in self._peers.items():
                 selector.register(line.socket, selectors.EVENT_READ, index)
-            while selector.get_map():
-                for key, _ in selector.select():
+            while heard:
+                ready, now = selector.select(beat), time.monotonic()
+                if now - looked > self._timeout / 2:  # stopped itself: what was sent is still to be read
+                    heard = dict.fromkeys(heard, now)
+                looked = now
+                if now - beaten >= beat:
+                    beaten = now
+                    for line in self._peers.values():
+                        line.beat()
+                for key, _ in ready:
+                    heard[key.data] = now
                     messages, is_open = self._peers[key.data].receive()
                     for message in messages:
                         self._hear(key.data, message)
                     if not is_open:
                         selector.unregister(key.fileobj)
-                        self._closed(key.data)
+                        del heard[key.data]
+                        self._lost(key.data, "is gone")
+                for index, when in heard.items():
+                    if now - when > self._timeout:
+                        self._lost(index, f"has not been heard of for {now - when:.0f} s (stopped, or out of reach)")
 
     def _hear(self, sender: int, message: Mapping[str, Any]) -> None:
         if "left" in message:
@@ -117,11 +137,11 @@ class Lifeline:
         else:
             self.agreement.hear(sender, message)
 
-    def _closed(self, index: int) -> None:
+    def _lost(self, index: int, how: str) -> None:
         if index in self._finished or self._leaving.is_set():
             return
         text = (
-            f"process {index} of {self.place.count}, on {self.hosts[index]}, is gone: the others stop;"
+            f"process {index} of {self.place.count}, on {self.hosts[index]}, {how}: the others stop;"
             " the same command goes on from the last checkpoint"
         )
         self._tell({"gone": index, "text": text, "status": LOST}, but=index)
@@ -140,7 +160,7 @@ def join(place: Place, facts: Facts, judge: Judge) -> Lifeline:
     Raises:
         UserError: in every process that came, the same one: another is missing (Absent), or what `judge` returned.
     """
-    seconds = _seconds()
+    seconds = _seconds(JOIN_TIMEOUT, JOIN_SECONDS)
     own = {**facts, "host": socket.gethostname(), "index": place.index, "count": place.count}
     deadline = time.monotonic() + seconds
     if place.index == 0:
@@ -148,12 +168,13 @@ def join(place: Place, facts: Facts, judge: Judge) -> Lifeline:
     return Lifeline(place, *_report(place, own, deadline, seconds))
 
 
-def _seconds() -> float:
-    text = os.environ.get(JOIN_TIMEOUT, str(JOIN_SECONDS))
+def _seconds(name: str, default: float) -> float:
+    """What the environment says."""
+    text = os.environ.get(name, str(default))
     with contextlib.suppress(ValueError):
-        if float(text) > 0:
+        if 0 < float(text) < math.inf:
             return float(text)
-    raise UserError(JOIN_TIMEOUT, repr(text), "a positive number of seconds", f"unset it for {JOIN_SECONDS:g}")
+    raise UserError(name, repr(text), "a positive number of seconds", f"unset it for {default:g}")
 
 
 def _port(place: Place) -> tuple[str, int]:
@@ -262,14 +283,11 @@ class _Line:
         self._rest = b""
         self._sending = threading.Lock()
         connected.settimeout(None)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        options = {
-            "TCP_KEEPIDLE": SILENT_SECONDS // 4, "TCP_KEEPINTVL": SILENT_SECONDS // 4, "TCP_KEEPCNT": 3,
-            "TCP_USER_TIMEOUT": 1000 * SILENT_SECONDS,
-        }  # fmt: skip
-        for name, value in options.items():
-            if hasattr(socket, name):  # not every system has each
-                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def beat(self) -> None:
+        """Send a sign of life: an empty line, which is no object."""
+        with contextlib.suppress(OSError), self._sending:
+            self.socket.sendall(b"\n")
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send an object; one that is gone hears nothing."""

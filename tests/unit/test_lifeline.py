@@ -52,11 +52,13 @@ class Group:
     """Processes that belong together; `how` of each is what it does when it has joined."""
 
     def __init__(
-        self, *how: str, count: int | None = None, numbers: list[int] | None = None, seconds: int = 20
+        self, *how: str, count: int | None = None, numbers: list[int] | None = None, seconds: int = 20,
+        peer_seconds: int = 60,
     ) -> None:
         together = {
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count or len(how)),
             "PYTHONPATH": str(ROOT), "ELM_JAX_JOIN_TIMEOUT": str(seconds),
+            "ELM_JAX_PEER_TIMEOUT": str(peer_seconds),
         }  # fmt: skip
         self.processes = [
             subprocess.Popen(
@@ -96,6 +98,20 @@ def test_one_that_is_killed_is_named_and_the_others_stop(victim: int) -> None:
             assert status == -signal.SIGKILL
         else:
             assert status == 75 and f"process {victim} of 3, on {socket.gethostname()}, is gone" in text
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_is_stopped_is_named_and_the_others_stop(victim: int) -> None:
+    group = Group("wait", "wait", "wait", peer_seconds=3)
+    group.wait_until_joined()
+    os.kill(group.processes[victim].pid, signal.SIGSTOP)
+    for index in {0, 1, 2} - {victim}:
+        group.processes[index].wait(120)
+    group.processes[victim].kill()
+    for index, (status, text) in enumerate(group.end()):
+        if index != victim:
+            words = f"process {victim} of 3, on {socket.gethostname()}, has not been heard of for "
+            assert status == 75 and words in text and "the same command goes on" in text
 
 
 def test_the_error_of_one_is_that_of_all() -> None:
@@ -146,11 +162,12 @@ def test_a_port_in_use_is_named() -> None:
     assert "JAX_COORDINATOR_ADDRESS: found port" in done.stderr and "a free port" in done.stderr
 
 
-def test_a_timeout_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seconds", ["soon", "inf", "-1"])
+def test_a_timeout_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch, seconds: str) -> None:
     from elm_jax.errors import UserError
     from elm_jax.runtime import lifeline
     from elm_jax.runtime.launchers import Place
 
-    monkeypatch.setenv("ELM_JAX_JOIN_TIMEOUT", "soon")
-    with pytest.raises(UserError, match="ELM_JAX_JOIN_TIMEOUT: found 'soon'"):
+    monkeypatch.setenv("ELM_JAX_JOIN_TIMEOUT", seconds)
+    with pytest.raises(UserError, match=f"ELM_JAX_JOIN_TIMEOUT: found '{seconds}'"):
         lifeline.join(Place("x", "h:1", 2, 1), {}, lambda _: None)
