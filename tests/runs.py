@@ -4,7 +4,8 @@ As a program this is the train command with one more ResNet layout, `tiny`, whic
 time; and it sends itself the signal that TEST_SIGNAL asks for: `KILL@step=7` when the line of step 7 has been
 logged, `KILL@rename=6/optimizer` when that part of checkpoint 6 is about to be moved to its final name. With TEST_MESH
 the devices of two processes take turns on the mesh, as neighbours on a torus may. The file TEST_SAMPLES gets a line for
-each step that is taken: its number, and the ids of this process's samples in their order.
+each step that is taken: its number, and the ids of this process's samples in their order. TEST_STUCK is the number of a
+record whose reading never ends, and the file that appears when it begins.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,6 +217,25 @@ def _take_turns() -> None:
     make_mesh = mesh.make_mesh
     mesh.make_mesh = lambda config: make_mesh(config, np.reshape(jax.devices(), (2, -1)).T.ravel().tolist())
 
+
+def _stick(record: int, began: Path) -> None:
+    """Have the reading of a record never end, in the processes of a loader too."""
+    from elm_jax.data.dataset import Dataset
+
+    signals = Dataset.signals
+
+    def read_or_stick(self: Dataset, index: int, epoch: int | None = None) -> Any:
+        if index == record:
+            began.touch()
+            threading.Event().wait()
+        return signals(self, index, epoch)
+
+    Dataset.signals = read_or_stick  # type: ignore[method-assign]
+
+
+if os.environ.get("TEST_STUCK"):
+    _number, _, _file = os.environ["TEST_STUCK"].partition(" ")
+    _stick(int(_number), Path(_file))
 
 if __name__ == "__main__":
     import elm_jax.train
