@@ -19,7 +19,6 @@ from unittest import mock
 
 import jax
 import numpy as np
-import order
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -249,12 +248,6 @@ def test_a_step_tells_how_many_of_its_conversations_are_cut() -> None:
     steps = StepSource(dataset, Plan(index, rows=2, max_len=128, pack=True, seed=0), steps=1)
     shown = steps[0].batch.sample_ids
     assert steps[0].truncated == sum(i % 3 == 0 for i in np.unique(shown[shown >= 0])) > 0
-
-
-@pytest.mark.slow
-def test_the_order_of_samples_does_not_depend_on_hosts_nor_resumes() -> None:
-    """The short form of scripts/reliability/order.py."""
-    assert order.main(["--short"]) == 0
 
 
 def test_micro_batches_are_the_rows_in_order() -> None:

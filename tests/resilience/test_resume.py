@@ -9,6 +9,7 @@ from typing import Any
 
 import kills
 import numpy as np
+import order
 import pytest
 import runs
 from runs import SAVE_EVERY, STEPS, committed, logged, saved_arrays
@@ -84,6 +85,12 @@ def test_terminated(place: Path, unbroken: Path) -> None:
 
 
 # -- on another mesh ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_order_of_samples_does_not_depend_on_hosts_nor_resumes() -> None:
+    """The short form of scripts/reliability/order.py."""
+    assert order.main(["--short"]) == 0
 
 
 class Interrupted(Exception):
