@@ -87,24 +87,25 @@ class Asker:
         self._bar.set_description(task.source.condition)
         chunks = chunks_of(task.source, task.questions, BATCHES * self.options.batch_size)
         known = bad.found if bad else set()
-        ids = [[_id(task, q) for q in chunk if q.record not in known] for chunk in chunks]
-        left_out = {_id(task, q) for q in task.questions if q.record in known}
-        kept = file.take(ids, left_out) if file else []
+        ids = {q: _id(task, q) for q in task.questions}
+        asked_for = [[ids[q] for q in chunk if q.record not in known] for chunk in chunks]
+        left_out = {ids[q] for q in task.questions if q.record in known}
+        kept = file.take(asked_for, left_out) if file else []
         done = int(distributed.gather(file.whole if file else 0)[0])
         by_id = {line["id"]: line for line in kept}
-        predictions = {q: by_id[_id(task, q)] for q in task.questions if _id(task, q) in by_id}
+        predictions = {q: by_id[ids[q]] for q in task.questions if ids[q] in by_id}
         self._pass_over(sum(len(chunk) for chunk in chunks[:done]))
         seed = zlib.crc32(f"{task.seed}:{task.source.condition}".encode())
         rest = [[q for q in chunk if q.record not in known] for chunk in chunks[done:]]
         for loaded in _read_ahead(task.source, rest):
-            prompts = self._prompts(task, loaded, bad)
+            prompts = self._prompts(ids, loaded, bad)
             asked = list(prompts)
             self.model.engine.prefills.forget()  # so that a chunk comes out the same whatever went before it
             stream = self.model.stream(prompts.values(), self.options, seed) if prompts else ()
             for answer in stopping.each(stream, f"{task.source.condition} answer"):
                 question = asked[answer.number]
                 if file:
-                    predictions[question] = _prediction(task, question, prompts[question], answer)
+                    predictions[question] = _prediction(task, ids[question], question, prompts[question], answer)
                     file.append(predictions[question])
                 self._bar.update()
         return predictions
@@ -115,7 +116,9 @@ class Asker:
         if not self._bar.disable:
             self._bar.initial += count
 
-    def _prompts(self, task: Task, loaded: Loaded, bad: BadRecords | None) -> dict[Question, Prompt]:
+    def _prompts(
+        self, ids: Mapping[Question, str], loaded: Loaded, bad: BadRecords | None
+    ) -> dict[Question, Prompt]:
         """The prompts of a chunk, but for those that a process cannot read. All of them must call it together."""
         unread = _anywhere(loaded[1])
         for record, error in unread.items():
@@ -124,7 +127,7 @@ class Asker:
             bad.note(record, error)
         # What is drawn depends on the question, not on those that are asked beside it.
         return {
-            q: replace(self.model.written(prompt, self.options.max_new_tokens), draw=_number(_id(task, q)))
+            q: replace(self.model.written(prompt, self.options.max_new_tokens), draw=_number(ids[q]))
             for q, prompt in loaded[0].items()
             if q.record not in unread
         }
@@ -200,14 +203,14 @@ def _id(task: Task, question: Question) -> str:
     return f"{task.source.dataset.records[question.record].id}#{question.turn}"
 
 
-def _prediction(task: Task, question: Question, prompt: Prompt, answer: Answer) -> dict[str, Any]:
+def _prediction(task: Task, name: str, question: Question, prompt: Prompt, answer: Answer) -> dict[str, Any]:
     record = task.source.dataset.records[question.record]
     asked = question_answers(record.text)
     answers = answer_list(record.text)
     # In a table that names its records otherwise, the text itself says what type of ECG-QA a question is.
     kind = {"question_type": record.text[0]} if answers and is_ecg_qa(str(record.text[0])) else {}
     return {
-        "id": _id(task, question),
+        "id": name,
         **task.marks,
         "name": record.name,
         "patient": record.patient,
