@@ -22,7 +22,7 @@ from elm_jax.data.ecg_tokens import EcgTokens, add_ecg_tokens
 from elm_jax.data.represent import SignalSpec, signal_spec
 from elm_jax.data.sources import load_records
 from elm_jax.errors import UserError
-from elm_jax.folders import ECG_BYTE, read_json, run_folder, tokenizer_of
+from elm_jax.folders import ECG_BYTE, read_run_config, run_folder, tokenizer_of
 from elm_jax.models.attention import choose_attention
 from elm_jax.models.connectors import build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder, DecoderConfig, Remat
@@ -273,7 +273,7 @@ def _began_with(config: Config, own: Path | None) -> Path | None:
         return own
     if config.init_from is None:
         return None
-    before = renamed(read_json(run_folder(config.init_from, "config.init_from") / "config.json"))
+    before = renamed(read_run_config(run_folder(config.init_from, "config.init_from")))
     objective = OBJECTIVES.get(before.get("objective", Config.objective))
     return None if objective is not None and "llm" not in objective.needs else tokenizer_of(config.init_from)
 
@@ -293,7 +293,7 @@ def _tokenizer(config: Config, phase: str, own: Path | None, weights: bool) -> A
 
 def _check_llm(config: Config, tokenizer: Any) -> None:
     """Raise UserError where the tokenizer of `init_from` is not that of `llm.name` with some tokens more."""
-    there = read_json(run_folder(str(config.init_from), "config.init_from") / "config.json")["llm"]["name"]
+    there = read_run_config(run_folder(str(config.init_from), "config.init_from"))["llm"]["name"]
     if there == config.llm.name:
         return
     ours = _published_tokenizer(config.llm.name, config.llm.scratch is None)

@@ -11,14 +11,18 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+import xxhash
 
 from elm_jax.errors import UserError, refused
 from elm_jax.json_text import parse_json
 
 TOKENIZER, ECG_BYTE = "tokenizer", "ecg_byte.json"  # a run's own; the second, if the run has it, lies in the first
+CONFIG = "config.json"  # of a run
+_SEAL, _LIST, _VERSION = "checksum", "checksums.json", 1
 MOST_JSON = 64 << 20  # bytes of a file that says how something is made: far above the index of the largest model
 _log = logging.getLogger(__name__)
 
@@ -157,7 +161,58 @@ def kept_in(folder: Path, ending: str, name: str | None = None) -> Iterator[Path
 
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def seal(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its own checksum, which `sealed` looks at."""
+    whole = {**facts, "version": _VERSION}
+    return {**whole, _SEAL: _checksum_of(whole)}
+
+
+def sealed(facts: Mapping[str, Any]) -> bool:
+    """Whether a JSON object is as `seal` made it."""
+    rest = {name: value for name, value in facts.items() if name != _SEAL}
+    return facts.get("version") == _VERSION and facts.get(_SEAL) == _checksum_of(rest)
+
+
+def _checksum_of(facts: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+
+
+def write_checksums(folder: Path) -> None:
+    """List the files of a folder with their checksums, in it, for `check_checksums`."""
+    found = {path.name: _checksum(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    write_json(folder / _LIST, seal({"files": found}))
+
+
+def check_checksums(folder: Path) -> None:
+    """Raise UserError where a file of a folder is not as `write_checksums` found it, if there is such a list."""
+    if not (folder / _LIST).exists():
+        return
+    fix = "put the folder back from a copy"
+    facts = read_json(folder / _LIST, fix)
+    if not sealed(facts):
+        raise UserError(folder / _LIST, "other content than was written", "checksums of the files beside it", fix)
+    for name, checksum in facts["files"].items():
+        check_regular(folder / name, "a file", fix)
+        if not (folder / name).exists() or _checksum(folder / name) != checksum:
+            found = "other content than was written" if (folder / name).exists() else "no file"
+            raise UserError(folder / name, found, "the file as it was", fix)
+
+
+def write_run_config(folder: Path, tree: Mapping[str, Any]) -> None:
+    """Leave a run's configuration in its folder. Raises UserError where it cannot be written."""
+    write_json(folder / CONFIG, seal(tree))
+
+
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """A run's configuration, as `write_run_config` left it; older versions left no checksum. Raises UserError."""
+    fix = f"put it back from a copy; what was changed by hand counts without the key {_SEAL}"
+    facts = read_json(folder / CONFIG, fix)
+    if _SEAL in facts and not sealed(facts):
+        raise UserError(folder / CONFIG, "other content than the run wrote", "the configuration of the run", fix)
+    return {name: value for name, value in facts.items() if name not in (_SEAL, "version")}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -215,7 +270,7 @@ def whole_lines(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
 def run_folder(path: str, where: str) -> Path:
     """A folder that holds a run. Raises UserError, naming `where`, otherwise."""
     folder = Path(path)
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise UserError(
             where, f"{path} without config.json", "a run folder", "give the workdir of a training run"
         )

@@ -12,7 +12,7 @@ import numpy as np
 from elm_jax.errors import UserError, nearest
 from elm_jax.evaluation.results import perfect_note
 from elm_jax.evaluation.store import AGAIN, CONTROLS, predictions_in
-from elm_jax.folders import json_lines, read_json
+from elm_jax.folders import json_lines, read_json, read_run_config
 from elm_jax.pictures.page import filled
 from elm_jax.pictures.svg import Bar, bars
 from elm_jax.scoring.dependence import METRIC, PREFERRED, by_question, pairing, tested
@@ -82,7 +82,7 @@ def _scorer(folders: Sequence[Path], protocol: str, wordnet: str | None, bert_mo
     """With what is named, which must be there; else with what the runs name, which this machine may lack."""
     is_named = wordnet is not None or bert_model is not None
     if not is_named:
-        told = [read_json(folder / "config.json").get("eval", {}) for folder in folders]
+        told = [read_run_config(folder).get("eval", {}) for folder in folders]
         wordnet, bert_model = (
             next((one[key] for one in told if one.get(key)), None) for key in ("wordnet", "bert_model")
         )

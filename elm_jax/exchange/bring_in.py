@@ -17,7 +17,7 @@ from elm_jax.errors import UserError
 from elm_jax.exchange.config import Imported, configure
 from elm_jax.exchange.foreign import Foreign, open_foreign
 from elm_jax.exchange.match import ImportedArray, arrays_of
-from elm_jax.folders import whole_folder, write_json
+from elm_jax.folders import whole_folder, write_run_config
 from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.run.folder import keep_tokenizer
 from elm_jax.run.verification import own_checksums, write_list
@@ -106,7 +106,7 @@ def _from_elsewhere(part: str, assembly: Assembly) -> str:
 def _write(out: Path, assembly: Assembly, arrays: Mapping[str, ImportedArray], report: Mapping[str, Any]) -> None:
     """Make the folder beside its place, then move it there: who stops this finds nothing at `out`."""
     with whole_folder(out) as fresh:
-        write_json(fresh / "config.json", to_dict(assembly.config))
+        write_run_config(fresh, to_dict(assembly.config))
         keep_tokenizer(fresh, assembly.tokenizer, assembly.signal.tokens)
         (fresh / INHERITED).mkdir()
         layout = {name: (np.dtype(array.spec.dtype), array.spec.shape) for name, array in arrays.items()}

@@ -28,7 +28,7 @@ from orbax.checkpoint import checkpoint_utils
 from orbax.checkpoint.options import AsyncOptions
 
 from elm_jax.errors import UserError, one_line, printable
-from elm_jax.folders import read_json, writable_folder
+from elm_jax.folders import read_json, seal, sealed, writable_folder
 from elm_jax.models.functional import Arrays
 from elm_jax.run import verification
 from elm_jax.run.fingerprints import summaries
@@ -88,7 +88,7 @@ class Checkpoints:
         saves: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if tree}
         names = {name: sorted(items[name]) for name in MODEL_ITEMS if items.get(name)}
         sums = _sums(items)
-        facts = verification.seal({**meta, "step": step, "best_step": best, "arrays": names, "sums": sums})
+        facts = seal({**meta, "step": step, "best_step": best, "arrays": names, "sums": sums})
         saves["meta"] = ocp.args.JsonSave(copy.deepcopy(facts))  # written later, when the caller's has changed
         with self._failing(step):
             if jax.process_index() == 0 and self._path(step).exists():
@@ -285,7 +285,7 @@ class Checkpoints:
         """The JSON saved with a step. Raises UserError where it is damaged."""
         path = self._path(step) / META
         facts = read_json(path)
-        if _has_sums(facts) and not verification.sealed(facts):
+        if _has_sums(facts) and not sealed(facts):
             raise UserError(str(path), "other content than was written", "what was saved", "put it back from a copy")
         return facts
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config, differences
 from elm_jax.errors import UserError
-from elm_jax.folders import read_json, run_folder
+from elm_jax.folders import read_run_config, run_folder
 
 
 def config_of_run(checkpoint: str | None, flags: ConfigFlags) -> Config:
@@ -25,9 +25,9 @@ def config_of_run(checkpoint: str | None, flags: ConfigFlags) -> Config:
         folder = run_folder(config.workdir, "config.workdir")
     else:
         folder = run_folder(checkpoint, "--checkpoint")
-        tree = read_json(folder / "config.json") | {"workdir": str(folder), "mesh": {}}
+        tree = read_run_config(folder) | {"workdir": str(folder), "mesh": {}}
         config = flags.over(tree)
-    before = read_json(folder / "config.json")
+    before = read_run_config(folder)
     changed = {name: x for name, x in differences(before, config).items() if not name.startswith("data.")}
     if changed:
         raise UserError(str(folder), told(changed), "the run's own model", "leave these keys as they are")

@@ -18,7 +18,16 @@ from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.plan import ECG_ROWS
 from elm_jax.data.represent import SIGNALS
 from elm_jax.errors import UserError, one_line, printable
-from elm_jax.folders import ECG_BYTE, TOKENIZER, read_json, write_json
+from elm_jax.folders import (
+    CONFIG,
+    ECG_BYTE,
+    TOKENIZER,
+    read_json,
+    read_run_config,
+    write_checksums,
+    write_json,
+    write_run_config,
+)
 from elm_jax.run.config import told
 from elm_jax.run.weights import INHERITED
 from elm_jax.runtime import distributed
@@ -38,14 +47,14 @@ def open_folder(config: Config) -> Path:
             config.json is gone; or another process trains in it.
     """
     folder = Path(config.workdir)
-    path = folder / "config.json"
+    path = folder / CONFIG
     trained = (folder / "DONE").exists() or any(child.name.isdigit() for child in folder.glob("checkpoints/*"))
     if not path.is_file() and (trained or (folder / TOKENIZER).exists() or (folder / INHERITED).exists()):
         raise UserError(
             str(folder), "a run without config.json, which says what its weights are of", "the config.json of this run",
             "put it back, or choose another --config.workdir",
         )  # fmt: skip
-    changed = differences(read_json(path), config) if path.is_file() else {}
+    changed = differences(read_run_config(folder), config) if path.is_file() else {}
     if changed and trained:
         raise UserError(
             str(folder), told(changed), "the same configuration, to resume",
@@ -61,7 +70,7 @@ def open_folder(config: Config) -> Path:
                     shutil.rmtree(folder / kept, ignore_errors=True)
                 (folder / WANDB_ID).unlink(missing_ok=True)
             if not other:
-                write_json(path, to_dict(config))
+                write_run_config(folder, to_dict(config))
         except UserError as error:
             problem = f"{error.where}: {error.found}"
         except OSError as error:
@@ -110,6 +119,7 @@ def keep_tokenizer(folder: Path, tokenizer: Any, symbols: EcgTokens | None = Non
         tokenizer.save_pretrained(fresh)
         if symbols is not None:
             symbols.coder.save(fresh / ECG_BYTE)
+        write_checksums(fresh)
         fresh.rename(target)
 
 

@@ -7,7 +7,6 @@ Checksums guard against disks, file systems and half copies, not against somebod
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,30 +17,13 @@ import tensorstore
 import xxhash
 
 from elm_jax.errors import UserError, one_line
-from elm_jax.folders import write_json
+from elm_jax.folders import seal, sealed, write_json
 from elm_jax.json_text import parse_json
 from elm_jax.run.fingerprints import summary_of
 from elm_jax.runtime import distributed
 
-_VERSION = 1  # of what is sealed: lists, and the JSON of a checkpoint
-_SEAL, _LIST = "checksum", re.compile(r"checksums-(\d+)-of-(\d+)\.json")
+_LIST = re.compile(r"checksums-(\d+)-of-(\d+)\.json")
 _PIECE = 2**22  # bytes of a file that are read at once
-
-
-def seal(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with its own checksum, which `sealed` looks at."""
-    whole = {**facts, "version": _VERSION}
-    return {**whole, _SEAL: _checksum_of(whole)}
-
-
-def sealed(facts: Mapping[str, Any]) -> bool:
-    """Whether a JSON object is as `seal` made it."""
-    rest = {name: value for name, value in facts.items() if name != _SEAL}
-    return facts.get("version") == _VERSION and facts.get(_SEAL) == _checksum_of(rest)
-
-
-def _checksum_of(facts: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 
 def own_checksums(folder: Path) -> dict[str, list[Any]]:

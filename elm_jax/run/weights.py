@@ -23,7 +23,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from elm_jax.assemble import Assembly, assemble
 from elm_jax.config import Config, LoraConfig
 from elm_jax.errors import UserError, some
-from elm_jax.folders import TOKENIZER, read_json, run_folder
+from elm_jax.folders import TOKENIZER, read_run_config, run_folder
 from elm_jax.models.functional import Arrays, Leaf
 from elm_jax.models.lora import is_lora
 from elm_jax.models.names import Rule
@@ -234,7 +234,7 @@ def first_arrays(assembly: Assembly, folder: Path, shardings: Mapping[str, Any],
     if config.init_from is None:
         return Weights(assembly).place(shardings)
     source = run_folder(config.init_from, "config.init_from")
-    before = read_json(source / "config.json").get("llm", {})
+    before = read_run_config(source).get("llm", {})
     _check_adapter(source, LoraConfig(**before.get("lora", {})), config.llm.lora)
     weights = TrainedWeights(source, "best", assembly, "config.init_from")
     lacking = _lacking(config, weights)
