@@ -14,6 +14,8 @@ import pytest
 import warm
 from hypothesis import settings
 
+from elm_jax.runtime.compilation import keep_compiled
+
 FAKE_DEVICES = 8
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,7 +45,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported is not looked through again by each collection of garbage: a tenth of the time of what traces."""
+    """What is imported is not looked through again by each collection of garbage, a tenth of the time of what traces;
+    and programs are kept as commands keep them, so that each finds what the other has compiled."""
+    if "jax" in sys.modules:
+        keep_compiled()
     gc.collect()
     gc.freeze()
     gc.set_threshold(*warm.COLLECTED)
