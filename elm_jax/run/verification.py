@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 import tensorstore
 import xxhash
+from etils import epath
 
 from elm_jax.errors import UserError, one_line
 from elm_jax.folders import seal, sealed, write_json
@@ -107,6 +109,24 @@ def _open(item: Path, name: str) -> Any:
     """An array as the checkpoint library lays it out; read without it, for it has its processes wait for each other."""
     store = {"driver": "ocdbt", "base": f"file://{item.absolute()}/", "path": f"{name}/"}
     return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
+
+
+def wrong_layout(folder: Path, arrays: Iterable[str]) -> str:
+    """What the checkpoint library would stumble over: its own notes of the arrays `item/name`; empty if nothing."""
+    expected: dict[str, set[str]] = {}
+    for name in arrays:
+        expected.setdefault(name.partition("/")[0], set()).add(name.partition("/")[2])
+    for item, names in expected.items():
+        try:
+            tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder.absolute() / item)).tree
+            found = {".".join(path) for path in ocp.tree.to_flat_dict(tree)}
+            for notes in (folder / item / "array_metadatas").glob("*"):
+                parse_json(notes.read_bytes())
+        except Exception as error:
+            return f"{item} cannot be read: {one_line(str(error))[:200]}"
+        if found != names:
+            return f"{item} has other arrays than were saved"
+    return ""
 
 
 def unreadable(folder: Path, items: Iterable[str]) -> str:
