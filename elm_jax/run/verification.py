@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ def wrong_layout(folder: Path, arrays: Iterable[str]) -> str:
             tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder.absolute() / item)).tree
             found = {".".join(path) for path in ocp.tree.to_flat_dict(tree)}
             for notes in (folder / item / "array_metadatas").glob("*"):
-                parse_json(notes.read_bytes())
+                for entry in parse_json(notes.read_bytes())["array_metadatas"]:
+                    itemgetter("param_name", "write_shape", "chunk_shape")(entry["array_metadata"])
         except Exception as error:
             return f"{item} cannot be read: {one_line(str(error))[:200]}"
         if found != names:
