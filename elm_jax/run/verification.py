@@ -17,7 +17,6 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore
 import xxhash
-from etils import epath
 
 from elm_jax.errors import UserError, one_line
 from elm_jax.folders import seal, sealed, write_json
@@ -119,7 +118,8 @@ def wrong_layout(folder: Path, arrays: Iterable[str]) -> str:
         expected.setdefault(name.partition("/")[0], set()).add(name.partition("/")[2])
     for item, names in expected.items():
         try:
-            tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder.absolute() / item)).tree
+            with ocp.PyTreeCheckpointer() as library:
+                tree = library.metadata(folder.absolute() / item).item_metadata.tree
             found = {".".join(path) for path in ocp.tree.to_flat_dict(tree)}
             for notes in (folder / item / "array_metadatas").glob("*"):
                 for entry in parse_json(notes.read_bytes())["array_metadatas"]:
