@@ -65,9 +65,7 @@ class DataConfig:
         0.001, "part of the records that may be bad before the run stops", limit="at least 0 and below 1"
     )
     workers: int = key(0, "loader processes; 0 loads in the training process", limit="at least 0")
-    timeout: float = key(
-        300.0, "seconds after which training stops when a record is still being read; 0 is never", limit="at least 0"
-    )
+    timeout: float = key(300.0, "seconds of reading one record that stop a training; 0 is never", limit="at least 0")
 
 
 @dataclass(frozen=True)

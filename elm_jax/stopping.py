@@ -142,11 +142,11 @@ class listening:
             signal.signal(number, handler or signal.SIG_DFL)
         signal.set_wakeup_fd(self._fd_before)
         self._left.set()
-        self._mouth.close()
+        with contextlib.suppress(BlockingIOError):
+            self._mouth.send(b"\0")  # wakes it
         self._watch.join()
         self._ear.close()
-        if self._ending is not None:
-            self._ending.cancel()
+        self._mouth.close()
         _listener = None
 
     def _hear(self, number: int, _: FrameType | None) -> None:
@@ -158,10 +158,17 @@ class listening:
             raise Interrupted(_stopped_by(number))
         elif self._ending is None:
             stop = Stopped(_stopped_by(number))
-            self._ending = threading.Timer(GRACE, end_now, (stop.text, STOPPED))
+            self._ending = threading.Timer(GRACE, self._end, (stop,))
             self._ending.daemon = True
             self._ending.start()
             raise stop
+
+    def _end(self, stop: Stopped) -> None:
+        """The main thread does not end, or after it another one."""
+        if _listener is self:
+            end_now(stop.text, stop.status)
+        if not threading.main_thread().is_alive():  # else a program that has called us goes on
+            os._exit(stop.status)
 
     def _watch_main(self) -> None:
         """End the process where the main thread does not hear a signal: the system wakes this one, too."""

@@ -2,21 +2,28 @@
 
 As a program this is the train command with one more ResNet layout, `tiny`, which compiles in a fraction of the
 time; and it sends itself the signal that TEST_SIGNAL asks for: `KILL@step=7` when the line of step 7 has been
-logged, `KILL@rename=6/optimizer` when that part of checkpoint 6 is about to be moved to its final name. With TEST_MESH
+logged, `KILL@rename=6/optimizer` when that part of checkpoint 6 is about to be moved to its final name,
+`TERM*3@doing=^saving#2` three times when it does what matches for the second time (`elm_jax.stopping.doing`),
+`INT@call=elm_jax.run.folder:open_folder#1` before a function is called, `USR1@import=orbax.checkpoint`. With TEST_MESH
 the devices of two processes take turns on the mesh, as neighbours on a torus may. The file TEST_SAMPLES gets a line for
 each step that is taken: its number, and the ids of this process's samples in their order. TEST_STUCK is the number of a
-record whose reading never ends, and the file that appears when it begins.
+record whose reading never ends, and the file that appears when it begins. TEST_COMMAND is another command with
+arguments of its own, as `evaluate`.
 """
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import os
 import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,10 +172,36 @@ def _text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, list | dict | bool) else str(value)
 
 
-def _arm(asked: str) -> None:
+def arm(asked: str) -> None:
     """Have this process send itself a signal at the moment asked for."""
-    name, kind, moment = re.fullmatch(r"(\w+)@(\w+)=(.+)", asked).groups()  # type: ignore[union-attr]
+    name, times, kind, moment = re.fullmatch(r"(\w+?)(?:\*(\d+))?@(\w+)=(.+)", asked).groups()  # type: ignore[union-attr]
     number = getattr(signal, f"SIG{name}")
+
+    def send(times: int = int(times or 1)) -> None:
+        os.kill(os.getpid(), number)
+        if times > 1:  # from elsewhere: this may end what happens here
+            threading.Timer(0.02, send, (times - 1,)).start()
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
+    if kind == "import":
+        sys.meta_path.insert(0, _Watched(moment, send))  # type: ignore[arg-type]
+        return
+    if kind in ("doing", "call"):
+        what, _, count = moment.rpartition("#")
+        place, _, name = what.partition(":") if kind == "call" else ("elm_jax.stopping", "", "doing")
+        owner, times_left = importlib.import_module(place), itertools.count(1 - int(count))  # 0 at the moment
+        function = getattr(owner, name)
+
+        def and_signal(*arguments: Any, **named: Any) -> Any:
+            now = kind == "call" or re.search(what, arguments[0]) is not None
+            if kind == "doing":
+                function(*arguments)
+            if now and next(times_left) == 0:
+                send()
+            return function(*arguments, **named) if kind == "call" else None
+
+        setattr(owner, name, and_signal)
+        return
     if kind == "step":
         from elm_jax.runtime.telemetry import MetricsFile
 
@@ -177,7 +210,7 @@ def _arm(asked: str) -> None:
         def write_and_signal(self: MetricsFile, values: dict[str, Any]) -> None:
             write(self, values)
             if values.get("step") == int(moment) and "loss" in values:
-                os.kill(os.getpid(), number)
+                send()
 
         MetricsFile.write = write_and_signal  # type: ignore[method-assign, assignment]
         return
@@ -188,10 +221,21 @@ def _arm(asked: str) -> None:
 
     def rename_or_signal(source: Any, target: Any, **kwargs: Any) -> None:
         if final.search(str(target)) and str(target).endswith(item or step):
-            os.kill(os.getpid(), number)
+            send()
         rename(source, target, **kwargs)
 
     os.rename = rename_or_signal  # type: ignore[assignment]
+
+
+class _Watched:
+    """Tells when a module is about to be imported."""
+
+    def __init__(self, name: str, tell: Callable[[], None]) -> None:
+        self.name, self.tell = name, tell
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name == self.name:
+            self.tell()
 
 
 def _note_samples(path: str) -> None:
@@ -244,9 +288,11 @@ if __name__ == "__main__":
 
     merl.LAYOUTS["tiny"] = (merl.basic, (1,))
     if os.environ.get("TEST_SIGNAL"):
-        _arm(os.environ["TEST_SIGNAL"])
+        arm(os.environ["TEST_SIGNAL"])
     if os.environ.get("TEST_SAMPLES"):
         _note_samples(os.environ["TEST_SAMPLES"])
     if os.environ.get("TEST_MESH"):
         _take_turns()
+    if command := os.environ.get("TEST_COMMAND"):
+        sys.exit(cli.guard(importlib.import_module(f"elm_jax.{command}").main))
     cli.run(elm_jax.train.main)

@@ -55,15 +55,18 @@ class Lifeline:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, stopping.Stopped | stopping.Interrupted):
-            stopping.end_now(error.text, error.status)  # JAX would wait for the others
-        self.leave(None if isinstance(error, SystemExit) else error)
+        self.leave(error)
 
     def leave(self, error: BaseException | None = None) -> None:
-        """Say that this process ends, in order or by `error`; after an error it ends soon, whatever waits for others.
+        """Say that this process ends, in order or by `error`; after an error it ends soon, whatever waits for others;
+        where a signal has stopped it, now.
 
         Where the error may come of another process being gone, this one first waits for word of it.
         """
+        if isinstance(error, stopping.Stopped | stopping.Interrupted):
+            stopping.end_now(error.text, error.status)  # JAX would wait for the others
+        if isinstance(error, SystemExit):
+            error = None
         if error is not None and not isinstance(error, UserError):
             time.sleep(GRACE_SECONDS / 4)  # the watching thread ends the process if another one is gone
         self._leaving.set()

@@ -232,11 +232,11 @@ class Trainer:
 
     # -- one step ---------------------------------------------------------------------------------------------
 
-    def _steps(self, source: StepSource, first: int, workers: int = 0) -> Iterator[Loaded]:
+    def _steps(self, source: StepSource, first: int, workers: int = 0, what: str = "step") -> Iterator[Loaded]:
         if self.rollouts is not None:
             return self.rollouts.steps(source, first, lambda: self._arrays)
         timeout = self.config.data.timeout
-        return stopping.each(steps_from(source, first, workers, timeout), "step", first)
+        return stopping.each(steps_from(source, first, workers, timeout), what, first)
 
     @property
     def _arrays(self) -> Arrays:
@@ -288,7 +288,7 @@ class Trainer:
         arrays = self._arrays
         sharding = batch_sharding(self.mesh, micro_batches=False)
         total, count = Counter[str](), Counter[str]()
-        for loaded in self._steps(self.validation, 0):
+        for loaded in self._steps(self.validation, 0, what="batch"):
             self.health.note(done, loaded.bad)
             batch = jax.tree.map(lambda x: to_device(self.mesh, x[0], sharding, row_axis=0), loaded.batch)
             for whole, part in zip((total, count), jax.device_get(self.program.eval_step(arrays, batch)), strict=True):

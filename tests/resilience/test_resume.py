@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import damage
 import kills
 import numpy as np
 import order
@@ -76,28 +75,16 @@ def test_killed_in_saves_and_at_any_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_terminated(place: Path, unbroken: Path) -> None:
-    folder, stopped_at = place / "terminated", 5
-    message = runs.train(folder, 143, ask=f"TERM@step={stopped_at}")
-    assert f"stopped after step {stopped_at}" in message
-    assert committed(folder) == [3, stopped_at] and not (folder / "DONE").exists()
+def test_asked_to_stop(place: Path, unbroken: Path) -> None:
+    """Before its first step and, more than once, while it saves. scripts/reliability/signals.py has all phases."""
+    folder = place / "asked"
+    message = runs.train(folder, 143, ask="USR1@doing=^loading the weights#1")
+    assert "stopped by SIGUSR1 (loading the weights)" in message and "Traceback" not in message
+    message = runs.train(folder, 143, ask="TERM*3@doing=^saving#2")
+    assert "stopped after step 7 by SIGTERM" in message and "SIGTERM again: the step ends" in message
+    assert committed(folder) == [6, 7] and not (folder / "DONE").exists()
     runs.train(folder)
     assert_same_end(folder, unbroken)
-
-
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_found_and_the_run_goes_on_from_an_older_one(
-    unbroken: Path, tmp_path: Path
-) -> None:
-    """The short form of scripts/reliability/damage.py."""
-    shutil.copytree(unbroken, tmp_path / "run")
-    trainer = Trainer(config_of(tmp_path / "run"), tmp_path / "run")
-    trainer._build()
-    run = damage.finished(tmp_path / "run", trainer)
-    outcomes = list(damage.sweep(run, tmp_path, places=3, seed=SEED, every=12))
-    assert len(outcomes) > 20 and {outcome.what for outcome in outcomes} <= {"found", "harmless"}, outcomes
-    assert all(outcome.what == "found" for outcome in outcomes if outcome.way == "resume")
-    assert damage.goes_on(run, tmp_path) == ""
 
 
 # -- on another mesh ------------------------------------------------------------------------------------------

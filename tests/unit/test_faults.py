@@ -101,18 +101,21 @@ def test_it_ends_a_process_whose_main_thread_hears_nothing() -> None:
     assert ended.stderr == "stopped by SIGTERM (compiling); run the same command to go on\n"
 
 
-def test_it_ends_a_process_that_does_not_come_to_its_end() -> None:
+@pytest.mark.parametrize("waits", ["time.sleep(100)", "threading.Thread(target=time.sleep, args=(100,)).start()"])
+def test_it_ends_a_process_that_does_not_come_to_its_end(waits: str) -> None:
     code = (
-        "stopping.GRACE = 0.1\n"
+        "import threading\n"
+        "stopping.GRACE = 0.5\n"
         "def command(_):\n"
         "    try:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "    finally:\n"
-        "        time.sleep(100)\n"
+        f"        {waits}\n"
         "sys.exit(cli.guard(command, []))\n"
     )
     ended = program(code)
-    assert ended.returncode == 143 and ended.stderr.startswith("stopped by SIGTERM (starting)"), ended.stderr
+    assert ended.returncode == 143, ended.stderr
+    assert ended.stderr == "stopped by SIGTERM (starting); run the same command to go on\n"
 
 
 # -- or asks training to stop ---------------------------------------------------------------------------------
