@@ -31,9 +31,9 @@ if TYPE_CHECKING:  # it imports this module
 
 AHEAD, AHEAD_OF_PROCESS = 4, 2  # steps that are there before they are asked for; a process has one more at hand
 LOOK = 1.0  # seconds from one look at the readers to the next
-SILENT = 7.0  # seconds without a sign of life, in two looks, after which a process counts as stuck
+SILENT = 6.0  # seconds without a sign of life, in two looks, after which a process counts as stuck
 START = 300.0  # in which a process has its data, and gives the first
-END = 2.0  # seconds in which a reader ends
+END = 1.0  # seconds in which a reader ends
 NOTHING = -1  # the number of no record
 GO_ON = "the same command goes on from the last checkpoint"
 

@@ -249,9 +249,9 @@ class Checkpoints:
             return f"{META}: {error.found}"
         if _has_sums(meta):
             mine = {name: value for name, value in meta["sums"].items() if name.partition("/")[0] in self._items}
-            return verification.wrong_array(self._path(step), mine)
+            return verification.wrong_array(self._path(step), mine) or verification.wrong_layout(self._path(step), mine)
         if jax.process_index() == 0:
-            said = f"{self._path(step)} is of a version that kept no checksums: it can be read at most, not verified"
+            said = f"{self._path(step)} was saved by a version that kept no checksums: it cannot be verified"
             print(printable(said), file=sys.stderr)
         return verification.unreadable(self._path(step), self._items)
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 import tensorstore
 import xxhash
 
@@ -107,6 +109,26 @@ def _open(item: Path, name: str) -> Any:
     """An array as the checkpoint library lays it out; read without it, for it has its processes wait for each other."""
     store = {"driver": "ocdbt", "base": f"file://{item.absolute()}/", "path": f"{name}/"}
     return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
+
+
+def wrong_layout(folder: Path, arrays: Iterable[str]) -> str:
+    """What the checkpoint library would stumble over: its own notes of the arrays `item/name`; empty if nothing."""
+    expected: dict[str, set[str]] = {}
+    for name in arrays:
+        expected.setdefault(name.partition("/")[0], set()).add(name.partition("/")[2])
+    for item, names in expected.items():
+        try:
+            with ocp.PyTreeCheckpointer() as library:
+                tree = library.metadata(folder.absolute() / item).item_metadata.tree
+            found = {".".join(path) for path in ocp.tree.to_flat_dict(tree)}
+            for notes in (folder / item / "array_metadatas").glob("*"):
+                for entry in parse_json(notes.read_bytes())["array_metadatas"]:
+                    itemgetter("param_name", "write_shape", "chunk_shape")(entry["array_metadata"])
+        except Exception as error:
+            return f"{item} cannot be read: {one_line(str(error))[:200]}"
+        if found != names:
+            return f"{item} has other arrays than were saved"
+    return ""
 
 
 def unreadable(folder: Path, items: Iterable[str]) -> str:

@@ -58,7 +58,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             "mesh",
             asked,
             f"sizes whose product is the number of devices, {len(devices)}",
-            "set --config.mesh.*",
+            "set --config.mesh.*; -1 in one of them is what is left, on any number of devices",
         )
     try:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

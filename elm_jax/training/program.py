@@ -26,7 +26,7 @@ from elm_jax.exchange.reference import Kinds, published_rules
 from elm_jax.models.functional import Structure
 from elm_jax.models.hints import placed
 from elm_jax.run.folder import REFERENCE
-from elm_jax.runtime.mesh import MeshPlacement, array_shardings, batch_sharding, batch_ways
+from elm_jax.runtime.mesh import MeshPlacement, array_shardings, batch_sharding, batch_ways, divisors
 from elm_jax.training.muon import matrices, matrices_by_name
 from elm_jax.training.optim import make_optimizer
 from elm_jax.training.state import TrainState, abstract_state, split_names
@@ -80,10 +80,11 @@ def check_rows(config: Config, mesh: Mesh) -> None:
     rows = config.train.batch_size // accum
     if rows % ways:
         below, above = (accum * ways * n for n in (rows // ways, rows // ways + 1))
+        fits = max(n for n in divisors(rows) if n <= ways)
         raise UserError(
             "train.batch_size", f"{rows} rows a micro-batch", f"a multiple of data x fsdp = {ways}",
-            f"set --config.train.batch_size={f'{below} or ' if below else ''}{above}, or change optim.accum_steps or"
-            " mesh.*",
+            f"set --config.train.batch_size={f'{below} or ' if below else ''}{above}, or change optim.accum_steps;"
+            f" a run that goes on keeps them: start it on data x fsdp = {fits}, with fewer devices or more mesh.tensor",
         )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import common
 import runs
 
-WORKER, TIMEOUT = 10.0, 8.0  # seconds: what is promised of a worker, and what data.timeout and peers are given here
+WORKER, TIMEOUT = 10.0, 12.0  # seconds: what is promised of a worker, and what data.timeout and peers are given here
 STATUS = 75
 POLL = 0.01
 STUCK = 40  # number of the record that sticks

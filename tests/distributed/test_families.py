@@ -160,7 +160,8 @@ def test_heads_that_do_not_divide(heads: int, kv_heads: int, ways: int, fix: int
 
 def test_rows_that_do_not_divide() -> None:
     config = resolve({"train": {"batch_size": 12}, "optim": {"accum_steps": 2}})
-    advice = r"found 6 rows a micro-batch; expected a multiple of data x fsdp = 4; .*batch_size=8 or 16"
+    found = "found 6 rows a micro-batch; expected a multiple of data x fsdp = 4"
+    advice = f"{found}; .*batch_size=8 or 16, .*data x fsdp = 3,"
     with pytest.raises(UserError, match=advice):
         check_rows(config, mesh_of(2, 2, 1))
     check_rows(resolve({"train": {"batch_size": 16}, "optim": {"accum_steps": 2}}), mesh_of(2, 2, 1))

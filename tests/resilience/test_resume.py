@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import damage
 import kills
 import numpy as np
 import order
@@ -85,6 +86,21 @@ def test_asked_to_stop(place: Path, unbroken: Path) -> None:
     assert committed(folder) == [6, 7] and not (folder / "DONE").exists()
     runs.train(folder)
     assert_same_end(folder, unbroken)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_found_and_the_run_goes_on_from_an_older_one(
+    unbroken: Path, tmp_path: Path
+) -> None:
+    """The short form of scripts/reliability/damage.py."""
+    shutil.copytree(unbroken, tmp_path / "run")
+    trainer = Trainer(config_of(tmp_path / "run"), tmp_path / "run")
+    trainer._build()
+    run = damage.finished(tmp_path / "run", trainer)
+    outcomes = list(damage.sweep(run, tmp_path, places=3, seed=SEED, every=12))
+    assert len(outcomes) > 20 and {outcome.what for outcome in outcomes} <= {"found", "harmless"}, outcomes
+    assert all(outcome.what == "found" for outcome in outcomes if outcome.way == "resume")
+    assert damage.goes_on(run, tmp_path) == ""
 
 
 # -- on another mesh ------------------------------------------------------------------------------------------
