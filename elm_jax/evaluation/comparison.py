@@ -11,8 +11,8 @@ import numpy as np
 
 from elm_jax.errors import UserError, nearest
 from elm_jax.evaluation.results import perfect_note
-from elm_jax.evaluation.store import AGAIN, CONTROLS, predictions_in
-from elm_jax.folders import json_lines, read_json, read_run_config
+from elm_jax.evaluation.store import CONTROLS, answers_in, predictions_in
+from elm_jax.folders import read_json, read_run_config
 from elm_jax.pictures.page import filled
 from elm_jax.pictures.svg import Bar, bars
 from elm_jax.scoring.dependence import METRIC, PREFERRED, by_question, pairing, tested
@@ -82,11 +82,21 @@ def _scorer(folders: Sequence[Path], protocol: str, wordnet: str | None, bert_mo
     """With what is named, which must be there; else with what the runs name, which this machine may lack."""
     is_named = wordnet is not None or bert_model is not None
     if not is_named:
-        told = [read_run_config(folder).get("eval", {}) for folder in folders]
         wordnet, bert_model = (
-            next((one[key] for one in told if one.get(key)), None) for key in ("wordnet", "bert_model")
+            next(filter(None, (_told(folder, key) for folder in folders)), None) for key in ("wordnet", "bert_model")
         )
     return Scorer(protocol, wordnet, bert_model, end, must=is_named)
+
+
+def _told(folder: Path, key: str) -> str | None:
+    """What a run's configuration says of `eval.<key>`."""
+    path = folder / "config.json"
+    section = read_run_config(folder).get("eval", {})
+    value = section.get(key) if isinstance(section, dict) else section
+    if value is not None and not isinstance(value, str):
+        fix = "put the run's own config.json back"
+        raise UserError(f"{path}, eval.{key}", repr(value)[:80], "text or nothing", fix)
+    return value
 
 
 def _differences(a: Table, b: Table) -> dict[str, dict[str, Any]]:
@@ -109,7 +119,7 @@ def _owed(outs: Sequence[Path], lines: Sequence[Lines], scorer: Scorer) -> tuple
     the table of the n questions. The control is the first under which all runs answered all of them, or None."""
     tables = [_right_or_not(scorer, run) for run in lines]
     for control in PREFERRED if tables[0].pairs else ():
-        answered = [_right_or_not(scorer, json_lines(out / CONTROLS / f"{control}.jsonl", AGAIN)) for out in outs]
+        answered = [_right_or_not(scorer, answers_in(out / CONTROLS / f"{control}.jsonl")) for out in outs]
         known = [by_question(table, METRIC) for table in answered]
         if all(pair.id in scores for pair in tables[0].pairs for scores in known):
             owed = [

@@ -94,7 +94,7 @@ def ask_labels(
     if not recordings:
         expected = f"recordings of {DATABASE}"
         raise UserError("eval.labels", "none in this split", expected, "evaluate a table of PTB-XL's recordings")
-    known = {line["id"]: line["p"] for line in file.lines if len(line["p"]) == len(statements)}
+    known = {line["id"]: line["p"] for line in file.lines if list(map(type, line["p"])) == [float] * len(statements)}
     rest = [number for number in sorted(recordings) if number not in known]
     for number in stopping.each(tqdm(rest, "labels", unit="recordings", disable=not progress), "recording's labels"):
         model.engine.prefills.forget()  # so that a recording's answers do not depend on those before it

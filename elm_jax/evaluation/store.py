@@ -23,6 +23,10 @@ LEFT = (PREDICTIONS, PROBLEMS, LABELS, CONTROLS, "metrics.json", "report.html", 
 _MOVING = "previous.tmp"
 AGAIN = "evaluate the run again: python -m elm_jax.evaluate --checkpoint W"
 Line = dict[str, Any]
+# What every line of a file has: its keys, with the types of their values.
+ANSWER = {"id": str, "answer": str, "truth": str}
+PROBLEM = {"fold": int, "record": int, **dict.fromkeys(("where", "found", "expected", "fix"), str)}
+LABEL = {"id": str, "p": list}
 
 
 class Store:
@@ -37,8 +41,8 @@ class Store:
         if (folder / _MOVING).is_dir() or not path.is_file() or json_if_whole(path) != identity:
             _set_aside(folder, identity)
             write_json(path, identity)
-        self.problems = AnswerFile(folder / PROBLEMS)  # what was noted of records that cannot be evaluated
-        self.labels = AnswerFile(folder / LABELS)  # what was asked of labels (`labels.ask_labels`)
+        self.problems = AnswerFile(folder / PROBLEMS, PROBLEM)  # what was noted of records that cannot be evaluated
+        self.labels = AnswerFile(folder / LABELS, LABEL)  # what was asked of labels (`labels.ask_labels`)
 
     def answers(self, condition: str) -> AnswerFile:
         """The file of a condition; `real` is predictions.jsonl."""
@@ -75,11 +79,14 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any], section: str =
 
 
 class AnswerFile:
-    """Lines of JSON. What a stop left of a last line is cut off."""
+    """Lines of JSON. What a stop left of a last line is cut off; so is all from a line on that was not written here."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keys: Mapping[str, type] = ANSWER) -> None:
         self.path, self.lines, self._ends, end = path, [], [], 0
-        for value, end in whole_lines(path.read_bytes()) if path.is_file() else ():
+        for value, after in whole_lines(path.read_bytes()) if path.is_file() else ():
+            if _lacking(value, keys):
+                break
+            end = after
             self.lines.append(value)
             self._ends.append(end)
         self._taken = 0
@@ -125,9 +132,29 @@ class AnswerFile:
                 file.truncate(self._ends[-1] if self._ends else 0)
 
 
+def _lacking(line: Line, keys: Mapping[str, type]) -> list[str]:
+    return [key for key, kind in keys.items() if type(line.get(key)) is not kind]
+
+
+def answers_in(path: Path) -> list[Line]:
+    """The answers in a file of an evaluation, none where there is no file.
+
+    Raises:
+        UserError: it has another line, which is named.
+    """
+    found = json_lines(path, AGAIN)
+    for number, line in enumerate(found, 1):
+        lacking, answers = _lacking(line, ANSWER), line.get("answers", [])
+        if lacking:
+            raise UserError(f"{path}, line {number}", f"no text as {lacking[0]}", "an answer of an evaluation", AGAIN)
+        if type(answers) is not list or not all(type(one) is str for one in answers):
+            raise UserError(f"{path}, line {number}", "answers that are no texts", "an answer of an evaluation", AGAIN)
+    return found
+
+
 def predictions_in(folder: Path) -> list[Line]:
     """The predictions of an evaluation. Raises UserError where there are none."""
-    found = json_lines(folder / PREDICTIONS, AGAIN)
+    found = answers_in(folder / PREDICTIONS)
     if not found:
         raise UserError(folder / PREDICTIONS, "no answer", "an evaluation's predictions", AGAIN)
     return found

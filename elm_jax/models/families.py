@@ -81,7 +81,7 @@ def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
 
     Raises UserError for an unknown model type, an unknown or missing field, or a value we do not compute.
     """
-    family = family_of(config.get("model_type", ""), where)
+    family = family_of(str(config.get("model_type", "")), where)
     _refuse_unknown(config, family, where)
     values = _read_fields(config, family, where)
     values |= {"tied": config.get("tie_word_embeddings", family.tied), "model_type": family.model_type}

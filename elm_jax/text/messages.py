@@ -4,7 +4,7 @@ A message's parts are strings and ECGs (None, in the order of the record's ECGs)
 """
 
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from elm_jax.errors import UserError
@@ -81,19 +81,14 @@ def keep(messages: list[Message], indices: Iterable[int]) -> list[Message]:
     return kept
 
 
-def without_oldest(messages: list[Message]) -> list[Message] | None:
-    """Without the oldest exchange (questions and their answers).
-
-    In the last exchange, without its oldest message that is neither the last question nor the last message.
-    None if nothing can go.
-    """
+def oldest_first(messages: list[Message]) -> list[range]:
+    """The indices that may go, in this order: each exchange (questions and their answers) but the last; in that one
+    each message that is neither the last question nor the last message."""
     roles = [message.role for message in messages]
-    for i in range(1, len(roles)):
-        if roles[i] == "user" and roles[i - 1] == "assistant":
-            return keep(messages, range(i, len(roles)))
-    last_question = len(roles) - 1 - roles[::-1].index("user")
-    spare = [i for i in range(len(roles) - 1) if i != last_question]
-    return keep(messages, [i for i in range(len(roles)) if i != spare[0]]) if spare else None
+    starts = [i for i in range(1, len(roles)) if roles[i] == "user" and roles[i - 1] == "assistant"]
+    last_question = max((i for i, role in enumerate(roles) if role == "user"), default=None)
+    spare = (i for i in range(max(starts, default=0), len(roles) - 1) if i != last_question)
+    return [*(range(start, end) for start, end in pairwise([0, *starts])), *(range(i, i + 1) for i in spare)]
 
 
 def trimmed(messages: list[Message], length: int) -> list[Message]:

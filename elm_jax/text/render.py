@@ -29,7 +29,7 @@ from elm_jax.text.forms import CHAT_FORMS, ChatForm
 from elm_jax.text.messages import Message, answered, place, without_empty_answers
 from elm_jax.text.turns import Turn, clean_text, count_marks, decode_text, to_turns
 from elm_jax.text.vocabulary import SIGNAL_TOKEN, THINK_TOKENS, Vocabulary, backend_of, vocabulary
-from elm_jax.text.write import THINK_PREFIX, Draft, Style, TextSpec, Writer, fitted_chat, fitted_text, text_draft
+from elm_jax.text.write import THINK_PREFIX, Draft, Style, TextSpec, Writer, fitted_chat, fitted_text
 
 __all__ = [
     "CHAT_FORMS",
@@ -136,7 +136,7 @@ def to_prompt(conversation: Any, tokenizer: Any, spec: TextSpec, n_ecgs: int | N
     """`render_prompt`, of a spec."""
     style, messages, n_ecgs = _opened(conversation, tokenizer, spec, n_ecgs)
     if spec.phase == "pretrain":
-        return _rendered(style, text_draft(style, n_ecgs, None), n_ecgs)
+        return _rendered(style, fitted_text(style, n_ecgs, None), n_ecgs)
     opening = THINK_PREFIX if spec.explicit_thinking else ""
     return _rendered(style, fitted_chat(style, without_empty_answers(messages), opening), n_ecgs)
 
@@ -153,7 +153,7 @@ def to_prompts(
     """
     style, messages, n_ecgs = _opened(conversation, tokenizer, spec, n_ecgs)
     if spec.phase == "pretrain":
-        return [(_rendered(style, text_draft(style, n_ecgs, None), n_ecgs), _answers(messages))]
+        return [(_rendered(style, fitted_text(style, n_ecgs, None), n_ecgs), _answers(messages))]
     messages, prompts = answered(messages), []
     for i, message in enumerate(messages):
         if message.role == "assistant":

@@ -16,7 +16,7 @@ _FORMS = f"{CONVERSATIONS} or a string"
 _TAG = re.compile(r"<\s*(?:ecg|image)\s*>\s*", re.IGNORECASE)
 _ECG_MARK = re.compile(r"<\s*ecg\s*>\s*", re.IGNORECASE)
 _PICTURE = re.compile(r"\b(?:image|picture)\b", re.IGNORECASE)
-_SPEAKER = re.compile(r"\s*(?:(?:user|assistant|human|gpt|model|system|q|a)?\s*[:：]\s*)+", re.IGNORECASE)
+_SPEAKER = re.compile(r"\s*(?:(?:(?:user|assistant|human|gpt|model|system|q|a)\s*)?[:：]\s*)+", re.IGNORECASE)
 
 
 class Turn(NamedTuple):

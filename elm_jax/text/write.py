@@ -3,12 +3,14 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain
 from typing import NamedTuple
 
 from elm_jax.errors import UserError
 from elm_jax.text import compat as chat_compat
 from elm_jax.text.forms import ChatForm
-from elm_jax.text.messages import Message, runs, trimmed, without_oldest
+from elm_jax.text.messages import Message, keep, oldest_first, runs, trimmed
 from elm_jax.text.vocabulary import SIGNAL_TOKEN, Vocabulary
 
 THINK_PREFIX = "<think>\n"
@@ -223,14 +225,24 @@ def fitted_chat(style: Style, messages: list[Message], opening: str | None = Non
         return draft
     if style.by_tokens and not is_open:
         return _without_tokens(style, draft, limit, pretrain=False)
-    while _needed(draft, is_open) > limit:
-        shorter = without_oldest(messages)
-        if shorter is None and style.system is None:
-            break
-        if shorter is None:
-            style = replace(style, system=None)
-        else:
-            messages = shorter
+    if _needed(draft, is_open) <= limit:
+        return _cut(style, draft, limit)
+    going = oldest_first(messages)
+
+    @cache
+    def without(count: int) -> tuple[list[Message], Draft]:
+        gone = set(chain.from_iterable(going[:count]))
+        left = keep(messages, (i for i in range(len(messages)) if i not in gone))
+        return left, chat_draft(style, left, opening)
+
+    most = 1  # few go mostly, and thousands may: how many is not found one by one
+    while most < len(going) and _needed(without(most)[1], is_open) > limit:
+        most *= 2
+    counts = range(most // 2 + 1, min(most, len(going)))
+    place = bisect_left(counts, True, key=lambda count: _needed(without(count)[1], is_open) <= limit)
+    messages, draft = without([*counts, min(most, len(going))][place])
+    if _needed(draft, is_open) > limit and style.system is not None:
+        style = replace(style, system=None)
         draft = chat_draft(style, messages, opening)
     if _needed(draft, is_open) <= limit:
         return _cut(style, draft, limit)
@@ -243,12 +255,12 @@ def fitted_chat(style: Style, messages: list[Message], opening: str | None = Non
     return _cut(style, chat_draft(style, trimmed(messages, length), opening), limit, is_open)
 
 
-def fitted_text(style: Style, ecgs: int, text: str) -> Draft:
-    """The pretraining draft; where it is too long the end of the text goes, and the eos with it."""
+def fitted_text(style: Style, ecgs: int, text: str | None) -> Draft:
+    """The pretraining draft (`text_draft`); where it is too long the end of the text goes, and the eos with it."""
     draft, limit = text_draft(style, ecgs, text), style.spec.max_len
     if limit is None or len(draft.ids) <= limit:
         return draft
-    if style.by_tokens:
+    if style.by_tokens and text is not None:
         return _without_tokens(style, draft, limit, pretrain=True)
     return _cut(style, draft, limit)
 

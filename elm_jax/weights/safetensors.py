@@ -150,6 +150,8 @@ def _read_header(path: Path, content: mmap.mmap) -> tuple[dict[str, TensorInfo],
     if not isinstance(header, dict):
         _fail(path, "a header that is no JSON object")
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        _fail(path, "metadata that are no texts by name")
     spans = sorted(_span(path, name, entry) for name, entry in header.items())
     expected_begin = 0
     for begin, end, name in spans:

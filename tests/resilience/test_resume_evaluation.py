@@ -181,7 +181,7 @@ def test_a_stop_while_old_answers_are_moved_loses_none(tmp_path: Path, monkeypat
         Store(tmp_path, {"split": "test"})
     monkeypatch.setattr(Path, "rename", rename)
     for _ in range(2):
-        Store(tmp_path, {"split": "test"}).answers("real").append({"id": "new"})
+        Store(tmp_path, {"split": "test"}).answers("real").append(line("new"))
     assert sorted(path.name for path in (tmp_path / "previous-1").iterdir()) == [
         "evaluation.json", "metrics.json", "predictions.jsonl", "problems.jsonl",
     ]  # fmt: skip
@@ -259,9 +259,14 @@ def test_a_process_without_the_answers_takes_part(tmp_path: Path, monkeypatch: p
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def line(name: str) -> dict[str, str]:
+    """An answer, as short as can be."""
+    return {"id": name, "answer": "", "truth": ""}
+
+
 def test_answers_about_records_that_were_left_out_later_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    path.write_text("".join(json.dumps({"id": name}) + "\n" for name in "axbcxy"))
+    path.write_text("".join(json.dumps(line(name)) + "\n" for name in "axbcxy"))
     file = AnswerFile(path)
     assert [line["id"] for line in file.take([["a"], ["c", "b"]], {"x", "y"})] == ["a", "b", "c"] and file.whole == 2
     assert file.take([["d"]], {"x", "y"}) == [] and file.whole == 0
@@ -270,11 +275,19 @@ def test_answers_about_records_that_were_left_out_later_are_passed_over(tmp_path
 
 def test_half_a_line_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    path.write_text('{"id": "a"}\n{"id": "b"}\n{"id": "c", "ans')
+    path.write_text(f'{json.dumps(line("a"))}\n{json.dumps(line("b"))}\n{{"id": "c", "ans')
     file = AnswerFile(path)
     assert [line["id"] for line in file.take([["a"], ["b", "c"], ["d"]])] == ["a"] and file.whole == 1
-    file.append({"id": "z"})
-    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "z"]
+    file.append(line("z"))
+    assert [json.loads(one)["id"] for one in path.read_text().splitlines()] == ["a", "z"]
+
+
+@pytest.mark.parametrize("wrong", ['{"id": "b"}', '{"id": "b", "answer": 3, "truth": ""}', "[]", "7"])
+def test_what_is_no_answer_is_cut_off_with_all_behind_it(tmp_path: Path, wrong: str) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text(f'{json.dumps(line("a"))}\n{wrong}\n{json.dumps(line("c"))}\n')
+    assert [one["id"] for one in AnswerFile(path).lines] == ["a"]
+    assert path.read_text() == json.dumps(line("a")) + "\n"
 
 
 def real_model(conf: Any) -> Callable[[], Any]:

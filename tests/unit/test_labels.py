@@ -15,7 +15,7 @@ from elm_jax.errors import UserError
 from elm_jax.evaluation import evaluator
 from elm_jax.evaluation.answering import BadRecords
 from elm_jax.evaluation.labels import PtbXl, Statement, ask_labels, label_scores, read_ptb_xl, read_statements
-from elm_jax.evaluation.store import AnswerFile
+from elm_jax.evaluation.store import LABEL, AnswerFile
 
 CODES = ("{'NORM': 100.0, 'SR': 0.0}", "{'IMI': 15.0, 'SR': 0.0}", "{'AFIB': 0.0}")
 DATABASE = "ecg_id,scp_codes\n" + "".join(f'{i},"{codes}"\n' for i, codes in enumerate(CODES, 1))
@@ -56,15 +56,15 @@ def test_every_statement_is_asked_of_every_recording_and_kept(ptb_xl):
     config = fake_config(data__names=["records.jsonl"], data__root=str(ptb_xl), eval__batch_size=3)
     model, tables = Knows(config, 512), read_ptb_xl(ptb_xl)
     path = ptb_xl / "labels.jsonl"
-    found = asked(model, tables, AnswerFile(path))
+    found = asked(model, tables, AnswerFile(path, LABEL))
     assert len(model.prompts) == 3 * 4
     assert "Does this ECG show atrial fibrillation? Answer yes or no." in model.prompts[2].rendered.prompt
     assert found["rhythm"]["macro_f1"]["value"] == pytest.approx(np.mean([0, 0.8]))
     assert found["rhythm"]["labels"]["SR"] == {"f1": pytest.approx(0.8), "auc": 0.5, "n": 2}
     assert set(found) == {"diagnostic", "rhythm", "superclass", "subclass"}, "no form statement was true of any"
-    again = asked(model, tables, AnswerFile(path))
+    again = asked(model, tables, AnswerFile(path, LABEL))
     assert again == found and len(model.prompts) == 12, "nothing is asked twice"
-    asked(model, tables, AnswerFile(ptb_xl / "other.jsonl"), records=[1])
+    asked(model, tables, AnswerFile(ptb_xl / "other.jsonl", LABEL), records=[1])
     assert len(model.prompts) == 12 + 4, "only of the recordings that are asked about"
 
 
@@ -72,10 +72,10 @@ def test_a_recording_that_cannot_be_read_is_left_out_within_the_limit(ptb_xl):
     config = fake_config(data__names=["records.jsonl"], data__root=str(ptb_xl), eval__batch_size=3)
     (ptb_xl / "records500_00000_00002_hr_0.npy").write_bytes(b"no array")
     model, tables, path = Knows(config, 512), read_ptb_xl(ptb_xl), ptb_xl / "labels.jsonl"
-    found = asked(model, tables, AnswerFile(path), bad=0.4)
+    found = asked(model, tables, AnswerFile(path, LABEL), bad=0.4)
     assert found["rhythm"]["n"] == 2 and len(model.prompts) == 2 * 4
     with pytest.raises(UserError, match="data.max_bad_records"):
-        asked(model, tables, AnswerFile(path), bad=0.1)
+        asked(model, tables, AnswerFile(path, LABEL), bad=0.1)
 
 
 def test_the_recordings_of_all_folds_are_asked_about_once_and_those_left_out_are_counted(ptb_xl, monkeypatch):
