@@ -347,7 +347,7 @@ class Trainer:
             )
 
     def _stop(self, done: int, why: str) -> None:
-        """Leave when the checkpoint of step `done` is on disk."""
+        """Leave when the checkpoint of step `done` is verified."""
         self.report.summary("stop", done)
         self.checkpoints.wait()
         if jax.process_index() == 0:
