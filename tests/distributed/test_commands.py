@@ -35,7 +35,7 @@ REAL = {
     "llm.name": "stories260K", "llm.compute_dtype": "float32", "llm.remat": "none", "data.max_len": 512,
     "data.system_prompt": "", "data.share": "ecg", "encoder.config.resnet_type": "resnet18",
     "encoder.config.width": 4, "encoder.tokens": 8, "update": "encoder,connector,llm", "optim.lr": 2e-3,
-    "train.steps": 4, "train.batch_size": 4, "data.val_fraction": 0,
+    "train.steps": 2, "train.batch_size": 4, "data.val_fraction": 0,  # each step has another shape, and compiles
     "data.names": "ecg_qa.parquet,ptb_xl_reports.parquet",
 }  # fmt: skip
 Flags = dict[str, Any]
