@@ -5,10 +5,11 @@
 
 The run (by default the demo, which goes on beyond its end) gets SIGKILL `--every` so many seconds after its start,
 whatever it does, and is started again at once. `--every 0` kills only once, at the end: goodput without faults. Steps
-count if the next start went on behind them. The seconds of each attempt are split by what it was at: imports, data (the
-config, records and their plan), model (weights and programs), restore, compile (or reading the program from the cache),
-validate, save (as long as steps wait for it) and training, which is `counted` up to the save that the next attempt went
-on from and `lost` behind it. It fails where no step counted.
+count if the next start went on behind them. The seconds of each attempt are split by what it was at: imports, data
+(the config, records and their plan), model (weights and programs), restore, compile (or reading the program from the
+cache), validate, save (as long as steps wait for it) and training, which is `counted` up to the save that the next
+attempt went on from and `lost` behind it. Beside the seconds that pass there are those of processors, which other work
+on the machine changes little. It fails where no step counted.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import functools
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -32,7 +34,8 @@ PARTS = {
     "__init__": "data", "_build": "model", "_restore": "restore", "_compile": "compile", "_validate": "validate",
     "_save": "save", "_finish": "finish",
 }  # fmt: skip
-Line = tuple[float, str, int | None]  # from this time on, this part; the step of a save or restore
+# From when on, by the clock and in seconds of processors, it was at which part; the step of a save or restore.
+Line = tuple[float, float, str, int | None]
 
 
 def child(path: Path, flags: list[str]) -> None:
@@ -44,7 +47,7 @@ def child(path: Path, flags: list[str]) -> None:
 
     def enter(part: str, step: int | None = None) -> None:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([time.time(), part, step]) + "\n")
+            file.write(json.dumps([time.time(), time.process_time(), part, step]) + "\n")
 
     def timed(name: str, part: str) -> Any:
         method = getattr(Trainer, name)
@@ -78,7 +81,7 @@ def attempts(folder: Path, minutes: float, every: float, flags: list[str]) -> li
         path = folder / f"attempt_{len(found)}"
         own = [f"--config.workdir={folder / 'run'}", "--config.train.steps=1000000", "--config.eval.at_end=False"]
         command = [sys.executable, __file__, "--child", str(path), *flags, *own, "--config.log.progress=False"]
-        begun = time.time()
+        begun, used = time.time(), _processor_seconds()
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         try:
             _, errors = process.communicate(timeout=(min(stop, begun + every) if every else stop) - begun)
@@ -87,20 +90,31 @@ def attempts(folder: Path, minutes: float, every: float, flags: list[str]) -> li
             process.kill()
             process.communicate()
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        found.append([(begun, "imports", None), *map(tuple, lines), (time.time(), "", None)])
+        end = time.time(), _processor_seconds() - used, "", None
+        found.append([(begun, 0.0, "imports", None), *map(tuple, lines), end])
     return found
 
 
-def split(found: list[list[Line]], newest: int) -> Counter[str]:
-    """The seconds of each part over all attempts; after the last one the run would go on from the step `newest`."""
+def _processor_seconds() -> float:
+    """Of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def split(found: list[list[Line]], newest: int, clock: int) -> Counter[str]:
+    """The seconds of each part over all attempts; after the last one the run would go on from the step `newest`.
+
+    clock: 0 for seconds that passed, 1 for those of processors.
+    """
     seconds = Counter[str]()
     for lines in reversed(found):
         own, counted = Counter[str](), 0.0
-        for (begun, part, step), (ended, _, _) in zip(lines, lines[1:], strict=False):
+        for now, after in zip(lines, lines[1:], strict=False):
+            _, _, part, step = now
             if part == "save" and step == newest:
                 counted = own["train"]
-            own[part] += ended - begun
-        restored = [step for _, part, step in lines if part == "restore" and step is not None]
+            own[part] += after[clock] - now[clock]
+        restored = [step for _, _, part, step in lines if part == "restore" and step is not None]
         if restored or own["train"]:  # else it was killed before it went on from anywhere
             newest = restored[0] if restored else 0
         own["counted"], own["lost"] = counted, own.pop("train", 0.0) - counted
@@ -122,7 +136,7 @@ def main() -> int:
         folder = (args.out or Path(temporary)).absolute()
         found = attempts(folder, args.minutes, args.every, ["--config", args.config, *flags])
         steps = common.newest(folder / "run")
-    seconds = split(found, steps)
+    seconds, used = split(found, steps, 0), split(found, steps, 1)
     wall = sum(lines[-1][0] - lines[0][0] for lines in found)
     figures = {
         "minutes": args.minutes,
@@ -132,6 +146,7 @@ def main() -> int:
         "goodput": round(seconds["counted"] / wall, 4),
         "share": {part: round(passed / wall, 4) for part, passed in seconds.most_common()},
         "seconds_an_attempt": {part: round(passed / len(found), 2) for part, passed in seconds.most_common()},
+        "processor_seconds_an_attempt": {part: round(passed / len(found), 2) for part, passed in used.most_common()},
         "steps": steps,
         "steps_per_s": round(steps / max(seconds["counted"], 1e-9), 2),
     }

@@ -90,10 +90,10 @@ class Run:
         starts, process, begun = len(self.starts()), self.start(), time.time()
         moment = begun + chance.uniform(0, usual.run)
         if in_save:
-            save, seen = chance.choice((1, 1, 2)), set[str]()  # the first that it begins, or the second
+            save, seen = chance.choice((1, 1, 2)), set[int]()  # the first that it begins, or the second
             while process.poll() is None and len(seen) < save:
                 time.sleep(POLL)
-                seen |= {*self.unfinished(begun)}
+                seen |= self.unfinished(begun)
             moment = time.time() + chance.uniform(0, usual.save)
         while process.poll() is None and time.time() < moment:
             time.sleep(POLL)
@@ -107,12 +107,13 @@ class Run:
     def _hit(self, begun: float, starts: int) -> Kill:
         """What a kill has hit of the process that began then, after so many starts of the run."""
         before, done = self.kept, self.done()
-        unfinished = self.unfinished(begun) if len(self.starts()) > starts else []  # before, leftovers are removed
+        unfinished = self.unfinished(begun) if len(self.starts()) > starts else set()  # before, leftovers are removed
         self.kept = common.newest(self.folder)
+        unfinished = {step for step in unfinished if step >= self.kept}  # the others are being removed
         assert self.kept >= before, f"checkpoint {before} is gone, the newest is {self.kept}"
         due = done // SAVE_EVERY * SAVE_EVERY
         if unfinished:
-            return Kill("saving", done, int(unfinished[0].partition(".")[0]), self.kept)
+            return Kill("saving", done, max(unfinished), self.kept)
         if len(self.starts()) == starts:
             return Kill("starting", self.kept, self.kept, self.kept)
         if done == due:  # a step is logged before its save begins
@@ -150,13 +151,13 @@ class Run:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last
 
-    def unfinished(self, since: float) -> list[str]:
-        """Checkpoints that were begun since then and do not count yet."""
-        found = []
+    def unfinished(self, since: float) -> set[int]:
+        """Steps of the checkpoints that were begun since then and are not verified yet."""
+        found = set()
         for path in (self.folder / "checkpoints").glob("*"):
             try:
-                if not path.name.isdigit() and path.stat().st_mtime >= since:
-                    found.append(path.name)
+                if path.stat().st_mtime >= since and not any(path.glob("checksums-*-of-*.json")):
+                    found.add(int(path.name.partition(".")[0]))
             except FileNotFoundError:  # it was moved to its final name meanwhile
                 continue
         return found
