@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import common
 import runs
 
-STEPS, SAVE_EVERY = 24, 6
+STEPS, SAVE_EVERY = 36, 6
 WORKERS = (0, 2)
 POLL = 0.002  # seconds
 
@@ -181,7 +181,7 @@ def killed_runs(
         run = Run(place / f"killed_{number}", loaders[number % len(loaders)])
         number += 1
         try:
-            for _ in range(min(chance.randint(2, 7), max(1, count - len(kills)))):
+            for _ in range(min(chance.randint(3, 12), max(1, count - len(kills)))):
                 kept, starts = run.kept, len(run.starts())
                 kill = run.kill(2 * _in_saves(kills) <= len(kills), chance, usual[run.workers])
                 assert run.starts()[starts:] in ([], [kept]), f"{run.starts()}: went on from another step than {kept}"
@@ -197,6 +197,9 @@ def killed_runs(
             problems.append(f"{run.folder}: {error}")
             continue
         shutil.rmtree(run.folder)
+        lost = max((kill.lost for kill in kills), default=0)
+        bad, saving = len(problems), _in_saves(kills)
+        print(f"{number} runs, {bad} bad; {len(kills)} kills, {saving} in saves, {lost} steps lost at most", flush=True)
     return kills, number, problems
 
 

@@ -67,12 +67,12 @@ def assert_same_end(found: Path, expected: Path) -> None:
 # -- stopped by a signal --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # 25 s: a run to its end, and one or two that begin six times
+@pytest.mark.slow  # 25 s: a run to its end, and another in four or five processes
 def test_killed_in_saves_and_at_any_time(tmp_path: Path) -> None:
     """The short form of scripts/reliability/kills.py, without workers."""
-    found, _, problems = kills.killed_runs(tmp_path, 4, SEED, loaders=[0])
+    found, _, problems = kills.killed_runs(tmp_path, 3, SEED, loaders=[0])
     assert not problems
-    assert len(found) >= 4 and sum(kill.phase == "saving" for kill in found) >= 2
+    assert len(found) >= 3 and sum(kill.phase == "saving" for kill in found) >= 2
 
 
 @pytest.mark.slow
