@@ -128,8 +128,6 @@ class Checkpoints:
         """Whatever goes wrong while a step is saved, as one error that says what is left."""
         try:
             yield
-        except UserError:
-            raise
         except Exception as error:
             last = "no earlier one was made" if self._last is None else f"the checkpoint of step {self._last} is whole"
             raise UserError(
@@ -414,7 +412,8 @@ def _told(damaged: Mapping[int, str]) -> str:
 
 def _said(error: Exception) -> str:
     """The beginning of what an error says."""
-    return one_line(str(error) or type(error).__name__)[:300]
+    said = f"{error.where}: {error.found}" if isinstance(error, UserError) else str(error)
+    return one_line(said or type(error).__name__)[:300]
 
 
 def _keep_orbax_quiet() -> None:

@@ -251,6 +251,21 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(folder: Path,
     assert found(folder) == 12
 
 
+def test_no_room_for_the_list_is_told_in_the_same_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = Checkpoints(folder, 1)
+    writer.find()
+
+    def full(path: Path, _: Any) -> None:
+        raise UserError(path / LIST, "No space left on device", "", "")
+
+    monkeypatch.setattr(verification, "write_list", full)
+    writer.save(12, items(12), {})
+    with pytest.raises(UserError, match=r"checkpoints/12: .*No space left.*of step 9 is whole"):
+        writer.close()
+    monkeypatch.undo()
+    assert found(folder) == found(folder, read_only=False) == 12  # its values are right
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("in the way")
@@ -261,6 +276,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["inherited", "reference"])
 def test_arrays_that_are_saved_once_are_verified_too(tmp_path: Path, name: str) -> None:
     folder, arrays = tmp_path / name, {"encoder.w": jnp.arange(24.0).reshape(4, 6)}
+    save_arrays(folder, arrays)  # what this compiles is kept
+    shutil.rmtree(folder)
     with no_file_beyond(10), pytest.raises(UserError, match=f"{name}: found arrays that could not be saved"):
         save_arrays(folder, arrays)
     assert not folder.exists()
