@@ -301,8 +301,10 @@ class Trainer:
         return means
 
     def _stops_early(self) -> bool:
-        """Whether none of the last `patience` validations beat the best before them by `patience_delta`."""
-        losses, patience = self.history["val_losses"], self.config.train.patience
+        """Whether none of the last `patience` validations beat the best before them by `patience_delta`. What is not
+        finite beats nothing, and is beaten."""
+        losses = [loss if math.isfinite(loss) else math.inf for loss in self.history["val_losses"]]
+        patience = self.config.train.patience
         if not self.config.train.early_stopping or len(losses) <= patience:
             return False
         return min(losses[-patience:]) > min(losses[:-patience]) - self.config.train.patience_delta

@@ -20,6 +20,7 @@ from elm_jax.errors import UserError
 from elm_jax.runtime.mesh import array_shardings, batch_sharding, make_mesh, to_device
 from elm_jax.training import step as step_module
 from elm_jax.training.health import SKIPPED_LIMIT, Health
+from elm_jax.training.loop import Trainer
 from elm_jax.training.optim import make_optimizer
 from elm_jax.training.report import Report
 from elm_jax.training.spikes import LEAST, WINDOW, Recent
@@ -144,6 +145,16 @@ def test_both_places_judge_alike_and_a_level_that_stays_is_learnt() -> None:
 def test_after_steps_that_were_all_alike_none_is_a_spike() -> None:
     found, _ = judged([*[0.0] * 2 * LEAST, 1.0], np)
     assert not any(found)
+
+
+@pytest.mark.parametrize(("losses", "stops"), [
+    ([2.0, 1.0, 1.0, 1.0], True), ([np.nan, 1.0, 1.0, 1.0], True), ([1.0, np.nan, np.nan], True),
+    ([np.nan, np.nan, 1.0], False), ([np.nan, 2.0, np.nan, 3.0], True), ([2.0, 1.0, np.nan], False),
+])  # fmt: skip
+def test_a_validation_that_is_not_finite_beats_nothing(losses: list[float], stops: bool) -> None:
+    config = resolve({"train": {"early_stopping": True, "patience": 2}})
+    run: Any = SimpleNamespace(config=config, history={"val_losses": losses})
+    assert Trainer._stops_early(run) is stops
 
 
 # -- what is told -------------------------------------------------------------------------------------------------
