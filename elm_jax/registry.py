@@ -11,7 +11,7 @@ from elm_jax.errors import UserError, nearest
 Row = TypeVar("Row")
 
 
-def name_of(function: Callable[..., Any]) -> str:
+def qualified_name(function: Callable[..., Any]) -> str:
     """The name of a function, or of the class of what is called as one."""
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"

@@ -27,7 +27,7 @@ from elm_jax.data.samples import Samples
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError, refused
 from elm_jax.folders import MOST_JSON, keep, kept, read_regular
-from elm_jax.registry import name_of
+from elm_jax.registry import qualified_name
 from elm_jax.text.render import Rendered, TextSpec, to_prompts, to_tokens
 from elm_jax.text.turns import CONVERSATIONS, with_words
 
@@ -334,7 +334,8 @@ class Dataset:
         if self._symbols is not None:
             digest.update(repr((told, self._symbols.fingerprint, self.augments)).encode())
         if self.text.signal_tokens and self.signal.texts:
-            digest.update(repr((told, {view: name_of(text) for view, text in self.signal.texts.items()})).encode())
+            writers = {view: qualified_name(text) for view, text in self.signal.texts.items()}
+            digest.update(repr((told, writers)).encode())
         for record in self.records:
             digest.update(repr((record.id, record.ecg_paths, record.text, record.dataset)).encode())
             if self.reads_ecgs:

@@ -11,7 +11,7 @@ import numpy as np
 from elm_jax.data.batch import Conversation, Group, Shown, ecgs_before
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
-from elm_jax.registry import name_of
+from elm_jax.registry import qualified_name
 
 if TYPE_CHECKING:
     from elm_jax.data.dataset import Dataset
@@ -75,7 +75,7 @@ class Samples:
     @property
     def fingerprint(self) -> str:
         """Changes with what decides how long a record's samples are."""
-        of = None if self.of is None else name_of(self.of)
+        of = None if self.of is None else qualified_name(self.of)
         made = None if self.experience is None else (self.experience.answers, self.experience.tokens)
         return repr((of, self.phase, made))
 
