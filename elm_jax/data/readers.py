@@ -296,10 +296,9 @@ def _receive(line: socket.socket) -> Any:
     return pickle.loads(data, buffers=buffers)
 
 
-def _exactly(line: socket.socket, size: int) -> np.ndarray:
+def _exactly(line: socket.socket, size: int) -> memoryview:
     """So many bytes, in memory that is not cleared before."""
-    received = np.empty(size, np.uint8)
-    rest = memoryview(received)
+    received = rest = np.empty(size, np.uint8).data
     while rest:
         count = line.recv_into(rest, 0, socket.MSG_WAITALL)
         if not count:
