@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # it imports this module
 
 AHEAD, AHEAD_OF_PROCESS = 4, 2  # steps that are there before they are asked for; a process has one more at hand
 LOOK = 1.0  # seconds from one look at the readers to the next
-SILENT = 6.0  # seconds without a sign of life, in two looks, after which a process counts as stuck
+SILENT = 6.0  # seconds without a sign of life after which a process counts as stuck
 START = 300.0  # in which a process has its data, and gives the first
 END = 1.0  # seconds in which a reader ends
 NOTHING = -1  # the number of no record
@@ -78,6 +78,7 @@ class _Reader(threading.Thread):
     def __init__(self, source: StepSource, steps: range, ahead: int = AHEAD) -> None:
         super().__init__(daemon=True, name="reader")
         self.source, self.steps, self.step, self.reading = source, steps, steps.start, Reading()
+        self._stuck = False  # at the last look
         self._room, self._found = threading.Semaphore(ahead), queue.SimpleQueue[Any]()
 
     def run(self) -> None:
@@ -107,15 +108,23 @@ class _Reader(threading.Thread):
         return found
 
     def check(self, timeout: float) -> None:
-        """Raise Absent where a record is being read for more than `timeout` seconds, if that is not 0."""
+        """Raise Absent where it sticks, as it did at the last look: the whole run may have been stopped before one."""
+        problem = self.sticks(timeout)
+        if problem is not None and self._stuck:
+            raise problem
+        self._stuck = problem is not None
+
+    def sticks(self, timeout: float) -> Absent | None:
+        """What is wrong where a record is being read for more than `timeout` seconds, if that is not 0."""
         record, seconds = self.reading.record
-        if timeout and record != NOTHING and seconds > timeout:
-            known = self.source.dataset.records[record]
-            raise Absent(
-                f"record {known.id}",
-                f"{', '.join(known.ecg_paths)} being read for {seconds:.0f} s, for step {self.step}",
-                f"at most data.timeout={timeout:g} s", f"see whether its file system answers: {GO_ON}",
-            )  # fmt: skip
+        if not timeout or record == NOTHING or seconds <= timeout:
+            return None
+        known = self.source.dataset.records[record]
+        paths = ", ".join(known.ecg_paths)
+        return Absent(
+            f"record {known.id}", f"{paths} being read for {seconds:.0f} s, for step {self.step + 1}",
+            f"at most data.timeout={timeout:g} s", f"see whether its file system answers: {GO_ON}",
+        )  # fmt: skip
 
     def close(self) -> None:
         self.reading.closed = True
@@ -130,7 +139,7 @@ class _Worker(_Reader):
     def __init__(self, source: StepSource, sent: bytes, steps: range, name: str) -> None:
         super().__init__(source, steps, AHEAD_OF_PROCESS)
         spawn = multiprocessing.get_context("spawn")
-        self.reading, self._late = Reading(spawn.RawArray("d", 3)), False
+        self.reading = Reading(spawn.RawArray("d", 3))
         self._line, theirs = socket.socketpair()
         arguments = sent, steps, theirs, self.reading
         self.process = spawn.Process(target=_work, args=arguments, daemon=True)
@@ -151,17 +160,15 @@ class _Worker(_Reader):
             raise found
         return found
 
-    def check(self, timeout: float) -> None:
-        """Raise Absent also where the process has ended too early or is silent."""
-        super().check(timeout)
+    def sticks(self, timeout: float) -> Absent | None:
+        """Also where the process is silent. Raises Absent where it has ended too early."""
         status = self.process.exitcode
         if status:
             raise self._absent(self._end())
         (has_begun, silence), stopped = self.reading.silence, _is_stopped(self.process.pid)
-        most = SILENT if has_begun or stopped else START
-        was_late, self._late = self._late, status is None and silence > most
-        if was_late and self._late:  # twice: both processes may have been stopped together
-            raise self._absent(f"{'stopped' if stopped else 'without a sign of life'} for {silence:.0f} s")
+        if status is None and silence > (SILENT if has_begun or stopped else START):
+            return self._absent(f"{'stopped' if stopped else 'without a sign of life'} for {silence:.0f} s")
+        return super().sticks(timeout)
 
     def _end(self) -> str:
         status = self.process.exitcode
@@ -172,7 +179,7 @@ class _Worker(_Reader):
 
     def _absent(self, found: str) -> Absent:
         return Absent(
-            "data.workers", f"{self.called}, which was to bring step {self.step}, {found}", "a process that reads",
+            "data.workers", f"{self.called}, which was to bring step {self.step + 1}, {found}", "a process that reads",
             f"{GO_ON}; data.workers=0 reads without further processes",
         )  # fmt: skip
 

@@ -394,7 +394,7 @@ def test_a_record_that_is_not_read_in_time_is_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(readers, "END", 0.05)
     good = source(steps=60)
     steps = steps_from(Stuck(good.dataset, good.plan, steps=60), 0, workers, timeout=1.0)
-    with pytest.raises(Absent, match="record demo.*5: found demo:.* being read for .* s, for step 2; .*timeout=1 s"):
+    with pytest.raises(Absent, match="record demo.*5: found demo:.* being read for .* s, for step 3; .*timeout=1 s"):
         list(steps)
     assert not multiprocessing.active_children()
 
