@@ -391,7 +391,6 @@ class Stuck(StepSource):
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_record_that_is_not_read_in_time_is_named(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     monkeypatch.setattr(readers, "LOOK", 0.05)
-    monkeypatch.setattr(readers, "END", 0.05)
     good = source(steps=60)
     steps = steps_from(Stuck(good.dataset, good.plan, steps=60), 0, workers, timeout=1.0)
     with pytest.raises(Absent, match="record demo.*5: found demo:.* being read for .* s, for step 3; .*timeout=1 s"):
