@@ -7,6 +7,7 @@ in a gain or rate that it does not understand, and gives all segments the units 
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,14 +17,19 @@ from typing import Any
 
 import numpy as np
 
+from elm_jax.ecg.npy import MAX_BYTES
 from elm_jax.errors import UserError, refused, some
 from elm_jax.folders import check_regular
 
 _UNIT = re.compile(r"(m|milli|u|micro|n|nano)?(?:v|volts?)")
 _MILLIVOLTS = {None: 1e3, "m": 1.0, "milli": 1.0, "u": 1e-3, "micro": 1e-3, "n": 1e-6, "nano": 1e-6}
 _RATE = 250.0  # of a header that states none, by WFDB's standard
-_RECORD = re.compile(r"[-\w]+(?:/(?P<segments>\d{1,9}))?\s+(?P<signals>\d{1,9})(?:\s+(?P<rate>[^\s/(]+)\S*(?:\s.*)?)?")
-_FORMAT = re.compile(r"\d+(?:x\d+)?(?::(?P<skew>\d{1,6}))?(?:\+\d+)?")
+_RECORD = re.compile(
+    r"[-\w]+(?:/(?P<segments>\d{1,9}))?\s+(?P<signals>\d{1,9})"
+    r"(?:\s+(?P<rate>[^\s/(]+)\S*(?:\s+(?P<frames>\d{1,15})(?:\s.*)?|\s.*)?)?"
+)
+_FORMAT = re.compile(r"(?P<form>\d+)(?:x(?P<samples>\d{1,9}))?(?::(?P<skew>\d{1,6}))?(?:\+\d+)?")
+_PACKED = ("508", "516", "524")  # FLAC
 _GAIN = re.compile(r"(?P<gain>-?\d*\.?\d*(?:e[-+]?\d+)?)(?:\(-?\d+\))?(?:/(?P<unit>.*))?")  # as wfdb takes it
 _LONGEST, _LONGEST_LINE = 1 << 20, 1000  # of a header: numbers of millions of digits take hours
 _FIX = "correct the header, or save the signals as .npy"
@@ -42,6 +48,7 @@ class _Signal:
 @dataclass(frozen=True)
 class _Header:
     path: Path
+    frames: int  # 0: as many as the files hold
     rate: float  # frames a second
     signals: tuple[_Signal, ...]
     segments: tuple[tuple[str, int], ...]  # name, frames
@@ -156,12 +163,16 @@ def _read_header(path: Path) -> _Header:
     if match["segments"]:
         if count == 0:
             raise UserError(path, "no segment", "some", _FIX)
-        return _Header(path, rate, (), tuple(_segment(path, line) for line in lines[1 : count + 1]))
+        segments = tuple(_segment(path, line) for line in lines[1 : count + 1])
+        names = Counter(name for name, _ in segments if name != "~")
+        if twice := [name for name, times in names.items() if times > 1]:
+            raise UserError(path, f"{some(twice)} more than once", "each segment once", _FIX)
+        return _Header(path, 0, rate, (), segments)
     signals = tuple(_signal(path, line) for line in lines[1 : count + 1])
     files = [name for name, _ in groupby(signal.file for signal in signals)]
     if len(set(files)) < len(files):
         raise UserError(path, f"signals of {some(files)}", "signals of one file behind each other", _FIX)
-    return _Header(path, rate, signals, ())
+    return _Header(path, int(match["frames"] or 0), rate, signals, ())
 
 
 def _segment(path: Path, line: str) -> tuple[str, int]:
@@ -207,13 +218,27 @@ def _scale(path: Path, signal: _Signal) -> float:
     return _MILLIVOLTS[known[1]]
 
 
+def _check_claim(header: _Header, name: str) -> None:
+    """Raise UserError where a header claims more samples of a file than it can hold: room would be made for them."""
+    path, kinds = header.path.parent / name, [_FORMAT.fullmatch(s.format) for s in header.signals if s.file == name]
+    check_regular(path, "a file of samples")
+    size = path.stat().st_size if path.exists() else 0
+    claimed = header.frames * sum(int(kind["samples"] or 1) for kind in kinds if kind)
+    packed = any(kind["form"] in _PACKED for kind in kinds if kind)
+    most = MAX_BYTES // 8 if packed else size  # no other format has less than a byte a sample
+    if path.exists() and (size > MAX_BYTES or claimed > most):
+        found = f"{claimed} samples of {name}, of {size} bytes"
+        expected = f"at most {most}, in at most {MAX_BYTES} bytes"
+        raise UserError(header.path, found, expected, f"download it again, or {_FIX}")
+
+
 def _read(header: _Header, rows: list[int]) -> tuple[np.ndarray, float, int]:
     """Of one segment the signals `rows` (len(rows), L) in mV, their samples a second, and its frames."""
     path, chosen = header.path, [header.signals[row] for row in rows]
     scales = [_scale(path, signal) for signal in chosen]
     skew = max(int(_FORMAT.fullmatch(signal.format)["skew"] or 0) for signal in chosen)  # type: ignore[index]
     for name in dict.fromkeys(signal.file for signal in header.signals):
-        check_regular(path.parent / name, "a file of samples")
+        _check_claim(header, name)
     import wfdb  # slow to import, and not needed for prepared records
 
     fix = "download it again if it is damaged, else save its signals as .npy"

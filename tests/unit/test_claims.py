@@ -17,6 +17,7 @@ import pytest
 from elm_jax.data.dataset import read_system_prompt
 from elm_jax.data.demo import demo_tokenizer
 from elm_jax.data.table_files import csv_rows, file_tables
+from elm_jax.ecg.recording import LEADS, read_ecg
 from elm_jax.errors import UserError
 from elm_jax.evaluation.labels import DATABASE, STATEMENTS, read_statements, read_truths
 from elm_jax.folders import MOST_JSON, json_lines, read_json
@@ -168,6 +169,42 @@ def test_a_stranger_s_chat_template_is_not_run(tmp_path: Path) -> None:
     assert load_tokenizer(folder).chat_template == endless
     used = [file for file in (Path(__file__).parents[2] / "elm_jax").rglob("*.py") if "apply_chat" in file.read_text()]
     assert not used
+
+
+# -- WFDB records
+
+
+def wfdb_record(folder: Path, frames: str = "10", form: str = "16", segments: str = "") -> Path:
+    """A record of two bytes a sample, and ten samples; or, of `segments`, one that names them."""
+    lines = [f"w 12 500 {frames}", *(f"w.dat {form} 1000/mV 16 0 0 0 0 {lead}" for lead in LEADS)]
+    (folder / "w.hea").write_text("\n".join(lines) + "\n")
+    (folder / "w.dat").write_bytes(bytes(10 * 12 * 2))
+    if segments:
+        names = segments.split()
+        (folder / "m.hea").write_text(f"m/{len(names)} 12 500\n" + "".join(f"{name} 10\n" for name in names))
+    return folder / ("m" if segments else "w")
+
+
+@pytest.mark.parametrize(
+    ("frames", "form"), [("999999999999", "16"), ("21", "16"), ("10", "16x999999"), ("99999999", "516")]
+)
+def test_a_header_claims_no_more_samples_than_the_file_can_hold(tmp_path: Path, frames: str, form: str) -> None:
+    assert read_ecg(wfdb_record(tmp_path)).signal.shape == (12, 10)
+    with pytest.raises(UserError, match=r"w\.hea: found \d+ samples of w\.dat, of 240 bytes; expected at most"):
+        read_ecg(wfdb_record(tmp_path, frames, form))
+
+
+def test_a_file_of_samples_has_a_bound(tmp_path: Path) -> None:
+    path = wfdb_record(tmp_path, "")
+    os.truncate(tmp_path / "w.dat", 1 << 33)  # takes no room on the disk
+    with pytest.raises(UserError, match="of 8589934592 bytes; expected .* in at most 1073741824 bytes"):
+        read_ecg(path)
+
+
+def test_a_segment_is_not_unfolded_by_naming_it_again(tmp_path: Path) -> None:
+    assert read_ecg(wfdb_record(tmp_path, segments="w")).signal.shape == (12, 10)
+    with pytest.raises(UserError, match="w more than once"):
+        read_ecg(wfdb_record(tmp_path, segments="w " * 40_000))
 
 
 # -- tables
