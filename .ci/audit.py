@@ -1,0 +1,108 @@
+"""Hold what is installed, and the crates of Cargo.lock, against known advisories.
+
+    python .ci/audit.py [--database URL] [--report FILE] [--write]
+
+Asks OSV (https://osv.dev) once for all of them: it has the advisories that pip-audit and cargo-audit know. Where it
+cannot be reached in ten seconds, `advisories.toml` alone counts: a list by hand, with its date. `--report` is what
+`pip install --report FILE` left: files of versions in `hashes.json` must be those that were seen before; versions that
+are not in it are new, and told. `--write` writes them there.
+
+Exit status 1 where something is affected, or a file is another one than before; never because there is no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from urllib import error, request
+
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+HERE = Path(__file__).resolve().parent
+LOCK, KNOWN, HASHES = HERE.parent / "rust_bpe" / "Cargo.lock", HERE / "advisories.toml", HERE / "hashes.json"
+DATABASE = "https://api.osv.dev/v1/querybatch"
+ECOSYSTEMS = {"pypi": "PyPI", "crates-io": "crates.io"}
+OWN = ("elm-jax", "elm-bpe", "pip")  # pip is the machine's, and nothing of ours
+Package = tuple[str, str, str]  # one of ECOSYSTEMS, name, version
+
+
+def packages() -> list[Package]:
+    """What is installed in this environment, and the crates that are locked."""
+    found = {("pypi", canonicalize_name(one.metadata["Name"]), one.version) for one in metadata.distributions()}
+    crates = tomllib.loads(LOCK.read_text(encoding="utf-8"))["package"]
+    found |= {("crates-io", crate["name"], crate["version"]) for crate in crates}
+    return sorted(package for package in found if package[1] not in OWN)
+
+
+def by_list(all_of_them: list[Package], known: dict[str, Any]) -> list[tuple[Package, str]]:
+    """What `advisories.toml` says."""
+    return [
+        (package, advisory["id"])
+        for package in all_of_them
+        for advisory in known[package[0]].get(package[1], ())
+        if Version(package[2]) < Version(advisory["below"])
+    ]
+
+
+def by_database(all_of_them: list[Package], url: str) -> list[tuple[Package, str]] | None:
+    """What OSV says; None where it says nothing."""
+    queries = [
+        {"package": {"name": name, "ecosystem": ECOSYSTEMS[where]}, "version": version}
+        for where, name, version in all_of_them
+    ]
+    asked = request.Request(url, json.dumps({"queries": queries}).encode(), {"Content-Type": "application/json"})
+    try:
+        with request.urlopen(asked, timeout=10) as answer:
+            results = json.load(answer)["results"]
+    except (error.URLError, OSError, ValueError, KeyError) as problem:
+        print(f"OSV was not asked ({problem})")
+        return None
+    pairs = zip(all_of_them, results, strict=True)
+    return [(package, one["id"]) for package, result in pairs for one in result.get("vulns", ())]
+
+
+def other_files(report: Path, write: bool) -> list[str]:
+    """Files that pip installed whose version was seen with another hash."""
+    installed = json.loads(report.read_text(encoding="utf-8"))["install"]
+    seen = json.loads(HASHES.read_text(encoding="utf-8")) if HASHES.exists() else {"files": {}}
+    files, wrong, new = seen["files"], [], 0
+    for one in installed:
+        source = one.get("download_info", {})
+        name = source.get("url", "").rpartition("/")[2]
+        found = source.get("archive_info", {}).get("hashes", {}).get("sha256")
+        if found is not None:  # a folder, as of this project, has none
+            new += name not in files
+            if files.setdefault(name, found) != found:
+                wrong.append(f"{name}: its sha256 was {files[name]}, and is {found}")
+    print(f"{len(installed)} packages were installed; {new} of their files are not in {HASHES.name}")
+    if write:
+        HASHES.write_text(json.dumps({**seen, "files": dict(sorted(files.items()))}, indent=1) + "\n", encoding="utf-8")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--database", default=DATABASE, help="where OSV's querybatch is")
+    parser.add_argument("--report", type=Path, help="what `pip install --report FILE` left")
+    parser.add_argument("--write", action="store_true", help="add the report's files to hashes.json")
+    args = parser.parse_args()
+    known, all_of_them = tomllib.loads(KNOWN.read_text(encoding="utf-8")), packages()
+    asked = by_database(all_of_them, args.database)
+    found = dict.fromkeys([*by_list(all_of_them, known), *(asked or ())])
+    affected = [f"{package[1]} {package[2]}: {one}" for package, one in found if one not in known["accepted"]]
+    wrong = [] if args.report is None else other_files(args.report, args.write)
+    for line in affected + wrong:
+        print(f"error: {line}", file=sys.stderr)
+    by = f"advisories.toml of {known['written']}" + ("" if asked is None else " and OSV of today")
+    print(f"{len(all_of_them)} packages and crates, {len(affected)} affected, by {by}")
+    return 1 if affected or wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
