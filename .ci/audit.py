@@ -1,6 +1,6 @@
 """Hold what is installed, and the crates of Cargo.lock, against known advisories.
 
-    python .ci/audit.py [--database URL] [--report FILE] [--write]
+    python .ci/audit.py [--database URL] [--report FILE [--hashes FILE] [--write]]
 
 Asks OSV (https://osv.dev) once for all of them: it has the advisories that pip-audit and cargo-audit know. Where it
 cannot be reached in ten seconds, `advisories.toml` alone counts: a list by hand, with its date. `--report` is what
@@ -67,10 +67,10 @@ def by_database(all_of_them: list[Package], url: str) -> list[tuple[Package, str
     return [(package, one["id"]) for package, result in pairs for one in result.get("vulns", ())]
 
 
-def other_files(report: Path, write: bool) -> list[str]:
+def other_files(report: Path, hashes: Path, write: bool) -> list[str]:
     """Files that pip installed whose version was seen with another hash."""
     installed = json.loads(report.read_text(encoding="utf-8"))["install"]
-    seen = json.loads(HASHES.read_text(encoding="utf-8")) if HASHES.exists() else {"files": {}}
+    seen = json.loads(hashes.read_text(encoding="utf-8")) if hashes.exists() else {"files": {}}
     files, wrong, new = seen["files"], [], 0
     for one in installed:
         source = one.get("download_info", {})
@@ -80,9 +80,9 @@ def other_files(report: Path, write: bool) -> list[str]:
             new += name not in files
             if files.setdefault(name, found) != found:
                 wrong.append(f"{name}: its sha256 was {files[name]}, and is {found}")
-    print(f"{len(installed)} packages were installed; {new} of their files are not in {HASHES.name}")
+    print(f"{len(installed)} packages were installed; {new} of their files are not in {hashes.name}")
     if write:
-        HASHES.write_text(json.dumps({**seen, "files": dict(sorted(files.items()))}, indent=1) + "\n", encoding="utf-8")
+        hashes.write_text(json.dumps({**seen, "files": dict(sorted(files.items()))}, indent=1) + "\n", encoding="utf-8")
     return wrong
 
 
@@ -90,13 +90,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--database", default=DATABASE, help="where OSV's querybatch is")
     parser.add_argument("--report", type=Path, help="what `pip install --report FILE` left")
-    parser.add_argument("--write", action="store_true", help="add the report's files to hashes.json")
+    parser.add_argument("--hashes", type=Path, default=HASHES, help="files that were seen, with their sha256")
+    parser.add_argument("--write", action="store_true", help="add the report's files to them")
     args = parser.parse_args()
     known, all_of_them = tomllib.loads(KNOWN.read_text(encoding="utf-8")), packages()
     asked = by_database(all_of_them, args.database)
     found = dict.fromkeys([*by_list(all_of_them, known), *(asked or ())])
     affected = [f"{package[1]} {package[2]}: {one}" for package, one in found if one not in known["accepted"]]
-    wrong = [] if args.report is None else other_files(args.report, args.write)
+    wrong = [] if args.report is None else other_files(args.report, args.hashes, args.write)
     for line in affected + wrong:
         print(f"error: {line}", file=sys.stderr)
     by = f"advisories.toml of {known['written']}" + ("" if asked is None else " and OSV of today")

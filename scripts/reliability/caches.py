@@ -1,6 +1,6 @@
 """Are a damaged config.json, a damaged tokenizer and damaged caches found, whatever happens to whichever file?
 
-    python scripts/reliability/caches.py [--flips 200] [--seed 0] [--short]
+    python scripts/reliability/caches.py [--flips 40] [--seed 0] [--short]
 
 Every file of each kind is flipped in one bit at random places, cut at some, emptied, replaced by a deep nesting, and
 deleted; then it is read as every command reads it. What comes of it is one of:
@@ -245,7 +245,7 @@ def failures(counts: Counter[str]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flips", type=int, default=200, help="flipped bits in each file")
+    parser.add_argument("--flips", type=int, default=40, help="flipped bits in each file")
     parser.add_argument("--seed", type=int, default=0, help="of the places")
     parser.add_argument("--short", action="store_true", help="few places, and no programs")
     args = parser.parse_args()

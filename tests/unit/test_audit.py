@@ -54,14 +54,14 @@ def test_what_the_database_knows_is_told(database: str) -> None:
 
 
 def test_a_file_of_another_content_than_before_is_told(tmp_path: Path) -> None:
-    known = json.loads((AUDIT.parent / "hashes.json").read_text())["files"]
-    name = next(iter(known))
+    hashes, report = tmp_path / "hashes.json", tmp_path / "report.json"
 
-    def installed(sha256: str) -> str:
-        source = {"url": f"https://files.example/x/{name}", "archive_info": {"hashes": {"sha256": sha256}}}
-        (tmp_path / "report.json").write_text(json.dumps({"install": [{"download_info": source}]}))
-        return str(tmp_path / "report.json")
+    def installed(sha256: str, *more: str) -> subprocess.CompletedProcess[str]:
+        source = {"url": "https://files.example/x/a-1-py3-none-any.whl", "archive_info": {"hashes": {"sha256": sha256}}}
+        report.write_text(json.dumps({"install": [{"download_info": source}]}))
+        return audit("--database", NOWHERE, "--report", str(report), "--hashes", str(hashes), *more)
 
-    assert audit("--database", NOWHERE, "--report", installed(known[name])).returncode == 0
-    done = audit("--database", NOWHERE, "--report", installed("0" * 64))
-    assert done.returncode == 1 and f"error: {name}: its sha256 was" in done.stderr, done
+    assert "1 of their files are not in hashes.json" in installed("1" * 64, "--write").stdout
+    assert installed("1" * 64).returncode == 0
+    done = installed("0" * 64)
+    assert done.returncode == 1 and "error: a-1-py3-none-any.whl: its sha256 was 111" in done.stderr, done
