@@ -24,9 +24,9 @@ from elm_jax.folders import check_regular
 _UNIT = re.compile(r"(m|milli|u|micro|n|nano)?(?:v|volts?)")
 _MILLIVOLTS = {None: 1e3, "m": 1.0, "milli": 1.0, "u": 1e-3, "micro": 1e-3, "n": 1e-6, "nano": 1e-6}
 _RATE = 250.0  # of a header that states none, by WFDB's standard
-_RECORD = re.compile(
+_RECORD = re.compile(  # strict: wfdb finds numbers where no number should be
     r"[-\w]+(?:/(?P<segments>\d{1,9}))?\s+(?P<signals>\d{1,9})"
-    r"(?:\s+(?P<rate>[^\s/(]+)\S*(?:\s+(?P<frames>\d{1,15})(?:\s.*)?|\s.*)?)?"
+    r"(?:\s+(?P<rate>[^\s/(]+)(?:/[^\s()]*)?(?:\([^\s()]*\))?(?:\s+(?P<frames>\d+)?.*)?)?"
 )
 _FORMAT = re.compile(r"(?P<form>\d+)(?:x(?P<samples>\d{1,9}))?(?::(?P<skew>\d{1,6}))?(?:\+\d+)?")
 _PACKED = ("508", "516", "524")  # FLAC
@@ -148,7 +148,7 @@ def _read_header(path: Path) -> _Header:
             f"a WFDB header: at most {_LONGEST} bytes, and {_LONGEST_LINE} characters a line",
             _FIX,
         )
-    match = _RECORD.fullmatch(lines[0]) if lines else None
+    match = _RECORD.fullmatch(lines[0]) if lines and lines[0].isascii() else None
     if match is None:
         raise UserError(
             path,
@@ -184,7 +184,8 @@ def _segment(path: Path, line: str) -> tuple[str, int]:
 
 def _signal(path: Path, line: str) -> _Signal:
     words = line.split(maxsplit=8)
-    if len(words) < 2 or not _FORMAT.fullmatch(words[1]) or os.sep in words[0] or "\0" in words[0]:
+    sound = len(words) > 1 and _FORMAT.fullmatch(words[1]) and words[1].isascii()
+    if not sound or os.sep in words[0] or "\0" in words[0]:
         raise UserError(path, f"the line {line[:80]!r}", "a signal: file, format, gain, …, description", _FIX)
     words += [""] * (9 - len(words))
     return _Signal(words[0], words[1], words[2], words[8].strip())

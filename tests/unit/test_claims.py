@@ -194,6 +194,15 @@ def test_a_header_claims_no_more_samples_than_the_file_can_hold(tmp_path: Path, 
         read_ecg(wfdb_record(tmp_path, frames, form))
 
 
+@pytest.mark.parametrize("line", ["w 12 500(0)99999999999", "w 12 500/1)99999999999 10", "w 12 500 9\u00e999999999999"])
+def test_wfdb_finds_no_claim_that_we_do_not_see(tmp_path: Path, line: str) -> None:
+    path = wfdb_record(tmp_path)
+    header = (tmp_path / "w.hea").read_text().splitlines()
+    (tmp_path / "w.hea").write_text("\n".join([line, *header[1:]]) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"w\.hea: found the line"):
+        read_ecg(path)
+
+
 def test_a_file_of_samples_has_a_bound(tmp_path: Path) -> None:
     path = wfdb_record(tmp_path, "")
     os.truncate(tmp_path / "w.dat", 1 << 33)  # takes no room on the disk
