@@ -56,7 +56,7 @@ class Features:
             return None
         part, row, checksum = place
         values = np.array(self._parts[part][1][row])
-        if zlib.crc32(values) != checksum:
+        if zlib.crc32(values.data) != checksum:
             part.unlink(missing_ok=True)
             found = "an output of the encoder that is damaged"
             raise UserError(part, found, "what was kept", "start the run again: it is computed anew")

@@ -51,7 +51,7 @@ def _hold_against_checksums() -> None:
         def put(self, key: str, value: bytes) -> None:
             super().put(_named(key, value), value)
 
-    compilation_cache.LRUCache = Checked
+    compilation_cache.LRUCache = Checked  # pyright: ignore[reportPrivateImportUsage]
     compilation_cache.reset_cache()
 
 
