@@ -17,7 +17,7 @@ from parity import e2e
 
 from elm_jax.exchange import hub
 from elm_jax.exchange.card import _licence
-from elm_jax.folders import write_json
+from elm_jax.folders import read_run_config, write_json, write_run_config
 from elm_jax.weights.files import open_checkpoint
 from elm_jax.weights.safetensors import Safetensors
 
@@ -155,9 +155,9 @@ def test_no_export_replaces_what_its_run_reads(made: Path, tmp_path: Path, capsy
 def test_other_weights_than_the_runs_are_refused(made: Path, tmp_path: Path, capsys) -> None:
     """The LLM of the run was frozen, and its folder has been changed since."""
     run = shutil.copytree(made, tmp_path / "run")
-    tree = json.loads((run / "config.json").read_text())
+    tree = read_run_config(run)
     llm = shutil.copytree(tree["llm"]["name"], tmp_path / "llm")
-    write_json(run / "config.json", tree | {"llm": tree["llm"] | {"name": str(llm)}})
+    write_run_config(run, tree | {"llm": tree["llm"] | {"name": str(llm)}})
     path = llm / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
