@@ -29,11 +29,8 @@ from typing import Any
 
 import common
 
-# What of a trainer is which part of the time; what is none of these is training.
-PARTS = {
-    "__init__": "data", "_build": "model", "_restore": "restore", "_compile": "compile", "_validate": "validate",
-    "_save": "save", "_finish": "finish",
-}  # fmt: skip
+# What of a trainer is which part of the time; what is none of these, once it is built, is training.
+PARTS = {"__init__": "data", "_build": "model", "_restore": "restore", "_validate": "validate", "_save": "save"}
 # From when on, by the clock and in seconds of processors, it was at which part; the step of a save or restore.
 Line = tuple[float, float, str, int | None]
 
@@ -42,6 +39,7 @@ def child(path: Path, flags: list[str]) -> None:
     """The train command, which writes down what it is at from when on."""
     from elm_jax import cli, train
     from elm_jax.training.loop import Trainer
+    from elm_jax.training.step import StepPrograms
 
     now = ["model"]  # of what has begun, the innermost is last
 
@@ -49,8 +47,8 @@ def child(path: Path, flags: list[str]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps([time.time(), time.process_time(), part, step]) + "\n")
 
-    def timed(name: str, part: str) -> Any:
-        method = getattr(Trainer, name)
+    def time_it(owner: type, name: str, part: str) -> None:
+        method = getattr(owner, name)
 
         @functools.wraps(method)
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -64,10 +62,11 @@ def child(path: Path, flags: list[str]) -> None:
                     now[:] = ["train"]
                 enter(now[-1])
 
-        return wrapper
+        setattr(owner, name, wrapper)
 
     for name, part in PARTS.items():
-        setattr(Trainer, name, timed(name, part))
+        time_it(Trainer, name, part)
+    time_it(StepPrograms, "compile", "compile")
     enter("data")
     cli.run(train.main, flags)
 
