@@ -26,7 +26,7 @@ import common
 from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config
 
-FIRST = 2  # the step from which on time counts
+FIRST = 4  # the step from which on time counts, without that of compiling
 PROMISE = 0.01
 RUN = {
     "data.system_prompt": "", "data.share": "ecg", "data.max_len": 512, "data.val_fraction": 0, "llm.remat": "none",
@@ -40,7 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ptb-xl", type=Path, required=True, help="folder with ptbxl_database.csv and records500")
     parser.add_argument("--llm", type=Path, required=True, help="folder of a small LLM")
-    parser.add_argument("--steps", type=int, default=62, help="of a run")
+    parser.add_argument("--steps", type=int, default=64, help="of a run")
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints, where there are any")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each kind")
     options = parser.parse_args()
@@ -91,7 +91,7 @@ def trained(flags: dict[str, Any], workdir: Path, every: int) -> Times:
         ["--config", str(common.ROOT / "elm_jax/configs/llava_merl.py"), *(f"--config.{n}={v}" for n, v in own.items())]
     ).load()
     times, last = Times(), config.train.steps
-    advance, save = loop.Trainer._advance, loop.Trainer._save
+    advance, save, compiles = loop.Trainer._advance, loop.Trainer._save, loop.Trainer._compile
 
     def advanced(trainer: loop.Trainer, loaded: Any) -> Any:
         if loaded.step == FIRST:
@@ -102,6 +102,13 @@ def trained(flags: dict[str, Any], workdir: Path, every: int) -> Times:
                 times.wall, times.cpu = time.perf_counter() - times.wall, time.process_time() - times.cpu
         return line
 
+    def compiled(trainer: loop.Trainer, *arguments: Any) -> None:
+        with trainer.report.paused():
+            wall, cpu = time.perf_counter(), time.process_time()
+        compiles(trainer, *arguments)
+        times.wall += time.perf_counter() - wall
+        times.cpu += time.process_time() - cpu
+
     def saved(trainer: loop.Trainer, done: int) -> None:
         with trainer.report.paused():  # the steps before it are no part
             began = time.perf_counter()
@@ -109,7 +116,7 @@ def trained(flags: dict[str, Any], workdir: Path, every: int) -> Times:
         if done != last:
             times.held.append(time.perf_counter() - began)
 
-    with mock.patch.multiple(loop.Trainer, _advance=advanced, _save=saved):
+    with mock.patch.multiple(loop.Trainer, _advance=advanced, _save=saved, _compile=compiled):
         loop.train(config)
     return times
 
