@@ -91,7 +91,7 @@ def trained(flags: dict[str, Any], workdir: Path, every: int) -> Times:
         ["--config", str(common.ROOT / "elm_jax/configs/llava_merl.py"), *(f"--config.{n}={v}" for n, v in own.items())]
     ).load()
     times, last = Times(), config.train.steps
-    advance, save, compiles = loop.Trainer._advance, loop.Trainer._save, loop.Trainer._compile
+    advance, save, compiles = loop.Trainer._advance, loop.Trainer._save, loop.StepPrograms.compile
 
     def advanced(trainer: loop.Trainer, loaded: Any) -> Any:
         if loaded.step == FIRST:
@@ -102,12 +102,11 @@ def trained(flags: dict[str, Any], workdir: Path, every: int) -> Times:
                 times.wall, times.cpu = time.perf_counter() - times.wall, time.process_time() - times.cpu
         return line
 
-    def compiled(trainer: loop.Trainer, *arguments: Any) -> None:
-        with trainer.report.paused():
-            wall, cpu = time.perf_counter(), time.process_time()
-        compiles(trainer, *arguments)
-        times.wall += time.perf_counter() - wall
-        times.cpu += time.process_time() - cpu
+    def compiled(programs: loop.StepPrograms, *arguments: Any) -> float:
+        cpu = time.process_time()
+        seconds = compiles(programs, *arguments)
+        times.wall, times.cpu = times.wall + seconds, times.cpu + time.process_time() - cpu
+        return seconds
 
     def saved(trainer: loop.Trainer, done: int) -> None:
         with trainer.report.paused():  # the steps before it are no part
@@ -116,7 +115,10 @@ def trained(flags: dict[str, Any], workdir: Path, every: int) -> Times:
         if done != last:
             times.held.append(time.perf_counter() - began)
 
-    with mock.patch.multiple(loop.Trainer, _advance=advanced, _save=saved, _compile=compiled):
+    with (
+        mock.patch.multiple(loop.Trainer, _advance=advanced, _save=saved),
+        mock.patch.object(loop.StepPrograms, "compile", compiled),
+    ):
         loop.train(config)
     return times
 
