@@ -137,7 +137,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `message`, which argparse words, as a UserError."""
         _, known, unknown = message.partition("unrecognized arguments: ")
-        flag = unknown.split()[0].partition("=")[0] if known and unknown else ""
+        flag = unknown.strip().partition(" ")[0].partition("=")[0] if known else ""
         fix = nearest(flag, self._option_string_actions) or f"run {self.prog} --help"
         raise UserError("command line", message, "the arguments that --help lists", fix)
 

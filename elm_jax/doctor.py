@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the findings to a file too")
     parser.add_argument("--debug", action="store_true", help="taken, as by all commands; there is no more to show")
     path = parser.parse_args(argv).json
-    if path and not path.absolute().parent.is_dir():
-        parser.error(f"--json: no folder {path.parent}")
+    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+        parser.error(f"--json: {path} is a folder" if path.is_dir() else f"--json: no folder {path.parent}")
     return report(chain(checks.examine(checks.HOST_CHECKS), trials.findings()), path)
 
 

@@ -29,8 +29,9 @@ def main(argv: Sequence[str]) -> None:
 
     where, config = topology.parse(options.topology), flags.load()
     for path in (options.json, options.hlo):
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(str(path), f"no folder {path.parent}", "a file in a folder that exists", "make it")
+        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+            found = "a folder" if path.is_dir() else f"no folder {path.parent}"
+            raise UserError(str(path), found, "a file in a folder that exists", "name another, or make the folder")
     topology.prepare(where)
     from elm_jax.planning.report import Load, Planner
 
