@@ -1,13 +1,14 @@
 """Hold what is installed, and the crates of Cargo.lock, against known advisories.
 
-    python .ci/audit.py [--database URL] [--report FILE [--hashes FILE] [--write]]
+    python .ci/audit.py [--strict] [--database URL] [--report FILE [--hashes FILE] [--write]]
 
 Asks OSV (https://osv.dev) once for all of them: it has the advisories that pip-audit and cargo-audit know. Where it
 cannot be reached in ten seconds, `advisories.toml` alone counts: a list by hand, with its date. `--report` is what
 `pip install --report FILE` left: files of versions in `hashes.json` must be those that were seen before; versions that
 are not in it are new, and told. `--write` writes them there.
 
-Exit status 1 where something is affected, or a file is another one than before; never because there is no network.
+Exit status 1 where the list says that something is affected, or a file is another one than before. What OSV alone says
+is a warning, so that a commit that passed once passes again; with `--strict` it is an error, too.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def other_files(report: Path, hashes: Path, write: bool) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strict", action="store_true", help="what OSV alone says is an error, too")
     parser.add_argument("--database", default=DATABASE, help="where OSV's querybatch is")
     parser.add_argument("--report", type=Path, help="what `pip install --report FILE` left")
     parser.add_argument("--hashes", type=Path, default=HASHES, help="files that were seen, with their sha256")
@@ -95,8 +97,13 @@ def main() -> int:
     args = parser.parse_args()
     known, all_of_them = tomllib.loads(KNOWN.read_text(encoding="utf-8")), packages()
     asked = by_database(all_of_them, args.database)
-    found = dict.fromkeys([*by_list(all_of_them, known), *(asked or ())])
-    affected = [f"{package[1]} {package[2]}: {one}" for package, one in found if one not in known["accepted"]]
+    listed, told = by_list(all_of_them, known), [found for found in asked or () if found[1] not in known["accepted"]]
+    affected, others = (
+        [f"{package[1]} {package[2]}: {one}" for package, one in dict.fromkeys(found)]
+        for found in ((listed + told, []) if args.strict else (listed, [one for one in told if one not in listed]))
+    )
+    for line in others:
+        print(f"warning: {line}, says OSV", file=sys.stderr)
     wrong = [] if args.report is None else other_files(args.report, args.hashes, args.write)
     for line in affected + wrong:
         print(f"error: {line}", file=sys.stderr)
