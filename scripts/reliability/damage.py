@@ -178,9 +178,8 @@ def full_disks(run: Run, place: Path, count: int) -> Iterator[tuple[int, str]]:
     items = {"trained": state.trained, "statistics": state.statistics, "optimizer": state.optimizer}
     newest = run.folder / "checkpoints" / str(STEPS)
     largest = max(path.stat().st_size for path in newest.rglob("*") if path.is_file()) // 2
-    copy = place / "copy"
     for room in np.unique(np.geomspace(1, largest - 1, count).astype(int)) - 1:
-        shutil.rmtree(copy, ignore_errors=True)
+        copy = place / f"room_for_{room}"  # its own: threads of a save that failed may still be at work in the last
         shutil.copytree(run.folder / "checkpoints", copy / "checkpoints")
         writer = Checkpoints(copy, 1)
         writer.find()
@@ -320,6 +319,7 @@ def main(argv: list[str] | None = None) -> int:
             mine = list(sweep(run, place, places, args.seed, lists, every))
             figures[name] = {way: dict(Counter(o.what.partition(":")[0] for o in mine if o.way == way)) for way in WAYS}
             outcomes += mine
+            print(f"{name}: {figures[name]}", file=sys.stderr)
         disks = dict(full_disks(run, place, 4 if args.short else 16))
         problems = {f"{o.file}, {o.damage}, {o.way}": o.what for o in outcomes if o.what not in ("found", "harmless")}
         problems |= {f"room for {room} bytes": problem for room, problem in disks.items() if problem}
