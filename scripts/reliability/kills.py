@@ -185,7 +185,9 @@ def killed_runs(
                 kept, starts = run.kept, len(run.starts())
                 kill = run.kill(2 * _in_saves(kills) <= len(kills), chance, usual[run.workers])
                 assert run.starts()[starts:] in ([], [kept]), f"{run.starts()}: went on from another step than {kept}"
-                if kill is None:
+                if kill is None:  # the machine has become faster
+                    now = usual[run.workers]
+                    usual[run.workers] = Usual(0.8 * now.run, 0.8 * now.save)
                     break
                 kills.append(kill)
                 assert kill.good, f"too much is lost: {kill}"
