@@ -57,7 +57,7 @@ def main() -> None:
         source = StepSource(dataset, plan, steps=plan.steps_before(1))
         source[0]
         result = {
-            "machine": machine("numpy"), "share": args.share, "conversations": len(dataset),
+            "machine": machine("numpy", "grain"), "share": args.share, "conversations": len(dataset),
             "tokens_per_conversation": float(index.length.mean()), "recordings_are_real": args.recordings is not None,
             "split_us": _split(source), "workers": [_through(source, workers) for workers in args.workers],
         }  # fmt: skip

@@ -27,7 +27,7 @@ from machine import machine
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 TOKENIZER = ROOT / "tests" / "data" / "golden" / "text_tokenizer_qwen"
-PACKAGES = ("elm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "torch", "numpy",
+PACKAGES = ("elm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "torch", "numpy",
             "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")  # fmt: skip
 CARD = "name,memory.total,power.limit,driver_version,clocks.max.sm,clocks.sm,clocks.mem,temperature.gpu"
 

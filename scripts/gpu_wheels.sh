@@ -24,6 +24,7 @@ platforms=()
 for libc in 39 34 31 28 27 24 17 12 5; do platforms+=(--platform "manylinux_2_${libc}_x86_64"); done
 platforms+=(--platform manylinux2014_x86_64 --platform manylinux2010_x86_64 --platform manylinux1_x86_64)
 packages=(
+    "grain>=0.2.18" array-record portpicker
     "ml-collections>=1.1"
     "datasets>=4" dill multiprocess
     "wfdb>=4.3" soundfile cffi pycparser

@@ -1,6 +1,8 @@
-"""Steps read ahead by a thread or by processes, and watched: one that ends, stops or sticks is named. No jax here.
+"""Steps streamed by Grain, ahead of who takes them, in a thread or in processes, and watched: one that ends, stops or
+sticks is named. No jax here.
 
-A process sends a step through a socket: a pickle, and behind it the bytes of the arrays, received where they stay.
+Grain's own threads and processes cannot be watched so: each of its streams runs in a reader of ours. A process sends a
+step through a socket: a pickle, and behind it the bytes of the arrays, received where they stay.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grain
 import numpy as np
 
 from elm_jax import stopping
@@ -72,12 +75,20 @@ class Reading:
         return self._shared[2] > 0, time.monotonic() - abs(self._shared[2])
 
 
+def streamed(source: StepSource, steps: range, reading: Reading) -> Iterator[Loaded]:
+    """These steps of the source, each read when it is asked for."""
+    numbers = grain.MapDataset.range(steps.start, steps.stop, steps.step)
+    read = numbers.map(lambda step: source.read(int(step), reading))
+    return iter(read.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
 class _Reader(threading.Thread):
     """Reads some steps of a source, one after another, a few ahead."""
 
     def __init__(self, source: StepSource, steps: range, ahead: int = AHEAD) -> None:
         super().__init__(daemon=True, name="reader")
         self.source, self.steps, self.step, self.reading = source, steps, steps.start, Reading()
+        self._stream: Iterator[Loaded] | None = None
         self._stuck = False  # at the last look
         self._room, self._found = threading.Semaphore(ahead), queue.SimpleQueue[Any]()
 
@@ -93,8 +104,9 @@ class _Reader(threading.Thread):
             self._found.put(error)
 
     def read(self) -> Loaded:
-        """The step `self.step`."""
-        return self.source.read(self.step, self.reading)
+        """The step `self.step`, the next of the stream."""
+        self._stream = self._stream or streamed(self.source, self.steps, self.reading)
+        return next(self._stream)
 
     def take(self, seconds: float) -> Loaded | None:
         """The next step, or None where it does not come within so many seconds. Raises what reading has raised."""
@@ -256,8 +268,8 @@ def _work(sent: bytes, steps: range, line: socket.socket, reading: Reading) -> N
     source: StepSource = pickle.loads(sent)
     threading.Thread(target=_live, args=(reading,), daemon=True).start()
     try:
-        for step in steps:
-            _send(line, source.read(step, reading))
+        for loaded in streamed(source, steps, reading):
+            _send(line, loaded)
     except Exception as error:
         _send(line, _sendable(error))
 

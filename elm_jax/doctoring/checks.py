@@ -25,7 +25,7 @@ from elm_jax.errors import UserError
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 PROJECT = "elm-jax"
 ROOT = Path(__file__).resolve().parents[2]  # with pyproject.toml in it, this is a source tree
-NAMED = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets")
+NAMED = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "datasets")
 LEAST_FREE, LITTLE_FREE = 1.0, 20.0  # GB on a disk
 LEAST_MEMORY, LITTLE_MEMORY = 1.0, 4.0  # GB; the demo takes about one
 PCI, MEMORY = Path("/sys/bus/pci/devices"), Path("/proc/meminfo")
