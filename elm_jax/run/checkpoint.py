@@ -419,6 +419,7 @@ def _said(error: Exception) -> str:
 def _keep_orbax_quiet() -> None:
     """It reports each file, tells what it raises with pages of stack, and leaves loops closed that are called later."""
     logging.getLogger("absl").addFilter(_not_of_orbax)
+    logging.getLogger("asyncio").addFilter(_not_of_its_tasks)
     before = sys.unraisablehook
     if getattr(before, "__name__", "") != _quiet_hook.__name__:
         sys.unraisablehook = functools.update_wrapper(functools.partial(_quiet_hook, before), _quiet_hook)
@@ -426,6 +427,12 @@ def _keep_orbax_quiet() -> None:
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
+
+
+def _not_of_its_tasks(record: logging.LogRecord) -> bool:
+    """Of a save that fails in several places at once one error is raised, and the others are told here."""
+    message = record.getMessage()
+    return "exception was never retrieved" not in message or "orbax" not in message
 
 
 def _quiet_hook(before: Callable[[Any], Any], found: Any) -> None:
