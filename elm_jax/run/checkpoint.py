@@ -16,7 +16,7 @@ import logging
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_utils
 from orbax.checkpoint.options import AsyncOptions
 
-from elm_jax.errors import UserError, one_line, printable
+from elm_jax.errors import UserError, printable
 from elm_jax.folders import read_json, seal, sealed, writable_folder
-from elm_jax.models.functional import Arrays
 from elm_jax.run import verification
-from elm_jax.run.fingerprints import summaries
+from elm_jax.run.arrays import named, said, sums_of
 from elm_jax.runtime import distributed
 
 MODEL_ITEMS = ("trained", "statistics")  # flat dictionaries of the model's arrays
@@ -87,7 +85,7 @@ class Checkpoints:
         self.wait()
         saves: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if tree}
         names = {name: sorted(items[name]) for name in MODEL_ITEMS if items.get(name)}
-        sums = _sums(items)
+        sums = sums_of(items)
         facts = seal({**meta, "step": step, "best_step": best, "arrays": names, "sums": sums})
         saves["meta"] = ocp.args.JsonSave(copy.deepcopy(facts))  # written later, when the caller's has changed
         with self._failing(step):
@@ -111,7 +109,7 @@ class Checkpoints:
                     if not problem:
                         verification.write_list(self._path(step), own)
                 except Exception as error:
-                    problem = _said(error)
+                    problem = said(error)
                     raise
                 finally:
                     problems = distributed.exchange(f"{self._path(step)}", problem)
@@ -131,7 +129,7 @@ class Checkpoints:
         except Exception as error:
             last = "no earlier one was made" if self._last is None else f"the checkpoint of step {self._last} is whole"
             raise UserError(
-                str(self._path(step)), f"a checkpoint that could not be saved: {_said(error)}",
+                str(self._path(step)), f"a checkpoint that could not be saved: {said(error)}",
                 "a disk with room that keeps what it is given", f"make room and run the same command again; {last}",
             ) from error  # fmt: skip
 
@@ -249,8 +247,8 @@ class Checkpoints:
             mine = {name: value for name, value in meta["sums"].items() if name.partition("/")[0] in self._items}
             return verification.wrong_array(self._path(step), mine) or verification.wrong_layout(self._path(step), mine)
         if jax.process_index() == 0:
-            said = f"{self._path(step)} was saved by a version that kept no checksums: it cannot be verified"
-            print(printable(said), file=sys.stderr)
+            old = f"{self._path(step)} was saved by a version that kept no checksums: it cannot be verified"
+            print(printable(old), file=sys.stderr)
         return verification.unreadable(self._path(step), self._items)
 
     def _best(self) -> int | None:
@@ -296,7 +294,7 @@ class Checkpoints:
         args = {
             n: ocp.args.StandardRestore(jax.tree.map(_abstract, tree)) for n, tree in like.items() if tree
         }
-        with _named(self._path(step)):
+        with named(self._path(step)):
             restored = self._library.restore(self._path(step).absolute(), args=ocp.args.Composite(**args))
         return {name: restored[name] if tree else tree for name, tree in like.items()}
 
@@ -306,99 +304,8 @@ class Checkpoints:
         return {name: self._path(step) / item for item in names for name in names[item]}
 
 
-def save_arrays(folder: Path, arrays: Arrays) -> None:
-    """Save arrays once, in a folder of their own that must not exist; whole and verified, or not at all. All processes
-    call it together.
-
-    Raises:
-        UserError: they cannot be written, or do not come back as they are.
-    """
-    fresh = folder.with_name(f"{folder.name}.tmp")
-    if jax.process_index() == 0:
-        shutil.rmtree(fresh, ignore_errors=True)
-    item = "arrays"
-    sums, problem = _sums({item: arrays}), ""
-    try:
-        with ocp.StandardCheckpointer() as library:
-            library.save((fresh / item).absolute(), arrays)
-        own = verification.own_checksums(fresh / item)
-        problem = verification.wrong_array(fresh, sums)
-        if not problem:
-            verification.write_list(fresh / item, own)
-    except Exception as error:
-        problem = _said(error)
-    if problem := verification.first(distributed.gather(problem)):
-        raise UserError(
-            str(folder), f"arrays that could not be saved: {problem}", "a disk with room that keeps what it is given",
-            "make room and run the same command again",
-        )  # fmt: skip
-    if jax.process_index() == 0:
-        (fresh / item).rename(folder)
-        fresh.rmdir()
-    distributed.gather(None)  # it is in its place
-
-
-class SavedArrays:
-    """The arrays in a folder that `save_arrays` or a verified checkpoint left, each read when it is asked for. All
-    processes make it together.
-
-    Raises:
-        UserError: the folder cannot be read, or is not as `save_arrays` left it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        verification.check_files(folder)
-        self.where, self.folder = str(folder), folder.absolute()
-        with ocp.PyTreeCheckpointer() as checkpointer, _named(folder):
-            self._tree = checkpointer.metadata(self.folder).item_metadata.tree
-        self.shapes = {name: tuple(entry.shape) for name, entry in self._tree.items()}
-
-    def dtype(self, name: str) -> np.dtype:
-        """The one that an array was saved in."""
-        return np.dtype(self._tree[name].dtype)
-
-    def arrays(self, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """These arrays in the host's memory: no device and none of the others is touched."""
-        return self._restore({name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names})
-
-    def place(self, like: Mapping[str, jax.ShapeDtypeStruct]) -> Arrays:
-        """These arrays in the dtypes and places that `like` says, which has their shapes."""
-        return self._restore(checkpoint_utils.construct_restore_args(dict(like)))
-
-    def _restore(self, how: Mapping[str, Any]) -> dict[str, Any]:
-        args = ocp.args.PyTreeRestore({name: self._tree[name] for name in how}, restore_args=how, partial_restore=True)
-        with ocp.PyTreeCheckpointer() as checkpointer, _named(self.folder):
-            return checkpointer.restore(self.folder, args)
-
-
 def _abstract(x: Any) -> Any:
     return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=x.sharding)
-
-
-class _named:
-    """Turn what the checkpoint library says of a misfit into an error that names the folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (ValueError, KeyError, FileNotFoundError)) and not isinstance(error, UserError):
-            raise UserError(
-                str(self.folder), str(error).split("\n")[0][:200], "a checkpoint of this model",
-                "use the run's own config, or another workdir",
-            ) from error  # fmt: skip
-
-
-def _sums(items: Mapping[str, Any]) -> dict[str, str]:
-    """`item/name` of each array -> its `verification.summary`, made on the devices. Names are those on disk."""
-    arrays = {
-        f"{item}/{'.'.join(path)}": x
-        for item, tree in items.items() for path, x in ocp.tree.to_flat_dict(tree).items()
-    }  # fmt: skip
-    return {name: verification.summary(arrays[name].dtype, found) for name, found in summaries(arrays).items()}
 
 
 def _has_sums(meta: Mapping[str, Any]) -> bool:
@@ -408,12 +315,6 @@ def _has_sums(meta: Mapping[str, Any]) -> bool:
 
 def _told(damaged: Mapping[int, str]) -> str:
     return "; ".join(f"checkpoint {step} is damaged ({problem})" for step, problem in damaged.items())
-
-
-def _said(error: Exception) -> str:
-    """The beginning of what an error says."""
-    said = f"{error.where}: {error.found}" if isinstance(error, UserError) else str(error)
-    return one_line(said or type(error).__name__)[:300]
 
 
 def _keep_orbax_quiet() -> None:

@@ -27,7 +27,8 @@ from elm_jax.folders import TOKENIZER, read_run_config, run_folder
 from elm_jax.models.functional import Arrays, Leaf
 from elm_jax.models.lora import is_lora
 from elm_jax.models.names import Rule
-from elm_jax.run.checkpoint import Checkpoints, SavedArrays, save_arrays
+from elm_jax.run.arrays import SavedArrays, save_arrays
+from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.run.fingerprints import fingerprint, joined, summary_of
 from elm_jax.run.verification import check_files
 from elm_jax.runtime.mesh import replicated

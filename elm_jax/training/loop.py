@@ -28,7 +28,8 @@ from elm_jax.errors import UserError, printable
 from elm_jax.folders import TOKENIZER
 from elm_jax.models.functional import Arrays
 from elm_jax.run import folder as run
-from elm_jax.run.checkpoint import Checkpoints, SavedArrays, save_arrays
+from elm_jax.run.arrays import SavedArrays, save_arrays
+from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.run.weights import TrainedWeights, first_arrays, frozen_fingerprints, keep_adapter
 from elm_jax.runtime import distributed, telemetry
 from elm_jax.runtime.compilation import cache_folder

@@ -24,7 +24,8 @@ from elm_jax.errors import UserError
 from elm_jax.folders import read_json, write_json
 from elm_jax.models.functional import Arrays, Leaf, Structure
 from elm_jax.run import folder as run
-from elm_jax.run.checkpoint import Checkpoints, SavedArrays, save_arrays
+from elm_jax.run.arrays import SavedArrays, save_arrays
+from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.run.fingerprints import fingerprint
 from elm_jax.run.weights import INHERITED, first_arrays
 from elm_jax.runtime.mesh import make_mesh

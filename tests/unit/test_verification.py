@@ -20,7 +20,8 @@ import pytest
 from elm_jax.errors import UserError
 from elm_jax.folders import read_json, write_atomic, write_json
 from elm_jax.run import verification
-from elm_jax.run.checkpoint import DAMAGED, META, Checkpoints, SavedArrays, save_arrays
+from elm_jax.run.arrays import SavedArrays, save_arrays
+from elm_jax.run.checkpoint import DAMAGED, META, Checkpoints
 from elm_jax.run.fingerprints import summary_of
 
 LIST = "checksums-0-of-1.json"
