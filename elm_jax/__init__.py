@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from elm_jax.models.family_table import register_family
     from elm_jax.objectives import register_objective
     from elm_jax.scoring.metrics import register_metric
+    from elm_jax.scoring.rewards import register_reward
     from elm_jax.symbols.coder import EcgByte
     from elm_jax.text.render import render
     from elm_jax.weights.encoders import load_encoder
@@ -32,6 +33,7 @@ _HOME = {
     "register_family": "elm_jax.models.family_table",
     "register_metric": "elm_jax.scoring.metrics",
     "register_objective": "elm_jax.objectives",
+    "register_reward": "elm_jax.scoring.rewards",
     "register_view": "elm_jax.elms",
     "render": "elm_jax.text.render",
     "to_segment": "elm_jax.ecg.recording",
@@ -50,6 +52,7 @@ __all__ = [
     "register_family",
     "register_metric",
     "register_objective",
+    "register_reward",
     "register_view",
     "render",
     "to_segment",

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from elm_jax.config import Config, renamed
+from elm_jax.config import Config, renamed, resolve
 from elm_jax.data.dataset import Dataset, TextSpec, text_spec
 from elm_jax.data.ecg_tokens import EcgTokens, add_ecg_tokens
 from elm_jax.data.represent import SignalSpec, signal_spec
@@ -27,12 +27,12 @@ from elm_jax.models.attention import choose_attention
 from elm_jax.models.connectors import build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder, DecoderConfig, Remat
 from elm_jax.models.elm import ELM
-from elm_jax.models.encoders import ENCODERS, build_encoder
+from elm_jax.models.encoders import ENCODERS, PRETRAINING, build_encoder
 from elm_jax.models.families import chat_family, extended, scratch_config
 from elm_jax.models.functional import Arrays, Structure, initialise, structure_of
 from elm_jax.models.lora import add_lora
 from elm_jax.models.views import check_views, representation_of, signal_tokens
-from elm_jax.objectives import OBJECTIVES, Objective
+from elm_jax.objectives import OBJECTIVES, Objective, objective_of
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.text.render import THINK_TOKENS, add_tokens
 from elm_jax.text.vocabulary import load_tokenizer
@@ -64,6 +64,11 @@ class Assembly:
         augments = split == "train" and (self.signal.augment_ecg or self.signal.augment_rgb)
         return Dataset(records, self.tokenizer, self.text, self.signal, augments, self.objective.samples)
 
+    @property
+    def encoder_kinds(self) -> dict[str, str]:
+        """The row of each encoder, by its part of the model."""
+        return {part: encoder_kind(self.config, part) for part in self.config.encoder_parts}
+
     def check_llm(self) -> None:
         """Raise UserError where an encoder is all there is."""
         if self.llm is None:
@@ -85,7 +90,7 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
     Raises:
         UserError: a name or size in the config does not fit; names the key.
     """
-    objective = OBJECTIVES.find(config.objective)
+    objective = objective_of(config)
     _check_objective(config, objective)
     check_views(config)
     for view in _encoded(config):
@@ -197,9 +202,13 @@ def _connector(config: Config, view: str, encoder: Any, width: int) -> nnx.Modul
 
 def _encoder(config: Config, view: str, fields: Mapping[str, Any]) -> Any:
     compute, part, encoder = jnp.dtype(config.llm.compute_dtype), config.part("encoder", view), config.encoder_of(view)
-    return build_encoder(
-        str(encoder.name), fields, encoder.tokens, _rngs(config, part), compute, _dtype(config, part), config.compat
-    )
+    kind, dtype = encoder_kind(config, part), _dtype(config, part)
+    return build_encoder(kind, fields, encoder.tokens, _rngs(config, part), compute, dtype, config.compat)
+
+
+def encoder_kind(config: Config, part: str) -> str:
+    """The row of the encoder that is a part of the model; where the objective pretrains it, of all that this trains."""
+    return f"{config.encoder_parts[part].name}{PRETRAINING if objective_of(config).pretrains else ''}"
 
 
 def _encoded(config: Config) -> list[str]:
@@ -274,7 +283,8 @@ def _began_with(config: Config, own: Path | None) -> Path | None:
     if config.init_from is None:
         return None
     before = renamed(read_run_config(run_folder(config.init_from, "config.init_from")))
-    objective = OBJECTIVES.get(before.get("objective", Config.objective))
+    row = OBJECTIVES.get(before.get("objective", Config.objective))
+    objective = row(resolve(before)) if callable(row) else row
     return None if objective is not None and "llm" not in objective.needs else tokenizer_of(config.init_from)
 
 

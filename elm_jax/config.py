@@ -15,6 +15,7 @@ from elm_jax import compat, schema
 from elm_jax.ecg.recording import LEADS
 from elm_jax.elms import ALIASES, ELMS, Viewed
 from elm_jax.errors import UserError, closest
+from elm_jax.objective_keys import DpoConfig, RlConfig, SslConfig
 from elm_jax.schema import key
 from elm_jax.scoring.protocols import PROTOCOLS
 from elm_jax.text.forms import CHAT_FORMS
@@ -213,7 +214,7 @@ class Config(Viewed):
 
     seed: int = key(0, "seed of everything random", limit="from 0 to 4294967295")
     workdir: str = key("runs/<name>", "the run's folder; <name> is the config file's name")
-    objective: str = key("sft", "what is learnt: pretrain (texts) or sft (answers); its older name is phase")
+    objective: str = key("sft", "what is learnt, a row of elm_jax/objectives; its older name is phase")
     elm: str = key("mlp_llava", "how an ECG enters the LLM", choices=ELMS)
     update: tuple[str, ...] = key(
         ("connector", "llm"), "the parts that are trained", choices=("encoder", "connector", "llm")
@@ -229,6 +230,9 @@ class Config(Viewed):
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    rl: RlConfig = field(default_factory=RlConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    ssl: SslConfig = field(default_factory=SslConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -100,7 +100,7 @@ class Dataset:
         Raises:
             UserError: the record has no answer, or does not fit; names the record.
         """
-        with self._naming(index) as record:
+        with self.naming(index) as record:
             record = record if text is None else replace(record, text=text)
             if self._symbols is None:
                 return self._rendered(index, record, self.text.max_len)
@@ -110,7 +110,7 @@ class Dataset:
             return self._symbols.expand(render, written, limit, length, self.varies, self.text.compat)
 
     @contextlib.contextmanager
-    def _naming(self, index: int) -> Iterator[Record]:
+    def naming(self, index: int) -> Iterator[Record]:
         """The record; it is named by errors of what is done with it."""
         record = self.records[index]
         try:
@@ -143,7 +143,7 @@ class Dataset:
 
         Where ECGs are symbols, one placeholder stands for each: `ecg_tokens.write_prompt` puts them in.
         """
-        with self._naming(index) as record:
+        with self.naming(index) as record:
             ecgs, spec = self._ecgs(record), replace(self.text, max_len=None)
             return to_prompts(self._words(index, record, ecgs), self.tokenizer, spec, ecgs)
 
@@ -307,7 +307,7 @@ class Dataset:
         What augmentation adds beyond that room will be cut.
         """
         limit, symbols = self.text.max_len, self._symbols
-        with self._naming(index) as record:
+        with self.naming(index) as record:
             whole = self._rendered(index, record, None)
             ecgs = [] if symbols is None else [ecg[self.signal.view] for ecg in self.signals(index)]
         if symbols is None and (limit is None or len(whole.ids) <= limit):

@@ -34,20 +34,35 @@ class Sample:
 class Experience:
     """How prompts become scored answers, which the model itself gives while it is trained.
 
-    The prompt is a record's, up to its last answer, which is the truth.
+    The prompt is a record's, up to its last answer, which is the truth. Beside the reward, extras of an answer may be
+    "advantage"; "learnt", 0 of answers that only count; the parts of the reward; "degenerate", 1 in a group of equal
+    rewards; "empty" and "truncated", 1 of answers without a word or without an end; and "old", the log probability of
+    each token when it was drawn.
 
     Args:
-        reward: (record, answer, truth) -> how good the answer is.
-        advantages: rewards (P prompts, G answers) -> (P, G), which stand in the batch's extras as "advantage".
-        answers: G; tokens: the most of an answer; temperature, top_p: how they are drawn.
+        reward: (record, answer, truth) -> how good the answer is: a number, or its parts by name, which are summed.
+        advantages: rewards (P prompts, G answers) -> (P, G).
+        answers: G; tokens: the most of an answer; temperature, top_p: how they are drawn; rows: how many at once.
+        updates: steps that learn from the same answers.
+        shaped: (rewards, tokens of the answers), both (P, G) -> rewards: what length takes away; None is nothing.
+        resample: how often a prompt with a degenerate group is replaced by another one. What is left of these is not
+            learnt, where it is above 0.
+        skip_truncated: truncated answers are not learnt.
+        show_every: steps between tables of answers in the run's folder; 0 writes none.
     """
 
-    reward: Callable[[Record, str, str], float]
+    reward: Callable[[Record, str, str], float | Mapping[str, float]]
     advantages: Callable[[np.ndarray], np.ndarray]
     answers: int
     tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    rows: int = 32
+    updates: int = 1
+    shaped: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    resample: int = 0
+    skip_truncated: bool = False
+    show_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,7 +126,9 @@ class Samples:
             return [Conversation(index, ids, ids.astype(bool), places, signals)]
         assert self.of is not None, "the model makes these samples"
         made = []
-        for sample in self.of(record):
+        with dataset.naming(index):
+            samples = self.of(record)
+        for sample in samples:
             made.append(replace(dataset.conversation(index, signals, length, sample.text), extras=sample.extras))
             length = 1  # of a bad record whose ECGs would be tokens nothing is known but how long all samples are
         return made

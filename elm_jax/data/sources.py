@@ -19,7 +19,7 @@ from elm_jax.data.table_files import KINDS
 from elm_jax.data.tables import Lazy, Part, Source, identities, open_source
 from elm_jax.errors import UserError
 from elm_jax.json_text import parse_json
-from elm_jax.text.turns import decode_text
+from elm_jax.text.turns import Turn, decode_text, to_turns
 
 Split = Literal["train", "val", "test"]
 KEPT_RECORDS = 16_384  # a few kilobytes each at most; what is asked under each control is built once
@@ -33,7 +33,8 @@ class Record:
     patient: who it is about ("a+b" for two); id: "<dataset>:<row>", or "<dataset>:<split>:<row>"
     where rows are numbered per split; dataset: index into data.names; problem: what is wrong with the record
     itself, where no conversation can be made of it; fields: what of `table_files.KINDS` it says about its question;
-    ecgs_of: the id of the record whose ECGs it has, where a control gave it another's.
+    ecgs_of: the id of the record whose ECGs it has, where a control gave it another's; rejected: of a pair of answers
+    the one that is not preferred, a string or one turn.
     """
 
     ecg_paths: tuple[str, ...]
@@ -45,6 +46,7 @@ class Record:
     problem: UserError | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     ecgs_of: str = ""
+    rejected: Any = None
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,14 @@ class _Rows:
         paths, problem = _ecg_paths(row["ecg_path"], row_id)
         return Record(
             paths,
-            decode_text(_without_nulls(row["text"])),
+            _text_of(row),
             str(row.get("name") or ""),
             "+".join(patient_ids(row.get("patient_id")) or _recorded(paths, row_id)),
             row_id,
             self.dataset,
             problem,
             {key: str(row[key]) for key in KINDS if row.get(key) not in (None, "")},
+            rejected=decode_text(_without_nulls(row.get("rejected"))),
         )
 
     def patients(self) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -234,6 +237,18 @@ def _subset(rows: list[_Rows], subset: float | None, seed: int) -> list[_Rows]:
             if len(chosen):
                 kept.append(part.take(chosen))
     return kept
+
+
+def _text_of(row: Mapping[str, Any]) -> Any:
+    """A row's text; of a pair of answers its prompt with the chosen one."""
+    text, prompt, chosen = (decode_text(_without_nulls(row.get(name))) for name in ("text", "prompt", "chosen"))
+    if text is not None or prompt is None or chosen is None:
+        return text
+    asked = [Turn("user", prompt)] if isinstance(prompt, str) else prompt
+    try:
+        return [*to_turns(asked), *to_turns(chosen)]
+    except UserError:
+        return [asked, chosen]  # what is wrong is said where the conversation is made
 
 
 def _ecg_paths(value: Any, row_id: str) -> tuple[tuple[str, ...], UserError | None]:

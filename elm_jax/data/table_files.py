@@ -8,7 +8,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +17,8 @@ from elm_jax.folders import check_regular, keep, kept, read_json
 from elm_jax.json_text import parse_json
 
 KINDS = ("question_type", "attribute_type", "attribute", "template_id")  # of ECG-QA, to score by
-COLUMNS = ("ecg_path", "text", "name", "patient_id", "split", *KINDS)
+PAIR = ("prompt", "chosen", "rejected")  # of preferences: in place of text, or rejected alone beside it
+COLUMNS = ("ecg_path", "text", "name", "patient_id", "split", *KINDS, *PAIR)
 SUFFIXES = (".parquet", ".json", ".jsonl")
 _SPLITS, _STATE = "dataset_dict.json", "state.json"  # of a dataset that the library has saved
 
@@ -200,15 +201,19 @@ def _json_rows(file: Path) -> Iterator[Mapping[str, Any]]:
         numbered = enumerate(value, 1)
     kind = "line" if file.suffix == ".jsonl" else "record"
     for number, row in numbered:
-        missing = (
-            [key for key in COLUMNS[:2] if key not in row] if isinstance(row, dict) else list(COLUMNS[:2])
-        )
+        missing = missing_columns(row if isinstance(row, dict) else ())
         if missing:
             found = f"no {' and no '.join(missing)}" if isinstance(row, dict) else f"a {type(row).__name__}"
             raise UserError(
                 f"{file}, {kind} {number}", found, "a record with ecg_path and text", "correct it"
             )
         yield row
+
+
+def missing_columns(columns: Collection[str]) -> list[str]:
+    """What a record cannot do without, and is not among these."""
+    paired = "prompt" in columns and "chosen" in columns
+    return [column for column in ("ecg_path", "text") if column not in columns and not (column == "text" and paired)]
 
 
 def _parse_json(file: Path, text: str, first_line: int) -> Any:
@@ -228,7 +233,7 @@ def _as_string(value: Any) -> str | None:
 
 
 def _check_columns(where: str, columns: Sequence[str]) -> None:
-    missing = [column for column in ("ecg_path", "text") if column not in columns]
+    missing = missing_columns(columns)
     if missing:
         raise UserError(
             where,

@@ -32,7 +32,7 @@ from elm_jax.evaluation.results import asked_with, results_of, summary
 from elm_jax.evaluation.store import Store
 from elm_jax.folders import check_writable, read_json, write_json
 from elm_jax.inference.model import TrainedModel
-from elm_jax.objectives import OBJECTIVES
+from elm_jax.objectives import objective_of
 from elm_jax.run.fingerprints import fingerprint
 from elm_jax.runtime import distributed
 from elm_jax.runtime.watchdog import Watchdog
@@ -138,7 +138,7 @@ def _labels_asked(config: Config) -> PtbXl | None:
         return None
     if jax.process_count() > 1:
         raise UserError("eval.labels", "several processes", "one", "evaluate labels with one process")
-    if OBJECTIVES.find(config.objective).samples.phase != "sft":
+    if objective_of(config).samples.phase != "sft":
         expected = "objective 'sft', which answers questions"
         raise UserError("eval.labels", f"objective {config.objective!r}", expected, "leave eval.labels out")
     return read_ptb_xl(Path(folder))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_jax.assemble import DEMO_LLM
+from elm_jax.config import DataConfig
 from elm_jax.folders import json_if_whole
 from elm_jax.models.families import ALIASES
 from elm_jax.pictures.page import filled
@@ -34,28 +35,18 @@ _FRONT_MATTER = re.compile(r"\A---\n.*?^license:\s*['\"]?([\w.-]+)", re.DOTALL |
 def facts_of(weights: TrainedWeights, rows: int, no_template: str) -> dict[str, Any]:
     """What a program must know to ask the model; `rows` is len(tokenizer), `no_template` why it has no template."""
     config, assembly = weights.assembly.config, weights.assembly
-    data = config.data
-    encoders = {}
-    for view, own in assembly.encoders.items():
-        sizes, encoder = {k: v for k, v in own.items() if not isinstance(v, (tuple, set))}, config.encoder_of(view)
-        encoders[config.part("encoder", view)] = {"name": encoder.name, "tokens": encoder.tokens, "config": sizes}
     return {
         "elm": config.elm,
         "phase": assembly.text.phase,
         "step": weights.step,
         "llm": config.llm.name,
         "vocabulary": rows,
-        **(encoders or {"encoder": None}),
+        **(_encoders(weights) or {"encoder": None}),
         "signal": {
             "token": SIGNAL_TOKEN,
             "token_id": assembly.tokenizer.convert_tokens_to_ids(SIGNAL_TOKEN),
             "tokens_per_ecg": assembly.text.signal_tokens,
-            "representation": data.representation,
-            "leads": list(data.leads),
-            "sampling_rate": data.sampling_rate,
-            "segment_len": data.segment_len,
-            "normalize": data.normalize,
-            "norm_eps": data.norm_eps,
+            **_signal(config.data),
         },
         "chat": assembly.text.family,
         "system_prompt": assembly.text.system_prompt,
@@ -63,6 +54,29 @@ def facts_of(weights: TrainedWeights, rows: int, no_template: str) -> dict[str, 
         "no_chat_template": no_template or None,
         "compat": list(config.compat),
     }
+
+
+def facts_of_encoder(weights: TrainedWeights) -> dict[str, Any]:
+    """What a program must know to use an encoder that was pretrained alone."""
+    config = weights.assembly.config
+    return {"objective": config.objective, "step": weights.step, **_encoders(weights), "signal": _signal(config.data)}
+
+
+def _encoders(weights: TrainedWeights) -> dict[str, Any]:
+    """Name, tokens and sizes of each encoder, by its part of the model."""
+    config, found = weights.assembly.config, {}
+    for view, own in weights.assembly.encoders.items():
+        sizes, encoder = {k: v for k, v in own.items() if not isinstance(v, (tuple, set))}, config.encoder_of(view)
+        found[config.part("encoder", view)] = {"name": encoder.name, "tokens": encoder.tokens, "config": sizes}
+    return found
+
+
+def _signal(data: DataConfig) -> dict[str, Any]:
+    """How a recording becomes what the model is shown."""
+    return {
+        "representation": data.representation, "leads": list(data.leads), "sampling_rate": data.sampling_rate,
+        "segment_len": data.segment_len, "normalize": data.normalize, "norm_eps": data.norm_eps,
+    }  # fmt: skip
 
 
 def write_card(path: Path, weights: TrainedWeights, facts: Mapping[str, Any], merged: bool) -> None:

@@ -18,12 +18,12 @@ import numpy as np
 
 from elm_jax.config import Config
 from elm_jax.errors import UserError
-from elm_jax.exchange.card import FACTS, facts_of, write_card
+from elm_jax.exchange.card import FACTS, facts_of, facts_of_encoder, write_card
 from elm_jax.exchange.llm_folder import write_companions, write_config
 from elm_jax.exchange.reference import Kinds, Reference, published_rules, reference_of
-from elm_jax.exchange.torch_files import ELM, ENCODER, has_torch, write_checkpoints
+from elm_jax.exchange.torch_files import ELM, ENCODER, has_torch, write_checkpoints, write_encoder
 from elm_jax.folders import ECG_BYTE, TOKENIZER, whole_folder, write_json
-from elm_jax.models.encoders import ENCODERS
+from elm_jax.models.encoders import kind_of
 from elm_jax.models.lora import is_lora
 from elm_jax.models.names import Rule
 from elm_jax.run.weights import TrainedWeights
@@ -55,9 +55,10 @@ def export(
     """
     out = Path(out).expanduser().resolve()
     _check_out(out, config)
-    export = _Export(TrainedWeights(Path(config.workdir), which, config), merge, dtype, shard_bytes)
+    export = _Export(TrainedWeights(Path(config.workdir), which, config, alone=True), merge, dtype, shard_bytes)
     with whole_folder(out) as fresh:
-        (fresh / LLM).mkdir()
+        if export.weights.assembly.llm is not None:
+            (fresh / LLM).mkdir()
         return export.write(fresh)
 
 
@@ -143,7 +144,7 @@ class _Export:
             layouts = {rule.ours: (self.dtype(rule.ours), self.weights.leaves[rule.ours].shape) for rule in rules}
             if rules:
                 names = [name for rule in rules for name in rule.names(layouts[rule.ours][1])]
-                aliases = ENCODERS[kinds.encoders[part]].aliases(names) if part in kinds.encoders else {}
+                aliases = kind_of(kinds.encoders[part]).aliases(names) if part in kinds.encoders else {}
                 writers[part] = ShardWriter(stem, rules, layouts, aliases, self.shard_bytes if part == LLM else None)
         return writers
 
@@ -160,6 +161,9 @@ class _Export:
 
     def _companions(self, folder: Path, adapter: Mapping[str, np.ndarray]) -> list[str]:
         weights, assembly = self.weights, self.weights.assembly
+        if assembly.llm is None:
+            write_json(folder / FACTS, facts_of_encoder(weights))
+            return []
         llm = [name for name in self.rules if name.startswith("llm.")]
         as_it_came = all(weights.from_folder(n) and self.dtype(n) == weights.dtype(n) for n in llm)
         write_config(folder / LLM, assembly, {self.dtype(name) for name in llm}, as_it_came)
@@ -181,10 +185,19 @@ class _Export:
     def _checkpoints(self, folder: Path) -> list[str]:
         if not has_torch():
             return [NO_TORCH]
+        if self.weights.assembly.llm is None:
+            return self._pretrained(folder)
         loss = self.weights.meta["history"].get("best_val_loss")
         tensors, alone = self._reference_tensors(folder), list(self._kinds.encoders) == ["encoder"]
         files = write_checkpoints(folder, self.reference, tensors, self.weights.step, loss, alone)
         return [f"for the reference: {name} ({_size((folder / name).stat().st_size)})" for name in files]
+
+    def _pretrained(self, folder: Path) -> list[str]:
+        """What the reference's program for pretraining leaves of an encoder alone."""
+        if list(self._kinds.encoders) != ["encoder"]:
+            return []
+        write_encoder(folder, dict(Safetensors(folder / "encoder.safetensors")))
+        return [f"for the reference: {ENCODER} ({_size((folder / ENCODER).stat().st_size)})"]
 
     def _reference_tensors(self, folder: Path) -> dict[str, np.ndarray]:
         """The tensors of the written files under the names that they have in elm.pt."""

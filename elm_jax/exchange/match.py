@@ -14,7 +14,7 @@ from elm_jax.errors import UserError
 from elm_jax.exchange.config import Imported
 from elm_jax.exchange.foreign import Foreign
 from elm_jax.exchange.reference import Kinds, reference_of
-from elm_jax.models.encoders import ENCODERS
+from elm_jax.models.encoders import kind_of
 from elm_jax.models.families import family_of
 from elm_jax.models.lora import LoraSpec, is_lora
 from elm_jax.weights.load import open_llm
@@ -101,7 +101,7 @@ def _matched(source: Foreign, imported: Imported) -> tuple[Published, dict[str, 
     named, left_out = _named(source, kinds)
     may_lack = [
         kinds.before(part) + name for part, encoder in kinds.encoders.items()
-        for name in ENCODERS[encoder].absent(source.info.keys())
+        for name in kind_of(encoder).absent(source.info.keys())
     ]  # fmt: skip
     found = match(
         str(source.path), "this model", _FIX, table.rules.values(), {name: leaf.shape for name, leaf in leaves.items()},
@@ -133,7 +133,7 @@ def _of_encoder(source: Foreign, encoder: str, there: str, before: str) -> dict[
 
     None: what no embedding needs.
     """
-    kind = ENCODERS[encoder]
+    kind = kind_of(encoder)
     mine = {name: name.removeprefix(there) for name in source.info if name.startswith(there)}
     if there:
         mine = {name: own.removeprefix(kind.wrapper) for name, own in mine.items()}

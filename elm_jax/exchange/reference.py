@@ -12,7 +12,7 @@ from typing import Self
 
 from elm_jax.assemble import Assembly
 from elm_jax.models.connectors import PREFIXES, RULES
-from elm_jax.models.encoders import ENCODERS
+from elm_jax.models.encoders import kind_of
 from elm_jax.models.families import family_of
 from elm_jax.models.functional import Leaf
 from elm_jax.models.lora import is_lora, their_module
@@ -65,7 +65,7 @@ class Kinds:
     @classmethod
     def of(cls, assembly: Assembly) -> Self:
         config = assembly.config
-        encoders = {part: str(encoder.name) for part, encoder in config.encoder_parts.items()}
+        encoders = assembly.encoder_kinds
         connectors = {config.part("connector", view): str(each.connector) for view, each in config.slots.items()}
         if assembly.llm is None:  # encoders alone
             return cls("", encoders, {})
@@ -79,7 +79,7 @@ class Kinds:
         """What the reference puts before the names of a part, or would, if its models had several views."""
         component, _, view = part.partition(".")
         if part in self.encoders:
-            return f"{part}.{ENCODERS[self.encoders[part]].wrapper}"
+            return f"{part}.{kind_of(self.encoders[part]).wrapper}"
         if part in self.connectors:
             return PREFIXES[self.connectors[part]] + (f"{view}." if view else "")
         return f"{component}.llm." if self.connectors else f"{component}."
@@ -95,7 +95,7 @@ def published_rules(names: Iterable[str], kinds: Kinds) -> dict[str, Rule]:
         part = kinds.part_of(name)
         own = name.removeprefix(f"{part}.")
         if part in kinds.encoders:
-            rules[name] = replace(ENCODERS[kinds.encoders[part]].weight_rule(own), ours=name)
+            rules[name] = replace(kind_of(kinds.encoders[part]).weight_rule(own), ours=name)
         elif not is_lora(name):
             rules[name] = replace(tables[part][own], ours=name)
     return rules
@@ -148,7 +148,7 @@ def _aliases(table: Reference, kinds: Kinds, before: str) -> dict[str, str]:
     for part, encoder in kinds.encoders.items():
         prefix, mine = kinds.before(part), [ours for ours in table.rules if ours.startswith(f"{part}.")]
         own = [name.removeprefix(prefix) for ours in mine for name in table.names(ours)]
-        aliases |= {prefix + second: prefix + first for second, first in ENCODERS[encoder].aliases(own).items()}
+        aliases |= {prefix + second: prefix + first for second, first in kind_of(encoder).aliases(own).items()}
     return aliases
 
 

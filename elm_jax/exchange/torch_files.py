@@ -58,6 +58,11 @@ def write_checkpoints(
     return [ELM, ENCODER]
 
 
+def write_encoder(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write `encoder.pt` of an encoder that was pretrained alone."""
+    _save({"model_state_dict": {name: _tensor(x) for name, x in tensors.items()}}, folder / ENCODER, tensors.values())
+
+
 def _save(content: Mapping[str, Any], path: Path, views: Iterable[np.ndarray]) -> None:
     """Save to a file; what of the mapped files of `views` has been read for it does not stay in memory."""
     import torch  # pyright: ignore[reportMissingImports]

@@ -3,51 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 
 import jax
 
+from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.samples import Experience, Sample, Samples
 from elm_jax.models.elm import ELM
+from elm_jax.objectives import policy, preference, self_supervised
 from elm_jax.objectives.cross_entropy import log_probs, summed_cross_entropy, sums_of_samples
+from elm_jax.objectives.objective import Objective, Sums
 from elm_jax.registry import Registry
 
 __all__ = [
     "OBJECTIVES",
+    "SFT",
     "Experience",
     "Objective",
     "Sample",
     "Samples",
     "Sums",
     "log_probs",
+    "objective_of",
     "register_objective",
     "sums_of_samples",
 ]
 
-Sums = dict[str, jax.Array]  # scalars by name; "loss" is what is learnt from, the others are logged
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a run learns: a value of the key `objective`.
-
-    A step's loss, and each of its other numbers, is a sum over all micro-batches and hosts divided by a count.
-
-    Args:
-        loss: (model, batch without micro-batch axis, key, trained) -> sums by name, "loss" among them. `key` is what is
-            drawn from, None where nothing is; encoders whose part is among `trained` take the batch's statistics.
-        counts: (batch) -> by the same names, what each sum is divided by. It depends on the batch alone.
-        samples: what of a record is learnt.
-        needs: "llm" (without it there is no tokenizer, no text and no connector, but an encoder alone); "reference":
-            the model as it was at the beginning, whose log probabilities of the targets are the batch's extras
-            "reference"; "key": `loss` draws at random in validation too.
-    """
-
-    loss: Callable[[ELM, Batch, jax.Array | None, Collection[str]], Sums]
-    counts: Callable[[Batch], Sums]
-    samples: Samples = Samples()
-    needs: frozenset[str] = frozenset({"llm"})
+Row = Objective | Callable[[Config], Objective]  # the second, where keys of the config decide
 
 
 def _cross_entropy(model: ELM, batch: Batch, key: jax.Array | None, trained: Collection[str]) -> Sums:
@@ -58,17 +40,37 @@ def _supervised_tokens(batch: Batch) -> Sums:
     return {"loss": batch.target_weights.sum()}
 
 
-OBJECTIVES: Registry[Objective] = Registry(
+SFT = Objective(_cross_entropy, _supervised_tokens)
+OBJECTIVES: Registry[Row] = Registry(
     "config.objective",
     {
         "pretrain": Objective(_cross_entropy, _supervised_tokens, Samples(phase="pretrain")),
-        "sft": Objective(_cross_entropy, _supervised_tokens),
+        "sft": SFT,
+        "dpo": preference.dpo,
+        "sapo": policy.sapo,
+        "grpo": policy.grpo,
+        "dapo": policy.dapo,
+        "st_mem": self_supervised.st_mem,
+        "mtae": self_supervised.mtae,
+        "mlae": self_supervised.mlae,
+        "mae_vit": self_supervised.mae_vit,
+        "nepa": self_supervised.nepa,
     },
 )
 
 
-def register_objective(name: str, objective: Objective) -> None:
-    """Make `objective` a value of the key `objective`.
+def objective_of(config: Config) -> Objective:
+    """The objective of a run.
+
+    Raises:
+        UserError: there is none of this name, or its own keys contradict each other.
+    """
+    row = OBJECTIVES.find(config.objective)
+    return row if isinstance(row, Objective) else row(config)
+
+
+def register_objective(name: str, objective: Row) -> None:
+    """Make `objective`, or what makes one of a config, a value of the key `objective`.
 
     Raises:
         UserError: the name is no identifier, or the package's own.

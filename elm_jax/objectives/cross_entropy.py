@@ -40,9 +40,10 @@ def summed_cross_entropy(llm: Decoder, hidden: jax.Array, batch: Batch) -> jax.A
     return jax.lax.scan(body, jnp.zeros((), jnp.float32), inputs)[0]
 
 
-def log_probs(llm: Decoder, hidden: jax.Array, batch: Batch) -> jax.Array:
-    """log p(target) of each slot, float32 (B, M); 0 where a slot is unused. Arguments as `summed_cross_entropy`."""
-    losses, inputs, chunks = _in_chunks(llm, hidden, batch)
+def log_probs(llm: Decoder, hidden: jax.Array, batch: Batch, temperature: float = 1.0) -> jax.Array:
+    """log p(target) of each slot, float32 (B, M); 0 where a slot is unused. Arguments as `summed_cross_entropy`;
+    logits are divided by `temperature`."""
+    losses, inputs, chunks = _in_chunks(llm, hidden, batch, temperature)
 
     def chunk(part: Part) -> jax.Array:
         return jnp.where(part[2] > 0, -losses(part), 0.0)
@@ -60,7 +61,14 @@ def sums_of_samples(values: jax.Array, batch: Batch) -> jax.Array:
     return jax.vmap(lambda x, samples: jax.ops.segment_sum(x, samples, size))(values, batch.target_sample)
 
 
-def _in_chunks(llm: Decoder, hidden: jax.Array, batch: Batch) -> tuple[Callable[[Part], jax.Array], Part, int]:
+def per_target(of_samples: jax.Array, batch: Batch) -> jax.Array:
+    """What each target's sample has, (B, M), of values (B, M) by the sample's place in its row."""
+    return jnp.take_along_axis(of_samples, batch.target_sample, axis=1)
+
+
+def _in_chunks(
+    llm: Decoder, hidden: jax.Array, batch: Batch, temperature: float = 1.0
+) -> tuple[Callable[[Part], jax.Array], Part, int]:
     """(a part of the targets -> −log p (W, N); the parts (chunks, W, N, ...); the number of chunks)."""
     picked = jnp.take_along_axis(hidden, batch.target_index[..., None], axis=1)  # (B, M, D)
     rows, targets, _ = picked.shape
@@ -72,6 +80,8 @@ def _in_chunks(llm: Decoder, hidden: jax.Array, batch: Batch) -> tuple[Callable[
     def losses(part: Part) -> jax.Array:
         h, ids, _ = part
         logits = llm.logits(h, each)
+        if temperature != 1.0:
+            logits = logits / temperature
         # A masked sum rather than a gather: the vocabulary may be divided over devices.
         vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         target = jnp.where(vocabulary == ids[..., None], logits, 0.0).sum(-1)

@@ -139,7 +139,7 @@ class Weights:
             return None
         mine = {name.removeprefix(f"{part}."): x for name, x in self.leaves.items() if x.part == part}
         shapes = {name: leaf.shape for name, leaf in mine.items()}
-        found = open_encoder(str(encoder.name), shapes, *read_checkpoint(encoder.checkpoint))
+        found = open_encoder(assembly.encoder_kinds[part], shapes, *read_checkpoint(encoder.checkpoint))
         drawn = [name for name, leaf in mine.items() if name not in found.rules and not leaf.statistic]
         if drawn and not any(mine[name].is_of(config.update) for name in drawn):
             raise UserError(
@@ -174,13 +174,14 @@ class TrainedWeights(Weights):
         model: the parts of the model, or the run's config, of which they are made.
         key: what names the folder, in errors.
         checkpoints: those of the folder, where the caller has them.
+        alone: a run of an encoder alone will do, where `model` is its config.
     Raises:
         UserError: no checkpoint, or none that is whole, or what `Weights` raises.
     """
 
     def __init__(
         self, folder: Path, which: str, model: Assembly | Config, key: str = "config.workdir",
-        checkpoints: Checkpoints | None = None,
+        checkpoints: Checkpoints | None = None, alone: bool = False,
     ) -> None:  # fmt: skip
         self.folder = folder
         reader = checkpoints or Checkpoints(folder, read_only=True)
@@ -198,7 +199,8 @@ class TrainedWeights(Weights):
         saved |= {name: opened[place] for name, place in places.items()}
         if isinstance(model, Config):
             model = assemble(model, folder / TOKENIZER, weights=_TABLE not in saved)
-            model.check_llm()
+            if not alone:
+                model.check_llm()
         super().__init__(model, saved)
         self.trained = frozenset(places)
         self.frozen = [name for name in self.leaves if name not in places]

@@ -48,7 +48,7 @@ class Health:
         self._config, self._report, self._source, self._mesh, self._arrays = config, report, source, mesh, arrays
         self._bad, self._found = bad, list[dict[str, Any]]()  # records named, and not yet
         self._steps: list[tuple[int, dict[str, jax.Array]]] = []  # taken, and not yet looked at
-        self._skipped, self._limit = 0, min(SKIPPED_LIMIT, len(source) - first)  # in a row
+        self._skipped, self._limit = 0, min(SKIPPED_LIMIT, len(source) * source.updates - first)  # in a row
         self._recent, self._told = Recent.none(np), set[str]()
         self.note(first, unusable(source.dataset, source.plan.index))
         self.check()
@@ -121,7 +121,7 @@ class Health:
 
     def _samples(self, step: int) -> list[int]:
         """The samples of a step, as the plan has them on all hosts together."""
-        rows = self._source.plan.rows(step - 1)
+        rows = self._source.plan.rows((step - 1) // self._source.updates)
         return [sample for row in rows for group in row for sample in group.samples]
 
     def _check_weights(self) -> None:

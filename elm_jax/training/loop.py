@@ -39,7 +39,7 @@ from elm_jax.training.attention_check import checked_attention, tell
 from elm_jax.training.encoder_cache import keep_features
 from elm_jax.training.health import Health
 from elm_jax.training.optim import batch_scale, learning_rate_multiplier
-from elm_jax.training.program import check_rows, train_program
+from elm_jax.training.program import check_rows, check_updates, train_program
 from elm_jax.training.report import Report, flops_of, tell_of_cuts
 from elm_jax.training.rollouts import Rollouts
 from elm_jax.training.state import TrainState, new_state
@@ -82,9 +82,11 @@ class Trainer:
         self.dataset = self.assembly.dataset("train")
         self.plan = self._plan(self.dataset)
         self.assembly, self.attention = checked_attention(self.assembly, self.mesh, self.plan.usual_rows)
-        steps = config.train.steps
-        self.total_steps = self.plan.steps_before(config.train.epochs) if steps is None else steps
-        self.source = self._source(self.dataset, self.plan, self.total_steps)
+        experience, steps = self.assembly.objective.samples.experience, config.train.steps
+        updates = experience.updates if experience else 1  # steps that learn from the same answers
+        self.total_steps = self.plan.steps_before(config.train.epochs) * updates if steps is None else steps
+        check_updates(config.train, updates)
+        self.source = self._source(self.dataset, self.plan, self.total_steps // updates, updates)
         self._prepare_validation()
 
     def run(self) -> None:
@@ -109,7 +111,9 @@ class Trainer:
                     validated = line is not None and "val_loss" in line
                     improved = validated and self.history["best_step"] == done
                     stopped_early = validated and self._stops_early()
-                    why = stop.after(done)
+                    if done % self.source.updates:  # the next step learns from the same answers
+                        continue
+                    why = stop.after(done // self.source.updates)
                     if why or stopped_early or improved or self._due(done, self.config.train.save_every):
                         self._save(done)
                     if why:
@@ -157,9 +161,9 @@ class Trainer:
             micro_batches=self.config.optim.accum_steps,
         )  # fmt: skip
 
-    def _source(self, dataset: Dataset, plan: Plan, steps: int) -> StepSource:
+    def _source(self, dataset: Dataset, plan: Plan, steps: int, updates: int = 1) -> StepSource:
         """This process's parts of the steps."""
-        return StepSource(dataset, plan, steps=steps, parts=host_parts(self.mesh))
+        return StepSource(dataset, plan, steps=steps, parts=host_parts(self.mesh), updates=updates)
 
     def _prepare_validation(self) -> None:
         """The validation part, where the config asks for one and the data have it; says where they have not."""
@@ -205,7 +209,8 @@ class Trainer:
             self.frozen |= kept.place({name: self.program.frozen[name] for name in kept.shapes})
         if config.encoder.cache:
             self._keep_features()
-        self.rollouts = Rollouts(self.assembly, self.mesh) if self.assembly.objective.samples.experience else None
+        experience = self.assembly.objective.samples.experience
+        self.rollouts = Rollouts(self.assembly, self.mesh, self.folder / "rollouts") if experience else None
         self.rate = learning_rate_multiplier(config.optim, self.total_steps)
 
     def _keep_reference(self, arrays: Arrays) -> None:
@@ -235,9 +240,10 @@ class Trainer:
 
     def _steps(self, source: StepSource, first: int, workers: int = 0, what: str = "step") -> Iterator[Loaded]:
         if self.rollouts is not None:
-            return self.rollouts.steps(source, first, lambda: self._arrays)
-        timeout = self.config.data.timeout
-        return stopping.each(steps_from(source, first, workers, timeout), what, first)
+            steps = self.rollouts.steps(source, first, lambda: self._arrays, source is self.source)
+        else:
+            steps = steps_from(source, first, workers, self.config.data.timeout)
+        return stopping.each(steps, what, first)
 
     @property
     def _arrays(self) -> Arrays:
@@ -276,7 +282,11 @@ class Trainer:
 
     def _on_devices(self, batch: Batch) -> Batch:
         sharding = batch_sharding(self.mesh)
-        return jax.tree.map(lambda x: to_device(self.mesh, x, sharding, row_axis=1), batch)
+
+        def place(x: Any) -> jax.Array:  # what was made there is there
+            return x if isinstance(x, jax.Array) else to_device(self.mesh, x, sharding, row_axis=1)
+
+        return jax.tree.map(place, batch)
 
     # -- now and then -----------------------------------------------------------------------------------------
 
@@ -288,10 +298,14 @@ class Trainer:
         assert self.validation is not None
         arrays = self._arrays
         sharding = batch_sharding(self.mesh, micro_batches=False)
+
+        def first(x: Any) -> jax.Array:
+            return x[0] if isinstance(x, jax.Array) else to_device(self.mesh, x[0], sharding, row_axis=0)
+
         total, count = Counter[str](), Counter[str]()
         for loaded in self._steps(self.validation, 0, what="batch"):
             self.health.note(done, loaded.bad)
-            batch = jax.tree.map(lambda x: to_device(self.mesh, x[0], sharding, row_axis=0), loaded.batch)
+            batch = jax.tree.map(first, loaded.batch)
             for whole, part in zip((total, count), jax.device_get(self.program.eval_step(arrays, batch)), strict=True):
                 whole.update({name: float(x) for name, x in part.items()})
         means = {f"val_{name}": total[name] / max(count[name], 1.0) for name in count}

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from elm_jax import compat as behaviours
 from elm_jax.assemble import Assembly, encoder_structure, structure_behind_encoder
-from elm_jax.config import Config
+from elm_jax.config import Config, TrainConfig
 from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Layout, collate, empty_signals
 from elm_jax.errors import UserError
 from elm_jax.exchange.reference import Kinds, published_rules
@@ -86,6 +86,18 @@ def check_rows(config: Config, mesh: Mesh) -> None:
             f"set --config.train.batch_size={f'{below} or ' if below else ''}{above}, or change optim.accum_steps;"
             f" a run that goes on keeps them: start it on data x fsdp = {fits}, with fewer devices or more mesh.tensor",
         )  # fmt: skip
+
+
+def check_updates(train: TrainConfig, updates: int) -> None:
+    """Raise UserError unless a run is saved, validated and ended where the model makes new answers: behind the last of
+    the `updates` steps that learn from the same ones."""
+    for name in ("steps", "save_every", "eval_every"):
+        count = getattr(train, name)
+        if count is not None and count % updates:
+            more = count + updates - count % updates
+            raise UserError(
+                f"train.{name}", str(count), f"a multiple of rl.updates={updates}", f"set --config.train.{name}={more}"
+            )
 
 
 def optimizer_of(assembly: Assembly, total_steps: int) -> Any:

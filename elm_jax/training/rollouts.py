@@ -3,93 +3,260 @@
 What is drawn depends on (seed, step, record, answer) and on the weights alone, so that a run that goes on makes what
 an unbroken one makes. Every process answers all prompts of a step, together; each lays out its own rows.
 
-P prompts of a step, G answers of each.
+Several steps may learn from the same answers (`Experience.updates`): the first of them makes them. A checkpoint is
+written behind the last of them only, so that no answers need to be saved.
+
+P prompts of a step, G answers of each; A micro-batches, B rows, M supervised slots.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from elm_jax.assemble import Assembly
-from elm_jax.data.batch import Conversation, Group
+from elm_jax.data.batch import Batch, Conversation, Group
+from elm_jax.data.dataset import Dataset
 from elm_jax.data.loader import BadRecord, Loaded, StepSource
+from elm_jax.data.plan import LengthIndex
 from elm_jax.errors import UserError
+from elm_jax.folders import write_atomic
 from elm_jax.inference.speaker import Prompt, Speaker
 from elm_jax.models.functional import Arrays
+from elm_jax.models.hints import placed
+from elm_jax.objectives import log_probs
+from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, to_device
 from elm_jax.text.render import decode
+
+_SHOWN = 4  # prompts of a table
+_LEAST_SPREAD = 1e-6  # of the rewards of a group that teaches something
+
+
+class _Scored(NamedTuple):
+    """A prompt with its answers."""
+
+    sample: int  # the record that was asked about
+    prompt: Prompt
+    truth: str
+    answers: list[list[int]]  # ids, with their end tokens
+    texts: list[str]
+    parts: list[dict[str, float]]  # of each answer's reward
+
+    @property
+    def rewards(self) -> np.ndarray:
+        return np.asarray([sum(parts.values()) for parts in self.parts], np.float64)
 
 
 class Rollouts:
-    """Makes the steps of an objective that has an `experience`."""
+    """Makes the steps of an objective that has an `experience`.
 
-    def __init__(self, assembly: Assembly, mesh: Mesh) -> None:
+    Args:
+        folder: where tables of answers are written, where the experience asks for them.
+    """
+
+    def __init__(self, assembly: Assembly, mesh: Mesh, folder: Path | None = None) -> None:
         assert assembly.objective.samples.experience is not None
         self.assembly, self.mesh, self.experience = assembly, mesh, assembly.objective.samples.experience
+        self.folder = folder
         self.options = replace(
             assembly.config.eval, temperature=self.experience.temperature, top_p=self.experience.top_p,
-            repetition_penalty=1.0, max_new_tokens=self.experience.tokens,
+            repetition_penalty=1.0, max_new_tokens=self.experience.tokens, batch_size=self.experience.rows,
         )  # fmt: skip
         self.speaker: Speaker | None = None
+        self._rows = batch_sharding(mesh)
+        self._old = jax.jit(self._log_probs, out_shardings=self._rows)
 
-    def steps(self, source: StepSource, first: int, arrays: Callable[[], Arrays]) -> Iterator[Loaded]:
-        """The steps from `first` on, each made when it is asked for with the `arrays` that the model has then."""
-        for step in range(first, len(source)):
+    def steps(
+        self, source: StepSource, first: int, arrays: Callable[[], Arrays], training: bool = True
+    ) -> Iterator[Loaded]:
+        """The steps from `first` on, `source.updates` from each step of the source: answers are made when the first of
+        these is asked for, with the `arrays` that the model has then. In `training` some are written for people."""
+        updates = source.updates
+        assert first % updates == 0, "a run stops and goes on where new answers are made"
+        for step in range(first // updates, len(source)):
             with jax.transfer_guard("allow"):
-                loaded = self._step(source, step, arrays())
-            yield loaded
+                loaded, scored = self._step(source, step, arrays())
+                if training:
+                    self._show(step, scored)
+            for update in range(updates):
+                yield loaded._replace(step=step * updates + update)
 
-    def _step(self, source: StepSource, step: int, arrays: Arrays) -> Loaded:
+    def _step(self, source: StepSource, step: int, arrays: Arrays) -> tuple[Loaded, dict[int, _Scored]]:
         if self.speaker is None:
             self.speaker = Speaker(self.assembly, self.mesh, arrays)
         else:
             self.speaker.use(arrays)
-        dataset, epoch = source.dataset, source.plan.epoch_of(step)
         planned = [i for row in source.plan.rows(step) for group in row for i in group.samples]
-        prompts: dict[int, Prompt] = {}
-        truths: dict[int, str] = {}
         bad: list[BadRecord] = []
-        for i in planned:
-            try:
-                rendered, truths[i] = dataset.prompts(i)[-1]
-                prompt = Prompt(rendered, dataset.signals(i, epoch))
-                prompts[i] = self.speaker.written(prompt, self.experience.tokens)
-            except UserError as error:
-                bad.append(BadRecord(dataset.records[i].id, str(error)))
-        answers = self._answers(step, prompts)
-        rewards = np.asarray([
-            [self.experience.reward(dataset.records[i], self._text(ids), truths[i]) for ids in answers[i]]
-            for i in prompts
-        ], np.float32).reshape(-1, self.experience.answers)  # fmt: skip
-        scores = {"reward": rewards, "advantage": np.asarray(self.experience.advantages(rewards), np.float32)}
+        scored = self._scored(source, step, {i: i for i in planned}, bad)
+        for attempt in range(1, self.experience.resample + 1):
+            again = [i for i in scored if _alike(scored[i].rewards)]
+            others = {i: _other(source.plan.index, i, (self.assembly.config.seed, step, attempt)) for i in again}
+            scored |= {
+                i: found
+                for i, found in self._scored(source, step, others, [], attempt).items()
+                if not _alike(found.rewards)
+            }
         nothing, nowhere = np.zeros(1, np.int32), np.zeros((0, 0), np.int32)
         made = {i: [Group(0, [Conversation(i, nothing, nothing > 0, nowhere, None)])] for i in planned}
-        for row, i in enumerate(prompts):
-            branches = []
-            for g, ids in enumerate(answers[i]):
-                extras = {name: scores[name][row, g] for name in dataset.samples.extras}
-                branches.append(_sample(i, prompts[i], ids, extras))
-            made[i] = [Group(len(prompts[i].rendered.ids), branches)]
-        return source.fill(step, lambda group: made[group.samples[0]], bad)
+        made |= self._groups(source.dataset, scored)
+        loaded = source.fill(step, lambda group: made[group.samples[0]], bad)
+        if "old" in loaded.batch.extras:
+            loaded = loaded._replace(batch=self._with_old(loaded.batch, arrays))
+        return loaded, scored
 
-    def _answers(self, step: int, prompts: dict[int, Prompt]) -> dict[int, list[list[int]]]:
+    def _scored(
+        self, source: StepSource, step: int, asked: Mapping[int, int], bad: list[BadRecord], attempt: int = 0
+    ) -> dict[int, _Scored]:
+        """By the planned sample: the record that is asked about in its place, answered; those that cannot are `bad`."""
+        dataset, epoch = source.dataset, source.plan.epoch_of(step)
+        prompts: dict[int, tuple[Prompt, str]] = {}
+        for place, i in asked.items():
+            try:
+                rendered, truth = dataset.prompts(i)[-1]
+                prompt = Prompt(rendered, dataset.signals(i, epoch))
+                assert self.speaker is not None
+                prompts[place] = self.speaker.written(prompt, self.experience.tokens), truth
+            except UserError as error:
+                bad.append(BadRecord(dataset.records[i].id, str(error)))
+        answers = self._answers(step, attempt, {place: prompt for place, (prompt, _) in prompts.items()})
+        found = {}
+        for place, (prompt, truth) in prompts.items():
+            try:
+                texts = [self._text(ids) for ids in answers[place]]
+                parts = [self._parts(dataset, asked[place], text, truth) for text in texts]
+                found[place] = _Scored(asked[place], prompt, truth, answers[place], texts, parts)
+            except UserError as error:
+                bad.append(BadRecord(dataset.records[asked[place]].id, str(error)))
+        return found
+
+    def _parts(self, dataset: Dataset, sample: int, answer: str, truth: str) -> dict[str, float]:
+        """The parts of an answer's reward.
+
+        Raises:
+            UserError: the reward is no finite number, or its function fails; names the record.
+        """
+        record = dataset.records[sample]
+        fix = "mend the reward, or allow more data.max_bad_records"
+        try:
+            reward = self.experience.reward(record, answer, truth)
+            parts = dict(reward) if isinstance(reward, Mapping) else {"reward": reward}
+            parts = {name: float(value) for name, value in parts.items()}
+        except UserError:
+            raise
+        except Exception as error:  # of a user's function
+            found = f"{type(error).__name__}: {error}"
+            raise UserError(f"the reward of record {record.id}", found, "a number", fix) from error
+        wrong = [f"{name}={value}" for name, value in parts.items() if not math.isfinite(value)]
+        if wrong:
+            raise UserError(f"the reward of record {record.id}", ", ".join(wrong), "finite numbers", fix)
+        return parts
+
+    def _groups(self, dataset: Dataset, scored: Mapping[int, _Scored]) -> dict[int, list[Group]]:
+        """What is learnt in the place of each planned sample."""
+        experience, places = self.experience, list(scored)
+        if not places:
+            return {}
+        rewards = np.stack([scored[i].rewards for i in places])
+        lengths = np.asarray([[len(ids) for ids in scored[i].answers] for i in places])
+        rewards = rewards if experience.shaped is None else experience.shaped(rewards, lengths)
+        advantages = np.asarray(experience.advantages(rewards), np.float64)
+        made = {}
+        for row, i in enumerate(places):
+            one, branches = scored[i], []
+            degenerate = _alike(rewards[row])
+            for g, ids in enumerate(one.answers):
+                truncated = not self._ended(ids)
+                learnt = not (truncated and experience.skip_truncated or degenerate and experience.resample)
+                told = {
+                    "reward": rewards[row, g], "advantage": advantages[row, g], "learnt": learnt,
+                    "degenerate": degenerate, "truncated": truncated, "empty": not one.texts[g].strip(),
+                    **{f"reward.{name}": value for name, value in one.parts[g].items()},
+                }  # fmt: skip
+                extras = {name: float(told.get(name, 0.0)) for name in dataset.samples.extras if name != "old"}
+                branches.append(_sample(one.sample, one.prompt, ids, extras))
+            made[i] = [Group(len(one.prompt.rendered.ids), branches)]
+        return made
+
+    def _answers(self, step: int, attempt: int, prompts: Mapping[int, Prompt]) -> dict[int, list[list[int]]]:
         """The ids of the answers to each prompt, with their end tokens."""
         assert self.speaker is not None
         asked = [(i, g) for i in prompts for g in range(self.experience.answers)]
-        drawn = (replace(prompts[i], draw=zlib.crc32(f"{step}:{i}:{g}".encode()) >> 1) for i, g in asked)
+        of = f"{step}:" if attempt == 0 else f"{step}:{attempt}:"
+        drawn = (replace(prompts[i], draw=zlib.crc32(f"{of}{i}:{g}".encode()) >> 1) for i, g in asked)
         found: dict[int, list[list[int]]] = {i: [[] for _ in range(self.experience.answers)] for i in prompts}
         for event in self.speaker.events(drawn, self.options, self.assembly.config.seed):
             i, g = asked[event.number]
             found[i][g] += event.tokens
         return found
 
+    def _ended(self, ids: Sequence[int]) -> bool:
+        assert self.speaker is not None
+        return bool(ids) and ids[-1] in self.speaker.stops
+
     def _text(self, ids: Sequence[int]) -> str:
         return decode(ids, self.assembly.tokenizer, self.assembly.text.family)
+
+    # -- log probabilities when the answers were drawn -----------------------------------------------------------
+
+    def _with_old(self, batch: Batch, arrays: Arrays) -> Batch:
+        """The batch with the log probabilities of its targets now, left on the devices."""
+        on_devices = jax.tree.map(lambda x: to_device(self.mesh, x, self._rows, row_axis=1), batch)
+        return batch._replace(extras={**batch.extras, "old": self._old(arrays, on_devices)})
+
+    def _log_probs(self, arrays: Arrays, batch: Batch) -> jax.Array:
+        """(A, B, M) float32: as the first update's forward pass has them."""
+        with placed(MeshPlacement(self.mesh)):
+            model = self.assembly.structure.bind(arrays)
+
+            def one(micro: Batch) -> jax.Array:
+                return log_probs(model.llm, model.hidden(micro), micro, self.assembly.objective.temperature)
+
+            return jax.lax.map(one, batch)
+
+    # -- for people ----------------------------------------------------------------------------------------------
+
+    def _show(self, step: int, scored: Mapping[int, _Scored]) -> None:
+        """Write a table of some answers with their rewards."""
+        every = self.experience.show_every
+        if self.folder is None or not every or step % every or jax.process_index():
+            return
+        lines = [f"# Answers of step {step * self.experience.updates}", ""]
+        for one in list(scored.values())[:_SHOWN]:
+            asked = self.assembly.tokenizer.decode(one.prompt.rendered.ids).strip()
+            lines += [f"**Record {one.sample}**, truth: {_cell(one.truth)}", "", f"> {_cell(asked[-400:])}", ""]
+            lines += [f"| reward | {' | '.join(one.parts[0])} | answer |", "|---" * (len(one.parts[0]) + 2) + "|"]
+            for parts, text in zip(one.parts, one.texts, strict=True):
+                numbers = " | ".join(f"{value:.3g}" for value in parts.values())
+                lines.append(f"| {sum(parts.values()):.3g} | {numbers} | {_cell(text)} |")
+            lines.append("")
+        path = self.folder / f"step-{step * self.experience.updates:06d}.md"
+        write_atomic(path, lambda file: file.write("\n".join(lines).encode()))
+
+
+def _cell(text: str) -> str:
+    """Text that stays within a cell of a Markdown table, and shows no control character."""
+    kept = "".join(c if c.isprintable() else " " for c in text)
+    return kept.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") or "(empty)"
+
+
+def _alike(rewards: np.ndarray) -> bool:
+    return bool(rewards.std() < _LEAST_SPREAD)
+
+
+def _other(index: LengthIndex, sample: int, draw: tuple[int, int, int]) -> int:
+    """Another sample that fits into the place of `sample`: a pure function of the draw."""
+    fits = (index.length > 0) & (index.length <= index.length[sample]) & (index.ecgs <= index.ecgs[sample])
+    found = np.flatnonzero(fits)
+    return int(np.random.default_rng((*draw, sample)).choice(found))
 
 
 def _sample(index: int, prompt: Prompt, answer: Sequence[int], extras: dict[str, float]) -> Conversation:

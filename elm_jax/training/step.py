@@ -21,7 +21,7 @@ from elm_jax.data.batch import Batch
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays, Structure
 from elm_jax.models.hints import placed
-from elm_jax.objectives import OBJECTIVES, Objective, Sums, log_probs
+from elm_jax.objectives import SFT, Objective, Sums, log_probs, objective_of
 from elm_jax.run.folder import REFERENCE
 from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, replicated
 from elm_jax.training.optim import clip_coefficient
@@ -38,7 +38,7 @@ def loss_and_gradients(
     batch: Batch,
     key: jax.Array | None = None,
     mean_of_means: bool = False,
-    objective: Objective = OBJECTIVES["sft"],
+    objective: Objective = SFT,
 ) -> tuple[jax.Array, Arrays, Arrays, Sums]:
     """The loss of one step, its gradients, the running statistics after it, and the objective's other numbers.
 
@@ -107,7 +107,7 @@ def make_train_step(
     """
 
     mean_of_means = behaviours.enabled("micro_batch_mean_loss", config.compat)
-    objective = OBJECTIVES.find(config.objective)
+    objective = objective_of(config)
     draws = _drops(config) or "key" in objective.needs
 
     def step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -185,7 +185,7 @@ def make_eval_step(
     structure: Structure, config: Config, mesh: Mesh
 ) -> Callable[[Arrays, Batch], tuple[Sums, Sums]]:
     """The jitted step (arrays, batch without micro-batch axis) -> (the objective's sums, their counts)."""
-    objective = OBJECTIVES.find(config.objective)
+    objective = objective_of(config)
 
     def step(arrays: Arrays, batch: Batch) -> tuple[Sums, Sums]:
         key = jax.random.key(config.seed) if "key" in objective.needs else None
@@ -203,7 +203,8 @@ def _with_reference(structure: Structure, arrays: Arrays, batch: Batch, objectiv
     begins = f"{REFERENCE}."
     first = {n.removeprefix(begins): x for n, x in arrays.items() if n.startswith(begins)}
     model = structure.bind({**arrays, **first})
-    return batch._replace(extras={**batch.extras, "reference": log_probs(model.llm, model.hidden(batch), batch)})
+    found = log_probs(model.llm, model.hidden(batch), batch, objective.temperature)
+    return batch._replace(extras={**batch.extras, "reference": found})
 
 
 def _drops(config: Config) -> bool:

@@ -15,6 +15,7 @@ from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records, patient_ids
 from elm_jax.data.table_files import COLUMNS
+from elm_jax.objectives.preference import chosen_and_rejected
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "records.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+ ?\w*)\n(.*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE)
@@ -65,6 +66,14 @@ def test_a_plain_text_is_learnt_in_pretraining(root: Path) -> None:
     (block,) = blocks("jsonl pretrain")
     (prompt,) = rendered(root, block, "pretrain")
     assert ECG in prompt and "Sinus rhythm. Normal ECG." in prompt
+
+
+def test_pairs_say_the_same(root: Path) -> None:
+    (block,) = blocks("jsonl pairs")
+    (root / "pairs.jsonl").write_text(block)
+    made = dataset(root, "pairs.jsonl")
+    found = [[made.render(i, text=s.text).prompt for s in chosen_and_rejected(made.records[i])] for i in range(2)]
+    assert found[0] == found[1] and "yes" in found[0][0] and "no" in found[0][1]
 
 
 def test_several_ecgs_stand_where_it_says(root: Path) -> None:

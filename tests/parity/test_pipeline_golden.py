@@ -5,25 +5,30 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from parity_log import compare, record
 
 from elm_jax.assemble import Assembly, assemble
 from elm_jax.config import resolve
-from elm_jax.data.batch import Batch
+from elm_jax.data.batch import Batch, BatchShape, Conversation, Group, collate
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.loader import StepSource
 from elm_jax.data.plan import Plan
 from elm_jax.inference.generate import generate
 from elm_jax.models.connectors import RULES
 from elm_jax.models.functional import Arrays
+from elm_jax.objective_keys import RlConfig
+from elm_jax.objectives import log_probs, objective_of
 from elm_jax.run.weights import Weights
 from elm_jax.text.render import decode
+from elm_jax.training.optim import make_optimizer
 from elm_jax.training.step import loss_and_gradients
 from elm_jax.weights.safetensors import Safetensors
 
@@ -130,3 +135,82 @@ def test_answers(run: tuple[Assembly, Arrays, Dataset], golden: Golden) -> None:
     record(NAME, "differing truths", sum(t != e for (_, t, _), e in zip(found, expected["references"], strict=True)), 0)
     answers = [a.strip() for _, _, a in found]
     record(NAME, "differing answers", sum(a != b for a, b in zip(answers, expected["hypotheses"], strict=True)), 0)
+
+
+def test_a_step_of_the_references_reinforcement_learning(
+    run: tuple[Assembly, Arrays, Dataset], golden: Golden
+) -> None:
+    """Two prompts, four given answers each: log probabilities, advantages, two updates."""
+    name = "rl_train_step_qwen"
+    trace = json.loads((golden(name) / "trace.json").read_text())
+    given, wanted = (dict(np.load(golden(name) / f"{file}.npz")) for file in ("inputs", "outputs"))
+    assembly, arrays, dataset = run
+    config = replace(
+        assembly.config, objective="sapo",
+        rl=RlConfig(answers=4, max_new_tokens=48, temperature=trace["args"]["rl_temperature"], top_p=1.0),
+        optim=replace(assembly.config.optim, lr=1e-3, grad_clip=1.0, warmup_ratio=0.0),
+    )  # fmt: skip
+    objective = objective_of(config)
+    experience = objective.samples.experience
+    assert experience is not None and experience.updates == trace["args"]["rl_updates_per_rollout"]
+    family, rows = assembly.text.family, []
+    for i, rollout in enumerate(trace["rollouts"]):
+        prompt, masks = rollout["pL"], wanted[f"{i}/resp_mask"].astype(bool)
+        real = given["elm_attention_mask"][i] == 1
+        positions = given["signal_id_indices"][i] - int(real.argmax())
+        truth = decode(given["elm_labels"][i][given["elm_labels"][i] >= 0], assembly.tokenizer, family)
+        answers = [ids[mask] for ids, mask in zip(given[f"sampled_{i}"], masks, strict=True)]
+        texts = [decode(ids, assembly.tokenizer, family).strip() for ids in answers]
+        assert texts == trace["texts"][i]
+        parts = [experience.reward(None, text, truth) for text in texts]
+        means = {part: np.mean([found[part] for found in parts]) for part in ("format", "tags", "answer")}
+        assert list(means.values()) == pytest.approx(list(rollout["mean_reward_components"].values()))
+        rewards = np.asarray([[sum(found.values()) for found in parts]])
+        advantages = experience.advantages(rewards)[0]
+        np.testing.assert_allclose(advantages, wanted[f"{i}/advantages"][:, 0], atol=1e-5)
+        begin = wanted[f"{i}/full_ids"][0][:prompt][wanted[f"{i}/full_attn"][0][:prompt] == 1]
+        branches = []
+        for ids, advantage in zip(answers, advantages, strict=True):
+            whole = np.concatenate([begin, ids]).astype(np.int32)
+            extras = {"advantage": float(advantage), "learnt": 1.0}
+            supervised = np.arange(len(whole)) >= len(begin)
+            branches.append(Conversation(i, whole, supervised, positions[None], dataset.signals(i), extras))
+        rows.append([Group(len(begin), branches)])
+    batch = collate(rows, BatchShape(256, 1, 64), assembly.signal.layout, objective.samples.extras)
+
+    def probabilities(arrays: Arrays) -> jax.Array:
+        elm = assembly.structure.bind(arrays)
+        return log_probs(elm.llm, elm.hidden(batch), batch, objective.temperature)
+
+    trained = {n: x for n, x in arrays.items() if not n.startswith("encoder.")}
+    frozen = {n: x for n, x in arrays.items() if n not in trained}
+    optimizer = make_optimizer(config.optim, config.train, 2, set())
+    state, losses = optimizer.init(trained), []
+    with jax.default_matmul_precision("highest"):
+        old = probabilities(arrays)
+        for i in range(len(rows)):
+            masks, ours = wanted[f"{i}/resp_mask"].astype(bool), np.asarray(old[i][batch.target_weights[i] > 0])
+            compare(name, "log probabilities", ours, wanted[f"{i}/old_log_prob"][masks], 2e-4)
+        batch = batch._replace(extras={**batch.extras, "old": old})
+        for _ in range(experience.updates):
+            whole = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
+            loss, gradients, _, others = loss_and_gradients(
+                assembly.structure, trained, {}, frozen, whole, objective=objective
+            )
+            losses.append((float(loss), {told: float(value) for told, value in others.items()}))
+            norm = optax.tree.norm(gradients)
+            gradients = jax.tree.map(lambda g, norm=norm: g * jnp.minimum(1.0, 1.0 / (norm + 1e-6)), gradients)
+            updates, state = optimizer.update(gradients, state, trained)
+            trained = optax.apply_updates(trained, updates)
+    calls = trace["loss_calls"]
+    for update, (loss, others) in enumerate(losses):
+        theirs = calls[2 * update : 2 * update + 2]
+        compare(name, f"loss of update {update + 1}", loss, sum(call["loss"] for call in theirs), 1e-4)
+        tokens = [float((batch.target_weights[i] > 0).sum()) for i in range(2)]
+        for ours, told in (("kl_from_old", "ppo_kl"), ("sapo_weight", "sapo_weight")):
+            mean = np.average([call[f"actor/{told}"] for call in theirs], weights=tokens)
+            np.testing.assert_allclose(others[ours], mean, rtol=1e-3, atol=1e-4)
+    for rule in RULES[str(assembly.config.view.connector)]:
+        (theirs,) = [n for n in wanted if n.startswith("final/") and n.endswith(rule.theirs)]
+        expected = rule.arrange([wanted[theirs]])
+        np.testing.assert_allclose(trained[f"connector.{rule.ours}"], expected, atol=2e-4)

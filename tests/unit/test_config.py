@@ -75,6 +75,14 @@ def test_keys_and_defaults_are_those_of_the_contract_and_those_it_has_grown_by()
     expected["eval"] |= {"wordnet": None, "bert_model": None}
     expected["train"]["conversations"] = None
     expected["encoders"] = {}
+    expected["rl"] = {
+        "rewards": ("format", "tags", "answer"), "reward_weights": None, "answers": 4, "max_new_tokens": 384,
+        "temperature": 0.8, "top_p": 0.95, "batch_size": 32, "updates": 2, "advantage": None, "mean": None,
+        "tau_pos": 1.0, "tau_neg": 1.05, "low": 0.2, "high": None, "cap": None, "sequence": False, "kl": 0.0,
+        "resample": None, "overlong": 0, "skip_truncated": None, "show_every": 50,
+    }  # fmt: skip
+    expected["dpo"] = {"loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "gamma": 0.5, "reference": True}
+    expected["ssl"] = {"mask_ratio": 0.75, "norm_patches": None}
     assert dataclasses.asdict(Config()) == expected
     assert default_config().to_dict() == {**expected, "phase": "sft"}  # its older name
     assert resolve(default_config()) == resolve({}) == Config(workdir="runs/default")

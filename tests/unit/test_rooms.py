@@ -15,6 +15,7 @@ FLOORS = (
     "errors",
     "compat json_text registry stopping",
     "schema folders elms",
+    "objective_keys",
     "ecg",  # recordings: files, units, rates, leads, images
     "text",  # conversations: strings and ids
     "symbols",  # ECG-Byte

@@ -19,7 +19,7 @@ from flax import nnx
 from elm_jax import compat as behaviours
 from elm_jax.ecg.images import CLIP, SIGLIP2, VIT, Processing
 from elm_jax.errors import UserError
-from elm_jax.models.encoders import checkpoints, mae, merl, siglip, vision
+from elm_jax.models.encoders import checkpoints, mae, mae_pretraining, merl, sequence, siglip, vision
 from elm_jax.models.encoders import vision_config as sizes
 from elm_jax.models.names import Rule, bare_name
 from elm_jax.registry import Registry
@@ -66,6 +66,7 @@ class Kind:
     sizes: what the shapes of a checkpoint say of the configuration.
     pooled: which part of an ECG its tokens stand for; None: each for all of it.
     processing: how it wants its images; None: it reads signals.
+    pretraining: the encoder with all that its own pretraining trains, which `kind_of` finds as "NAME.pretraining".
     """
 
     config: Callable[[Mapping[str, Any]], Any]
@@ -82,6 +83,7 @@ class Kind:
     sizes: Callable[[checkpoints.Tensors], checkpoints.Told] = lambda tensors: {}
     pooled: Pooled | None = None
     processing: Processing | None = None
+    pretraining: Kind | None = None
 
     def aliases(self, names: Iterable[str]) -> dict[str, str]:
         """The second name -> the first, of those published names that have two."""
@@ -111,6 +113,21 @@ class Kind:
         return replace(usual, size=(edge, edge), shortest_edge=None if usual.shortest_edge is None else edge)
 
 
+PRETRAINING = ".pretraining"
+
+
+def _masked(name: str, module: Callable[..., Encoder]) -> Kind:
+    """A masked autoencoder with its decoder."""
+    return Kind(partial(mae.MaeConfig.from_fields, name), module, mae.weight_rule, bare_name, mae.ALIAS)
+
+
+def _sequence(module: Callable[..., Encoder], names: Mapping[str, str], attention: str) -> Kind:
+    """An encoder that holds what its pretraining trains."""
+    rule = partial(sequence.weight_rule, names=names, attention=attention)
+    kind = Kind(sequence.SequenceConfig.from_fields, module, rule)
+    return replace(kind, pretraining=kind)
+
+
 _IN_MODULE = "vision_encoder."  # the reference's module around a model of Hugging Face
 _BARE = (("pos_embedding", "", "encoder."),)  # a masked autoencoder's encoder without what is around it
 ENCODERS: Registry[Kind] = Registry("encoder.name", {
@@ -127,11 +144,13 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
         compat={"st_mem_train_positions": {"train_positions": True}}, releases=_BARE,
         sign=checkpoints.begins("encoder.sep_embedding"), sizes=partial(checkpoints.mae_sizes, "st_mem"),
         pooled=Pooled(lambda config, length: range(0, length + 1, config.patch_size), by_lead=True),
+        pretraining=_masked("st_mem", mae_pretraining.MaskedStMem),
     ),
     "mtae": Kind(
         partial(mae.MaeConfig.from_fields, "mtae"), mae.MaskedAutoencoder, mae.weight_rule, bare_name, mae.ALIAS,
         releases=_BARE, sign=checkpoints.is_mtae, sizes=partial(checkpoints.mae_sizes, "mtae"),
         pooled=Pooled(lambda config, length: (0, *range(0, length + 1, config.patch_size))),
+        pretraining=_masked("mtae", mae_pretraining.MaskedTime),
     ),
     "mlae": Kind(
         partial(mae.MaeConfig.from_fields, "mlae"), mae.MaskedAutoencoder, mae.weight_rule, bare_name, mae.ALIAS,
@@ -139,7 +158,10 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
         pooled=Pooled(
             lambda config, length: (0, *range(0, length + 1, config.patch_size * config.seq_len)), by_lead=True
         ),
+        pretraining=_masked("mlae", mae_pretraining.MaskedTime),
     ),
+    "mae_vit": _sequence(sequence.MaeVit, sequence.MAE_VIT_NAMES, "attn"),
+    "nepa": _sequence(sequence.Nepa, sequence.NEPA_NAMES, "self_attn"),
     "clip": Kind(
         sizes.ClipConfig.from_fields, vision.Clip, vision.clip_rule, vision.clip_name, file_config=dict,
         wrapper=_IN_MODULE, sign=checkpoints.begins("visual_projection."), processing=CLIP,
@@ -194,8 +216,19 @@ def build_encoder(
 
 
 def kind_of(name: str) -> Kind:
-    """The registry's entry of `encoder.name`. Raises UserError for an unknown one."""
+    """The registry's entry of `encoder.name`, or of one with ".pretraining" behind it.
+
+    Raises:
+        UserError: there is none, or it has no pretraining of its own.
+    """
+    name, of_pretraining, _ = str(name).partition(PRETRAINING)
     plain = str(name).rpartition("/")[2].replace("-", "_").casefold()
     family = max((known for known in ENCODERS if plain.startswith(f"{known}_")), key=len, default="")
     weights = f"set encoder.name={family}, and encoder.checkpoint to its weights: a file, a folder or a hub's id"
-    return ENCODERS.find(name, weights if family else "")
+    kind = ENCODERS.find(name, weights if family else "")
+    if not of_pretraining:
+        return kind
+    if kind.pretraining is None:
+        known = [known for known, row in ENCODERS.items() if row.pretraining is not None]
+        raise UserError("encoder.name", name, f"one that is pretrained by itself: {', '.join(known)}", "choose one")
+    return kind.pretraining

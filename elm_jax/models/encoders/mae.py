@@ -195,9 +195,9 @@ class StMem(nnx.Module):
         self.config, self.tokens, self.width = config, tokens, config.embed_dim
         (patches, size), width = config.patches, config.embed_dim
         self.patch = PatchEmbedding(size, width, rngs, jnp.dtype(dtype), param_dtype)
-        self.position = _position(config, 1, patches, 1, width)
-        self.sep = _token(rngs, param_dtype, width)
-        self.lead = _token(rngs, param_dtype, config.num_leads, width)
+        self.position = position_embedding(config, 1, patches, 1, width)
+        self.sep = token(rngs, param_dtype, width)
+        self.lead = token(rngs, param_dtype, config.num_leads, width)
         self.transformer = Transformer(config.encoder, rngs, param_dtype)
         self.norm = LayerNorm(width, NORM_EPS, param_dtype)
 
@@ -240,15 +240,15 @@ class MaskedAutoencoder(nnx.Module):
         self.config, self.tokens, self.width = config, tokens, config.decoder_embed_dim
         (patches, size), inner = config.patches, config.embed_dim
         self.patch = PatchEmbedding(size, inner, rngs, jnp.dtype(dtype), param_dtype)
-        self.position = _position(config, 1, patches, 0, inner)
-        self.cls = _token(rngs, param_dtype, inner)
+        self.position = position_embedding(config, 1, patches, 0, inner)
+        self.cls = token(rngs, param_dtype, inner)
         self.transformer = Transformer(config.encoder, rngs, param_dtype)
         self.norm = LayerNorm(inner, NORM_EPS, param_dtype)
         unused_dtype = param_dtype if pretrain else jnp.float32  # as `Held` has it
         linear = partial(Linear, rngs=rngs, bias=True, init=XAVIER)
         self.to_decoder = linear(inner, self.width, ("embed", None), param_dtype=param_dtype)
-        self.mask = _token(rngs, unused_dtype, 1, 1, self.width)
-        self.decoder_position = _position(config, 1, patches, 0, self.width)
+        self.mask = token(rngs, unused_dtype, 1, 1, self.width)
+        self.decoder_position = position_embedding(config, 1, patches, 0, self.width)
         self.decoder = Transformer(config.decoder, rngs, param_dtype)
         self.decoder_norm = LayerNorm(self.width, DECODER_NORM_EPS, unused_dtype)
         # The reference's MLAE ends in one lead, however many a patch has: without use, but its checkpoints have it so.
@@ -282,12 +282,12 @@ class MaskedAutoencoder(nnx.Module):
         return self.head(self.decoder_norm(self.decode(self.encode(signals))))[:, 1:]
 
 
-def _token(rngs: nnx.Rngs, param_dtype: Any, *shape: int) -> nnx.Param:
+def token(rngs: nnx.Rngs, param_dtype: Any, *shape: int) -> nnx.Param:
     values = TOKEN_STD * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(values.astype(param_dtype), axes=(None,) * len(shape))
 
 
-def _position(config: MaeConfig, before: int, patches: int, after: int, width: int) -> nnx.Variable:
+def position_embedding(config: MaeConfig, before: int, patches: int, after: int, width: int) -> nnx.Variable:
     """(1, before + patches + after, width) float32; the special tokens before and after have zeros."""
     values = jnp.pad(sincos_positions(patches, width), ((before, after), (0, 0)))[None]
     kind = nnx.Param if config.train_positions else Held

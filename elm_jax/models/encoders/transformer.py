@@ -1,4 +1,4 @@
-"""The pre-norm transformer that the ECG and vision encoders share: full attention, LayerNorm, a plain MLP.
+"""The transformer that the ECG and vision encoders share: full attention, LayerNorm, a plain MLP.
 
 B signals, T tokens, D width, H heads, d head size. Layers are stacked: every parameter of `blocks` has a leading
 axis of the depth, and one `lax.scan` runs them. In training the backward pass recomputes each block from its input
@@ -24,7 +24,8 @@ class TransformerConfig:
 
     qkv_bias: whether these have biases; all other projections do. out: whether the attention has an output
     projection. head_dim None: width / heads. init: how the kernels start, None as `Linear` has it. remat: what the
-    backward pass recomputes (`elm_jax.models.remat`).
+    backward pass recomputes (`elm_jax.models.remat`). post_norm: norms stand behind the sums, not before what is added.
+    causal: a token sees those before it alone.
     """
 
     width: int
@@ -39,6 +40,8 @@ class TransformerConfig:
     out: bool = True
     init: Init | None = None
     remat: Remat = "full"
+    post_norm: bool = False
+    causal: bool = False
 
     @property
     def head(self) -> int:
@@ -47,7 +50,7 @@ class TransformerConfig:
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention without a causal mask."""
+    """Multi-head self-attention."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, param_dtype: Any) -> None:
         width, inner = config.width, config.heads * config.head
@@ -83,15 +86,19 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm1(x)), then x + mlp(norm2(x))."""
+    """x + attention(norm1(x)), then x + mlp(norm2(x)); post-norm: norm1(x + attention(x)), then norm2(x + mlp(x))."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, param_dtype: Any) -> None:
         self.norm1 = LayerNorm(config.width, config.norm_eps, param_dtype)
         self.attention = Attention(config, rngs, param_dtype)
         self.norm2 = LayerNorm(config.width, config.norm_eps, param_dtype)
         self.mlp = Mlp(config, rngs, param_dtype)
+        self.post_norm = config.post_norm
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        if self.post_norm:
+            x = self.norm1(x + self.attention(x, mask))
+            return self.norm2(x + self.mlp(x))
         x = x + self.attention(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
@@ -102,6 +109,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, param_dtype: Any = jnp.float32) -> None:
         self.depth = config.depth
         self.remat: Remat = config.remat
+        self.causal = config.causal
 
         @nnx.split_rngs(splits=config.depth)
         @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -125,6 +133,8 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """The output, and `total` with the outputs of all blocks added to it, where it is wanted."""
         mask = jnp.ones((1, 1, 1, 1), bool) if valid is None else valid.astype(bool)[:, None, None, :]
+        if self.causal:
+            mask = mask & jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
         graph, state = nnx.split(self.blocks)
 
         run_block = rematerialised(lambda block, x: nnx.merge(graph, block)(x, mask), self.remat)

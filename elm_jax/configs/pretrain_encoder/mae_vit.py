@@ -1,0 +1,12 @@
+"""MAE-ViT: whole leads are hidden, and rebuilt from the others; each lead is a patch.
+
+    python -m elm_jax.train --config configs/pretrain_encoder/mae_vit.py
+"""
+
+from ml_collections import ConfigDict
+
+from elm_jax.configs.pretrain_encoder import recipe
+
+
+def get_config() -> ConfigDict:
+    return recipe.pretraining("mae_vit")

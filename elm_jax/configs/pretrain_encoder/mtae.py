@@ -1,0 +1,12 @@
+"""MTAE: stretches of time are hidden in all leads, and rebuilt.
+
+    python -m elm_jax.train --config configs/pretrain_encoder/mtae.py
+"""
+
+from ml_collections import ConfigDict
+
+from elm_jax.configs.pretrain_encoder import recipe
+
+
+def get_config() -> ConfigDict:
+    return recipe.pretraining("mtae")

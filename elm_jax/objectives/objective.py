@@ -1,0 +1,40 @@
+"""What a row of the table of objectives says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import jax
+
+from elm_jax.data.batch import Batch
+from elm_jax.data.samples import Samples
+from elm_jax.models.elm import ELM
+
+Sums = dict[str, jax.Array]  # scalars by name; "loss" is what is learnt from, the others are logged
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run learns: a value of the key `objective`.
+
+    A step's loss, and each of its other numbers, is a sum over all micro-batches and hosts divided by a count.
+
+    Args:
+        loss: (model, batch without micro-batch axis, key, trained) -> sums by name, "loss" among them. `key` is what is
+            drawn from, None where nothing is; encoders whose part is among `trained` take the batch's statistics.
+        counts: (batch) -> by the same names, what each sum is divided by. It depends on the batch alone.
+        samples: what of a record is learnt.
+        needs: "llm" (without it there is no tokenizer, no text and no connector, but an encoder alone); "reference":
+            the model as it was at the beginning, whose log probabilities of the targets are the batch's extras
+            "reference"; "key": `loss` draws at random in validation too.
+        pretrains: the encoder whose own pretraining this is: the model is that encoder with all that it trains.
+        temperature: what logits are divided by where log probabilities are taken.
+    """
+
+    loss: Callable[[ELM, Batch, jax.Array | None, Collection[str]], Sums]
+    counts: Callable[[Batch], Sums]
+    samples: Samples = Samples()
+    needs: frozenset[str] = frozenset({"llm"})
+    temperature: float = 1.0
+    pretrains: str = ""

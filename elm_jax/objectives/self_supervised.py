@@ -1,0 +1,88 @@
+"""Objectives of encoders alone: what they learn from recordings, without an LLM.
+
+Dimension letters: B rows, S signal slots, R = B·S signals, C leads, L samples, n patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from elm_jax.config import Config
+from elm_jax.data.batch import Batch
+from elm_jax.data.samples import Samples
+from elm_jax.errors import UserError
+from elm_jax.models.elm import ELM
+from elm_jax.models.encoders.mae_pretraining import rebuilding_error
+from elm_jax.models.encoders.sequence import next_embedding_error
+from elm_jax.objectives.objective import Objective, Sums
+
+
+def st_mem(config: Config) -> Objective:
+    """Patches of single leads are hidden, and rebuilt from all others (Na et al. 2024, arXiv 2402.09450)."""
+    return _masked(config, "st_mem", normalised=True)
+
+
+def mtae(config: Config) -> Objective:
+    """Stretches of time are hidden in all leads."""
+    return _masked(config, "mtae", normalised=True)
+
+
+def mlae(config: Config) -> Objective:
+    """Whole leads are hidden."""
+    return _masked(config, "mlae", normalised=False)
+
+
+def mae_vit(config: Config) -> Objective:
+    """Whole leads are hidden, and rebuilt as they are."""
+    return _masked(config, "mae_vit", normalised=False)
+
+
+def nepa(config: Config) -> Objective:
+    """The embedding of each sample is predicted from those before it."""
+
+    def loss(model: ELM, batch: Batch, key: jax.Array | None, trained: Collection[str]) -> Sums:
+        signals, weights = (x.reshape(-1, *x.shape[2:]) for x in (_signals(batch), batch.signal_weights))
+        encoder: Any = model.encoder
+        return {"loss": jnp.where(weights > 0, next_embedding_error(encoder, signals), 0.0).sum()}
+
+    _check(config, "nepa")
+    return Objective(loss, _recordings, Samples(phase=None), frozenset({"encoder"}), pretrains="nepa")
+
+
+def _check(config: Config, name: str) -> None:
+    """Raise UserError unless the encoder is the one that the objective pretrains."""
+    if config.encoder.name != name:
+        fix = f"set --config.encoder.name={name}"
+        raise UserError("encoder.name", str(config.encoder.name), f"{name} with objective={config.objective}", fix)
+
+
+def _recordings(batch: Batch) -> Sums:
+    return {"loss": (batch.signal_weights > 0).sum()}
+
+
+def _masked(config: Config, name: str, normalised: bool) -> Objective:
+    """The mean squared error of hidden patches, of each recording alike."""
+    _check(config, name)
+    keys = config.ssl
+    normalised = normalised if keys.norm_patches is None else keys.norm_patches
+
+    def loss(model: ELM, batch: Batch, key: jax.Array | None, trained: Collection[str]) -> Sums:
+        assert key is not None
+        encoder: Any = model.encoder
+        signals, weights = (x.reshape(-1, *x.shape[2:]) for x in (_signals(batch), batch.signal_weights))
+        rebuilt = encoder.rebuild(signals, encoder.noise(key, len(signals)), keys.mask_ratio)
+        errors, counted = rebuilding_error(rebuilt, normalised)
+        axes = tuple(range(1, errors.ndim))
+        of_signals = errors.sum(axes) / jnp.maximum(counted.sum(axes), 1.0)
+        return {"loss": jnp.where(weights > 0, of_signals, 0.0).sum()}
+
+    return Objective(loss, _recordings, Samples(phase=None), frozenset({"encoder", "key"}), pretrains=name)
+
+
+def _signals(batch: Batch) -> jax.Array:
+    (signals,) = batch.signals.values()
+    return signals

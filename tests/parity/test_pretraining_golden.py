@@ -1,0 +1,143 @@
+"""Self-supervised objectives of encoders against the reference's numbers, in float32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from parity_log import compare
+
+from elm_jax.models.encoders import build_encoder
+from elm_jax.models.encoders.mae_pretraining import rebuilding_error
+from elm_jax.models.encoders.sequence import next_embedding_error
+from elm_jax.models.functional import Structure, structure_of
+from elm_jax.weights.encoders import from_published, read_checkpoint, to_published
+
+Golden = Callable[[str], Path]
+MASKED = ("st_mem", "mtae", "mlae")
+
+
+@pytest.fixture(autouse=True)
+def full_precision() -> Iterator[None]:
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def loaded(folder: Path, name: str) -> tuple[Structure, dict[str, jax.Array], dict[str, Any]]:
+    """The encoder of a golden with its decoder, its arrays, and its config."""
+    config = json.loads((folder / "config.json").read_text())
+    structure = structure_of(lambda: build_encoder(f"{name}.pretraining", config, 1, nnx.Rngs(0)))
+    tensors, _ = read_checkpoint(folder / "model.safetensors")
+    arrays = jax.tree.map(jnp.asarray, from_published(f"{name}.pretraining", structure.leaves, tensors))
+    return structure, arrays, config
+
+
+@pytest.mark.parametrize("case", [f"{name}{norm}" for name in MASKED for norm in ("", "_normpix")])
+def test_masked_autoencoders(case: str, golden: Golden) -> None:
+    folder, name = golden(f"ssl_{case}"), case.removesuffix("_normpix")
+    structure, arrays, config = loaded(folder, name)
+    given, wanted = (dict(np.load(folder / f"{file}.npz")) for file in ("inputs", "outputs"))
+    norms = json.loads((folder / "meta.json").read_text())
+    for ratio in ("0.75", "0.5"):
+        noise = jnp.asarray(wanted[f"{ratio}/noise"])
+
+        def rebuilt(arrays: Any, noise: Any = noise, ratio: str = ratio) -> Any:
+            return structure.bind(arrays).rebuild(jnp.asarray(given["ecg"]), noise, float(ratio))
+
+        found = rebuilt(arrays)
+        np.testing.assert_array_equal(found.hidden, wanted[f"{ratio}/mask"])
+        compare(f"ssl_{case}", "encoder_latent", found.latent, wanted[f"{ratio}/encoder_latent"], 1e-5)
+        compare(f"ssl_{case}", "pred", found.patches, wanted[f"{ratio}/pred"], 1e-5)
+
+        for kind in ("nopad", "pad"):
+            if f"{ratio}/{kind}/loss" not in wanted:  # the reference's MLAE fails with padding
+                continue
+            padded = None
+            if kind == "pad":
+                whole = np.broadcast_to(given["padding_mask"][:, None] > 0, given["ecg"].shape)
+                padded = structure.bind(arrays).config.cut(jnp.asarray(whole)).any(-1)
+
+            def loss(arrays: Any, rebuilt: Any = rebuilt, padded: Any = padded) -> jax.Array:
+                errors, counted = rebuilding_error(rebuilt(arrays), config["norm_pix_loss"], padded)
+                return errors.sum() / counted.sum()
+
+            value, gradients = jax.value_and_grad(loss)(arrays)
+            compare(f"ssl_{case}", f"loss, {kind}", value, wanted[f"{ratio}/{kind}/loss"], 1e-5)
+            theirs = norms[f"{ratio}/{kind}/grad_norms"]
+            ours = {n: float(np.linalg.norm(g)) for n, g in to_published(f"{name}.pretraining", gradients).items()}
+            assert set(theirs) <= set(ours)
+            for tensor, norm in theirs.items():
+                np.testing.assert_allclose(ours[tensor], norm, rtol=1e-3, atol=1e-6, err_msg=tensor)
+
+
+def sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """The reference's fields of its post-norm encoders under our names."""
+    names = {"patch_dim": "seq_len", "max_patches": "num_leads", "input_dim": "num_leads", "max_seq_len": "seq_len"}
+    names |= {"num_encoder_layers": "num_layers"}
+    return {names.get(name, name): x for name, x in config.items() if name not in ("dropout", "decoder_d_model")}
+
+
+def published_norms(name: str, gradients: Any) -> dict[str, float]:
+    return {n: float(np.linalg.norm(g)) for n, g in to_published(name, gradients).items()}
+
+
+def test_mae_vit(golden: Golden) -> None:
+    folder = golden("ssl_mae_vit")
+    structure, arrays = sequence(folder, "mae_vit")
+    given, wanted = (dict(np.load(folder / f"{file}.npz")) for file in ("inputs", "outputs"))
+    noise = jnp.asarray(1.0 - given["visible_mask"])  # ties: in their own order
+
+    def loss(arrays: Any) -> Any:
+        found = structure.bind(arrays).rebuild(jnp.asarray(given["patches"]), noise)
+        errors, counted = rebuilding_error(found, normalised=False)
+        return errors.sum() / counted.sum(), found
+
+    (value, found), gradients = jax.value_and_grad(loss, has_aux=True)(arrays)
+    np.testing.assert_array_equal(found.hidden > 0, wanted["mask"] > 0)
+    compare("ssl_mae_vit", "enc", found.latent, wanted["enc"], 1e-5)
+    compare("ssl_mae_vit", "pred", found.patches, wanted["pred"], 1e-5)
+    compare("ssl_mae_vit", "loss", value, wanted["loss_masked_only"], 1e-5)
+    theirs = dict(np.load(folder / "grads.npz"))
+    ours = to_published("mae_vit", gradients)
+    for tensor, gradient in theirs.items():
+        compare("ssl_mae_vit", "gradients", ours[tensor], gradient, 1e-4)
+
+
+@pytest.mark.parametrize("case", ["nopad", "pad"])
+def test_nepa(case: str, golden: Golden) -> None:
+    folder = golden("ssl_nepa")
+    structure, arrays = sequence(folder, "nepa")
+    given, wanted = (dict(np.load(folder / f"{file}.npz")) for file in ("inputs", "outputs"))
+    padded = jnp.asarray(given["padding_mask"] > 0) if case == "pad" else None
+    counts = 1.0 if padded is None else (~padded[:, 1:]).sum(1)
+
+    def loss(arrays: Any) -> jax.Array:
+        errors = next_embedding_error(structure.bind(arrays), jnp.asarray(given["signal"]), padded)
+        return (errors * counts).sum() / jnp.broadcast_to(jnp.asarray(counts, jnp.float32), errors.shape).sum()
+
+    value, gradients = jax.value_and_grad(loss)(arrays)
+    np.testing.assert_allclose(value, wanted[f"{case}/loss"], atol=2e-6)
+    elm = structure.bind(arrays)
+    embedded = elm.embed(jnp.asarray(given["signal"]))
+    if case == "nopad":
+        compare("ssl_nepa", "input_embed", embedded, wanted["nopad/input_embed"], 1e-5)
+        compare("ssl_nepa", "pred_embed", elm.predict(embedded), wanted["nopad/pred_embed"], 1e-5)
+        compare("ssl_nepa", "encode", elm.layers(embedded), wanted["encode"], 1e-5)
+        theirs = json.loads((folder / "grad_norms_nopad.json").read_text())
+        ours = published_norms("nepa", gradients)
+        for tensor, norm in theirs.items():
+            np.testing.assert_allclose(ours[tensor], norm, rtol=1e-3, atol=1e-6, err_msg=tensor)
+
+
+def sequence(folder: Path, name: str) -> tuple[Structure, dict[str, jax.Array]]:
+    config = sizes(json.loads((folder / "config.json").read_text()))
+    structure = structure_of(lambda: build_encoder(name, config, 1, nnx.Rngs(0)))
+    tensors, _ = read_checkpoint(folder / "model.safetensors")
+    return structure, jax.tree.map(jnp.asarray, from_published(name, structure.leaves, tensors))

@@ -1,0 +1,147 @@
+"""Policy and preference objectives through the real loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import runs
+from runs import logged, saved_arrays
+
+from elm_jax.assemble import assemble
+from elm_jax.cli import ConfigFlags
+from elm_jax.config import Config
+from elm_jax.errors import UserError
+from elm_jax.objectives import objective_of
+from elm_jax.runtime.mesh import make_mesh
+from elm_jax.scoring.rewards import REWARDS, register_reward
+from elm_jax.training import loop
+
+RECORDS = "demo:train=24,val=4,test=4"
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A run has one device: what is compiled for eight takes long."""
+    runs.prepare(monkeypatch, tmp_path_factory.getbasetemp() / "policy")
+    monkeypatch.setattr(loop, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    register_reward("even", lambda answered: len(answered.answer) % 5)
+    yield
+    del REWARDS["even"]
+
+
+def config(folder: Path, **changes: Any) -> Config:
+    usual = {
+        "objective": "sapo", "data__names": [RECORDS], "train__steps": 4, "train__batch_size": 4,
+        "train__save_every": 2, "train__eval_every": 2, "optim__schedule": "constant", "optim__warmup_ratio": 0.0,
+        "data__max_len": 256, "optim__lr": 1e-2, "rl__answers": 3, "rl__max_new_tokens": 4, "rl__show_every": 1,
+        "rl__rewards": ["exact", "even"],
+    }  # fmt: skip
+    return runs.config(folder, **{**usual, **changes})
+
+
+@pytest.mark.slow  # trains three times
+@pytest.mark.parametrize("name", ["sapo", "dapo"])
+def test_a_policy_trains_and_goes_on_as_if_it_had_not_stopped(name: str, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    more = {"rl__kl": 0.1, "rl__skip_truncated": False} if name == "dapo" else {}
+    assert loop.train(config(whole, objective=name, **more))
+    assert loop.train(config(stopped, objective=name, train__steps=2, **more))
+    assert loop.train(config(stopped, objective=name, **more))
+    assert logged(stopped) == logged(whole) and set(logged(whole)) == {1, 2, 3, 4}
+    first, last = saved_arrays(whole, 4), saved_arrays(stopped, 4)
+    for array, value in first.items():
+        np.testing.assert_array_equal(value, last[array], err_msg=array)
+    lines = [line for line in runs.lines(whole) if "loss" in line]
+    told = {"reward", "reward.exact", "reward.even", "degenerate", "empty", "truncated", "answer_tokens", "ratio"}
+    assert all(told <= line.keys() for line in lines) and "val_reward" in lines[1]
+    # The first update learns from answers of its own weights, the second one no longer.
+    assert [line["ratio"] for line in lines[::2]] == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert all(abs(line["kl_from_old"]) < 1e-5 for line in lines[::2])
+    assert any(abs(line["kl_from_old"]) > 1e-6 for line in lines[1::2])
+    tables = sorted(path.name for path in (whole / "rollouts").iterdir())
+    assert tables == ["step-000000.md", "step-000002.md"]
+    assert "| reward | exact | even | answer |" in (whole / "rollouts" / tables[0]).read_text()
+
+
+def pairs(folder: Path) -> Path:
+    """Questions about noise, of which the longer answer is preferred; in three forms."""
+    folder.mkdir(parents=True)
+    rows = []
+    for i in range(24):
+        asked, good, bad = f"What is the rate of number {i}?", f"It is {60 + i} a minute.", "No."
+        form = i % 3
+        row: dict[str, Any] = {"ecg_path": "noise", "patient_id": i, "rejected": bad}
+        if form == 0:
+            row |= {"prompt": asked, "chosen": good}
+        elif form == 1:
+            row |= {
+                "prompt": [{"role": "user", "content": asked}], "chosen": [{"role": "assistant", "content": good}],
+                "rejected": [{"role": "assistant", "content": bad}],
+            }  # fmt: skip
+        else:
+            row |= {"text": [{"from": "human", "value": asked}, {"from": "gpt", "value": good}]}
+        rows.append(row)
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.slow  # trains
+def test_preferences_move_the_margin(tmp_path: Path) -> None:
+    made = config(
+        tmp_path / "run", objective="dpo", data__names=[str(pairs(tmp_path / "data"))], data__val_fraction=0.2,
+        train__steps=6, optim__lr=1e-3, train__eval_every=3, train__save_every=3,
+    )  # fmt: skip
+    assert loop.train(made)
+    lines = [line for line in runs.lines(tmp_path / "run") if "loss" in line]
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and abs(lines[0]["margin"]) < 1e-3
+    assert lines[-1]["val_margin"] > lines[2]["val_margin"] > 0 and lines[-1]["val_accuracy"] == 1.0
+    assert (tmp_path / "run" / "reference").is_dir()
+
+
+def test_a_record_without_a_rejected_answer_is_named(tmp_path: Path) -> None:
+    made = config(tmp_path / "run", objective="dpo", data__max_len=256)
+    parts = assemble(made)
+    assert "reference" in parts.objective.needs
+    with pytest.raises(UserError, match="record demo:.*: found no rejected answer"):
+        parts.objective.samples.measure(parts.dataset("train"), 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rl__rewards": ["formt"]}, "rl.rewards: found 'formt'"),
+        ({"rl__rewards": []}, "rl.rewards"),
+        ({"rl__rewards": ["numeric(0)"]}, "above 0"),
+        ({"rl__rewards": ["exact"], "rl__reward_weights": [1.0, 2.0]}, "rl.reward_weights"),
+        ({"objective": "dpo", "dpo__loss": "ipo", "dpo__label_smoothing": 0.1}, "dpo.label_smoothing"),
+        ({"objective": "dpo", "dpo__label_smoothing": 0.6}, "below 0.5"),
+        ({"objective": "dpoo"}, "config.objective: found 'dpoo'"),
+    ],
+)
+def test_what_cannot_be_learnt_is_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        objective_of(config(tmp_path, **changes))
+    assert says in str(error.value)
+
+
+def test_a_run_is_saved_where_new_answers_are_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.save_every: found 3; expected a multiple of rl\.updates=2"):
+        loop.train(config(tmp_path / "run", train__save_every=3))
+
+
+@pytest.mark.parametrize("name", ["dpo", "rl/sapo", "rl/grpo", "rl/dapo"])
+def test_a_config_names_its_objective(name: str) -> None:
+    made = ConfigFlags.parse(["--config", f"configs/{name}.py", "--config.init_from=runs/before"]).load()
+    objective, experience = objective_of(made), objective_of(made).samples.experience
+    assert made.objective == name.removeprefix("rl/") and (experience is None) == (name == "dpo")
+    if experience is not None:
+        answers = experience.answers * experience.tokens
+        assert made.data.max_len > answers and made.train.save_every % experience.updates == 0
+    assert ("reference" in objective.needs) == (name == "dpo")

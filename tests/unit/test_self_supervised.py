@@ -1,0 +1,77 @@
+"""Encoders that learn alone, through the real loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import runs
+from runs import logged, saved_arrays
+
+from elm_jax.assemble import assemble
+from elm_jax.config import Config
+from elm_jax.errors import UserError
+from elm_jax.exchange.export import export
+from elm_jax.objectives import objective_of
+from elm_jax.run.weights import Weights
+from elm_jax.runtime.mesh import array_shardings, make_mesh
+from elm_jax.training import loop
+
+MAE = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 1}
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A run has one device: what is compiled for eight takes long."""
+    runs.prepare(monkeypatch, tmp_path_factory.getbasetemp() / "self_supervised")
+    monkeypatch.setattr(loop, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    yield
+
+
+def config(folder: Path, name: str, **changes: Any) -> Config:
+    usual = {
+        "objective": name, "encoder__name": name, "encoder__config": MAE, "update": "encoder", "train__steps": 6,
+        "train__save_every": 3, "train__eval_every": 3, "optim__schedule": "constant", "optim__warmup_ratio": 0.0,
+        "optim__lr": 1e-2, "data__names": ["demo:train=24,val=4,test=4"],
+    }  # fmt: skip
+    return runs.config(folder, **{**usual, **changes})
+
+
+@pytest.mark.slow  # trains twice
+@pytest.mark.parametrize("name", ["st_mem", "mlae"])
+def test_what_is_hidden_is_rebuilt_ever_better(name: str, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert loop.train(config(whole, name))
+    assert loop.train(config(stopped, name, train__steps=3))
+    assert loop.train(config(stopped, name))
+    assert logged(stopped) == logged(whole)
+    lines = [line for line in runs.lines(whole) if "loss" in line]
+    assert lines[-1]["val_loss"] < lines[2]["val_loss"] < lines[0]["loss"]
+    first, last = saved_arrays(whole, 6), saved_arrays(stopped, 6)
+    assert any("decoder" in array for array in first)
+    for array, value in first.items():
+        np.testing.assert_array_equal(value, last[array], err_msg=array)
+    assert not (whole / "tokenizer").exists()
+    out = tmp_path / "out"
+    export(config(whole, name), out, "latest")
+    assert {path.name for path in out.iterdir()} <= {"encoder.safetensors", "encoder.pt", "elm.json"}
+    begun = runs.config(
+        tmp_path / "begun", encoder__name=name, encoder__config=MAE, encoder__tokens=2,
+        encoder__checkpoint=str(out / "encoder.safetensors"), update="connector,llm",
+    )  # fmt: skip
+    parts = assemble(begun)
+    arrays = Weights(parts).place(array_shardings(parts.structure, make_mesh(begun.mesh, jax.devices()[:1])))
+    learnt = {name.partition("['")[2].removesuffix("']"): x for name, x in first.items() if name.startswith("trained")}
+    mine = [name for name in arrays if name.startswith("encoder.") and name in learnt]
+    assert len(mine) > 10
+    for array in mine:
+        np.testing.assert_array_equal(np.asarray(arrays[array]), learnt[array], err_msg=array)
+
+
+def test_an_objective_needs_its_encoder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"encoder\.name: found merl; expected st_mem with objective=st_mem"):
+        objective_of(config(tmp_path, "st_mem", encoder__name="merl"))
