@@ -119,6 +119,7 @@ class OptimConfig:
     lr: float = key(1e-4, "peak learning rate", limit="above 0")
     schedule: str = key("constant", "learning rate after warm-up", choices=("constant", "cosine", "inv_sqrt"))
     warmup_ratio: float = key(0.1, "part of the steps that warms up linearly", limit="from 0 to 1")
+    warmup_steps: int | None = key(None, "steps that warm up, instead of a part of them", limit="at least 0")
     min_lr_ratio: float = key(0.1, "where cosine ends, relative to optim.lr", limit="from 0 to 1")
     weight_decay: float = key(1e-2, "decoupled for adamw, in the gradient for adam", limit="at least 0")
     weight_decay_scale: str = key(

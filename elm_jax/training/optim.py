@@ -19,10 +19,11 @@ def learning_rate_multiplier(
 ) -> Callable[[jax.typing.ArrayLike], jax.Array]:
     """The factor on the peak learning rate at each step (from 0): linear warm-up, then the schedule.
 
-    Warm-up takes int(total_steps · warmup_ratio) steps, the first of which already moves. After w steps of it:
+    Warm-up takes `warmup_steps`, else int(total_steps · warmup_ratio) steps, the first of which already moves. After w
+    steps of it:
     constant 1; inverse square root 1/√(s − w + 1); cosine from 1 down to `min_lr_ratio` at `total_steps`.
     """
-    warmup = int(total_steps * config.warmup_ratio)
+    warmup = int(total_steps * config.warmup_ratio) if config.warmup_steps is None else config.warmup_steps
 
     def multiplier(count: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(count, jnp.float32)

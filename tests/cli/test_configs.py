@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "elm_jax" / "configs"
 SHARED_SETTINGS = ("base", "ecg_qa", "st_mem_full_training/recipe")  # no experiments of their own
 REFERENCE = "reference"  # the same models with the reference's settings: test_reference_recipe.py
+ALONE = "pretrain_encoder"  # encoders without an LLM: tests/unit/test_self_supervised.py
 OF_ANSWERS = ("dpo", "rl/dapo", "rl/grpo", "rl/sapo")  # need a model that answers: tests/unit/test_policy.py
 STAGES = [f"st_mem_full_training/stage{n}" for n in (1, 2, 3, 4)]
 # One of each way in which an ECG enters, and of each phase: these go on, too, and show their attention.
@@ -52,7 +53,7 @@ Command = Callable[..., Any]
 
 
 def all_configs() -> list[str]:
-    paths = [path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.py") if path.parent.name != REFERENCE]
+    paths = [path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.py") if path.parent.name not in (REFERENCE, ALONE)]
     names = {str(path.with_suffix("")) for path in paths}
     return sorted(names - {*SHARED_SETTINGS, "demo", *OF_ANSWERS})
 

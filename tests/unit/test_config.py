@@ -75,6 +75,7 @@ def test_keys_and_defaults_are_those_of_the_contract_and_those_it_has_grown_by()
     expected["eval"] |= {"wordnet": None, "bert_model": None}
     expected["train"]["conversations"] = None
     expected["encoders"] = {}
+    expected["optim"]["warmup_steps"] = None
     expected["rl"] = {
         "rewards": ("format", "tags", "answer"), "reward_weights": None, "answers": 4, "max_new_tokens": 384,
         "temperature": 0.8, "top_p": 0.95, "batch_size": 32, "updates": 2, "advantage": None, "mean": None,

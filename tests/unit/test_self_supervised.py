@@ -13,6 +13,7 @@ import runs
 from runs import logged, saved_arrays
 
 from elm_jax.assemble import assemble
+from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config
 from elm_jax.errors import UserError
 from elm_jax.exchange.export import export
@@ -70,6 +71,16 @@ def test_what_is_hidden_is_rebuilt_ever_better(name: str, tmp_path: Path) -> Non
     assert len(mine) > 10
     for array in mine:
         np.testing.assert_array_equal(np.asarray(arrays[array]), learnt[array], err_msg=array)
+
+
+def test_a_config_pretrains_its_encoder() -> None:
+    files = sorted((runs.ROOT / "elm_jax" / "configs" / "pretrain_encoder").glob("*.py"))
+    names = [file.stem for file in files if file.stem != "recipe"]
+    assert len(names) >= 5
+    for name in names:
+        made = ConfigFlags.parse(["--config", f"configs/pretrain_encoder/{name}.py"]).load()
+        assert objective_of(made).pretrains == made.objective == made.encoder.name == name
+        assert made.optim.warmup_steps and made.update == ("encoder",)
 
 
 def test_an_objective_needs_its_encoder(tmp_path: Path) -> None:
