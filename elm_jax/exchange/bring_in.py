@@ -12,12 +12,13 @@ import numpy as np
 
 from elm_jax.assemble import Assembly, assemble
 from elm_jax.cli import ConfigFlags
-from elm_jax.config import LoraConfig, to_dict
+from elm_jax.config import to_dict
 from elm_jax.errors import UserError
 from elm_jax.exchange.config import Imported, configure
 from elm_jax.exchange.foreign import Foreign, open_foreign
 from elm_jax.exchange.match import ImportedArray, arrays_of
 from elm_jax.folders import whole_folder, write_run_config
+from elm_jax.keys import LoraConfig
 from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.run.folder import keep_tokenizer
 from elm_jax.run.verification import own_checksums, write_list

@@ -9,12 +9,13 @@ from typing import Any
 from elm_jax import compat as behaviours
 from elm_jax.assemble import Assembly, assemble
 from elm_jax.cli import ConfigFlags, read_config_file
-from elm_jax.config import Config, LoraConfig
+from elm_jax.config import Config
 from elm_jax.elms import ELMS
 from elm_jax.errors import UserError
 from elm_jax.exchange.facts import Fact, Facts, embedding_of, facts_of, patches_of
 from elm_jax.exchange.foreign import Foreign
 from elm_jax.folders import read_json
+from elm_jax.keys import LoraConfig
 from elm_jax.models.encoders import ENCODERS
 from elm_jax.weights.load import read_llm_config
 from elm_jax.weights.peft import CONFIG as ADAPTER_CONFIG

@@ -21,9 +21,10 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from elm_jax.assemble import Assembly, assemble
-from elm_jax.config import Config, LoraConfig
+from elm_jax.config import Config
 from elm_jax.errors import UserError, some
 from elm_jax.folders import TOKENIZER, read_run_config, run_folder
+from elm_jax.keys import LoraConfig
 from elm_jax.models.functional import Arrays, Leaf
 from elm_jax.models.lora import is_lora
 from elm_jax.models.names import Rule

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from elm_jax.config import LoraConfig
 from elm_jax.errors import UserError, nearest
 from elm_jax.folders import read_json
+from elm_jax.keys import LoraConfig
 from elm_jax.models.decoder import Decoder, DecoderConfig
 from elm_jax.models.lora import LoraSpec, add_lora, is_lora, target_modules, their_module
 from elm_jax.models.names import Rule, export

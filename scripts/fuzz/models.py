@@ -156,7 +156,7 @@ def adapters() -> list[Files]:
 
 def read_adapter(path: Path) -> None:
     """What a folder of PEFT's says of an adapter."""
-    from elm_jax.config import LoraConfig
+    from elm_jax.keys import LoraConfig
     from elm_jax.weights.peft import spec_of
 
     spec = spec_of(LoraConfig(adapter=str(path.parent)))

@@ -16,7 +16,7 @@ import pytest
 from parity_log import compare, record
 
 from elm_jax.assemble import Assembly, assemble
-from elm_jax.config import resolve
+from elm_jax.config import RlConfig, resolve
 from elm_jax.data.batch import Batch, BatchShape, Conversation, Group, collate
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.loader import StepSource
@@ -24,7 +24,6 @@ from elm_jax.data.plan import Plan
 from elm_jax.inference.generate import generate
 from elm_jax.models.connectors import RULES
 from elm_jax.models.functional import Arrays
-from elm_jax.objective_keys import RlConfig
 from elm_jax.objectives import log_probs, objective_of
 from elm_jax.run.weights import Weights
 from elm_jax.text.render import decode

@@ -15,10 +15,11 @@ import pytest
 from flax import nnx
 from support import LEADS, SAMPLES, SIGNAL_LAYOUT, SIGNAL_TOKENS, RandomConversations, stack_micro_batches, tiny_elm
 
-from elm_jax.config import Config, LoraConfig, MeshConfig, resolve
+from elm_jax.config import Config, MeshConfig, resolve
 from elm_jax.data.batch import Batch, BatchShape, Group, collate
 from elm_jax.errors import UserError
 from elm_jax.inference.generate import generate
+from elm_jax.keys import LoraConfig
 from elm_jax.models.connectors import build_signal_connector
 from elm_jax.models.decoder import Decoder, DecoderConfig
 from elm_jax.models.elm import ELM

@@ -16,8 +16,9 @@ from flax import nnx
 from parity_log import compare, record
 from support import VOCABULARY, RandomConversations, batch_of, tiny_elm
 
-from elm_jax.config import MuonConfig, OptimConfig, TrainConfig
+from elm_jax.config import OptimConfig, TrainConfig
 from elm_jax.data.batch import Group
+from elm_jax.keys import MuonConfig
 from elm_jax.models.decoder import Decoder
 from elm_jax.models.elm import ELM
 from elm_jax.models.families import scratch_config

@@ -15,12 +15,12 @@ FLOORS = (
     "errors",
     "compat json_text registry stopping",
     "schema folders elms",
-    "objective_keys",
     "ecg",  # recordings: files, units, rates, leads, images
     "text",  # conversations: strings and ids
     "symbols",  # ECG-Byte
     "scoring",  # strings to numbers
     "pictures",
+    "keys",  # of the configuration
     "config",
     "cli",
     "data",  # records to batches on the host
