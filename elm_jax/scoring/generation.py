@@ -30,11 +30,11 @@ def frechet_distance(real: np.ndarray, made: np.ndarray) -> float:
 
 def mean_discrepancy(real: np.ndarray, made: np.ndarray, gamma: float | None = None) -> float:
     """MMD of features (N, D) and (N', D), squared and biased, with the kernel exp(−γ |x − y|²); γ None: 1/D."""
-    gamma = 1 / real.shape[1] if gamma is None else gamma
+    width = 1 / real.shape[1] if gamma is None else gamma
 
     def kernel(x: np.ndarray, y: np.ndarray) -> float:
         distances = (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T
-        return float(np.exp(-gamma * distances).mean())
+        return float(np.exp(-width * distances).mean())
 
     return kernel(real, real) + kernel(made, made) - 2 * kernel(real, made)
 

@@ -61,7 +61,7 @@ class Order(NamedTuple):
         """(..., n, D) -> (..., k, D)."""
         return jnp.take_along_axis(patches, self.seen[..., None], axis=-2)
 
-    def put_back(self, seen: jax.Array, mask: jax.Array) -> jax.Array:
+    def put_back(self, seen: jax.Array, mask: nnx.Variable) -> jax.Array:
         """(..., k, E), and a token that stands for what is hidden, -> (..., n, E)."""
         missing = self.place.shape[-1] - seen.shape[-2]
         masks = repeated(mask, (*seen.shape[:-2], missing, seen.shape[-1]), seen.dtype)
