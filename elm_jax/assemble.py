@@ -5,6 +5,7 @@ Train, evaluate and chat start here, so that a run is put together in one way.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Mapping
@@ -74,6 +75,8 @@ class Assembly:
         if self.llm is None:
             found = f"{self.config.objective}, of an encoder alone"
             fix = "train an LLM behind it first: --config.init_from takes this run's encoder"
+            if self.objective.pretrains:
+                fix = "export it, and train an LLM behind it: --config.encoder.checkpoint takes its encoder.safetensors"
             raise UserError("config.objective", found, "one with an LLM", fix)
 
     def draw(self, shardings: Mapping[str, Any]) -> Arrays:
@@ -235,6 +238,12 @@ def _check_objective(config: Config, objective: Objective) -> None:
     if "llm" not in objective.needs and config.eval.at_end:
         fix = "set --noconfig.eval.at_end"
         raise UserError("eval.at_end", "True", f"false with objective={config.objective}: nothing answers", fix)
+    if config.encoder.cache and objective.samples.experience is not None:
+        expected = f"false with objective={config.objective}, which asks the whole model"
+        raise UserError("encoder.cache", "True", expected, "leave --config.encoder.cache out")
+    if config.data.augment_ecg and config.view.writes == "tokens" and not objective.samples.plain:
+        expected = f"false with objective={config.objective} and elm={config.elm}: lengths would change"
+        raise UserError("data.augment_ecg", "True", expected, "leave --config.data.augment_ecg out")
     if config.data.explicit_thinking and objective.samples.phase != "sft":
         expected = f"false with objective={config.objective}"
         raise UserError("data.explicit_thinking", "True", expected, "leave --config.data.explicit_thinking out")
@@ -284,7 +293,9 @@ def _began_with(config: Config, own: Path | None) -> Path | None:
         return None
     before = renamed(read_run_config(run_folder(config.init_from, "config.init_from")))
     row = OBJECTIVES.get(before.get("objective", Config.objective))
-    objective = row(resolve(before)) if callable(row) else row
+    objective: Objective | None = None
+    with contextlib.suppress(UserError):  # it may have needed a file of the user's
+        objective = row(resolve(before)) if callable(row) else row
     return None if objective is not None and "llm" not in objective.needs else tokenizer_of(config.init_from)
 
 

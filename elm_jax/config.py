@@ -35,6 +35,7 @@ from elm_jax.schema import key
 RESUMABLE = (
     "workdir", "debug", "mesh.", "log.", "eval.", "data.workers", "data.timeout",
     "data.outside_root", "train.steps", "train.epochs", "train.save_every", "train.keep", "train.timeout",
+    "rl.batch_size", "rl.show_every",
 )  # fmt: skip
 
 

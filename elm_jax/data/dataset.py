@@ -338,6 +338,8 @@ class Dataset:
             digest.update(repr((told, writers)).encode())
         for record in self.records:
             digest.update(repr((record.id, record.ecg_paths, record.text, record.dataset)).encode())
+            if record.rejected is not None:
+                digest.update(repr(record.rejected).encode())
             if self.reads_ecgs:
                 digest.update(repr([self.signal.stamp(path) for path in record.ecg_paths]).encode())
         return digest.hexdigest()[:32]

@@ -55,7 +55,8 @@ class StepSource:
     def empty(self, rows: list[PlannedRow]) -> Batch:
         """The arrays of a step with these rows, and nothing in them."""
         shape = self.plan.shape(rows)
-        if self.dataset.varies:  # a shorter conversation moves those behind it, and so the blocks that they see
+        # A shorter conversation or answer moves those behind it, and so the blocks that they see.
+        if self.dataset.varies or self.dataset.samples.experience is not None:
             shape = replace(shape, key_blocks=0)
         micro = self.plan.micro_batches
         mine = len(self.parts) * (len(rows) // micro // self.plan.ways)

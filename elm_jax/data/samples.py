@@ -23,11 +23,13 @@ Measured = tuple[int, int, int]  # tokens, supervised tokens and signal slots
 class Sample:
     """One thing that is learnt of a record, with the record's ECGs.
 
-    text: in one of the four forms of a record's text. extras: a number for all its supervised tokens, by name.
+    text: in one of the four forms of a record's text. extras: a number for all its supervised tokens, by name. last:
+    only the last of its answers is learnt.
     """
 
     text: Any
     extras: Mapping[str, float] = field(default_factory=dict)
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Samples:
         Raises:
             UserError: they do not fit data.max_len together, or cannot be rendered; names the record.
         """
+        if self.phase is None and dataset.records[index].problem is not None:
+            raise dataset.records[index].problem
         if self.experience is None:
             signals = dataset.signals(index) if dataset.reads_ecgs else None
             found = measured(grouped(self.conversations(dataset, index, signals, 0)))
@@ -129,9 +133,16 @@ class Samples:
         with dataset.naming(index):
             samples = self.of(record)
         for sample in samples:
-            made.append(replace(dataset.conversation(index, signals, length, sample.text), extras=sample.extras))
+            one = replace(dataset.conversation(index, signals, length, sample.text), extras=sample.extras)
+            made.append(replace(one, supervised=_last_of(one.supervised)) if sample.last else one)
             length = 1  # of a bad record whose ECGs would be tokens nothing is known but how long all samples are
         return made
+
+
+def _last_of(supervised: np.ndarray) -> np.ndarray:
+    """The last stretch of what is learnt alone."""
+    starts = np.flatnonzero(np.diff(supervised.astype(np.int8), prepend=0) == 1)
+    return supervised & (np.arange(len(supervised)) >= (starts[-1] if len(starts) else 0))
 
 
 def grouped(conversations: list[Conversation]) -> list[Group]:

@@ -34,7 +34,7 @@ class Record:
     where rows are numbered per split; dataset: index into data.names; problem: what is wrong with the record
     itself, where no conversation can be made of it; fields: what of `table_files.KINDS` it says about its question;
     ecgs_of: the id of the record whose ECGs it has, where a control gave it another's; rejected: of a pair of answers
-    the one that is not preferred, a string or one turn.
+    the one that is not preferred, a text or turns of which the last is it.
     """
 
     ecg_paths: tuple[str, ...]
@@ -77,7 +77,7 @@ class _Rows:
             self.dataset,
             problem,
             {key: str(row[key]) for key in KINDS if row.get(key) not in (None, "")},
-            rejected=decode_text(_without_nulls(row.get("rejected"))),
+            rejected=_as_answer(decode_text(_without_nulls(row.get("rejected")))),
         )
 
     def patients(self) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -246,9 +246,14 @@ def _text_of(row: Mapping[str, Any]) -> Any:
         return text
     asked = [Turn("user", prompt)] if isinstance(prompt, str) else prompt
     try:
-        return [*to_turns(asked), *to_turns(chosen)]
+        return [*to_turns(asked), to_turns(_as_answer(chosen))[-1]]
     except UserError:
         return [asked, chosen]  # what is wrong is said where the conversation is made
+
+
+def _as_answer(value: Any) -> Any:
+    """An answer as text or turns: a table may have it as one turn, or as a number."""
+    return [value] if isinstance(value, Mapping) else str(value) if isinstance(value, int | float) else value
 
 
 def _ecg_paths(value: Any, row_id: str) -> tuple[tuple[str, ...], UserError | None]:

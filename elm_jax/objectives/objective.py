@@ -29,6 +29,7 @@ class Objective:
             the model as it was at the beginning, whose log probabilities of the targets are the batch's extras
             "reference"; "key": `loss` draws at random in validation too.
         pretrains: the encoder whose own pretraining this is: the model is that encoder with all that it trains.
+        better: the number of which more is better, by which validations are judged; "": by the loss, less of it.
         temperature: what logits are divided by where log probabilities are taken.
     """
 
@@ -38,3 +39,4 @@ class Objective:
     needs: frozenset[str] = frozenset({"llm"})
     temperature: float = 1.0
     pretrains: str = ""
+    better: str = ""

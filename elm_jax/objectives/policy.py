@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,14 @@ import numpy as np
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.samples import Experience, Samples
+from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 from elm_jax.models.elm import ELM
 from elm_jax.objectives.cross_entropy import log_probs, per_target, sums_of_samples
 from elm_jax.objectives.objective import Objective, Sums
 from elm_jax.scoring.rewards import REWARDS, Answered, Reward, reward_of
+from elm_jax.text.turns import to_turns
+from elm_jax.text.write import THINK_PREFIX
 
 LARGEST_LOG_RATIO = 20.0
 Terms = dict[str, jax.Array]  # (B, M) by name: of each target what is summed
@@ -221,7 +223,8 @@ def _objective(config: Config, rules: Policy, advantage: str, resample: int, ski
         return {"loss": rules.count(batch), **by_token, **dict.fromkeys((*of_answers, "answer_tokens"), answers)}
 
     samples = Samples(extras=("advantage", "learnt", *of_answers, *old), experience=experience)
-    return Objective(loss, counts, samples, frozenset({"llm", *(("reference",) if rl.kl else ())}), rl.temperature)
+    needs = frozenset({"llm", *(("reference",) if rl.kl else ())})
+    return Objective(loss, counts, samples, needs, rl.temperature, better="reward")
 
 
 def _parts(config: Config) -> dict[str, tuple[float, Reward]]:
@@ -236,6 +239,12 @@ def _parts(config: Config) -> dict[str, tuple[float, Reward]]:
     return {name: (weight, reward_of(name)) for name, weight in zip(names, weights or (1.0,) * len(names), strict=True)}
 
 
+def _thinks(record: Record) -> bool:
+    """Whether a record's last answer begins with a think tag, which is then given."""
+    answers = [turn.text for turn in to_turns(record.text) if turn.role == "assistant"]
+    return bool(answers) and answers[-1].startswith(THINK_PREFIX)
+
+
 @dataclass(frozen=True)
 class _Judge:
     """The parts of an answer's reward."""
@@ -243,6 +252,7 @@ class _Judge:
     parts: Mapping[str, tuple[float, Reward]]
     opened: bool
 
-    def __call__(self, record: Any, answer: str, truth: str) -> dict[str, float]:
-        judged = Answered(answer, truth, record, self.opened)
+    def __call__(self, record: Record | None, answer: str, truth: str) -> dict[str, float]:
+        opened = self.opened and (record is None or _thinks(record))
+        judged = Answered(answer, truth, record, opened)
         return {name: weight * reward(judged) for name, (weight, reward) in self.parts.items()}

@@ -147,4 +147,7 @@ def chosen_and_rejected(record: Record) -> list[Sample]:
     if turns[-1].role != "assistant":
         raise UserError("text", f"a last turn of the {turns[-1].role}", "the chosen answer last", "mend the record")
     *_, worse = to_turns(record.rejected)
-    return [Sample(turns), Sample([*turns[:-1], worse])]
+    for key, answer in (("text", turns[-1]), ("rejected", worse)):
+        if not answer.text.strip():
+            raise UserError(key, "an empty answer", "two answers with words", "mend the record, or leave it out")
+    return [Sample(turns, last=True), Sample([*turns[:-1], worse], last=True)]

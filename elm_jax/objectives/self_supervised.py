@@ -58,6 +58,9 @@ def _check(config: Config, name: str) -> None:
     if config.encoder.name != name:
         fix = f"set --config.encoder.name={name}"
         raise UserError("encoder.name", str(config.encoder.name), f"{name} with objective={config.objective}", fix)
+    if len(config.views) > 1:
+        fix = "choose an elm of one view"
+        raise UserError("elm", config.elm, f"a single encoder with objective={config.objective}", fix)
 
 
 def _recordings(batch: Batch) -> Sums:

@@ -309,7 +309,8 @@ class Trainer:
             for whole, part in zip((total, count), jax.device_get(self.program.eval_step(arrays, batch)), strict=True):
                 whole.update({name: float(x) for name, x in part.items()})
         means = {f"val_{name}": total[name] / max(count[name], 1.0) for name in count}
-        loss, best = means["val_loss"], self.history["best_val_loss"]
+        better, best = self.assembly.objective.better, self.history["best_val_loss"]
+        loss = -means[f"val_{better}"] if better else means["val_loss"]  # what the history calls so
         self.history["val_losses"].append(loss)
         if math.isfinite(loss) and (best is None or loss < best):
             self.history |= {"best_val_loss": loss, "best_step": done}
@@ -339,7 +340,7 @@ class Trainer:
         self.checkpoints.save(done, items, meta, self.history["best_step"])
 
     def _announce(self, first: int) -> None:
-        epoch, (conversations, supervised) = self.plan.steps_before(1), self.plan.averages()
+        epoch, (conversations, supervised) = self.plan.steps_before(1) * self.source.updates, self.plan.averages()
         self.report.event(
             "resume" if first else "start", first, mfu_formula=telemetry.MFU_FORMULA, steps_per_epoch=epoch,
             rows_per_step=self.plan.usual_rows, conversations_per_step=round(conversations, 3),

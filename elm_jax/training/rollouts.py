@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from elm_jax import stopping
 from elm_jax.assemble import Assembly
 from elm_jax.data.batch import Batch, Conversation, Group
 from elm_jax.data.dataset import Dataset
@@ -33,6 +34,7 @@ from elm_jax.inference.speaker import Prompt, Speaker
 from elm_jax.models.functional import Arrays
 from elm_jax.models.hints import placed
 from elm_jax.objectives import log_probs
+from elm_jax.runtime import distributed
 from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, to_device
 from elm_jax.text.render import decode
 
@@ -83,13 +85,15 @@ class Rollouts:
         assert first % updates == 0, "a run stops and goes on where new answers are made"
         for step in range(first // updates, len(source)):
             with jax.transfer_guard("allow"):
-                loaded, scored = self._step(source, step, arrays())
+                loaded, scored = self._step(source, step, arrays(), self.experience.resample if training else 0)
                 if training:
                     self._show(step, scored)
             for update in range(updates):
                 yield loaded._replace(step=step * updates + update)
 
-    def _step(self, source: StepSource, step: int, arrays: Arrays) -> tuple[Loaded, dict[int, _Scored]]:
+    def _step(
+        self, source: StepSource, step: int, arrays: Arrays, resample: int
+    ) -> tuple[Loaded, dict[int, _Scored]]:
         if self.speaker is None:
             self.speaker = Speaker(self.assembly, self.mesh, arrays)
         else:
@@ -97,7 +101,7 @@ class Rollouts:
         planned = [i for row in source.plan.rows(step) for group in row for i in group.samples]
         bad: list[BadRecord] = []
         scored = self._scored(source, step, {i: i for i in planned}, bad)
-        for attempt in range(1, self.experience.resample + 1):
+        for attempt in range(1, resample + 1):
             again = [i for i in scored if _alike(scored[i].rewards)]
             others = {i: _other(source.plan.index, i, (self.assembly.config.seed, step, attempt)) for i in again}
             scored |= {
@@ -119,6 +123,7 @@ class Rollouts:
         """By the planned sample: the record that is asked about in its place, answered; those that cannot are `bad`."""
         dataset, epoch = source.dataset, source.plan.epoch_of(step)
         prompts: dict[int, tuple[Prompt, str]] = {}
+        unread: dict[int, UserError] = {}
         for place, i in asked.items():
             try:
                 rendered, truth = dataset.prompts(i)[-1]
@@ -126,17 +131,31 @@ class Rollouts:
                 assert self.speaker is not None
                 prompts[place] = self.speaker.written(prompt, self.experience.tokens), truth
             except UserError as error:
-                bad.append(BadRecord(dataset.records[i].id, str(error)))
+                unread[place] = error
+        # One that cannot read a file, or whose reward is another, must not go its own way.
+        wrong = dict(pair for part in distributed.gather([(k, str(e)) for k, e in unread.items()]) for pair in part)
+        prompts = {place: found for place, found in prompts.items() if place not in wrong}
         answers = self._answers(step, attempt, {place: prompt for place, (prompt, _) in prompts.items()})
+        texts = {place: [self._text(ids) for ids in answers[place]] for place in prompts}
+        judged = None
+        if jax.process_index() == 0:
+            judged = [self._judged(dataset, asked[place], texts[place], prompts[place][1]) for place in prompts]
         found = {}
-        for place, (prompt, truth) in prompts.items():
-            try:
-                texts = [self._text(ids) for ids in answers[place]]
-                parts = [self._parts(dataset, asked[place], text, truth) for text in texts]
-                found[place] = _Scored(asked[place], prompt, truth, answers[place], texts, parts)
-            except UserError as error:
-                bad.append(BadRecord(dataset.records[asked[place]].id, str(error)))
+        for place, parts in zip(list(prompts), distributed.broadcast(judged, 0), strict=True):
+            if isinstance(parts, str):
+                wrong[place] = parts
+            else:
+                prompt, truth = prompts[place]
+                found[place] = _Scored(asked[place], prompt, truth, answers[place], texts[place], parts)
+        bad += [BadRecord(dataset.records[asked[place]].id, wrong[place]) for place in sorted(wrong)]
         return found
+
+    def _judged(self, dataset: Dataset, sample: int, texts: Sequence[str], truth: str) -> list[dict[str, float]] | str:
+        """The parts of each answer's reward, or what is wrong with one."""
+        try:
+            return [self._parts(dataset, sample, text, truth) for text in texts]
+        except UserError as error:
+            return str(error)
 
     def _parts(self, dataset: Dataset, sample: int, answer: str, truth: str) -> dict[str, float]:
         """The parts of an answer's reward.
@@ -193,7 +212,8 @@ class Rollouts:
         of = f"{step}:" if attempt == 0 else f"{step}:{attempt}:"
         drawn = (replace(prompts[i], draw=zlib.crc32(f"{of}{i}:{g}".encode()) >> 1) for i, g in asked)
         found: dict[int, list[list[int]]] = {i: [[] for _ in range(self.experience.answers)] for i in prompts}
-        for event in self.speaker.events(drawn, self.options, self.assembly.config.seed):
+        events = self.speaker.events(drawn, self.options, self.assembly.config.seed)
+        for event in stopping.each(events, "part of an answer"):
             i, g = asked[event.number]
             found[i][g] += event.tokens
         return found
@@ -227,7 +247,8 @@ class Rollouts:
     def _show(self, step: int, scored: Mapping[int, _Scored]) -> None:
         """Write a table of some answers with their rewards."""
         every = self.experience.show_every
-        if self.folder is None or not every or step % every or jax.process_index():
+        updates = self.experience.updates
+        if self.folder is None or not every or step * updates % every >= updates or jax.process_index():
             return
         lines = [f"# Answers of step {step * self.experience.updates}", ""]
         for one in list(scored.values())[:_SHOWN]:

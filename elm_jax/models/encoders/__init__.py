@@ -118,7 +118,10 @@ PRETRAINING = ".pretraining"
 
 def _masked(name: str, module: Callable[..., Encoder]) -> Kind:
     """A masked autoencoder with its decoder."""
-    return Kind(partial(mae.MaeConfig.from_fields, name), module, mae.weight_rule, bare_name, mae.ALIAS)
+    compat = {"st_mem_train_positions": {"train_positions": True}} if name == "st_mem" else {}
+    return Kind(
+        partial(mae.MaeConfig.from_fields, name), module, mae.weight_rule, bare_name, mae.ALIAS, compat=compat
+    )
 
 
 def _sequence(module: Callable[..., Encoder], names: Mapping[str, str], attention: str) -> Kind:
