@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ from runs import logged, saved_arrays
 from elm_jax.assemble import assemble
 from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config
+from elm_jax.data.loader import StepSource
+from elm_jax.data.plan import Plan
+from elm_jax.data.samples import _last_of
 from elm_jax.errors import UserError
 from elm_jax.objectives import objective_of
 from elm_jax.runtime.mesh import make_mesh
 from elm_jax.scoring.rewards import REWARDS, register_reward
+from elm_jax.text.render import decode
 from elm_jax.training import loop
 
 RECORDS = "demo:train=24,val=4,test=4"
@@ -103,6 +108,34 @@ def test_preferences_move_the_margin(tmp_path: Path) -> None:
     assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and abs(lines[0]["margin"]) < 1e-3
     assert lines[-1]["val_margin"] > lines[2]["val_margin"] > 0 and lines[-1]["val_accuracy"] == 1.0
     assert (tmp_path / "run" / "reference").is_dir()
+
+
+def test_of_a_pair_the_last_answer_alone_is_learnt(tmp_path: Path) -> None:
+    made = config(tmp_path / "run", objective="dpo", data__max_len=256)
+    dataset = assemble(made).dataset("train")
+    turns = [("user", "Is it regular?"), ("assistant", "It is."), ("user", "How fast?"), ("assistant", "60.")]
+    text = [{"role": role, "content": said} for role, said in turns]
+    record = replace(dataset.records[0], text=text, rejected="90.")
+    assert dataset.samples.of is not None
+    for sample, answer in zip(dataset.samples.of(record), ("60.", "90."), strict=True):
+        found = dataset.conversation(0, dataset.signals(0), None, sample.text)
+        ids = found.ids[_last_of(found.supervised)]
+        assert sample.last and answer in decode(ids, dataset.tokenizer, dataset.text.family)
+        assert found.supervised.sum() > len(ids)
+    with pytest.raises(UserError, match="rejected: found an empty answer"):
+        dataset.samples.of(replace(record, rejected=" "))
+
+
+def test_rows_of_answers_may_be_shorter_than_planned(tmp_path: Path) -> None:
+    """Where those behind a short answer stand, and so which blocks they see, is known when it is given."""
+    sizes = {"hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "mlp": 64, "max_len": 1024}
+    made = config(tmp_path / "run", data__max_len=1024, llm__scratch=sizes)
+    dataset = assemble(made).dataset("train")
+    index = dataset.length_index("none", 0)
+    source = StepSource(dataset, Plan(index, rows=2, max_len=1024, pack=True, seed=0), steps=1)
+    rows = source.plan.rows(0)
+    assert source.plan.shape(rows).key_blocks > 0
+    assert source.empty(rows).key_blocks.shape[-1] == 0
 
 
 def test_a_record_without_a_rejected_answer_is_named(tmp_path: Path) -> None:
