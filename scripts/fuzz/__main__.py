@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 from scripts.fuzz.targets import TARGETS, made, place
-from scripts.fuzz.worker import work
+from scripts.fuzz.worker import TMPFS, work
 
 CHUNK = 5000  # inputs of one worker
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,11 +31,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def run_worker(target: str, seed: int, first: int, count: int, keep: Path) -> tuple[int, Counter[str]]:
     """Run inputs `first` and on in a process: how many were tried, and how they ended."""
     counts: Counter[str] = Counter()
-    with tempfile.TemporaryFile("w+") as errors, tempfile.NamedTemporaryFile("w+b") as progress:
-        progress.write((first - 1 + (1 << 64) & (1 << 64) - 1).to_bytes(8, "little"))
-        progress.flush()
+    with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory(dir=TMPFS, prefix="fuzz-") as folder:
+        progress = Path(folder, "progress")
+        progress.write_bytes(b"\xff" * 8)  # the number of the input that is tried
         command = [sys.executable, "-X", "faulthandler", "-m", "scripts.fuzz", "--worker", target]
-        command += [str(seed), str(first), str(count), progress.name]
+        command += [str(seed), str(first), str(count), str(progress)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
         assert process.stdout is not None
         for line in process.stdout:
@@ -46,8 +46,7 @@ def run_worker(target: str, seed: int, first: int, count: int, keep: Path) -> tu
                 keep_input(keep, target, seed, said["found"], said["said"])
         if not process.wait():
             return count, counts
-        progress.seek(0)
-        at = int.from_bytes(progress.read(8), "little")
+        at = int.from_bytes(progress.read_bytes(), "little")
         errors.seek(0)
         text = f"the worker ended with status {process.returncode}\n{errors.read()[-3000:]}"
     if not first <= at < first + count:

@@ -9,7 +9,6 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 import traceback
 import typing
 import warnings
@@ -23,7 +22,7 @@ from scripts.fuzz.targets import TARGETS, Target, ended, made, place
 SECONDS = 1.0  # of processor time for one input
 WAIT = 120.0  # seconds by the clock: who waits for something uses no processor
 MEMORY = 1 << 30  # bytes of address space that an input may add to what the worker has at its start
-TMPFS = Path("/dev/shm")
+TMPFS = "/dev/shm" if Path("/dev/shm").is_dir() else None
 ENCODINGS = ("latin-1", *(f"utf-{bits}" for bits in ("8", "8-sig", "16", "16-le", "16-be", "32", "32-le", "32-be")))
 FORBIDDEN = (
     *("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "os.kill", "os.putenv", "pty."),
@@ -84,8 +83,8 @@ class Watch:
 
 
 def work(name: str, seed: int, first: int, count: int, progress: Path) -> None:
-    """Try inputs `first` and on. Their numbers are left in the file `progress`; a line of JSON for each finding, and
-    for all at the end."""
+    """Try inputs `first` and on, each in a folder beside the file `progress`, which says the number of the last one; a
+    line of JSON for each finding, and for all at the end."""
     warnings.simplefilter("ignore")
     report = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print
@@ -93,32 +92,30 @@ def work(name: str, seed: int, first: int, count: int, progress: Path) -> None:
         faulthandler.register(number, chain=True)  # says where it is, then ends the process: no Python is needed for it
     for encoding in ENCODINGS:
         "".encode(encoding)
-    base = Path(tempfile.mkdtemp(dir=TMPFS if TMPFS.is_dir() else None, prefix="fuzz-"))
+    base = progress.parent
     target = TARGETS[name]
     watch = Watch(base, target.imports)
-    try:
-        with progress.open("r+b") as file, mmap.mmap(file.fileno(), 8) as at:
-            for files in target.seeds:  # this imports what readers import late; each must be read as it is
-                assert try_one(target, files, base) == "read", f"a seed is refused: {list(files)}"
-            made(seed, first, name)
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-            counts: Counter[str] = Counter()
-            for number in range(first, first + count):
-                at[:8] = number.to_bytes(8, "little")
-                files = made(seed, number, name)
-                try:
-                    counts[try_one(target, files, base, watch)] += 1
-                except BaseException:
-                    signal.setitimer(signal.ITIMER_PROF, 0)
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-                    counts["found"] += 1
-                    said = {"found": number, "said": traceback.format_exc()[-3000:]}
-                    print(json.dumps(said), file=report, flush=True)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            print(json.dumps({"counts": counts, "peak": peak}), file=report, flush=True)
-    finally:
-        shutil.rmtree(base, ignore_errors=True)
+    with progress.open("r+b") as file, mmap.mmap(file.fileno(), 8) as at:
+        for files in target.seeds:  # this imports what readers import late; each must be read as it is
+            assert try_one(target, files, base) == "read", f"a seed is refused: {list(files)}"
+        made(seed, first, name)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        counts: Counter[str] = Counter()
+        for number in range(first, first + count):
+            at[:8] = number.to_bytes(8, "little")
+            files = made(seed, number, name)
+            try:
+                counts[try_one(target, files, base, watch)] += 1
+            except BaseException:
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                counts["found"] += 1
+                said = {"found": number, "said": traceback.format_exc()[-3000:]}
+                print(json.dumps(said), file=report, flush=True)
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        peak = int(status["VmHWM"].split()[0])  # kB resident; getrusage tells the parent's where that was larger
+        print(json.dumps({"counts": counts, "peak": peak}), file=report, flush=True)
 
 
 def try_one(target: Target, files: dict[str, bytes], base: Path, watch: Watch | None = None) -> str:
