@@ -16,6 +16,7 @@ import logging
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +39,7 @@ META = "meta/metadata"  # the JSON's file
 DAMAGED = "damaged"  # folder beside `checkpoints` of what was in the way when training went back
 _TEMPORARY = ".orbax-checkpoint-tmp"  # behind a step: being written, or removed
 _GONE = "is gone"
+LISTING_SECONDS = 60  # in which a folder that one host has made is seen by all
 
 
 class Checkpoints:
@@ -203,7 +205,8 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in order:
             problem = self._problem(step)
-            if problem == _GONE:  # removed by the run itself, which goes on: there is a newer one now
+            if problem == _GONE:
+                self._wait_for(step)
                 return self.find(which)
             if not problem:
                 self._go_back(damaged, step)
@@ -213,6 +216,20 @@ class Checkpoints:
         if not which.isdecimal():
             fix = "put one back from a copy, or remove them all to begin anew"
         raise UserError(str(self.folder), _told(damaged), "a whole checkpoint", fix)
+
+    def _wait_for(self, step: int) -> None:
+        """Until all processes see a step, or process 0 does not: the run itself, which goes on, has removed it then,
+        and there is a newer one now. Raises UserError where one that process 0 sees does not come."""
+        del self._problems[step]
+        for _ in range(LISTING_SECONDS):
+            seen = distributed.gather(self._path(step).is_dir())
+            if all(seen) or not seen[0]:
+                return
+            time.sleep(1.0)
+        raise UserError(
+            str(self.folder), f"checkpoint {step}, which process {seen.index(False)} does not see",
+            "a workdir that all processes share", "put it on a file system that all hosts have",
+        )  # fmt: skip
 
     def _problem(self, step: int) -> str:
         """What is wrong with a step; empty if nothing."""
