@@ -15,7 +15,6 @@ import math
 import os
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -152,7 +151,7 @@ class Lifeline:
 
     def _stop(self, text: str, status: int) -> None:
         if not self._leaving.is_set():
-            _end(status, text)
+            stopping.end_now(text, status, tell=False)
 
 
 def join(place: Place, facts: Facts, judge: Judge) -> Lifeline:
@@ -326,15 +325,6 @@ class _Line:
 
 
 def _end_in(seconds: float, status: int, text: str = "") -> None:
-    timer = threading.Timer(seconds, _end, (status, text))
+    timer = threading.Timer(seconds, stopping.end_now, (text, status, False))
     timer.daemon = True
     timer.start()
-
-
-def _end(status: int, text: str) -> None:
-    """End this process though its main thread may wait for ever inside a collective."""
-    if text:
-        print(text, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
