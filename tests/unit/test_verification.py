@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -254,8 +255,6 @@ def test_a_step_that_one_process_does_not_see_is_waited_for_and_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here process 1 is one that sees nothing, first for three looks, then for ever."""
-    looks: list[bool] = []
-
     def gather(value: Any) -> list[Any]:
         if value is not True:
             return [value, "is gone" if value == "" and len(looks) < late else value]
@@ -264,7 +263,7 @@ def test_a_step_that_one_process_does_not_see_is_waited_for_and_named(
 
     monkeypatch.setattr(distributed, "gather", gather)
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    late = 3
+    looks, late = list[bool](), 3
     assert found(folder) == 9 and len(looks) == 3
     looks, late = [], 10**6
     with pytest.raises(UserError, match="checkpoint 9, which process 1 does not see"):
@@ -276,8 +275,8 @@ def test_it_tells_that_verifying_goes_on(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(stopping, "doing", told.append)
     found(folder)
     assert len(told) >= len(verification.listed(step_of(folder)))
-    told.clear()
     without_lists(step_of(folder))
+    told.clear()
     found(folder, read_only=False)
     assert len(told) >= len(read_json(step_of(folder) / META)["sums"])
 
@@ -369,6 +368,25 @@ def test_arrays_that_are_saved_once_are_verified_too(tmp_path: Path, name: str) 
         path.write_bytes(kept)
     (folder / LIST).unlink()  # as folders of older versions are
     assert SavedArrays(folder).shapes == {"encoder.w": (4, 6)}
+
+
+def test_who_cannot_save_waits_for_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are inside the library then, and only the end of this process ends them."""
+    gathered: list[Any] = []
+    monkeypatch.setattr(distributed, "gather", lambda value: [gathered.append(value)])
+    with no_file_beyond(10), pytest.raises(UserError, match="arrays that could not be saved"):
+        save_arrays(tmp_path / "reference", {"encoder.w": jnp.arange(24.0)})
+    assert gathered == [None], "before it began"
+
+
+def test_who_brings_a_problem_does_not_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    brought: list[tuple[str, str]] = []
+    client = SimpleNamespace(key_value_set=lambda *of: brought.append(of), blocking_key_value_get=lambda *_: 1 / 0)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("jax._src.distributed.global_state.client", client)
+    assert distributed.exchange("9", "a full disk") == ["a full disk"] and brought == [("elm_jax/9/0", "a full disk")]
+    with pytest.raises(ZeroDivisionError):
+        distributed.exchange("9", "")
 
 
 def test_a_file_that_cannot_be_moved_to_its_place_is_an_error_in_words(
