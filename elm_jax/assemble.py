@@ -94,15 +94,10 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
         UserError: a name or size in the config does not fit; names the key.
     """
     objective = objective_of(config)
-    _check_objective(config, objective)
-    check_views(config)
-    for view in _encoded(config):
-        if ENCODERS[name := str(config.encoder_of(view).name)].file_config is None:
-            ENCODERS[name].config(_encoder_fields(config, view))  # before anything is looked for
+    folder = find_llm(config, weights)
     if "llm" not in objective.needs:
         return _encoders_alone(config, objective)
     weights = weights and config.llm.scratch is None
-    folder = None if config.llm.scratch else resolve_llm_folder(config.llm.name, weights)
     phase = str(objective.samples.phase)
     tokenizer = _tokenizer(config, phase, tokenizer_folder, weights)
     symbols = _symbols(config, tokenizer, tokenizer_folder)
@@ -123,6 +118,22 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
     signal = _signal(config, encoders, symbols)
     structure = structure_of(lambda: _build(config, llm, encoders))
     return Assembly(config, tokenizer, text, signal, objective, llm, folder, encoders, structure)
+
+
+def find_llm(config: Config, weights: bool = True) -> Path | None:
+    """The local folder of the pretrained LLM, where there is one; it may have to be downloaded, which takes long.
+
+    Raises UserError as `assemble`, for what can be told before.
+    """
+    objective = objective_of(config)
+    _check_objective(config, objective)
+    check_views(config)
+    for view in _encoded(config):
+        if ENCODERS[name := str(config.encoder_of(view).name)].file_config is None:
+            ENCODERS[name].config(_encoder_fields(config, view))
+    if "llm" not in objective.needs or config.llm.scratch:
+        return None
+    return resolve_llm_folder(config.llm.name, weights)
 
 
 def _encoders_alone(config: Config, objective: Objective) -> Assembly:

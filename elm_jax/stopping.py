@@ -27,6 +27,7 @@ from elm_jax.errors import printable
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOPPED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT  # exit status
 GRACE = 10.0  # seconds in which the main thread may end by itself
+TELLING_SECONDS = 10.0  # for the last words
 T = TypeVar("T")
 
 
@@ -70,6 +71,16 @@ _now: dict[int, tuple[str, float]] = {}  # thread -> what it does, since when (t
 def doing(what: str) -> None:
     """From now on this thread does `what` (nothing, if it is empty): what it did before has come to its end."""
     _now[threading.get_ident()] = what, time.monotonic()
+
+
+def goes_on() -> None:
+    """A part of what this thread does has come to its end."""
+    doing(_doing())
+
+
+def forget() -> None:
+    """This thread ends."""
+    _now.pop(threading.get_ident(), None)
 
 
 @contextlib.contextmanager
@@ -248,7 +259,9 @@ class Agreement:
         self._all: dict[int, int] = {}
 
     def ask(self, why: str) -> None:
-        """Have all processes stop after a step."""
+        """Have all processes stop after a step; waits until this one has passed a first."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._passed >= 0)
         message = {"stop": f"{why} in process {self.index}"}
         if self.index:
             self._send(message)
@@ -260,6 +273,7 @@ class Agreement:
         with self._turn:
             self._turn.wait_for(lambda: not self._waits)
             self._passed = step
+            self._turn.notify_all()
             return self._why if step == self._last else ""
 
     def hear(self, sender: int, message: Mapping[str, Any]) -> None:
@@ -288,11 +302,17 @@ class Agreement:
         self._turn.notify_all()
 
 
-def end_now(text: str, status: int) -> NoReturn:
-    """End this process, whatever its threads wait for, and its peers. `text` is its last line."""
-    if peers is not None:
+def end_now(text: str, status: int, tell: bool = True) -> NoReturn:
+    """End this process, whatever its threads wait for, and its peers unless they need not be told. `text` is its last
+    line, if any."""
+    timer = threading.Timer(TELLING_SECONDS, os._exit, (status,))  # nobody may read what is written
+    timer.daemon = True
+    with contextlib.suppress(RuntimeError):  # no threads any more
+        timer.start()
+    if tell and peers is not None:
         peers.end(text, status)
-    _say(text)
+    if text:
+        _say(text)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             stream.flush()

@@ -114,6 +114,7 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         if first:
             write_json(out / "metrics.json", results_of(conditions, scorer, facts, known))
             draw_examples(out / "examples.png", folds[0].dataset, conditions[REAL])
+        distributed.gather(None)  # scoring takes long, and in what follows nobody may wait so long
         if labels is not None and store is not None:
             facts |= _ask_labels(model, folds, store, labels)
         for name in options.controls:

@@ -29,11 +29,15 @@ def save_arrays(folder: Path, arrays: Arrays) -> None:
     fresh = folder.with_name(f"{folder.name}.tmp")
     if jax.process_index() == 0:
         shutil.rmtree(fresh, ignore_errors=True)
-    item = "arrays"
+    distributed.gather(None)  # nothing is in the way
+    item = folder.name  # the library's processes wait for each other by it
     sums, problem = sums_of({item: arrays}), ""
     try:
         with ocp.StandardCheckpointer() as library:
             library.save((fresh / item).absolute(), arrays)
+    except Exception as error:  # the others wait inside the library, until they hear that this process ends
+        raise _not_saved(folder, said(error)) from error
+    try:
         own = verification.own_checksums(fresh / item)
         problem = verification.wrong_array(fresh, sums)
         if not problem:
@@ -41,14 +45,18 @@ def save_arrays(folder: Path, arrays: Arrays) -> None:
     except Exception as error:
         problem = said(error)
     if problem := verification.first(distributed.gather(problem)):
-        raise UserError(
-            str(folder), f"arrays that could not be saved: {problem}", "a disk with room that keeps what it is given",
-            "make room and run the same command again",
-        )  # fmt: skip
+        raise _not_saved(folder, problem)
     if jax.process_index() == 0:
         (fresh / item).rename(folder)
         fresh.rmdir()
     distributed.gather(None)  # it is in its place
+
+
+def _not_saved(folder: Path, problem: str) -> UserError:
+    return UserError(
+        str(folder), f"arrays that could not be saved: {problem}", "a disk with room that keeps what it is given",
+        "make room and run the same command again",
+    )  # fmt: skip
 
 
 class SavedArrays:

@@ -13,9 +13,11 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.options import AsyncOptions
 
+from elm_jax import stopping
 from elm_jax.errors import UserError, printable
 from elm_jax.folders import read_json, seal, sealed, writable_folder
 from elm_jax.run import verification
@@ -37,7 +40,8 @@ ITEMS = (*MODEL_ITEMS, "optimizer")
 META = "meta/metadata"  # the JSON's file
 DAMAGED = "damaged"  # folder beside `checkpoints` of what was in the way when training went back
 _TEMPORARY = ".orbax-checkpoint-tmp"  # behind a step: being written, or removed
-_GONE = "is gone"
+_GONE, _EMPTY = "is gone", "its folder is empty"
+LISTING_SECONDS = 60  # in which a folder that one host has made is seen by all
 
 
 class Checkpoints:
@@ -99,6 +103,7 @@ class Checkpoints:
 
     def _complete(self, step: int, sums: Mapping[str, str], best: int | None) -> None:
         """In a thread of its own: wait until the step is on disk, verify it, and remove what need not be kept."""
+        stopping.doing(f"saving checkpoint {step}")
         try:
             with self._failing(step):
                 problem = ""
@@ -120,6 +125,8 @@ class Checkpoints:
                 self._remove_old(step, best)
         except UserError as error:
             self._failure = error
+        finally:
+            stopping.forget()
 
     @contextmanager
     def _failing(self, step: int) -> Iterator[None]:
@@ -168,13 +175,10 @@ class Checkpoints:
         return self.folder / str(step)
 
     def _steps(self) -> list[int]:
-        """Folders of steps that are not empty, the newest first."""
-        found = []
-        for path in self.folder.glob("*"):
-            with suppress(OSError):  # no folder, or one that is removed meanwhile
-                if path.name.isdecimal() and str(int(path.name)) == path.name and any(path.iterdir()):
-                    found.append(int(path.name))
-        return sorted(found, reverse=True)
+        """Steps that have a folder, the newest first. Empty ones count for nothing, but of the newest must be told."""
+        names = [path.name for path in self.folder.glob("*") if path.name.isdecimal() and os.path.isdir(path)]
+        steps = sorted((int(name) for name in names if str(int(name)) == name), reverse=True)
+        return [step for step in steps if step == steps[0] or _without_files(self._path(step)) != _EMPTY]
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -203,7 +207,8 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in order:
             problem = self._problem(step)
-            if problem == _GONE:  # removed by the run itself, which goes on: there is a newer one now
+            if problem == _GONE:
+                self._wait_for(step)
                 return self.find(which)
             if not problem:
                 self._go_back(damaged, step)
@@ -214,6 +219,20 @@ class Checkpoints:
             fix = "put one back from a copy, or remove them all to begin anew"
         raise UserError(str(self.folder), _told(damaged), "a whole checkpoint", fix)
 
+    def _wait_for(self, step: int) -> None:
+        """Until all processes see a step, or process 0 does not: the run itself, which goes on, has removed it then,
+        and there is a newer one now. Raises UserError where one that process 0 sees does not come."""
+        del self._problems[step]
+        for _ in range(LISTING_SECONDS):
+            seen = distributed.gather(os.path.isdir(self._path(step)))
+            if all(seen) or not seen[0]:
+                return
+            time.sleep(1.0)
+        raise UserError(
+            str(self.folder), f"checkpoint {step}, which process {seen.index(False)} does not see",
+            "a workdir that all processes share", "put it on a file system that all hosts have",
+        )  # fmt: skip
+
     def _problem(self, step: int) -> str:
         """What is wrong with a step; empty if nothing."""
         if step not in self._problems:
@@ -223,20 +242,28 @@ class Checkpoints:
         return self._problems[step]
 
     def _verify(self, step: int) -> str:
-        """By the lists of its files; by its arrays, where the run ended before these were written."""
         path = self._path(step)
-        files, own = verification.listed(path), {}
-        if files:
-            left_out = {*ITEMS} - {*self._items}
-            mine = {name: facts for name, facts in files.items() if name.partition("/")[0] not in left_out}
-            problem = verification.wrong_file(path, mine)
-        else:
-            own = {} if self.read_only else verification.own_checksums(path)
-            problem = self._wrong_value(step)
-        problem = verification.first(distributed.gather(problem if not problem or path.is_dir() else _GONE))
+        try:
+            problem, own = self._look_into(step)
+        except OSError as error:
+            problem, own = said(error), {}
+        problem = verification.first(distributed.gather(problem if not problem or os.path.isdir(path) else _GONE))
         if own and not problem:
             verification.write_list(path, own)
         return problem
+
+    def _look_into(self, step: int) -> tuple[str, dict[str, list[Any]]]:
+        """What is wrong by the lists of its files; by its arrays, where the run ended before these were written: then
+        with what this process is to list, where it writes."""
+        path = self._path(step)
+        if problem := _without_files(path):
+            return problem, {}
+        if files := verification.listed(path):
+            left_out = {*ITEMS} - {*self._items}
+            mine = {name: facts for name, facts in files.items() if name.partition("/")[0] not in left_out}
+            return verification.wrong_file(path, mine), {}
+        own = {} if self.read_only else verification.own_checksums(path)
+        return self._wrong_value(step), own
 
     def _wrong_value(self, step: int) -> str:
         try:
@@ -302,6 +329,14 @@ class Checkpoints:
         """The name of each of the model's arrays that a step has -> the folder of its `SavedArrays`."""
         names = self.meta(step)["arrays"]
         return {name: self._path(step) / item for item in names for name in names[item]}
+
+
+def _without_files(folder: Path) -> str:
+    """Why nothing can be read in a folder; empty if something may be."""
+    try:
+        return "" if any(folder.iterdir()) else _EMPTY
+    except OSError as error:
+        return f"its folder cannot be listed: {error.strerror}"
 
 
 def _abstract(x: Any) -> Any:

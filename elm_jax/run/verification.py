@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 import xxhash
 
+from elm_jax import stopping
 from elm_jax.errors import UserError, one_line
 from elm_jax.folders import seal, sealed, write_json
 from elm_jax.json_text import parse_json
@@ -29,8 +30,18 @@ _PIECE = 2**22  # bytes of a file that are read at once
 
 
 def own_checksums(folder: Path) -> dict[str, list[Any]]:
-    """Size in bytes and checksum of this process's share of the files below `folder`."""
-    return {name: _size_and_checksum(folder / name) for name in _share(_files(folder))}
+    """Size in bytes and checksum of this process's share of the files below `folder`.
+
+    Raises:
+        OSError: one cannot be read; says which.
+    """
+    found = {}
+    for name in _share(_files(folder)):
+        try:
+            found[name] = _size_and_checksum(folder / name)
+        except OSError as error:
+            raise OSError(_unread(name, error)) from error
+    return found
 
 
 def write_list(folder: Path, checksums: Mapping[str, list[Any]]) -> None:
@@ -61,17 +72,22 @@ def _read_list(path: Path) -> dict[str, list[Any]] | None:
 def wrong_file(folder: Path, files: Mapping[str, list[Any]]) -> str:
     """The first of this process's share of `files` that is not as it was listed, and why; empty if all are."""
     for name in _share(sorted(files)):
+        stopping.goes_on()
         path, (size, checksum) = folder / name, files[name]
-        if not path.is_file():
-            return f"{name} is gone"
         try:
+            if not path.is_file():
+                return f"{name} is gone"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size:,} bytes in place of {size:,}"
             if _size_and_checksum(path)[1] != checksum:
                 return f"{name} has other content than was written"
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+            return _unread(name, error)
     return ""
+
+
+def _unread(name: str, error: OSError) -> str:
+    return f"{name} cannot be read: {error.strerror}"
 
 
 def wrong_array(folder: Path, arrays: Mapping[str, str | None]) -> str:
@@ -81,6 +97,7 @@ def wrong_array(folder: Path, arrays: Mapping[str, str | None]) -> str:
         arrays: `item/name` -> the `summary` of what was saved; None: whatever can be read is right.
     """
     for name in _share(sorted(arrays)):
+        stopping.goes_on()
         try:
             found = _read_back(folder, name, arrays[name])
         except Exception as error:  # whatever a library says of damaged files
@@ -177,6 +194,7 @@ def _size_and_checksum(path: Path) -> list[Any]:
     size, checksum = 0, xxhash.xxh3_128()
     with path.open("rb") as file:
         while piece := file.read(_PIECE):
+            stopping.goes_on()
             size += len(piece)
             checksum.update(piece)
     return [size, checksum.hexdigest()]

@@ -206,7 +206,10 @@ def broadcast(value: Any, source: int) -> Any:
 
 
 def exchange(key: str, value: str) -> list[str]:
-    """As `gather`, without the devices: for a thread beside the one that trains. No two calls have the same `key`."""
+    """As `gather`, without the devices: for a thread beside the one that trains. No two calls have the same `key`.
+
+    A value is a problem, or empty; who brings one waits for nobody.
+    """
     import jax
     from jax._src import distributed
 
@@ -215,6 +218,8 @@ def exchange(key: str, value: str) -> list[str]:
     client = distributed.global_state.client
     assert client is not None
     client.key_value_set(f"elm_jax/{key}/{jax.process_index()}", value)
+    if value:
+        return [value]
     # Whoever does not come is gone, and `lifeline` ends this process then, or is slow.
     return [client.blocking_key_value_get(f"elm_jax/{key}/{i}", 2**31 - 1) for i in range(jax.process_count())]
 

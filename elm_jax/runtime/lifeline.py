@@ -15,7 +15,6 @@ import math
 import os
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -31,7 +30,7 @@ JOIN_SECONDS = 300.0
 PEER_TIMEOUT = "ELM_JAX_PEER_TIMEOUT"  # seconds of silence after which a process counts as gone
 PEER_SECONDS = 60.0
 BEATS = 10  # in these seconds
-GRACE_SECONDS = 10.0  # in which a process that hears that another has failed may end by itself
+GRACE_SECONDS = 10.0  # in which process 0 may end by itself when it hears that another has failed; others: a quarter
 LOST, FAILED = Absent.status, 1  # exit status: another process is gone (try again); one has failed (as Python's own)
 
 Facts = dict[str, Any]
@@ -136,7 +135,9 @@ class Lifeline:
                 self._leaving.set()  # the others end about now, too
                 status, index = message["status"], message["failed"]
                 who = "error:" if status != FAILED else f"process {index} on {self.hosts[index]} has failed:"
-                _end_in(GRACE_SECONDS, status, f"{who} {message['text']}")
+                # Process 0 is the last: without it JAX ends the others, in its own words.
+                seconds = GRACE_SECONDS / 4 if self.place.index else GRACE_SECONDS
+                _end_in(seconds, status, f"{who} {message['text']}")
         else:
             self.agreement.hear(sender, message)
 
@@ -152,7 +153,7 @@ class Lifeline:
 
     def _stop(self, text: str, status: int) -> None:
         if not self._leaving.is_set():
-            _end(status, text)
+            stopping.end_now(text, status, tell=False)
 
 
 def join(place: Place, facts: Facts, judge: Judge) -> Lifeline:
@@ -326,15 +327,6 @@ class _Line:
 
 
 def _end_in(seconds: float, status: int, text: str = "") -> None:
-    timer = threading.Timer(seconds, _end, (status, text))
+    timer = threading.Timer(seconds, stopping.end_now, (text, status, False))
     timer.daemon = True
     timer.start()
-
-
-def _end(status: int, text: str) -> None:
-    """End this process though its main thread may wait for ever inside a collective."""
-    if text:
-        print(text, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import os
 import threading
 import time
 from pathlib import Path
@@ -47,7 +49,11 @@ class Watchdog:
                 self._end(what)
 
     def _end(self, what: str) -> None:
+        with contextlib.suppress(OSError):  # all threads wait while stacks are written, and nobody may read
+            os.set_blocking(2, False)
         faulthandler.dump_traceback(2, all_threads=True)
+        with contextlib.suppress(OSError):
+            os.set_blocking(2, True)
         process = 0 if stopping.peers is None else stopping.peers.agreement.index
         path = self.folder / f"stacks-{process}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         writing = threading.Thread(target=self._write, args=(path,), daemon=True)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from elm_jax import stopping
-from elm_jax.assemble import assemble
+from elm_jax.assemble import assemble, find_llm
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset, cuts
@@ -55,6 +55,9 @@ def train(config: Config) -> bool:
     """
     folder = run.open_folder(config)
     try:
+        stopping.doing("looking for the LLM")
+        find_llm(config)
+        distributed.gather(None)  # all have it: however long that took
         with Watchdog(folder, config.train.timeout):
             trainer = Trainer(config, folder)
             if run.is_done(folder, trainer.total_steps):
@@ -123,7 +126,7 @@ class Trainer:
             finally:
                 profiler.close()
                 self.report.close()
-                self.checkpoints.wait()
+            self.checkpoints.wait()
         self._finish(done)
 
     # -- building ---------------------------------------------------------------------------------------------

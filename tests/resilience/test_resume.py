@@ -23,6 +23,7 @@ from elm_jax.errors import UserError
 from elm_jax.folders import read_json
 from elm_jax.models.encoders import build_encoder
 from elm_jax.models.functional import structure_of
+from elm_jax.run import verification
 from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.run.folder import open_folder
 from elm_jax.training import program
@@ -266,6 +267,21 @@ def test_the_best_step_has_a_checkpoint_wherever_it_lies(tmp_path: Path, monkeyp
     reader = Checkpoints(folder, read_only=True)
     assert reader.find("best") == 2 and reader.find("latest") == 4 and 2 in committed(folder)
     reader.close()
+
+
+@pytest.mark.slow
+def test_an_error_is_told_though_a_save_fails_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Trainer._advance
+
+    def second_fails(trainer: Trainer, loaded: Any) -> Any:
+        if loaded.step:
+            raise ChildProcessError("of step 2")
+        return take(trainer, loaded)
+
+    monkeypatch.setattr(Trainer, "_advance", second_fails)
+    monkeypatch.setattr(verification, "wrong_array", lambda *_: "an array comes back with other values")
+    with pytest.raises(ChildProcessError, match="of step 2"):
+        train(config_of(tmp_path / "run", train__steps=4, train__save_every=1))
 
 
 @pytest.mark.slow

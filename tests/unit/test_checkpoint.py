@@ -102,7 +102,7 @@ def test_steps_that_are_not_there(checkpoints: Checkpoints, tmp_path: Path) -> N
     assert checkpoints.find("latest") is None and checkpoints.find("best") is None
     checkpoints.save(2, items(), {}, best=1)  # the best one was never saved
     checkpoints.wait()
-    (tmp_path / "checkpoints" / "10").mkdir()  # left by something else: not a checkpoint
+    (tmp_path / "checkpoints" / "1").mkdir()  # left by something else: not a checkpoint
     reader = Checkpoints(tmp_path, read_only=True)
     assert reader.find("latest") == reader.find("best") == 2
     for which in ("3", "last"):

@@ -181,6 +181,34 @@ def test_processes_stop_after_the_step_behind_the_latest() -> None:
         assert answers == [*[""] * (7 - last), "SIGUSR1 in process 2"]
 
 
+def test_who_is_asked_before_its_first_step_asks_after_it() -> None:
+    sent: list[Any] = []
+    one = Agreement(1, 2, sent.append)
+    asking = threading.Thread(target=one.ask, args=("SIGTERM",))
+    asking.start()
+    assert not sent and not one.after(1)
+    asking.join(60)
+    assert sent == [{"stop": "SIGTERM in process 1"}]
+
+
+def test_it_ends_though_nobody_reads_what_it_says() -> None:
+    read, write = os.pipe()
+    code = (
+        "os.set_blocking(2, False)\n"
+        "try:\n"
+        "    while True: os.write(2, b'x' * 4096)\n"
+        "except BlockingIOError: pass\n"
+        "os.set_blocking(2, True)\n"
+        "stopping.TELLING_SECONDS = 0.1\n"
+        "stopping.end_now('the end ' * 1000, 75)\n"
+    )
+    command = [sys.executable, "-c", f"import os\nfrom elm_jax import stopping\n{code}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, stderr=write, env=environment, timeout=120).returncode == 75
+    os.close(read)
+    os.close(write)
+
+
 def test_a_process_waits_before_its_next_step_until_all_have_agreed() -> None:
     sent: list[Any] = []
     one = Agreement(1, 2, sent.append)
@@ -204,8 +232,11 @@ from pathlib import Path
 import threading
 from elm_jax.runtime.watchdog import Watchdog
 
+began = threading.Event()
+
 def devices():
     stopping.doing("step 41 on the devices")
+    began.set()
     threading.Event().wait()
 
 with Watchdog(Path(sys.argv[1]), float(sys.argv[2])):
@@ -214,7 +245,7 @@ with Watchdog(Path(sys.argv[1]), float(sys.argv[2])):
         time.sleep(0.02)
     if sys.argv[3] == "devices":
         threading.Thread(target=devices, daemon=True).start()
-        time.sleep(0.1)
+        began.wait()
         stopping.doing("step 42")
     time.sleep(float(sys.argv[4]))
 """

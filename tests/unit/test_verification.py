@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import resource
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,12 +21,14 @@ import numpy as np
 import optax
 import pytest
 
+from elm_jax import stopping
 from elm_jax.errors import UserError
 from elm_jax.folders import read_json, write_atomic, write_json
 from elm_jax.run import verification
 from elm_jax.run.arrays import SavedArrays, save_arrays
 from elm_jax.run.checkpoint import DAMAGED, META, Checkpoints
 from elm_jax.run.fingerprints import summary_of
+from elm_jax.runtime import distributed
 
 LIST = "checksums-0-of-1.json"
 
@@ -194,7 +200,7 @@ def test_one_of_an_older_version_is_taken_with_a_word(folder: Path, capsys: Any)
 
 def test_what_does_not_belong_there_does_no_harm(folder: Path, capsys: Any) -> None:
     place = folder / "checkpoints"
-    (place / "12").mkdir()
+    (place / "7").mkdir()
     (place / "15").write_text("a file")
     (place / "notes").mkdir()
     (place / "007").mkdir()
@@ -204,6 +210,75 @@ def test_what_does_not_belong_there_does_no_harm(folder: Path, capsys: Any) -> N
     assert not (place / "18.orbax-checkpoint-tmp").exists() and (place / "notes").exists()
     a_run(folder, 12, 15)
     assert found(folder) == 15 and (folder / DAMAGED / "15").read_text() == "a file"
+
+
+def test_a_newest_folder_without_files_is_told(folder: Path, capsys: Any) -> None:
+    step_of(folder, 12).mkdir()
+    assert found(folder, read_only=False) == 9
+    assert "checkpoint 12 is damaged (its folder is empty); step 9 is taken" in capsys.readouterr().err
+    assert (folder / DAMAGED / "12").is_dir()
+
+
+def _raises(number: int) -> Any:
+    def fails(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fails
+
+
+def test_a_newest_folder_that_cannot_be_listed_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    listing, step, fails = Path.iterdir, step_of(folder), _raises(errno.EACCES)
+    monkeypatch.setattr(Path, "iterdir", lambda path: fails() if path == step else listing(path))
+    assert found(folder) == 6
+    assert "checkpoint 9 is damaged (its folder cannot be listed: Permission denied)" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_is_a_damage(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    without_lists(step_of(folder))
+    monkeypatch.setattr(verification, "_size_and_checksum", _raises(errno.EIO))
+    with opened(folder, read_only=False) as writer, pytest.raises(UserError, match="damaged"):
+        writer.find("9")
+    monkeypatch.undo()
+    reads = verification._size_and_checksum
+
+    def reads_others(path: Path) -> Any:
+        return _raises(errno.EIO)() if "9" in path.parts else reads(path)
+
+    monkeypatch.setattr(verification, "_size_and_checksum", reads_others)
+    assert found(folder, read_only=False) == 6
+    assert re.search(r"checkpoint 9 is damaged \(\S+ cannot be read: Input/output error\)", capsys.readouterr().err)
+
+
+def test_a_step_that_one_process_does_not_see_is_waited_for_and_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here process 1 is one that sees nothing, first for three looks, then for ever."""
+    def gather(value: Any) -> list[Any]:
+        if value is not True:
+            return [value, "is gone" if value == "" and len(looks) < late else value]
+        looks.append(value)
+        return [value, len(looks) >= late]
+
+    monkeypatch.setattr(distributed, "gather", gather)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    looks, late = list[bool](), 3
+    assert found(folder) == 9 and len(looks) == 3
+    looks, late = [], 10**6
+    with pytest.raises(UserError, match="checkpoint 9, which process 1 does not see"):
+        found(folder)
+
+
+def test_it_tells_that_verifying_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(stopping, "doing", told.append)
+    found(folder)
+    assert len(told) >= len(verification.listed(step_of(folder)))
+    without_lists(step_of(folder))
+    told.clear()
+    found(folder, read_only=False)
+    assert len(told) >= len(read_json(step_of(folder) / META)["sums"])
 
 
 def test_the_last_verified_one_is_never_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,6 +368,25 @@ def test_arrays_that_are_saved_once_are_verified_too(tmp_path: Path, name: str) 
         path.write_bytes(kept)
     (folder / LIST).unlink()  # as folders of older versions are
     assert SavedArrays(folder).shapes == {"encoder.w": (4, 6)}
+
+
+def test_who_cannot_save_waits_for_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are inside the library then, and only the end of this process ends them."""
+    gathered: list[Any] = []
+    monkeypatch.setattr(distributed, "gather", lambda value: [gathered.append(value)])
+    with no_file_beyond(10), pytest.raises(UserError, match="arrays that could not be saved"):
+        save_arrays(tmp_path / "reference", {"encoder.w": jnp.arange(24.0)})
+    assert gathered == [None], "before it began"
+
+
+def test_who_brings_a_problem_does_not_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    brought: list[tuple[str, str]] = []
+    client = SimpleNamespace(key_value_set=lambda *of: brought.append(of), blocking_key_value_get=lambda *_: 1 / 0)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("jax._src.distributed.global_state.client", client)
+    assert distributed.exchange("9", "a full disk") == ["a full disk"] and brought == [("elm_jax/9/0", "a full disk")]
+    with pytest.raises(ZeroDivisionError):
+        distributed.exchange("9", "")
 
 
 def test_a_file_that_cannot_be_moved_to_its_place_is_an_error_in_words(
