@@ -13,8 +13,8 @@ import logging
 import os
 import socket
 import zlib
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Features:
     folder: str
     shape: tuple[int, int]
     dtype: str  # float32 or bfloat16
+    names: Mapping[str, str] = field(default_factory=dict, repr=False)  # what a run asks for -> the name, as it started
 
     @property
     def layout(self) -> ArraySpec:
@@ -63,7 +64,7 @@ class Features:
         return values.view(self.layout.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.folder, self.shape, self.dtype)
+        return type(self), (self.folder, self.shape, self.dtype, self.names)
 
     @cached_property
     def _rows(self) -> dict[str, tuple[Path, int, int]]:

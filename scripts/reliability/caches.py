@@ -207,9 +207,9 @@ def stamps(folder: Path) -> Counter[str]:
     assert same_stamp(table, lambda: table.write_bytes(data.replace(b"text 1", b"TEXT 1")))
     seen = read() != before
     np.save(recording, np.zeros((12, 9)))
-    name = spec.name_of("a.npy", 0)
+    name = spec.names_of("a.npy", 0)
     assert same_stamp(recording, lambda: np.save(recording, np.ones((12, 9))))
-    again = spec.name_of("a.npy", 0) != name
+    again = spec.names_of("a.npy", 0) != name
     return Counter({f"table: {'seen' if seen else 'not seen'}": 1, f"recording: {'seen' if again else 'not seen'}": 1})
 
 
