@@ -20,7 +20,7 @@ from typing import Any
 import tokenizers
 
 from elm_jax.errors import UserError, one_line, refused
-from elm_jax.folders import check_checksums, check_regular, read_regular
+from elm_jax.folders import check_regular, read_regular
 from elm_jax.json_text import parse_json
 
 SIGNAL_TOKEN = "<signal>"
@@ -53,7 +53,6 @@ def _check_files(folder: Path) -> None:
     """Raise UserError for files of a local tokenizer that would be waited for, or whose text would have no end."""
     for file in (file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         check_regular(file, "a file of a tokenizer")
-    check_checksums(folder)
     file = folder / "tokenizer.json"
     if file.is_file():
         data = read_regular(file, "a tokenizer", "give the model's own", _MOST_BYTES)

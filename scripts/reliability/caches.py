@@ -96,6 +96,7 @@ def a_run(folder: Path) -> tuple[Read, Read]:
     from elm_jax.cli import ConfigFlags
     from elm_jax.config import resolve
     from elm_jax.data.demo import demo_tokenizer
+    from elm_jax.folders import check_checksums
     from elm_jax.run.config import config_of_run
     from elm_jax.run.folder import keep_tokenizer, leave_folder, open_folder
     from elm_jax.text.vocabulary import load_tokenizer
@@ -106,6 +107,7 @@ def a_run(folder: Path) -> tuple[Read, Read]:
     (folder / ".lock").unlink()
 
     def tokens() -> Any:
+        check_checksums(folder / "tokenizer")  # as `assemble` does
         tokenizer = load_tokenizer(folder / "tokenizer")
         ends = (tokenizer.bos_token, tokenizer.eos_token, len(tokenizer))
         return ends, tokenizer.backend_tokenizer.to_str(), tokenizer("Is the rhythm regular? 72 bpm")["input_ids"]

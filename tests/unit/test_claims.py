@@ -20,7 +20,8 @@ from elm_jax.data.table_files import csv_rows, file_tables
 from elm_jax.ecg.recording import LEADS, read_ecg
 from elm_jax.errors import UserError
 from elm_jax.evaluation.labels import DATABASE, STATEMENTS, read_statements, read_truths
-from elm_jax.folders import MOST_JSON, json_lines, read_json
+from elm_jax.folders import MOST_JSON, check_checksums, json_lines, read_json, seal, write_json
+from elm_jax.run import verification
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.symbols.corpus import find_recordings
 from elm_jax.text.vocabulary import load_tokenizer
@@ -106,6 +107,43 @@ def test_a_torch_file_cannot_ask_for_bytes_by_their_number(tmp_path: Path, littl
         saved(path, lambda data: data[:2] + asks + data[2:])
     with pytest.raises(UserError, match="a bytearray, which is no tensor"):
         open_tensors(path, "x")
+
+
+def test_a_torch_file_without_checksums_is_read(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(10.0)}, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert list(open_tensors(tmp_path / "a.pt", "x")) == ["a"]
+
+
+# -- lists of checksums
+
+
+@pytest.mark.parametrize(
+    "facts", [{"x": 1}, {"files": 3}, *({"files": {name: "a"}} for name in ("../t", "/t", "", ".", "a" * 300, "a\0"))]
+)
+def test_a_list_of_checksums_that_is_none_is_refused(tmp_path: Path, facts: dict[str, Any]) -> None:
+    write_json(tmp_path / "checksums.json", seal(facts))
+    with pytest.raises(UserError, match=r"or remove checksums\.json if you changed it yourself"):
+        check_checksums(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "files", [3, {"../a": [1, "x"]}, {"/a": [1, "x"]}, {"a": 3}, {"a": [1]}, {"a": ["1", "x"]}, {"a": [1, None]}]
+)
+def test_a_list_of_arrays_that_is_none_counts_as_not_there(tmp_path: Path, files: Any) -> None:
+    write_json(tmp_path / "checksums-0-of-1.json", seal({"files": files}))
+    assert verification.listed(tmp_path) == {}
+    assert verification.wrong_file(tmp_path, {"a" * 300: [1, "x"]}).endswith("is gone")
+
+
+def test_only_a_run_s_own_tokenizer_is_held_against_checksums(tmp_path: Path) -> None:
+    demo_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "checksums.json").write_text('{"model.safetensors": "as its publisher lists it"}')
+    load_tokenizer(tmp_path)
 
 
 # -- sizes
