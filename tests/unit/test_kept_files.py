@@ -15,7 +15,7 @@ import pytest
 from elm_jax.config import DataConfig
 from elm_jax.data.kept_features import Features, FeatureWriter
 from elm_jax.data.represent import signal_spec
-from elm_jax.errors import UserError
+from elm_jax.errors import Absent, UserError
 from elm_jax.folders import keep, kept, kept_in
 from elm_jax.runtime.compilation import keep_compiled
 
@@ -87,8 +87,24 @@ def test_a_part_with_a_damaged_row_is_computed_again_at_the_next_start(tmp_path:
     (file,) = tmp_path.glob("*.rows")
     file.write_bytes(DAMAGE["flipped at its end"](file.read_bytes()))
     assert features.load("a") is not None
-    with pytest.raises(UserError, match="an output of the encoder that is damaged"):
+    with pytest.raises(Absent, match="an output of the encoder that is damaged.*; start the run again"):
         features.load("c")
+    assert "a" not in Features(str(tmp_path), (2, 3), "bfloat16")
+
+
+def test_a_damaged_part_that_cannot_be_removed_is_told_or_not_there(tmp_path: Path, monkeypatch) -> None:
+    """As in a cache that many share and one writes."""
+
+    def refusing(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    features = written(tmp_path)
+    (file,) = tmp_path.glob("*.rows")
+    file.write_bytes(DAMAGE["flipped at its end"](file.read_bytes()))
+    monkeypatch.setattr(Path, "unlink", refusing)
+    with pytest.raises(Absent, match="remove that file, and start the run again"):
+        features.load("c")
+    os.remove(file)
     assert "a" not in Features(str(tmp_path), (2, 3), "bfloat16")
 
 
