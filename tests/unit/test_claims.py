@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import resource
@@ -186,8 +187,42 @@ def changed_tokenizer(folder: Path, **parts: Any) -> Path:
 def test_a_tokenizer_whose_text_has_no_end_is_refused(tmp_path: Path, part: str) -> None:
     ten = {"type": "Replace", "pattern": {"String": "x"}, "content": "x" * 10}
     many = {"type": "Sequence", f"{part}s": [ten, {"type": "Sequence", f"{part}s": [ten] * 11}]}
-    with pytest.raises(UserError, match=f"a {part} that writes 1000000000000 characters for one"):
+    with pytest.raises(UserError, match=f"a {part} that writes 10000 characters for one"):
         load_tokenizer(changed_tokenizer(tmp_path / "t", **{part: many}))
+
+
+def replaced(what: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": what}, "content": content}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"type": "Prepend", "prepend": "x" * 1001}],
+        [replaced("x", "ab"), *[replaced("b", "bb")] * 9],
+        [replaced("x", "A" * 40), {"type": "Lowercase"}, replaced("a", "b" * 40)],
+        [{"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 40}, replaced("y", "b" * 40)],
+        [{"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(4) + b"x" * 1001).decode()}],
+    ],
+)
+def test_what_steps_of_a_normalizer_write_together_has_a_bound(tmp_path: Path, steps: list[dict[str, Any]]) -> None:
+    spec = {"normalizer": {"type": "Sequence", "normalizers": steps}}
+    with pytest.raises(UserError, match=r"a normalizer that writes \d+ characters for one"):
+        load_tokenizer(changed_tokenizer(tmp_path / "t", **spec))
+
+
+def test_many_replacements_that_do_not_find_each_other_are_taken(tmp_path: Path) -> None:
+    steps = [replaced(chr(0xE000 + i), "ab"[i % 2] * 3) for i in range(100)]
+    words = load_tokenizer(changed_tokenizer(tmp_path / "t", normalizer={"type": "Sequence", "normalizers": steps}))
+    assert words.backend_tokenizer.normalizer.normalize_str("\ue000\ue001") == "aaabbb"
+
+
+def test_a_further_chat_template_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    folder = changed_tokenizer(tmp_path / "t")
+    (folder / "additional_chat_templates").mkdir()
+    os.mkfifo(folder / "additional_chat_templates" / "a.jinja")
+    with pytest.raises(UserError, match=r"a\.jinja: found no regular file"):
+        load_tokenizer(folder)
 
 
 def test_a_pattern_that_backtracks_without_end_is_given_up(tmp_path: Path) -> None:
