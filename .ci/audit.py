@@ -1,6 +1,6 @@
 """Hold what is installed, and the crates of Cargo.lock, against known advisories.
 
-    python .ci/audit.py [--strict] [--database URL] [--report FILE [--hashes FILE] [--write]]
+    python .ci/audit.py [--strict] [--database URL] [--known FILE] [--report FILE [--hashes FILE] [--write]]
 
 Asks OSV (https://osv.dev) once for all of them: it has the advisories that pip-audit and cargo-audit know. Where it
 cannot be reached in ten seconds, `advisories.toml` alone counts: a list by hand, with its date. `--report` is what
@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tomllib
+from datetime import date
+from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib import error, request
+from urllib import request
 
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -29,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 LOCK, KNOWN, HASHES = HERE.parent / "rust_bpe" / "Cargo.lock", HERE / "advisories.toml", HERE / "hashes.json"
 DATABASE = "https://api.osv.dev/v1/querybatch"
 ECOSYSTEMS = {"pypi": "PyPI", "crates-io": "crates.io"}
+_UNTIL = re.compile(r"until (\d{4}-\d\d-\d\d)$")  # the last day of what is accepted
 OWN = ("elm-jax", "elm-bpe", "pip")  # pip is the machine's, and nothing of ours
 Package = tuple[str, str, str]  # one of ECOSYSTEMS, name, version
 
@@ -60,12 +64,20 @@ def by_database(all_of_them: list[Package], url: str) -> list[tuple[Package, str
     asked = request.Request(url, json.dumps({"queries": queries}).encode(), {"Content-Type": "application/json"})
     try:
         with request.urlopen(asked, timeout=10) as answer:
-            results = json.load(answer)["results"]
-    except (error.URLError, OSError, ValueError, KeyError) as problem:
-        print(f"OSV was not asked ({problem})")
+            pairs = zip(all_of_them, json.load(answer)["results"], strict=True)
+        return [(package, one["id"]) for package, result in pairs for one in result.get("vulns", ())]
+    except (HTTPException, OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        print(f"OSV was not asked, or answered something else ({type(problem).__name__}: {problem})")
         return None
-    pairs = zip(all_of_them, results, strict=True)
-    return [(package, one["id"]) for package, result in pairs for one in result.get("vulns", ())]
+
+
+def accepted(known: dict[str, Any], today: date) -> set[str]:
+    """The advisories that are accepted today."""
+    until = {name: _UNTIL.search(reason) for name, reason in known["accepted"].items()}
+    if undated := [name for name, found in until.items() if found is None]:
+        names = ", ".join(undated)
+        sys.exit(f"error: advisories.toml accepts {names} without a date: end the reason with `until 2027-01-31`")
+    return {name for name, found in until.items() if found and today <= date.fromisoformat(found[1])}
 
 
 def other_files(report: Path, hashes: Path, write: bool) -> list[str]:
@@ -91,13 +103,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strict", action="store_true", help="what OSV alone says is an error, too")
     parser.add_argument("--database", default=DATABASE, help="where OSV's querybatch is")
+    parser.add_argument("--known", type=Path, default=KNOWN, help="the list by hand")
     parser.add_argument("--report", type=Path, help="what `pip install --report FILE` left")
     parser.add_argument("--hashes", type=Path, default=HASHES, help="files that were seen, with their sha256")
     parser.add_argument("--write", action="store_true", help="add the report's files to them")
     args = parser.parse_args()
-    known, all_of_them = tomllib.loads(KNOWN.read_text(encoding="utf-8")), packages()
-    asked = by_database(all_of_them, args.database)
-    listed, told = by_list(all_of_them, known), [found for found in asked or () if found[1] not in known["accepted"]]
+    known, all_of_them = tomllib.loads(args.known.read_text(encoding="utf-8")), packages()
+    asked, taken = by_database(all_of_them, args.database), accepted(known, date.today())
+    listed, told = (
+        [found for found in one or () if found[1] not in taken] for one in (by_list(all_of_them, known), asked)
+    )
     affected, others = (
         [f"{package[1]} {package[2]}: {one}" for package, one in dict.fromkeys(found)]
         for found in ((listed + told, []) if args.strict else (listed, [one for one in told if one not in listed]))

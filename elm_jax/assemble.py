@@ -23,7 +23,7 @@ from elm_jax.data.ecg_tokens import EcgTokens, add_ecg_tokens
 from elm_jax.data.represent import SignalSpec, signal_spec
 from elm_jax.data.sources import load_records
 from elm_jax.errors import UserError
-from elm_jax.folders import ECG_BYTE, read_run_config, run_folder, tokenizer_of
+from elm_jax.folders import ECG_BYTE, check_checksums, read_run_config, run_folder, tokenizer_of
 from elm_jax.models.attention import choose_attention
 from elm_jax.models.connectors import build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder, DecoderConfig, Remat
@@ -316,6 +316,7 @@ def _tokenizer(config: Config, phase: str, own: Path | None, weights: bool) -> A
     if folder is None:
         tokenizer = _published_tokenizer(config.llm.name, weights)
     else:
+        check_checksums(folder)
         tokenizer = load_tokenizer(folder, str(folder))
     if folder is not None and folder != own:
         _check_llm(config, tokenizer)

@@ -188,17 +188,20 @@ def write_checksums(folder: Path) -> None:
 
 def check_checksums(folder: Path) -> None:
     """Raise UserError where a file of a folder is not as `write_checksums` found it, if there is such a list."""
-    if not (folder / _LIST).exists():
+    if not os.path.exists(folder / _LIST):
         return
-    fix = "put the folder back from a copy"
+    fix = f"put the folder back from a copy, or remove {_LIST} if you changed it yourself"
     facts = read_json(folder / _LIST, fix)
-    if not sealed(facts):
+    files = facts.get("files")
+    if not sealed(facts) or not isinstance(files, dict) or not all(Path(name).name == name for name in files):
         raise UserError(folder / _LIST, "other content than was written", "checksums of the files beside it", fix)
-    for name, checksum in facts["files"].items():
+    for name, checksum in files.items():
         check_regular(folder / name, "a file", fix)
-        if not (folder / name).exists() or _checksum(folder / name) != checksum:
-            found = "other content than was written" if (folder / name).exists() else "no file"
-            raise UserError(folder / name, found, "the file as it was", fix)
+        there = os.path.isfile(folder / name)
+        with refused(folder / name, "an unreadable file", "the file as it was", fix):
+            if not there or _checksum(folder / name) != checksum:
+                found = "other content than was written" if there else "no file"
+                raise UserError(folder / name, found, "the file as it was", fix)
 
 
 def write_run_config(folder: Path, tree: Mapping[str, Any]) -> None:

@@ -246,8 +246,11 @@ class Dataset:
         # What a function of the user's writes is measured at every start: nothing says when the function has changed.
         of_functions = self.samples.of is not None or (self.reads_ecgs and bool(self.signal.texts))
         stem = cache / self._index_name if cache and not of_functions else None
+        table = None
         if whole := stem and kept(stem, ".parquet"):
-            table = pq.read_table(whole)
+            with contextlib.suppress(OSError):  # somebody else may have removed it
+                table = pq.read_table(whole)
+        if table is not None:
             columns = {name: table[name].to_numpy() for name in table.column_names}
             for i in np.flatnonzero(columns["length"] == 0)[int(max_bad * len(self)) :]:
                 self.check(int(i))  # says what is wrong with the first that is too many

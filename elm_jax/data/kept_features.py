@@ -7,14 +7,15 @@ row (`folders.keep`). A row is held against its checksum each time that it is re
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import socket
 import zlib
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from elm_jax.data.batch import ArraySpec
-from elm_jax.errors import UserError
+from elm_jax.errors import Absent
 from elm_jax.folders import keep, kept_in
 from elm_jax.json_text import parse_json
 
@@ -38,6 +39,7 @@ class Features:
     folder: str
     shape: tuple[int, int]
     dtype: str  # float32 or bfloat16
+    names: Mapping[str, str] = field(default_factory=dict, repr=False)  # what a run asks for -> the name, as it started
 
     @property
     def layout(self) -> ArraySpec:
@@ -50,20 +52,19 @@ class Features:
         """One output (N, E), or None where there is none of this name.
 
         Raises:
-            UserError: it is damaged. Its part is removed, so that the next start computes it again.
+            Absent: it is damaged. Its part is removed, so that the next start computes it again.
         """
         if (place := self._rows.get(name)) is None:
             return None
         part, row, checksum = place
         values = np.array(self._parts[part][1][row])
         if zlib.crc32(values.data) != checksum:
-            part.unlink(missing_ok=True)
-            found = "an output of the encoder that is damaged"
-            raise UserError(part, found, "what was kept", "start the run again: it is computed anew")
+            found, fix = "an output of the encoder that is damaged", "start the run again: it is computed anew"
+            raise Absent(part, found, "what was kept", fix if _removed(part) else f"remove that file, and {fix}")
         return values.view(self.layout.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.folder, self.shape, self.dtype)
+        return type(self), (self.folder, self.shape, self.dtype, self.names)
 
     @cached_property
     def _rows(self) -> dict[str, tuple[Path, int, int]]:
@@ -75,18 +76,26 @@ class Features:
         """Of each part its rows' names and checksums, and its array; a damaged one counts as not there."""
         found = {}
         for path in kept_in(Path(self.folder), _NAMES):
-            rows = parse_json(path.read_bytes())
             try:
+                rows = parse_json(path.read_bytes())
                 array = np.memmap(path.with_name(f"{path.name.partition('-')[0]}{_ROWS}"), self._stored, "r")
                 found[path] = rows, array.reshape(len(rows), *self.shape)
             except (ValueError, OSError):
                 _log.warning("the array of %s is damaged: what it held is computed again", path)
-                path.unlink(missing_ok=True)
+                _removed(path)
         return found
 
     @property
     def _stored(self) -> np.dtype:
         return np.dtype(f"u{self.layout.dtype.itemsize}")
+
+
+def _removed(part: Path) -> bool:
+    """Remove a part; whether that can be done: a cache that many share may not be written by all."""
+    with contextlib.suppress(OSError):
+        part.unlink(missing_ok=True)
+        return True
+    return False
 
 
 class FeatureWriter:

@@ -13,7 +13,7 @@ from elm_jax.data.dataset import Dataset
 from elm_jax.data.plan import LengthIndex, Plan, PlannedGroup, PlannedRow
 from elm_jax.data.readers import NOTHING, Reading
 from elm_jax.data.samples import grouped
-from elm_jax.errors import UserError
+from elm_jax.errors import Absent, UserError
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ class _Conversations:
         """The sample's ECGs, or None and what is wrong with them."""
         try:
             return self.dataset.signals(sample, self.epoch), ""
+        except Absent:  # the next start has it: a run that went on without it would learn something else
+            raise
         except UserError as error:
             return None, str(error)
 

@@ -135,14 +135,19 @@ class SignalSpec:
             return self.tokens.encode(raw, self.norm_eps)
         return normalize(raw, self.norm_eps)
 
-    def name_of(self, path: str, key: int) -> str:
-        """What an encoder's output for the ECG at `path` is kept as: it changes with the file."""
+    def names_of(self, path: str, key: int) -> tuple[str, str]:
+        """What an encoder's output for the ECG at `path` is kept as, and what it is asked for by.
+
+        Both change with the file. The first, which counts when a run starts, changes with all that happens to it; the
+        second does not with what leaves it as it is: its mode, its links.
+        """
         drawn = path == NOISE or (path == FLATLINE and self.perturb == "noise")
-        return f"{path}:{key if drawn else self.stamp(path, kept=True)}"
+        stamp = [] if drawn else self.stamp(path, kept=True)
+        return f"{path}:{key if drawn else stamp}", f"{path}:{key if drawn else [times[:2] for times in stamp]}"
 
     def _kept(self, path: str, key: int) -> Signal:
         assert self.features is not None
-        kept = self.features.load(self.name_of(path, key))
+        kept = self.features.load(self.features.names.get(self.names_of(path, key)[1], ""))
         if kept is None:
             replace(self, features=None).load(path, key)  # says what is wrong with it
             found = "a recording that has changed since the encoder read it"

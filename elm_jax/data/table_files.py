@@ -8,7 +8,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,7 +34,9 @@ def file_tables(path: Path) -> Iterator[tuple[str, str | None, Any]]:
         with _unreadable(path, "a saved dataset"):
             saved: Any = datasets.load_from_disk(str(path))
             for table in saved.values() if isinstance(saved, dict) else [saved]:
-                table.data.table.validate(full=True)  # Arrow believes its files: a wrong offset would end the process
+                whole = table.data.table
+                used = [name for name in dict.fromkeys(whole.column_names) if name in COLUMNS]
+                whole.select(used).validate(full=True)  # Arrow believes its files: a wrong offset would end the process
         for split, table in saved.items() if isinstance(saved, dict) else [(None, saved)]:
             where = f"{path}{f'/{split}' if split else ''}"
             yield where, split, plain(where, table)
@@ -97,11 +99,7 @@ def _as_arrow(file: Path) -> Any:
             _check_columns(str(file), [field.name for field in fields])
             types = {f.name: f.type for f in fields if f.name in COLUMNS}
             types = {n: t.value_type if pa.types.is_dictionary(t) else t for n, t in types.items()}
-            for name, kind in types.items():
-                try:
-                    datasets.Features.from_arrow_schema(pa.schema([(name, kind)]))
-                except (ValueError, NotImplementedError):
-                    raise _not_plain(str(file), name, kind) from None
+            types = {name: types[name] for name in _looked_at(str(file), types, _is_known)}
             whole = _write_arrow(stem, pa.schema(list(types.items())), file, table)
         return datasets.Dataset.from_file(str(whole))
 
@@ -152,16 +150,33 @@ def plain(where: str, table: Any) -> Any:
     Its other features (Image, Audio, ...) read, or fetch, what a row names as soon as the row is asked for.
     """
     _check_columns(where, table.column_names)
-    for name in COLUMNS:
-        feature = table.features.get(name)
-        if feature is not None and not _is_plain(feature, name == "ecg_path"):
-            raise _not_plain(where, name, feature)
-    return table.select_columns([name for name in COLUMNS if name in table.column_names])
+    used = _looked_at(where, table.features, lambda name, kind: _is_plain(kind, name == "ecg_path"))
+    return table.select_columns(used)
 
 
-def _not_plain(where: str, column: str, kind: Any) -> UserError:
-    expected = "text: paths of recordings" if column == "ecg_path" else "text or numbers"
-    return UserError(f"{where}, column {column}", f"the type {kind}", expected, "write the column as text")
+def _looked_at(where: str, kinds: Mapping[str, Any], is_plain: Callable[[str, Any], bool]) -> list[str]:
+    """Those of COLUMNS that a table has. A pair's that are not plain are none where there is a text. Raises UserError
+    for others that are not plain."""
+    found = []
+    for name in (name for name in COLUMNS if name in kinds):
+        if is_plain(name, kinds[name]):
+            found.append(name)
+        elif name not in PAIR or "text" not in kinds:
+            expected = "text: paths of recordings" if name == "ecg_path" else "text or numbers"
+            raise UserError(f"{where}, column {name}", f"the type {kinds[name]}", expected, "write the column as text")
+    return found
+
+
+def _is_known(name: str, kind: Any) -> bool:
+    """Whether the library has a feature for an Arrow type."""
+    import datasets
+    import pyarrow as pa
+
+    try:
+        datasets.Features.from_arrow_schema(pa.schema([(name, kind)]))
+    except (ValueError, NotImplementedError):
+        return False
+    return True
 
 
 def _is_plain(feature: Any, flat: bool) -> bool:

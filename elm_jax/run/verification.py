@@ -7,6 +7,7 @@ Checksums guard against disks, file systems and half copies, not against somebod
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
@@ -57,7 +58,7 @@ def listed(folder: Path) -> dict[str, list[Any]]:
         found = _LIST.fullmatch(path.name)
         if found and (files := _read_list(path)) is not None:
             parts.setdefault(int(found[2]), {})[int(found[1])] = files
-    whole = [part.values() for count, part in parts.items() if part.keys() == set(range(count))]
+    whole = [part.values() for count, part in parts.items() if len(part) == count and max(part) < count]
     return {name: facts for part in whole[:1] for files in part for name, facts in files.items()}
 
 
@@ -66,7 +67,14 @@ def _read_list(path: Path) -> dict[str, list[Any]] | None:
         facts = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return facts["files"] if isinstance(facts, dict) and sealed(facts) else None
+    files = facts.get("files") if isinstance(facts, dict) and sealed(facts) else None
+    return files if isinstance(files, dict) and all(map(_is_listed, files, files.values())) else None
+
+
+def _is_listed(name: str, facts: Any) -> bool:
+    """Whether a list says it so: a file below its folder, with size and checksum."""
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    return inside and isinstance(facts, list) and [type(fact) for fact in facts] == [int, str]
 
 
 def wrong_file(folder: Path, files: Mapping[str, list[Any]]) -> str:

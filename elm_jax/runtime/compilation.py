@@ -39,7 +39,7 @@ def _hold_against_checksums() -> None:
         """Entries whose names on the disk end with a checksum: others' are not seen, and not in the way."""
 
         def get(self, key: str) -> bytes | None:
-            for file in Path(self.path).glob(f"{glob.escape(key)}.*-cache"):
+            for file in self.path.glob(f"{glob.escape(key)}.*-cache"):
                 name = file.name.removesuffix("-cache")
                 content = super().get(name)
                 if content is None or name == _named(key, content):

@@ -5,11 +5,11 @@ It encodes with its own copies of the backend: the switch that tells special tok
 backend, and loader threads share the user's tokenizer.
 """
 
+import base64
 import contextlib
 import copy
 import functools
 import json
-import math
 import re
 import weakref
 from collections.abc import Iterator
@@ -20,11 +20,13 @@ from typing import Any
 import tokenizers
 
 from elm_jax.errors import UserError, one_line, refused
-from elm_jax.folders import check_checksums, check_regular, read_regular
+from elm_jax.folders import check_regular, read_regular
 from elm_jax.json_text import parse_json
 
 SIGNAL_TOKEN = "<signal>"
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+_TEMPLATES = "additional_chat_templates/*.jinja"
+_TABLE = "precompiled_charsmap"  # of a normalizer: text -> text
 _MOST_BYTES, _MOST_GROWTH = 256 << 20, 1000  # of tokenizer.json; characters for one, where it replaces some
 THINK_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -51,9 +53,8 @@ def load_tokenizer(source: str | Path, where: str = "llm.name", **options: Any) 
 
 def _check_files(folder: Path) -> None:
     """Raise UserError for files of a local tokenizer that would be waited for, or whose text would have no end."""
-    for file in (file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+    for file in (file for pattern in (*TOKENIZER_FILES, _TEMPLATES) for file in folder.glob(pattern)):
         check_regular(file, "a file of a tokenizer")
-    check_checksums(folder)
     file = folder / "tokenizer.json"
     if file.is_file():
         data = read_regular(file, "a tokenizer", "give the model's own", _MOST_BYTES)
@@ -67,11 +68,44 @@ def _check_files(folder: Path) -> None:
 
 
 def _growth(part: Any) -> int:
-    """Characters that a part of a tokenizer may write for one that it reads."""
-    items = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-    growth = math.prod(map(_growth, items))
-    written = part.get("content") if isinstance(part, dict) else None
-    return growth * max(1, len(written) if isinstance(written, str) else 1)
+    """Characters that a part of a tokenizer may write for one that it reads; above the bound it counts no further.
+
+    Replacements multiply where one may find what another has written.
+    """
+    most, others = 1, 1  # at all; of characters that are not in `written`
+    written: dict[str, int] = {}
+    for step in _steps(part):
+        pattern, longest = step.get("pattern"), _longest(step)
+        literal = pattern.get("String") if step.get("type") == "Replace" and isinstance(pattern, dict) else None
+        content = step.get("content")
+        if isinstance(literal, str) and literal and isinstance(content, str):
+            grown = longest * max(written.get(c, others) for c in literal)
+            written.update({c: max(grown, written.get(c, others)) for c in set(content)})
+            most = max(most, grown)
+        else:
+            most = others = longest * most
+            written = {}
+        if most > _MOST_GROWTH:
+            break
+    return most
+
+
+def _steps(part: Any) -> Iterator[dict[str, Any]]:
+    """What a normalizer or a decoder does, one after another."""
+    if isinstance(part, dict):
+        yield part
+        part = [value for name, value in part.items() if name != "pattern"]
+    for inner in part if isinstance(part, list) else ():
+        yield from _steps(inner)
+
+
+def _longest(step: dict[str, Any]) -> int:
+    """The length of the longest text that a step may write, at least 1."""
+    texts = [text for name, text in step.items() if isinstance(text, str) and name not in ("type", "pattern", _TABLE)]
+    table = b""  # of SentencePiece: the size of an index, the index, texts that end with 0
+    with contextlib.suppress(TypeError, ValueError):  # which is refused where it is read
+        table = base64.b64decode(step.get(_TABLE, ""))
+    return max(1, *map(len, texts), *map(len, table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")))
 
 
 @contextlib.contextmanager

@@ -77,7 +77,9 @@ def keep_features(
 
     wanted = list(dict.fromkeys(recording for dataset in datasets for recording in dataset.recordings()))
     # Names may differ where processes have disks of their own: what they tell each other is the place in this list.
-    names = [spec.name_of(*recording) for recording in wanted]
+    named = [spec.names_of(*recording) for recording in wanted]
+    names = [name for name, _ in named]
+    features = replace(features, names={asked: name for name, asked in named})
     first = {name: place for place, name in reversed(list(enumerate(names)))}
     own_missing = [place for name, place in first.items() if name not in features]
     if not any(distributed.gather(bool(own_missing))):
@@ -131,7 +133,7 @@ def _seen(features: Features, names: set[str]) -> Features:
     """`features` as its folder is now, with all `names` in it: a network's disk may show some of them late."""
     deadline = time.monotonic() + SEEN_SECONDS
     while True:
-        now = Features(features.folder, features.shape, features.dtype)
+        now = replace(features)  # which reads its folder anew
         absent = [name for name in names if name not in now]
         if not absent:
             return now

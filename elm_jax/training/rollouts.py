@@ -28,7 +28,7 @@ from elm_jax.data.batch import Batch, Conversation, Group
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.loader import BadRecord, Loaded, StepSource
 from elm_jax.data.plan import LengthIndex
-from elm_jax.errors import UserError
+from elm_jax.errors import Absent, UserError
 from elm_jax.folders import write_atomic
 from elm_jax.inference.speaker import Prompt, Speaker
 from elm_jax.models.functional import Arrays
@@ -130,6 +130,8 @@ class Rollouts:
                 prompt = Prompt(rendered, dataset.signals(i, epoch))
                 assert self.speaker is not None
                 prompts[place] = self.speaker.written(prompt, self.experience.tokens), truth
+            except Absent:
+                raise
             except UserError as error:
                 unread[place] = error
         # One that cannot read a file, or whose reward is another, must not go its own way.

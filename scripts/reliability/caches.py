@@ -96,6 +96,7 @@ def a_run(folder: Path) -> tuple[Read, Read]:
     from elm_jax.cli import ConfigFlags
     from elm_jax.config import resolve
     from elm_jax.data.demo import demo_tokenizer
+    from elm_jax.folders import check_checksums
     from elm_jax.run.config import config_of_run
     from elm_jax.run.folder import keep_tokenizer, leave_folder, open_folder
     from elm_jax.text.vocabulary import load_tokenizer
@@ -106,6 +107,7 @@ def a_run(folder: Path) -> tuple[Read, Read]:
     (folder / ".lock").unlink()
 
     def tokens() -> Any:
+        check_checksums(folder / "tokenizer")  # as `assemble` does
         tokenizer = load_tokenizer(folder / "tokenizer")
         ends = (tokenizer.bos_token, tokenizer.eos_token, len(tokenizer))
         return ends, tokenizer.backend_tokenizer.to_str(), tokenizer("Is the rhythm regular? 72 bpm")["input_ids"]
@@ -207,9 +209,9 @@ def stamps(folder: Path) -> Counter[str]:
     assert same_stamp(table, lambda: table.write_bytes(data.replace(b"text 1", b"TEXT 1")))
     seen = read() != before
     np.save(recording, np.zeros((12, 9)))
-    name = spec.name_of("a.npy", 0)
+    name = spec.names_of("a.npy", 0)
     assert same_stamp(recording, lambda: np.save(recording, np.ones((12, 9))))
-    again = spec.name_of("a.npy", 0) != name
+    again = spec.names_of("a.npy", 0) != name
     return Counter({f"table: {'seen' if seen else 'not seen'}": 1, f"recording: {'seen' if again else 'not seen'}": 1})
 
 

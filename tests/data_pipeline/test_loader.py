@@ -460,3 +460,13 @@ def test_records_without_an_answer_are_named(broken: Dataset) -> None:
     found = unusable(broken, index)
     assert [bad.id for bad in found] == ["records.jsonl:6", "records.jsonl:7"]
     assert all("answer" in bad.error for bad in found)
+
+
+def test_what_the_next_start_has_ends_the_run_and_is_no_bad_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: Any) -> Any:
+        raise Absent("a part", "an output that is damaged", "what was kept", "start the run again")
+
+    steps = source()
+    monkeypatch.setattr(steps.dataset, "signals", absent)
+    with pytest.raises(Absent, match="start the run again"):
+        next(steps_from(steps, 0))

@@ -244,8 +244,9 @@ def test_what_a_feature_names_is_refused_and_not_fetched(tmp_path, data, connect
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
-def test_columns_that_are_no_part_of_a_record_are_never_read(tmp_path, data, connections, kind):
-    save_with_image(tmp_path / "a.parquet", kind, "picture")
+@pytest.mark.parametrize("column", ["picture", "prompt"])
+def test_columns_that_are_no_part_of_a_record_are_never_read(tmp_path, data, connections, kind, column):
+    save_with_image(tmp_path / "a.parquet", kind, column)
     assert load(data)[0].ecg_paths == ("x.npy",) and not connections
 
 
@@ -271,6 +272,14 @@ def test_categories_are_read_as_their_text(tmp_path, data):
 def test_a_column_of_a_type_that_is_no_text_is_named(tmp_path, data, column, values):
     pq.write_table(pa.table({"ecg_path": ["x"], "text": ["t"]} | {column: values}), tmp_path / "a.parquet")
     assert f"a.parquet, column {column}: found the type {str(values.type)[:8]}" in refusal(data)
+
+
+def test_a_pair_of_a_type_that_is_no_text_is_left_out_where_there_is_a_text(tmp_path, data):
+    kinds = {"chosen": pa.array([[("a", "b")]], pa.map_(pa.string(), pa.string()))}
+    pq.write_table(pa.table({"ecg_path": ["x"], "text": ["t"], **kinds}), tmp_path / "a.parquet")
+    assert load(data)[0].text == "t"
+    pq.write_table(pa.table({"ecg_path": ["x"], "prompt": ["t"], **kinds}), tmp_path / "a.parquet")
+    assert "a.parquet, column chosen: found the type map<" in refusal(data)
 
 
 def test_a_cache_that_cannot_be_written_is_named_and_not_the_file(tmp_path, data, monkeypatch):

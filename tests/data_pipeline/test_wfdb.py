@@ -147,6 +147,11 @@ def test_samples_behind_a_byte_offset_are_read(tmp_path):
     np.testing.assert_allclose(read_ecg(path).signal, STEPS / 1000, atol=1e-6)
 
 
+def test_a_header_that_names_what_no_file_can_be_called_is_refused(tmp_path):
+    path = write(tmp_path, lines=[f"{'a' * 300} 16 1000/mV 16 0 0 0 0 {lead}" for lead in LEADS])
+    assert "r.hea: found an unreadable record" in refusal(path)
+
+
 # ---- segments
 
 
@@ -202,13 +207,13 @@ def test_segments_that_are_none_are_refused(tmp_path, lines):
 def test_a_recordings_stamp_changes_with_every_file_of_every_segment(tmp_path):
     path = segments(tmp_path, ["1000/mV"] * 2)
     spec = signal_spec(DataConfig(root=str(tmp_path)), seed=0)
-    seen = [spec.name_of(path.name, 0)]
+    seen = [spec.names_of(path.name, 0)]
     for name in ("m.hea", "s0.hea", "s1.hea", "s0.dat", "s1.dat"):
         os.utime(tmp_path / name, ns=(1, 1))
-        seen.append(spec.name_of(path.name, 0))
+        seen.append(spec.names_of(path.name, 0))
     assert len(set(seen)) == len(seen)
     (tmp_path / "s0.hea").write_text("s0/1 12 500 40\nm 40\n")  # segments of each other
-    assert spec.name_of(path.name, 0)
+    assert spec.names_of(path.name, 0)
 
 
 # ---- what a header can leave empty
@@ -319,7 +324,7 @@ def test_what_no_file_can_be_called_is_refused_by_reading_and_by_name(tmp_path, 
     spec = signal_spec(DataConfig(root=str(tmp_path)), seed=0)
     with pytest.raises(UserError):
         spec.load(path, 0)
-    assert spec.name_of(path, 0)
+    assert spec.names_of(path, 0)
 
 
 # ---- real recordings

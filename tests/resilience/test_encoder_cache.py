@@ -67,11 +67,11 @@ def test_all_files_of_a_record_are_in_its_name_and_noise_is_told_apart(tmp_path:
     form = {"units": ["mV"] * 12, "sig_name": list(LEADS), "fmt": ["16"] * 12}
     wfdb.wrsamp("r", 250, p_signal=np.zeros((500, 12)), write_dir=str(tmp_path), **form)
     spec = replace(signal_spec(DataConfig(root=str(tmp_path)), seed=0), perturb="noise")
-    before = spec.name_of("r", 0)
+    before = spec.names_of("r", 0)
     os.utime(tmp_path / "r.dat", ns=(1, 1))
-    assert spec.name_of("r", 0) != before
-    assert spec.name_of("flatline", 1) != spec.name_of("flatline", 2)
-    assert replace(spec, perturb=None).name_of("flatline", 1) == replace(spec, perturb=None).name_of("flatline", 2)
+    assert spec.names_of("r", 0) != before
+    assert spec.names_of("flatline", 1) != spec.names_of("flatline", 2)
+    assert replace(spec, perturb=None).names_of("flatline", 1) == replace(spec, perturb=None).names_of("flatline", 2)
 
 
 class Processes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import resource
@@ -20,7 +21,8 @@ from elm_jax.data.table_files import csv_rows, file_tables
 from elm_jax.ecg.recording import LEADS, read_ecg
 from elm_jax.errors import UserError
 from elm_jax.evaluation.labels import DATABASE, STATEMENTS, read_statements, read_truths
-from elm_jax.folders import MOST_JSON, json_lines, read_json
+from elm_jax.folders import MOST_JSON, check_checksums, json_lines, read_json, seal, write_json
+from elm_jax.run import verification
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.symbols.corpus import find_recordings
 from elm_jax.text.vocabulary import load_tokenizer
@@ -108,6 +110,43 @@ def test_a_torch_file_cannot_ask_for_bytes_by_their_number(tmp_path: Path, littl
         open_tensors(path, "x")
 
 
+def test_a_torch_file_without_checksums_is_read(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(10.0)}, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert list(open_tensors(tmp_path / "a.pt", "x")) == ["a"]
+
+
+# -- lists of checksums
+
+
+@pytest.mark.parametrize(
+    "facts", [{"x": 1}, {"files": 3}, *({"files": {name: "a"}} for name in ("../t", "/t", "", ".", "a" * 300, "a\0"))]
+)
+def test_a_list_of_checksums_that_is_none_is_refused(tmp_path: Path, facts: dict[str, Any]) -> None:
+    write_json(tmp_path / "checksums.json", seal(facts))
+    with pytest.raises(UserError, match=r"or remove checksums\.json if you changed it yourself"):
+        check_checksums(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "files", [3, {"../a": [1, "x"]}, {"/a": [1, "x"]}, {"a": 3}, {"a": [1]}, {"a": ["1", "x"]}, {"a": [1, None]}]
+)
+def test_a_list_of_arrays_that_is_none_counts_as_not_there(tmp_path: Path, files: Any) -> None:
+    write_json(tmp_path / "checksums-0-of-1.json", seal({"files": files}))
+    assert verification.listed(tmp_path) == {}
+    assert verification.wrong_file(tmp_path, {"a" * 300: [1, "x"]}).endswith("is gone")
+
+
+def test_only_a_run_s_own_tokenizer_is_held_against_checksums(tmp_path: Path) -> None:
+    demo_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "checksums.json").write_text('{"model.safetensors": "as its publisher lists it"}')
+    load_tokenizer(tmp_path)
+
+
 # -- sizes
 
 
@@ -148,8 +187,42 @@ def changed_tokenizer(folder: Path, **parts: Any) -> Path:
 def test_a_tokenizer_whose_text_has_no_end_is_refused(tmp_path: Path, part: str) -> None:
     ten = {"type": "Replace", "pattern": {"String": "x"}, "content": "x" * 10}
     many = {"type": "Sequence", f"{part}s": [ten, {"type": "Sequence", f"{part}s": [ten] * 11}]}
-    with pytest.raises(UserError, match=f"a {part} that writes 1000000000000 characters for one"):
+    with pytest.raises(UserError, match=f"a {part} that writes 10000 characters for one"):
         load_tokenizer(changed_tokenizer(tmp_path / "t", **{part: many}))
+
+
+def replaced(what: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": what}, "content": content}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"type": "Prepend", "prepend": "x" * 1001}],
+        [replaced("x", "ab"), *[replaced("b", "bb")] * 9],
+        [replaced("x", "A" * 40), {"type": "Lowercase"}, replaced("a", "b" * 40)],
+        [{"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 40}, replaced("y", "b" * 40)],
+        [{"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(4) + b"x" * 1001).decode()}],
+    ],
+)
+def test_what_steps_of_a_normalizer_write_together_has_a_bound(tmp_path: Path, steps: list[dict[str, Any]]) -> None:
+    spec = {"normalizer": {"type": "Sequence", "normalizers": steps}}
+    with pytest.raises(UserError, match=r"a normalizer that writes \d+ characters for one"):
+        load_tokenizer(changed_tokenizer(tmp_path / "t", **spec))
+
+
+def test_many_replacements_that_do_not_find_each_other_are_taken(tmp_path: Path) -> None:
+    steps = [replaced(chr(0xE000 + i), "ab"[i % 2] * 3) for i in range(100)]
+    words = load_tokenizer(changed_tokenizer(tmp_path / "t", normalizer={"type": "Sequence", "normalizers": steps}))
+    assert words.backend_tokenizer.normalizer.normalize_str("\ue000\ue001") == "aaabbb"
+
+
+def test_a_further_chat_template_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    folder = changed_tokenizer(tmp_path / "t")
+    (folder / "additional_chat_templates").mkdir()
+    os.mkfifo(folder / "additional_chat_templates" / "a.jinja")
+    with pytest.raises(UserError, match=r"a\.jinja: found no regular file"):
+        load_tokenizer(folder)
 
 
 def test_a_pattern_that_backtracks_without_end_is_given_up(tmp_path: Path) -> None:

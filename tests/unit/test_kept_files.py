@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from elm_jax.config import DataConfig
 from elm_jax.data.kept_features import Features, FeatureWriter
 from elm_jax.data.represent import signal_spec
-from elm_jax.errors import UserError
+from elm_jax.errors import Absent, UserError
 from elm_jax.folders import keep, kept, kept_in
 from elm_jax.runtime.compilation import keep_compiled
 
@@ -85,8 +87,24 @@ def test_a_part_with_a_damaged_row_is_computed_again_at_the_next_start(tmp_path:
     (file,) = tmp_path.glob("*.rows")
     file.write_bytes(DAMAGE["flipped at its end"](file.read_bytes()))
     assert features.load("a") is not None
-    with pytest.raises(UserError, match="an output of the encoder that is damaged"):
+    with pytest.raises(Absent, match="an output of the encoder that is damaged.*; start the run again"):
         features.load("c")
+    assert "a" not in Features(str(tmp_path), (2, 3), "bfloat16")
+
+
+def test_a_damaged_part_that_cannot_be_removed_is_told_or_not_there(tmp_path: Path, monkeypatch) -> None:
+    """As in a cache that many share and one writes."""
+
+    def refusing(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    features = written(tmp_path)
+    (file,) = tmp_path.glob("*.rows")
+    file.write_bytes(DAMAGE["flipped at its end"](file.read_bytes()))
+    monkeypatch.setattr(Path, "unlink", refusing)
+    with pytest.raises(Absent, match="remove that file, and start the run again"):
+        features.load("c")
+    os.remove(file)
     assert "a" not in Features(str(tmp_path), (2, 3), "bfloat16")
 
 
@@ -94,10 +112,28 @@ def test_a_recording_that_changes_while_its_time_does_not_has_another_name(tmp_p
     spec = signal_spec(DataConfig(root=str(tmp_path)), 0)
     path = tmp_path / "a.npy"
     path.write_bytes(b"1234")
-    before, name, stamp = path.stat(), spec.name_of("a.npy", 0), spec.stamp("a.npy")
+    before, name, stamp = path.stat(), spec.names_of("a.npy", 0), spec.stamp("a.npy")
     path.write_bytes(b"5678")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert spec.stamp("a.npy") == stamp and spec.name_of("a.npy", 0) != name
+    assert spec.stamp("a.npy") == stamp and spec.names_of("a.npy", 0) != name
+
+
+def test_what_leaves_a_recording_as_it_is_does_not_disturb_a_run_that_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "a.npy"
+    path.write_bytes(b"1234")
+    spec = signal_spec(DataConfig(root=str(tmp_path / "data")), 0)
+    name, asked = spec.names_of("a.npy", 0)
+    features = Features(str(tmp_path / "kept"), (2, 3), "float32", {asked: name})
+    with FeatureWriter(features, [name]) as writer:
+        writer.put(np.ones((1, 2, 3)))
+    spec = replace(spec, features=pickle.loads(pickle.dumps(features)))
+    os.link(path, tmp_path / "backup")
+    assert spec.names_of("a.npy", 0)[1] == asked
+    assert np.array_equal(spec.load("a.npy", 0), np.ones((2, 3)))
+    path.write_bytes(b"12345")
+    with pytest.raises(UserError):
+        spec.load("a.npy", 0)
 
 
 # -- compiled programs
@@ -120,3 +156,31 @@ def test_a_damaged_program_is_compiled_again_and_kept_anew(tmp_path: Path, damag
     assert "compiled again" in caplog.text
     cache.put("jit_f-1", b"a program")
     assert cache.get("jit_f-1") == b"a program" and cache.get("jit_f-12") == b"another"
+
+
+def test_programs_are_kept_wherever_jax_keeps_them(tmp_path: Path) -> None:
+    from jax._src import compilation_cache
+
+    class Bucket(type(tmp_path)):
+        """A folder that only its own methods reach, as one of a cloud."""
+
+        def glob(self, pattern: str) -> Iterator[Path]:
+            return iter([self / file.name for file in tmp_path.glob(pattern)])
+
+        def read_bytes(self) -> bytes:
+            return (tmp_path / self.name).read_bytes()
+
+        def exists(self) -> bool:
+            return (tmp_path / self.name).exists()
+
+        def unlink(self, missing_ok: bool = False) -> None:
+            (tmp_path / self.name).unlink(missing_ok)
+
+    keep_compiled()
+    cache, _ = compilation_cache.get_file_cache(str(tmp_path))
+    cache.put("jit_f-1", b"a program")
+    cache.path = Bucket("/no-folder-of-this-machine")
+    assert cache.get("jit_f-1") == b"a program"
+    (file,) = tmp_path.glob("jit_f-1.*")
+    file.write_bytes(b"another")
+    assert cache.get("jit_f-1") is None and not file.exists()
