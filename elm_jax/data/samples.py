@@ -102,8 +102,9 @@ class Samples:
         Raises:
             UserError: they do not fit data.max_len together, or cannot be rendered; names the record.
         """
-        if self.phase is None and dataset.records[index].problem is not None:
-            raise dataset.records[index].problem
+        problem = dataset.records[index].problem
+        if self.phase is None and problem is not None:
+            raise problem
         if self.experience is None:
             signals = dataset.signals(index) if dataset.reads_ecgs else None
             found = measured(grouped(self.conversations(dataset, index, signals, 0)))

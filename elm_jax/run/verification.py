@@ -7,7 +7,6 @@ Checksums guard against disks, file systems and half copies, not against somebod
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
