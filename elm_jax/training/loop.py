@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -123,6 +124,10 @@ class Trainer:
                         self._stop(done, why)
                     if stopped_early:
                         break
+            except BaseException:
+                with contextlib.suppress(UserError):  # what ends the run is told, not what failed besides
+                    self.checkpoints.wait()  # a save that has begun is not lost
+                raise
             finally:
                 profiler.close()
                 self.report.close()

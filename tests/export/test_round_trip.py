@@ -13,7 +13,7 @@ from export.made_runs import Golden, encoder_settings, export_command, has_encod
 from parity import e2e
 
 from elm_jax.cli import guard
-from elm_jax.run import checkpoint
+from elm_jax.run import fingerprints
 from elm_jax.run.fingerprints import fingerprint, joined, summary_of
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -51,7 +51,7 @@ def test_an_exported_checkpoint_is_imported_and_exported_as_it_was(
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_fingerprints_of_arrays_that_come_one_by_one_are_those_of_all(dtype: Any, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "_PIECE", 1000)
+    monkeypatch.setattr(fingerprints, "_PIECE", 1000)
     rng = np.random.default_rng(0)
     shapes = {"stacked": (3, 70, 41), "rows": (501, 9), "scalar": (), "none": (0, 4), "vector": (1001,)}
     arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}

@@ -82,7 +82,7 @@ def test_asked_to_stop(place: Path, unbroken: Path) -> None:
     folder = place / "asked"
     message = runs.train(folder, 143, ask="USR1@doing=^loading the weights#1")
     assert "stopped by SIGUSR1 (loading the weights)" in message and "Traceback" not in message
-    message = runs.train(folder, 143, ask="TERM*3@doing=^saving#2")
+    message = runs.train(folder, 143, ask="TERM*3@doing=^saving,#2")
     assert "stopped after step 7 by SIGTERM" in message and "SIGTERM again: the step ends" in message
     assert committed(folder) == [6, 7] and not (folder / "DONE").exists()
     runs.train(folder)

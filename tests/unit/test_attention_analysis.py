@@ -61,6 +61,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mtae": MAE | DECODER | {"patch_size": PATCH},
     "mlae": MAE | DECODER,
     "siglip_ecg": SIZES | TOWER | {"patch_size": PATCH},
+    **dict.fromkeys(("mae_vit", "nepa"), SIZES | {"d_model": 16, "n_heads": 2, "dim_ff": 16, "num_layers": 1}),
 }
 IMAGES = {"clip", "vit", "siglip2"}
 
@@ -102,7 +103,7 @@ def without_mixing(name: str, tokens: int) -> Any:
         if isinstance(part, Conv):
             side = part.kernel.shape[0] // 2
             part.kernel.set_value(jnp.zeros_like(part.kernel[...]).at[side].set(part.kernel[side]))
-    for part in ("transformer", "decoder"):
+    for part in ("transformer", "decoder", "encoder", "layers"):
         if hasattr(encoder, part):
             setattr(encoder, part, lambda x: x)
     return encoder

@@ -228,7 +228,7 @@ def test_a_folder_that_can_be_reached_in_many_ways_is_read_once(folder):
 
 @pytest.mark.parametrize(
     ("place", "what"),
-    [("absent", "no such file or folder"), ("absent.txt", "unreadable list"), ("empty", "no recording")],
+    [("absent", "no such file or folder"), ("absent.txt", "no readable file"), ("empty", "no recording")],
 )
 def test_a_place_without_recordings_is_refused(tmp_path, place, what):
     (tmp_path / "empty").mkdir()

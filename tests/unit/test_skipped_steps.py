@@ -177,7 +177,8 @@ def watch(tmp_path: Path) -> Iterator[Watch]:
             [SimpleNamespace(samples=(4, 0))], [SimpleNamespace(samples=(2,)), SimpleNamespace(samples=(1,))], []
         ])  # fmt: skip
         dataset: Any = type("Dataset", (), {"__len__": lambda self: 5, "records": records})()
-        source: Any = type("Steps", (), {"__len__": lambda self: steps, "dataset": dataset, "plan": plan})()
+        told = {"dataset": dataset, "plan": plan, "updates": 1}
+        source: Any = type("Steps", (), {"__len__": lambda self: steps, **told})()
         return Health(config, report, source, 0, [], mesh, lambda: arrays or {"weight": jnp.ones(2)})
 
     yield build

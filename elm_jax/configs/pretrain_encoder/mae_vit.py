@@ -5,8 +5,8 @@
 
 from ml_collections import ConfigDict
 
-from elm_jax.configs.pretrain_encoder import recipe
+from elm_jax.configs.pretrain_encoder import _recipe
 
 
 def get_config() -> ConfigDict:
-    return recipe.pretraining("mae_vit")
+    return _recipe.pretraining("mae_vit")

@@ -5,8 +5,8 @@
 
 from ml_collections import ConfigDict
 
-from elm_jax.configs.pretrain_encoder import recipe
+from elm_jax.configs.pretrain_encoder import _recipe
 
 
 def get_config() -> ConfigDict:
-    return recipe.pretraining("st_mem", warmup_steps=30_000)
+    return _recipe.pretraining("st_mem", warmup_steps=30_000)

@@ -124,10 +124,10 @@ def _masked(name: str, module: Callable[..., Encoder]) -> Kind:
     )
 
 
-def _sequence(module: Callable[..., Encoder], names: Mapping[str, str], attention: str) -> Kind:
+def _sequence(module: Callable[..., Encoder], names: Mapping[str, str], attention: str, pooled: Pooled) -> Kind:
     """An encoder that holds what its pretraining trains."""
     rule = partial(sequence.weight_rule, names=names, attention=attention)
-    kind = Kind(sequence.SequenceConfig.from_fields, module, rule)
+    kind = Kind(sequence.SequenceConfig.from_fields, module, rule, pooled=pooled)
     return replace(kind, pretraining=kind)
 
 
@@ -163,8 +163,13 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
         ),
         pretraining=_masked("mlae", mae_pretraining.MaskedTime),
     ),
-    "mae_vit": _sequence(sequence.MaeVit, sequence.MAE_VIT_NAMES, "attn"),
-    "nepa": _sequence(sequence.Nepa, sequence.NEPA_NAMES, "self_attn"),
+    "mae_vit": _sequence(
+        sequence.MaeVit, sequence.MAE_VIT_NAMES, "attn",
+        Pooled(lambda config, length: range(0, length + 1, config.seq_len), by_lead=True),
+    ),
+    "nepa": _sequence(
+        sequence.Nepa, sequence.NEPA_NAMES, "self_attn", Pooled(lambda config, length: range(length + 1))
+    ),
     "clip": Kind(
         sizes.ClipConfig.from_fields, vision.Clip, vision.clip_rule, vision.clip_name, file_config=dict,
         wrapper=_IN_MODULE, sign=checkpoints.begins("visual_projection."), processing=CLIP,
