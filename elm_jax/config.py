@@ -109,7 +109,10 @@ def renamed(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     found = dict(values)
     for older, name in OLDER.items():
-        if older in found and found.setdefault(name, found[older]) != found.pop(older):
+        if older not in found:
+            continue
+        value = found.pop(older)
+        if found.setdefault(name, value) is not value and found[name] != value:
             raise UserError(
                 prefix + older, f"{values[older]!r} beside {prefix}{name}={values[name]!r}",
                 f"one of the two: {older} is the older name of {name}", f"leave {prefix}{older} out",

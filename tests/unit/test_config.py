@@ -66,6 +66,10 @@ def refusal(given: dict[str, Any]) -> UserError:
     return caught.value
 
 
+def test_an_older_name_with_what_equals_nothing_is_refused_in_words() -> None:
+    assert "objective" in str(refusal({"phase": float("nan")}))
+
+
 def test_keys_and_defaults_are_those_of_the_contract_and_those_it_has_grown_by() -> None:
     expected = copy.deepcopy(DEFAULTS)
     expected["llm"] |= {"dropout": 0.0, "chat": None}
