@@ -231,7 +231,11 @@ def _windows(config: Mapping[str, Any], where: str, layers: int) -> tuple[int | 
 
 def _rope(config: Mapping[str, Any], where: str) -> Rope:
     """Both styles: `rope_parameters` (theta inside), or `rope_theta` with an optional `rope_scaling`."""
-    spec = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(said, Mapping):
+        fields = "rope_parameters or rope_scaling"
+        raise UserError(where, f"{fields} {said!r:.60}", "an object of fields", "correct the rope fields")
+    spec = dict(said)
     theta = spec.pop("rope_theta", config.get("rope_theta", 10000.0))
     old_name = spec.pop("type", "default")
     kind = spec.pop("rope_type", old_name)
