@@ -45,7 +45,8 @@ class TorchFile(Mapping[str, np.ndarray]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         check_regular(self.path, "a file that PyTorch saved")
-        self._mapped = zipfile.is_zipfile(self.path)
+        with refused(self.path, "", "a sound file of tensors only", "save it again", zipfile.BadZipFile):
+            self._mapped = zipfile.is_zipfile(self.path)
         self._handed_out = 0
         self._tensors, self.rest = self._load()
         self.info = {name: _described(self.path, name, tensor) for name, tensor in self._tensors.items()}
