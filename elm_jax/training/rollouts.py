@@ -34,12 +34,12 @@ from elm_jax.inference.speaker import Prompt, Speaker
 from elm_jax.models.functional import Arrays
 from elm_jax.models.hints import placed
 from elm_jax.objectives import log_probs
+from elm_jax.objectives.policy import told_apart
 from elm_jax.runtime import distributed
 from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, to_device
 from elm_jax.text.render import decode
 
 _SHOWN = 4  # prompts of a table
-_LEAST_SPREAD = 1e-6  # of the rewards of a group that teaches something
 
 
 class _Scored(NamedTuple):
@@ -272,7 +272,7 @@ def _cell(text: str) -> str:
 
 
 def _alike(rewards: np.ndarray) -> bool:
-    return bool(rewards.std() < _LEAST_SPREAD)
+    return not told_apart(rewards[None]).all()
 
 
 def _other(index: LengthIndex, sample: int, draw: tuple[int, int, int]) -> int:

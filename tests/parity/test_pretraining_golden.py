@@ -110,16 +110,19 @@ def test_mae_vit(golden: Golden) -> None:
         compare("ssl_mae_vit", "gradients", ours[tensor], gradient, 1e-4)
 
 
-@pytest.mark.parametrize("case", ["nopad", "pad"])
+@pytest.mark.parametrize("case", ["nopad", "pad", "modality", "pad_modality"])
 def test_nepa(case: str, golden: Golden) -> None:
     folder = golden("ssl_nepa")
     structure, arrays = sequence(folder, "nepa")
     given, wanted = (dict(np.load(folder / f"{file}.npz")) for file in ("inputs", "outputs"))
-    padded = jnp.asarray(given["padding_mask"] > 0) if case == "pad" else None
+    padded = jnp.asarray(given["padding_mask"] > 0) if case.startswith("pad") else None
+    signal = jnp.asarray(given["signal"])
+    if case.endswith("modality"):  # a lead that is left out is one of zeros
+        signal = jnp.where(jnp.asarray(given["modality_mask"] > 0)[..., None], 0.0, signal)
     counts = 1.0 if padded is None else (~padded[:, 1:]).sum(1)
 
     def loss(arrays: Any) -> jax.Array:
-        errors = next_embedding_error(structure.bind(arrays), jnp.asarray(given["signal"]), padded)
+        errors = next_embedding_error(structure.bind(arrays), signal, padded)
         return (errors * counts).sum() / jnp.broadcast_to(jnp.asarray(counts, jnp.float32), errors.shape).sum()
 
     value, gradients = jax.value_and_grad(loss)(arrays)

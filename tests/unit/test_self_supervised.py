@@ -17,6 +17,7 @@ from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config
 from elm_jax.errors import UserError
 from elm_jax.exchange.export import export
+from elm_jax.models.encoders.sequence import SequenceConfig
 from elm_jax.objectives import objective_of
 from elm_jax.run.weights import Weights
 from elm_jax.runtime.mesh import array_shardings, make_mesh
@@ -71,6 +72,12 @@ def test_what_is_hidden_is_rebuilt_ever_better(name: str, tmp_path: Path) -> Non
     assert len(mine) > 10
     for array in mine:
         np.testing.assert_array_equal(np.asarray(arrays[array]), learnt[array], err_msg=array)
+
+
+def test_the_published_sizes_are_the_default() -> None:
+    sizes = SequenceConfig()
+    assert (sizes.num_leads, sizes.seq_len, sizes.d_model, sizes.n_heads, sizes.dim_ff) == (12, 2500, 512, 8, 2048)
+    assert (sizes.num_layers, sizes.num_decoder_layers) == (6, 4)
 
 
 def test_a_config_pretrains_its_encoder() -> None:

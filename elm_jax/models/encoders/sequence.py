@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from elm_jax.errors import UserError
-from elm_jax.models.encoders.mae import TOKEN_STD, XAVIER, token
+from elm_jax.models.encoders.mae import XAVIER, token
 from elm_jax.models.encoders.mae_pretraining import MASKED, Order, Rebuilt
 from elm_jax.models.encoders.transformer import Transformer, TransformerConfig
 from elm_jax.models.layers import LayerNorm, Linear, plus
@@ -34,7 +34,7 @@ class SequenceConfig:
     n_heads: int = key(8, "heads", limit="at least 1")
     dim_ff: int = key(2048, "width inside an MLP", limit="at least 1")
     num_layers: int = key(6, "blocks of the encoder", limit="at least 1")
-    num_decoder_layers: int = key(2, "blocks of MAE-ViT's decoder", limit="at least 1")
+    num_decoder_layers: int = key(4, "blocks of MAE-ViT's decoder", limit="at least 1")
 
     @classmethod
     def from_fields(cls, config: Mapping[str, Any]) -> SequenceConfig:
@@ -57,11 +57,6 @@ class SequenceConfig:
             raise UserError("encoder input", f"shape {signals.shape}", expected, "set num_leads and seq_len so")
 
 
-def _embedding(rngs: nnx.Rngs, param_dtype: Any, count: int, width: int) -> nnx.Param:
-    values = TOKEN_STD * jax.random.normal(rngs.params(), (count, width), jnp.float32)
-    return nnx.Param(values.astype(param_dtype), axes=(None, None))
-
-
 class MaeVit(nnx.Module):
     """Each lead is a patch. What only the pretraining uses is held with it."""
 
@@ -72,11 +67,11 @@ class MaeVit(nnx.Module):
         self.config, self.tokens, self.width, self.dtype = config, tokens, config.d_model, jnp.dtype(dtype)
         linear = partial(Linear, rngs=rngs, bias=True, init=XAVIER, param_dtype=param_dtype)
         self.patch = linear(config.seq_len, self.width, (None, "embed"))
-        self.position = _embedding(rngs, param_dtype, config.num_leads, self.width)
+        self.position = token(rngs, param_dtype, config.num_leads, self.width)
         self.encoder = Transformer(config.blocks(config.num_layers), rngs, param_dtype)
         self.norm = LayerNorm(self.width, 1e-5, param_dtype)
         self.mask = token(rngs, param_dtype, 1, 1, self.width)
-        self.decoder_position = _embedding(rngs, param_dtype, config.num_leads, self.width)
+        self.decoder_position = token(rngs, param_dtype, config.num_leads, self.width)
         self.decoder = Transformer(config.blocks(config.num_decoder_layers), rngs, param_dtype)
         self.decoder_norm = LayerNorm(self.width, 1e-5, param_dtype)
         self.head = linear(self.width, config.seq_len, ("embed", None))
@@ -116,7 +111,7 @@ class Nepa(nnx.Module):
         self.config, self.tokens, self.width, self.dtype = config, tokens, config.d_model, jnp.dtype(dtype)
         linear = partial(Linear, rngs=rngs, bias=True, init=XAVIER, param_dtype=param_dtype)
         self.signal = linear(config.num_leads, self.width, (None, "embed"))
-        self.position = _embedding(rngs, param_dtype, config.seq_len, self.width)
+        self.position = token(rngs, param_dtype, config.seq_len, self.width)
         self.layers = Transformer(config.blocks(config.num_layers, causal=True), rngs, param_dtype)
         self.head = linear(self.width, self.width, ("embed", None))
 
