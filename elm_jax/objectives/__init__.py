@@ -55,6 +55,7 @@ OBJECTIVES: Registry[Row] = Registry(
         "mlae": self_supervised.mlae,
         "mae_vit": self_supervised.mae_vit,
         "nepa": self_supervised.nepa,
+        "vit": self_supervised.vit,
     },
 )
 

@@ -41,6 +41,11 @@ def mae_vit(config: Config) -> Objective:
     return _masked(config, "mae_vit", normalised=False)
 
 
+def vit(config: Config) -> Objective:
+    """Patches of an image are hidden, and painted as they are: the error is absolute (Xie et al. 2022)."""
+    return _masked(config, "vit", normalised=False, absolute=True)
+
+
 def nepa(config: Config) -> Objective:
     """The embedding of each sample is predicted from those before it."""
 
@@ -67,8 +72,8 @@ def _recordings(batch: Batch) -> Sums:
     return {"loss": (batch.signal_weights > 0).sum()}
 
 
-def _masked(config: Config, name: str, normalised: bool) -> Objective:
-    """The mean squared error of hidden patches, of each recording alike."""
+def _masked(config: Config, name: str, normalised: bool, absolute: bool = False) -> Objective:
+    """The mean squared, or absolute, error of hidden patches, of each recording alike."""
     _check(config, name)
     keys = config.ssl
     normalised = normalised if keys.norm_patches is None else keys.norm_patches
@@ -78,7 +83,7 @@ def _masked(config: Config, name: str, normalised: bool) -> Objective:
         encoder: Any = model.encoder
         signals, weights = (x.reshape(-1, *x.shape[2:]) for x in (_signals(batch), batch.signal_weights))
         rebuilt = encoder.rebuild(signals, encoder.noise(key, len(signals)), keys.mask_ratio)
-        errors, counted = rebuilding_error(rebuilt, normalised)
+        errors, counted = rebuilding_error(rebuilt, normalised, absolute=absolute)
         axes = tuple(range(1, errors.ndim))
         of_signals = errors.sum(axes) / jnp.maximum(counted.sum(axes), 1.0)
         return {"loss": jnp.where(weights > 0, of_signals, 0.0).sum()}

@@ -110,6 +110,26 @@ def test_mae_vit(golden: Golden) -> None:
         compare("ssl_mae_vit", "gradients", ours[tensor], gradient, 1e-4)
 
 
+def test_vit(golden: Golden) -> None:
+    folder = golden("vision_vit_mim")
+    structure, arrays, config = loaded(folder, "vit")
+    given, wanted = (dict(np.load(folder / f"{file}.npz")) for file in ("inputs", "outputs"))
+    images, hidden = jnp.asarray(given["pixel_values"]), jnp.asarray(given["bool_masked_pos"], jnp.float32)
+    found = structure.bind(arrays).paint(images, hidden)
+    size, across = config["patch_size"], config["image_size"] // config["patch_size"]
+
+    def picture(patches: Any) -> np.ndarray:
+        cut = np.asarray(patches).reshape(len(images), across, across, 3, size, size)
+        return cut.transpose(0, 3, 1, 4, 2, 5).reshape(images.shape)
+
+    np.testing.assert_array_equal(picture(found.truth), images)
+    compare("vision_vit_mim", "reconstruction", picture(found.patches), wanted["reconstruction"], 1e-5)
+    errors, counted = rebuilding_error(found, normalised=False, absolute=True)
+    compare("vision_vit_mim", "loss", errors.sum() / counted.sum(), wanted["loss"], 1e-5)
+    drawn = structure.bind(arrays).rebuild(images, structure.bind(arrays).noise(jax.random.key(0), len(images)), 0.5)
+    np.testing.assert_array_equal(drawn.hidden.sum(1), 8)
+
+
 @pytest.mark.parametrize("case", ["nopad", "pad", "modality", "pad_modality"])
 def test_nepa(case: str, golden: Golden) -> None:
     folder = golden("ssl_nepa")

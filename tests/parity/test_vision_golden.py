@@ -1,7 +1,7 @@
 """The vision encoders against the reference's numbers.
 
 Not compared, because nothing here computes it: the text towers and the logits and losses that need them (clip,
-siglip2), and the pixel decoder of masked image modelling with its loss (vit).
+siglip2).
 """
 
 import json

@@ -24,6 +24,11 @@ from elm_jax.runtime.mesh import array_shardings, make_mesh
 from elm_jax.training import loop
 
 MAE = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 1}
+VIT = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
+OWN: dict[str, dict[str, Any]] = {"vit": {"encoder__config": VIT, "data__representation": "stacked_signal"}}
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +45,11 @@ def config(folder: Path, name: str, **changes: Any) -> Config:
         "train__save_every": 3, "train__eval_every": 3, "optim__schedule": "constant", "optim__warmup_ratio": 0.0,
         "optim__lr": 1e-2, "data__names": ["demo:train=24,val=4,test=4"],
     }  # fmt: skip
-    return runs.config(folder, **{**usual, **changes})
+    return runs.config(folder, **{**usual, **OWN.get(name, {}), **changes})
 
 
 @pytest.mark.slow  # trains twice
-@pytest.mark.parametrize("name", ["st_mem", "mlae"])
+@pytest.mark.parametrize("name", ["st_mem", "mlae", "vit"])
 def test_what_is_hidden_is_rebuilt_ever_better(name: str, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert loop.train(config(whole, name))
@@ -62,14 +67,15 @@ def test_what_is_hidden_is_rebuilt_ever_better(name: str, tmp_path: Path) -> Non
     export(config(whole, name), out, "latest")
     assert {path.name for path in out.iterdir()} <= {"encoder.safetensors", "encoder.pt", "elm.json"}
     begun = runs.config(
-        tmp_path / "begun", encoder__name=name, encoder__config=MAE, encoder__tokens=2,
+        tmp_path / "begun",
+        **{"encoder__config": MAE, **OWN.get(name, {})}, encoder__name=name, encoder__tokens=1 if name in OWN else 2,
         encoder__checkpoint=str(out / "encoder.safetensors"), update="connector,llm",
     )  # fmt: skip
     parts = assemble(begun)
     arrays = Weights(parts).place(array_shardings(parts.structure, make_mesh(begun.mesh, jax.devices()[:1])))
     learnt = {name.partition("['")[2].removesuffix("']"): x for name, x in first.items() if name.startswith("trained")}
     mine = [name for name in arrays if name.startswith("encoder.") and name in learnt]
-    assert len(mine) > 10
+    assert len(mine) >= 10
     for array in mine:
         np.testing.assert_array_equal(np.asarray(arrays[array]), learnt[array], err_msg=array)
 
@@ -83,7 +89,7 @@ def test_the_published_sizes_are_the_default() -> None:
 def test_a_config_pretrains_its_encoder() -> None:
     files = sorted((runs.ROOT / "elm_jax" / "configs" / "pretrain_encoder").glob("*.py"))
     names = [file.stem for file in files if file.stem != "_recipe"]
-    assert len(names) >= 5
+    assert len(names) >= 6
     for name in names:
         made = ConfigFlags.parse(["--config", f"configs/pretrain_encoder/{name}.py"]).load()
         assert objective_of(made).pretrains == made.objective == made.encoder.name == name

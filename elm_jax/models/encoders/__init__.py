@@ -19,7 +19,16 @@ from flax import nnx
 from elm_jax import compat as behaviours
 from elm_jax.ecg.images import CLIP, SIGLIP2, VIT, Processing
 from elm_jax.errors import UserError
-from elm_jax.models.encoders import checkpoints, mae, mae_pretraining, merl, sequence, siglip, vision
+from elm_jax.models.encoders import (
+    checkpoints,
+    mae,
+    mae_pretraining,
+    merl,
+    sequence,
+    siglip,
+    vision,
+    vision_pretraining,
+)
 from elm_jax.models.encoders import vision_config as sizes
 from elm_jax.models.names import Rule, bare_name
 from elm_jax.registry import Registry
@@ -178,6 +187,11 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
         sizes.VitConfig.from_fields, vision.Vit, vision.vit_rule, vision.vit_name, absent=vision.vit_absent,
         compat={"vit_random_mask": {"mask_ratio": 0.75}}, file_config=dict, wrapper=_IN_MODULE,
         sign=checkpoints.begins("vit.embeddings.", "embeddings.patch_embeddings."), processing=VIT,
+        pretraining=Kind(
+            sizes.VitConfig.from_fields, vision_pretraining.MaskedVit, vision_pretraining.masked_vit_rule,
+            vision_pretraining.masked_vit_name, absent=vision_pretraining.masked_vit_absent, file_config=dict,
+            wrapper=_IN_MODULE,
+        ),
     ),
     "siglip2": Kind(
         sizes.Siglip2Config.from_fields, siglip.Siglip2, siglip.siglip2_rule, siglip.siglip2_name, file_config=dict,

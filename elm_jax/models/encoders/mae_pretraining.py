@@ -133,16 +133,17 @@ class MaskedStMem(StMem):
 
 
 def rebuilding_error(
-    rebuilt: Rebuilt, normalised: bool, padded: jax.Array | None = None
+    rebuilt: Rebuilt, normalised: bool, padded: jax.Array | None = None, absolute: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """(..., n) float32: the mean squared error of each patch that counts, 0 of the others; and which count.
 
     Those count that were hidden, and of which nothing is `padded` (..., n).
-    normalised: the truth is each patch less its mean, by its (sample) deviation.
+    normalised: the truth is each patch less its mean, by its (sample) deviation. absolute: the error is not squared.
     """
     counted = rebuilt.hidden if padded is None else rebuilt.hidden * ~padded
     truth = rebuilt.truth.astype(jnp.float32)
     if normalised:
         centred = truth - truth.mean(-1, keepdims=True)
         truth = centred / jnp.sqrt(truth.var(-1, keepdims=True, ddof=1) + PATCH_EPS)
-    return ((rebuilt.patches.astype(jnp.float32) - truth) ** 2).mean(-1) * counted, counted
+    error = rebuilt.patches.astype(jnp.float32) - truth
+    return (jnp.abs(error) if absolute else error**2).mean(-1) * counted, counted

@@ -244,13 +244,14 @@ clip_rule = table([
     *norm("vision_model.post_layernorm", "post_norm"),
     Rule("visual_projection.weight", "projection.kernel", True),
 ])  # fmt: skip
-vit_rule = table([
+vit_rules = [
     Rule("vit.embeddings.cls_token", "cls"),
     Rule("vit.embeddings.mask_token", "mask_token"),
     *linear("vit.embeddings.patch_embeddings.projection", "patches"),
     Rule("vit.embeddings.position_embeddings", "positions"),
     *blocks("vit.encoder.layer.{layer}", VIT_LINEARS, ("layernorm_before", "layernorm_after")),
-])  # fmt: skip
+]
+vit_rule = table(vit_rules)
 
 
 def published(name: str, prefix: str, starts: tuple[str, ...], ignored: tuple[str, ...]) -> str | None:
@@ -269,10 +270,12 @@ def clip_name(name: str) -> str | None:
     return published(name, "", (), other)
 
 
+OF_VIT = ("embeddings.", "encoder.", "layernorm.", "pooler.")  # what the bare model's names begin with
+
+
 def vit_name(name: str) -> str | None:
     """`published` for ViT: no decoder or classifier, and none of what follows the last block."""
-    starts = ("embeddings.", "encoder.", "layernorm.", "pooler.")
-    return published(name, "vit.", starts, ("vit.layernorm.", "vit.pooler.", "decoder.", "classifier."))
+    return published(name, "vit.", OF_VIT, ("vit.layernorm.", "vit.pooler.", "decoder.", "classifier."))
 
 
 def vit_absent(names: Collection[str]) -> Collection[str]:
