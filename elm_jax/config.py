@@ -228,6 +228,8 @@ def _check_together(c: Config) -> None:
          "one of the two: a step counts rows or conversations", "set the other to None"),
         (c.train.count % accum == 0, "train.conversations" if c.train.conversations else "train.batch_size",
          str(c.train.count), f"a multiple of optim.accum_steps={accum}", "change one of them"),
+        (c.optim.ema or not c.eval.ema, "eval.ema", "true", "a run that averages its weights: optim.ema above 0",
+         "leave --config.eval.ema out"),
         (len(free) <= 1, "mesh", f"-1 for {' and '.join(free)}", "-1 for one axis at most",
          "give the sizes of the others"),
         (first.isdecimal() and last.isdecimal() and int(first) < int(last), "log.profile_steps", repr(steps),

@@ -115,6 +115,10 @@ class OptimConfig:
         0.0, "skip steps whose loss or gradient norm is so many standard deviations above the mean of the last 128; "
         "6 is usual, 0 skips none", limit="at least 0",
     )  # fmt: skip
+    ema: float = key(
+        0.0, "decay of an average of the trained weights, taken after each step; 0.999 is usual, 0 takes none",
+        limit="at least 0 and below 1",
+    )  # fmt: skip
     accum_steps: int = key(1, "micro-batches of a step", limit="at least 1")
     ref_batch: int | None = key(
         None, "batch size that lr and weight decay are meant for; None is this one", limit="at least 1"
@@ -174,6 +178,7 @@ class EvalConfig:
     folds: tuple[int, ...] | None = key(None, "folds to average over; None is data.fold", limit="at least 1")
     seeds: tuple[int, ...] | None = key(None, "seeds to average over; None is seed", limit="at least 0")
     limit: int | None = key(None, "evaluate only the first so many questions", limit="at least 1")
+    ema: bool = key(False, "validate, evaluate, chat and export with the average of the weights (optim.ema)")
     labels: str | None = key(None, "PTB-XL's folder: also ask for each of its statements whether the ECG shows it")
     protocol: str = key("ours", "by which rules answers are scored", choices=tuple(PROTOCOLS))
     wordnet: str | None = key(None, "folder of NLTK's data, for METEOR's WordNet; None looks in NLTK's places")

@@ -156,7 +156,7 @@ def saved_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     found = {}
-    for item in ("trained", "statistics", "optimizer"):
+    for item in ("trained", "statistics", "optimizer", "average"):
         path = workdir / "checkpoints" / str(step) / item
         if path.is_dir():
             with ocp.PyTreeCheckpointer() as reader:

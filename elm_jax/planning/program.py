@@ -117,7 +117,7 @@ def compile_step(assembly: Assembly, mesh: Mesh, shape: BatchShape, topology: To
     memory = done.memory_analysis()
     held = Bytes(
         local_bytes((program.state.trained, program.state.statistics, program.frozen)),
-        local_bytes(program.state.optimizer), 0,
+        local_bytes((program.state.optimizer, program.state.average)), 0,
     )  # fmt: skip
     total = (
         memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -1,8 +1,8 @@
 """Checkpoints of a run: what is trained, the optimizer, and a JSON of what belongs to the step.
 
-`checkpoints/<step>/` holds the items `trained`, `statistics` (running statistics that move), `optimizer` and
-`meta`. Frozen parts are not saved: `meta` holds a fingerprint of them, so that a resume on other weights is
-refused.
+`checkpoints/<step>/` holds the items `trained`, `statistics` (running statistics that move), `optimizer`, `average`
+(with `optim.ema`, of what is trained) and `meta`. Frozen parts are not saved: `meta` holds a fingerprint of them, so
+that a resume on other weights is refused.
 
 A checkpoint counts when it is verified: read back after it was written, found equal to what was on the devices, and
 its files listed with their checksums (`run.verification`). Whoever reads takes the newest that still is as it was.
@@ -35,7 +35,8 @@ from elm_jax.run import verification
 from elm_jax.run.arrays import named, said, sums_of
 from elm_jax.runtime import distributed
 
-MODEL_ITEMS = ("trained", "statistics")  # flat dictionaries of the model's arrays
+AVERAGE = "average"
+MODEL_ITEMS = ("trained", "statistics", AVERAGE)  # flat dictionaries of the model's arrays
 ITEMS = (*MODEL_ITEMS, "optimizer")
 META = "meta/metadata"  # the JSON's file
 DAMAGED = "damaged"  # folder beside `checkpoints` of what was in the way when training went back
@@ -325,10 +326,12 @@ class Checkpoints:
             restored = self._library.restore(self._path(step).absolute(), args=ocp.args.Composite(**args))
         return {name: restored[name] if tree else tree for name, tree in like.items()}
 
-    def items(self, step: int) -> dict[str, Path]:
-        """The name of each of the model's arrays that a step has -> the folder of its `SavedArrays`."""
+    def items(self, step: int, average: bool = False) -> dict[str, Path]:
+        """The name of each of the model's arrays that a step has -> the folder of its `SavedArrays`; `average`: of what
+        is trained its average."""
         names = self.meta(step)["arrays"]
-        return {name: self._path(step) / item for item in names for name in names[item]}
+        chosen = [item for item in names if item != AVERAGE] + [AVERAGE] * average
+        return {name: self._path(step) / item for item in chosen for name in names[item]}
 
 
 def _without_files(folder: Path) -> str:

@@ -172,7 +172,8 @@ class TrainedWeights(Weights):
 
     Args:
         folder: the run's. which: `latest`, `best` (else latest) or a step.
-        model: the parts of the model, or the run's config, of which they are made.
+        model: the parts of the model, or the run's config, of which they are made; with its `eval.ema` what is trained
+            is its average.
         key: what names the folder, in errors.
         checkpoints: those of the folder, where the caller has them.
         alone: a run of an encoder alone will do, where `model` is its config.
@@ -189,7 +190,8 @@ class TrainedWeights(Weights):
         step = reader.find(which)
         if step is None:
             raise UserError(key, f"no checkpoint in {folder}", "a trained run", "train it first")
-        self.step, self.meta, places = step, reader.meta(step), reader.items(step)
+        average = isinstance(model, Config) and model.eval.ema
+        self.step, self.meta, places = step, reader.meta(step), reader.items(step, average)
         if checkpoints is None:
             reader.close()
         saved: dict[str, SavedArrays | Published] = {}

@@ -240,9 +240,8 @@ class Trainer:
     def _restore(self, step: int, meta: Mapping[str, Any], like: TrainState) -> None:
         run.check_data(str(self.folder), meta, self.dataset.fingerprint, self.config.data)
         self.history = meta["history"]
-        items = {"trained": like.trained, "statistics": like.statistics, "optimizer": like.optimizer}
         count = jax.device_put(np.asarray(step, np.int32), like.step.sharding)
-        self.state = TrainState(step=count, **self.checkpoints.restore(step, items))
+        self.state = TrainState(step=count, **self.checkpoints.restore(step, like.items))
 
     # -- one step ---------------------------------------------------------------------------------------------
 
@@ -304,7 +303,7 @@ class Trainer:
     def _validate(self, done: int) -> dict[str, float]:
         """The objective's numbers on the validation part, in evaluation mode; remembers the best loss."""
         assert self.validation is not None
-        arrays = self._arrays
+        arrays = {**self._arrays, **(self.state.average if self.config.eval.ema else {})}
         sharding = batch_sharding(self.mesh, micro_batches=False)
 
         def first(x: Any) -> jax.Array:
@@ -339,13 +338,11 @@ class Trainer:
 
     def _write_checkpoint(self, done: int) -> None:
         self.health.check()
-        state = self.state
-        items = {"trained": state.trained, "statistics": state.statistics, "optimizer": state.optimizer}
         ids = {part: encoder.checkpoint for part, encoder in self.config.encoder_parts.items()}
         ids |= {"llm": self.config.llm.name}
         frozen = {"frozen": self.fingerprints, "frozen_ids": {c: ids.get(c) for c in self.fingerprints}}
         meta = {**frozen, **run.data_facts(self.dataset.fingerprint), "history": self.history}
-        self.checkpoints.save(done, items, meta, self.history["best_step"])
+        self.checkpoints.save(done, self.state.items, meta, self.history["best_step"])
 
     def _announce(self, first: int) -> None:
         epoch, (conversations, supervised) = self.plan.steps_before(1) * self.source.updates, self.plan.averages()

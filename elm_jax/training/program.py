@@ -59,7 +59,7 @@ def train_program(assembly: Assembly, mesh: Mesh, total_steps: int) -> TrainProg
             structure, layout = structure_behind_encoder(assembly), {assembly.signal.view: _encoded(assembly)}
     trained, moving, frozen = split_names(structure, config.update)
     tx = optimizer_of(assembly, total_steps)
-    state = abstract_state(structure, trained, moving, tx, mesh, shardings)
+    state = abstract_state(structure, trained, moving, tx, mesh, shardings, config.optim.ema > 0)
     places = jax.tree.map(lambda x: x.sharding, state)
     like = structure.abstract(shardings)
     kept = {n: like[n] for n in frozen}

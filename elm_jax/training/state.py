@@ -1,4 +1,4 @@
-"""What training changes: parameters, running statistics, optimizer, step; and how each is laid out on the mesh."""
+"""What training changes: parameters, running statistics, optimizer, average, step; and how each lies on the mesh."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ class TrainState(NamedTuple):
     trained: Arrays  # float32 parameters
     statistics: Arrays  # running statistics that move
     optimizer: optax.OptState
+    average: Arrays = {}  # float32: of the parameters after each step (`optim.ema`); empty where it is not asked for
+
+    @property
+    def items(self) -> dict[str, Any]:
+        """What a checkpoint holds, by item."""
+        return {name: tree for name, tree in self._asdict().items() if name != "step"}
+
+
+def averaged(average: Arrays, trained: Arrays, decay: float) -> Arrays:
+    """The exponential moving average after a step that has led to `trained`."""
+    return {n: x + (1.0 - decay) * (trained[n].astype(jnp.float32) - x) for n, x in average.items()}
 
 
 def split_names(structure: Structure, update: tuple[str, ...]) -> tuple[list[str], list[str], list[str]]:
@@ -49,12 +60,12 @@ def state_shardings(state: TrainState, arrays: Mapping[str, NamedSharding], mesh
 
 def abstract_state(
     structure: Structure, trained: list[str], moving: list[str], tx: Any, mesh: Mesh,
-    shardings: Mapping[str, NamedSharding],
+    shardings: Mapping[str, NamedSharding], averages: bool = False,
 ) -> TrainState:  # fmt: skip
-    """Shapes, dtypes and places of a state, before any of its arrays exists."""
+    """Shapes, dtypes and places of a state, before any of its arrays exists; `averages`: it has an average."""
     like = structure.abstract(shardings)
     parts = {n: like[n] for n in trained}, {n: like[n] for n in moving}
-    state = jax.eval_shape(lambda *parts: _initial(tx, *parts), *parts)
+    state = jax.eval_shape(lambda *parts: _initial(tx, averages, *parts), *parts)
     layout = state_shardings(state, shardings, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
 
@@ -63,8 +74,10 @@ def new_state(arrays: Arrays, like: TrainState, tx: Any) -> TrainState:
     """The state before the first step, laid out as `like`; the buffers of its arrays are taken over."""
     parts = {n: arrays[n] for n in like.trained}, {n: arrays[n] for n in like.statistics}
     out = jax.tree.map(lambda x: x.sharding, like)
-    return jax.jit(lambda *parts: _initial(tx, *parts), out_shardings=out, donate_argnums=(0, 1))(*parts)
+    made = jax.jit(lambda *parts: _initial(tx, bool(like.average), *parts), out_shardings=out, donate_argnums=(0, 1))
+    return made(*parts)
 
 
-def _initial(tx: Any, trained: Arrays, statistics: Arrays) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), trained, statistics, tx.init(trained))
+def _initial(tx: Any, averages: bool, trained: Arrays, statistics: Arrays) -> TrainState:
+    average = {name: jnp.array(x, jnp.float32, copy=True) for name, x in trained.items()} if averages else {}
+    return TrainState(jnp.zeros((), jnp.int32), trained, statistics, tx.init(trained), average)

@@ -25,7 +25,7 @@ from elm_jax.objectives import SFT, Objective, Sums, log_probs, objective_of
 from elm_jax.run.folder import REFERENCE
 from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, replicated
 from elm_jax.training.optim import clip_coefficient
-from elm_jax.training.state import TrainState
+from elm_jax.training.state import TrainState, averaged
 
 Metrics = dict[str, Any]  # scalars; of "others", what the objective has beside its loss, by name
 
@@ -127,8 +127,9 @@ def make_train_step(
             spike, _, recent = before.recent.judge(jnp.stack([loss, norm]), config.optim.skip_spikes)
             recent = _chosen(finite, recent, before.recent)  # which a spike moves, too
             taken, before, after = finite & ~spike, before._replace(recent=recent), after._replace(recent=recent)
-        moved = (optax.apply_updates(state.trained, updates), statistics, after)
-        kept = _chosen(taken, moved, (state.trained, state.statistics, before))
+        trained = cast(Arrays, optax.apply_updates(state.trained, updates))
+        moved = (trained, statistics, after, averaged(state.average, trained, config.optim.ema))
+        kept = _chosen(taken, moved, (state.trained, state.statistics, before, state.average))
         metrics = {
             "loss": loss,
             "grad_norm": norm,

@@ -83,9 +83,7 @@ def read(folder: Path, trainer: Trainer, way: str, which: str = "latest") -> tup
         if way == "read":
             weights = TrainedWeights(folder, str(step), trainer.assembly, checkpoints=checkpoints)
             return step, _hash(dict(weights.arrays(sorted(weights.trained))))
-        state = trainer.program.state
-        like = {"trained": state.trained, "statistics": state.statistics, "optimizer": state.optimizer}
-        restored = jax.tree_util.tree_leaves_with_path(checkpoints.restore(step, like))
+        restored = jax.tree_util.tree_leaves_with_path(checkpoints.restore(step, trainer.program.state.items))
         return step, _hash({jax.tree_util.keystr(path): np.asarray(x) for path, x in restored})
     finally:
         checkpoints.close()
@@ -174,8 +172,7 @@ def no_file_beyond(size: int) -> Iterator[None]:
 
 def full_disks(run: Run, place: Path, count: int) -> Iterator[tuple[int, str]]:
     """Room in bytes, and what is wrong (nothing: ""), of saves that do not fit."""
-    state = run.trainer.state
-    items = {"trained": state.trained, "statistics": state.statistics, "optimizer": state.optimizer}
+    items = run.trainer.state.items
     newest = run.folder / "checkpoints" / str(STEPS)
     largest = max(path.stat().st_size for path in newest.rglob("*") if path.is_file()) // 2
     for room in np.unique(np.geomspace(1, largest - 1, count).astype(int)) - 1:

@@ -10,14 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from parity_log import compare
 
+from elm_jax.keys import OptimConfig, TrainConfig
 from elm_jax.models.encoders import build_encoder
 from elm_jax.models.encoders.mae_pretraining import rebuilding_error
 from elm_jax.models.encoders.sequence import next_embedding_error
 from elm_jax.models.functional import Structure, structure_of
+from elm_jax.training.optim import clip_coefficient, learning_rate_multiplier, make_optimizer
+from elm_jax.training.state import averaged
 from elm_jax.weights.encoders import from_published, read_checkpoint, to_published
 
 Golden = Callable[[str], Path]
@@ -157,6 +161,57 @@ def test_nepa(case: str, golden: Golden) -> None:
         ours = published_norms("nepa", gradients)
         for tensor, norm in theirs.items():
             np.testing.assert_allclose(ours[tensor], norm, rtol=1e-3, atol=1e-6, err_msg=tensor)
+
+
+@pytest.mark.parametrize("name", ["mae_vit", "nepa"])
+def test_steps_of_the_optimizer_and_the_average(name: str, golden: Golden) -> None:
+    folder = golden(f"ssl_{name}")
+    structure, arrays = sequence(folder, name)
+    given = dict(np.load(folder / "inputs.npz"))
+
+    def loss(arrays: Any) -> jax.Array:
+        encoder = structure.bind(arrays)
+        if name == "nepa":
+            return next_embedding_error(encoder, jnp.asarray(given["signal"])).mean()
+        found = encoder.rebuild(jnp.asarray(given["patches"]), jnp.asarray(1.0 - given["visible_mask"]))
+        errors, counted = rebuilding_error(found, normalised=False)
+        return errors.sum() / counted.sum()
+
+    follow(folder, name, loss, arrays)
+
+
+def follow(folder: Path, name: str, loss: Callable[[Any], jax.Array], arrays: dict[str, jax.Array]) -> None:
+    """Take the golden's steps: AdamW, clipping, warm-up, cosine and EMA, as the train step puts them together."""
+    optim = OptimConfig(
+        lr=1e-3, schedule="cosine", warmup_steps=2, weight_decay=1e-2, beta1=0.9, beta2=0.95, grad_clip=1.0, ema=0.999
+    )
+    tx, rate = make_optimizer(optim, TrainConfig(), 20), learning_rate_multiplier(optim, 20)
+    trace, wanted = json.loads((folder / "train_trace.json").read_text()), dict(np.load(folder / "outputs.npz"))
+    state, average = tx.init(arrays), dict(arrays)
+    gradient = jax.jit(jax.value_and_grad(loss))
+
+    def length(tree: dict[str, jax.Array]) -> float:
+        return float(np.sqrt(sum(np.square(np.asarray(x, np.float64)).sum() for x in tree.values())))
+
+    for number, step in enumerate(trace):
+        value, gradients = gradient(arrays)
+        norm = optax.tree.norm(gradients)
+        scale = clip_coefficient(norm, optim.grad_clip)
+        updates, state = tx.update({n: g * scale for n, g in gradients.items()}, state, arrays)
+        arrays = optax.apply_updates(arrays, updates)  # type: ignore[assignment]
+        average = averaged(average, arrays, optim.ema)
+        found = {"loss": value, "grad_norm_before_clip": norm, "lr": optim.lr * float(rate(number))}
+        found |= {"l2_params": length(arrays), "l2_ema": length(average)}
+        for quantity, number_found in found.items():
+            bound = 1e-6 if quantity.startswith("l2") else 1e-4
+            compare(f"ssl_{name}", f"trace, {quantity}", number_found, step[quantity], bound)
+    for kind, tree in (("final", arrays), ("ema", average)):
+        theirs = {n.partition("/")[2]: x for n, x in wanted.items() if n.startswith(f"{kind}/")}
+        ours = to_published(name, tree)
+        assert theirs and set(theirs) <= set(ours)
+        for tensor, value in theirs.items():
+            near = np.isclose(ours[tensor], value, rtol=2e-3, atol=1e-5)
+            assert near.mean() >= 0.999, f"{kind} {tensor}"
 
 
 def sequence(folder: Path, name: str) -> tuple[Structure, dict[str, jax.Array]]:

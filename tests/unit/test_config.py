@@ -74,12 +74,12 @@ def test_keys_and_defaults_are_those_of_the_contract_and_those_it_has_grown_by()
     expected = copy.deepcopy(DEFAULTS)
     expected["llm"] |= {"dropout": 0.0, "chat": None}
     expected["llm"]["lora"]["adapter"] = None
-    expected["eval"] |= {"repetition_penalty": 1.0, "labels": None, "protocol": "ours"}
+    expected["eval"] |= {"repetition_penalty": 1.0, "labels": None, "protocol": "ours", "ema": False}
     expected["log"] |= {"wandb_project": None, "wandb_entity": None, "wandb_tags": ()}
     expected["eval"] |= {"wordnet": None, "bert_model": None}
     expected["train"]["conversations"] = None
     expected["encoders"] = {}
-    expected["optim"]["warmup_steps"] = None
+    expected["optim"] |= {"warmup_steps": None, "ema": 0.0}
     expected["rl"] = {
         "rewards": ("format", "tags", "answer"), "reward_weights": None, "answers": 4, "max_new_tokens": 384,
         "temperature": 0.8, "top_p": 0.95, "batch_size": 32, "updates": 2, "advantage": None, "mean": None,
@@ -257,6 +257,7 @@ def test_a_number_out_of_range_is_refused_with_the_range(key: str, value: Any) -
         ({"data": {"names": ["a"], "weights": [1, 2]}}, "data.weights"),
         ({"objective": "sft", "phase": "pretrain"}, "phase"),
         ({"mesh": {"fsdp": -1}}, "mesh"),
+        ({"eval": {"ema": True}}, "eval.ema"),
         ({"log": {"profile_steps": "20:10"}}, "log.profile_steps"),
         ({"log": {"profile_steps": "ten"}}, "log.profile_steps"),
         ({"update": []}, "update"),

@@ -298,10 +298,6 @@ class Run:
         return losses
 
 
-def items(state: TrainState) -> dict[str, Any]:
-    return {"trained": state.trained, "statistics": state.statistics, "optimizer": state.optimizer}
-
-
 @pytest.mark.slow
 def test_lora_and_muon_on_a_mesh_have_the_losses_of_one_device_and_resume(tmp_path: Path) -> None:
     alone, spread = Run((1, 1, 1)), Run((2, 2, 2))
@@ -309,13 +305,13 @@ def test_lora_and_muon_on_a_mesh_have_the_losses_of_one_device_and_resume(tmp_pa
     assert expected[0] - expected[-1] > 0.1, "nothing was learnt, so nothing was compared"
     first = spread.advance(3)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(3, items(spread.state), {"history": {}})
+    checkpoints.save(3, spread.state.items, {"history": {}})
     checkpoints.wait()
     rest = spread.advance(STEPS - 3)
     np.testing.assert_allclose(first + rest, expected, rtol=0, atol=1e-4)
 
     again = Run((2, 2, 2))
-    restored = checkpoints.restore(3, items(again.like))
+    restored = checkpoints.restore(3, again.like.items)
     checkpoints.close()
     step = jax.device_put(jnp.int32(3), again.like.step.sharding)
     again.state = TrainState(step, **restored)

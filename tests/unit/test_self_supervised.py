@@ -43,7 +43,7 @@ def config(folder: Path, name: str, **changes: Any) -> Config:
     usual = {
         "objective": name, "encoder__name": name, "encoder__config": MAE, "update": "encoder", "train__steps": 6,
         "train__save_every": 3, "train__eval_every": 3, "optim__schedule": "constant", "optim__warmup_ratio": 0.0,
-        "optim__lr": 1e-2, "data__names": ["demo:train=24,val=4,test=4"],
+        "optim__lr": 1e-2, "optim__ema": 0.5, "data__names": ["demo:train=24,val=4,test=4"],
     }  # fmt: skip
     return runs.config(folder, **{**usual, **OWN.get(name, {}), **changes})
 
@@ -64,7 +64,7 @@ def test_what_is_hidden_is_rebuilt_ever_better(name: str, tmp_path: Path) -> Non
         np.testing.assert_array_equal(value, last[array], err_msg=array)
     assert not (whole / "tokenizer").exists()
     out = tmp_path / "out"
-    export(config(whole, name), out, "latest")
+    export(config(whole, name, eval__ema=True), out, "latest")
     assert {path.name for path in out.iterdir()} <= {"encoder.safetensors", "encoder.pt", "elm.json"}
     begun = runs.config(
         tmp_path / "begun",
@@ -73,7 +73,7 @@ def test_what_is_hidden_is_rebuilt_ever_better(name: str, tmp_path: Path) -> Non
     )  # fmt: skip
     parts = assemble(begun)
     arrays = Weights(parts).place(array_shardings(parts.structure, make_mesh(begun.mesh, jax.devices()[:1])))
-    learnt = {name.partition("['")[2].removesuffix("']"): x for name, x in first.items() if name.startswith("trained")}
+    learnt = {name.partition("['")[2].removesuffix("']"): x for name, x in first.items() if name.startswith("average")}
     mine = [name for name in arrays if name.startswith("encoder.") and name in learnt]
     assert len(mine) >= 10
     for array in mine:

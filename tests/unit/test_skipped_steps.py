@@ -28,7 +28,7 @@ from elm_jax.training.state import abstract_state, new_state, split_names
 
 FAULTS = ("none", "loss", "leaf", "infinite", "overflow", "statistic", "signal", "spike")
 UPDATE = ("encoder", "connector", "llm")
-SETTINGS = {"optim": {"accum_steps": 2, "grad_clip": 1.0, "skip_spikes": 6.0}, "train": {"batch_size": 8}}
+SETTINGS = {"optim": {"accum_steps": 2, "grad_clip": 1.0, "skip_spikes": 6.0, "ema": 0.9}, "train": {"batch_size": 8}}
 
 
 def spoiled(loss_and_gradients: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +60,7 @@ class Run:
         shardings = array_shardings(structure, self.mesh)
         trained, moving, _ = split_names(structure, UPDATE)
         tx = make_optimizer(config.optim, config.train, 1000)
-        like = abstract_state(structure, trained, moving, tx, self.mesh, shardings)
+        like = abstract_state(structure, trained, moving, tx, self.mesh, shardings, averages=True)
         self.state: Any = new_state({n: jax.device_put(x, shardings[n]) for n, x in arrays.items()}, like, tx)
         layout = jax.tree.map(lambda x: x.sharding, like)
         self.step = step_module.make_train_step(structure, config, tx, self.mesh, layout, {})
