@@ -173,7 +173,7 @@ class SignalSpec:
             return
         file = self._files(path)[0]
         if not os.path.isfile(file):
-            expected = "a .npy file or a WFDB record with its .hea"
+            expected = "a recording: a .npy file, a WFDB record with its .hea, or another format of docs/records.md"
             raise UserError(str(file), "no file", expected, "check the path (and data.root)")
 
     def _files(self, path: str) -> Sequence[str | Path]:

@@ -1,6 +1,6 @@
 """A recording: read a file, put its leads in the canonical order, check it, resample, cut, normalise.
 
-`.npy` and WFDB files in; a Recording (C leads x L samples, float32, millivolts where the file says so) out.
+A file of any format in; a Recording (C leads x L samples, float32, millivolts where the file says so) out.
 """
 
 import logging
@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from elm_jax import compat as behaviours
+from elm_jax.ecg.formats import reader_of
+from elm_jax.ecg.names import LEADS, derive, find_leads
 from elm_jax.ecg.npy import read_npy
 from elm_jax.ecg.resampling import resample, resample_by_spline
+from elm_jax.ecg.stored import Stored
 from elm_jax.ecg.wfdb_record import WfdbRecord, header_of
-from elm_jax.errors import UserError, nearest, some
+from elm_jax.errors import UserError, some
 
-LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 AVL_FIRST = ("I", "II", "III", "aVL", "aVR", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 # Row order of the .npy files that the reference's preparation writes, by its dataset folders: it permutes
 # only some datasets, and the files do not say so.
@@ -28,8 +30,8 @@ FOLDER_ORDER = {
     **dict.fromkeys(("ptb_xl", "ptb", "csn", "cpsc", "heed"), LEADS),
     **dict.fromkeys(("mimic_iv", "mimic", "code15", "echonext"), AVL_FIRST),
 }
+UNNAMED = f"no lead names in the files: rows taken as {', '.join(LEADS)}"
 LEAST_RATE, MOST_RATE = 1.0, 100_000.0  # of what can be an ECG
-_FOLDED = {lead.casefold() for lead in LEADS}
 _log = logging.getLogger(__name__)
 
 
@@ -37,7 +39,8 @@ _log = logging.getLogger(__name__)
 class Recording:
     """signal (C, L) with its rows in canonical order, finite; leads: their names; samples per second.
 
-    report: what the file says of it; dropped: the names of further leads, which were left out.
+    report: what the file says of it; dropped: the names of further leads, which were left out; derived: leads that
+    the file does not store, computed from I and II.
     """
 
     signal: np.ndarray
@@ -45,6 +48,7 @@ class Recording:
     sampling_rate: float
     report: str = ""
     dropped: tuple[str, ...] = ()
+    derived: tuple[str, ...] = ()
 
 
 def read_ecg(
@@ -55,25 +59,37 @@ def read_ecg(
     bare_rate: float = 250.0,  # what the reference's preparation writes
     dtype: type[np.floating[Any]] = np.float32,
 ) -> Recording:
-    """The 12-lead recording in a `.npy` file or a WFDB record (with or without `.hea`, `.dat`, `.mat`).
+    """The 12-lead recording in a `.npy` file, a WFDB record (with or without `.hea`, `.dat`, `.mat`) or a file of the
+    formats of `ecg.formats`.
 
-    signal (12, L) of `dtype` in the order of LEADS, whatever the order of the file, in mV if it is a WFDB record;
-    further leads are dropped, with a warning in the log, and a lead that is stored negated ("-aVR") is turned back.
-    lead_order names the file's rows and overrides what the file says; without either, the order known for
-    the reference's dataset folder is taken, else LEADS, with a note in the log. sampling_rate (Hz) likewise; a bare
-    array is taken to be at `bare_rate`. Raises UserError for whatever cannot be such a recording.
+    signal (12, L) of `dtype` in the order of LEADS, whatever the order of the file, in mV where the file has units;
+    further leads are dropped, with a warning in the log, a lead that is stored negated ("-aVR") is turned back, and
+    aVR, aVL and aVF (with III) are computed where the file has none of them. lead_order names the file's rows and
+    overrides what the file says; without either, the order known for the reference's dataset folder is taken, else
+    LEADS, with a note in the log. sampling_rate (Hz) likewise; a bare array of a `.npy` file is taken to be at
+    `bare_rate`. Raises UserError for whatever cannot be such a recording.
     """
     path = os.fspath(path)  # a loader reads thousands a second, and a Path costs as much as an array operation
     _check_name(path)
     if path.endswith(".npy"):
         signal, names, rate, report = _read_npy(path)
-        rows = _rows(path, names if lead_order is None else lead_order, signal)
+        names = _unnamed_order(path, signal) if names is None and lead_order is None else names
+        rows = find_leads(path, _one_for_each(path, names if lead_order is None else lead_order, len(signal)))
         if rows.places != tuple(range(len(signal))):
             signal = signal[list(rows.places)]
     else:
-        record = _open_wfdb(path)
-        rows = _rows(path, record.names if lead_order is None else lead_order, record.names)
-        (signal, rate), report = record.read(list(rows.places)), ""
+        stored = _open(path)
+        names = stored.names if lead_order is None else lead_order
+        if lead_order is None and len(names) == len(LEADS) and not any(names) and isinstance(stored, Stored):
+            names = LEADS
+            _note(os.path.dirname(path), UNNAMED)
+        rows = find_leads(path, _one_for_each(path, names, len(stored.names)))
+        (signal, rate), report = stored.read(list(rows.places)), stored.report
+        if rate is None and sampling_rate is None:
+            fix = "state it in the file, or from Python: read_ecg(path, sampling_rate=500)"
+            raise UserError(path, "no sampling rate", "samples a second", fix)
+        for note in stored.notes:
+            _note(os.path.dirname(path), note)
     if signal.shape[1] == 0:
         raise UserError(path, "no samples", "(leads, samples)", "leave this recording out")
     rate = rate if sampling_rate is None else sampling_rate
@@ -85,10 +101,13 @@ def read_ecg(
         signal = signal.astype(dtype, copy=not signal.flags.writeable)  # a bare array is a view of the file's bytes
     for row in rows.negated:
         np.negative(signal[row], out=signal[row])
+    if rows.derived:
+        signal = derive(signal, rows.derived)
+        _note(os.path.dirname(path), f"{', '.join(rows.derived)} computed from I and II")
     _check_finite(path, signal)
     if rows.dropped:
         _warn_of_dropped(os.path.dirname(path), rows.dropped)
-    return Recording(signal, LEADS, rate, report, rows.dropped)
+    return Recording(signal, LEADS, rate, report, rows.dropped, rows.derived)
 
 
 def _check_name(path: str) -> None:
@@ -148,57 +167,26 @@ def _checked_rate(path: str, rate: Any, name: str) -> float:
     return value
 
 
-def _open_wfdb(path: str) -> WfdbRecord:
+def _open(path: str) -> WfdbRecord | Stored:
+    """A WFDB record where its header is there, else a file of another format."""
     file = Path(path)
-    if not file.name or not os.path.isfile(header_of(file)):  # which raises nothing, however long the name is
+    if file.name and os.path.isfile(header_of(file)):  # which raises nothing, however long the name is
+        return WfdbRecord.open(file)
+    reader = reader_of(file)
+    if reader is None:
         raise UserError(
             path,
             f"no header {header_of(file).name} beside it" if os.path.isfile(file) else "no file",
-            "a .npy file or a WFDB record with its .hea",
+            "a .npy file, a WFDB record with its .hea, or another file of recordings that docs/records.md names",
             "check the path (and data.root)",
         )
-    return WfdbRecord.open(file)
+    return reader(file)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The file's row of each of LEADS; the places in LEADS of those that it has negated; the names of other rows."""
-
-    places: tuple[int, ...]
-    negated: tuple[int, ...] = ()
-    dropped: tuple[str, ...] = ()
-
-
-_IN_ORDER = _Rows(tuple(range(len(LEADS))))
-
-
-def _rows(path: str, names: Sequence[str] | None, stored: Sequence[Any] | np.ndarray) -> _Rows:
-    """Where LEADS are among the `stored` rows, by `names`."""
-    names = _unnamed_order(path, np.asarray(stored)) if names is None else tuple(names)
-    if len(names) != len(stored):
-        raise UserError(
-            path, f"{len(stored)} rows for {len(names)} lead names", "one name per row", "give one name for each"
-        )
-    if names == LEADS:  # as nearly all prepared files have them
-        return _IN_ORDER
-    plain = [name.strip().casefold().replace("\N{MINUS SIGN}", "-") for name in names]
-    places, negated = [], []
-    for place, lead in enumerate(LEADS):
-        called = lead.casefold() if lead.casefold() in plain else f"-{lead.casefold()}"
-        if plain.count(called) > 1:
-            raise UserError(path, f"leads {', '.join(names)}", f"each lead once, {lead} too", "give one another name")
-        if called in plain:
-            places.append(plain.index(called))
-            negated += [place] * called.startswith("-")
-    if len(places) < len(LEADS):
-        missing = [lead for lead in LEADS if not {lead.casefold(), f"-{lead.casefold()}"} & set(plain)]
-        others = [name for name in names if name.strip().casefold() not in _FOLDED]
-        named = ", ".join(name or "one without a name" for name in names) or "none"
-        where = "under its key leads" if path.endswith(".npy") else "in the header"
-        fix = nearest(missing[0], others) or f"name the leads so {where}"
-        raise UserError(path, f"no lead {', '.join(missing)} among {named}", "all twelve standard leads", fix)
-    dropped = tuple(name or "one without a name" for place, name in enumerate(names) if place not in places)
-    return _Rows(tuple(places), tuple(negated), dropped)
+def _one_for_each(path: str, names: Sequence[str], rows: int) -> Sequence[str]:
+    if len(names) != rows:
+        raise UserError(path, f"{rows} rows for {len(names)} lead names", "one name per row", "give one name for each")
+    return names
 
 
 def _unnamed_order(path: str, signal: np.ndarray) -> tuple[str, ...]:
@@ -219,7 +207,7 @@ def _order_in(folder: str) -> tuple[str, ...]:
     dataset = parent.parent if parent.name.startswith("preprocessed") else parent
     if dataset.name in FOLDER_ORDER:
         return FOLDER_ORDER[dataset.name]
-    _note(folder, f"no lead names in the files: rows taken as {', '.join(LEADS)}")
+    _note(folder, UNNAMED)
     return LEADS
 
 

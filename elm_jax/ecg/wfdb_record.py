@@ -6,7 +6,6 @@ in a gain or rate that it does not understand, and gives all segments the units 
 
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,12 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from elm_jax.ecg.names import millivolts
 from elm_jax.ecg.npy import MAX_BYTES
 from elm_jax.errors import UserError, refused, some
 from elm_jax.folders import check_regular
 
-_UNIT = re.compile(r"(m|milli|u|micro|n|nano)?(?:v|volts?)")
-_MILLIVOLTS = {None: 1e3, "m": 1.0, "milli": 1.0, "u": 1e-3, "micro": 1e-3, "n": 1e-6, "nano": 1e-6}
 _RATE = 250.0  # of a header that states none, by WFDB's standard
 _RECORD = re.compile(  # strict: wfdb finds numbers where no number should be
     r"[-\w]+(?:/(?P<segments>\d{1,9}))?\s+(?P<signals>\d{1,9})"
@@ -64,6 +62,7 @@ class WfdbRecord:
 
     header: Path
     names: tuple[str, ...]
+    report, notes = "", ()
     _parts: tuple[tuple[_Header, int | None], ...]  # with the frames that the record says a segment has
 
     @classmethod
@@ -212,11 +211,10 @@ def _scale(path: Path, signal: _Signal) -> float:
             "converter steps for one mV: without a gain a signal is uncalibrated",
             "write it into the header, as in 1000/mV",
         )
-    unit = unicodedata.normalize("NFKC", match["unit"] or "mV").casefold().replace("μ", "u")  # NFKC: µ, U+00B5, to μ
-    known = _UNIT.fullmatch(unit)
-    if known is None:
+    scale = millivolts(match["unit"] or "mV")
+    if scale is None:
         raise UserError(path, f"unit {match['unit']!r} {what}", "V, mV, µV or nV", "write the unit into the header")
-    return _MILLIVOLTS[known[1]]
+    return scale
 
 
 def _check_claim(header: _Header, name: str) -> None:

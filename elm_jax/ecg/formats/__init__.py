@@ -1,0 +1,25 @@
+"""The formats of recordings besides `.npy` and WFDB: which reader reads which file."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from elm_jax.ecg.formats.edf import read_edf
+from elm_jax.ecg.formats.mat import read_mat
+from elm_jax.ecg.formats.table import read_table
+from elm_jax.ecg.stored import Stored
+
+Reader = Callable[[Path], Stored]  # raises UserError for what it cannot read
+READERS: dict[str, Reader] = {
+    **dict.fromkeys((".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz"), read_table),
+    **dict.fromkeys((".edf", ".bdf", ".rec"), read_edf),
+    ".mat": read_mat,
+}
+
+
+def reader_of(path: Path) -> Reader | None:
+    """Who reads the file at `path`, by its ending in upper or lower case; None: no file, or of no known kind."""
+    if not os.path.isfile(path):  # which raises nothing, however long the name is
+        return None
+    endings = [suffix.casefold() for suffix in path.suffixes[-2:]]
+    return READERS.get("".join(endings)) or READERS.get(endings[-1] if endings else "")

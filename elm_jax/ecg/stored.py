@@ -1,0 +1,99 @@
+"""What a file stores, before leads are chosen of it: its channels, each in its own unit and at its own rate."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from elm_jax.ecg.names import millivolts
+from elm_jax.ecg.npy import MAX_BYTES
+from elm_jax.errors import UserError, some
+from elm_jax.folders import read_regular
+
+UNPACKED, GROWTH = 16 << 20, 100  # what is packed may become so many bytes, or so many times larger
+AGAIN = "download or export it again"
+
+
+@dataclass(frozen=True)
+class Channel:
+    """values (L,), of which values · gain + offset is in `unit`; samples a second, None where the file says none."""
+
+    name: str
+    values: np.ndarray
+    rate: float | None
+    unit: str = "mV"
+    gain: float = 1.0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The channels of a file; what it says in words; notes: what was taken for granted in reading it."""
+
+    path: Path
+    channels: Sequence[Channel]
+    report: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(channel.name for channel in self.channels)
+
+    def read(self, rows: Sequence[int]) -> tuple[np.ndarray, float | None]:
+        """The channels `rows`: (len(rows), L) float64 in mV, and their samples a second.
+
+        Raises UserError for a unit that is not of volts, and for channels of several rates or lengths.
+        """
+        chosen = [self.channels[row] for row in rows]
+        rates, lengths = ({get(channel) for channel in chosen} for get in (_rate, _length))
+        if len(rates) > 1 or len(lengths) > 1:
+            found = [f"{_length(c)} samples" + (f" at {c.rate:g} Hz" if c.rate else "") for c in chosen]
+            raise UserError(self.path, f"leads of {some(dict.fromkeys(found))}", "all alike", "export them so")
+        signal = np.empty((len(chosen), lengths.pop()))
+        for row, channel in zip(signal, chosen, strict=True):
+            scale = millivolts(channel.unit)
+            if scale is None:
+                found = f"unit {channel.unit!r} of signal {channel.name}"
+                raise UserError(self.path, found, "V, mV, µV or nV", "export it in one of these")
+            if not np.isfinite(channel.gain) or channel.gain == 0 or not np.isfinite(channel.offset):
+                found = f"gain {channel.gain:g} and offset {channel.offset:g} of signal {channel.name}"
+                raise UserError(self.path, found, "a gain that is not 0, and numbers", AGAIN)
+            with np.errstate(over="ignore", invalid="ignore"):
+                row[:] = (channel.values * channel.gain + channel.offset) * scale
+        return signal, rates.pop()
+
+
+def _rate(channel: Channel) -> float | None:
+    return channel.rate
+
+
+def _length(channel: Channel) -> int:
+    return len(channel.values)
+
+
+def read_file(path: Path, what: str, most: int = MAX_BYTES) -> bytes:
+    """What a file of at most `most` bytes holds. Raises UserError."""
+    return read_regular(path, what, "check the path (and data.root)", most)
+
+
+def check_size(path: Path, claimed: int, stored: int) -> None:
+    """Raise UserError where `stored` packed bytes claim to become more than they may."""
+    most = min(MAX_BYTES, max(UNPACKED, GROWTH * stored))
+    if claimed > most:
+        raise UserError(path, f"{stored} packed bytes that become {claimed}", f"at most {most}", AGAIN)
+
+
+def inflate(path: Path, packed: bytes | memoryview, wbits: int = zlib.MAX_WBITS) -> bytes:
+    """Unpacked bytes of one zlib stream (gzip: wbits 31). Raises UserError: damaged, cut, or far too large."""
+    most = min(MAX_BYTES, max(UNPACKED, GROWTH * len(packed)))
+    machine = zlib.decompressobj(wbits)
+    try:
+        data = machine.decompress(packed, most + 1)
+    except zlib.error as error:
+        raise UserError(path, f"packed bytes that are damaged ({error})", "what can be unpacked", AGAIN) from None
+    if len(data) > most or not machine.eof:
+        found = f"{len(packed)} packed bytes that become more than {most}" if len(data) > most else "packed bytes, cut"
+        raise UserError(path, found, "all of them, and no more than a recording has", AGAIN)
+    return data
