@@ -232,6 +232,7 @@ def _hub_cache() -> Path:
 HOST_CHECKS: Checks = {
     "packages": packages,
     "tokenizer": tokenizer,
+    "formats": partial(packages, "formats", "recordings in HDF5 and DICOM"),
     "torch": partial(packages, "torch", ".pt files"),
     "wandb": partial(packages, "wandb", "Weights & Biases"),
     "tensorboard": partial(packages, "tensorboard", "TensorBoard"),

@@ -12,6 +12,8 @@ from elm_jax.errors import UserError, nearest
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 AUGMENTED = ("aVR", "aVL", "aVF")
+# Of SCP-ECG (EN 1064) and, behind "2:", of MDC in DICOM.
+NUMBERED = dict(zip((1, 2, 61, 62, 63, 64, *range(3, 9)), LEADS, strict=True)) | {65: "-aVR"}
 _FOLDED = {lead.casefold(): lead for lead in LEADS} | {f"d{n}": LEADS[n - 1] for n in (1, 2, 3)}
 _FOLDED |= {f"d{'i' * n}": LEADS[n - 1] for n in (1, 2, 3)}  # as in Latin countries
 _LEAD = re.compile(  # a hyphen right behind a word parts it from the name; any other one negates

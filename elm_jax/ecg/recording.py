@@ -97,12 +97,12 @@ def read_ecg(
         rate = bare_rate
         _note(os.path.dirname(path), f"no sampling rate in the files: taken as {bare_rate:g} Hz")
     rate = _checked_rate(path, rate, "target_sf" if sampling_rate is None and path.endswith(".npy") else "it")
-    with np.errstate(over="ignore"):
-        signal = signal.astype(dtype, copy=not signal.flags.writeable)  # a bare array is a view of the file's bytes
+    with np.errstate(over="ignore"):  # a bare array is a view of the file's bytes
+        signal = signal.astype(np.float64 if rows.derived else dtype, copy=not signal.flags.writeable)
     for row in rows.negated:
         np.negative(signal[row], out=signal[row])
     if rows.derived:
-        signal = derive(signal, rows.derived)
+        signal = derive(signal, rows.derived).astype(dtype, copy=False)
         _note(os.path.dirname(path), f"{', '.join(rows.derived)} computed from I and II")
     _check_finite(path, signal)
     if rows.dropped:

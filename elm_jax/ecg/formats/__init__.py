@@ -4,16 +4,24 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from elm_jax.ecg.formats.dicom import read_dicom
 from elm_jax.ecg.formats.edf import read_edf
+from elm_jax.ecg.formats.hdf5 import read_hdf5
 from elm_jax.ecg.formats.mat import read_mat
+from elm_jax.ecg.formats.scp import read_scp
 from elm_jax.ecg.formats.table import read_table
+from elm_jax.ecg.formats.vendor_xml import read_xml
 from elm_jax.ecg.stored import Stored
 
 Reader = Callable[[Path], Stored]  # raises UserError for what it cannot read
 READERS: dict[str, Reader] = {
     **dict.fromkeys((".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz"), read_table),
     **dict.fromkeys((".edf", ".bdf", ".rec"), read_edf),
+    **dict.fromkeys((".h5", ".hdf5"), read_hdf5),
+    **dict.fromkeys((".dcm", ".dicom"), read_dicom),
     ".mat": read_mat,
+    ".scp": read_scp,
+    ".xml": read_xml,
 }
 
 
