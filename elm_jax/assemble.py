@@ -21,14 +21,16 @@ from elm_jax.config import Config, renamed, resolve
 from elm_jax.data.dataset import Dataset, TextSpec, text_spec
 from elm_jax.data.ecg_tokens import EcgTokens, add_ecg_tokens
 from elm_jax.data.represent import SignalSpec, signal_spec
+from elm_jax.data.samples import REPORT
 from elm_jax.data.sources import load_records
 from elm_jax.errors import UserError
-from elm_jax.folders import ECG_BYTE, check_checksums, read_run_config, run_folder, tokenizer_of
+from elm_jax.folders import ECG_BYTE, check_checksums, read_json, read_run_config, run_folder, tokenizer_of
 from elm_jax.models.attention import choose_attention
 from elm_jax.models.connectors import build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder, DecoderConfig, Remat
 from elm_jax.models.elm import ELM
-from elm_jax.models.encoders import ENCODERS, PRETRAINING, build_encoder
+from elm_jax.models.encoders import ENCODERS, PRETRAINING, build_encoder, kind_of
+from elm_jax.models.encoders.text_tower import TextConfig
 from elm_jax.models.families import chat_family, extended, scratch_config
 from elm_jax.models.functional import Arrays, Structure, initialise, structure_of
 from elm_jax.models.lora import add_lora
@@ -37,7 +39,8 @@ from elm_jax.objectives import OBJECTIVES, Objective, objective_of
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.text.render import THINK_TOKENS, add_tokens
 from elm_jax.text.vocabulary import load_tokenizer
-from elm_jax.weights.encoders import encoder_config
+from elm_jax.weights.encoders import encoder_config, text_tower_folder
+from elm_jax.weights.files import HF_FOLDER
 from elm_jax.weights.load import read_llm_config, resolve_llm_folder
 from elm_jax.weights.peft import spec_of
 
@@ -131,6 +134,8 @@ def find_llm(config: Config, weights: bool = True) -> Path | None:
     for view in _encoded(config):
         if ENCODERS[name := str(config.encoder_of(view).name)].file_config is None:
             ENCODERS[name].config(_encoder_fields(config, view))
+    if objective.samples.phase == REPORT:
+        text_tower_folder(config.ssl.text)
     if "llm" not in objective.needs or config.llm.scratch:
         return None
     return resolve_llm_folder(config.llm.name, weights)
@@ -138,9 +143,37 @@ def find_llm(config: Config, weights: bool = True) -> Path | None:
 
 def _encoders_alone(config: Config, objective: Objective) -> Assembly:
     encoders, none = {view: _encoder_fields(config, view) for view in _encoded(config)}, cast(Any, None)
+    signal, text, tokenizer = _signal(config, encoders, None), TextSpec("plain", signal_tokens(config)), none
+    if objective.samples.phase == REPORT:
+        tokenizer, tower = _text_tower(config)
+        text = replace(text, max_len=config.data.max_len)
+        encoders = {view: {**fields, "text": tower} for view, fields in encoders.items()}
     structure = structure_of(lambda: _build(config, none, encoders))
-    signal, text = _signal(config, encoders, None), TextSpec("plain", signal_tokens(config))
-    return Assembly(config, none, text, signal, objective, none, none, encoders, structure)
+    return Assembly(config, tokenizer, text, signal, objective, none, none, encoders, structure)
+
+
+def _text_tower(config: Config) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer of `ssl.text`, and the fields of its tower.
+
+    Raises:
+        UserError: it is no such tower, the tokenizer is not that of its weights, or data.max_len exceeds its context.
+    """
+    (part,), folder = config.encoder_parts, text_tower_folder(config.ssl.text)
+    paired = kind_of(encoder_kind(config, part)).text
+    assert paired is not None
+    fields = paired.family.fields_of(read_json(folder / "config.json", HF_FOLDER), str(folder))
+    frozen = config.ssl.frozen_layers
+    sizes = TextConfig.from_fields(fields := {**fields, "frozen": paired.frozen if frozen is None else frozen})
+    if config.data.max_len > sizes.longest:
+        expected, fix = f"at most the tower's context, {sizes.longest}", f"set --config.data.max_len={sizes.longest}"
+        raise UserError("data.max_len", str(config.data.max_len), expected, fix)
+    tokenizer = load_tokenizer(folder, "ssl.text")
+    pad, rows = tokenizer.pad_token_id, len(tokenizer)
+    if pad is None or rows > sizes.vocab_size or (sizes.of_bert and pad != sizes.pad_token_id):
+        found = f"{folder} with a tokenizer of {rows} tokens and padding {pad}"
+        expected = f"that of its weights: at most {sizes.vocab_size} tokens, and padding {sizes.pad_token_id}"
+        raise UserError("ssl.text", found, expected, "give a folder with its own tokenizer")
+    return tokenizer, fields
 
 
 def encoder_structure(assembly: Assembly) -> Structure:

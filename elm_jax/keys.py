@@ -239,6 +239,12 @@ class SslConfig:
 
     mask_ratio: float = key(0.75, "part of the patches that is hidden", limit="above 0 and at most 1")
     norm_patches: bool | None = key(None, "patches are rebuilt less their mean, by their deviation")
+    text: str | None = key(None, "what ECGs are held against: a Hugging Face folder or id of a text tower")
+    frozen_layers: int | None = key(
+        None, "first layers of it that are not trained, nor its embeddings then; -1: nothing of it is",
+        limit="-1 or at least 0",
+    )  # fmt: skip
+    temperature: float = key(0.07, "of merl: what cosines are divided by", limit="above 0")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ LIMITS: dict[str, Callable[[float], bool]] = {
     "at least 2": lambda v: v >= 2,
     "above 0": lambda v: v > 0,
     "from 0 to 4294967295": lambda v: 0 <= v < 2**32,
+    "-1 or at least 0": lambda v: v >= -1,
     "-1 or at least 1": lambda v: v == -1 or v >= 1,
     "from 0 to 1": lambda v: 0 <= v <= 1,
     "at least 0 and below 1": lambda v: 0 <= v < 1,

@@ -12,10 +12,13 @@ from elm_jax.data.batch import Conversation, Group, Shown, ecgs_before
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 from elm_jax.registry import qualified_name
+from elm_jax.text.reports import padded_ids
+from elm_jax.text.turns import to_turns
 
 if TYPE_CHECKING:
     from elm_jax.data.dataset import Dataset
 
+REPORT = "report"  # a phase of Samples
 Measured = tuple[int, int, int]  # tokens, supervised tokens and signal slots
 
 
@@ -74,7 +77,8 @@ class Samples:
     Args:
         of: a record's samples, which are branches of one group: what they begin with is computed once, and a step has
             all of them or none. None: the record's own text, which may share its beginning with other records'.
-        phase: the form of the text, as `text.render` has it. None: there is no text, only the record's ECGs.
+        phase: the form of the text, as `text.render` has it. REPORT: what was written of the record's one ECG, for a
+            text tower. None: there is no text, only the record's ECGs.
         extras: names of the numbers that the samples have.
         experience: where the model makes the samples itself.
     """
@@ -87,7 +91,12 @@ class Samples:
     @property
     def plain(self) -> bool:
         """Whether a record is one conversation that is learnt as it stands."""
-        return self.of is None and self.phase is not None and self.experience is None
+        return self.of is None and not self.alone and self.experience is None
+
+    @property
+    def alone(self) -> bool:
+        """Whether each record has a row to itself, which holds no conversation."""
+        return self.phase in (None, REPORT)
 
     @property
     def fingerprint(self) -> str:
@@ -103,7 +112,7 @@ class Samples:
             UserError: they do not fit data.max_len together, or cannot be rendered; names the record.
         """
         problem = dataset.records[index].problem
-        if self.phase is None and problem is not None:
+        if self.alone and problem is not None:
             raise problem
         if self.experience is None:
             signals = dataset.signals(index) if dataset.reads_ecgs else None
@@ -126,9 +135,13 @@ class Samples:
     ) -> list[Conversation]:
         """The samples of a record that is not `plain`, with given signals (None: a bad record, of weight 0)."""
         record = dataset.records[index]
-        if self.phase is None:
-            ids, places = np.zeros(1, np.int32), np.zeros((len(record.ecg_paths), 0), np.int32)
-            return [Conversation(index, ids, ids.astype(bool), places, signals)]
+        if self.alone:
+            ids = np.zeros(1, np.int32)
+            if self.phase == REPORT:
+                with dataset.naming(index):
+                    ids = padded_ids(dataset.tokenizer, report_of(record), dataset.text.max_len)
+            places = np.zeros((len(record.ecg_paths), 0), np.int32)
+            return [Conversation(index, ids, np.zeros(len(ids), bool), places, signals)]
         assert self.of is not None, "the model makes these samples"
         made = []
         with dataset.naming(index):
@@ -138,6 +151,21 @@ class Samples:
             made.append(replace(one, supervised=_last_of(one.supervised)) if sample.last else one)
             length = 1  # of a bad record whose ECGs would be tokens nothing is known but how long all samples are
         return made
+
+
+def report_of(record: Record) -> str:
+    """What was written of the record's ECG: its report, else its text, of a conversation the answers.
+
+    Raises:
+        UserError: nothing was, or the record has several ECGs.
+    """
+    if len(record.ecg_paths) != 1:
+        found = f"{len(record.ecg_paths)} ECGs"
+        raise UserError("ecg_path", found, "one, to be held against its report", "leave the record out")
+    said = record.report or " ".join(turn.text for turn in to_turns(record.text) if turn.role == "assistant").strip()
+    if not said:
+        raise UserError("report", "no words", "a column report, or a text with an answer", "leave the record out")
+    return said
 
 
 def _last_of(supervised: np.ndarray) -> np.ndarray:

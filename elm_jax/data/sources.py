@@ -15,7 +15,7 @@ import numpy as np
 
 from elm_jax.config import DataConfig
 from elm_jax.data.represent import FLATLINE, NOISE
-from elm_jax.data.table_files import KINDS
+from elm_jax.data.table_files import KINDS, REPORT
 from elm_jax.data.tables import Lazy, Part, Source, identities, open_source
 from elm_jax.errors import UserError
 from elm_jax.json_text import parse_json
@@ -34,7 +34,7 @@ class Record:
     where rows are numbered per split; dataset: index into data.names; problem: what is wrong with the record
     itself, where no conversation can be made of it; fields: what of `table_files.KINDS` it says about its question;
     ecgs_of: the id of the record whose ECGs it has, where a control gave it another's; rejected: of a pair of answers
-    the one that is not preferred, a text or turns of which the last is it.
+    the one that is not preferred, a text or turns of which the last is it; report: what was written of the ECG.
     """
 
     ecg_paths: tuple[str, ...]
@@ -47,6 +47,7 @@ class Record:
     fields: Mapping[str, str] = field(default_factory=dict)
     ecgs_of: str = ""
     rejected: Any = None
+    report: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class _Rows:
             problem,
             {key: str(row[key]) for key in KINDS if row.get(key) not in (None, "")},
             rejected=_as_answer(decode_text(_without_nulls(row.get("rejected")))),
+            report=_report_of(row),
         )
 
     def patients(self) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -240,15 +242,21 @@ def _subset(rows: list[_Rows], subset: float | None, seed: int) -> list[_Rows]:
 
 
 def _text_of(row: Mapping[str, Any]) -> Any:
-    """A row's text; of a pair of answers its prompt with the chosen one."""
+    """A row's text; of a pair of answers its prompt with the chosen one; else its report."""
     text, prompt, chosen = (decode_text(_without_nulls(row.get(name))) for name in ("text", "prompt", "chosen"))
-    if text is not None or prompt is None or chosen is None:
+    if text is not None:
         return text
+    if prompt is None or chosen is None:
+        return _report_of(row) or None
     asked = [Turn("user", prompt)] if isinstance(prompt, str) else prompt
     try:
         return [*to_turns(asked), to_turns(_as_answer(chosen))[-1]]
     except UserError:
         return [asked, chosen]  # what is wrong is said where the conversation is made
+
+
+def _report_of(row: Mapping[str, Any]) -> str:
+    return row[REPORT].strip() if isinstance(row.get(REPORT), str) else ""
 
 
 def _as_answer(value: Any) -> Any:

@@ -18,7 +18,8 @@ from elm_jax.json_text import parse_json
 
 KINDS = ("question_type", "attribute_type", "attribute", "template_id")  # of ECG-QA, to score by
 PAIR = ("prompt", "chosen", "rejected")  # of preferences: in place of text, or rejected alone beside it
-COLUMNS = ("ecg_path", "text", "name", "patient_id", "split", *KINDS, *PAIR)
+REPORT = "report"  # what ECGs are held against; in place of text, or beside it
+COLUMNS = ("ecg_path", "text", "name", "patient_id", "split", *KINDS, *PAIR, REPORT)
 SUFFIXES = (".parquet", ".json", ".jsonl")
 _SPLITS, _STATE = "dataset_dict.json", "state.json"  # of a dataset that the library has saved
 
@@ -155,13 +156,13 @@ def plain(where: str, table: Any) -> Any:
 
 
 def _looked_at(where: str, kinds: Mapping[str, Any], is_plain: Callable[[str, Any], bool]) -> list[str]:
-    """Those of COLUMNS that a table has. A pair's that are not plain are none where there is a text. Raises UserError
-    for others that are not plain."""
+    """Those of COLUMNS that a table has. A pair's or a report that are not plain are none where there is a text. Raises
+    UserError for others that are not plain."""
     found = []
     for name in (name for name in COLUMNS if name in kinds):
         if is_plain(name, kinds[name]):
             found.append(name)
-        elif name not in PAIR or "text" not in kinds:
+        elif name not in (*PAIR, REPORT) or "text" not in kinds:
             expected = "text: paths of recordings" if name == "ecg_path" else "text or numbers"
             raise UserError(f"{where}, column {name}", f"the type {kinds[name]}", expected, "write the column as text")
     return found
@@ -227,8 +228,8 @@ def _json_rows(file: Path) -> Iterator[Mapping[str, Any]]:
 
 def missing_columns(columns: Collection[str]) -> list[str]:
     """What a record cannot do without, and is not among these."""
-    paired = "prompt" in columns and "chosen" in columns
-    return [column for column in ("ecg_path", "text") if column not in columns and not (column == "text" and paired)]
+    instead = ("prompt" in columns and "chosen" in columns) or REPORT in columns
+    return [column for column in ("ecg_path", "text") if column not in columns and not (column == "text" and instead)]
 
 
 def _parse_json(file: Path, text: str, first_line: int) -> Any:

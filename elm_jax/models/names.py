@@ -15,11 +15,13 @@ _WRAPPERS = ("module.", "_orig_mod.")  # left by DistributedDataParallel and tor
 
 @dataclass(frozen=True)
 class Rule:
-    """`theirs`: a tensor name or pattern of the checkpoint. `ours`: a parameter path, joined by dots."""
+    """`theirs`: a tensor name or pattern of the checkpoint. `ours`: a parameter path, joined by dots. `first`: the
+    number of the first of the layers that are stacked."""
 
     theirs: str
     ours: str
     transpose: bool = False
+    first: int = 0
 
     @property
     def stacked(self) -> bool:
@@ -27,7 +29,7 @@ class Rule:
 
     def names(self, shape: tuple[int, ...]) -> list[str]:
         """The checkpoint's names of the tensors behind our parameter of `shape`, in the order of the layers."""
-        return [self.theirs.format(layer=i) for i in range(shape[0])] if self.stacked else [self.theirs]
+        return [self.theirs.format(layer=self.first + i) for i in range(shape[0])] if self.stacked else [self.theirs]
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of each tensor of the checkpoint, for our parameter of `shape`."""

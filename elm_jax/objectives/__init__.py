@@ -10,7 +10,7 @@ from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.samples import Experience, Sample, Samples
 from elm_jax.models.elm import ELM
-from elm_jax.objectives import policy, preference, self_supervised
+from elm_jax.objectives import contrastive, policy, preference, self_supervised
 from elm_jax.objectives.cross_entropy import log_probs, summed_cross_entropy, sums_of_samples
 from elm_jax.objectives.objective import Objective, Sums
 from elm_jax.registry import Registry
@@ -55,6 +55,7 @@ OBJECTIVES: Registry[Row] = Registry(
         "mlae": self_supervised.mlae,
         "mae_vit": self_supervised.mae_vit,
         "nepa": self_supervised.nepa,
+        "merl": contrastive.merl,
         "vit": self_supervised.vit,
     },
 )

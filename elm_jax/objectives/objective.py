@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import jax
 
+from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.samples import Samples
+from elm_jax.errors import UserError
 from elm_jax.models.elm import ELM
 
 Sums = dict[str, jax.Array]  # scalars by name; "loss" is what is learnt from, the others are logged
@@ -40,3 +42,13 @@ class Objective:
     temperature: float = 1.0
     pretrains: str = ""
     better: str = ""
+
+
+def check_encoder(config: Config, *names: str) -> None:
+    """Raise UserError unless there is one encoder, and it is one that the objective pretrains."""
+    if config.encoder.name not in names:
+        expected = f"{' or '.join(names)} with objective={config.objective}"
+        raise UserError("encoder.name", str(config.encoder.name), expected, f"set --config.encoder.name={names[0]}")
+    if len(config.views) > 1:
+        fix = "choose an elm of one view"
+        raise UserError("elm", config.elm, f"a single encoder with objective={config.objective}", fix)

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.samples import Samples
-from elm_jax.errors import UserError
 from elm_jax.models.elm import ELM
 from elm_jax.models.encoders.mae_pretraining import rebuilding_error
 from elm_jax.models.encoders.sequence import next_embedding_error
-from elm_jax.objectives.objective import Objective, Sums
+from elm_jax.objectives.objective import Objective, Sums, check_encoder
 
 
 def st_mem(config: Config) -> Objective:
@@ -54,18 +53,8 @@ def nepa(config: Config) -> Objective:
         encoder: Any = model.encoder
         return {"loss": jnp.where(weights > 0, next_embedding_error(encoder, signals), 0.0).sum()}
 
-    _check(config, "nepa")
+    check_encoder(config, "nepa")
     return Objective(loss, _recordings, Samples(phase=None), frozenset({"encoder"}), pretrains="nepa")
-
-
-def _check(config: Config, name: str) -> None:
-    """Raise UserError unless the encoder is the one that the objective pretrains."""
-    if config.encoder.name != name:
-        fix = f"set --config.encoder.name={name}"
-        raise UserError("encoder.name", str(config.encoder.name), f"{name} with objective={config.objective}", fix)
-    if len(config.views) > 1:
-        fix = "choose an elm of one view"
-        raise UserError("elm", config.elm, f"a single encoder with objective={config.objective}", fix)
 
 
 def _recordings(batch: Batch) -> Sums:
@@ -74,7 +63,7 @@ def _recordings(batch: Batch) -> Sums:
 
 def _masked(config: Config, name: str, normalised: bool, absolute: bool = False) -> Objective:
     """The mean squared, or absolute, error of hidden patches, of each recording alike."""
-    _check(config, name)
+    check_encoder(config, name)
     keys = config.ssl
     normalised = normalised if keys.norm_patches is None else keys.norm_patches
 

@@ -25,6 +25,7 @@ from elm_jax.config import Config
 from elm_jax.errors import UserError, some
 from elm_jax.folders import TOKENIZER, read_run_config, run_folder
 from elm_jax.keys import LoraConfig
+from elm_jax.models.encoders import kind_of
 from elm_jax.models.functional import Arrays, Leaf
 from elm_jax.models.lora import is_lora
 from elm_jax.models.names import Rule
@@ -33,7 +34,7 @@ from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.run.fingerprints import fingerprint, joined, summary_of
 from elm_jax.run.verification import check_files
 from elm_jax.runtime.mesh import replicated
-from elm_jax.weights.encoders import open_encoder, read_checkpoint
+from elm_jax.weights.encoders import open_encoder, open_text_tower, read_checkpoint, text_tower_folder
 from elm_jax.weights.load import open_llm
 from elm_jax.weights.peft import load_adapter, save_adapter, spec_of
 from elm_jax.weights.published import Published
@@ -82,7 +83,7 @@ class Weights:
         for name in self.leaves:
             if name not in self.saved:
                 found = published(self.leaves[name].part)
-                self._sources[name] = found if found and name in found.rules else drawn
+                self._sources[name] = next((source for source in found if name in source.rules), drawn)
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype that an array is kept in."""
@@ -128,26 +129,31 @@ class Weights:
         if group:
             yield group
 
-    def _published(self, part: str) -> Published | None:
-        """A part of the model in the file that the config names for it, if it names one."""
+    def _published(self, part: str) -> Sequence[Published]:
+        """A part of the model in the files that the config names for it; what one has not, the next may have."""
         config, assembly = self.assembly.config, self.assembly
         if part == "llm" and assembly.llm_folder is not None:
-            return open_llm(assembly.llm_folder, assembly.llm).under("llm.")
+            return [open_llm(assembly.llm_folder, assembly.llm).under("llm.")]
         if part == "llm.lora" and config.llm.lora.adapter is not None:
-            return load_adapter(config.llm.lora.adapter, assembly.llm)[1].under("llm.")
+            return [load_adapter(config.llm.lora.adapter, assembly.llm)[1].under("llm.")]
         encoder = config.encoder_parts.get(part)
-        if encoder is None or encoder.checkpoint is None:
-            return None
+        if encoder is None:
+            return []
         mine = {name.removeprefix(f"{part}."): x for name, x in self.leaves.items() if x.part == part}
-        shapes = {name: leaf.shape for name, leaf in mine.items()}
-        found = open_encoder(assembly.encoder_kinds[part], shapes, *read_checkpoint(encoder.checkpoint))
+        shapes, kind = {name: leaf.shape for name, leaf in mine.items()}, assembly.encoder_kinds[part]
+        tower = []
+        if kind_of(kind).text is not None:
+            tower = [open_text_tower(kind, shapes, text_tower_folder(config.ssl.text)).under(f"{part}.")]
+        if encoder.checkpoint is None:
+            return tower
+        found = open_encoder(kind, shapes, *read_checkpoint(encoder.checkpoint))
         drawn = [name for name, leaf in mine.items() if name not in found.rules and not leaf.statistic]
         if drawn and not any(mine[name].is_of(config.update) for name in drawn):
             raise UserError(
                 "encoder.checkpoint", f"no weights for {some(drawn)}, which would stay as they are drawn",
                 f"all weights of {encoder.name}, or {part} in update", "give a checkpoint of it, or train it",
             )  # fmt: skip
-        return found.under(f"{part}.")
+        return [found.under(f"{part}."), *tower]
 
 
 @dataclass(frozen=True, eq=False)

@@ -159,7 +159,7 @@ class Trainer:
                 raise UserError(*problem)
         if jax.process_index() == 0:
             tell_of_cuts("training" if rows is None else "validation", index, data.max_len)
-        max_len, pack = (1, False) if dataset.samples.phase is None else (data.max_len, data.pack)
+        max_len, pack = (dataset.text.max_len or 1, False) if dataset.samples.alone else (data.max_len, data.pack)
         ways, seed = batch_ways(self.mesh), self.config.seed
         make = functools.partial(Plan, index, max_len=max_len, pack=pack, seed=seed, ways=ways)
         if rows is not None:

@@ -88,6 +88,7 @@ def test_keys_and_defaults_are_those_of_the_contract_and_those_it_has_grown_by()
     }  # fmt: skip
     expected["dpo"] = {"loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "gamma": 0.5, "reference": True}
     expected["ssl"] = {"mask_ratio": 0.75, "norm_patches": None}
+    expected["ssl"] |= {"text": None, "frozen_layers": None, "temperature": 0.07}
     assert dataclasses.asdict(Config()) == expected
     assert default_config().to_dict() == {**expected, "phase": "sft"}  # its older name
     assert resolve(default_config()) == resolve({}) == Config(workdir="runs/default")

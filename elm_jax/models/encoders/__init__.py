@@ -24,12 +24,14 @@ from elm_jax.models.encoders import (
     mae,
     mae_pretraining,
     merl,
+    merl_pretraining,
     sequence,
     siglip,
     vision,
     vision_pretraining,
 )
 from elm_jax.models.encoders import vision_config as sizes
+from elm_jax.models.encoders.text_tower import Paired, with_text
 from elm_jax.models.names import Rule, bare_name
 from elm_jax.registry import Registry
 
@@ -76,6 +78,7 @@ class Kind:
     pooled: which part of an ECG its tokens stand for; None: each for all of it.
     processing: how it wants its images; None: it reads signals.
     pretraining: the encoder with all that its own pretraining trains, which `kind_of` finds as "NAME.pretraining".
+    text: the text tower that this trains it against. Its config has the tower's fields as `text`.
     """
 
     config: Callable[[Mapping[str, Any]], Any]
@@ -93,6 +96,7 @@ class Kind:
     pooled: Pooled | None = None
     processing: Processing | None = None
     pretraining: Kind | None = None
+    text: Paired | None = None
 
     def aliases(self, names: Iterable[str]) -> dict[str, str]:
         """The second name -> the first, of those published names that have two."""
@@ -140,16 +144,22 @@ def _sequence(module: Callable[..., Encoder], names: Mapping[str, str], attentio
     return replace(kind, pretraining=kind)
 
 
+# MERL's trainer saves `ecg_encoder` alone, or the whole model around it.
+_MERL_RELEASES = (("conv1.weight", "", "resnet."), ("ecg_encoder.", "ecg_encoder.", "resnet."))
 _IN_MODULE = "vision_encoder."  # the reference's module around a model of Hugging Face
 _BARE = (("pos_embedding", "", "encoder."),)  # a masked autoencoder's encoder without what is around it
 ENCODERS: Registry[Kind] = Registry("encoder.name", {
     "merl": Kind(
         merl.MerlConfig.from_fields, merl.Merl, merl.weight_rule, merl.published_name,
-        # Its trainer saves `ecg_encoder` alone, or the whole model around it.
-        releases=(("conv1.weight", "", "resnet."), ("ecg_encoder.", "ecg_encoder.", "resnet.")),
+        releases=_MERL_RELEASES,
         sign=checkpoints.begins("resnet.conv1."), sizes=checkpoints.merl_sizes,
         # Its strides make 16: position k is made of samples on both sides of 16 k, and stands for those next to it.
         pooled=Pooled(lambda config, length: (0, *range(8, length - 8, 16), length)),
+        pretraining=Kind(
+            with_text(merl_pretraining.PretrainedMerlConfig.from_fields), merl_pretraining.PretrainedMerl,
+            merl_pretraining.weight_rule, merl_pretraining.published_name, releases=_MERL_RELEASES,
+            text=merl_pretraining.PAIRED,
+        ),
     ),
     "st_mem": Kind(
         partial(mae.MaeConfig.from_fields, "st_mem"), mae.StMem, mae.weight_rule, mae.st_mem_published_name,

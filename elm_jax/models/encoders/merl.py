@@ -186,7 +186,11 @@ class Merl(nnx.Module):
     def __call__(
         self, signals: jax.Array, weights: jax.Array | None = None, train: bool = False
     ) -> jax.Array:
-        """(B, C, L) signals -> (B, N, D) float32, computed in `dtype`.
+        """(B, C, L) signals -> (B, N, D) float32, computed in `dtype`. Arguments and errors as `feature_map`."""
+        return adaptive_average_pool(self.feature_map(signals, weights, train), self.tokens)
+
+    def feature_map(self, signals: jax.Array, weights: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """(B, C, L) signals -> (B, L/16, D) in `dtype`.
 
         weights: (B,) how often each signal counts in the batch statistics (0: unused slot; None: once each).
         train: normalise by the batch's statistics and move the running ones (nnx.BatchStat) towards them.
@@ -201,7 +205,7 @@ class Merl(nnx.Module):
         for stage in range(1, self.stages + 1):
             for block in getattr(self, f"layer{stage}"):
                 x = block(x, weights, train)
-        return adaptive_average_pool(x, self.tokens)
+        return x
 
 
 # Our leaf -> the published one. Modules are named alike.

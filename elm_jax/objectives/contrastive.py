@@ -1,0 +1,103 @@
+"""Objectives that hold an ECG against its text: of all pairs of a step, those that belong together are told.
+
+Each row of a batch is a pair: one ECG, and the ids of its text in `tokens`. All other rows of the step, of whatever
+device, are its negatives; a row without weight is none.
+
+Dimension letters: B pairs of a step, C leads, L samples, T tokens, D width of what is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from elm_jax.config import Config
+from elm_jax.data.batch import Batch
+from elm_jax.data.samples import REPORT, Samples
+from elm_jax.errors import UserError
+from elm_jax.models.elm import ELM
+from elm_jax.models.hints import hint
+from elm_jax.objectives.objective import Objective, Sums, check_encoder
+
+HIDDEN = -1e30  # a logit that counts for nothing
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """(B, D) in any dtype -> float32 of length one."""
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def cosines(x: jax.Array, y: jax.Array) -> jax.Array:
+    """(B, B) of all pairs of x and y, both (B, D), of the whole step: rows of every device against those of all."""
+    return jnp.matmul(unit(x), hint(unit(y), None, None).T, precision="highest")
+
+
+def info_nce(x: jax.Array, y: jax.Array, there: jax.Array, scale: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Of each pair, -log of the part that its own partner has: (B,) among all y for its x, (B,) among all x for its y.
+
+    Pairs that are not `there` (B,) bool are nobody's partners, and cost 0. `scale` multiplies the cosines.
+    """
+    logits = cosines(x, y) * scale
+    own = jnp.diagonal(logits)
+    of_x = jax.nn.logsumexp(jnp.where(there[None, :], logits, HIDDEN), axis=1) - own
+    of_y = jax.nn.logsumexp(jnp.where(there[:, None], logits, HIDDEN), axis=0) - own
+    return jnp.where(there, of_x, 0.0), jnp.where(there, of_y, 0.0)
+
+
+def merl(config: Config) -> Objective:
+    """ECG and report find each other, and two views of an ECG's features do (MERL's CMA and UMA; arXiv 2403.06659)."""
+    tokens, scale = _checked(config, "merl"), 1 / config.ssl.temperature
+
+    def loss(model: ELM, batch: Batch, key: jax.Array | None, trained: Collection[str]) -> Sums:
+        encoder: Any = model.encoder
+        signals, ids, there = _pairs(batch, tokens)
+        learns = "encoder" in trained
+        features = encoder.narrow_map(signals, there.astype(jnp.float32), learns)
+        pooled, text = encoder.att_pool(features), encoder.texts(ids)
+        found = {
+            name: sum(each.sum() for each in info_nce(x, y, there, scale))
+            for name, (x, y) in {
+                "cma": (pooled, text), "uma": encoder.views(features, key if learns else None)
+            }.items()
+        }  # fmt: skip
+        return {"loss": found["cma"] + found["uma"], **found, "matched": _matched(pooled, text, there).sum()}
+
+    names = ("loss", "cma", "uma", "matched")
+    return _objective("merl", loss, names, "key")
+
+
+def _objective(name: str, loss: Any, names: Collection[str], *needs: str) -> Objective:
+    def counts(batch: Batch) -> Sums:
+        return dict.fromkeys(names, (batch.signal_weights[:, 0] > 0).sum())
+
+    return Objective(loss, counts, Samples(phase=REPORT), frozenset({"encoder", *needs}), pretrains=name)
+
+
+def _checked(config: Config, *encoders: str) -> int:
+    """How many tokens texts have.
+
+    Raises:
+        UserError: the encoder is another, or the negatives would be those of a part of a step.
+    """
+    check_encoder(config, *encoders)
+    if config.optim.accum_steps > 1:
+        expected = f"1 with objective={config.objective}, whose negatives are all rows of a step"
+        fix = "set it so: more devices, or fewer rows in train.batch_size, save memory"
+        raise UserError("optim.accum_steps", str(config.optim.accum_steps), expected, fix)
+    return config.data.max_len
+
+
+def _pairs(batch: Batch, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The ECGs (B, C, L), the ids of their texts (B, T), and which pairs are there (B,) bool."""
+    (signals,) = batch.signals.values()
+    return jax.tree.map(lambda x: x[:, 0], signals), batch.tokens[:, :tokens], batch.signal_weights[:, 0] > 0
+
+
+def _matched(x: jax.Array, y: jax.Array, there: jax.Array) -> jax.Array:
+    """(B,) bool: whether of all y the own one is nearest to each x."""
+    near = jnp.where(there[None, :], cosines(x, y), HIDDEN)
+    return there & (jnp.argmax(near, axis=1) == jnp.arange(len(near)))

@@ -1,0 +1,109 @@
+"""Objectives that hold ECGs against text, and their text towers, against the reference's numbers, in float32."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from parity_log import compare
+
+from elm_jax.models.encoders import build_encoder, kind_of
+from elm_jax.models.functional import Structure, structure_of
+from elm_jax.objectives.contrastive import info_nce
+from elm_jax.weights.encoders import from_published, to_published
+
+Golden = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True)
+def full_precision() -> Iterator[None]:
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def arrays_of(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    return dict(np.load(folder / "inputs.npz")), dict(np.load(folder / "outputs.npz"))
+
+
+def recipe(name: str, shape: list[int], salt: str) -> np.ndarray:
+    """What the recipe of params.json says of a tensor."""
+    z = np.random.default_rng(zlib.crc32((salt + name).encode())).standard_normal(shape, dtype=np.float32)
+    if name.endswith("running_mean"):
+        return np.float32(0.1) * z
+    if name.endswith("running_var"):
+        return 1 + np.float32(0.2) * np.abs(z)
+    if name.endswith("weight") and len(shape) == 1:
+        return 1 + np.float32(0.1) * z
+    if name.endswith("bias"):
+        return np.float32(0.02) * z
+    if name.endswith("weight"):
+        return z / np.float32(np.sqrt(np.prod(shape[1:])))
+    return np.float32(0.1) * z
+
+
+def structure(name: str, config: dict[str, Any], text: dict[str, Any], frozen: int) -> Structure:
+    family = kind_of(name).text
+    assert family is not None
+    fields = {**config, "text": family.family.fields_of(text, "config.json") | {"frozen": frozen}}
+    return structure_of(lambda: build_encoder(name, fields, 1, nnx.Rngs(0)))
+
+
+@pytest.mark.slow
+def test_merl(golden: Golden) -> None:
+    folder = golden("ssl_merl")
+    told = json.loads((folder / "params.json").read_text())
+    named = {t["name"]: t["shape"] for t in told["tensors"] if "_ids" not in t["name"]}
+    tensors = {name: recipe(name, shape, told["salt"]) for name, shape in named.items()}
+    for tensor in told["tensors"]:
+        name = tensor["name"]
+        if name in tensors and not name.endswith("num_batches_tracked"):
+            assert zlib.crc32(tensors[name].astype("<f4").tobytes()) == tensor["crc32"], name
+    # The recipe filled BERT's table of places too, with numbers below 1: all tokens stand at place 0.
+    places = tensors["lm.embeddings.position_embeddings.weight"]
+    places[:] = places[0]
+    form = structure("merl.pretraining", told["cfg"], told["bert_config"], frozen=-1)
+    arrays = jax.tree.map(jnp.asarray, from_published("merl.pretraining", form.leaves, tensors))
+    given, wanted = arrays_of(folder)
+    trained = {n: x for n, x in arrays.items() if not form.leaves[n].statistic}
+
+    def loss(trained: Any, train: bool) -> Any:
+        encoder = form.bind({**arrays, **trained})
+        features = encoder.narrow_map(jnp.asarray(given["ecg"]), jnp.ones(4), train)
+        pooled, views, there = encoder.att_pool(features), encoder.views(features), jnp.ones(4, bool)
+        text = encoder.texts(jnp.asarray(given["input_ids"]))
+        cma, uma = (sum(info_nce(x, y, there, 1 / 0.07)).sum() / 4 for x, y in ((pooled, text), views))
+        return cma + uma, {"proj_ecg": pooled, "ecg_feat": features.swapaxes(1, 2), "ecg1": views[0], "ecg2": views[1],
+                           "text_pooler": encoder.text(jnp.asarray(given["input_ids"])), "proj_text": text,
+                           "cma_loss": cma, "uma_loss": uma, "loss_eval": cma + uma}  # fmt: skip
+
+    for train, kind in ((False, "eval"), (True, "train")):
+        (value, found), gradients = jax.jit(jax.value_and_grad(lambda x, t=train: loss(x, t), has_aux=True))(trained)
+        for name, array in found.items() if not train else ():
+            compare("ssl_merl", name, array, wanted[name], 1e-3)
+        np.testing.assert_allclose(value, wanted[f"loss_{kind}"], rtol=1e-3 if train else 1e-4)
+        ours = to_published("merl.pretraining", gradients)
+        theirs = json.loads((folder / f"grad_norms_{kind}.json").read_text())
+        for tensor, norm in theirs.items():
+            np.testing.assert_allclose(np.linalg.norm(ours[tensor]), norm, rtol=2e-2 if train else 1e-3, err_msg=tensor)
+
+
+def test_the_loss_of_a_batch(golden: Golden) -> None:
+    cases = dict(np.load(golden("ssl_contrastive_loss") / "cases.npz"))
+    for case in "012":
+        x, y, temperature = (jnp.asarray(cases[f"{case}/{name}"]) for name in ("x", "y", "temperature"))
+
+        def loss(x: Any, y: Any = y, temperature: Any = temperature) -> jax.Array:
+            rows, columns = info_nce(x, y, jnp.ones(len(x), bool), 1 / temperature)
+            return (rows + columns).sum() / len(x)
+
+        value, gradient = jax.value_and_grad(loss)(x)
+        compare("ssl_contrastive_loss", f"{case}/loss", value, cases[f"{case}/loss"], 1e-5)
+        compare("ssl_contrastive_loss", f"{case}/grad_x", gradient, cases[f"{case}/grad_x"], 1e-5)
