@@ -19,10 +19,12 @@ from flax import nnx
 
 from elm_jax.config import Config, renamed, resolve
 from elm_jax.data.dataset import Dataset, TextSpec, text_spec
+from elm_jax.data.ecg_ids import EcgIds
 from elm_jax.data.ecg_tokens import EcgTokens, add_ecg_tokens
 from elm_jax.data.represent import SignalSpec, signal_spec
 from elm_jax.data.samples import REPORT
 from elm_jax.data.sources import load_records
+from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError
 from elm_jax.folders import ECG_BYTE, check_checksums, read_json, read_run_config, run_folder, tokenizer_of
 from elm_jax.models.attention import choose_attention
@@ -208,7 +210,7 @@ def _signal(config: Config, encoders: Mapping[str, Mapping[str, Any]], symbols: 
         encoder = config.encoder_of(view).name
         processing = ENCODERS[encoder].image_processing(encoders[view], config.compat) if encoder else None
         spec = signal_spec(config.data, config.seed, processing, symbols, config.compat)
-        specs[view] = replace(spec, representation=representation_of(config, view))
+        specs[view] = replace(spec, representation=representation_of(config, view), ids=_ids(config, view))
     first, *_ = specs
     texts = {view: each.text for view, each in config.views.items() if each.text is not None}
     return replace(specs.pop(first), view=first, further=specs, texts=texts)
@@ -268,7 +270,18 @@ def _encoder_fields(config: Config, view: str) -> dict[str, Any]:
     encoder, data = config.encoder_of(view), config.data
     of_signal = representation_of(config, view) == "signal"
     sizes = {"num_leads": len(data.leads), "seq_len": data.segment_len} if of_signal else {}
-    return encoder_config(str(encoder.name), encoder.checkpoint, sizes | encoder.config)
+    ids = _ids(config, view)
+    own = encoder.config if ids is None else {**encoder.config, "vocab_size": ids.vocab_size}
+    return encoder_config(str(encoder.name), encoder.checkpoint, sizes | own)
+
+
+def _ids(config: Config, view: str) -> EcgIds | None:
+    """How an ECG becomes the ids that the encoder of a view reads, if it reads such."""
+    encoder, data = config.encoder_of(view), config.data
+    if encoder.name is None or kind_of(encoder.name).reads != "symbols":
+        return None
+    sizes, leads = kind_of(encoder.name).config(encoder.config), tuple(map(LEADS.index, data.leads))
+    return EcgIds(EcgByte.load(Path(str(data.ecg_tokenizer))), sizes.max_seq_len, leads, sizes.lead_tokens)
 
 
 def _check_objective(config: Config, objective: Objective) -> None:

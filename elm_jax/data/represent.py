@@ -13,6 +13,7 @@ import numpy as np
 from elm_jax import compat as behaviours
 from elm_jax.config import DataConfig
 from elm_jax.data.batch import ArraySpec, Layout, Shown, Signal
+from elm_jax.data.ecg_ids import EcgIds
 from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.kept_features import Features
 from elm_jax.ecg.augment import augment_ecg, augment_image, noise_ecg
@@ -33,7 +34,7 @@ class SignalSpec:
     signal: the leads (C, L) float32, scaled to [0, 1].
     stacked_signal: those as the grey levels of an image of C x L pixels; rgb: the leads on ECG paper. Both are then
         resized as `processing` says: (H, W, 3) uint8, or patches with their mask and grid shape (see `images`).
-    symbolic: the ids (n,) int32 that `tokens` has for it in the language model.
+    symbolic: the ids (n,) int32 that `tokens` has for it in the language model, or `ids` for an encoder.
 
     With `features` it is instead what a frozen encoder has made of these: (N, E).
 
@@ -60,6 +61,7 @@ class SignalSpec:
     dpi: int = DPI  # of the paper
     compat: tuple[str, ...] = ()  # of the reference's ways to read a recording
     features: Features | None = None
+    ids: EcgIds | None = None
     outside_root: bool = field(default=False, repr=False)  # changes nothing of what is read
     bare_rate: float | None = field(default=None, repr=False)
     view: str = field(default="ecg", repr=False)
@@ -78,13 +80,15 @@ class SignalSpec:
     @property
     def layout(self) -> dict[str, Layout]:
         """By view, the shapes and dtypes of what a batch holds; symbols are held by its tokens."""
-        return {view: spec.own_layout for view, spec in self.views.items() if spec.representation != "symbolic"}
+        return {view: spec.own_layout for view, spec in self.views.items() if spec.tokens is None}
 
     @property
     def own_layout(self) -> Layout:
         """The shapes and dtypes of what `load` returns."""
         if self.features is not None:
             return self.features.layout
+        if self.ids is not None:
+            return ArraySpec((self.ids.length,), np.int32)
         return ArraySpec(self.shape) if self.processing is None else _image_layout(self.processing)
 
     def show(self, path: str, key: int, epoch: int | None = None) -> Shown:
@@ -130,9 +134,8 @@ class SignalSpec:
             return self._image(draw(raw, self.sampling_rate, names, self.dpi), drawn)
         if self.representation == "stacked_signal":
             return self._image(stacked(min_max(raw, self.norm_eps)), drawn)
-        if self.representation == "symbolic":
-            assert self.tokens is not None
-            return self.tokens.encode(raw, self.norm_eps)
+        if coder := self.ids or self.tokens:
+            return coder.encode(raw, self.norm_eps)
         return normalize(raw, self.norm_eps)
 
     def names_of(self, path: str, key: int) -> tuple[str, str]:

@@ -45,7 +45,7 @@ def check_views(config: Config) -> None:
         if part != "llm" and not parts.get(part):
             raise UserError("update", part, f"no {part} with elm={elm}", "leave it out, or choose another elm")
     mlp = any(each.connector == "mlp" for each in config.views.values())
-    of_images = any(_reads_images(config, name) for name in config.views)
+    of_images = any(_reads(config, name) == "images" for name in config.views)
     fitting = _fitting(config, first)
     if data.representation not in fitting:
         what = f"encoder.name={encoder.name}" if view.encoder else f"elm={elm}"
@@ -53,10 +53,11 @@ def check_views(config: Config) -> None:
             "data.representation", data.representation, f"{' or '.join(fitting)} for {what}",
             f"set --config.data.representation={fitting[0]}",
         )  # fmt: skip
-    symbols = view.writes == "tokens"
+    symbols = view.writes == "tokens" or any(_reads(config, name) == "symbols" for name in config.views)
     if symbols and data.ecg_tokenizer is None:
         fix = "set --config.data.ecg_tokenizer to an ECG-Byte file (.json or .pkl)"
-        raise UserError("data.ecg_tokenizer", "None", f"a symbolic tokenizer for elm={elm}", fix)
+        what = f"elm={elm}" if view.writes == "tokens" else f"encoder.name={encoder.name}"
+        raise UserError("data.ecg_tokenizer", "None", f"a symbolic tokenizer for {what}", fix)
     # Holds, then the key, what is found, and where it has a meaning: elsewhere it would be ignored without a word.
     lora = config.llm.lora
     adapts = lora.rank > 0 and lora.adapter is None and config.init_from is None
@@ -72,7 +73,7 @@ def check_views(config: Config) -> None:
          "false with data.augment_ecg or data.augment_rgb: recordings change"),
         (view.tokens in (None, encoder.tokens), "encoder.tokens", encoder.tokens, f"{view.tokens} for elm={elm}"),
         (symbols or data.ecg_tokenizer is None, "data.ecg_tokenizer", data.ecg_tokenizer,
-         f"None but for {_elms_with('writes', 'tokens')}"),
+         f"None but for {_elms_with('writes', 'tokens')} and encoders of symbols"),
         (of_images or not data.augment_rgb, "data.augment_rgb", True, "false without an encoder of images"),
         (mlp or config.connector.hidden is None, "connector.hidden", config.connector.hidden,
          f"None but for {_elms_with('connector', 'mlp')}"),
@@ -95,12 +96,14 @@ def representation_of(config: Config, view: str) -> str:
 def _fitting(config: Config, view: str) -> tuple[str, ...]:
     """The representations that a view can have."""
     shows = config.views[view].shows
-    return (shows,) if shows else ("rgb", "stacked_signal") if _reads_images(config, view) else ("signal",)
+    of = {"images": ("rgb", "stacked_signal"), "symbols": ("symbolic",), "signals": ("signal",)}
+    return (shows,) if shows else of[_reads(config, view)]
 
 
-def _reads_images(config: Config, view: str) -> bool:
+def _reads(config: Config, view: str) -> str:
+    """What the encoder of a view reads."""
     encoder = config.encoder_of(view).name
-    return encoder is not None and kind_of(encoder).processing is not None
+    return "signals" if encoder is None else kind_of(encoder).reads
 
 
 def _elms_with(fact: str, value: str) -> str:

@@ -56,6 +56,7 @@ OBJECTIVES: Registry[Row] = Registry(
         "mae_vit": self_supervised.mae_vit,
         "nepa": self_supervised.nepa,
         "merl": contrastive.merl,
+        "next_token": self_supervised.next_token,
         "vit": self_supervised.vit,
     },
 )

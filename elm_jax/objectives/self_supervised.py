@@ -13,9 +13,11 @@ import jax.numpy as jnp
 
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch
+from elm_jax.data.ecg_ids import PADDED
 from elm_jax.data.samples import Samples
 from elm_jax.models.elm import ELM
 from elm_jax.models.encoders.mae_pretraining import rebuilding_error
+from elm_jax.models.encoders.next_token import next_id_errors
 from elm_jax.models.encoders.sequence import next_embedding_error
 from elm_jax.objectives.objective import Objective, Sums, check_encoder
 
@@ -55,6 +57,24 @@ def nepa(config: Config) -> Objective:
 
     check_encoder(config, "nepa")
     return Objective(loss, _recordings, Samples(phase=None), frozenset({"encoder"}), pretrains="nepa")
+
+
+def next_token(config: Config) -> Objective:
+    """The next id of an ECG's symbols is predicted from those before it; each id counts alike."""
+
+    def flat(batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return _signals(batch).reshape(-1, _signals(batch).shape[-1]), batch.signal_weights.reshape(-1) > 0
+
+    def loss(model: ELM, batch: Batch, key: jax.Array | None, trained: Collection[str]) -> Sums:
+        (ids, there), encoder = flat(batch), model.encoder
+        return {"loss": jnp.where(there, next_id_errors(encoder, ids), 0.0).sum()}
+
+    def counts(batch: Batch) -> Sums:
+        ids, there = flat(batch)
+        return {"loss": ((ids[:, 1:] != PADDED) & there[:, None]).sum()}
+
+    check_encoder(config, "next_token")
+    return Objective(loss, counts, Samples(phase=None), frozenset({"encoder"}), pretrains="next_token")
 
 
 def _recordings(batch: Batch) -> Sums:

@@ -15,9 +15,11 @@ import pytest
 from flax import nnx
 from parity_log import compare
 
+from elm_jax.data.ecg_ids import PADDED
 from elm_jax.keys import OptimConfig, TrainConfig
 from elm_jax.models.encoders import build_encoder
 from elm_jax.models.encoders.mae_pretraining import rebuilding_error
+from elm_jax.models.encoders.next_token import next_id_errors
 from elm_jax.models.encoders.sequence import next_embedding_error
 from elm_jax.models.functional import Structure, structure_of
 from elm_jax.training.optim import clip_coefficient, learning_rate_multiplier, make_optimizer
@@ -85,7 +87,10 @@ def sizes(config: dict[str, Any]) -> dict[str, Any]:
     """The reference's fields of its post-norm encoders under our names."""
     names = {"patch_dim": "seq_len", "max_patches": "num_leads", "input_dim": "num_leads", "max_seq_len": "seq_len"}
     names |= {"num_encoder_layers": "num_layers"}
-    return {names.get(name, name): x for name, x in config.items() if name not in ("dropout", "decoder_d_model")}
+    if "vocab_size" in config:  # ids, not samples
+        del names["max_seq_len"]
+    unlike = ("dropout", "decoder_d_model", "pad_id")
+    return {names.get(name, name): x for name, x in config.items() if name not in unlike}
 
 
 def published_norms(name: str, gradients: Any) -> dict[str, float]:
@@ -163,6 +168,45 @@ def test_nepa(case: str, golden: Golden) -> None:
             np.testing.assert_allclose(ours[tensor], norm, rtol=1e-3, atol=1e-6, err_msg=tensor)
 
 
+def test_next_token(golden: Golden) -> None:
+    """Left-padded rows, as the reference has them; a forecast against its greedy one."""
+    folder = golden("ssl_decoder_transformer")
+    structure, arrays = sequence(folder, "next_token")
+    given, wanted = (dict(np.load(folder / f"{file}.npz")) for file in ("inputs", "outputs"))
+    model = structure.bind(arrays)
+    ids = next_token_ids(given["tgt_ids"], model.config.pad_id)
+    hidden, real = model.hidden(ids), np.asarray(ids) != PADDED
+    compare("ssl_decoder_transformer", "hidden", np.asarray(hidden)[real], wanted["hidden_valid"], 1e-5)
+    compare("ssl_decoder_transformer", "logits", np.asarray(model.head(hidden))[real], wanted["logits_valid"], 1e-5)
+    for labels, loss in (("labels", "loss"), ("forecast_labels_ratio_0.5", "forecast_loss")):
+        counted = jnp.asarray({**given, **wanted}[labels][:, 1:] >= 0)
+        found = next_id_errors(model, ids, counted).sum() / counted.sum()
+        compare("ssl_decoder_transformer", loss, found, wanted[loss], 1e-5)
+
+    def mean_loss(arrays: Any) -> jax.Array:
+        return next_id_errors(structure.bind(arrays), ids).sum() / (given["labels"][:, 1:] >= 0).sum()
+
+    norms = published_norms("next_token", jax.grad(mean_loss)(arrays))
+    for tensor, norm in json.loads((folder / "grad_norms.json").read_text()).items():
+        np.testing.assert_allclose(norms[tensor], norm, rtol=1e-3, atol=1e-6, err_msg=tensor)
+    follow(folder, "next_token", mean_loss, arrays)
+
+    def continued(prompt: np.ndarray, length: int) -> jax.Array:
+        return model.forecast(jnp.pad(jnp.asarray(prompt, jnp.int32), ((0, 0), (0, length)), constant_values=PADDED))
+
+    prompt = given["generate_prompt"]
+    made = continued(prompt, wanted["generate_tokens"].shape[1] - prompt.shape[1])
+    np.testing.assert_array_equal(made, wanted["generate_tokens"])
+    logits = model.head(model.hidden(made))[:, prompt.shape[1] - 1 : -1]
+    compare("ssl_decoder_transformer", "logits of a forecast", logits, wanted["generate_logits"], 1e-5)
+    row, whole = given["tgt_ids"][:1], wanted["generate_to_max_tokens"]
+    np.testing.assert_array_equal(continued(row, whole.shape[1] - row.shape[1]), whole)
+
+
+def next_token_ids(ids: np.ndarray, pad: int) -> jax.Array:
+    return jnp.asarray(np.where(ids == pad, PADDED, ids), jnp.int32)
+
+
 @pytest.mark.parametrize("name", ["mae_vit", "nepa"])
 def test_steps_of_the_optimizer_and_the_average(name: str, golden: Golden) -> None:
     folder = golden(f"ssl_{name}")
@@ -204,7 +248,7 @@ def follow(folder: Path, name: str, loss: Callable[[Any], jax.Array], arrays: di
         found |= {"l2_params": length(arrays), "l2_ema": length(average)}
         for quantity, number_found in found.items():
             bound = 1e-6 if quantity.startswith("l2") else 1e-4
-            compare(f"ssl_{name}", f"trace, {quantity}", number_found, step[quantity], bound)
+            compare(folder.name, f"trace, {quantity}", number_found, step[quantity], bound)
     for kind, tree in (("final", arrays), ("ema", average)):
         theirs = {n.partition("/")[2]: x for n, x in wanted.items() if n.startswith(f"{kind}/")}
         ours = to_published(name, tree)

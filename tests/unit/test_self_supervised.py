@@ -15,13 +15,16 @@ from runs import logged, saved_arrays
 from elm_jax.assemble import assemble
 from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config
+from elm_jax.data.ecg_ids import PADDED, EcgIds
 from elm_jax.errors import UserError
 from elm_jax.exchange.export import export
 from elm_jax.models.encoders.sequence import SequenceConfig
 from elm_jax.objectives import objective_of
 from elm_jax.run.weights import Weights
 from elm_jax.runtime.mesh import array_shardings, make_mesh
+from elm_jax.symbols.coder import EcgByte
 from elm_jax.training import loop
+from elm_jax.weights.safetensors import Safetensors
 
 MAE = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 1}
 VIT = {
@@ -80,6 +83,52 @@ def test_what_is_hidden_is_rebuilt_ever_better(name: str, tmp_path: Path) -> Non
         np.testing.assert_array_equal(np.asarray(arrays[array]), learnt[array], err_msg=array)
 
 
+@pytest.mark.slow  # trains and exports
+def test_the_next_id_is_predicted_ever_better_and_an_elm_starts_from_it(tmp_path: Path) -> None:
+    letters = EcgByte([bytes([letter]) * 2 for letter in b"abcdefghijklmnopqrstuvwxyz"])
+    letters.save(tmp_path / "ecg_byte.json")
+    sizes = {"d_model": 16, "n_heads": 2, "dim_ff": 32, "num_layers": 1, "max_seq_len": 320, "lead_tokens": True}
+    own = {
+        "encoder__name": "next_token", "encoder__config": sizes, "data__representation": "symbolic",
+        "data__ecg_tokenizer": str(tmp_path / "ecg_byte.json"), "data__leads": ["II", "V1"], "data__segment_len": 100,
+        "data__sampling_rate": 10,
+    }  # fmt: skip
+    made = config(tmp_path / "run", "next_token", **own)
+    assert loop.train(made)
+    lines = [line for line in runs.lines(tmp_path / "run") if "loss" in line]
+    assert lines[-1]["loss"] < lines[0]["loss"] and abs(lines[0]["loss"] - np.log(256 + 26 + 27)) < 0.5
+    export(made, tmp_path / "out", "latest")
+    names = set(Safetensors(tmp_path / "out" / "encoder.safetensors"))
+    assert {"token_emb.weight", "pos_emb.weight", "lm_head.weight", "layers.0.self_attn.in_proj_weight"} <= names
+    begun = assemble(runs.config(
+        tmp_path / "elm", **own, encoder__tokens=3, encoder__checkpoint=str(tmp_path / "out" / "encoder.safetensors")
+    ))  # fmt: skip
+    arrays = Weights(begun).place(array_shardings(begun.structure, make_mesh(begun.config.mesh, jax.devices()[:1])))
+    (ids,) = begun.dataset("val").signals(0)[0].values()
+    found = begun.structure.bind(arrays).encoder(ids[None])
+    assert found.shape == (1, 3, 16) and np.isfinite(found).all()
+    with pytest.raises(UserError, match=r"data\.ecg_tokenizer: found None; expected a symbolic tokenizer for encoder"):
+        assemble(config(tmp_path, "next_token", **{**own, "data__ecg_tokenizer": None}))
+    with pytest.raises(UserError, match=r"data\.representation: found signal; expected symbolic for encoder"):
+        assemble(config(tmp_path, "next_token", **{**own, "data__representation": "signal"}))
+
+
+def test_ids_of_an_ecg_spell_it_again() -> None:
+    coder = EcgByte([b"aa", b"ab"])
+    signal = np.stack([np.linspace(0, 1, 12), np.linspace(1, 0, 12)]).astype(np.float32)
+    for by_lead, more in ((False, 2), (True, 6)):
+        ids = EcgIds(coder, 40, (1, 6), by_lead)
+        made = ids.encode(signal, 1e-6)
+        known = made[made != PADDED]
+        assert made.shape == (40,) and known.max() < ids.vocab_size and (known[0], known[-1]) == (259, 260)
+        np.testing.assert_allclose(ids.decode(made).reshape(2, 12), signal, atol=0.5 / 26 + 1e-6)
+        apart = (signal[:1], signal[1:]) if by_lead else (signal,)
+        assert len(known) == sum(len(coder.encode(part)) for part in apart) + more
+        cut = EcgIds(coder, 10, (1, 6), by_lead).encode(signal, 1e-6)
+        np.testing.assert_array_equal(cut, [*known[:9], known[-1]])
+    assert (known[1], known[-2]) == (261 + 2, 262 + 12)
+
+
 def test_the_published_sizes_are_the_default() -> None:
     sizes = SequenceConfig()
     assert (sizes.num_leads, sizes.seq_len, sizes.d_model, sizes.n_heads, sizes.dim_ff) == (12, 2500, 512, 8, 2048)
@@ -89,7 +138,7 @@ def test_the_published_sizes_are_the_default() -> None:
 def test_a_config_pretrains_its_encoder() -> None:
     files = sorted((runs.ROOT / "elm_jax" / "configs" / "pretrain_encoder").glob("*.py"))
     names = [file.stem for file in files if file.stem != "_recipe"]
-    assert len(names) >= 6
+    assert len(names) >= 7
     for name in names:
         made = ConfigFlags.parse(["--config", f"configs/pretrain_encoder/{name}.py"]).load()
         assert objective_of(made).pretrains == made.objective == made.encoder.name == name

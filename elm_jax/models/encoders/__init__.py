@@ -25,6 +25,7 @@ from elm_jax.models.encoders import (
     mae_pretraining,
     merl,
     merl_pretraining,
+    next_token,
     sequence,
     siglip,
     vision,
@@ -76,7 +77,7 @@ class Kind:
     sign: by which tensor a checkpoint is known to be of this encoder and none of those before it; None: it is not.
     sizes: what the shapes of a checkpoint say of the configuration.
     pooled: which part of an ECG its tokens stand for; None: each for all of it.
-    processing: how it wants its images; None: it reads signals.
+    processing: how it wants its images; None: it reads signals, or the ids of ECG-Byte where `symbols` says so.
     pretraining: the encoder with all that its own pretraining trains, which `kind_of` finds as "NAME.pretraining".
     text: the text tower that this trains it against. Its config has the tower's fields as `text`.
     """
@@ -95,8 +96,14 @@ class Kind:
     sizes: Callable[[checkpoints.Tensors], checkpoints.Told] = lambda tensors: {}
     pooled: Pooled | None = None
     processing: Processing | None = None
+    symbols: bool = False
     pretraining: Kind | None = None
     text: Paired | None = None
+
+    @property
+    def reads(self) -> str:
+        """"images", "symbols" or "signals"."""
+        return "images" if self.processing else "symbols" if self.symbols else "signals"
 
     def aliases(self, names: Iterable[str]) -> dict[str, str]:
         """The second name -> the first, of those published names that have two."""
@@ -140,7 +147,11 @@ def _masked(name: str, module: Callable[..., Encoder]) -> Kind:
 def _sequence(module: Callable[..., Encoder], names: Mapping[str, str], attention: str, pooled: Pooled) -> Kind:
     """An encoder that holds what its pretraining trains."""
     rule = partial(sequence.weight_rule, names=names, attention=attention)
-    kind = Kind(sequence.SequenceConfig.from_fields, module, rule, pooled=pooled)
+    return _pretrained(Kind(sequence.SequenceConfig.from_fields, module, rule, pooled=pooled))
+
+
+def _pretrained(kind: Kind) -> Kind:
+    """An encoder that holds all that its pretraining trains."""
     return replace(kind, pretraining=kind)
 
 
@@ -189,6 +200,10 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
     "nepa": _sequence(
         sequence.Nepa, sequence.NEPA_NAMES, "self_attn", Pooled(lambda config, length: range(length + 1))
     ),
+    "next_token": _pretrained(Kind(
+        next_token.NextTokenConfig.from_fields, next_token.NextToken,
+        partial(sequence.weight_rule, names=next_token.NEXT_TOKEN_NAMES, attention="self_attn"), symbols=True,
+    )),
     "clip": Kind(
         sizes.ClipConfig.from_fields, vision.Clip, vision.clip_rule, vision.clip_name, file_config=dict,
         wrapper=_IN_MODULE, sign=checkpoints.begins("visual_projection."), processing=CLIP,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +25,16 @@ from elm_jax.schema import key, sizes_of
 
 
 @dataclass(frozen=True)
-class SequenceConfig:
-    """Sizes; those of the published programs are the default."""
+class BlockConfig:
+    """Sizes of the blocks; those of the published programs are the default."""
 
-    num_leads: int = key(12, "C", limit="at least 1")
-    seq_len: int = key(2500, "L", limit="at least 1")
     d_model: int = key(512, "D", limit="at least 1")
     n_heads: int = key(8, "heads", limit="at least 1")
     dim_ff: int = key(2048, "width inside an MLP", limit="at least 1")
     num_layers: int = key(6, "blocks of the encoder", limit="at least 1")
-    num_decoder_layers: int = key(4, "blocks of MAE-ViT's decoder", limit="at least 1")
 
     @classmethod
-    def from_fields(cls, config: Mapping[str, Any]) -> SequenceConfig:
+    def from_fields(cls, config: Mapping[str, Any]) -> Self:
         """Read `encoder.config`. UserError for an unknown field or value."""
         found = cls(**sizes_of(cls, "encoder.config", config))
         if found.d_model % found.n_heads:
@@ -49,6 +46,15 @@ class SequenceConfig:
         return TransformerConfig(
             self.d_model, depth, self.n_heads, self.dim_ff, fused_qkv=True, init=XAVIER, post_norm=True, causal=causal
         )
+
+
+@dataclass(frozen=True)
+class SequenceConfig(BlockConfig):
+    """Sizes of an encoder of signals."""
+
+    num_leads: int = key(12, "C", limit="at least 1")
+    seq_len: int = key(2500, "L", limit="at least 1")
+    num_decoder_layers: int = key(4, "blocks of MAE-ViT's decoder", limit="at least 1")
 
     def check(self, signals: jax.Array) -> None:
         """Raise UserError unless the signals have this config's C and L."""
