@@ -178,6 +178,19 @@ def _text_tower(config: Config) -> tuple[Any, dict[str, Any]]:
     return tokenizer, fields
 
 
+def assemble_encoder(config: Config) -> Assembly:
+    """The encoder of a config alone, whatever its objective: neither an LLM nor a tokenizer is looked for.
+
+    Raises:
+        UserError: as `assemble`; or there is no encoder, or more than one.
+    """
+    check_views(config)
+    if len(_encoded(config)) != 1 or len(config.views) > 1:
+        found = f"{config.elm}, with {len(_encoded(config))} encoders in {len(config.views)} views"
+        raise UserError("elm", found, "an elm of one view with an encoder", "name an encoder: --config.elm=mlp_llava")
+    return _encoders_alone(config, objective_of(config))
+
+
 def encoder_structure(assembly: Assembly) -> Structure:
     """The encoder alone, of a model of one view."""
     ((view, fields),) = assembly.encoders.items()

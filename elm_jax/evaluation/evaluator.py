@@ -21,12 +21,13 @@ import jax
 from elm_jax import stopping
 from elm_jax.config import Config, to_dict
 from elm_jax.data.dataset import Dataset
+from elm_jax.data.prepare.ptb_xl import PtbXl, read_ptb_xl
 from elm_jax.data.sources import load_records
 from elm_jax.errors import UserError, printable
 from elm_jax.evaluation.answering import Asker, BadRecords, Task, check_lengths, question_answers
 from elm_jax.evaluation.controls import REAL, Question, Source, kept_ecgs, shuffled_records
 from elm_jax.evaluation.examples import draw_examples
-from elm_jax.evaluation.labels import PtbXl, ask_labels, read_ptb_xl
+from elm_jax.evaluation.labels import ask_labels
 from elm_jax.evaluation.report import write_report
 from elm_jax.evaluation.results import asked_with, results_of, summary
 from elm_jax.evaluation.store import Store

@@ -8,11 +8,8 @@ and the question here are ours. n recordings, K labels.
 
 from __future__ import annotations
 
-import ast
-import contextlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,62 +17,18 @@ from tqdm import tqdm
 
 from elm_jax import stopping
 from elm_jax.data.dataset import Dataset
+from elm_jax.data.prepare.ptb_xl import FAMILIES, INDEX, PtbXl, Statement
 from elm_jax.data.sources import Record, patient_of
-from elm_jax.data.table_files import csv_rows
-from elm_jax.errors import UserError, refused
+from elm_jax.errors import UserError
 from elm_jax.evaluation.answering import BadRecords
 from elm_jax.evaluation.controls import Question, Source
 from elm_jax.evaluation.store import AnswerFile
 from elm_jax.inference.model import TrainedModel
-from elm_jax.scoring.ecgbench import label_counts, macro_f1, micro_f1
-from elm_jax.scoring.statistics import Patients, ci95
+from elm_jax.scoring.probing import judge
+from elm_jax.scoring.statistics import Patients
 
-STATEMENTS, DATABASE = "scp_statements.csv", "ptbxl_database.csv"
-FAMILIES = ("diagnostic", "form", "rhythm", "superclass", "subclass")
 OPTIONS = ("yes", "no")
 QUESTION = "Does this ECG show {}? Answer yes or no."
-
-
-@dataclass(frozen=True)
-class Statement:
-    """An SCP statement of PTB-XL: its code, what it means, and which of FAMILIES it is in, by the label there."""
-
-    code: str
-    description: str
-    families: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class PtbXl:
-    """PTB-XL's tables: the statements, and the codes of each recording by its number, five digits as in its path."""
-
-    statements: list[Statement]
-    truths: dict[str, frozenset[str]]
-
-
-def read_ptb_xl(folder: Path) -> PtbXl:
-    """The tables in PTB-XL's folder. Raises UserError where they are not there or not PTB-XL's."""
-    return PtbXl(read_statements(folder), read_truths(folder))
-
-
-def read_statements(folder: Path) -> list[Statement]:
-    """The statements in scp_statements.csv. Raises UserError where the file is not there or not PTB-XL's."""
-    found = []
-    with _of_ptb_xl(folder / STATEMENTS):
-        for row in _rows(folder / STATEMENTS, ("description", "diagnostic", "form", "rhythm")):
-            code = row.get("") or row.get("code") or ""
-            families = {name: code for name in FAMILIES[:3] if row[name] and float(row[name]) == 1}
-            if "diagnostic" in families:
-                families |= {"superclass": row["diagnostic_class"], "subclass": row["diagnostic_subclass"]}
-            found.append(Statement(code, row["description"], families))
-    return found
-
-
-def read_truths(folder: Path) -> dict[str, frozenset[str]]:
-    """Record number, five digits as in its path -> the codes of its statements, whatever their likelihood."""
-    rows = _rows(folder / DATABASE, ("ecg_id", "scp_codes"))
-    with _of_ptb_xl(folder / DATABASE):
-        return {f"{int(row['ecg_id']):05d}": frozenset(ast.literal_eval(row["scp_codes"])) for row in rows}
 
 
 def ask_labels(
@@ -92,7 +45,7 @@ def ask_labels(
     """
     statements, recordings = labels.statements, _recordings(dataset, records, labels)
     if not recordings:
-        expected = f"recordings of {DATABASE}"
+        expected = f"recordings of {INDEX}"
         raise UserError("eval.labels", "none in this split", expected, "evaluate a table of PTB-XL's recordings")
     known = {line["id"]: line["p"] for line in file.lines if list(map(type, line["p"])) == [float] * len(statements)}
     rest = [number for number in sorted(recordings) if number not in known]
@@ -143,8 +96,7 @@ def _asked(model: TrainedModel, dataset: Dataset, record: Record, statements: Se
 def label_scores(
     p: np.ndarray, true: np.ndarray, statements: Sequence[Statement], patients: Sequence[str], seed: int = 0
 ) -> dict[str, Any]:
-    """P(yes) and truth of n recordings and all statements, (n, K) -> {family: {"macro_f1", "micro_f1", "macro_auc",
-    "n", "labels"}}, each score with its bootstrap interval over patients; labels: {label: {"f1", "auc", "n"}}.
+    """P(yes) and truth of n recordings and all statements, (n, K) -> {family: the report of `probing.Judged`}.
 
     A label that no recording has, or every one, counts in no average.
     """
@@ -159,57 +111,5 @@ def label_scores(
         kept = [label for label, truth in truths.items() if truth.any() and not truth.all()]
         if kept:
             chance, truth = (np.stack([values[label] for label in kept], axis=1) for values in (chances, truths))
-            found[family] = _family(kept, chance, truth, Patients(patients, seed))
+            found[family] = judge(chance, chance > 0.5, truth, kept, Patients(patients, seed)).report
     return found
-
-
-def _family(labels: Sequence[str], p: np.ndarray, true: np.ndarray, patients: Patients) -> dict[str, Any]:
-    rows = label_counts(p > 0.5, true)
-    sums, resampled = rows.sum(0), patients.resampled(rows)
-    areas = [_Auc(p[:, k], true[:, k]) for k in range(len(labels))]
-    ones = np.ones(len(p))
-    drawn = np.array([[area(weights) for area in areas] for weights in patients.weights()])
-    with np.errstate(invalid="ignore"):
-        mean_areas = np.nansum(drawn, axis=1) / np.isfinite(drawn).sum(1)
-    each = 2 * (true & (p > 0.5)).sum(0) / np.maximum(true.sum(0) + (p > 0.5).sum(0), 1)
-    alone = [area(ones) for area in areas]
-    return {
-        "macro_f1": {"value": float(macro_f1(sums)), "ci95": ci95(macro_f1(resampled))},
-        "micro_f1": {"value": float(micro_f1(sums)), "ci95": ci95(micro_f1(resampled))},
-        "macro_auc": {"value": float(np.mean(alone)), "ci95": ci95(mean_areas)},
-        "n": len(p),
-        "labels": {
-            label: {"f1": float(each[k]), "auc": alone[k], "n": int(true[:, k].sum())}
-            for k, label in enumerate(labels)
-        },
-    }
-
-
-class _Auc:
-    """The area under one label's curve, for recordings of any weights: ties count half."""
-
-    def __init__(self, p: np.ndarray, true: np.ndarray) -> None:
-        self._order = np.argsort(p, kind="stable")
-        ranked = p[self._order]
-        self._true = true[self._order]
-        self._group = np.concatenate([[0], np.cumsum(ranked[1:] > ranked[:-1])])
-
-    def __call__(self, weights: np.ndarray) -> float:
-        weights = weights[self._order]
-        yes, no = (np.bincount(self._group, weights * part) for part in (self._true, ~self._true))
-        total = yes.sum() * no.sum()
-        below = np.cumsum(no) - no
-        return float((yes * (below + no / 2)).sum() / total) if total else float("nan")
-
-
-def _of_ptb_xl(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Whatever is wrong with a cell of PTB-XL's tables is the file's fault: `literal_eval` raises many kinds."""
-    found = "a cell that is not as PTB-XL has it"
-    return refused(path, found, f"{path.name} of PTB-XL", "download it again", Exception)
-
-
-def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
-    rows = [row for _, row in csv_rows(path, needed, "eval.labels", f"{path.name} of PTB-XL", "give PTB-XL's folder")]
-    if not rows:
-        raise UserError("eval.labels", f"{path} without rows", f"{path.name} of PTB-XL", "download it again")
-    return rows

@@ -214,9 +214,11 @@ class TrainedWeights(Weights):
         self.trained = frozenset(places)
         self.frozen = [name for name in self.leaves if name not in places]
 
-    def check(self, fingerprints: Mapping[str, str]) -> None:
-        """Raise UserError where a frozen part is not the one that the run was trained with."""
-        _check_fingerprints(str(self.folder), self.meta["frozen"], fingerprints)
+    def check(self, fingerprints: Mapping[str, str], part: str | None = None) -> None:
+        """Raise UserError where a frozen part (only this one, if it is given) is not the one that the run was trained
+        with."""
+        saved = {name: found for name, found in self.meta["frozen"].items() if part in (None, name)}
+        _check_fingerprints(str(self.folder), saved, fingerprints)
 
     def arrays(self, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
         """As `Weights.arrays`; when the last has come, frozen parts that were read whole are checked as by `check`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,6 @@ from tqdm import tqdm
 from elm_jax import stopping
 from elm_jax.assemble import Assembly, encoder_structure
 from elm_jax.data.batch import empty_signals, put_signal
-from elm_jax.data.dataset import Dataset
 from elm_jax.data.kept_features import Features, FeatureWriter
 from elm_jax.data.represent import SIGNALS, SignalSpec
 from elm_jax.errors import UserError
@@ -40,9 +39,9 @@ SEEN_SECONDS = 120.0  # in which a disk shows what another host has written: NFS
 
 
 def keep_features(
-    assembly: Assembly, arrays: Arrays, datasets: Sequence[Dataset], mesh: Mesh, cache: Path, progress: bool
+    assembly: Assembly, arrays: Arrays, recordings: Iterable[tuple[str, int]], mesh: Mesh, cache: Path, progress: bool
 ) -> Features:
-    """The outputs of the encoder, whose `arrays` begin with "encoder.", for all recordings of `datasets`.
+    """The outputs of the encoder, whose `arrays` begin with "encoder.", for all recordings: paths, each with its key.
 
     Those that are in the folder `cache` already are not computed again: it knows them by the encoder's weights, the
     preparation of the signals, and each file's path, size and time; nothing is ever removed. Recordings that cannot be
@@ -75,7 +74,7 @@ def keep_features(
     shape = jax.eval_shape(encode, own, signals).shape[1:]
     features = Features(str(cache / "encoder" / key), shape, config.llm.compute_dtype)
 
-    wanted = list(dict.fromkeys(recording for dataset in datasets for recording in dataset.recordings()))
+    wanted = list(dict.fromkeys(recordings))
     # Names may differ where processes have disks of their own: what they tell each other is the place in this list.
     named = [spec.names_of(*recording) for recording in wanted]
     names = [name for name, _ in named]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import sys
 import time
@@ -232,7 +233,8 @@ class Trainer:
         """Have the encoder's outputs on disk in place of the encoder."""
         datasets = [self.dataset, *([] if self.validation is None else [self.validation.dataset])]
         shown = self.config.log.progress and jax.process_index() == 0
-        features = keep_features(self.assembly, self.frozen, datasets, self.mesh, cache_folder(), shown)
+        recordings = itertools.chain.from_iterable(dataset.recordings() for dataset in datasets)
+        features = keep_features(self.assembly, self.frozen, recordings, self.mesh, cache_folder(), shown)
         for dataset in datasets:
             dataset.signal = replace(dataset.signal, features=features)
         self.frozen = {name: self.frozen[name] for name in self.program.frozen}

@@ -10,10 +10,10 @@ import pytest
 from elm_jax.config import DataConfig
 from elm_jax.data.dataset import read_system_prompt
 from elm_jax.data.prepare.ecg_qa import Settings, prepare_ecg_qa
-from elm_jax.data.prepare.ptb_xl import read_index
+from elm_jax.data.prepare.ptb_xl import INDEX as DATABASE
+from elm_jax.data.prepare.ptb_xl import STATEMENTS, _rows, read_index
 from elm_jax.data.sources import load_records
 from elm_jax.errors import UserError
-from elm_jax.evaluation.labels import DATABASE, STATEMENTS, _rows
 from elm_jax.symbols.corpus import find_recordings
 
 MARK = b"\xef\xbb\xbf"

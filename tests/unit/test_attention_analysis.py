@@ -61,6 +61,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mtae": MAE | DECODER | {"patch_size": PATCH},
     "mlae": MAE | DECODER,
     "siglip_ecg": SIZES | TOWER | {"patch_size": PATCH},
+    "merl_vit": SIZES | {"patch_size": PATCH, "width": 16, "depth": 1, "heads": 1, "mlp_dim": 16},
     **dict.fromkeys(("mae_vit", "nepa"), SIZES | {"d_model": 16, "n_heads": 2, "dim_ff": 16, "num_layers": 1}),
 }
 IMAGES = {"clip", "vit", "siglip2"}

@@ -17,10 +17,11 @@ import pytest
 
 from elm_jax.data.dataset import read_system_prompt
 from elm_jax.data.demo import demo_tokenizer
+from elm_jax.data.prepare.ptb_xl import INDEX as DATABASE
+from elm_jax.data.prepare.ptb_xl import STATEMENTS, read_statements, read_truths
 from elm_jax.data.table_files import csv_rows, file_tables
 from elm_jax.ecg.recording import LEADS, read_ecg
 from elm_jax.errors import UserError
-from elm_jax.evaluation.labels import DATABASE, STATEMENTS, read_statements, read_truths
 from elm_jax.folders import MOST_JSON, check_checksums, json_lines, read_json, seal, write_json
 from elm_jax.run import verification
 from elm_jax.symbols.coder import EcgByte

@@ -1,14 +1,17 @@
-"""PTB-XL: its index, and what it says of each recording."""
+"""PTB-XL: its index, its statements, and what it says of each recording."""
 
-from collections.abc import Iterator
+import ast
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from elm_jax.data.prepare.runner import RawDataset, RawRecording
 from elm_jax.data.table_files import csv_rows
-from elm_jax.errors import refused
+from elm_jax.errors import UserError, refused
 
-INDEX = "ptbxl_database.csv"
+INDEX, STATEMENTS = "ptbxl_database.csv", "scp_statements.csv"
+FAMILIES = ("diagnostic", "form", "rhythm", "superclass", "subclass")
 _COLUMNS = ("ecg_id", "patient_id", "report", "strat_fold", "filename_lr", "filename_hr")
 
 
@@ -48,11 +51,71 @@ def _entry(path: Path, line: int, row: dict[str, str]) -> Entry:
         )
 
 
-def _recordings(raw: Path) -> Iterator[RawRecording]:
-    """Those at 500 Hz where they were downloaded, else those at 100 Hz."""
+@dataclass(frozen=True)
+class Statement:
+    """An SCP statement of PTB-XL: its code, what it means, and which of FAMILIES it is in, by the label there."""
+
+    code: str
+    description: str
+    families: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class PtbXl:
+    """PTB-XL's tables: the statements, and the codes of each recording by its number, five digits as in its path."""
+
+    statements: list[Statement]
+    truths: dict[str, frozenset[str]]
+
+
+def read_ptb_xl(folder: Path) -> PtbXl:
+    """The tables in PTB-XL's folder. Raises UserError where they are not there or not PTB-XL's."""
+    return PtbXl(read_statements(folder), read_truths(folder))
+
+
+def read_statements(folder: Path) -> list[Statement]:
+    """The statements in scp_statements.csv. Raises UserError where the file is not there or not PTB-XL's."""
+    found = []
+    with _of_ptb_xl(folder / STATEMENTS):
+        for row in _rows(folder / STATEMENTS, ("description", "diagnostic", "form", "rhythm")):
+            code = row.get("") or row.get("code") or ""
+            families = {name: code for name in FAMILIES[:3] if row[name] and float(row[name]) == 1}
+            if "diagnostic" in families:
+                families |= {"superclass": row["diagnostic_class"], "subclass": row["diagnostic_subclass"]}
+            found.append(Statement(code, row["description"], families))
+    return found
+
+
+def read_truths(folder: Path) -> dict[str, frozenset[str]]:
+    """Record number, five digits as in its path -> the codes of its statements, whatever their likelihood."""
+    rows = _rows(folder / INDEX, ("ecg_id", "scp_codes"))
+    with _of_ptb_xl(folder / INDEX):
+        return {f"{int(row['ecg_id']):05d}": frozenset(ast.literal_eval(row["scp_codes"])) for row in rows}
+
+
+def _of_ptb_xl(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Whatever is wrong with a cell of PTB-XL's tables is the file's fault: `literal_eval` raises many kinds."""
+    found = "a cell that is not as PTB-XL has it"
+    return refused(path, found, f"{path.name} of PTB-XL", "download it again", Exception)
+
+
+def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
+    rows = [row for _, row in csv_rows(path, needed, path, f"{path.name} of PTB-XL", "give PTB-XL's folder")]
+    if not rows:
+        raise UserError(path, "a table without rows", f"{path.name} of PTB-XL", "download it again")
+    return rows
+
+
+def entries(raw: Path) -> Iterator[tuple[Entry, str]]:
+    """The rows of PTB-XL's database in a folder with the path of each recording there: at 500 Hz where these were
+    downloaded, else at 100 Hz."""
     high = (raw / "records500").is_dir()
     for entry in read_index(raw / INDEX):
-        path = entry.filename_hr if high else entry.filename_lr
+        yield entry, entry.filename_hr if high else entry.filename_lr
+
+
+def _recordings(raw: Path) -> Iterator[RawRecording]:
+    for entry, path in entries(raw):
         yield RawRecording(path, entry.patient, entry.split, entry.report)
 
 

@@ -25,6 +25,7 @@ from elm_jax.models.encoders import (
     mae_pretraining,
     merl,
     merl_pretraining,
+    merl_vit,
     next_token,
     sequence,
     siglip,
@@ -171,6 +172,11 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
             merl_pretraining.weight_rule, merl_pretraining.published_name, releases=_MERL_RELEASES,
             text=merl_pretraining.PAIRED,
         ),
+    ),
+    "merl_vit": Kind(
+        merl_vit.MerlVitConfig.from_fields, merl_vit.MerlVit, merl_vit.weight_rule, merl_vit.published_name,
+        sign=checkpoints.begins("to_patch_embedding.weight"), sizes=checkpoints.merl_vit_sizes,
+        pooled=Pooled(lambda config, length: range(0, length + 1, config.patch_size)),
     ),
     "st_mem": Kind(
         partial(mae.MaeConfig.from_fields, "st_mem"), mae.StMem, mae.weight_rule, mae.st_mem_published_name,

@@ -10,6 +10,7 @@ from typing import Any
 from elm_jax.errors import UserError
 from elm_jax.models.encoders.mae import HEAD_DIM, PATCHINGS, MaeConfig
 from elm_jax.models.encoders.merl import LAYOUTS, MerlConfig, bottleneck
+from elm_jax.models.encoders.merl_vit import MerlVitConfig
 
 _LEADS = 12  # of which the patches of MTAE are made, and by whose number those of MLAE are known
 
@@ -84,6 +85,23 @@ def merl_sizes(tensors: Tensors) -> Told:
     usual = MerlConfig()
     sizes = {"width": width, "resnet_type": kinds[-1]}
     return {f"encoder.config.{k}": (v, conv) for k, v in sizes.items() if v != getattr(usual, k)}
+
+
+def merl_vit_sizes(tensors: Tensors) -> Told:
+    """The sizes of MERL's ViT that are not the usual ones; the length of its ECGs is data.segment_len."""
+    conv, qkv = "to_patch_embedding.weight", "block0.attn.fn.to_qkv.weight"
+    width, leads, patch = tensors.shape(conv, 3)
+    sizes = {
+        "num_leads": leads,
+        "patch_size": patch,
+        "width": width,
+        "depth": sum(bool(re.fullmatch(r"block\d+\.attn\.norm\.weight", name)) for name in tensors.names),
+        "heads": tensors.shape(qkv, 2)[0] // (3 * HEAD_DIM),
+        "mlp_dim": tensors.shape("block0.ff.fn.net.0.weight", 2)[0],
+    }
+    usual, length = MerlVitConfig(), tensors.shape("pos_embedding", 3)[1] * patch
+    changed = {f"encoder.config.{k}": (v, conv) for k, v in sizes.items() if v != getattr(usual, k)}
+    return {"data.segment_len": (length, "pos_embedding"), **changed}
 
 
 def mae_sizes(encoder: str, tensors: Tensors) -> Told:

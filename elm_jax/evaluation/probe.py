@@ -1,0 +1,339 @@
+"""A frozen encoder judged by what its embeddings tell of labelled recordings: linear probes, nearest neighbours.
+
+An embedding is the mean of the encoder's tokens, as an ELM would be given them. Everything is learnt on the recordings
+of training patients, every choice (penalty, threshold) made on those of validation patients, and judged on the others.
+
+N recordings, n of them to learn from, K classes, D the encoder's width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from elm_jax.assemble import Assembly, assemble_encoder
+from elm_jax.cli import ConfigFlags
+from elm_jax.config import Config
+from elm_jax.data.labels import Labelled, LabelTable, read_labels
+from elm_jax.errors import UserError, printable
+from elm_jax.exchange.card import FACTS
+from elm_jax.folders import CONFIG, read_json, writable_folder, write_atomic, write_json
+from elm_jax.models.functional import Arrays
+from elm_jax.pictures.page import filled
+from elm_jax.run.config import config_of_run
+from elm_jax.run.weights import TrainedWeights, Weights, frozen_fingerprints
+from elm_jax.runtime.compilation import cache_folder
+from elm_jax.runtime.mesh import array_shardings, make_mesh
+from elm_jax.scoring.probing import (
+    Judged,
+    apply_head,
+    best_f1,
+    judge,
+    logistic_heads,
+    macro_auroc,
+    merl_head,
+    neighbours,
+    standardised,
+)
+from elm_jax.scoring.statistics import Patients, ci95
+from elm_jax.training.encoder_cache import keep_features
+
+PROTOCOLS = ("ours", "merl")
+Scores = dict[str, np.ndarray]  # by split "val" and "test": (N, K)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How embeddings are judged.
+
+    fractions: percent of the training recordings that linear probes learn from. neighbours: that are asked.
+    folds: 0 judges on the table's test part; else its patients are dealt into so many parts, each judged by what is
+    learnt of the others. protocol: `merl` trains heads, and chooses thresholds on the test part, as MERL does.
+    """
+
+    fractions: tuple[float, ...] = (1.0, 10.0, 100.0)
+    neighbours: int = 20
+    folds: int = 0
+    protocol: str = "ours"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder to judge. name: what it is called; assembly: of it alone, with one token in float32."""
+
+    name: str
+    assembly: Assembly
+    arrays: Arrays
+    folder: Path
+
+
+def open_encoder(checkpoint: str | None, flags: ConfigFlags, step: str) -> Encoder:
+    """The encoder of a run folder or an exported folder (`checkpoint`), or the one that a config file names.
+
+    Raises:
+        UserError: there is none there, or it cannot be read.
+    """
+    if checkpoint is not None and not (Path(checkpoint) / CONFIG).is_file() and (Path(checkpoint) / FACTS).is_file():
+        config = flags.over(_exported(Path(checkpoint)))
+        return _of_config(config, Path(checkpoint))
+    if checkpoint is None:
+        config = flags.load()
+        if not (Path(config.workdir) / CONFIG).is_file():
+            return _of_config(config, Path(config.workdir))
+    config = config_of_run(checkpoint, flags)
+    weights = TrainedWeights(folder := Path(config.workdir), step, config, alone=True)
+    alone = _alone(config)
+    mesh = make_mesh(config.mesh)
+    mine = [name for name in weights.leaves if weights.leaves[name].part == "encoder"]
+    arrays = weights.place(array_shardings(weights.assembly.structure, mesh), mine)
+    frozen = {name: x for name, x in arrays.items() if name in weights.frozen}
+    weights.check(frozen_fingerprints(weights.leaves, frozen), "encoder")
+    arrays = {name: x.astype(alone.structure.leaves[name].dtype) for name, x in arrays.items()}
+    return Encoder(f"{folder}, step {weights.step}", alone, arrays, folder)
+
+
+def random_encoder(like: Encoder) -> Encoder:
+    """One of the same sizes as it is drawn from the config's seed: the control."""
+    config = like.assembly.config
+    alone = _alone(replace(config, encoder=replace(config.encoder, checkpoint=None)))
+    drawn = alone.draw(array_shardings(alone.structure, make_mesh(config.mesh)))
+    return Encoder("random", alone, drawn, like.folder)
+
+
+def _exported(folder: Path) -> dict[str, Any]:
+    """The config of an exported encoder."""
+    facts = read_json(folder / FACTS)
+    encoder, signal, weights = facts.get("encoder"), facts.get("signal"), folder / "encoder.safetensors"
+    if not isinstance(encoder, Mapping) or not isinstance(signal, Mapping) or not weights.is_file():
+        found, expected = f"{folder} without an encoder", "an export with encoder.safetensors"
+        raise UserError("--checkpoint", found, expected, "export a model that has an encoder")
+    data = {name: signal[name] for name in ("representation", "leads", "sampling_rate", "segment_len", "normalize",
+                                            "norm_eps") if name in signal}  # fmt: skip
+    own = {"name": encoder.get("name"), "config": encoder.get("config", {}), "checkpoint": str(weights)}
+    tree: dict[str, Any] = {"workdir": str(folder), "data": data, "encoder": own, "compat": facts.get("compat", ())}
+    if "objective" in facts:  # pretrained alone: its decoder lies beside it
+        return tree | {"objective": facts["objective"], "update": ("encoder",)}
+    return tree | {"elm": facts.get("elm")}
+
+
+def _of_config(config: Config, folder: Path) -> Encoder:
+    if config.encoder.name is not None and config.encoder.checkpoint is None:
+        found = f"{config.encoder.name} without weights, and no run in {config.workdir}"
+        fix = "give --config.encoder.checkpoint=FILE, or the workdir of a run"
+        raise UserError("encoder.checkpoint", found, "an encoder to judge", fix)
+    alone = _alone(config)
+    arrays = Weights(alone).place(array_shardings(alone.structure, make_mesh(config.mesh)))
+    return Encoder(str(config.encoder.checkpoint), alone, arrays, folder)
+
+
+def _alone(config: Config) -> Assembly:
+    one = replace(config.encoder, tokens=1, cache=False)
+    llm = replace(config.llm, compute_dtype="float32", param_dtype="float32")
+    data = replace(config.data, augment_ecg=False, augment_rgb=False)
+    return assemble_encoder(replace(config, encoder=one, llm=llm, data=data))
+
+
+def embeddings(encoder: Encoder, table: LabelTable, progress: bool) -> tuple[list[Labelled], np.ndarray]:
+    """The recordings of a table that can be read, and their embeddings (N, D) float32: computed in batches on the
+    mesh, and kept in the cache (`encoder_cache`), so that they are computed once.
+
+    Raises:
+        UserError: more than `data.max_bad_records` of them cannot be read.
+    """
+    config = encoder.assembly.config
+    signal = replace(encoder.assembly.signal, root=str(table.root), outside_root=config.data.outside_root)
+    assembly = replace(encoder.assembly, signal=signal)
+    mesh, wanted = make_mesh(config.mesh), [(record.path, 0) for record in table.records]
+    features = keep_features(assembly, encoder.arrays, wanted, mesh, cache_folder(), progress)
+    kept, found, bad = replace(signal, features=features), [], 0
+    read: list[Labelled] = []
+    for record in table.records:
+        try:
+            values = kept.load(record.path, 0)
+        except UserError as error:
+            bad += 1
+            if bad > config.data.max_bad_records * len(table.records):
+                limit = f"at most {config.data.max_bad_records:g} of them may be bad (--config.data.max_bad_records)"
+                raise UserError(error.where, error.found, error.expected, f"{error.fix}; {limit}") from None
+            print(printable(f"left out: {error}"), file=sys.stderr)
+        else:
+            read.append(record)
+            found.append(np.asarray(values, np.float32).mean(0))
+    return read, np.stack(found)
+
+
+def probe(
+    task: str, table: LabelTable, encoders: Sequence[Encoder], options: Options, progress: bool
+) -> dict[str, Any]:
+    """Judge encoders, the second of which, if there is one, is the control.
+
+    Returns {"task", "protocol", "classes", "left_out_classes", "n": {split: count}, "encoders": [{"name", "methods":
+    {method: the report of `probing.Judged`}}], "difference": {method: {"macro_auc": {"value", "ci95"}}}}.
+
+    Raises:
+        UserError: recordings cannot be read, or no class has recordings that show it, and others, in the parts to
+            learn from and to judge by.
+    """
+    results: dict[str, Any] = {"task": task, "protocol": options.protocol, "encoders": []}
+    drawn: list[dict[str, np.ndarray]] = []
+    for encoder in encoders:
+        read, features = embeddings(encoder, table, progress)
+        parts = _parts(read, options)
+        classes = _classes(table, read, parts)
+        true = np.array([[name in record.labels for name in classes] for record in read], float)
+        if not results["encoders"]:
+            results |= {"classes": classes, "left_out_classes": [c for c in table.classes if c not in classes]}
+            results["n"] = {s: sum(len(part[s]) for part in parts) for s in ("train", "val", "test")}
+            results["folds"] = options.folds
+        reports, aucs = {}, {}
+        for name, method in _methods(options):
+            judged = _judged(method, features, true, parts, read, classes, options)
+            reports[name], aucs[name] = judged.report, judged.macro_aucs
+        results["encoders"].append({"name": encoder.name, "methods": reports})
+        drawn.append(aucs)
+    if len(drawn) > 1:
+        first, second = (one["methods"] for one in results["encoders"])
+        results["difference"] = {
+            name: {"macro_auc": {"value": first[name]["macro_auc"]["value"] - second[name]["macro_auc"]["value"],
+                                 "ci95": ci95(drawn[0][name] - drawn[1][name])}}
+            for name in first
+        }  # fmt: skip
+    return results
+
+
+Part = Mapping[str, np.ndarray]  # by split the places of recordings
+Method = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], Scores]
+
+
+def _parts(records: Sequence[Labelled], options: Options) -> list[dict[str, np.ndarray]]:
+    """What is learnt from, chosen by and judged by: once, or once for each fold."""
+    if not options.folds:
+        return [{s: _where(r.split == s for r in records) for s in ("train", "val", "test")}]
+    fold = np.array([int(_hash(options.seed, r.patient)[:12], 16) % options.folds for r in records])
+    parts = []
+    for number in range(options.folds):
+        test, val = fold == number, fold == (number + 1) % options.folds
+        parts.append({"train": _where(~test & ~val), "val": _where(val), "test": _where(test)})
+    return parts
+
+
+def _where(chosen: Any) -> np.ndarray:
+    return np.flatnonzero(chosen if isinstance(chosen, np.ndarray) else np.fromiter(chosen, bool))
+
+
+def _hash(seed: int, patient: str) -> str:
+    return hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()
+
+
+def _classes(table: LabelTable, records: Sequence[Labelled], parts: Sequence[Part]) -> list[str]:
+    """Those that some recordings show and others do not, where is learnt and where is judged."""
+    judged, learnt = (np.concatenate([part[split] for part in parts]) for split in ("test", "train"))
+
+    def both(name: str, places: np.ndarray) -> bool:
+        return 0 < sum(name in records[place].labels for place in places) < len(places)
+
+    classes = [name for name in table.classes if both(name, judged) and both(name, learnt)]
+    if not classes or not all(len(part["val"]) for part in parts):
+        counts = {split: sum(len(part[split]) for part in parts) for split in ("train", "val", "test")}
+        found = f"recordings {counts}, and no class that only some of them show"
+        fix = "give more recordings of more classes, or --folds 5 where they are few"
+        raise UserError("--labels", found, "a class with and without it in train and test, and some in val", fix)
+    return classes
+
+
+def _methods(options: Options) -> Iterator[tuple[str, Method]]:
+    for fraction in options.fractions:
+        head = _by_merl if options.protocol == "merl" else _by_logistic
+        yield f"linear, {fraction:g} %", partial(_linear, fraction=fraction, head=head, seed=options.seed)
+    yield f"{options.neighbours} neighbours", partial(_nearest, count=options.neighbours)
+
+
+def _linear(
+    train: np.ndarray, true: np.ndarray, val: np.ndarray, val_true: np.ndarray, test: np.ndarray, fraction: float,
+    head: Callable[..., Scores], seed: int,
+) -> Scores:  # fmt: skip
+    chosen = np.random.default_rng(seed).permutation(len(train))[: max(1, math.floor(fraction / 100 * len(train)))]
+    return head(train[chosen], true[chosen], val, val_true, test, seed)
+
+
+def _by_logistic(
+    train: np.ndarray, true: np.ndarray, val: np.ndarray, val_true: np.ndarray, test: np.ndarray, seed: int
+) -> Scores:
+    """The penalty with the highest macro AUROC of the validation part."""
+    train, val, test = standardised(train, val, test)
+    heads = logistic_heads(train, true)
+    areas = np.nan_to_num([macro_auroc(apply_head(val, head), val_true) for head in heads])
+    best = heads[int(np.argmax(areas))]
+    return {"val": apply_head(val, best), "test": apply_head(test, best)}
+
+
+def _by_merl(
+    train: np.ndarray, true: np.ndarray, val: np.ndarray, val_true: np.ndarray, test: np.ndarray, seed: int
+) -> Scores:
+    head = merl_head(train, true, seed)
+    return {"val": apply_head(val, head), "test": apply_head(test, head)}
+
+
+def _nearest(
+    train: np.ndarray, true: np.ndarray, val: np.ndarray, val_true: np.ndarray, test: np.ndarray, count: int
+) -> Scores:
+    train, val, test = standardised(train, val, test)
+    return {"val": neighbours(train, true, val, count), "test": neighbours(train, true, test, count)}
+
+
+def _judged(
+    method: Method, features: np.ndarray, true: np.ndarray, parts: Sequence[Part], records: Sequence[Labelled],
+    classes: Sequence[str], options: Options,
+) -> Judged:  # fmt: skip
+    """What the scores of the test recordings of all parts are worth together."""
+    scores, decided = np.zeros_like(true), np.zeros_like(true)
+    for part in parts:
+        train, val, test = (part[split] for split in ("train", "val", "test"))
+        found = method(features[train], true[train], features[val], true[val], features[test])
+        scores[test] = found["test"]
+        for k in range(len(classes)):
+            if options.protocol == "merl":
+                threshold = best_f1(found["test"][:, k], true[test, k])[1] if len(test) else 0.0
+            elif true[val, k].any():
+                threshold = best_f1(found["val"][:, k], true[val, k])[1]
+            else:  # as many as in the training part
+                threshold = float(np.quantile(found["val"][:, k], 1 - true[train, k].mean()))
+            decided[test, k] = found["test"][:, k] >= threshold
+    judged = np.concatenate([part["test"] for part in parts])
+    patients = Patients([records[place].patient for place in judged], options.seed)
+    return judge(scores[judged], decided[judged], true[judged], classes, patients)
+
+
+def write_results(out: Path, results: Mapping[str, Any]) -> str:
+    """Leave TASK.json and TASK.md in the folder `out`; returns the text of the second."""
+    folder, text = writable_folder(out, "--out"), filled("probe.md", results=results)
+    write_json(folder / f"{results['task']}.json", dict(results))
+    write_atomic(folder / f"{results['task']}.md", lambda file: file.write(text.encode()))
+    return text
+
+
+def run_probe(
+    encoder: Encoder, tasks: Mapping[str, LabelTable], options: Options, out: Path, control: bool, progress: bool
+) -> list[str]:
+    """Judge an encoder, and with `control` a random one beside it, on each task; returns the reports' texts."""
+    if jax.process_count() > 1:
+        raise UserError("mesh", "several processes", "one", "judge encoders with one process")
+    encoders = [encoder, random_encoder(encoder)] if control else [encoder]
+    return [write_results(out, probe(task, table, encoders, options, progress)) for task, table in tasks.items()]
+
+
+def read_tasks(tasks: Sequence[str], labels: str | None, root: Path | None, seed: int) -> dict[str, LabelTable]:
+    """The labelled recordings of each task, a table by the name of its file. root: where its recordings are, if not
+    beside it."""
+    read = {Path(labels or "").stem if t == "table" else t: read_labels(t, labels, seed) for t in tasks}
+    return {name: replace(table, root=root) if root else table for name, table in read.items()}
