@@ -16,6 +16,7 @@ from typing import Any
 from elm_jax import cli, compat
 from elm_jax.data.prepare import DATASETS
 from elm_jax.data.prepare.ecg_qa import FORMS, Settings, prepare_ecg_qa
+from elm_jax.data.prepare.profiles import PROFILES
 from elm_jax.data.prepare.runner import prepare_dataset
 from elm_jax.errors import UserError, nearest, printable
 
@@ -42,8 +43,11 @@ def _parser() -> cli.Parser:
         own.add_argument("--sampling-rate", type=float, default=250, help="Hz after resampling")
         own.add_argument("--segment-len", type=int, default=2500, help="samples of a segment")
         own.add_argument(
-            "--compat", default="", help="spline_resampling: resample as the reference does, with no low-pass"
-        )
+            "--profile", choices=list(PROFILES), default="clean",
+            help="clean: low-passed for the new rate, nothing else; elm-2026: a spline and no filter, as the reference "
+            "does now; paper-2025: its filters of 2025 before the spline",
+        )  # fmt: skip
+        own.add_argument("--compat", default="", help="spline_resampling: as --profile elm-2026")
         own.add_argument(
             "--report-language", choices=["as-is"], default="as-is",
             help="reports are kept in the language they were written in (PTB-XL's are mostly German)",
@@ -53,9 +57,7 @@ def _parser() -> cli.Parser:
     ecg_qa.add_argument("--raw", type=Path, required=True, help="ECG-QA's folder ptbxl, or one that holds it")
     ecg_qa.add_argument("--out", type=Path, required=True, help="the table (.parquet), or a folder for it")
     ecg_qa.add_argument("--records", type=Path, help="prepared segments; default: in the folder of --out")
-    ecg_qa.add_argument(
-        "--ptbxl-csv", type=Path, help="ptbxl_database.csv; default: what prepare ptb_xl left"
-    )
+    ecg_qa.add_argument("--ptbxl-csv", type=Path, help="ptbxl_database.csv; default: what prepare ptb_xl left")
     ecg_qa.add_argument(
         "--split",
         choices=["patient", "official", "strat_fold"],
@@ -76,7 +78,7 @@ def _recordings(args: Namespace) -> dict[str, Any]:
     compat.check(names)
     dataset = DATASETS[args.dataset]
     return prepare_dataset(
-        args.dataset, dataset, args.raw, args.out, args.sampling_rate, args.segment_len, compat=names
+        args.dataset, dataset, args.raw, args.out, args.sampling_rate, args.segment_len, True, args.profile, names
     )
 
 
@@ -86,9 +88,7 @@ def _ecg_qa(args: Namespace) -> dict[str, Any]:
         if form not in FORMS:
             raise UserError("--forms", repr(form), ", ".join(FORMS), nearest(form, FORMS) or "correct it")
     if not (args.val >= 0 and args.test >= 0 and args.val + args.test < 1):
-        raise UserError(
-            "--val, --test", f"{args.val:g}, {args.test:g}", "parts whose sum is below 1", "lower them"
-        )
+        raise UserError("--val, --test", f"{args.val:g}, {args.test:g}", "parts whose sum is below 1", "lower them")
     table = args.out if args.out.suffix == ".parquet" else args.out / "ecg_qa.parquet"
     records = args.records or table.parent / "ptb_xl" / "preprocessed_2500"
     settings = Settings(args.split, forms, args.single_only, args.seed, args.val, args.test)

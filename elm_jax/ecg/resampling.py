@@ -55,9 +55,9 @@ def resample_by_spline(signal: np.ndarray, rate: float, new_rate: float) -> np.n
     1 / new_rate; nothing is filtered before.
     """
     samples, count = signal.shape[1], _new_count(signal, rate, new_rate)
-    from scipy.interpolate import CubicSpline  # slow to import
+    from scipy.interpolate import make_interp_spline  # slow to import
 
-    spline = CubicSpline(np.linspace(0.0, samples - 1.0, samples), signal.astype(np.float64), axis=1)
+    spline = make_interp_spline(np.linspace(0.0, samples - 1.0, samples), signal.astype(np.float64), axis=1)
     return spline(np.linspace(0.0, samples - 1.0, count))
 
 

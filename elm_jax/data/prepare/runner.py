@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from elm_jax import compat as behaviours
 from elm_jax.data.prepare.output import compact, write_segment, write_table
+from elm_jax.data.prepare.profiles import MADE, PROFILES
 from elm_jax.data.prepare.splits import SPLITS, leaks, split_of
 from elm_jax.ecg.recording import Recording, read_ecg, segments
 from elm_jax.errors import UserError
@@ -83,17 +84,22 @@ def prepare_dataset(
     sampling_rate: float = 250,
     length: int = 2500,
     progress: bool = True,
+    profile: str = "clean",
     compat: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Prepare what of a dataset lies in `raw`; returns (and writes) the counts. `compat` is as for `ecg.to_segment`.
+    """Prepare what of a dataset lies in `raw`; returns (and writes) the counts.
 
-    Recordings without files, unreadable or too short are counted and listed; files already there are kept.
+    `profile` is one of PROFILES; the compat name `spline_resampling` makes elm-2026 of clean. Recordings without files,
+    unreadable or too short are counted and listed; files already there are kept.
 
     Raises:
         UserError: nothing can be prepared, or `out` holds segments made with other settings.
     """
-    resampling = "spline" if behaviours.enabled("spline_resampling", compat) else "low-pass"
+    if profile == "clean" and behaviours.enabled("spline_resampling", compat):
+        profile = "elm-2026"
+    resampling, filters = MADE[profile]
     settings = {"dataset": name, "sampling_rate": sampling_rate, "segment_len": length, "resampling": resampling}
+    settings |= {"filters": filters}
     for earlier in (f"{name}_report.json", "prepare_report.json"):  # the second: before there were several datasets
         _check_settings(out / earlier, settings)
     folder = out / name / f"preprocessed_{length}"
@@ -114,7 +120,9 @@ def prepare_dataset(
                 continue
             try:
                 recording = replace(dataset.read(raw / one.path), report=one.report)
-                windows = segments(recording, sampling_rate, length, compat)
+                signal = PROFILES[profile](recording.signal, recording.sampling_rate, sampling_rate)
+                made = replace(recording, signal=signal, sampling_rate=sampling_rate)
+                windows = segments(made, sampling_rate, length)
             except UserError as error:
                 problems["unreadable"][one.path] = str(error)
                 continue
@@ -204,7 +212,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     if not isinstance(before, dict) or any(before.get(key) != settings[key] for key in ("dataset", "segment_len")):
         return
     for key, value in settings.items():
-        if before.get(key) != value:
+        if before.get(key, "none" if key == "filters" else None) != value:  # there were none once
             found = f"segments made with {key} {before.get(key, 'of an earlier version')}"
             raise UserError(str(path), found, f"{key} {value}", "give another --out")
 
