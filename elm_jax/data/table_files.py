@@ -181,13 +181,15 @@ def _is_known(name: str, kind: Any) -> bool:
 
 
 def _is_plain(feature: Any, flat: bool) -> bool:
-    """Whether a feature is made of values alone; `flat`: of one, or of a list of them."""
+    """Whether a feature is made of texts and numbers alone; `flat`: of one, or of a list of them."""
     if isinstance(feature, Mapping):
         return not flat and all(_is_plain(item, flat) for item in feature.values())
     if isinstance(feature, list):
         return all(_is_plain(item, flat) for item in feature)
     kind = type(feature).__name__
-    return kind in ("Value", "ClassLabel") or (kind in ("List", "LargeList") and _is_plain(feature.feature, flat))
+    if kind == "Value":
+        return "binary" not in feature.dtype
+    return kind == "ClassLabel" or (kind in ("List", "LargeList") and _is_plain(feature.feature, flat))
 
 
 def _json_table(file: Path) -> Any:

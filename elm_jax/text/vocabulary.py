@@ -28,6 +28,7 @@ TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 _TEMPLATES = "additional_chat_templates/*.jinja"
 _TABLE = "precompiled_charsmap"  # of a normalizer: text -> text
 _MOST_BYTES, _MOST_GROWTH = 256 << 20, 1000  # of tokenizer.json; characters for one, where it replaces some
+_MOST_IDS = 1 << 22
 THINK_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 
 _CACHED_TEXTS = 1024  # headers and system prompts always; questions and answers as often as they repeat
@@ -65,6 +66,23 @@ def _check_files(folder: Path) -> None:
             if growth > _MOST_GROWTH:
                 found = f"a {part} that writes {growth} characters for one"
                 raise UserError(file, found, f"at most {_MOST_GROWTH}", "give the model's own tokenizer")
+        largest = max(_ids(spec), default=0)
+        if largest >= _MOST_IDS:
+            fix = "give the model's own tokenizer"
+            raise UserError(file, f"a token with the id {largest}", f"ids below {_MOST_IDS}", fix)
+
+
+def _ids(spec: Any) -> Iterator[int]:
+    """The ids that a tokenizer's file gives its tokens.
+
+    The library walks from 0 to the largest, and takes memory for each that is missing, until the process is aborted.
+    """
+    parts = spec if isinstance(spec, dict) else {}
+    model, added = parts.get("model"), parts.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    named = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    named += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    yield from (found for found in named if isinstance(found, int))
 
 
 def _growth(part: Any) -> int:

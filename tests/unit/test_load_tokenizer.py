@@ -96,3 +96,19 @@ def test_a_tokenizer_that_fails_or_panics_at_a_text_is_a_user_error(tmp_path: Pa
         words = vocabulary(load_tokenizer(tmp_path))
         words.text(list(words.encode("a")))
         words.encode("\u5fc3")
+
+
+@pytest.mark.parametrize("largest", [1 << 22, 1 << 31, 1 << 70])
+@pytest.mark.parametrize("part", ["model", "added_tokens"])
+def test_an_id_beyond_all_vocabularies_is_refused_before_the_library_counts_up_to_it(
+    tmp_path: Path, part: str, largest: int
+) -> None:
+    demo_tokenizer().save_pretrained(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    if part == "model":
+        spec["model"]["vocab"][next(iter(spec["model"]["vocab"]))] = largest
+    else:
+        spec["added_tokens"][0]["id"] = largest
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=f"found a token with the id {largest}; expected ids below 4194304"):
+        load_tokenizer(tmp_path)
