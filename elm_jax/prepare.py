@@ -2,19 +2,21 @@
 
   python -m elm_jax.prepare ptb_xl --raw R --out O
   python -m elm_jax.prepare ecg_qa --raw Q --records O/ptb_xl/preprocessed_2500 --out O/ecg_qa.parquet
+  python -m elm_jax.prepare ecg_instruct_pulse --raw ECGInstruct.json --records O --out O/pulse.parquet
 
 Train on the result with data.root=O and data.names naming a table. A second run goes on where the first
 stopped. A dataset of your own: docs/add_a_dataset.md.
 """
 
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from elm_jax import cli, compat
 from elm_jax.data.prepare import DATASETS
+from elm_jax.data.prepare.conversations import CONVERSATIONS, prepare_conversations
 from elm_jax.data.prepare.ecg_qa import FORMS, Settings, prepare_ecg_qa
 from elm_jax.data.prepare.profiles import PROFILES
 from elm_jax.data.prepare.runner import prepare_dataset
@@ -66,11 +68,27 @@ def _parser() -> cli.Parser:
     )
     ecg_qa.add_argument("--forms", default="paraphrased", help=f"of {','.join(FORMS)} (the same questions)")
     ecg_qa.add_argument("--single-only", action="store_true", help="leave out comparisons of two recordings")
-    ecg_qa.add_argument("--seed", type=int, default=0)
-    ecg_qa.add_argument("--val", type=float, default=0.1, help="part of the patients")
-    ecg_qa.add_argument("--test", type=float, default=0.1, help="part of the patients")
+    _add_shares(ecg_qa)
     ecg_qa.set_defaults(prepare=_ecg_qa)
+    for name, holds in CONVERSATIONS.items():
+        own = datasets.add_parser(name, help=holds)
+        own.add_argument("--raw", type=Path, required=True, help=holds)
+        own.add_argument("--records", type=Path, help="where prepare left recordings; default: the folder of --out")
+        own.add_argument("--out", type=Path, required=True, help="the table (.parquet), or a folder for it")
+        own.add_argument("--segment-len", type=int, default=2500, help="samples of the segments to use")
+        own.add_argument(
+            "--split", choices=["patient", "official"], default="patient",
+            help="whole patients by --seed, --val and --test; as the names of the files say",
+        )  # fmt: skip
+        _add_shares(own)
+        own.set_defaults(prepare=_conversations)
     return parser
+
+
+def _add_shares(parser: ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--val", type=float, default=0.1, help="part of the patients")
+    parser.add_argument("--test", type=float, default=0.1, help="part of the patients")
 
 
 def _recordings(args: Namespace) -> dict[str, Any]:
@@ -87,12 +105,27 @@ def _ecg_qa(args: Namespace) -> dict[str, Any]:
     for form in forms or ("",):
         if form not in FORMS:
             raise UserError("--forms", repr(form), ", ".join(FORMS), nearest(form, FORMS) or "correct it")
-    if not (args.val >= 0 and args.test >= 0 and args.val + args.test < 1):
-        raise UserError("--val, --test", f"{args.val:g}, {args.test:g}", "parts whose sum is below 1", "lower them")
-    table = args.out if args.out.suffix == ".parquet" else args.out / "ecg_qa.parquet"
+    table = _table(args)
     records = args.records or table.parent / "ptb_xl" / "preprocessed_2500"
     settings = Settings(args.split, forms, args.single_only, args.seed, args.val, args.test)
     return prepare_ecg_qa(args.raw, records, table, args.ptbxl_csv, settings)
+
+
+def _conversations(args: Namespace) -> dict[str, Any]:
+    table = _table(args)
+    records = args.records or table.parent
+    official = args.split == "official"
+    return prepare_conversations(
+        args.raw, records, table, args.segment_len, official, args.seed, args.val, args.test
+    )
+
+
+def _table(args: Namespace) -> Path:
+    """The table to write, once the shares of splits are right."""
+    if not (args.val >= 0 and args.test >= 0 and args.val + args.test < 1):
+        found = f"{args.val:g}, {args.test:g}"
+        raise UserError("--val, --test", found, "parts whose sum is below 1", "lower them")
+    return args.out if args.out.suffix == ".parquet" else args.out / f"{args.dataset}.parquet"
 
 
 def _brief(value: Any) -> str:

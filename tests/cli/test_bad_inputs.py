@@ -306,7 +306,7 @@ MADE: list[tuple[str, list[str], str]] = [  # command, arguments, what the line 
     ("prepare", ["ptb_xl", "--raw", "W/raw", "--out", "out", "--sampling-rate", "1e9"], "--sampling-rate"),
     ("prepare", ["ptb_xl", "--raw", "W/raw", "--out", "out", "--compat", "splines"], "compat"),
     ("prepare", ["ecg_qa", "--raw", "W/raw", "--out", "out", "--split", "random"], "'random'"),
-    ("prepare", ["ecg_qa", "--raw", "W/absent", "--out", "out"], "no PTB-XL segments"),
+    ("prepare", ["ecg_qa", "--raw", "W/absent", "--out", "out"], "no segments of PTB-XL or MIMIC-IV-ECG"),
     ("prepare", ["ptb-xl", "--raw", "W/raw", "--out", "out"], "ptb-xl"),
     # ecg_byte
     ("ecg_byte", [], "TASK"),

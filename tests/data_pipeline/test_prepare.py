@@ -309,6 +309,23 @@ def test_comparisons_keep_both_paths_in_order_and_both_patients(prepared, tmp_pa
         ask(folder, prepared, tmp_path / "q.parquet", single_only=True)
 
 
+def test_questions_about_mimic_find_studies_and_know_patients_by_the_paths(tmp_path):
+    folder = tmp_path / "O" / "mimic_iv" / "preprocessed_2500"
+    folder.mkdir(parents=True)
+    for subject, study in ((10000032, 40689238), (10000032, 40689239), (10000117, 49150101)):
+        (folder / f"files_p1000_p{subject}_s{study}_{study}_0.npy").touch()
+    raw = tmp_path / "ecgqa"
+    questions = [question([40689238]), question([40689239, 49150101], "comparison_irrelevant-verify"), question([7])]
+    make_questions(raw / "mimic-iv-ecg", questions)
+    report = prepare_ecg_qa(raw, folder, tmp_path / "O" / "qa.parquet", None, Settings("official"), progress=False)
+    rows = table(tmp_path / "O" / "qa.parquet")
+    assert [row["patient_id"] for row in rows] == ["10000032", "10000032+10000117"]
+    assert rows[0]["ecg_path"] == "mimic_iv/preprocessed_2500/files_p1000_p10000032_s40689238_40689238_0.npy"
+    assert report["without_recording"] == 1
+    with pytest.raises(UserError, match="strat_fold; expected patient or official"):
+        prepare_ecg_qa(raw, folder, tmp_path / "O" / "qa.parquet", None, Settings("strat_fold"), progress=False)
+
+
 def test_no_patient_is_in_two_splits_and_what_would_cross_is_left_out(prepared, tmp_path):
     pairs = [question([i, j], "comparison") for i in range(1, 7) for j in range(1, 7) if i != j]
     folder = make_questions(tmp_path, pairs + [question([i]) for i in range(1, 7)])
@@ -375,7 +392,7 @@ def test_what_is_not_there_is_named(prepared, raw, tmp_path):
     with pytest.raises(UserError, match=r"no \.json file"):
         ask(tmp_path, prepared, tmp_path / "q.parquet")
     folder = make_questions(tmp_path, [question([1])])
-    with pytest.raises(UserError, match="no PTB-XL segments"):
+    with pytest.raises(UserError, match="no segments of PTB-XL or MIMIC-IV-ECG"):
         prepare_ecg_qa(folder, tmp_path / "nowhere", tmp_path / "q.parquet", progress=False)
     write_index(tmp_path, [[2, 1, "r", 1, "", ""]])
     with pytest.raises(UserError, match="no patient of recording 1"):

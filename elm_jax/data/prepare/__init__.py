@@ -1,11 +1,12 @@
 """Raw downloads to records: `runner` is the way, with a row of `DATASETS` for each dataset of recordings."""
 
+from elm_jax.data.prepare.conversations import CONVERSATIONS
 from elm_jax.data.prepare.ptb_xl import PTB_XL
 from elm_jax.data.prepare.runner import RawDataset, RawRecording
 from elm_jax.errors import UserError
 from elm_jax.registry import Registry
 
-OTHERS = ("ecg_qa",)  # what `prepare` makes of prepared recordings
+OTHERS = ("ecg_qa", *CONVERSATIONS)  # what `prepare` makes of prepared recordings
 DATASETS: Registry[RawDataset] = Registry("DATASET", {"ptb_xl": PTB_XL})
 
 __all__ = ["DATASETS", "RawDataset", "RawRecording", "register_dataset"]

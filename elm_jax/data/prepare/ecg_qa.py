@@ -1,7 +1,7 @@
-"""ECG-QA on PTB-XL: its question files + prepared PTB-XL segments -> one table of conversations.
+"""ECG-QA: its question files + prepared segments of PTB-XL or MIMIC-IV-ECG -> one table of conversations.
 
 A row is a question about one segment of every recording it names (two for a comparison). Leaves F.parquet,
-with paths relative to the folder that holds ptb_xl/, and F_report.json beside it.
+with paths relative to the folder that holds ptb_xl/ or mimic_iv/, and F_report.json beside it.
 """
 
 import re
@@ -26,7 +26,11 @@ PTB_XL_REPORTS = "ptb_xl_reports.parquet"  # as `prepare ptb_xl` leaves it
 FORMS = ("paraphrased", "template")
 OFFICIAL = {"train": "train", "valid": "val", "test": "test"}
 SplitRule = Literal["patient", "official", "strat_fold"]
-_STEM = re.compile(r"records(?:100|500)_\d{5}_(\d{5})_[hl]r")
+# By the set's folder: the stem of a recording, with the number that questions call it by and the patient's, if any.
+_STEMS = {
+    "ptbxl": re.compile(r"records(?:100|500)_\d{5}_(?P<ecg>\d{5})_[hl]r"),
+    "mimic-iv-ecg": re.compile(r"files_p\d+_p(?P<patient>\d+)_s(?P<ecg>\d+)_\d+"),
+}
 _NEEDED = {"question_type": str, "question": str, "answer": list, "ecg_id": list}
 
 
@@ -57,13 +61,15 @@ def prepare_ecg_qa(
     for folders without questions or segments, malformed questions, and recordings of unknown patients.
     """
     chosen = settings or Settings()
-    stems = _stems(records)
-    patients, folds = _patients(records, ptbxl_csv, chosen.split)
+    source, stems = _stems(records)
+    patients, folds = _patients(records, ptbxl_csv, stems if source == "mimic-iv-ecg" else None)
+    if chosen.split == "strat_fold" and not folds:
+        raise UserError("--split", "strat_fold", "patient or official for MIMIC-IV-ECG", "choose one of them")
     where = f"{records.parent.name}/{records.name}"
     counts: Counter[str] = Counter()
     used: set[int] = set()
     rows: list[dict[str, Any]] = []
-    for form, official, question in _questions(_folder(raw, chosen.forms), chosen.forms, progress):
+    for form, official, question in _questions(_folder(raw, source, chosen.forms), chosen.forms, progress):
         counts["questions"] += 1
         ids = [int(ecg) for ecg in question["ecg_id"]]
         if chosen.single_only and len(ids) > 1:
@@ -139,23 +145,28 @@ def _split(chosen: Settings, official: str, who: Sequence[str], folds: Sequence[
     return splits.pop() if len(splits) == 1 else None
 
 
-def _stems(records: Path) -> dict[int, tuple[str, int]]:
-    """PTB-XL's ecg_id -> (stem, number of segments)."""
-    found = {stem: count for stem, count in segment_counts(records).items() if _STEM.fullmatch(stem)}
-    if not found:
-        raise UserError(
-            str(records),
-            "no PTB-XL segments",
-            "records500_00000_00001_hr_0.npy and the like",
-            "run prepare ptb_xl first and give its folder as --records",
-        )
-    return {int(stem.split("_")[2]): (stem, count) for stem, count in found.items()}
+def _stems(records: Path) -> tuple[str, dict[int, tuple[str, int]]]:
+    """(the set's folder, number of a recording -> (stem, number of segments))."""
+    counts = segment_counts(records)
+    for source, pattern in _STEMS.items():
+        found = {int(match["ecg"]): (stem, n) for stem, n in counts.items() if (match := pattern.fullmatch(stem))}
+        if found:
+            return source, found
+    raise UserError(
+        str(records),
+        "no segments of PTB-XL or MIMIC-IV-ECG",
+        "records500_00000_00001_hr_0.npy and the like",
+        "run prepare ptb_xl first and give its folder as --records",
+    )
 
 
 def _patients(
-    records: Path, ptbxl_csv: Path | None, rule: SplitRule
+    records: Path, ptbxl_csv: Path | None, named: dict[int, tuple[str, int]] | None
 ) -> tuple[dict[int, str], dict[int, str]]:
-    """(ecg_id -> patient, ecg_id -> split by strat_fold)."""
+    """(ecg_id -> patient, ecg_id -> split by strat_fold); of recordings whose stems are `named` by patient no folds."""
+    if named is not None:
+        found = {ecg: _STEMS["mimic-iv-ecg"].fullmatch(stem) for ecg, (stem, _) in named.items()}
+        return {ecg: match["patient"] for ecg, match in found.items() if match}, {}
     if ptbxl_csv is not None:
         entries = read_index(ptbxl_csv)
         return {e.ecg_id: e.patient for e in entries}, {e.ecg_id: e.split for e in entries}
@@ -182,13 +193,13 @@ def _known(patients: dict[int, str], ecg: int, ptbxl_csv: Path | None) -> str:
     return patients[ecg]
 
 
-def _folder(raw: Path, forms: Sequence[str]) -> Path:
-    """The folder that holds paraphrased/ and template/: `raw` or ECG-QA's ptbxl/ in it."""
-    for folder in (raw, raw / "ptbxl", raw / "ecgqa" / "ptbxl"):
+def _folder(raw: Path, source: str, forms: Sequence[str]) -> Path:
+    """The folder that holds paraphrased/ and template/: `raw`, or ECG-QA's own of the source in it."""
+    for folder in (raw / source, raw / "ecgqa" / source, raw):
         if all((folder / form).is_dir() for form in forms):
             return folder
     raise UserError(
-        str(raw), f"no folder {' or '.join(forms)}", "ECG-QA's folder ptbxl", "correct --raw (or --forms)"
+        str(raw), f"no folder {' or '.join(forms)}", f"ECG-QA's folder {source}", "correct --raw (or --forms)"
     )
 
 
