@@ -1,4 +1,5 @@
-"""Judge a frozen encoder by what its embeddings tell: linear probes, nearest neighbours, macro AUROC with intervals.
+"""Judge a frozen encoder by what its embeddings tell: linear probes, nearest neighbours, and zero-shot where it was
+pretrained against reports; macro AUROC and F1 with intervals.
 
     python -m elm_jax.probe --checkpoint runs/st_mem --task demo --random
     python -m elm_jax.probe --checkpoint runs/st_mem --task ptbxl_super,ptbxl_rhythm --labels ptb-xl
@@ -29,15 +30,17 @@ def main(argv: Sequence[str]) -> None:
     if options.checkpoint is None and flags.path is None:
         raise UserError("--checkpoint", "none", "a run or an exported folder, or --config FILE", "give one of them")
     from elm_jax.evaluation import probe
+    from elm_jax.evaluation.encoders import open_encoder
     from elm_jax.folders import check_writable
     from elm_jax.runtime.compilation import keep_compiled
 
     keep_compiled()
     tasks = probe.read_tasks(options.task.split(","), options.labels, options.root, options.seed)
-    encoder = probe.open_encoder(options.checkpoint, flags, options.step)
+    encoder = open_encoder(options.checkpoint, flags, options.step)
     out = options.out or encoder.folder / "probe"
     check_writable(out, "--out")
-    how = probe.Options(fractions, options.neighbours, options.folds, options.protocol, options.seed)
+    prompts = probe.read_prompts(options.prompts)
+    how = probe.Options(fractions, options.neighbours, options.folds, options.protocol, options.seed, prompts)
     progress = encoder.assembly.config.log.progress
     for text in probe.run_probe(encoder, tasks, how, out, options.random, progress):
         print(printable(text, "\n"))
@@ -56,6 +59,7 @@ def _parser() -> cli.Parser:
     add("--fractions", default="1,10,100", metavar="P[,P...]", help="percent of the training recordings")
     add("--neighbours", type=_from(1), default=20, metavar="N", help="nearest recordings that are asked")
     add("--folds", type=_from(0), default=0, metavar="N", help="judge all recordings, in N parts, by what others teach")
+    add("--prompts", type=Path, metavar="F", help="zero-shot: JSON of {class: its words, or a list of such}")
     add("--protocol", choices=("ours", "merl"), default="ours", help="merl: train heads and choose thresholds as MERL")
     add("--seed", type=_from(0), default=0, metavar="N", help="of splits, fractions and intervals")
     add("--out", type=Path, metavar="D", help="where to write; default: W/probe")

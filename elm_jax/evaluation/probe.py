@@ -1,4 +1,5 @@
-"""A frozen encoder judged by what its embeddings tell of labelled recordings: linear probes, nearest neighbours.
+"""A frozen encoder judged by what its embeddings tell of labelled recordings: linear probes, nearest neighbours, and,
+where it was pretrained against reports, zero-shot: by the class whose words are nearest.
 
 An embedding is the mean of the encoder's tokens, as an ELM would be given them. Everything is learnt on the recordings
 of training patients, every choice (penalty, threshold) made on those of validation patients, and judged on the others.
@@ -10,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from elm_jax.assemble import Assembly, assemble_encoder
-from elm_jax.cli import ConfigFlags
-from elm_jax.config import Config
+from elm_jax.assemble import encoder_structure
 from elm_jax.data.labels import Labelled, LabelTable, read_labels
-from elm_jax.errors import UserError, printable
-from elm_jax.exchange.card import FACTS
-from elm_jax.folders import CONFIG, read_json, writable_folder, write_atomic, write_json
-from elm_jax.models.functional import Arrays
+from elm_jax.data.samples import REPORT
+from elm_jax.errors import UserError
+from elm_jax.evaluation.encoders import Encoder, embeddings, random_encoder
+from elm_jax.folders import read_json, writable_folder, write_atomic, write_json
 from elm_jax.pictures.page import filled
-from elm_jax.run.config import config_of_run
-from elm_jax.run.weights import TrainedWeights, Weights, frozen_fingerprints
-from elm_jax.runtime.compilation import cache_folder
-from elm_jax.runtime.mesh import array_shardings, make_mesh
 from elm_jax.scoring.probing import (
     Judged,
     apply_head,
@@ -42,10 +36,12 @@ from elm_jax.scoring.probing import (
     macro_auroc,
     merl_head,
     neighbours,
+    prompt_classifier,
     standardised,
+    zero_shot,
 )
 from elm_jax.scoring.statistics import Patients, ci95
-from elm_jax.training.encoder_cache import keep_features
+from elm_jax.text.reports import padded_ids
 
 PROTOCOLS = ("ours", "merl")
 Scores = dict[str, np.ndarray]  # by split "val" and "test": (N, K)
@@ -58,6 +54,7 @@ class Options:
     fractions: percent of the training recordings that linear probes learn from. neighbours: that are asked.
     folds: 0 judges on the table's test part; else its patients are dealt into so many parts, each judged by what is
     learnt of the others. protocol: `merl` trains heads, and chooses thresholds on the test part, as MERL does.
+    prompts: what classes are called in zero-shot, in place of the table's words.
     """
 
     fractions: tuple[float, ...] = (1.0, 10.0, 100.0)
@@ -65,111 +62,7 @@ class Options:
     folds: int = 0
     protocol: str = "ours"
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """An encoder to judge. name: what it is called; assembly: of it alone, with one token in float32."""
-
-    name: str
-    assembly: Assembly
-    arrays: Arrays
-    folder: Path
-
-
-def open_encoder(checkpoint: str | None, flags: ConfigFlags, step: str) -> Encoder:
-    """The encoder of a run folder or an exported folder (`checkpoint`), or the one that a config file names.
-
-    Raises:
-        UserError: there is none there, or it cannot be read.
-    """
-    if checkpoint is not None and not (Path(checkpoint) / CONFIG).is_file() and (Path(checkpoint) / FACTS).is_file():
-        config = flags.over(_exported(Path(checkpoint)))
-        return _of_config(config, Path(checkpoint))
-    if checkpoint is None:
-        config = flags.load()
-        if not (Path(config.workdir) / CONFIG).is_file():
-            return _of_config(config, Path(config.workdir))
-    config = config_of_run(checkpoint, flags)
-    weights = TrainedWeights(folder := Path(config.workdir), step, config, alone=True)
-    alone = _alone(config)
-    mesh = make_mesh(config.mesh)
-    mine = [name for name in weights.leaves if weights.leaves[name].part == "encoder"]
-    arrays = weights.place(array_shardings(weights.assembly.structure, mesh), mine)
-    frozen = {name: x for name, x in arrays.items() if name in weights.frozen}
-    weights.check(frozen_fingerprints(weights.leaves, frozen), "encoder")
-    arrays = {name: x.astype(alone.structure.leaves[name].dtype) for name, x in arrays.items()}
-    return Encoder(f"{folder}, step {weights.step}", alone, arrays, folder)
-
-
-def random_encoder(like: Encoder) -> Encoder:
-    """One of the same sizes as it is drawn from the config's seed: the control."""
-    config = like.assembly.config
-    alone = _alone(replace(config, encoder=replace(config.encoder, checkpoint=None)))
-    drawn = alone.draw(array_shardings(alone.structure, make_mesh(config.mesh)))
-    return Encoder("random", alone, drawn, like.folder)
-
-
-def _exported(folder: Path) -> dict[str, Any]:
-    """The config of an exported encoder."""
-    facts = read_json(folder / FACTS)
-    encoder, signal, weights = facts.get("encoder"), facts.get("signal"), folder / "encoder.safetensors"
-    if not isinstance(encoder, Mapping) or not isinstance(signal, Mapping) or not weights.is_file():
-        found, expected = f"{folder} without an encoder", "an export with encoder.safetensors"
-        raise UserError("--checkpoint", found, expected, "export a model that has an encoder")
-    data = {name: signal[name] for name in ("representation", "leads", "sampling_rate", "segment_len", "normalize",
-                                            "norm_eps") if name in signal}  # fmt: skip
-    own = {"name": encoder.get("name"), "config": encoder.get("config", {}), "checkpoint": str(weights)}
-    tree: dict[str, Any] = {"workdir": str(folder), "data": data, "encoder": own, "compat": facts.get("compat", ())}
-    if "objective" in facts:  # pretrained alone: its decoder lies beside it
-        return tree | {"objective": facts["objective"], "update": ("encoder",)}
-    return tree | {"elm": facts.get("elm")}
-
-
-def _of_config(config: Config, folder: Path) -> Encoder:
-    if config.encoder.name is not None and config.encoder.checkpoint is None:
-        found = f"{config.encoder.name} without weights, and no run in {config.workdir}"
-        fix = "give --config.encoder.checkpoint=FILE, or the workdir of a run"
-        raise UserError("encoder.checkpoint", found, "an encoder to judge", fix)
-    alone = _alone(config)
-    arrays = Weights(alone).place(array_shardings(alone.structure, make_mesh(config.mesh)))
-    return Encoder(str(config.encoder.checkpoint), alone, arrays, folder)
-
-
-def _alone(config: Config) -> Assembly:
-    one = replace(config.encoder, tokens=1, cache=False)
-    llm = replace(config.llm, compute_dtype="float32", param_dtype="float32")
-    data = replace(config.data, augment_ecg=False, augment_rgb=False)
-    return assemble_encoder(replace(config, encoder=one, llm=llm, data=data))
-
-
-def embeddings(encoder: Encoder, table: LabelTable, progress: bool) -> tuple[list[Labelled], np.ndarray]:
-    """The recordings of a table that can be read, and their embeddings (N, D) float32: computed in batches on the
-    mesh, and kept in the cache (`encoder_cache`), so that they are computed once.
-
-    Raises:
-        UserError: more than `data.max_bad_records` of them cannot be read.
-    """
-    config = encoder.assembly.config
-    signal = replace(encoder.assembly.signal, root=str(table.root), outside_root=config.data.outside_root)
-    assembly = replace(encoder.assembly, signal=signal)
-    mesh, wanted = make_mesh(config.mesh), [(record.path, 0) for record in table.records]
-    features = keep_features(assembly, encoder.arrays, wanted, mesh, cache_folder(), progress)
-    kept, found, bad = replace(signal, features=features), [], 0
-    read: list[Labelled] = []
-    for record in table.records:
-        try:
-            values = kept.load(record.path, 0)
-        except UserError as error:
-            bad += 1
-            if bad > config.data.max_bad_records * len(table.records):
-                limit = f"at most {config.data.max_bad_records:g} of them may be bad (--config.data.max_bad_records)"
-                raise UserError(error.where, error.found, error.expected, f"{error.fix}; {limit}") from None
-            print(printable(f"left out: {error}"), file=sys.stderr)
-        else:
-            read.append(record)
-            found.append(np.asarray(values, np.float32).mean(0))
-    return read, np.stack(found)
+    prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def probe(
@@ -199,6 +92,11 @@ def probe(
         for name, method in _methods(options):
             judged = _judged(method, features, true, parts, read, classes, options)
             reports[name], aucs[name] = judged.report, judged.macro_aucs
+        if encoder.assembly.objective.samples.phase == REPORT:
+            _, ecgs = embeddings(encoder, table, progress, compared=True)
+            scores = zero_shot(ecgs, _classifier(encoder, table, classes, options))
+            judged = _judged(_as_given, scores, true, parts, read, classes, options)
+            reports["zero-shot"], aucs["zero-shot"] = judged.report, judged.macro_aucs
         results["encoders"].append({"name": encoder.name, "methods": reports})
         drawn.append(aucs)
     if len(drawn) > 1:
@@ -289,6 +187,43 @@ def _nearest(
 ) -> Scores:
     train, val, test = standardised(train, val, test)
     return {"val": neighbours(train, true, val, count), "test": neighbours(train, true, test, count)}
+
+
+def _as_given(
+    train: np.ndarray, true: np.ndarray, val: np.ndarray, val_true: np.ndarray, test: np.ndarray
+) -> Scores:
+    """Of scores that nothing is learnt for."""
+    return {"val": val, "test": test}
+
+
+def _classifier(encoder: Encoder, table: LabelTable, classes: Sequence[str], options: Options) -> np.ndarray:
+    """(D, K): what the text tower makes of the words of each class; MERL writes them in lower case."""
+    assembly, lower = encoder.assembly, options.protocol == "merl"
+    structure, longest = encoder_structure(assembly), assembly.text.max_len
+    assert longest is not None
+    own = {name.removeprefix("encoder."): x for name, x in encoder.arrays.items()}
+    texts = jax.jit(lambda arrays, ids: structure.bind(arrays).texts(ids))
+    found = []
+    for name in classes:
+        words = options.prompts.get(name, table.classes[name])
+        ids = [padded_ids(assembly.tokenizer, text.lower() if lower else text, longest) for text in words]
+        found.append(np.concatenate([np.asarray(texts(own, one[None])) for one in ids]))
+    return prompt_classifier(found)
+
+
+def read_prompts(path: Path | None) -> dict[str, list[str]]:
+    """A JSON file of {class: its words, or a list of such}.
+
+    Raises:
+        UserError: it is none.
+    """
+    found: dict[str, list[str]] = {}
+    for name, said in (read_json(path, "write it so") if path else {}).items():
+        texts = [said] if isinstance(said, str) else said
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+            raise UserError(f"{path}, {name}", repr(said)[:80], "the words of a class, or a list of such", "mend it")
+        found[name] = texts
+    return found
 
 
 def _judged(

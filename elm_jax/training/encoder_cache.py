@@ -39,9 +39,12 @@ SEEN_SECONDS = 120.0  # in which a disk shows what another host has written: NFS
 
 
 def keep_features(
-    assembly: Assembly, arrays: Arrays, recordings: Iterable[tuple[str, int]], mesh: Mesh, cache: Path, progress: bool
-) -> Features:
+    assembly: Assembly, arrays: Arrays, recordings: Iterable[tuple[str, int]], mesh: Mesh, cache: Path, progress: bool,
+    compared: bool = False,
+) -> Features:  # fmt: skip
     """The outputs of the encoder, whose `arrays` begin with "encoder.", for all recordings: paths, each with its key.
+
+    compared: in place of its tokens, what an encoder that is pretrained against texts has compared with these, (1, E).
 
     Those that are in the folder `cache` already are not computed again: it knows them by the encoder's weights, the
     preparation of the signals, and each file's path, size and time; nothing is ever removed. Recordings that cannot be
@@ -58,7 +61,8 @@ def keep_features(
         spec = replace(spec, seed=0)  # nothing of a recording is drawn from it
     facts = (SIGNALS, spec, config.encoder.name, config.encoder.tokens, *assembly.encoders.values(), config.compat)
     weights = sorted(summaries(own).items())
-    key = hashlib.sha256(repr((*facts, config.llm.compute_dtype, weights)).encode()).hexdigest()[:32]
+    facts = (*facts, config.llm.compute_dtype, weights, *(["compared"] if compared else []))
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
     rows = ROWS * batch_ways(mesh)
     sharding = batch_sharding(mesh, micro_batches=False)
@@ -66,7 +70,11 @@ def keep_features(
 
     def encode(arrays: Arrays, signals: Any) -> jax.Array:
         with placed(MeshPlacement(mesh)):
-            outputs = structure.bind(arrays)(signals, jnp.ones(rows, jnp.float32), train=False)
+            encoder = structure.bind(arrays)
+            if compared:
+                outputs = encoder.ecgs(signals)[:, None]
+            else:
+                outputs = encoder(signals, jnp.ones(rows, jnp.float32), train=False)
         return outputs.astype(config.llm.compute_dtype)
 
     run = jax.jit(encode, out_shardings=replicated(mesh))

@@ -11,13 +11,16 @@ import jax
 import numpy as np
 import pytest
 import runs
+import towers
 from flax import nnx
 from safetensors.numpy import save_file
 
 from elm_jax import probe as command
+from elm_jax.assemble import assemble_encoder
 from elm_jax.errors import UserError
-from elm_jax.evaluation import probe
+from elm_jax.evaluation import encoders
 from elm_jax.folders import write_json
+from elm_jax.models.encoders.text_tower import BERT
 from elm_jax.runtime.mesh import make_mesh
 from elm_jax.weights.encoders import load_encoder, to_published
 
@@ -43,7 +46,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One device, and a cache of these tests."""
     runs.prepare(monkeypatch, tmp_path_factory.getbasetemp() / "probe")
-    monkeypatch.setattr(probe, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    monkeypatch.setattr(encoders, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
     yield
 
 
@@ -83,6 +86,34 @@ def test_a_table_is_judged_fold_by_fold_from_a_file_of_weights(exported: Path, t
     found = results(tmp_path / "w" / "probe", "mine")
     assert found["n"]["test"] == 40 and found["folds"] == 4 and found["classes"] == ["odd"]
     assert found["encoders"][0]["methods"]["linear, 100 %"]["n"] == 40
+
+
+@pytest.mark.slow  # compiles a ResNet and a tower, twice
+def test_an_encoder_that_was_held_against_reports_tells_classes_by_their_words(tmp_path: Path) -> None:
+    bert = towers.bert_folder(tmp_path / "bert", BERT)
+    usual = {
+        "objective": "merl", "encoder__name": "merl", "update": "encoder", "data__max_len": 16, "ssl__text": str(bert),
+        "encoder__config": {**runs.TINY["encoder.config"], "proj_hidden": 16, "proj_out": 16},
+    }  # fmt: skip
+    alone = assemble_encoder(runs.config(tmp_path / "run", **usual))
+    drawn = alone.draw(dict.fromkeys(alone.structure.leaves)).items()
+    tensors = to_published("merl.pretraining", {name.removeprefix("encoder."): x for name, x in drawn})
+    save_file(tensors, tmp_path / "both.safetensors")
+    flags = runs.flags(tmp_path / "run", **usual, encoder__checkpoint=str(tmp_path / "both.safetensors"))
+    arguments = [*flags, *TASK, "--fractions", "100"]
+    command.main(arguments)
+    found = results(tmp_path / "run" / "probe")["encoders"][0]
+    assert found["name"] == str(tmp_path / "both.safetensors")
+    assert list(found["methods"]) == ["linear, 100 %", "20 neighbours", "zero-shot"]
+    (tmp_path / "prompts.json").write_text(json.dumps({"slow": "regular", "fast": ["irregular", "120"]}))
+    command.main([*arguments, "--prompts", str(tmp_path / "prompts.json")])
+    other = results(tmp_path / "run" / "probe")["encoders"][0]["methods"]
+    zero, named = found["methods"]["zero-shot"]["labels"], other["zero-shot"]["labels"]
+    assert zero["irregular"] == named["irregular"] and zero["fast"] != named["fast"]
+    assert found["methods"]["20 neighbours"] == other["20 neighbours"]
+    (tmp_path / "prompts.json").write_text(json.dumps({"slow": 3}))
+    with pytest.raises(UserError, match="prompts.json, slow: found 3"):
+        command.main([*arguments, "--prompts", str(tmp_path / "prompts.json")])
 
 
 def test_what_cannot_be_judged_is_refused(exported: Path, tmp_path: Path) -> None:

@@ -108,6 +108,10 @@ class PretrainedMerl(Merl):
         masks = jax.random.bernoulli(key, keep, (2, *mean.shape))
         return jnp.where(masks[0], found[0] / keep, 0), jnp.where(masks[1], found[1] / keep, 0)
 
+    def ecgs(self, signals: jax.Array) -> jax.Array:
+        """(B, C, L) -> (B, P), what is held against `texts`, by running statistics."""
+        return self.att_pool(self.narrow_map(signals))
+
     def texts(self, ids: jax.Array) -> jax.Array:
         """(B, T) ids -> (B, P)."""
         pooled = self.text(ids).astype(self.dtype)
