@@ -23,7 +23,7 @@ from elm_jax.data.batch import Conversation, Shown
 from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.plan import LengthIndex
 from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec
-from elm_jax.data.samples import REPORT, Samples
+from elm_jax.data.samples import Samples
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError, refused
 from elm_jax.folders import MOST_JSON, keep, kept, read_regular
@@ -341,8 +341,7 @@ class Dataset:
             digest.update(repr((told, writers)).encode())
         for record in self.records:
             digest.update(repr((record.id, record.ecg_paths, record.text, record.dataset)).encode())
-            said = record.report or None if self.samples.phase == REPORT else None
-            for text in (record.rejected, said):
+            for text in (record.rejected, self.samples.beside(record)):
                 digest.update(repr(text).encode() if text is not None else b"")
             if self.reads_ecgs:
                 digest.update(repr([self.signal.stamp(path) for path in record.ecg_paths]).encode())

@@ -18,7 +18,7 @@ from elm_jax.text.turns import to_turns
 if TYPE_CHECKING:
     from elm_jax.data.dataset import Dataset
 
-REPORT = "report"  # a phase of Samples
+REPORT, LABEL = "report", "label"  # phases of Samples
 Measured = tuple[int, int, int]  # tokens, supervised tokens and signal slots
 
 
@@ -79,6 +79,7 @@ class Samples:
             all of them or none. None: the record's own text, which may share its beginning with other records'.
         phase: the form of the text, as `text.render` has it. REPORT: what was written of the record's one ECG, for a
             text tower. None: there is no text, only the record's ECGs.
+            LABEL: the number of the record's class, below `classes`.
         extras: names of the numbers that the samples have.
         experience: where the model makes the samples itself.
     """
@@ -87,6 +88,7 @@ class Samples:
     phase: str | None = "sft"
     extras: tuple[str, ...] = ()
     experience: Experience | None = None
+    classes: int = 0
 
     @property
     def plain(self) -> bool:
@@ -96,7 +98,11 @@ class Samples:
     @property
     def alone(self) -> bool:
         """Whether each record has a row to itself, which holds no conversation."""
-        return self.phase in (None, REPORT)
+        return self.phase in (None, REPORT, LABEL)
+
+    def beside(self, record: Record) -> Any:
+        """What of a record, beside its text, is learnt."""
+        return {REPORT: record.report or None, LABEL: record.label}.get(str(self.phase))
 
     @property
     def fingerprint(self) -> str:
@@ -137,7 +143,10 @@ class Samples:
         record = dataset.records[index]
         if self.alone:
             ids = np.zeros(1, np.int32)
-            if self.phase == REPORT:
+            if self.phase == LABEL:
+                with dataset.naming(index):
+                    ids[0] = label_of(record, self.classes)
+            elif self.phase == REPORT:
                 with dataset.naming(index):
                     ids = padded_ids(dataset.tokenizer, report_of(record), dataset.text.max_len)
             places = np.zeros((len(record.ecg_paths), 0), np.int32)
@@ -151,6 +160,15 @@ class Samples:
             made.append(replace(one, supervised=_last_of(one.supervised)) if sample.last else one)
             length = 1  # of a bad record whose ECGs would be tokens nothing is known but how long all samples are
         return made
+
+
+def label_of(record: Record, classes: int) -> int:
+    """The number of the record's class. Raises UserError unless it is one of so many, from 0 on."""
+    text = str(record.label).strip()
+    if not text.isdecimal() or int(text) >= classes:
+        found = "no label" if record.label is None else f"the label {text[:40]!r}"
+        raise UserError("label", found, f"a whole number from 0 to {classes - 1}", "mend the column label")
+    return int(text)
 
 
 def report_of(record: Record) -> str:

@@ -34,7 +34,8 @@ class Record:
     where rows are numbered per split; dataset: index into data.names; problem: what is wrong with the record
     itself, where no conversation can be made of it; fields: what of `table_files.KINDS` it says about its question;
     ecgs_of: the id of the record whose ECGs it has, where a control gave it another's; rejected: of a pair of answers
-    the one that is not preferred, a text or turns of which the last is it; report: what was written of the ECG.
+    the one that is not preferred, a text or turns of which the last is it; report: what was written of the ECG;
+    label: its class, as the row has it.
     """
 
     ecg_paths: tuple[str, ...]
@@ -48,6 +49,7 @@ class Record:
     ecgs_of: str = ""
     rejected: Any = None
     report: str = ""
+    label: Any = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class _Rows:
             {key: str(row[key]) for key in KINDS if row.get(key) not in (None, "")},
             rejected=_as_answer(decode_text(_without_nulls(row.get("rejected")))),
             report=_report_of(row),
+            label=row.get("label"),
         )
 
     def patients(self) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:

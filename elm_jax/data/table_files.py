@@ -19,7 +19,8 @@ from elm_jax.json_text import parse_json
 KINDS = ("question_type", "attribute_type", "attribute", "template_id")  # of ECG-QA, to score by
 PAIR = ("prompt", "chosen", "rejected")  # of preferences: in place of text, or rejected alone beside it
 REPORT = "report"  # what ECGs are held against; in place of text, or beside it
-COLUMNS = ("ecg_path", "text", "name", "patient_id", "split", *KINDS, *PAIR, REPORT)
+LABEL = "label"  # the number of a class, for which ECGs are generated
+COLUMNS = ("ecg_path", "text", "name", "patient_id", "split", *KINDS, *PAIR, REPORT, LABEL)
 SUFFIXES = (".parquet", ".json", ".jsonl")
 _SPLITS, _STATE = "dataset_dict.json", "state.json"  # of a dataset that the library has saved
 
@@ -156,13 +157,13 @@ def plain(where: str, table: Any) -> Any:
 
 
 def _looked_at(where: str, kinds: Mapping[str, Any], is_plain: Callable[[str, Any], bool]) -> list[str]:
-    """Those of COLUMNS that a table has. A pair's or a report that are not plain are none where there is a text. Raises
-    UserError for others that are not plain."""
+    """Those of COLUMNS that a table has. A pair's, a report or a label that are not plain are none where there is a
+    text. Raises UserError for others that are not plain."""
     found = []
     for name in (name for name in COLUMNS if name in kinds):
         if is_plain(name, kinds[name]):
             found.append(name)
-        elif name not in (*PAIR, REPORT) or "text" not in kinds:
+        elif name not in (*PAIR, REPORT, LABEL) or "text" not in kinds:
             expected = "text: paths of recordings" if name == "ecg_path" else "text or numbers"
             raise UserError(f"{where}, column {name}", f"the type {kinds[name]}", expected, "write the column as text")
     return found

@@ -58,6 +58,7 @@ OBJECTIVES: Registry[Row] = Registry(
         "merl": contrastive.merl,
         "next_token": self_supervised.next_token,
         "vit": self_supervised.vit,
+        "dit": self_supervised.dit,
     },
 )
 

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.ecg_ids import PADDED
-from elm_jax.data.samples import Samples
+from elm_jax.data.samples import LABEL, REPORT, Samples
 from elm_jax.models.elm import ELM
+from elm_jax.models.encoders import kind_of
+from elm_jax.models.encoders.dit import dit_errors
 from elm_jax.models.encoders.mae_pretraining import rebuilding_error
 from elm_jax.models.encoders.next_token import next_id_errors
 from elm_jax.models.encoders.sequence import next_embedding_error
@@ -75,6 +77,26 @@ def next_token(config: Config) -> Objective:
 
     check_encoder(config, "next_token")
     return Objective(loss, counts, Samples(phase=None), frozenset({"encoder"}), pretrains="next_token")
+
+
+def dit(config: Config) -> Objective:
+    """Noise becomes an ECG, by a rectified flow or DDPM: of nothing, a label, a lead, or (dit_text) a report."""
+    check_encoder(config, "dit", "dit_text")
+    sizes = kind_of(str(config.encoder.name)).config(config.encoder.config)
+    phase = {"text": REPORT, "label": LABEL}.get(sizes.condition)
+
+    def loss(model: ELM, batch: Batch, key: jax.Array | None, trained: Collection[str]) -> Sums:
+        assert key is not None
+        encoder: Any = model.encoder
+        signals, weights = (x.reshape(-1, *x.shape[2:]) for x in (_signals(batch), batch.signal_weights))
+        # What is said of a row holds for each of its ECGs.
+        tokens = jnp.repeat(batch.tokens, batch.signal_weights.shape[1], axis=0)
+        given = {"text": tokens[:, : config.data.max_len], "label": tokens[:, 0], "lead": signals}.get(sizes.condition)
+        errors = dit_errors(encoder, signals, given, key, "encoder" in trained)
+        return {"loss": jnp.where(weights > 0, errors, 0.0).sum()}
+
+    samples = Samples(phase=phase, classes=sizes.num_label_classes)
+    return Objective(loss, _recordings, samples, frozenset({"encoder", "key"}), pretrains=str(config.encoder.name))
 
 
 def _recordings(batch: Batch) -> Sums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,37 @@ def test_the_next_id_is_predicted_ever_better_and_an_elm_starts_from_it(tmp_path
         assemble(config(tmp_path, "next_token", **{**own, "data__ecg_tokenizer": None}))
     with pytest.raises(UserError, match=r"data\.representation: found signal; expected symbolic for encoder"):
         assemble(config(tmp_path, "next_token", **{**own, "data__representation": "signal"}))
+
+
+DIT = {"d_model": 16, "n_heads": 2, "dim_ff": 32, "num_layers": 1, "num_steps": 4}
+
+
+def labelled(folder: Path, labels: list[Any]) -> dict[str, Any]:
+    """A dataset of noise whose records have these labels."""
+    rows = [
+        {"ecg_path": "noise", "text": [["user", "?"]], "label": label, "patient_id": str(n), "split": split}
+        for n, label in enumerate(labels) for split in (["train", "val"][n % 2],)
+    ]  # fmt: skip
+    folder.mkdir()
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"data__names": [str(folder / "data.jsonl")], "data__segment_len": 100, "data__max_bad_records": 0.5}
+
+
+@pytest.mark.slow  # trains
+def test_ecgs_of_labels_are_generated(tmp_path: Path) -> None:
+    data = labelled(tmp_path / "data", [0, 0, 1, 1] * 4)
+    made = config(tmp_path / "run", "dit", **data, encoder__config={**DIT, "condition": "label"})
+    assert loop.train(made)
+    lines = [line for line in runs.lines(tmp_path / "run") if "loss" in line]
+    assert lines[-1]["val_loss"] < lines[2]["val_loss"] and abs(lines[0]["loss"] - 1.3) < 0.2  # of noise less noise
+    labels = assemble(made).dataset("train")
+    assert [int(labels.conversations(n, None, 1)[0].ids[0]) for n in range(2)] == [0, 1]
+    bad = assemble(config(tmp_path / "bad", "dit", **labelled(tmp_path / "other", [0, 7] * 2 + [None]),
+                          encoder__config={**DIT, "condition": "label"})).dataset("val")  # fmt: skip
+    with pytest.raises(UserError, match=r"found the label '7'; expected a whole number from 0 to 1"):
+        bad.check(0)
+    with pytest.raises(UserError, match=r"data\.leads: found 1; expected all 12 with condition=lead"):
+        assemble(config(tmp_path, "dit", data__leads=["II"], encoder__config={**DIT, "condition": "lead"}))
 
 
 def test_ids_of_an_ecg_spell_it_again() -> None:

@@ -21,6 +21,7 @@ from elm_jax.ecg.images import CLIP, SIGLIP2, VIT, Processing
 from elm_jax.errors import UserError
 from elm_jax.models.encoders import (
     checkpoints,
+    dit,
     mae,
     mae_pretraining,
     merl,
@@ -210,6 +211,14 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
         next_token.NextTokenConfig.from_fields, next_token.NextToken,
         partial(sequence.weight_rule, names=next_token.NEXT_TOKEN_NAMES, attention="self_attn"), symbols=True,
     )),
+    "dit": _pretrained(Kind(
+        dit.DitConfig.from_fields, dit.Dit, dit.weight_rule, pooled=Pooled(lambda config, length: range(length + 1)),
+    )),
+    "dit_text": Kind(
+        dit.DitConfig.of_text, dit.Dit, dit.weight_rule, dit.without_text,
+        pooled=Pooled(lambda config, length: range(length + 1)),
+        pretraining=Kind(with_text(dit.DitConfig.of_text), dit.DitText, dit.weight_rule, text=dit.PAIRED),
+    ),
     "clip": Kind(
         sizes.ClipConfig.from_fields, vision.Clip, vision.clip_rule, vision.clip_name, file_config=dict,
         wrapper=_IN_MODULE, sign=checkpoints.begins("visual_projection."), processing=CLIP,
