@@ -102,4 +102,4 @@ def derive(signal: np.ndarray, derived: Sequence[str]) -> np.ndarray:
     rows = dict(zip([lead for lead in LEADS if lead not in derived], signal, strict=True))
     one, two = rows["I"], rows["II"]
     computed = {"III": two - one, "aVR": -(one + two) / 2, "aVL": one - two / 2, "aVF": two - one / 2}
-    return np.stack([rows.get(lead, computed.get(lead)) for lead in LEADS])
+    return np.stack([rows[lead] if lead in rows else computed[lead] for lead in LEADS])

@@ -73,8 +73,9 @@ def read_ecg(
     _check_name(path)
     if path.endswith(".npy"):
         signal, names, rate, report = _read_npy(path)
-        names = _unnamed_order(path, signal) if names is None and lead_order is None else names
-        rows = find_leads(path, _one_for_each(path, names if lead_order is None else lead_order, len(signal)))
+        names = names if lead_order is None else lead_order
+        names = _unnamed_order(path, signal) if names is None else names
+        rows = find_leads(path, _one_for_each(path, names, len(signal)))
         if rows.places != tuple(range(len(signal))):
             signal = signal[list(rows.places)]
     else:

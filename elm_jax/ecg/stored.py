@@ -47,9 +47,9 @@ class Stored:
         Raises UserError for a unit that is not of volts, and for channels of several rates or lengths.
         """
         chosen = [self.channels[row] for row in rows]
-        rates, lengths = ({get(channel) for channel in chosen} for get in (_rate, _length))
+        rates, lengths = {channel.rate for channel in chosen}, {len(channel.values) for channel in chosen}
         if len(rates) > 1 or len(lengths) > 1:
-            found = [f"{_length(c)} samples" + (f" at {c.rate:g} Hz" if c.rate else "") for c in chosen]
+            found = [f"{len(c.values)} samples" + (f" at {c.rate:g} Hz" if c.rate else "") for c in chosen]
             raise UserError(self.path, f"leads of {some(dict.fromkeys(found))}", "all alike", "export them so")
         signal = np.empty((len(chosen), lengths.pop()))
         for row, channel in zip(signal, chosen, strict=True):
@@ -63,14 +63,6 @@ class Stored:
             with np.errstate(over="ignore", invalid="ignore"):
                 row[:] = (channel.values * channel.gain + channel.offset) * scale
         return signal, rates.pop()
-
-
-def _rate(channel: Channel) -> float | None:
-    return channel.rate
-
-
-def _length(channel: Channel) -> int:
-    return len(channel.values)
 
 
 def read_file(path: Path, what: str, most: int = MAX_BYTES) -> bytes:

@@ -19,6 +19,7 @@ import numpy as np
 from elm_jax.data.batch import Shown
 from elm_jax.data.ecg_tokens import reserved
 from elm_jax.data.represent import DEMO, FLATLINE, NOISE, SignalSpec
+from elm_jax.ecg.checks import limb_sums
 from elm_jax.ecg.recording import LEADS, Recording, read_ecg, say_again
 from elm_jax.errors import UserError, refused
 from elm_jax.inference.model import Prompt, TrainedModel
@@ -28,7 +29,6 @@ from elm_jax.text.write import THINK_PREFIX, TextSpec
 
 MARK = "<ecg>"
 MOST_MV = 30.0  # no ECG is larger
-MISFIT = 0.5  # of a lead's own size: limb leads that are further apart than this are not in the order named
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,17 +301,8 @@ def _remarks(recording: Recording, spec: SignalSpec) -> Iterator[str]:
     flat = [name for name, lead in zip(recording.leads, recording.signal, strict=True) if np.ptp(lead) == 0]
     if flat:
         yield f"flat: {', '.join(flat)}"
-    elif not _limb_leads_fit(recording.signal):
-        yield "the limb leads contradict each other: check their order"
-
-
-def _limb_leads_fit(signal: np.ndarray) -> bool:
-    """Whether II = I + III and aVR = -(I + II) / 2, as electrodes on three limbs have it."""
-    one, two, three, avr = signal[:4] - signal[:4].mean(1, keepdims=True)
-    for lead, expected in ((two, one + three), (avr, -(one + two) / 2)):
-        if np.std(lead - expected) > MISFIT * max(np.std(lead), np.std(expected)):
-            return False
-    return True
+    elif contradiction := limb_sums(recording.signal):
+        yield contradiction.text
 
 
 @contextmanager

@@ -9,7 +9,7 @@ Files = dict[str, bytes]  # an input: the first file is the one that is opened; 
 Way = Callable[[random.Random, bytes], bytes]
 
 LONGEST = 2 << 20  # bytes of a file while it is changed
-TEXTS = (".hea", ".json", ".jsonl", ".args", ".csv")
+TEXTS = (".hea", ".json", ".jsonl", ".args", ".csv", ".tsv", ".xml")
 NUMBERS = (
     *("0", "-1", "1", "2", "255", "65536", "2147483648", "-2147483649", "99999999999999999999", "1e-9", "1e400", "nan"),
     *("inf", "0x10", "9" * 5000, "1.5", "", "~", "16x9", "212:999", "1/0", "0/mV", "1(99)/uV", "None", "\u0663"),
@@ -40,7 +40,7 @@ def changed(rng: random.Random, files: Files, others: list[Files], ways: tuple[W
             name = rng.choice(list(files))
         text = name.endswith(TEXTS)
         fitting = ways if ways and rng.random() < 0.5 else TEXT_WAYS if text and rng.random() < 0.7 else WAYS
-        if text and not name.endswith((".hea", ".args")) and rng.random() < 0.5:
+        if text and not name.endswith((".hea", ".args", ".tsv", ".xml")) and rng.random() < 0.5:
             fitting = (in_json,)
         if rng.random() < 0.1:
             files[name] = _spliced(rng, files[name], rng.choice(others))

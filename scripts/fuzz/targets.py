@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from elm_jax.ecg.pickled import read_pickle
-from elm_jax.errors import UserError
-from scripts.fuzz import models, recordings, texts
+from elm_jax.errors import UserError, printable
+from scripts.fuzz import formats, models, recordings, texts
 from scripts.fuzz.changes import Files, Way, changed
 
 LONGEST_ERROR = 20_000  # characters
@@ -36,10 +36,17 @@ class Target:
 
 
 TARGETS = {
-    "npy": Target(recordings.npy, recordings.read_recording, 150_000),
+    "npy": Target(recordings.npy, recordings.read_recording, 120_000),
     "wfdb": Target(recordings.wfdb, recordings.read_recording, 60_000),
-    "unpickler": Target(recordings.pickles, read_pickle, 250_000, in_memory=True, refusals=(ValueError,)),
-    "ecg_byte": Target(recordings.tokenizers, recordings.read_tokenizer, 120_000, finish=recordings.signed),
+    "mat": Target(formats.mat, recordings.read_recording, 30_000),
+    "edf": Target(formats.edf, recordings.read_recording, 20_000),
+    "table_of_samples": Target(formats.tables, recordings.read_recording, 20_000),
+    "xml": Target(formats.xml, recordings.read_recording, 30_000),
+    "scp": Target(formats.scp, recordings.read_recording, 15_000, finish=formats.sealed),
+    "dicom": Target(formats.dicom, recordings.read_recording, 3_000),
+    "hdf5": Target(formats.hdf5, recordings.read_recording, 2_000),
+    "unpickler": Target(recordings.pickles, read_pickle, 200_000, in_memory=True, refusals=(ValueError,)),
+    "ecg_byte": Target(recordings.tokenizers, recordings.read_tokenizer, 100_000, finish=recordings.signed),
     "render": Target(
         texts.conversations, texts.read_conversation, 80_000, in_memory=True, finish=texts.new_conversation,
         longest=1 << 16,
@@ -49,7 +56,7 @@ TARGETS = {
     "tables": Target(texts.tables, texts.read_table, 30_000),
     "lines": Target(texts.lines, texts.read_lines, 50_000),
     "compare": Target(texts.comparisons, texts.read_comparison, 3_000),
-    "safetensors": Target(models.safetensors, models.read_safetensors, 100_000, ways=(models.in_header,)),
+    "safetensors": Target(models.safetensors, models.read_safetensors, 80_000, ways=(models.in_header,)),
     "torch": Target(models.torch_files, models.read_torch, 20_000, ways=(models.in_zip,)),
     "tokenizer": Target(models.tokenizers, models.read_tokenizer, 7_000, imports=("google",)),
     "llm_config": Target(models.llm_configs, models.read_llm_config, 15_000),
@@ -81,6 +88,6 @@ def ended(target: Target, at: Any) -> str:
     except target.refusals as error:
         if isinstance(error, UserError):
             said = str(error)
-            assert said.isprintable() and len(said) < LONGEST_ERROR, f"an error that cannot be shown: {error!r}"
+            assert said == printable(said) and len(said) < LONGEST_ERROR, f"an error that cannot be shown: {error!r}"
         return "refused"
     return "read"

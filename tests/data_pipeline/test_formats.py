@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import re
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,10 @@ from hypothesis import strategies as st
 from elm_jax.ecg.names import lead_of, millivolts
 from elm_jax.ecg.recording import LEADS, Recording, read_ecg
 from elm_jax.errors import UserError
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # where `scripts` lies
+
+from scripts.fuzz.writers import edf  # noqa: E402
 
 EIGHT = ("I", "II", *LEADS[6:])
 STEPS = np.random.default_rng(5).integers(-900, 900, (12, 200))  # of one µV
@@ -180,27 +185,6 @@ def test_a_bomb_is_refused_before_it_goes_off(tmp_path: Path) -> None:
 
 
 # ---- EDF
-
-
-def edf(path: Path, names: Sequence[str], steps: Sequence[np.ndarray], seconds: float = 0.1, records: int | None = None,
-        unit: bytes = b"uV", wide: bool = False, kind: bytes = b"", limits: tuple[int, int, int, int] | None = None,
-        encoding: str = "utf-8") -> Path:  # fmt: skip
-    """`steps`: of each signal (records, samples in a record)."""
-    count, low = len(names), -(1 << (23 if wide else 15))
-    low, high, least, most = limits or (low, -low - 1, low, -low - 1)
-    head = (b"\xffBIOSEMI" if wide else b"0".ljust(8)) + b" " * 176 + str(256 * (count + 1)).encode().ljust(8)
-    head += kind.ljust(44) + str(len(steps[0]) if records is None else records).encode().ljust(8)
-    head += f"{seconds:g}".encode().ljust(8) + str(count).encode().ljust(4)
-    head += b"".join(name.encode(encoding).ljust(16) for name in names) + b" " * 80 * count + unit.ljust(8) * count
-    head += b"".join(str(value).encode().ljust(8) * count for value in (low, high, least, most)) + b" " * 80 * count
-    head += b"".join(str(part.shape[1]).encode().ljust(8) for part in steps) + b" " * 32 * count
-    body = b"".join(
-        part[i].astype("<i4").view(np.uint8).reshape(-1, 4)[:, : 3 if wide else 2].tobytes()
-        for i in range(len(steps[0]))
-        for part in steps
-    )
-    path.write_bytes(head + body)
-    return path
 
 
 FRAMES = [row.reshape(4, 50) for row in STEPS]

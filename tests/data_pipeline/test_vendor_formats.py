@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 import struct
 import sys
@@ -16,16 +14,26 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elm_jax.ecg.names import NUMBERED
 from elm_jax.ecg.recording import LEADS, read_ecg
 from elm_jax.errors import UserError
 
-EIGHT = ("I", "II", *LEADS[6:])
-LIMBS = ("III", "aVR", "aVL", "aVF")
-RNG = np.random.default_rng(7)
-EVEN = np.round(np.cumsum(RNG.normal(0, 8, (8, 150)), axis=1)).astype(int) * 4  # steps of EIGHT, limb leads are whole
-ONE, TWO = EVEN[:2]
-STEPS = np.stack([ONE, TWO, TWO - ONE, -(ONE + TWO) // 2, ONE - TWO // 2, TWO - ONE // 2, *EVEN[2:]])
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # where `scripts` lies
+
+from scripts.fuzz.writers import (  # noqa: E402
+    EIGHT,
+    EVEN,
+    LIMBS,
+    STEPS,
+    aecg,
+    dicom,
+    differences,
+    muse,
+    philips,
+    residuals,
+    scp,
+    xli,
+)
+
 few = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -42,33 +50,6 @@ def check(path: Path, step: float, rate: float = 500, derived: Sequence[str] = (
 
 
 # ---- HL7 aECG
-
-
-def aecg(
-    names: Sequence[str] = LEADS,
-    steps: np.ndarray = STEPS,
-    unit: str = "uV",
-    scale: float = 4.88,
-    origin: float = 0,
-    increment: str = "0.002",
-    before: str = "",
-    more: str = "",
-) -> str:
-    sequences = "".join(
-        f'<component><sequence><code code="{name}"/><value xsi:type="SLIST_PQ"><origin value="{origin}" unit="{unit}"/>'
-        f'<scale value="{scale}" unit="{unit}"/><digits>\n{" ".join(map(str, row))} </digits></value></sequence>'
-        "</component>"
-        for name, row in zip(names, steps, strict=True)
-    )
-    time = '<component><sequence><code code="TIME_ABSOLUTE"/><value xsi:type="GLIST_TS"><head value="20021122"/>'
-    time += f'<increment value="{increment}" unit="s"/></value></sequence></component>'
-    said = '<subjectOf><annotationSet><component><annotation><code code="MDC_ECG_INTERPRETATION_STATEMENT"/>'
-    said += '<value xsi:type="ST">Sinus rhythm</value></annotation></component></annotationSet></subjectOf>'
-    return (
-        f'<?xml version="1.0" encoding="UTF-8"?>{before}<AnnotatedECG xmlns="urn:hl7-org:v3" xmlns:xsi="x"><component>'
-        f"<series><component><sequenceSet>{time}{sequences}</sequenceSet></component>{more}{said}</series></component>"
-        "</AnnotatedECG>"
-    )
 
 
 def text(folder: Path, content: str, encoding: str = "utf-8") -> Path:
@@ -127,42 +108,11 @@ def test_hl7_aecg_that_is_none_is_refused(tmp_path: Path, change: tuple[Any, ...
 
 def test_xml_that_is_too_deep_or_of_no_encoding_is_refused(tmp_path: Path) -> None:
     assert "nested too deeply" in refusal(text(tmp_path, "<a>" * 500))
-    assert "no XML" in refusal(text(tmp_path, '<?xml version="1.0" encoding="klingon"?><a/>'))
+    assert "encoding klingon" in refusal(text(tmp_path, '<?xml version="1.0" encoding="klingon"?><a/>'))
     assert "no XML" in refusal(text(tmp_path, ""))
 
 
 # ---- MUSE
-
-
-def muse(
-    names: Sequence[str] = EIGHT,
-    steps: np.ndarray = EVEN,
-    gain: str = "4.88",
-    unit: str = "MICROVOLTS",
-    count: int = 0,
-    kind: str = "Rhythm",
-    exponent: str = "0",
-    size: str = "2",
-) -> str:
-    leads = "".join(
-        f"<LeadData><LeadSampleCountTotal>{count or len(row)}</LeadSampleCountTotal><LeadAmplitudeUnitsPerBit>{gain}"
-        f"</LeadAmplitudeUnitsPerBit><LeadAmplitudeUnits>{unit}</LeadAmplitudeUnits><LeadID>{name}</LeadID>"
-        f"<LeadSampleSize>{size}</LeadSampleSize><WaveFormData>\n{base64.encodebytes(row.astype('<i2').tobytes()).decode()}"
-        "</WaveFormData></LeadData>"
-        for name, row in zip(names, steps, strict=True)
-    )
-    waves = "".join(
-        f"<Waveform><WaveformType>{each}</WaveformType><SampleBase>500</SampleBase><SampleExponent>{exponent}"
-        f"</SampleExponent>{leads}</Waveform>"
-        for each in ("Median", kind)
-    )
-    said = "".join(
-        f"<DiagnosisStatement><StmtText>{one}</StmtText></DiagnosisStatement>" for one in ("Sinus rhythm", "Normal")
-    )
-    return (
-        '<?xml version="1.0" encoding="ISO-8859-1"?><!DOCTYPE RestingECG SYSTEM "restecg.dtd">'
-        f"<RestingECG><Diagnosis>{said}</Diagnosis>{waves}</RestingECG>"
-    )
 
 
 def test_muse_has_eight_leads_and_the_others_follow(tmp_path: Path) -> None:
@@ -194,62 +144,6 @@ def test_muse_with_samples_that_are_no_base64_is_refused(tmp_path: Path) -> None
 
 
 # ---- Philips
-
-
-def lzw(data: bytes) -> bytes:
-    """Ten bits a code, none of them for the end."""
-    table, codes, before = {bytes([i]): i for i in range(256)}, [], b""
-    for i in range(len(data)):
-        longer = before + data[i : i + 1]
-        if longer not in table:
-            codes.append(table[before])
-            if len(table) <= 1022:
-                table[longer] = len(table)
-            longer = data[i : i + 1]
-        before = longer
-    codes.append(table[before])
-    bits = np.array(codes)[:, None] >> np.arange(9, -1, -1) & 1
-    return np.packbits(bits.astype(np.uint8).ravel()).tobytes()
-
-
-def xli(stored: np.ndarray) -> bytes:
-    """What `unpack_xli` reads."""
-    chunks = []
-    for row in stored.tolist():
-        second = [2 * row[i - 1] - row[i - 2] - row[i] for i in range(2, len(row))]
-        kept = np.array([*row[:2], *(value + 64 for value in second[1:]), 0]).astype(np.int16)
-        halves = np.stack([kept >> 8, kept & 255]).astype(np.uint8).tobytes()
-        packed = lzw(halves)
-        chunks.append(
-            len(packed).to_bytes(4, "little") + b"\1\0" + int(second[0]).to_bytes(2, "little", signed=True) + packed
-        )
-    return b"".join(chunks)
-
-
-def philips(
-    data: bytes,
-    method: str = "XLI",
-    encoding: str = "Base64",
-    leads: Sequence[str] = LEADS,
-    step: str = "5",
-    milliseconds: int = 300,
-) -> str:
-    packed = f'compressflag="{bool(method)}" compressmethod="{method}"' if method else 'compressflag="False"'
-    return (
-        '<?xml version="1.0" encoding="UTF-16"?><restingecgdata xmlns="http://www3.medical.philips.com"><dataacquisition>'
-        f"<signalcharacteristics><samplingrate>500</samplingrate><resolution>{step}</resolution></signalcharacteristics>"
-        f'</dataacquisition><waveforms><parsedwaveforms dataencoding="{encoding}" {packed} '
-        f'numberofleads="{len(leads)}" '
-        f'durationperchannel="{milliseconds}" leadlabels="{" ".join(leads)}">{base64.b64encode(data).decode()}'
-        "</parsedwaveforms></waveforms><interpretations><interpretation><statement><leftstatement>SR</leftstatement>"
-        "<rightstatement>normal</rightstatement></statement></interpretation></interpretations></restingecgdata>"
-    )
-
-
-def residuals(steps: np.ndarray) -> np.ndarray:
-    one, two, three, avr, avl, avf = steps[:6]
-    limbs = [two - one - three, -avr - (one + two) // 2, (one - three) // 2 - avl, (two + three) // 2 - avf]
-    return np.stack([one, two, *limbs, *steps[6:]])
 
 
 def test_philips_packed_and_plain(tmp_path: Path) -> None:
@@ -287,68 +181,6 @@ def test_philips_that_is_packed_otherwise_cut_or_damaged_is_refused(tmp_path: Pa
 
 
 # ---- SCP-ECG
-
-
-def huffman(values: np.ndarray, table: dict[int, str] | None = None) -> bytes:
-    """By the default table: k ones, a zero and the sign; larger ones in 8 or 16 bits behind ten of an escape."""
-
-    def code(value: int) -> str:
-        if table is not None:
-            return table[value]
-        if value == 0:
-            return "0"
-        if abs(value) <= 8:
-            return "1" * abs(value) + "0" + ("0" if value > 0 else "1")
-        return f"1111111110{value & 255:08b}" if -128 <= value < 128 else f"1111111111{value & 65535:016b}"
-
-    bits = "".join(map(code, values.tolist()))
-    bits += "0" * (-len(bits) % 8)
-    return bytes(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8))
-
-
-def differences(row: np.ndarray, order: int) -> np.ndarray:
-    return np.concatenate([row[:order], np.diff(row, order)])
-
-
-def scp(
-    names: Sequence[str] = EIGHT,
-    steps: np.ndarray = EVEN,
-    order: int = 2,
-    tables: bytes | None = struct.pack("<H", 19999),
-    table: dict[int, str] | None = None,
-    flags: int = 0,
-    bimodal: int = 0,
-    interval: int = 2000,
-    step: int = 5000,
-    end: int = 0,
-    checksum: bool = True,
-) -> bytes:
-    numbers = {name: number for number, name in NUMBERED.items()}
-    rows = [differences(row, order) for row in steps]
-    packed = [row.astype("<i2").tobytes() if tables is None else huffman(row, table) for row in rows]
-    leads = b"".join(struct.pack("<IIB", 1, end or steps.shape[1], numbers.get(name, 200)) for name in names)
-    rhythm = struct.pack("<HHBB", step, interval, order, bimodal) + struct.pack(f"<{len(packed)}H", *map(len, packed))
-    said = b"Sinus rhythm\0"
-    contents = {3: struct.pack("<BB", len(names), flags) + leads, 6: rhythm + b"".join(packed)}
-    contents[8] = bytes(8) + b"\1" + b"\1" + struct.pack("<H", len(said)) + said
-    contents |= {} if tables is None else {2: tables}
-    size, body, pointers = (
-        6 + 16 + 10 * (len(contents) + 1),
-        b"",
-        struct.pack("<HII", 0, 16 + 10 * (len(contents) + 1), 7),
-    )
-    for number, content in sorted(contents.items()):
-        pointers += struct.pack("<HII", number, 16 + len(content), size + len(body) + 1)
-        body += struct.pack("<HHI", 0, number, 16 + len(content)) + bytes(8) + content
-    whole = (
-        struct.pack("<I", size + len(body))
-        + struct.pack("<HHI", 0, 0, 16 + len(pointers))
-        + bytes(2)
-        + b"SCPECG"
-        + pointers
-    )
-    whole += body
-    return struct.pack("<H", binascii.crc_hqx(whole, 0xFFFF) if checksum else 0) + whole
 
 
 def binary(folder: Path, data: bytes, name: str = "a.scp") -> Path:
@@ -410,73 +242,9 @@ def test_scp_ecg_that_is_damaged_is_read_or_refused(tmp_path: Path, data: st.Dat
 # ---- DICOM
 
 
-def dicom(
-    path: Path,
-    names: Sequence[str] = LEADS,
-    steps: np.ndarray = STEPS,
-    scheme: str = "MDC",
-    kind: str = "SS",
-    bits: int = 16,
-    label: str = "RHYTHM",
-    samples: int = 0,
-    unit: str = "uV",
-    syntax: str = "1.2.840.10008.1.2.1",
-    baseline: float = 0,
-    more: bool = True,
-) -> Path:
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-
-    def item(**values: Any) -> Dataset:
-        found = Dataset()
-        for key, value in values.items():
-            setattr(found, key, value)
-        return found
-
-    numbers = {name: number for number, name in NUMBERED.items()}
-    spelled = {"MDC": "2:{}", "SCPECG": "5.6.3-9-{}", "99X": "x{}"}[scheme]
-    channels = [
-        item(
-            ChannelSourceSequence=[
-                item(CodeValue=spelled.format(numbers[name]), CodingSchemeDesignator=scheme, CodeMeaning=f"Lead {name}")
-            ],
-            ChannelSensitivity="2.5",
-            ChannelSensitivityCorrectionFactor="2",
-            ChannelBaseline=str(baseline),
-            ChannelSensitivityUnitsSequence=[item(CodeValue=unit, CodingSchemeDesignator="UCUM", CodeMeaning=unit)],
-        )
-        for name in names
-    ]
-    order = ">" if syntax == "1.2.840.10008.1.2.2" else "<"
-    number = {"SS": "i2", "SL": "i4", "US": "u2", "AB": "i2"}[kind]
-
-    def group(label: str, values: np.ndarray, samples: int) -> Dataset:
-        return item(
-            MultiplexGroupLabel=label,
-            NumberOfWaveformChannels=len(names),
-            NumberOfWaveformSamples=samples or values.shape[1],
-            SamplingFrequency="500",
-            WaveformBitsAllocated=bits,
-            WaveformSampleInterpretation=kind,
-            ChannelDefinitionSequence=channels,
-            WaveformData=values.T.astype(order + number).tobytes(),
-        )
-
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = syntax
-    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.9.1.1"
-    meta.MediaStorageSOPInstanceUID = "1.2.3"
-    data = FileDataset(
-        str(path), {}, file_meta=meta, preamble=bytes(128), is_implicit_VR=False, is_little_endian=order == "<"
-    )
-    groups = [group(label, steps, samples)] + [group("MEDIAN BEAT", steps[:, :20], 0)] * more
-    data.WaveformSequence = pydicom.sequence.Sequence(groups)
-    data.save_as(path, enforce_file_format=True)
-    return path
-
-
 @pytest.mark.parametrize("scheme", ["MDC", "SCPECG", "99X"])
 def test_dicom(tmp_path: Path, scheme: str) -> None:
+    pytest.importorskip("pydicom")
     check(dicom(tmp_path / "a.dcm", scheme=scheme), 5e-3)
     check(dicom(tmp_path / "a.dcm", EIGHT, EVEN, scheme), 5e-3, derived=LIMBS)
     check(dicom(tmp_path / "a.dcm", kind="SL", bits=32, scheme=scheme), 5e-3)
@@ -485,6 +253,7 @@ def test_dicom(tmp_path: Path, scheme: str) -> None:
 
 
 def test_dicom_that_is_none_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
     path = tmp_path / "a.dcm"
     assert "bytes and 12 definitions" in refusal(dicom(path, samples=1 << 30))
     assert "unit 'g'" in refusal(dicom(path, unit="g"))

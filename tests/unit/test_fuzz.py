@@ -45,7 +45,7 @@ def test_what_once_was_found_and_all_refusals(name: str, tmp_path: Path) -> None
 def test_changed_inputs_are_read_or_refused(name: str, tmp_path: Path) -> None:
     target = TARGETS[name]
     if not target.seeds:
-        pytest.skip("no PyTorch")
+        pytest.skip("its package is not installed")
     for files in target.seeds:
         assert try_one(target, files, tmp_path) == "read", f"a valid input is refused: {list(files)}"
     count = max(10, target.share // 2500)

@@ -1,5 +1,6 @@
 """HDF5 files of one recording, MATLAB's of version 7.3 too, by h5py: data sets and attributes under their names."""
 
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,27 @@ _DEEPEST, _MOST_OBJECTS, _MOST_TEXTS = 4, 500, 100
 
 def read_hdf5(path: Path) -> Stored:
     """The recording in a file; see `named_values` for how it is found. What its links name outside is refused."""
-    check_regular(path, WHAT)
+    _check_heaps(path)
     h5py = needed(path, "h5py", "HDF5")
     with refused(path, "an unreadable HDF5 file", WHAT, AGAIN, Exception), h5py.File(path, "r") as file:
         values = dict(_File(path, h5py).values(file))
     return stored_of(path, values)
+
+
+def _check_heaps(path: Path) -> None:
+    """Raise UserError where a heap of texts is damaged: HDF5's library goes round in it for ever."""
+    check_regular(path, WHAT)
+    with refused(path, "no readable file", WHAT, "check the path"), path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+    start = -1
+    while (start := data.find(b"GCOL\1", start + 1)) >= 0:
+        end, at = start + int.from_bytes(data[start + 8 : start + 16], "little"), start + 16
+        while at + 16 <= min(end, len(data)):
+            size = int.from_bytes(data[at + 8 : at + 16], "little")
+            step = 16 + size + -size % 8 if any(data[at : at + 2]) else size  # 0: what is left
+            if step < 16 or at + step > end:
+                raise UserError(path, f"a damaged heap at byte {start}", WHAT, AGAIN)
+            at += step
 
 
 class _File:

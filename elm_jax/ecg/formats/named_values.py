@@ -19,7 +19,7 @@ RATES = (
 NAMES = ("leads", "leadnames", "leadorder", "lead", "labels", "channels", "channelnames", "signame")
 UNITS = ("unit", "units")
 # What these data sets say of their files elsewhere than in them: values that a file has, its rate.
-KNOWN = {frozenset(("ECG.sex", "ECG.age", "ECG.data")): 500.0}  # CPSC 2018
+KNOWN: dict[frozenset[str], float] = {frozenset(("ECG.sex", "ECG.age", "ECG.data")): 500.0}  # CPSC 2018
 IN_MV = "no unit in the files: taken as mV"
 
 

@@ -8,12 +8,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 from xml.parsers import expat
 
 from elm_jax.ecg.stored import AGAIN, read_file
 from elm_jax.errors import UserError
 
 WHAT = "XML of HL7 aECG, MUSE (RestingECG) or Philips (restingecgdata)"
+_ENCODINGS = ("utf-8", "utf-16", "iso-8859-1", "us-ascii")  # for others Python would import what a file names
 MOST, _DEEPEST, _MOST_ELEMENTS = 128 << 20, 100, 1_000_000
 
 
@@ -66,21 +68,25 @@ def parse(path: Path) -> Element:
     def end(_: str) -> None:
         tree.pop().text = "".join(pieces.pop())
 
+    def declaration(_: str, encoding: str | None, standalone: int) -> None:
+        if encoding is not None and encoding.casefold() not in _ENCODINGS:
+            raise UserError(path, f"the encoding {encoding[:80]}", "UTF-8, UTF-16 or ISO-8859-1", AGAIN)
+
     def doctype(_: str, system: str | None, public: str | None, inner: int) -> None:
         if inner:
             refuse()
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object) -> NoReturn:
         raise UserError(path, "definitions of its own (entities, a DTD)", "XML without them", AGAIN)
 
     parser.StartElementHandler, parser.EndElementHandler = start, end
     parser.CharacterDataHandler = lambda text: pieces[-1].append(text)
-    parser.StartDoctypeDeclHandler = doctype
+    parser.XmlDeclHandler, parser.StartDoctypeDeclHandler = declaration, doctype
     parser.EntityDeclHandler = parser.ExternalEntityRefHandler = parser.SkippedEntityHandler = refuse
     parser.buffer_text = True
     try:
         parser.Parse(read_file(path, WHAT, MOST), True)
-    except (expat.ExpatError, ValueError, LookupError) as error:  # the others: of unknown encodings
+    except (expat.ExpatError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(path, f"what is no XML ({error})", WHAT, AGAIN) from None
