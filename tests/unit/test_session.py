@@ -315,8 +315,7 @@ def test_leads_that_are_flat_or_in_another_order_are_noticed(tmp_path: Path) -> 
     for swap in ([1, 0], [3, 4], [0, 2]):
         swapped = recording()
         swapped[swap] = swapped[swap[::-1]]
-        is_noticed = "limb leads contradict" in read_input(write(tmp_path / "b.npy", swapped), SPEC).summary
-        assert is_noticed == (swap != [0, 2])  # I and III exchanged still add up to II
+        assert "limb leads contradict" in read_input(write(tmp_path / "b.npy", swapped), SPEC).summary
 
 
 def test_recordings_of_the_public_databases_do_not_contradict_themselves(shared: Path) -> None:
