@@ -5,7 +5,7 @@
 
 A line is a message to the model, or one of:
 
-    /ecg PATH     show an ECG: a .npy file, a WFDB record, demo:test:3, noise or flatline; as many as you like
+    /ecg PATH     show an ECG: a recording of any format, demo:test:3, noise or flatline; as many as you like
     /system TEXT  another system prompt, from the next answer on; alone: the one there is
     /save FILE    keep the conversation: FILE.json, a record as datasets have them, and FILE.txt to read
     /new          begin a new conversation about the same ECGs

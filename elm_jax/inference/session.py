@@ -246,7 +246,7 @@ class Session:
 
 
 def read_input(path: str, spec: SignalSpec, number: int = 0) -> Ecg:
-    """The ECG at `path`: a `.npy` file or WFDB record, `demo:<split>:<index>`, `noise` or `flatline`.
+    """The ECG at `path`: a recording that `read_ecg` reads, `demo:<split>:<index>`, `noise` or `flatline`.
 
     A relative path is relative to the current folder, not to `data.root`. `number` tells one `noise` from
     another.

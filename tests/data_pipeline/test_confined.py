@@ -95,6 +95,31 @@ def test_what_lies_inside_may_be_called_anything(root: Path, monkeypatch: pytest
             spec(given).look_for(path)
 
 
+def test_other_formats_are_read_confined_and_stamped_as_the_first_two(root: Path) -> None:
+    leads = ["I", "II", *(f"V{i}" for i in range(1, 7))]
+    rows = "\n".join(",".join(map(str, row)) for row in np.random.default_rng(0).normal(size=(LENGTH, 8)).round(3))
+    for folder in ("data", "beside"):
+        (root.parent / folder / "t.csv").write_text(f"# fs: 50\n{','.join(leads)}\n{rows}\n")
+    (root / "out.csv").symlink_to("../beside/t.csv")
+    header = (root / "r.hea").read_text().replace("r.dat 16 ", "c.mat 16+24 ").replace("r ", "c ", 1)
+    (root / "c.hea").write_text(header)
+    (root.parent / "beside" / "c.mat").write_bytes(bytes(24) + (root / "r.dat").read_bytes())
+    (root / "c.mat").symlink_to("../beside/c.mat")  # beside its header, as in the PhysioNet challenges
+    for path in ("../beside/t.csv", "out.csv", "c.mat", "c", "c.hea"):
+        for ask in (lambda s, path=path: s.load(path, 0), lambda s, path=path: s.look_for(path)):
+            with pytest.raises(UserError, match="outside data.root"):
+                ask(spec(root))
+        assert spec(root).stamp(path) == [] and loads(spec(root, outside_root=True), path)
+    before = spec(root).stamp("t.csv")
+    (root / "t.csv").write_text((root / "t.csv").read_text() + "0" + ",0" * 7 + "\n")
+    assert loads(spec(root), "t.csv") and len(before) == 1 and spec(root).stamp("t.csv") != before
+    (root / "c.mat").unlink()
+    (root / "c.mat").write_bytes(bytes(24) + (root / "r.dat").read_bytes())
+    assert loads(spec(root), "c.mat") and len(spec(root).stamp("c.mat")) == 2
+    told = read_input(str(root.parent / "beside" / "t.csv"), spec(root)).summary
+    assert "III, aVR, aVL, aVF computed from I and II" in told and "no unit in the files: taken as mV" in told
+
+
 def test_what_is_no_file_needs_no_place(root: Path) -> None:
     for path in ("noise", "flatline", "demo:test:3"):
         assert loads(spec(root), path)

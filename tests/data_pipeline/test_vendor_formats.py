@@ -172,6 +172,7 @@ def test_philips_that_is_packed_otherwise_cut_or_damaged_is_refused(tmp_path: Pa
     assert "bytes for 12 leads" in refusal(text(tmp_path, philips(bytes(9), ""), "utf-16"))
     assert "packed limb leads without" in refusal(text(tmp_path, philips(data, leads=LEADS[1:]), "utf-16"))
     assert "number" in refusal(text(tmp_path, philips(data, step=""), "utf-16"))
+    assert "no names of leads" in refusal(text(tmp_path, philips(data, leads=()), "utf-16"))
     for at in range(0, len(data), 97):
         spoilt = data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :]
         try:
@@ -322,6 +323,12 @@ def test_hdf5_that_reads_elsewhere_or_becomes_large_is_refused(tmp_path: Path) -
         assert said in refusal(file(what)), said
     assert "a.h5" in refusal(binary(tmp_path, path.read_bytes()[:500], "a.h5"))
     assert "a.h5" in refusal(binary(tmp_path, b"nothing", "a.h5"))
+
+
+def test_a_file_without_a_known_ending_is_what_it_begins_as(tmp_path: Path) -> None:
+    for name, data in (("scp", scp()), ("b.ecg", scp()), ("xml", aecg().encode()), ("1.2.840.3", aecg().encode())):
+        check(binary(tmp_path, data, name), 5e-3 if data[:1] != b"<" else 4.88e-3, derived=LIMBS * (data[:1] != b"<"))
+    assert "no header other.hea beside it" in refusal(binary(tmp_path, b"something", "other"))
 
 
 @pytest.mark.parametrize("package, name", [("h5py", "a.h5"), ("pydicom", "a.dcm"), ("h5py", "a.mat")])

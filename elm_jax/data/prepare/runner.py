@@ -44,7 +44,7 @@ class RawRecording:
 
 
 def read_double(path: Path) -> Recording:
-    """The recording of a WFDB record or a `.npy` file: (12, L) float64 in canonical order, mV."""
+    """The recording of a file of any format, or WFDB record: (12, L) float64 in canonical order, mV."""
     return read_ecg(path, dtype=np.float64)
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from elm_jax.ecg.formats.dicom import read_dicom
@@ -23,11 +24,25 @@ READERS: dict[str, Reader] = {
     ".scp": read_scp,
     ".xml": read_xml,
 }
+BEGINNINGS: tuple[tuple[int, bytes, Reader], ...] = (
+    (128, b"DICM", read_dicom),
+    (16, b"SCPECG", read_scp),
+    (0, b"\x89HDF\r\n\x1a\n", read_hdf5),
+    (0, b"0       ", read_edf),
+    (0, b"\xffBIOSEMI", read_edf),
+    (0, b"<?xml", read_xml),
+)
 
 
 def reader_of(path: Path) -> Reader | None:
-    """Who reads the file at `path`, by its ending in upper or lower case; None: no file, or of no known kind."""
+    """Who reads the file at `path`: by its ending in upper or lower case, else (archives give DICOM files none) by how
+    it begins; None: no file, or of no known kind."""
     if not os.path.isfile(path):  # which raises nothing, however long the name is
         return None
     endings = [suffix.casefold() for suffix in path.suffixes[-2:]]
-    return READERS.get("".join(endings)) or READERS.get(endings[-1] if endings else "")
+    reader = READERS.get("".join(endings)) or READERS.get(endings[-1] if endings else "")
+    if reader is None:
+        with suppress(OSError), path.open("rb") as file:
+            start = file.read(132)
+            return next((reader for at, mark, reader in BEGINNINGS if start[at : at + len(mark)] == mark), None)
+    return reader

@@ -96,7 +96,7 @@ class _File:
             numbers = found[...]
             if found.attrs.get("MATLAB_class") in (b"char", "char") and numbers.size < 1 << 16:
                 rows = np.atleast_2d(numbers.T if numbers.ndim == 2 else numbers).tolist()
-                texts = ["".join(chr(letter) for letter in row).rstrip("\0 ") for row in rows]
+                texts = [str(_text("".join(map(chr, row)))).rstrip("\0 ") for row in rows]
                 return texts[0] if len(texts) == 1 else texts
             return numbers
         if found.size > _MOST_TEXTS:
@@ -111,4 +111,7 @@ class _File:
 
 
 def _text(value: Any) -> str | None:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value if isinstance(value, str) else None
+    """Text as such; halves of surrogate pairs, by which h5py gives bytes that are no UTF-8, as question marks."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else None

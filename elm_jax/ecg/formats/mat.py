@@ -31,7 +31,7 @@ def read_mat(path: Path) -> Stored:
         return read_hdf5(path)
     try:
         values = _File(path, data).values()
-    except (struct.error, UnicodeDecodeError, IndexError, ValueError) as error:
+    except (struct.error, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(path, f"a damaged file ({error})", WHAT, AGAIN) from None
@@ -147,4 +147,5 @@ class _File:
 def _texts(letters: np.ndarray) -> Value:
     """Rows of code points as texts: one, or a list of them without the blanks that fill them up."""
     rows = ["".join(map(chr, row)).rstrip("\0 ") for row in letters.tolist()]
+    "".join(rows).encode()  # raises ValueError for halves of surrogate pairs
     return rows[0] if len(rows) == 1 else rows

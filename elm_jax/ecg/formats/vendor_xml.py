@@ -114,7 +114,7 @@ def _base64(path: Path, name: str, text: str) -> bytes:
 
 # ---- Philips (Sierra ECG XML 1.03 and 1.04)
 
-_BASE64, _PLAIN = ("base64",), ("", "uncompressed", "none")
+_PLAIN, _TWELVE = ("", "uncompressed", "none"), ("STD-12", "10-WIRE")
 
 
 def _read_philips(path: Path, root: Element) -> Stored:
@@ -125,10 +125,14 @@ def _read_philips(path: Path, root: Element) -> Stored:
     method = data.attributes.get("compressmethod", data.attributes.get("compression", ""))
     if data.attributes.get("compressflag", "true").casefold() == "false":
         method = ""
-    if encoding not in _BASE64 or method.casefold() not in (*_PLAIN, "xli"):
+    if encoding != "base64" or method.casefold() not in (*_PLAIN, "xli"):
         found = f"waveforms in {encoding or 'no encoding'}, packed by {method or 'nothing'}"
         raise UserError(path, found, "base64, plain or packed by XLI, the one way that is published", "export them so")
-    names = data.attributes.get("leadlabels", "").split() or list(LEADS)
+    names = data.attributes.get("leadlabels", "").split()
+    if not names:
+        if (kind := about.first("acquisitiontype").text.strip()) not in _TWELVE:
+            raise UserError(path, f"no names of leads, acquired as {kind or 'nothing'}", some(_TWELVE), AGAIN)
+        names = list(LEADS)
     count = data.attributes.get("numberofleads") or about.first("numberchannelsvalid").text
     names = names[: max(0, int(number(path, "number of leads", count or str(len(names)))))]
     rate = number(path, "samplingrate", about.first("samplingrate").text)
