@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import pickletools
 import re
 import struct
 import zipfile
@@ -29,6 +30,8 @@ STATE_DICTS = ("model_state_dict", "state_dict", "model")
 OLDEST = Version("2.6")  # before it a file could run a program in spite of `weights_only` (CVE-2025-32434)
 WINDOW = 2**28  # bytes handed out before the file is mapped anew, so that pages already read can go
 _ROOM = b"bytearray"  # PyTorch lets a file make one of any size
+_LONGEST_NAME = 200  # characters
+_OLDER_PICKLES = 5  # one after another, before the values: what PyTorch wrote before it wrote zip files
 _REFUSED = re.compile(r"GLOBAL (\S+)")
 _RESCUE = (
     "if you trust it, save its tensors alone: torch.save({'model_state_dict': checkpoint['model_state_dict']}, new)"
@@ -89,12 +92,23 @@ def _check_claims(path: Path, mapped: bool) -> None:
                     _refuse(path, "packed parts, which PyTorch does not write")
                 if sum(part.file_size for part in parts) > path.stat().st_size:
                     _refuse(path, "parts that are larger than the file")
-                calls = any(_ROOM in _content(file, part) for part in parts if part.filename.endswith(".pkl"))
+                pickles = [_content(file, part) for part in parts if part.filename.endswith(".pkl")]
+                calls = any(_ROOM in pickle for pickle in pickles)
+                names = [name for pickle in pickles for name in _globals(pickle)]
         else:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 calls = content.find(_ROOM) >= 0
+                names = [name for _ in range(_OLDER_PICKLES) for name in _globals(content)]
+        if longest := max(names, key=len, default="")[_LONGEST_NAME:]:
+            _refuse(path, f"the name of a function with {len(longest) + _LONGEST_NAME} characters")
         if calls:
             _refuse(path, f"a {_ROOM.decode()}, which is no tensor")
+
+
+def _globals(pickle: bytes | mmap.mmap) -> list[str]:
+    """What a pickle names of Python's, from where it is read up to its end; PyTorch looks for words in long ones for
+    minutes."""
+    return [str(name) for code, name, _ in pickletools.genops(pickle) if code.name in ("GLOBAL", "INST")]
 
 
 def _content(file: IO[bytes], part: zipfile.ZipInfo) -> bytes:

@@ -28,7 +28,7 @@ class Target:
     finish: Callable[[random.Random, Files], Files] = lambda rng, files: files
     refusals: tuple[type[Exception], ...] = (UserError,)
     longest: int = 1 << 20  # bytes of a file
-    imports: tuple[str, ...] = ()  # packages that its libraries look for when a file is not what they expect
+    imports: tuple[str, ...] = ()  # packages that its libraries look for when a file is not what they expect, or for its names
 
     @cached_property
     def seeds(self) -> list[Files]:
@@ -57,7 +57,7 @@ TARGETS = {
     "lines": Target(texts.lines, texts.read_lines, 50_000),
     "compare": Target(texts.comparisons, texts.read_comparison, 3_000),
     "safetensors": Target(models.safetensors, models.read_safetensors, 80_000, ways=(models.in_header,)),
-    "torch": Target(models.torch_files, models.read_torch, 20_000, ways=(models.in_zip,)),
+    "torch": Target(models.torch_files, models.read_torch, 20_000, ways=(models.in_zip,), imports=("encodings",)),
     "tokenizer": Target(models.tokenizers, models.read_tokenizer, 7_000, imports=("google",)),
     "llm_config": Target(models.llm_configs, models.read_llm_config, 15_000),
     "adapter": Target(models.adapters, models.read_adapter, 15_000),
