@@ -28,7 +28,7 @@ class Target:
     finish: Callable[[random.Random, Files], Files] = lambda rng, files: files
     refusals: tuple[type[Exception], ...] = (UserError,)
     longest: int = 1 << 20  # bytes of a file
-    imports: tuple[str, ...] = ()  # packages that its libraries look for when a file is not what they expect, or for its names
+    imports: tuple[str, ...] = ()  # packages that its libraries look for in odd files, or for names
 
     @cached_property
     def seeds(self) -> list[Files]:
