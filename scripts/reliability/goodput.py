@@ -3,7 +3,8 @@
     python scripts/reliability/goodput.py [--minutes 30] [--every 60] [--config configs/demo.py] [--out FOLDER]
                                           [--config.KEY=VALUE ...]
 
-The run (by default the demo, which goes on beyond its end) gets SIGKILL `--every` so many seconds after its start,
+The run (by default the demo, which goes on beyond its end, and saves each 20 steps in place of 500: where no save fits
+between two kills a run never gets on) gets SIGKILL `--every` so many seconds after its start,
 whatever it does, and is started again at once. `--every 0` kills only once, at the end: goodput without faults. Steps
 count if the next start went on behind them. The seconds of each attempt are split by what it was at: imports, data
 (the config, records and their plan), model (weights and programs), restore, compile (or reading the program from the
@@ -29,6 +30,7 @@ from typing import Any
 
 import common
 
+OFTEN = ["--config.train.save_every=20"]
 # What of a trainer is which part of the time; what is none of these, once it is built, is training.
 PARTS = {"__init__": "data", "_build": "model", "_restore": "restore", "_validate": "validate", "_save": "save"}
 # From when on, by the clock and in seconds of processors, it was at which part; the step of a save or restore.
@@ -133,14 +135,14 @@ def main() -> int:
         args.out.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.out or Path(temporary)).absolute()
-        found = attempts(folder, args.minutes, args.every, ["--config", args.config, *flags])
+        found = attempts(folder, args.minutes, args.every, ["--config", args.config, *OFTEN, *flags])
         steps = common.newest(folder / "run")
     seconds, used = split(found, steps, 0), split(found, steps, 1)
     wall = sum(lines[-1][0] - lines[0][0] for lines in found)
     figures = {
         "minutes": args.minutes,
         "every": args.every,
-        "flags": flags,
+        "flags": [*OFTEN, *flags],
         "attempts": len(found),
         "goodput": round(seconds["counted"] / wall, 4),
         "share": {part: round(passed / wall, 4) for part, passed in seconds.most_common()},
