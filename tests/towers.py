@@ -7,6 +7,7 @@ import string
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tokenizers
 from flax import nnx
@@ -14,8 +15,10 @@ from safetensors.numpy import save_file
 from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from elm_jax.models.encoders.text_tower import TextConfig, TextFamily, TextTower
+from elm_jax.models.encoders import build_encoder, kind_of
+from elm_jax.models.encoders.text_tower import BERT, TextConfig, TextFamily, TextTower
 from elm_jax.models.functional import structure_of
+from elm_jax.weights.encoders import to_published
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
@@ -49,12 +52,30 @@ def tensors_of(family: TextFamily, fields: dict[str, Any], seed: int = 0, before
     return found
 
 
-def bert_folder(folder: Path, family: TextFamily, **changes: Any) -> Path:
+def bert_folder(folder: Path) -> Path:
     """A tiny BERT with its tokenizer in a folder."""
-    tokenizer = letters()
-    config = {"model_type": "bert", **SIZES, "vocab_size": len(tokenizer), "pad_token_id": 0, **changes}
+    config = {"model_type": "bert", **SIZES, "vocab_size": len(letters()), "pad_token_id": 0}
+    return _folder(folder, config, tensors_of(BERT, BERT.fields_of(config, "config.json")))
+
+
+def pair_folder(folder: Path, name: str) -> Path:
+    """A tiny SigLIP 2 or CLIP, images and text, with its tokenizer in a folder. `name`: siglip2 or clip."""
+    sizes = {**SIZES, "vocab_size": 100, "pad_token_id": 0, "eos_token_id": 3}  # transformers adds controls of its own
+    vision = {n: SIZES[n] for n in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+    vision |= {"patch_size": 8, **({"num_patches": 16} if name == "siglip2" else {"image_size": 16})}
+    config = {"model_type": name, "text_config": {"model_type": f"{name}_text_model", **sizes}, "vision_config": vision}
+    config |= {"projection_dim": 24} if name == "clip" else {}
+    paired = kind_of(f"{name}.pretraining").text
+    assert paired is not None
+    fields = {**config, "text": paired.family.fields_of(config, "config.json")}
+    built = build_encoder(f"{name}.pretraining", fields, 1, nnx.Rngs(0))
+    structure = structure_of(lambda: build_encoder(f"{name}.pretraining", fields, 1, nnx.Rngs(0)))
+    return _folder(folder, config, to_published(f"{name}.pretraining", jax.device_get(structure.arrays(built))))
+
+
+def _folder(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
     folder.mkdir(parents=True)
-    tokenizer.save_pretrained(folder)
+    letters().save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors_of(family, family.fields_of(config, "config.json")), folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
     return folder

@@ -49,7 +49,7 @@ class Rule:
     def restore(self, ours: np.ndarray) -> list[np.ndarray]:
         """The inverse of `arrange`: contiguous arrays in the checkpoint's layout."""
         parts = list(ours) if self.stacked else [ours]
-        return [np.ascontiguousarray(part.T if self.transpose else part) for part in parts]
+        return [np.asarray(part.T if self.transpose else part, order="C") for part in parts]  # a number stays one
 
 
 def bare_name(name: str) -> str:

@@ -57,6 +57,8 @@ OBJECTIVES: Registry[Row] = Registry(
         "nepa": self_supervised.nepa,
         "merl": contrastive.merl,
         "next_token": self_supervised.next_token,
+        "clip": contrastive.clip,
+        "siglip": contrastive.siglip,
         "vit": self_supervised.vit,
         "dit": self_supervised.dit,
     },

@@ -70,11 +70,55 @@ def merl(config: Config) -> Objective:
     return _objective("merl", loss, names, "key")
 
 
-def _objective(name: str, loss: Any, names: Collection[str], *needs: str) -> Objective:
+def clip(config: Config) -> Objective:
+    """The images of ECGs and their reports find each other, by a scale that is learnt (Radford et al. 2021)."""
+    tokens = _checked(config, "clip")
+
+    def loss(model: ELM, batch: Batch, key: jax.Array | None, trained: Collection[str]) -> Sums:
+        encoder: Any = model.encoder
+        signals, ids, there = _pairs(batch, tokens)
+        ecg, text = encoder.ecgs(signals), encoder.texts(ids)
+        rows, columns = info_nce(text, ecg, there, _scale(encoder))
+        return {"loss": (rows + columns).sum() / 2, "matched": _matched(ecg, text, there).sum()}
+
+    return _objective(str(config.encoder.name), loss, ("loss", "matched"))
+
+
+def siglip(config: Config) -> Objective:
+    """Of each ECG with each report it is told whether they belong together (Zhai et al. 2023, arXiv 2303.15343)."""
+    tokens = _checked(config, "siglip_ecg", "siglip2")
+
+    def loss(model: ELM, batch: Batch, key: jax.Array | None, trained: Collection[str]) -> Sums:
+        encoder: Any = model.encoder
+        signals, ids, there = _pairs(batch, tokens)
+        ecg, text = encoder.ecgs(signals), encoder.texts(ids)
+        errors = pairwise_errors(text, ecg, there, _scale(encoder), encoder.bias[...].astype(jnp.float32))
+        return {"loss": errors.sum(), "matched": _matched(ecg, text, there).sum()}
+
+    return _objective(str(config.encoder.name), loss, ("loss", "matched"))
+
+
+def pairwise_errors(
+    x: jax.Array, y: jax.Array, there: jax.Array, scale: jax.typing.ArrayLike, bias: jax.typing.ArrayLike
+) -> jax.Array:
+    """(B,) of each x the sum over all y of -log of how likely it is held to be what it is: its partner, or not.
+
+    Pairs that are not `there` (B,) bool are left out. `scale` multiplies the cosines, `bias` is added.
+    """
+    logits = cosines(x, y) * scale + bias
+    errors = -jax.nn.log_sigmoid(jnp.where(jnp.eye(len(x), dtype=bool), logits, -logits))
+    return jnp.where(there[:, None] & there[None, :], errors, 0.0).sum(1)
+
+
+def _scale(encoder: Any) -> jax.Array:
+    return jnp.exp(encoder.log_scale[...].astype(jnp.float32))
+
+
+def _objective(encoder: str, loss: Any, names: Collection[str], *needs: str) -> Objective:
     def counts(batch: Batch) -> Sums:
         return dict.fromkeys(names, (batch.signal_weights[:, 0] > 0).sum())
 
-    return Objective(loss, counts, Samples(phase=REPORT), frozenset({"encoder", *needs}), pretrains=name)
+    return Objective(loss, counts, Samples(phase=REPORT), frozenset({"encoder", *needs}), pretrains=encoder)
 
 
 def _checked(config: Config, *encoders: str) -> int:

@@ -30,7 +30,7 @@ class Objective:
         needs: "llm" (without it there is no tokenizer, no text and no connector, but an encoder alone); "reference":
             the model as it was at the beginning, whose log probabilities of the targets are the batch's extras
             "reference"; "key": `loss` draws at random in validation too.
-        pretrains: the encoder whose own pretraining this is: the model is that encoder with all that it trains.
+        pretrains: the encoder, where this is its own pretraining: the model is that encoder with all that it trains.
         better: the number of which more is better, by which validations are judged; "": by the loss, less of it.
         temperature: what logits are divided by where log probabilities are taken.
     """

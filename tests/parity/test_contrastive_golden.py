@@ -17,8 +17,8 @@ from parity_log import compare
 
 from elm_jax.models.encoders import build_encoder, kind_of
 from elm_jax.models.functional import Structure, structure_of
-from elm_jax.objectives.contrastive import info_nce
-from elm_jax.weights.encoders import from_published, to_published
+from elm_jax.objectives.contrastive import cosines, info_nce, pairwise_errors, unit
+from elm_jax.weights.encoders import from_published, read_checkpoint, to_published
 
 Golden = Callable[[str], Path]
 
@@ -107,3 +107,48 @@ def test_the_loss_of_a_batch(golden: Golden) -> None:
         value, gradient = jax.value_and_grad(loss)(x)
         compare("ssl_contrastive_loss", f"{case}/loss", value, cases[f"{case}/loss"], 1e-5)
         compare("ssl_contrastive_loss", f"{case}/grad_x", gradient, cases[f"{case}/grad_x"], 1e-5)
+
+
+def test_siglip(golden: Golden) -> None:
+    folder = golden("ssl_siglip2_ecg")
+    told = json.loads((folder / "config.json").read_text())
+    sizes = {"seq_len": told["segment_len"], **{name: told[name] for name in ("patch_size", "num_leads")}}
+    given, wanted = arrays_of(folder)
+    sizes["vision_config"] = told["siglip2"]["vision_config"]
+    form = structure("siglip_ecg.pretraining", sizes, told["siglip2"], 0)
+    tensors, _ = read_checkpoint(folder / "model.safetensors")
+    arrays = jax.tree.map(jnp.asarray, from_published("siglip_ecg.pretraining", form.leaves, tensors))
+    back = to_published("siglip_ecg.pretraining", arrays)
+    assert back.keys() == tensors.keys()
+    assert all(np.array_equal(back[name], tensors[name]) for name in back)
+
+    def loss(arrays: Any) -> Any:
+        encoder = form.bind(arrays)
+        ecg, text = encoder.ecgs(jnp.asarray(given["signal"])), encoder.texts(jnp.asarray(given["input_ids"]))
+        scale, bias = jnp.exp(encoder.log_scale[...]), encoder.bias[...]
+        errors = pairwise_errors(text, ecg, jnp.ones(4, bool), scale, bias)
+        return errors.sum() / 4, (cosines(text, ecg) * scale + bias, unit(ecg), unit(text))
+
+    (value, found), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+    for name, array in zip(("logits_per_text", "image_embeds", "text_embeds"), found, strict=True):
+        np.testing.assert_allclose(array, wanted[name], atol=5e-5, err_msg=name)
+    np.testing.assert_allclose(value, wanted["loss"], rtol=2e-5)
+    ours = to_published("siglip_ecg.pretraining", gradients)
+    theirs = json.loads((folder / "grad_norms.json").read_text())
+    assert ours.keys() == theirs.keys()
+    for name, norm in theirs.items():
+        np.testing.assert_allclose(np.linalg.norm(ours[name]), norm, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["vision_clip_eos2", "vision_clip_eos_argfind"])
+def test_clip(golden: Golden, case: str) -> None:
+    folder = golden(case)
+    config = json.loads((folder / "config.json").read_text())
+    given, wanted = arrays_of(folder)
+    form = structure("clip.pretraining", config, config, 0)
+    tensors, _ = read_checkpoint(folder / "model.safetensors")
+    arrays = jax.tree.map(jnp.asarray, from_published("clip.pretraining", form.leaves, tensors))
+    encoder = form.bind(arrays)
+    ecg, text = encoder.ecgs(jnp.asarray(given["pixel_values"])), encoder.texts(jnp.asarray(given["input_ids"]))
+    np.testing.assert_allclose(unit(ecg), wanted["image_embeds"], atol=2e-5)
+    np.testing.assert_allclose(unit(text), wanted["text_embeds"], atol=2e-5)

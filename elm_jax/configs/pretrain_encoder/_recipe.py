@@ -1,6 +1,6 @@
 """What the experiments that pretrain encoders share: MIMIC-IV-ECG, AdamW, a warm-up in steps.
 
-Not an experiment of its own: it names no objective. The text of the records is not read.
+Not an experiment of its own: it names no objective.
 """
 
 from ml_collections import ConfigDict

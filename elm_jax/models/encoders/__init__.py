@@ -28,6 +28,7 @@ from elm_jax.models.encoders import (
     merl_pretraining,
     merl_vit,
     next_token,
+    pairs,
     sequence,
     siglip,
     vision,
@@ -222,6 +223,10 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
     "clip": Kind(
         sizes.ClipConfig.from_fields, vision.Clip, vision.clip_rule, vision.clip_name, file_config=dict,
         wrapper=_IN_MODULE, sign=checkpoints.begins("visual_projection."), processing=CLIP,
+        pretraining=Kind(
+            with_text(sizes.ClipConfig.from_fields), pairs.PairedClip, pairs.paired_clip_rule, pairs.paired_name,
+            wrapper=_IN_MODULE, text=pairs.CLIP_PAIR,
+        ),
     ),
     "vit": Kind(
         sizes.VitConfig.from_fields, vision.Vit, vision.vit_rule, vision.vit_name, absent=vision.vit_absent,
@@ -236,12 +241,21 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
     "siglip2": Kind(
         sizes.Siglip2Config.from_fields, siglip.Siglip2, siglip.siglip2_rule, siglip.siglip2_name, file_config=dict,
         wrapper=_IN_MODULE, sign=checkpoints.begins("vision_model.head."), processing=SIGLIP2,
+        pretraining=Kind(
+            with_text(sizes.Siglip2Config.from_fields), pairs.PairedSiglip2, pairs.paired_siglip2_rule,
+            pairs.paired_name, wrapper=_IN_MODULE, text=pairs.SIGLIP_PAIR,
+        ),
     ),
     "siglip_ecg": Kind(
         sizes.SiglipEcgConfig.from_fields, siglip.SiglipEcg, siglip.siglip_ecg_rule, siglip.siglip_ecg_name,
-        absent=siglip.siglip_ecg_absent, file_config=sizes.tower_of_file,
+        absent=siglip.siglip_ecg_absent, file_config=sizes.tower_of_file, releases=siglip.NEWER,
         sign=checkpoints.begins("vision_model.", f"{siglip.PREFIX}vision_model."),
         pooled=Pooled(lambda config, length: range(0, length + 1, config.patch_size)),
+        pretraining=Kind(
+            with_text(sizes.SiglipEcgConfig.from_fields), pairs.PairedSiglipEcg, pairs.paired_siglip_ecg_rule,
+            pairs.paired_siglip_ecg_name, absent=siglip.siglip_ecg_absent, releases=siglip.NEWER,
+            text=pairs.SIGLIP_ECG_PAIR,
+        ),
     ),
 })  # fmt: skip
 

@@ -132,6 +132,13 @@ class SiglipEcg(nnx.Module):
     def __call__(self, signals: jax.Array, weights: jax.Array | None = None, train: bool = False) -> jax.Array:
         """(B, C, L) signals -> (B, N, D) float32, computed in `dtype`; `weights` and `train` change nothing.
 
+        Raises UserError as `encode`.
+        """
+        return adaptive_average_pool(self.encode(signals), self.tokens)
+
+    def encode(self, signals: jax.Array) -> jax.Array:
+        """(B, C, L) -> the last hidden states (B, P, D) in `dtype`.
+
         Raises UserError for signals of other leads or another length than the config's.
         """
         leads, samples, size = self.config.num_leads, self.config.seq_len, self.config.patch_size
@@ -140,8 +147,7 @@ class SiglipEcg(nnx.Module):
             raise UserError(WHERE, f"shape {signals.shape}", f"(batch, {leads} leads, {samples} samples)", fix)
         cut = signals.astype(self.dtype).reshape(-1, leads, samples // size, size)
         patches = cut.transpose(0, 2, 1, 3).reshape(-1, samples // size, leads * size)  # lead after lead
-        x = self.transformer(plus(self.patches(patches), self.positions))
-        return adaptive_average_pool(self.post_norm(x), self.tokens)
+        return self.post_norm(self.transformer(plus(self.patches(patches), self.positions)))
 
 
 def resize_weights(shape: jax.Array, patches: int, grid: int) -> jax.Array:
@@ -171,6 +177,7 @@ def _axis_weights(place: jax.Array, size: jax.Array, grid: int) -> jax.Array:
 
 PROCESSOR_NAMES = {"pixel_values": "patches", "pixel_attention_mask": "mask", "spatial_shapes": "shape"}
 PREFIX = "vision_encoder."  # of a SigLIP-ECG
+NEWER = (("encoder.model.", "encoder.model.", f"{PREFIX}vision_model."),)  # its trainer's names since August 2026
 OTHER_PARTS = ("text_model.", "logit_scale", "logit_bias")
 
 
@@ -184,16 +191,21 @@ def tower(theirs: str) -> list[Rule]:
     ]
 
 
-siglip2_rule = table([
-    *tower("vision_model"),
-    Rule("vision_model.head.probe", "head.probe"),
-    Rule("vision_model.head.attention.in_proj_weight", "head.qkv.kernel", True),
-    Rule("vision_model.head.attention.in_proj_bias", "head.qkv.bias"),
-    *linear("vision_model.head.attention.out_proj", "head.o"),
-    *norm("vision_model.head.layernorm", "head.norm"),
-    *linear("vision_model.head.mlp.fc1", "head.mlp.fc1"),
-    *linear("vision_model.head.mlp.fc2", "head.mlp.fc2"),
-])  # fmt: skip
+def with_head(theirs: str) -> list[Rule]:
+    """The tower and its pooling head."""
+    return [
+        *tower(theirs),
+        Rule(f"{theirs}.head.probe", "head.probe"),
+        Rule(f"{theirs}.head.attention.in_proj_weight", "head.qkv.kernel", True),
+        Rule(f"{theirs}.head.attention.in_proj_bias", "head.qkv.bias"),
+        *linear(f"{theirs}.head.attention.out_proj", "head.o"),
+        *norm(f"{theirs}.head.layernorm", "head.norm"),
+        *linear(f"{theirs}.head.mlp.fc1", "head.mlp.fc1"),
+        *linear(f"{theirs}.head.mlp.fc2", "head.mlp.fc2"),
+    ]
+
+
+siglip2_rule = table(with_head("vision_model"))
 siglip_ecg_rule = table(tower(f"{PREFIX}vision_model"))
 
 
