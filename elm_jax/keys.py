@@ -244,6 +244,10 @@ class SslConfig:
         None, "first layers of it that are not trained, nor its embeddings then; -1: nothing of it is",
         limit="-1 or at least 0",
     )  # fmt: skip
+    probe: str | None = key(
+        None, "labelled recordings that the encoder is judged by at validations: a task of elm_jax.probe, as "
+        "ptbxl_super=FOLDER, table=FILE or demo"
+    )  # fmt: skip
     temperature: float = key(0.07, "of merl: what cosines are divided by", limit="above 0")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +54,7 @@ def keep_features(
     Raises:
         UserError: the disk is full, or does not show what another process has written.
     """
-    config, structure = assembly.config, encoder_structure(assembly)
+    config = assembly.config
     own = {name.removeprefix("encoder."): x for name, x in arrays.items() if name.startswith("encoder.")}
     spec = replace(assembly.signal, root=str(Path(assembly.signal.root).absolute()))
     if spec.perturb != "noise":
@@ -68,18 +68,9 @@ def keep_features(
     sharding = batch_sharding(mesh, micro_batches=False)
     mine = [part * ROWS + row for part in host_parts(mesh) for row in range(ROWS)]  # of a batch
 
-    def encode(arrays: Arrays, signals: Any) -> jax.Array:
-        with placed(MeshPlacement(mesh)):
-            encoder = structure.bind(arrays)
-            if compared:
-                outputs = encoder.ecgs(signals)[:, None]
-            else:
-                outputs = encoder(signals, jnp.ones(rows, jnp.float32), train=False)
-        return outputs.astype(config.llm.compute_dtype)
-
-    run = jax.jit(encode, out_shardings=replicated(mesh))
+    run = encoding(assembly, mesh, compared)
     signals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty_signals(spec.own_layout, rows))
-    shape = jax.eval_shape(encode, own, signals).shape[1:]
+    shape = jax.eval_shape(run, own, signals).shape[1:]
     features = Features(str(cache / "encoder" / key), shape, config.llm.compute_dtype)
 
     wanted = list(dict.fromkeys(recordings))
@@ -134,6 +125,21 @@ def keep_features(
     # What its writer has had before, this process may not see yet.
     kept |= {names[place] for place in set(own_missing) - set(missing)}
     return _seen(features, kept)
+
+
+def encoding(assembly: Assembly, mesh: Mesh, compared: bool = False) -> Callable[[Arrays, Any], jax.Array]:
+    """The jitted function (arrays of the encoder, a batch of signals over the mesh) -> its outputs (B, N, E), in every
+    process. `compared` as in `keep_features`."""
+    structure, dtype = encoder_structure(assembly), assembly.config.llm.compute_dtype
+
+    def encode(arrays: Arrays, signals: Any) -> jax.Array:
+        weights = jnp.ones(len(jax.tree.leaves(signals)[0]), jnp.float32)
+        with placed(MeshPlacement(mesh)):
+            encoder = structure.bind(arrays)
+            outputs = encoder.ecgs(signals)[:, None] if compared else encoder(signals, weights, train=False)
+        return outputs.astype(dtype)
+
+    return jax.jit(encode, out_shardings=replicated(mesh))
 
 
 def _seen(features: Features, names: set[str]) -> Features:

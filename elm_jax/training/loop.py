@@ -39,6 +39,7 @@ from elm_jax.runtime.mesh import batch_sharding, batch_ways, check_heads, host_p
 from elm_jax.runtime.watchdog import Watchdog
 from elm_jax.training.attention_check import checked_attention, tell
 from elm_jax.training.encoder_cache import keep_features
+from elm_jax.training.encoder_probe import EncoderProbe
 from elm_jax.training.health import Health
 from elm_jax.training.optim import batch_scale, learning_rate_multiplier
 from elm_jax.training.program import check_rows, check_updates, train_program
@@ -177,8 +178,9 @@ class Trainer:
     def _prepare_validation(self) -> None:
         """The validation part, where the config asks for one and the data have it; says where they have not."""
         self.validation: StepSource | None = None
-        train = self.config.train
-        if not (self.config.data.val_fraction > 0 or train.early_stopping or train.eval_every is not None):
+        train, asked = self.config.train, self.config.ssl.probe
+        self.probe = EncoderProbe(self.assembly, self.mesh) if asked else None
+        if not (self.config.data.val_fraction > 0 or train.early_stopping or train.eval_every is not None or asked):
             return
         dataset = self.assembly.dataset("val")
         if len(dataset):
@@ -186,8 +188,9 @@ class Trainer:
             self.validation = self._source(dataset, plan, plan.steps_before(1))
             return
         fix = "set data.val_fraction above 0, or give a dataset a split val"
-        if train.early_stopping:
-            raise UserError("train.early_stopping", "true without validation records", "some to judge by", fix)
+        for key, value in (("train.early_stopping", train.early_stopping and "true"), ("ssl.probe", asked)):
+            if value:
+                raise UserError(key, f"{value} without validation records", "some to judge by", fix)
         if jax.process_index() == 0:
             print(f"warning: train.eval_every={train.eval_every}: nothing to validate on; {fix}", file=sys.stderr)
 
@@ -318,7 +321,9 @@ class Trainer:
             for whole, part in zip((total, count), jax.device_get(self.program.eval_step(arrays, batch)), strict=True):
                 whole.update({name: float(x) for name, x in part.items()})
         means = {f"val_{name}": total[name] / max(count[name], 1.0) for name in count}
-        better, best = self.assembly.objective.better, self.history["best_val_loss"]
+        if self.probe is not None:
+            means["val_probe"] = self.probe(arrays)
+        better, best = "probe" if self.probe else self.assembly.objective.better, self.history["best_val_loss"]
         loss = -means[f"val_{better}"] if better else means["val_loss"]  # what the history calls so
         self.history["val_losses"].append(loss)
         if math.isfinite(loss) and (best is None or loss < best):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from elm_jax.errors import UserError
 from elm_jax.exchange.export import export
 from elm_jax.models.encoders.sequence import SequenceConfig
 from elm_jax.objectives import objective_of
+from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.run.weights import Weights
 from elm_jax.runtime.mesh import array_shardings, make_mesh
 from elm_jax.symbols.coder import EcgByte
@@ -180,3 +182,44 @@ def test_a_config_pretrains_its_encoder() -> None:
 def test_an_objective_needs_its_encoder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"encoder\.name: found merl; expected st_mem with objective=st_mem"):
         objective_of(config(tmp_path, "st_mem", encoder__name="merl"))
+
+
+@pytest.mark.slow  # trains twice
+def test_validations_are_judged_by_a_probe(tmp_path: Path) -> None:
+    """Whole or stopped, the same; `best` is where it told most."""
+    asked = {"ssl__probe": "demo=demo:train=40,val=40,test=1", "train__eval_every": 2, "train__save_every": 2}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert loop.train(config(whole, "mlae", **asked))
+    assert loop.train(config(stopped, "mlae", train__steps=2, **asked))
+    assert loop.train(config(stopped, "mlae", **asked))
+    told = {line["step"]: line["val_probe"] for line in runs.lines(whole) if "val_probe" in line}
+    assert told == {line["step"]: line["val_probe"] for line in runs.lines(stopped) if "val_probe" in line}
+    assert list(told) == [2, 4, 6] and all(0 < value < 1 for value in told.values())
+    assert Checkpoints(whole, read_only=True).find("best") == max(told, key=lambda step: told[step])
+
+
+def test_a_probe_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    def refused(expected: str, **changes: Any) -> None:
+        with pytest.raises(UserError, match=expected):
+            loop.train(config(tmp_path / "run", "mlae", **changes))
+
+    refused("ssl.probe: found 'demi'.*did you mean 'demo'", ssl__probe="demi")
+    refused("ssl.probe: found demo without validation records", ssl__probe="demo", data__val_fraction=0.0,
+            data__names=[str(only_training(tmp_path))])  # fmt: skip
+    refused("ssl.probe: found 3 recordings to learn from and 3 to judge by", ssl__probe=f"table={one_class(tmp_path)}")
+    ours = runs.config(tmp_path / "elm", ssl__probe="demo")
+    with pytest.raises(UserError, match="ssl.probe.*None with objective=sft"):
+        loop.train(ours)
+
+
+def only_training(folder: Path) -> Path:
+    path = folder / "records.jsonl"
+    path.write_text("".join(f'{{"ecg_path": "demo:train:{i}", "text": ""}}\n' for i in range(8)))
+    return path
+
+
+def one_class(folder: Path) -> Path:
+    path = folder / "labels.csv"
+    rows = "".join(f"demo:{split}:{i},AF,{split}\n" for split, i in itertools.product(("train", "val"), range(3)))
+    path.write_text(f"ecg_path,labels,split\n{rows}")
+    return path
