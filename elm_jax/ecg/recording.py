@@ -16,7 +16,7 @@ import numpy as np
 
 from elm_jax import compat as behaviours
 from elm_jax.ecg.formats import reader_of
-from elm_jax.ecg.names import LEADS, derive, find_leads
+from elm_jax.ecg.names import LEADS, derive, find_leads, millivolts
 from elm_jax.ecg.npy import read_npy
 from elm_jax.ecg.resampling import resample, resample_by_spline
 from elm_jax.ecg.stored import Stored
@@ -56,6 +56,7 @@ def read_ecg(
     lead_order: Sequence[str] | None = None,
     sampling_rate: float | None = None,
     *,
+    unit: str | None = None,
     bare_rate: float = 250.0,  # what the reference's preparation writes
     dtype: type[np.floating[Any]] = np.float32,
 ) -> Recording:
@@ -67,10 +68,13 @@ def read_ecg(
     aVR, aVL and aVF (with III) are computed where the file has none of them. lead_order names the file's rows and
     overrides what the file says; without either, the order known for the reference's dataset folder is taken, else
     LEADS, with a note in the log. sampling_rate (Hz) likewise; a bare array of a `.npy` file is taken to be at
-    `bare_rate`. Raises UserError for whatever cannot be such a recording.
+    `bare_rate`. `unit` is that of numbers which say none; else they are mV, noted in the log, and whole numbers (but of
+    `.npy` files) are refused. Raises UserError for whatever cannot be such a recording.
     """
     path = os.fspath(path)  # a loader reads thousands a second, and a Path costs as much as an array operation
     _check_name(path)
+    if unit is not None and millivolts(unit) is None:
+        raise UserError("unit", repr(unit), "mV, uV, V or nV", "name one of these")
     if path.endswith(".npy"):
         signal, names, rate, report = _read_npy(path)
         names = names if lead_order is None else lead_order
@@ -78,6 +82,7 @@ def read_ecg(
         rows = find_leads(path, _one_for_each(path, names, len(signal)))
         if rows.places != tuple(range(len(signal))):
             signal = signal[list(rows.places)]
+        signal = signal if unit is None else signal * millivolts(unit)
     else:
         stored = _open(path)
         names = stored.names if lead_order is None else lead_order
@@ -85,12 +90,12 @@ def read_ecg(
             names = LEADS
             _note(os.path.dirname(path), UNNAMED)
         rows = find_leads(path, _one_for_each(path, names, len(stored.names)))
-        (signal, rate), report = stored.read(list(rows.places)), stored.report
+        (signal, rate), report = stored.read(list(rows.places), unit), stored.report
         if rate is None and sampling_rate is None:
             fix = "state it in the file, or from Python: read_ecg(path, sampling_rate=500)"
             raise UserError(path, "no sampling rate", "samples a second", fix)
-        for note in stored.notes:
-            _note(os.path.dirname(path), note)
+        if unit is None and not stored.says_units:
+            _note(os.path.dirname(path), "no unit in the files: taken as mV")
     if signal.shape[1] == 0:
         raise UserError(path, "no samples", "(leads, samples)", "leave this recording out")
     rate = rate if sampling_rate is None else sampling_rate

@@ -18,33 +18,37 @@ AGAIN = "download or export it again"
 
 @dataclass(frozen=True)
 class Channel:
-    """values (L,), of which values · gain + offset is in `unit`; samples a second, None where the file says none."""
+    """values (L,), of which values · gain + offset is in `unit`; unit and rate (Hz): None where the file says none."""
 
     name: str
     values: np.ndarray
     rate: float | None
-    unit: str = "mV"
+    unit: str | None
     gain: float = 1.0
     offset: float = 0.0
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The channels of a file; what it says in words; notes: what was taken for granted in reading it."""
+    """The channels of a file, and what it says in words."""
 
     path: Path
     channels: Sequence[Channel]
     report: str = ""
-    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(channel.name for channel in self.channels)
 
-    def read(self, rows: Sequence[int]) -> tuple[np.ndarray, float | None]:
+    @property
+    def says_units(self) -> bool:
+        return all(channel.unit is not None for channel in self.channels)
+
+    def read(self, rows: Sequence[int], unit: str | None = None) -> tuple[np.ndarray, float | None]:
         """The channels `rows`: (len(rows), L) float64 in mV, and their samples a second.
 
-        Raises UserError for a unit that is not of volts, and for channels of several rates or lengths.
+        `unit` is that of channels which say none; else it is mV. Raises UserError for a unit that is not of volts,
+        for whole numbers of no unit, whose gain nobody knows, and for channels of several rates or lengths.
         """
         chosen = [self.channels[row] for row in rows]
         rates, lengths = {channel.rate for channel in chosen}, {len(channel.values) for channel in chosen}
@@ -53,15 +57,20 @@ class Stored:
             raise UserError(self.path, f"leads of {some(dict.fromkeys(found))}", "all alike", "export them so")
         signal = np.empty((len(chosen), lengths.pop()))
         for row, channel in zip(signal, chosen, strict=True):
-            scale = millivolts(channel.unit)
+            own = channel.unit if channel.unit is not None else unit or "mV"
+            scale = millivolts(own)
             if scale is None:
-                found = f"unit {channel.unit!r} of signal {channel.name}"
+                found = f"unit {own!r} of signal {channel.name}"
                 raise UserError(self.path, found, "V, mV, µV or nV", "export it in one of these")
             if not np.isfinite(channel.gain) or channel.gain == 0 or not np.isfinite(channel.offset):
                 found = f"gain {channel.gain:g} and offset {channel.offset:g} of signal {channel.name}"
                 raise UserError(self.path, found, "a gain that is not 0, and numbers", AGAIN)
             with np.errstate(over="ignore", invalid="ignore"):
                 row[:] = (channel.values * channel.gain + channel.offset) * scale
+        unsaid = unit is None and any(channel.unit is None for channel in chosen)
+        if unsaid and signal.any() and np.array_equal(signal, np.rint(signal), equal_nan=True):
+            fix = "add the unit, or put the record's .hea beside it, or from Python: read_ecg(path, unit='uV')"
+            raise UserError(self.path, "whole numbers without a unit", "a unit, or mV with fractions", fix)
         return signal, rates.pop()
 
 

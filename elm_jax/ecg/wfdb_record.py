@@ -62,7 +62,7 @@ class WfdbRecord:
 
     header: Path
     names: tuple[str, ...]
-    report, notes = "", ()
+    report, says_units = "", True
     _parts: tuple[tuple[_Header, int | None], ...]  # with the frames that the record says a segment has
 
     @classmethod
@@ -85,11 +85,12 @@ class WfdbRecord:
                 )
         return cls(header, parts[0][0].names, tuple(part for part in parts if part[1] > 0))  # 0: only says the layout
 
-    def read(self, rows: Sequence[int]) -> tuple[np.ndarray, float]:
+    def read(self, rows: Sequence[int], unit: str | None = None) -> tuple[np.ndarray, float]:
         """The signals `rows`, indices into `names`: (len(rows), L) float64 in mV, and their samples a second.
 
-        Each is read at its own rate, and each segment scaled as its own header says. Raises UserError for what cannot
-        be read, is not in volts, has no gain, or lies at several rates.
+        A header always says the `unit`, or means mV. Each signal is read at its own rate, and each segment scaled as
+        its own header says. Raises UserError for what cannot be read, is not in volts, has no gain, or lies at several
+        rates.
         """
         pieces, rates = [], set()
         for part, frames in self._parts:

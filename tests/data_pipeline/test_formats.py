@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import re
 import struct
@@ -150,8 +151,10 @@ def test_matlab_structures_as_those_of_cpsc_2018(tmp_path: Path) -> None:
 
 def test_matlab_files_that_leave_something_open_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.mat"
-    assert "without a unit" in refusal(mat(path, {"val": STEPS.astype(np.int16), "fs": 500}))
-    assert "a header with their gain" in refusal(path)
+    for whole in (STEPS.astype(np.int16), STEPS.astype(float)):
+        assert "whole numbers without a unit" in refusal(mat(path, {"val": whole, "fs": 500}))
+        same(read_ecg(path, unit="uV"))
+    assert "unit: found 'steps'" in refusal(path, unit="steps")
     assert "ecg, data" in refusal(mat(path, {"ecg": MV, "data": MV, "fs": 500}))
     assert "no array" in refusal(mat(path, {"fs": 500}))
     assert "shape (3, 12, 40)" in refusal(mat(path, {"ecg": np.zeros((3, 12, 40)), "fs": 500}))
@@ -176,11 +179,11 @@ def test_a_damaged_matlab_file_is_read_or_refused_whatever_its_bytes(tmp_path: P
 
 def test_a_bomb_is_refused_before_it_goes_off(tmp_path: Path) -> None:
     machine = zlib.compressobj(9)
-    packed = b"".join(machine.compress(bytes(1 << 20)) for _ in range(200)) + machine.flush()
+    packed = b"".join(machine.compress(bytes(1 << 20)) for _ in range(24)) + machine.flush()
     head = b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM"
     (tmp_path / "a.mat").write_bytes(head + struct.pack("<2I", 15, len(packed)) + packed)
     assert "packed bytes that become more than" in refusal(tmp_path / "a.mat")
-    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(bytes(40 << 20)))
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(bytes(24 << 20)))
     assert "packed bytes that become more than" in refusal(tmp_path / "a.csv.gz")
 
 
@@ -316,13 +319,20 @@ def test_eight_leads_of_a_table_are_made_twelve(tmp_path: Path, caplog: pytest.L
 # ---- real files
 
 
-def test_real_files_of_other_formats(shared: Path) -> None:
-    real = shared / "real" / "ecg"
-    for path, rate, samples in (("code15/code_15_270272.mat", 400, 4096), ("cpsc2018/A1980.mat", 500, 5000)):
-        recording = read_ecg(real / path)
-        assert recording.signal.shape == (12, samples) and recording.sampling_rate == rate
-    for path in sorted((real / "cinc2011" / "set-a").glob("*.gz"))[:3]:
-        assert read_ecg(path, sampling_rate=500).signal.shape == (12, 5000)
+def test_real_files_are_what_their_index_says(shared: Path) -> None:
+    with (shared / "real" / "INDEX_ecg.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if not row["source"].startswith("ptbxl")]
+    assert len(rows) > 80
+    for row in rows:
+        bare = {"sampling_rate": 500, "unit": "uV"} if row["source"] == "cinc2011" else {}
+        recording = read_ecg(shared / "real" / row["path"], **bare)
+        assert recording.sampling_rate == float(row["fs"]), row
+        assert recording.signal.shape == (12, int(row["n_samples"])), row
+        if int(row["leads"]) == 12:  # else the index counts further leads too
+            found = [recording.signal.min(), recording.signal.max()]
+            np.testing.assert_allclose(found, [float(row["min_mV"]), float(row["max_mV"])], atol=6e-4, err_msg=str(row))
+            flat = np.count_nonzero(np.ptp(recording.signal, axis=1) == 0)  # the index misses some
+            assert flat >= int(row["flat_leads"]), row
 
 
 def test_a_real_recording_comes_out_equal_from_every_format_that_holds_its_steps(shared: Path, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ NAMES = ("leads", "leadnames", "leadorder", "lead", "labels", "channels", "chann
 UNITS = ("unit", "units")
 # What these data sets say of their files elsewhere than in them: values that a file has, its rate.
 KNOWN: dict[frozenset[str], float] = {frozenset(("ECG.sex", "ECG.age", "ECG.data")): 500.0}  # CPSC 2018
-IN_MV = "no unit in the files: taken as mV"
 
 
 def folded(name: str) -> str:
@@ -36,16 +35,12 @@ def stored_of(path: Path, values: Mapping[str, Value]) -> Stored:
     names = next((_list(texts[name]) for name in _called(texts, NAMES)), None)
     units = next((_list(texts[name]) for name in _called(texts, UNITS)), None)
     signal = _leads_first(path, key, signal, None if names is None else len(names))
-    if units is None and signal.dtype.kind in "iu":
-        found = f"{key} of whole numbers ({signal.dtype}) without a unit"
-        raise UserError(path, found, "a unit, or a header with their gain", "put its .hea beside it, or add unit")
     if units is not None and len(units) not in (1, len(signal)):
         raise UserError(path, f"{len(units)} units for {len(signal)} leads", "one, or one for each", "correct them")
-    units = [*(units or ["mV"])] * (1 if units and len(units) == len(signal) else len(signal))
+    each = [None] * len(signal) if units is None else units * len(signal) if len(units) == 1 else units
     report = next((value for name, value in texts.items() if folded(name) == "report" and isinstance(value, str)), "")
-    rows = zip(names or [""] * len(signal), signal, units, strict=True)
-    notes = () if any(folded(name) in UNITS for name in texts) else (IN_MV,)
-    return Stored(path, [Channel(name, row, rate, unit) for name, row, unit in rows], report, notes)
+    rows = zip(names or [""] * len(signal), signal, each, strict=True)
+    return Stored(path, [Channel(name, row, rate, unit) for name, row, unit in rows], report)
 
 
 def _called(values: Mapping[str, Value], names: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elm_jax.ecg.formats.named_values import IN_MV, RATES, UNITS, folded
+from elm_jax.ecg.formats.named_values import RATES, UNITS, folded
 from elm_jax.ecg.stored import AGAIN, Channel, Stored, inflate, read_file
 from elm_jax.errors import UserError
 
@@ -48,10 +48,8 @@ def read_table(path: Path) -> Stored:
         names, units, columns = names[1:], units[1:], columns[1:]
     elif named and first in _COUNTS:
         names, units, columns = names[1:], units[1:], columns[1:]
-    units = [own or unit for own in units]
     rows = zip(names, columns, units, strict=True)
-    channels = [Channel(name, values, rate, unit or "mV") for name, values, unit in rows]
-    return Stored(path, channels, notes=() if all(units) else (IN_MV,))
+    return Stored(path, [Channel(name, values, rate, own or unit or None) for name, values, own in rows])
 
 
 def _parts(path: Path, text: str) -> tuple[list[tuple[str, str]], str, str]:

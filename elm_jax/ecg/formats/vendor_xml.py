@@ -3,7 +3,7 @@
 import base64
 import binascii
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +153,7 @@ def _read_philips(path: Path, root: Element) -> Stored:
     return Stored(path, channels, "; ".join(filter(None, said)))
 
 
-def _with_limb_leads(path: Path, names: list[str], signal: np.ndarray) -> np.ndarray:
+def _with_limb_leads(path: Path, names: Sequence[str], signal: np.ndarray) -> np.ndarray:
     """XLI keeps of III, aVR, aVL and aVF only by how much they differ from what follows of I and II."""
     row = {lead[0]: place for place, lead in enumerate(map(lead_of, names)) if lead}
     if missing := [lead for lead in LEADS[:6] if lead not in row]:
