@@ -20,7 +20,10 @@ from elm_jax.data.prepare.conversations import CONVERSATIONS, prepare_conversati
 from elm_jax.data.prepare.ecg_qa import FORMS, Settings, prepare_ecg_qa
 from elm_jax.data.prepare.profiles import PROFILES
 from elm_jax.data.prepare.runner import prepare_dataset
+from elm_jax.data.prepare.work import processors
 from elm_jax.errors import UserError, nearest, printable
+
+MOST_WORKERS, MOST_FOLDS = 512, 100
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,6 +33,12 @@ def main(argv: Sequence[str]) -> None:
         if not 0 < getattr(args, flag, 1) <= most:
             name = f"--{flag.replace('_', '-')}"
             raise UserError(name, f"{getattr(args, flag):g}", f"above 0 and at most {most}", "correct it")
+    if not 1 <= getattr(args, "workers", 1) <= MOST_WORKERS:
+        raise UserError("--workers", str(args.workers), f"1 to {MOST_WORKERS}", "correct it")
+    folds = getattr(args, "folds", 0)
+    if folds and (not 2 <= folds <= MOST_FOLDS or args.split == "legacy"):
+        expected = f"2 to {MOST_FOLDS}, and not --split legacy, which has five"
+        raise UserError("--folds", str(folds), expected, "correct it")
     report = args.prepare(args)
     for key, value in report.items():
         print(printable(f"{key}: {_brief(value)}"))
@@ -39,8 +48,8 @@ def _parser() -> cli.Parser:
     parser = cli.Parser("prepare", description=__doc__)
     datasets = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
     for name, dataset in DATASETS.items():
-        own = datasets.add_parser(name, help=f"{dataset.title}: {dataset.holds}")
-        own.add_argument("--raw", type=Path, required=True, help=f"folder with {dataset.holds}")
+        own = datasets.add_parser(name, help=_plain(f"{dataset.title}: {dataset.holds}"))
+        own.add_argument("--raw", type=Path, required=True, help=_plain(f"folder with {dataset.holds}"))
         own.add_argument("--out", type=Path, required=True, help="folder for the segments and tables")
         own.add_argument("--sampling-rate", type=float, default=250, help="Hz after resampling")
         own.add_argument("--segment-len", type=int, default=2500, help="samples of a segment")
@@ -49,6 +58,13 @@ def _parser() -> cli.Parser:
             help="clean: low-passed for the new rate, nothing else; elm-2026: a spline and no filter, as the reference "
             "does now; paper-2025: its filters of 2025 before the spline",
         )  # fmt: skip
+        own.add_argument("--workers", type=int, default=processors(), help="processes; the result is the same")
+        own.add_argument(
+            "--split", choices=["official", "patient", "legacy"], default="official",
+            help="official: the dataset's own, else by patient; patient: a tenth of the patients each for val and for "
+            "test; legacy: the reference's five random splits, by patient",
+        )  # fmt: skip
+        own.add_argument("--folds", type=int, default=0, help="disjoint folds by patient (0: train, val and test)")
         own.add_argument("--compat", default="", help="spline_resampling: as --profile elm-2026")
         own.add_argument(
             "--report-language", choices=["as-is"], default="as-is",
@@ -91,13 +107,19 @@ def _add_shares(parser: ArgumentParser) -> None:
     parser.add_argument("--test", type=float, default=0.1, help="part of the patients")
 
 
+def _plain(text: str) -> str:
+    """A text that argparse is not to fill in."""
+    return text.replace("%", "%%")
+
+
 def _recordings(args: Namespace) -> dict[str, Any]:
     names = tuple(filter(None, args.compat.split(",")))
     compat.check(names)
     dataset = DATASETS[args.dataset]
     return prepare_dataset(
-        args.dataset, dataset, args.raw, args.out, args.sampling_rate, args.segment_len, True, args.profile, names
-    )
+        args.dataset, dataset, args.raw, args.out, args.sampling_rate, args.segment_len, True, args.profile, names,
+        args.workers, args.split, args.folds,
+    )  # fmt: skip
 
 
 def _ecg_qa(args: Namespace) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from elm_jax.config import DataConfig
 from elm_jax.data.prepare import register_dataset
 from elm_jax.data.prepare.ecg_qa import Settings, prepare_ecg_qa
 from elm_jax.data.prepare.ptb_xl import PTB_XL, read_index
-from elm_jax.data.prepare.runner import RawRecording, prepare_dataset
+from elm_jax.data.prepare.raw import RawRecording
+from elm_jax.data.prepare.runner import prepare_dataset
 from elm_jax.data.prepare.splits import leaks, split_of
 from elm_jax.data.represent import SignalSpec
 from elm_jax.data.sources import load_records

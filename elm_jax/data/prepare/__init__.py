@@ -1,15 +1,36 @@
 """Raw downloads to records: `runner` is the way, with a row of `DATASETS` for each dataset of recordings."""
 
+from elm_jax.data.prepare.code15 import CODE15
 from elm_jax.data.prepare.conversations import CONVERSATIONS
+from elm_jax.data.prepare.echonext import ECHONEXT
+from elm_jax.data.prepare.heed import HEED
+from elm_jax.data.prepare.mimic_iv import MIMIC_IV
+from elm_jax.data.prepare.physionet import CPSC, CSN, FOLDER, GEORGIA, LUDB, NINGBO, PTBDB
 from elm_jax.data.prepare.ptb_xl import PTB_XL
-from elm_jax.data.prepare.runner import RawDataset, RawRecording
+from elm_jax.data.prepare.raw import LeftOut, RawDataset, RawRecording
 from elm_jax.errors import UserError
 from elm_jax.registry import Registry
 
 OTHERS = ("ecg_qa", *CONVERSATIONS)  # what `prepare` makes of prepared recordings
-DATASETS: Registry[RawDataset] = Registry("DATASET", {"ptb_xl": PTB_XL})
+DATASETS: Registry[RawDataset] = Registry(
+    "DATASET",
+    {
+        "ptb_xl": PTB_XL,
+        "mimic_iv": MIMIC_IV,
+        "code15": CODE15,
+        "csn": CSN,
+        "cpsc": CPSC,
+        "georgia": GEORGIA,
+        "ningbo": NINGBO,
+        "echonext": ECHONEXT,
+        "heed": HEED,
+        "ludb": LUDB,
+        "ptbdb": PTBDB,
+        "folder": FOLDER,
+    },
+)
 
-__all__ = ["DATASETS", "RawDataset", "RawRecording", "register_dataset"]
+__all__ = ["DATASETS", "LeftOut", "RawDataset", "RawRecording", "register_dataset"]
 
 
 def register_dataset(name: str, dataset: RawDataset) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from elm_jax.data.prepare.runner import RawDataset, RawRecording
+from elm_jax.data.prepare.raw import RawDataset, RawRecording
 from elm_jax.data.table_files import csv_rows
 from elm_jax.errors import UserError, refused
 
@@ -116,7 +116,7 @@ def entries(raw: Path) -> Iterator[tuple[Entry, str]]:
 
 def _recordings(raw: Path) -> Iterator[RawRecording]:
     for entry, path in entries(raw):
-        yield RawRecording(path, entry.patient, entry.split, entry.report)
+        yield RawRecording(path, entry.patient, entry.split, entry.report, fold=entry.strat_fold)
 
 
 PTB_XL = RawDataset("PTB-XL", f"{INDEX}, and WFDB files in records500 or records100", _recordings)

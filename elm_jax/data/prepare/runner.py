@@ -5,9 +5,13 @@ Leaves in O: <name>/preprocessed_<len>/<recording with _ for />_<segment>.npy; w
 of the three that there is something for; <name>_report.json, the counts.
 """
 
+import json
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,65 +19,38 @@ import numpy as np
 from tqdm import tqdm
 
 from elm_jax import compat as behaviours
-from elm_jax.data.prepare.output import compact, write_segment, write_table
-from elm_jax.data.prepare.profiles import MADE, PROFILES
-from elm_jax.data.prepare.splits import SPLITS, leaks, split_of
-from elm_jax.ecg.recording import Recording, read_ecg, segments
+from elm_jax.data.prepare.output import compact, write_segment, write_texts
+from elm_jax.data.prepare.profiles import MADE, PROFILES, Profile
+from elm_jax.data.prepare.raw import LeftOut, RawDataset, RawRecording
+from elm_jax.data.prepare.splits import SPLITS, Owner, leaks, splits_of
+from elm_jax.data.prepare.work import in_order
+from elm_jax.data.sources import patient_ids
+from elm_jax.ecg.checks import check_signal
+from elm_jax.ecg.recording import Recording, segments
 from elm_jax.errors import UserError
-from elm_jax.folders import write_json
+from elm_jax.folders import write_atomic, write_json
 from elm_jax.json_text import parse_json
 
 REPORT_QUESTION = "Write the report of this ECG."
-HELD_OUT = 0.1  # of the patients, in val and in test, where a dataset has no splits of its own
 _SEGMENT = re.compile(r"(.+)_(\d+)\.npy")
+_KINDS = ("flat", "clipped", "scale", "limb_sums", "reversal")  # what `check_signal` may find in what is prepared
+_SIGNALS = "signals.jsonl"  # in the folder of the segments: what is amiss with those that were made, a line for each
 
 
-@dataclass(frozen=True)
-class RawRecording:
-    """What a dataset says of one recording.
-
-    path: below the raw folder, as `read` takes it. split: "train", "val" or "test"; None: by a hash of the patient.
-    report: the cardiologist's or the machine's words, if any. questions: (kind, question, answer) about it.
-    """
-
-    path: str
-    patient: str
-    split: str | None = None
-    report: str = ""
-    questions: Sequence[tuple[str, str, str]] = ()
-
-
-def read_double(path: Path) -> Recording:
-    """The recording of a file of any format, or WFDB record: (12, L) float64 in canonical order, mV."""
-    return read_ecg(path, dtype=np.float64)
-
-
-@dataclass(frozen=True)
-class RawDataset:
-    """A dataset as it is downloaded.
-
-    title: its name in print. holds: what its folder has, for `--help` and errors. recordings: of a folder, what there
-    is; raises UserError where its index cannot be read. read: a recording's file, the leads in the canonical order.
-    """
-
-    title: str
-    holds: str
-    recordings: Callable[[Path], Iterable[RawRecording]]
-    read: Callable[[Path], Recording] = read_double
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Prepared:
     """A recording whose segments are there."""
 
     raw: RawRecording
-    split: str
-    paths: Sequence[str]  # below O
+    patients: tuple[str, ...]
+    count: int
+    folder: str  # below O
 
-    def rows(self, name: str, text: str) -> Iterator[dict[str, Any]]:
-        """One record for each segment."""
-        common = {"text": text, "name": name, "patient_id": self.raw.patient, "split": self.split}
-        return ({"ecg_path": path, **common} for path in self.paths)
+    def rows(self, name: str, text: str, splits: Iterable[str]) -> Iterator[dict[str, str]]:
+        """One record for each segment and split."""
+        common = {"text": text, "name": name, "patient_id": "+".join(self.patients)}
+        for split, number in product(splits, range(self.count)):
+            yield {"ecg_path": f"{self.folder}/{self.raw.stem}_{number}.npy", **common, "split": split}
 
 
 def prepare_dataset(
@@ -86,11 +63,15 @@ def prepare_dataset(
     progress: bool = True,
     profile: str = "clean",
     compat: Sequence[str] = (),
+    workers: int = 1,
+    split: str = "official",
+    folds: int = 0,
 ) -> dict[str, Any]:
     """Prepare what of a dataset lies in `raw`; returns (and writes) the counts.
 
-    `profile` is one of PROFILES; the compat name `spline_resampling` makes elm-2026 of clean. Recordings without files,
-    unreadable or too short are counted and listed; files already there are kept.
+    `profile` is one of PROFILES; the compat name `spline_resampling` makes elm-2026 of clean. `workers`: processes;
+    what is written does not depend on their number. `split` and `folds` are as for `splits_of`. Recordings without
+    files, unreadable or too short are counted and listed; files already there are kept.
 
     Raises:
         UserError: nothing can be prepared, or `out` holds segments made with other settings.
@@ -103,78 +84,161 @@ def prepare_dataset(
     for earlier in (f"{name}_report.json", "prepare_report.json"):  # the second: before there were several datasets
         _check_settings(out / earlier, settings)
     folder = out / name / f"preprocessed_{length}"
-    done = segment_counts(folder)
     problems: dict[str, dict[str, str]] = {"missing": {}, "unreadable": {}, "too_short": {}}
+    found: list[RawRecording] = []
+    for one in dataset.recordings(raw):
+        if isinstance(one, LeftOut):
+            problems.setdefault(one.kind, {})[one.what] = one.why
+        else:
+            found.append(one)
+    _check_stems(raw, found)
+    done = segment_counts(folder)
+    maker = _Maker(raw, out, folder, dataset.read, PROFILES[profile], sampling_rate, length)
+    made = in_order(maker, [one for one in found if one.stem not in done], workers)
     prepared: list[_Prepared] = []
     kept = 0
-    found = list(dataset.recordings(raw))
-    _check_stems(raw, found)
     for one in tqdm(found, desc=dataset.title, unit="record", disable=not progress):
-        stem = one.path.replace("/", "_")
-        count = done.get(stem, 0)
+        count = done.get(one.stem, 0)
         kept += bool(count)
         if not count:
-            problem = _unlike_a_path(one.path) or _absent(raw / one.path)
-            if problem:
-                problems["missing"][one.path] = problem
-                continue
-            try:
-                recording = replace(dataset.read(raw / one.path), report=one.report)
-                signal = PROFILES[profile](recording.signal, recording.sampling_rate, sampling_rate)
-                made = replace(recording, signal=signal, sampling_rate=sampling_rate)
-                windows = segments(made, sampling_rate, length)
-            except UserError as error:
-                problems["unreadable"][one.path] = str(error)
-                continue
-            count = len(windows)
-            for number in reversed(range(count)):  # the first is last: where it is, all are
-                path = folder / f"{stem}_{number}.npy"
-                write_segment(path, out, windows[number], recording, one.path, sampling_rate)
+            count, kind, why = next(made)
+            if kind:
+                problems[kind][one.where] = why
         if count:
-            where = folder.relative_to(out).as_posix()
-            split = one.split or split_of(one.patient, 0, HELD_OUT, HELD_OUT)
-            prepared.append(_Prepared(one, split, [f"{where}/{stem}_{number}.npy" for number in range(count)]))
-        else:
-            problems["too_short"][one.path] = f"shorter than {length} samples at {sampling_rate:g} Hz"
+            whose = patient_ids(one.patient) or (f"{name}:{one.stem}",)
+            prepared.append(_Prepared(one, whose, count, folder.relative_to(out).as_posix()))
     if not prepared:
         kind, listed = max(problems.items(), key=lambda item: len(item[1]))
         first = ": ".join(next(iter(listed.items()), ("the index", "no rows")))
         told = f"no usable record ({len(listed)} {kind}; {first})"
         raise UserError(str(raw), told, dataset.holds, f"point --raw at {dataset.title}'s folder")
-    rows = _write_tables(out, name, prepared)
+    owners = [Owner(item.patients, item.raw.split, item.raw.fold) for item in prepared]
+    splits = splits_of(owners, split, folds)
     report = {
         **settings,
+        "profile": profile,
+        "split": f"{split}, {folds} folds" if folds else split,
         "records": len(prepared),
         "already_there": kept,
-        "segments": sum(len(item.paths) for item in prepared),
+        "segments": sum(item.count for item in prepared),
         "without_report": sum(not item.raw.report for item in prepared),
-        "rows": {split: sum(row["split"] == split for row in rows) for split in SPLITS},
-        "patients": len({row["patient_id"] for row in rows}),
-        "patients_in_several_splits": leaks((row["split"], (row["patient_id"],)) for row in rows),
+        "rows": _write_tables(out, name, prepared, splits),
+        "patients": len({patient for item in prepared for patient in item.patients}),
+        "patients_in_several_splits": leaks(
+            (split, item.patients) for item, found in zip(prepared, splits, strict=True) for split in found
+        ),
         **problems,
+        **_signals(folder, {item.raw.stem: item.raw.where for item in prepared}),
     }
     write_json(out / f"{name}_report.json", report)
     return report
 
 
-def _write_tables(out: Path, name: str, prepared: Sequence[_Prepared]) -> list[dict[str, Any]]:
-    """The tables that there is something for; the rows of the first of them, and of the questions."""
-    reports = [row for item in prepared if item.raw.report for row in item.rows("report", item.raw.report)]
-    questions = [
-        row
-        for item in prepared
-        for kind, question, answer in item.raw.questions
-        for row in item.rows(kind, compact([kind, question, answer]))
-    ]
-    tables = {
-        "reports": [{**row, "text": _conversation(row["text"])} for row in reports],
-        "pretrain": reports,
-        "questions": questions,
-    }
-    for kind, rows in tables.items():
-        if rows:
-            write_table(out / f"{name}_{kind}.parquet", rows)
-    return reports + questions
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the segments of a recording."""
+
+    raw: Path
+    out: Path
+    folder: Path
+    read: Callable[..., Recording]
+    profile: Profile
+    rate: float
+    length: int
+
+    def __call__(self, one: RawRecording) -> tuple[int, str, str]:
+        """How many segments there are; where there are none the kind of the problem, and what it is."""
+        problem = _unlike_a_path(one.path) or _absent(self.raw / one.path)
+        if problem:
+            return 0, "missing", problem
+        try:
+            where = (self.raw / one.path,) if one.row is None else (self.raw / one.path, one.row)
+            recording = self.read(*where)
+            if not np.isfinite(recording.signal).all():
+                raise UserError(self.raw / one.path, "NaN or infinity", "finite numbers", "leave it out, or repair it")
+            signal = self.profile(recording.signal, recording.sampling_rate, self.rate)
+            windows = segments(replace(recording, signal=signal, sampling_rate=self.rate), self.rate, self.length)
+        except UserError as error:
+            return 0, "unreadable", str(error)
+        if not len(windows):
+            return 0, "too_short", f"shorter than {self.length} samples at {self.rate:g} Hz"
+        amiss = _amiss(recording)
+        if amiss:
+            self._note({"name": one.stem, **amiss})
+        for number in reversed(range(len(windows))):  # the first is last: where it is, all are
+            path = self.folder / f"{one.stem}_{number}.npy"
+            write_segment(path, self.out, windows[number], replace(recording, report=one.report), one.path, self.rate)
+        return len(windows), "", ""
+
+    def _note(self, said: dict[str, str]) -> None:
+        """A line of its own, whatever was cut off before; there before the recording counts as made."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.folder / _SIGNALS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(handle, f"\n{json.dumps(said)}\n".encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _amiss(recording: Recording) -> dict[str, str]:
+    """What `check_signal` finds in a signal that is prepared nevertheless, by kind."""
+    kinds: dict[str, list[str]] = {}
+    for finding in check_signal(recording.signal, recording.sampling_rate):
+        kinds.setdefault(finding.kind, []).append(finding.text)
+    return {kind: "; ".join(texts) for kind, texts in kinds.items()}
+
+
+def _signals(folder: Path, prepared: dict[str, str]) -> dict[str, dict[str, str]]:
+    """What was noted of the recordings that are `prepared` (stem -> what the report calls it), by kind.
+
+    The notes are in order afterwards, each once, whoever wrote them.
+    """
+    path = folder / _SIGNALS
+    if not path.is_file():
+        return {kind: {} for kind in _KINDS}
+    noted: dict[str, dict[str, str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            said = parse_json(line)
+            noted[said.pop("name")] = said
+        except (ValueError, AttributeError, KeyError):  # cut off when the machine stopped: it is made anew
+            continue
+    lines = [json.dumps({"name": stem, **noted[stem]}) for stem in sorted(noted)]
+    write_atomic(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()), lasting=True)
+    kinds: dict[str, dict[str, str]] = {kind: {} for kind in _KINDS}
+    for stem in sorted(prepared.keys() & noted.keys()):
+        for kind, why in noted[stem].items():
+            kinds.setdefault(kind, {})[prepared[stem]] = why
+    return kinds
+
+
+def _write_tables(
+    out: Path, name: str, prepared: Sequence[_Prepared], splits: Sequence[tuple[str, ...]]
+) -> dict[str, int]:
+    """The tables that there is something for; how many rows of reports and questions each split has."""
+    counts: Counter[str] = Counter()
+
+    def reports(text: Callable[[str], str]) -> Iterator[dict[str, str]]:
+        for item, where in zip(prepared, splits, strict=True):
+            if item.raw.report:
+                yield from item.rows("report", text(item.raw.report), where)
+
+    def questions() -> Iterator[dict[str, str]]:
+        for item, where in zip(prepared, splits, strict=True):
+            for kind, question, answer in item.raw.questions:
+                yield from item.rows(kind, compact([kind, question, answer]), where)
+
+    def counted(rows: Iterator[dict[str, str]]) -> Iterator[dict[str, str]]:
+        for row in rows:
+            counts[row["split"]] += 1
+            yield row
+
+    write_texts(out / f"{name}_reports.parquet", counted(reports(_conversation)))
+    write_texts(out / f"{name}_pretrain.parquet", reports(str))
+    write_texts(out / f"{name}_questions.parquet", counted(questions()))
+    several = sorted({split for where in splits for split in where if len(where) > 1})
+    return {split: counts[split] for split in several or SPLITS}
 
 
 def _conversation(report: str) -> str:
@@ -185,7 +249,7 @@ def _check_stems(raw: Path, found: Iterable[RawRecording]) -> None:
     """No two recordings may be kept under one name."""
     named: dict[str, str] = {}
     for one in found:
-        other = named.setdefault(one.path.replace("/", "_"), one.path)
+        other = named.setdefault(one.stem, one.path)
         if other != one.path:
             fix = "rename one of them"
             raise UserError(str(raw), f"{other} and {one.path}", "recordings that differ in more than / and _", fix)

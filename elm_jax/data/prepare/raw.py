@@ -1,0 +1,89 @@
+"""What a dataset says of its recordings: the row that each one is."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from elm_jax.ecg.recording import Recording, read_ecg
+from elm_jax.errors import refused
+from elm_jax.folders import check_regular
+
+_LONGEST_HEADER = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RawRecording:
+    """What a dataset says of one recording.
+
+    path: below the raw folder, as `read` takes it; row: which of the recordings in that file, where it holds several.
+    patient: an id or several ("17+23"), "" where it is not told: somebody of whom there is no other recording.
+    split: "train", "val" or "test"; None: by a hash of the patient. fold: the dataset's own, from 1 on.
+    report: the cardiologist's or the machine's words, if any. questions: (kind, question, answer) about it.
+    name: of its segments; "": the path with _ for /.
+    """
+
+    path: str
+    patient: str = ""
+    split: str | None = None
+    report: str = ""
+    questions: Sequence[tuple[str, str, str]] = ()
+    name: str = ""
+    row: int | None = None
+    fold: int | None = None
+
+    @property
+    def stem(self) -> str:
+        """What its segments are called."""
+        return self.name or self.path.replace("/", "_")
+
+    @property
+    def where(self) -> str:
+        """What a report calls it."""
+        return self.path if self.row is None else f"{self.path}, row {self.row}"
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """What an index has that is no recording to be prepared: listed in the report under `kind`."""
+
+    kind: str
+    what: str
+    why: str
+
+
+def read_double(path: Path) -> Recording:
+    """The recording of a file of any format, or WFDB record: (12, L) float64 in canonical order, mV."""
+    return read_ecg(path, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """A dataset as it is downloaded.
+
+    title: its name in print. holds: what its folder has, for `--help` and errors. recordings: of a folder, what there
+    is; raises UserError where its index cannot be read. read: a recording's file (and its row, where it has one), the
+    leads in the canonical order, float64.
+    """
+
+    title: str
+    holds: str
+    recordings: Callable[[Path], Iterable[RawRecording | LeftOut]]
+    read: Callable[..., Recording] = read_double
+
+
+def records_below(raw: Path) -> Iterator[str]:
+    """The WFDB records in a folder and those in it, without their suffix, in order; hidden ones left out."""
+    for path in sorted(raw.rglob("*.hea")):
+        below = path.relative_to(raw)
+        if not any(part.startswith(".") for part in below.parts):
+            yield below.with_suffix("").as_posix()
+
+
+def comments(header: Path) -> list[str]:
+    """The lines of a WFDB header that begin with #, without it. Raises UserError."""
+    check_regular(header, "a WFDB header")
+    with refused(header, "an unreadable file", "a WFDB header", "download it again"), header.open("rb") as file:
+        lines = file.read(_LONGEST_HEADER).decode("utf-8", "replace").splitlines()
+    return [line.strip()[1:].strip() for line in lines if line.strip().startswith("#")]

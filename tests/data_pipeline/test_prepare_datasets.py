@@ -1,0 +1,333 @@
+"""The rows of `prepare`: what each makes of its download, against the reference's own files where there are some."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import goldens
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import wfdb
+
+from elm_jax.data.prepare import DATASETS
+from elm_jax.data.prepare.raw import RawRecording
+from elm_jax.data.prepare.runner import prepare_dataset
+from elm_jax.ecg.recording import AVL_FIRST, LEADS
+from elm_jax.errors import UserError
+
+GOLDEN = goldens.find("prep_segment")
+EXPECTED = goldens.config("prep_segment", "expected.json").get("datasets", {})
+V4 = {"ptb_xl": "ptb", "mimic_iv": "mimic"}
+# What the reference leaves out without a fault of the recording: a table's empty cell, a recording that its benchmark
+# does not name, a length that it does not expect, a folder more or less.
+MORE = {
+    "ptb_xl": {"records500_21000_21993_hr_0.npy"},
+    "csn": {"JS20010_0.npy"},
+    "cpsc": {"Q0002_0.npy", "Q0003_0.npy"},
+    "code15": set(),
+    "mimic_iv": {
+        "files_p1000_p10000117_s49150102_49150102_0.npy", "files_p1000_p10000121_s40000001_40000001_0.npy",
+    },
+}  # fmt: skip
+
+
+def prepare(name, raw, out, **settings):
+    return prepare_dataset(name, DATASETS[name], raw, out, progress=False, **settings)
+
+
+def rows(path):
+    return pq.read_table(path).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """The reference's inputs as files."""
+    if not EXPECTED:
+        pytest.skip(f"no golden {GOLDEN}")
+    folder = tmp_path_factory.mktemp("prep_segment")
+    with np.load(GOLDEN / "inputs.npz") as files:
+        for name, content in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.tobytes())
+    return folder
+
+
+@pytest.mark.parametrize("length", [2500, 500])
+@pytest.mark.parametrize("name", EXPECTED)
+def test_files_are_the_references_but_for_its_mistakes(name, length, raw, tmp_path):
+    if name == "code15":
+        pytest.importorskip("h5py", reason="the extra `formats`")
+    report = prepare(name, raw / name, tmp_path, profile="elm-2026", length=length)
+    folder = tmp_path / name / f"preprocessed_{length}"
+    made = {path.name for path in folder.glob("*.npy")}
+    expected = set(EXPECTED[name][str(length)]["files"])
+    filler = {file for file in expected if file.startswith("0_")}  # the rows of zeros at the ends of CODE-15's files
+    assert expected - made == filler and (length != 2500 or made - expected == MORE[name])
+    order = [LEADS.index(lead) for lead in (AVL_FIRST if name in ("code15", "mimic_iv") else LEADS)]
+    with np.load(GOLDEN / "every_nth.npz") as values:
+        for file in expected & made:
+            content = np.load(folder / file, allow_pickle=True).item()
+            theirs = EXPECTED[name][str(length)]["files"][file]
+            step = 50 if length == 2500 else 25
+            golden = values[f"{name}/{length}/{file.removesuffix('.npy')}"]
+            np.testing.assert_allclose(content["ecg"][order, ::step], golden, rtol=0, atol=1e-9)
+            assert list(content["ecg"].shape) == theirs["shape"] and str(content["ecg"].dtype) == theirs["dtype"]
+            assert content["original_sf"] == theirs["original_sf"] and set(theirs["keys"]) < set(content)
+    assert report["patients_in_several_splits"] == {} and not any("nan" in path for path in made)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_filters_of_2025_give_what_they_gave_but_for_the_polynomials(name, raw, tmp_path):
+    if name == "code15":
+        pytest.importorskip("h5py", reason="the extra `formats`")
+    prepare(name, raw / name, tmp_path, profile="paper-2025")
+    order = [LEADS.index(lead) for lead in (AVL_FIRST if name in ("code15", "mimic_iv") else LEADS)]
+    compared = 0
+    with np.load(GOLDEN / "every_nth_v4.npz") as values:
+        for path in (tmp_path / name / "preprocessed_2500").glob("*.npy"):
+            for key in (k for k in values if k.startswith(f"{V4.get(name, name)}/2500/") and k.endswith(path.stem)):
+                ecg = np.load(path, allow_pickle=True).item()["ecg"]
+                np.testing.assert_allclose(ecg[order, ::50], values[key], rtol=0, atol=3e-3)
+                compared += 1
+    assert compared >= 2
+
+
+def test_what_the_reference_does_in_silence_is_listed(raw, tmp_path):
+    mimic = prepare("mimic_iv", raw / "mimic_iv", tmp_path)
+    assert list(mimic["second_report"]) == ["10000032/44458630"], "one file, and two reports for it"
+    assert "nan in lead III" in mimic["unreadable"]["files/p1000/p10000121/s40000002/40000002"]
+    assert {row["patient_id"] for row in rows(tmp_path / "mimic_iv_pretrain.parquet")} == {"10000032", "10000117"}
+    csn = prepare("csn", raw / "csn", tmp_path)
+    assert csn["flat"] == {"WFDBRecords/20/201/JS20004": "V2: flat; V4: flat; V6: flat"}
+    asked = [json.loads(row["text"])[2] for row in rows(tmp_path / "csn_questions.parquet")]
+    assert "sinus tachycardia" in asked[0]
+
+
+def test_the_exams_of_code_15(raw, tmp_path):
+    pytest.importorskip("h5py", reason="the extra `formats`")
+    (raw / "code15/exams_part3.hdf5").rename(tmp_path / "gone")
+    try:
+        report = prepare("code15", raw / "code15", tmp_path, workers=2)
+    finally:
+        (tmp_path / "gone").rename(raw / "code15/exams_part3.hdf5")
+    assert list(report["filler"]) == ["exams_part0.hdf5, row 2", "exams_part17.hdf5, row 2"]
+    assert list(report["missing_files"]) == ["exams_part3.hdf5"] and list(report["not_in_index"]) == ["777"]
+    assert "NaN" in report["unreadable"]["exams_part17.hdf5, row 1"]
+    found = {row["patient_id"]: json.loads(row["text"])[2] for row in rows(tmp_path / "code15_questions.parquet")}
+    assert found == {
+        "125585": "right bundle branch block", "725849": "first degree AV block", "918688": "sinus tachycardia",
+    }  # fmt: skip
+
+
+def test_echonext(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    values = np.random.default_rng(0).normal(size=(3, 1, 2500, 12)).astype(np.float32)
+    for split, count in (("train", 2), ("test", 1)):
+        np.save(raw / f"EchoNext_{split}_waveforms.npy", values[:count])
+    from elm_jax.data.prepare.echonext import _FINDINGS, INDEX
+
+    with (raw / INDEX).open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["patient_key", "split", *_FINDINGS])
+        writer.writerow([1, "train", 1, *[0] * 9, 1])
+        writer.writerow([2, "test", *[0] * 11])
+        writer.writerow([1, "train", *[0] * 10, ""])
+        writer.writerow([3, "test", *[0] * 11])
+    report = prepare("echonext", raw, tmp_path / "out")
+    assert (report["records"], list(report["without_findings"])) == (2, ["train 1"])
+    assert "one at 1" in report["unreadable"]["EchoNext_test_waveforms.npy, row 1"]
+    found = rows(tmp_path / "out/echonext_pretrain.parquet")
+    assert [row["text"] for row in found] == [
+        "left ventricular systolic dysfunction; raised tricuspid regurgitation velocity",
+        "no significant structural heart disease",
+    ]
+    assert [(row["patient_id"], row["split"]) for row in found] == [("1", "train"), ("2", "test")]
+    path = tmp_path / "out/echonext/preprocessed_2500/echonext_train_0_0.npy"
+    np.testing.assert_array_equal(np.load(path, allow_pickle=True).item()["ecg"], values[0, 0].T)
+
+
+def wfdb_record(path, rate=500, samples=5500, comments=(), leads=LEADS):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    signal = np.random.default_rng(len(path.name)).normal(size=(samples, len(leads)))
+    wfdb.wrsamp(
+        path.name, fs=rate, units=["mV"] * len(leads), sig_name=list(leads), fmt=["16"] * len(leads), p_signal=signal,
+        write_dir=str(path.parent), comments=list(comments),
+    )  # fmt: skip
+
+
+def test_heed(tmp_path):
+    raw = tmp_path / "raw"
+    tables = raw / "I0001/12SL_diagnoses"
+    tables.mkdir(parents=True)
+    (tables / "diagnoses_dictionary.csv").write_text("codes,diagnoses\n19,Sinus rhythm\n22,Sinus tachycardia\n")
+    (tables / "diagnoses_acquisition.csv").write_text(
+        'FileName,codes_physician,codes_software\n/a/de_1,"19, 22",19\n/a/de_2,"22,7",\n/a/de_3,,\n'
+    )
+    for number in (1, 2, 3):
+        wfdb_record(raw / f"I0001/WFDB/a/de_{number}")
+    report = prepare("heed", raw, tmp_path / "out")
+    assert (report["records"], report["without_report"], list(report["unknown_codes"])) == (3, 1, ["7"])
+    found = rows(tmp_path / "out/heed_pretrain.parquet")
+    assert [row["text"] for row in found] == ["Sinus rhythm; Sinus tachycardia", "Sinus tachycardia"]
+    assert found[0]["patient_id"] == "heed:I0001_WFDB_a_de_1"
+    with pytest.raises(UserError, match="HEEDB"):
+        prepare("heed", tmp_path, tmp_path / "out")
+
+
+def test_ptbdb_and_ludb_say_all_in_their_headers(tmp_path):
+    raw = tmp_path / "raw"
+    for patient, record, reason in ((1, "s1", "Myocardial infarction"), (1, "s2", "n/a"), (2, "s3", "Healthy control")):
+        comments = ["age: 81", f"Reason for admission: {reason}"]
+        wfdb_record(raw / f"patient00{patient}/{record}", 1000, 12000, comments, (*LEADS, "vx", "vy", "vz"))
+    report = prepare("ptbdb", raw, tmp_path / "out")
+    assert (report["records"], report["patients"], report["segments"]) == (3, 2, 3)
+    found = rows(tmp_path / "out/ptbdb_questions.parquet")
+    assert [(row["patient_id"], json.loads(row["text"])[2]) for row in found] == [
+        ("patient001", "Myocardial infarction"), ("patient002", "Healthy control"),
+    ]  # fmt: skip
+    wfdb_record(tmp_path / "ludb/data/1", comments=["<age>: 51", "<diagnoses>:", "Rhythm: Sinus bradycardia."])
+    prepare("ludb", tmp_path / "ludb", tmp_path / "out")
+    assert rows(tmp_path / "out/ludb_pretrain.parquet")[0]["text"] == "Rhythm: Sinus bradycardia."
+
+
+def test_any_folder_of_recordings(tmp_path):
+    raw = tmp_path / "raw"
+    wfdb_record(raw / "a/one")
+    np.save(raw / "two.npy", np.random.default_rng(0).normal(size=(12, 2500)))
+    lines = [",".join(LEADS), *(",".join(["0.25"] * 12) for _ in range(3000))]
+    (raw / "a/three.csv").write_text("\n".join(lines))
+    (raw / "readme.txt").write_text("hello")
+    (raw / ".hidden.npy").write_bytes(b"")
+    report = prepare("folder", raw, tmp_path / "out")
+    assert report["records"] == 2 and list(report["unreadable"]) == ["a/three.csv", "readme.txt"], "it has no rate"
+    made = sorted(path.name for path in (tmp_path / "out/folder/preprocessed_2500").glob("*.npy"))
+    assert made == ["a_one_0.npy", "two.npy_0.npy"]
+
+
+# ---- the runner
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Forty records of eleven seconds, some with a flat lead, one cut off."""
+    raw = tmp_path_factory.mktemp("many")
+    for number in range(40):
+        signal = np.random.default_rng(number).normal(size=(12, 5500)).astype(np.float32)
+        signal[number % 12] *= number % 5 != 0
+        write = np.save if number != 7 else lambda path, signal: path.write_bytes(b"\x93NUMPY")
+        write(raw / f"{number:02d}.npy", signal)
+    return raw
+
+
+def test_the_same_bytes_on_any_number_of_processes_and_after_a_stop(many, tmp_path, monkeypatch):
+    first = prepare("folder", many, tmp_path / "one")
+    assert prepare("folder", many, tmp_path / "three", length=2500, workers=3) == first
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    assert first["records"] == 39 and len(first["flat"]) == 8 and list(first["unreadable"]) == ["07.npy"]
+    # a stop after a part of it
+    out = tmp_path / "stopped"
+    some = replace(DATASETS["folder"], recordings=lambda raw: [RawRecording(f"{n:02d}.npy") for n in range(0, 40, 2)])
+    prepare_dataset("folder", some, many, out, length=2500, progress=False)
+    for path in out.glob("folder_*"):
+        path.unlink()
+    notes = out / "folder/preprocessed_2500/signals.jsonl"
+    notes.write_text(notes.read_text() + '{"name": "99')  # a power cut
+    again = prepare("folder", many, out, length=2500, workers=2)
+    assert again.pop("already_there") == 20
+    assert again == {key: value for key, value in first.items() if key != "already_there"}
+    segments = {path: data for path, data in contents(out).items() if path.suffix == ".npy" or path.suffix == ".jsonl"}
+    assert segments == {path: data for path, data in contents(tmp_path / "one").items() if path in segments}
+
+
+def _ends(path):
+    import os
+
+    os._exit(9)
+
+
+def test_a_process_that_is_ended_is_told(many, tmp_path):
+    with pytest.raises(UserError, match="ended by force"):
+        ending = replace(DATASETS["folder"], read=_ends)
+        prepare_dataset("folder", ending, many, tmp_path, length=500, progress=False, workers=2)
+
+
+def test_folds_are_disjoint_and_every_recording_is_tested_once(many, tmp_path):
+    asked = [("kind", "?", "yes")]
+    owned = [RawRecording(f"{n:02d}.npy", f"{n // 2}.0", fold=1 + n // 2 % 4, questions=asked) for n in range(40)]
+    ours = replace(DATASETS["folder"], recordings=lambda raw: owned)
+    for split in ("patient", "official"):
+        report = prepare_dataset("x", ours, many, tmp_path, 250, 2500, False, split=split, folds=4)
+        assert report["patients_in_several_splits"] == {}
+        tested = [row["ecg_path"] for row in rows(tmp_path / "x_questions.parquet") if row["split"].endswith("test")]
+        assert len(tested) == len(set(tested)) == 39 * 2
+        assert sum(report["rows"].values()) == 39 * 2 * 4
+    first = [row for row in rows(tmp_path / "x_questions.parquet") if row["split"] == "fold1_test"]
+    assert {int(row["patient_id"]) % 4 for row in first} == {0}, "not the dataset's own folds"
+    legacy = prepare_dataset("x", ours, many, tmp_path, 250, 2500, False, split="legacy")
+    assert list(legacy["rows"]) == [f"fold{k}_{kind}" for k in range(1, 6) for kind in ("test", "train")]
+    assert legacy["patients_in_several_splits"] == {} and legacy["rows"]["fold1_train"] == 54
+
+
+# ---- real recordings
+
+
+def test_real_recordings_of_other_datasets(shared, tmp_path):
+    raw = shared / "real/ecg"
+    georgia, ningbo = (prepare(name, raw / "cinc2021", tmp_path) for name in ("georgia", "ningbo"))
+    assert (georgia["records"], ningbo["records"]) == (14, 14)
+    assert ningbo["flat"] == {"JS20004": "V2: flat; V4: flat; V6: flat"} and not georgia["flat"]
+    ptbdb = prepare("ptbdb", raw / "ptbdb", tmp_path)
+    assert (ptbdb["records"], ptbdb["segments"]) == (1, 3), "38.4 s at 1000 Hz, 15 leads"
+    assert prepare("ludb", raw / "ludb", tmp_path)["records"] == 1
+    cpsc = prepare("cpsc", raw / "cpsc2018", tmp_path)
+    assert (cpsc["records"], cpsc["segments"]) == (7, 10)
+    answers = {row["ecg_path"][-12:-6]: json.loads(row["text"])[2] for row in rows(tmp_path / "cpsc_questions.parquet")}
+    assert answers["/A1983"] == "normal" and answers["/A1989"] == "first degree AV block"
+
+
+def test_real_recordings_in_two_formats_come_out_equal(shared, tmp_path):
+    raw = shared / "real/ecg"
+    twice = prepare("folder", raw / "ptbxl_as_cinc2021", tmp_path)
+    assert twice["records"] == 4
+    once = replace(DATASETS["ptb_xl"], recordings=lambda raw: [
+        RawRecording(f"records500/00000/{n:05d}_hr") for n in (2, 5, 6, 10)
+    ])  # fmt: skip
+    prepare_dataset("ptb_xl", once, raw / "ptbxl", tmp_path, progress=False)
+    for n in (2, 5, 6, 10):
+        names = (
+            f"ptb_xl/preprocessed_2500/records500_00000_{n:05d}_hr_0.npy",
+            f"folder/preprocessed_2500/HR{n:05d}_0.npy",
+        )
+        one, other = (np.load(tmp_path / name, allow_pickle=True).item()["ecg"] for name in names)
+        np.testing.assert_array_equal(one, other)
+
+
+def test_every_real_recording_is_prepared_as_its_index_says(shared, tmp_path):
+    """In files of all kinds; signals.jsonl says which leads are flat."""
+    raw = shared / "real"
+    with (raw / "INDEX_ecg.csv").open(newline="") as file:
+        index = [row for row in csv.DictReader(file) if not row["source"].startswith("ptbxl")]
+    said = {Path(row["path"]).name: row for row in index}
+    listed = replace(DATASETS["folder"], recordings=lambda raw: [RawRecording(row["path"]) for row in index])
+    report = prepare_dataset("real", listed, raw, tmp_path, length=500, progress=False)
+    assert len(index) == 84
+    lacking = {
+        Path(path).name: why for kind in ("missing", "unreadable", "too_short") for path, why in report[kind].items()
+    }
+    assert set(lacking) == {name for name, row in said.items() if row["source"] == "cinc2011"}, lacking
+    flat = {Path(path).name: len(leads.split("; ")) for path, leads in report["flat"].items()}
+    assert flat == {
+        name: int(row["flat_leads"]) for name, row in said.items() if int(row["flat_leads"]) and name not in lacking
+    }
+    for name, row in said.items():
+        made = sorted((tmp_path / "real/preprocessed_500").glob(f"*_{name}_*.npy"))
+        seconds = int(row["n_samples"]) / int(row["fs"])
+        assert name in lacking or len(made) == int(seconds * 250) // 500, name
