@@ -6,6 +6,7 @@ records that drift. The ends are extended as scipy.signal.filtfilt does, by leng
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -51,8 +52,9 @@ def _sections(rate: float) -> tuple[np.ndarray, ...]:
     from scipy.signal import butter, iirnotch
 
     notches = [np.hstack(iirnotch(mains, 30, rate))[None] for mains in (50, 60)]
-    band = butter(4, (0.5, 100), "bandpass", fs=rate, output="sos")
-    return *notches, band, butter(4, 0.05, "highpass", fs=rate, output="sos")
+    band: Any = butter(4, (0.5, 100), "bandpass", fs=rate, output="sos")
+    high: Any = butter(4, 0.05, "highpass", fs=rate, output="sos")
+    return *notches, band, high
 
 
 def shrink(signal: np.ndarray) -> np.ndarray:

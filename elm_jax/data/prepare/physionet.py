@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from elm_jax.data.prepare.raw import LeftOut, RawDataset, RawRecording, comments, records_below
+from elm_jax.data.prepare.raw import LeftOut, RawDataset, RawRecording, comments, records_below, told
 from elm_jax.data.prepare.snomed import NAMES
 from elm_jax.data.table_files import csv_rows
 from elm_jax.ecg.formats import READERS
@@ -29,7 +29,7 @@ def _coded(pattern: str) -> Recordings:
             if not of_set.fullmatch(stem):
                 continue
             try:
-                said = dict(line.partition(":")[::2] for line in comments(raw / f"{path}.hea"))
+                said = told(raw / f"{path}.hea")
             except UserError as error:
                 yield LeftOut("unreadable", path, str(error))
                 continue
@@ -76,8 +76,8 @@ def _ludb(raw: Path) -> Iterator[RawRecording]:
 def _ptbdb(raw: Path) -> Iterator[RawRecording]:
     """290 patients, a folder each; why they came is asked for."""
     for path in records_below(raw):
-        said = dict(line.partition(":")[::2] for line in comments(raw / f"{path}.hea"))
-        reason = said.get("Reason for admission", "").strip()
+        said = told(raw / f"{path}.hea")
+        reason = said.get("Reason for admission", "")
         patient = next((part for part in Path(path).parts if re.fullmatch(r"patient\d+", part)), "")
         known = reason and reason.casefold() != "n/a"
         asked = [("diagnosis", "What was this patient admitted for?", reason)] if known else []

@@ -87,3 +87,9 @@ def comments(header: Path) -> list[str]:
     with refused(header, "an unreadable file", "a WFDB header", "download it again"), header.open("rb") as file:
         lines = file.read(_LONGEST_HEADER).decode("utf-8", "replace").splitlines()
     return [line.strip()[1:].strip() for line in lines if line.strip().startswith("#")]
+
+
+def told(header: Path) -> dict[str, str]:
+    """Of `comments` those that read `key: value`."""
+    parted = (line.partition(":") for line in comments(header))
+    return {key.strip(): value.strip() for key, colon, value in parted if colon}

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from elm_jax.errors import UserError
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _CHUNK = 16  # items that a process is given at a time
 _AHEAD = 3  # chunks for each process that wait for it, or whose results wait for others: what bounds the memory
 _PR_SET_PDEATHSIG = 1
