@@ -78,6 +78,12 @@ def recordings(world: Path, rng: np.random.Generator) -> None:
     (world / "ecgs/half.hea").write_text("half 12 500 80\nhalf.dat 16 1000/mV\n")
     lines = "".join(f"../../secret.dat 16 1000/mV 12 0 0 0 0 {lead}\n" for lead in LEADS)
     (world / "ecgs/climbs.hea").write_text(f"climbs 12 500 80\n{lines}")
+    for name, text in {
+        "entity.xml": '<!DOCTYPE a [<!ENTITY b "c">]><AnnotatedECG/>', "other.xml": "<html/>", "empty.scp": "",
+        "whole.csv": f"# fs: 500\n{','.join(LEADS)}\n" + "7,2,5,1,1,1,1,1,1,1,1,1\n" * 90, "cut.edf": "0".ljust(200),
+        "packed.mat": "MATLAB 5.0 MAT-file".ljust(124) + "\0\1IM\x0f\0\0\0\xff\0\0\0", "names.csv": "a,b\n1,2\n",
+    }.items():  # fmt: skip
+        (world / "ecgs" / name).write_text(text, encoding="latin-1")
     (world / "bad").mkdir()
     (world / "bad/only.npy").write_bytes(b"\x93NUMPY")
     (world / "list.txt").write_text("ecgs/ok.npy\necgs/absent.npy\n")
@@ -278,7 +284,9 @@ MADE: list[tuple[str, list[str], str]] = [  # command, arguments, what the line 
             "complex.npy": "complex.npy", "key.npy": "the key ecg", "rate.npy": "sampling rate",
             "malicious.npy": "it names pathlib.Path.touch",
             "huge.npy": "truncated", "half.hea": "lines after the first", "climbs.hea": "climbs.hea", "": "ecgs",
-            "absent": "no file", "\x1b[2Jx.npy": r"\x1b[2Jx.npy",
+            "absent": "no file", "\x1b[2Jx.npy": r"\x1b[2Jx.npy", "entity.xml": "definitions of its own",
+            "other.xml": "begins with html", "empty.scp": "SCP-ECG", "whole.csv": "whole numbers without a unit",
+            "cut.edf": "EDF", "packed.mat": "255 bytes of which there are 0", "names.csv": "no lead I",
         }.items()
     ],
     ("chat", ["--checkpoint", "W/run", "--sampling-rate", "0"], "--sampling-rate"),

@@ -12,11 +12,10 @@ from elm_jax.errors import UserError
 
 WHAT = "a table of numbers, a column for each lead, with their names above"
 MOST = 256 << 20  # bytes of text
-_LONGEST, _MOST_COLUMNS, _MOST_COMMENTS = 20_000, 512, 1000
+_LONGEST, _MOST_COLUMNS, _MOST_COMMENTS, _COMMENT = 20_000, 512, 1000, 150  # the first and the last: characters
 _SECONDS = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3, "milliseconds": 1e-3, "us": 1e-6}
 _TIMES = ("time", "t", "seconds", "sec", "ms", "milliseconds", "timestamp", "times")
 _COUNTS = ("sample", "samples", "index", "n", "sampleindex", "samplenumber", "unnamed:0", "")
-_BRACKETS = re.compile(r"(.*?)\s*[(\[]\s*([^()\[\]]*?)\s*[)\]]\s*")
 _NUMBER = re.compile(r"\s*[+-]?(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d{1,3})?\s*|nan", re.IGNORECASE)
 _SAID = re.compile(r"#\s*([\w .-]{1,40}?)\s*[:=]\s*([^\s].{0,80})")
 LEAST_RATE = 20.0  # of a time without a unit: a slower one is in milliseconds, or counts
@@ -59,7 +58,7 @@ def _parts(path: Path, text: str) -> tuple[list[tuple[str, str]], str, str]:
         line, _, text = text.partition("\n")
         if len(line) > _LONGEST:
             raise UserError(path, f"a line of {len(line)} characters", WHAT, AGAIN)
-        if match := _SAID.fullmatch(line.strip()):
+        if match := _SAID.fullmatch(line.strip()[:_COMMENT]):
             said.append((match[1], match[2]))
         elif line.strip() and not line.startswith("#"):
             return said, line.strip("\r"), text
@@ -82,8 +81,9 @@ def _numbers(path: Path, text: str, mark: str | None, count: int) -> np.ndarray:
 
 
 def _name_and_unit(title: str) -> tuple[str, str]:
-    match = _BRACKETS.fullmatch(title)
-    return (match[1], match[2]) if match else (title, "")
+    """`II (mV)`, `II [mV]`. No pattern: in a title of ten thousand brackets it would look for minutes."""
+    start = max(title.rfind("("), title.rfind("["))
+    return (title[:start].strip(), title[start + 1 : -1].strip()) if start > 0 and title[-1] in ")]" else (title, "")
 
 
 def _said(path: Path, said: list[tuple[str, str]]) -> tuple[float | None, str]:
