@@ -13,6 +13,7 @@ from elm_jax.text.forms import CHAT_FORMS
 class DataConfig:
     names: tuple[str, ...] = key((), "datasets: folders or files under data.root, or dataset names")
     root: str = key(".", "folder that the datasets and their ecg_path are relative to")
+    prefixes: dict[str, str] = key({}, "beginnings of ecg_path, and the folder that stands in the place of each")
     outside_root: bool = key(False, "records may name recordings outside data.root: absolute, by .. or through links")
     fold: int = key(1, "which of the dataset's folds", limit="at least 1")
     val_fraction: float = key(

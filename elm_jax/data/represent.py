@@ -1,6 +1,7 @@
 """From the path in a record to what a model is given of the ECG: an array, an image, or tokens."""
 
 import contextlib
+import json
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,9 @@ SIGNALS = 2  # version of what recordings become: goes up when the same file and
 NOISE, FLATLINE, DEMO = "noise", "flatline", "demo:"
 
 
+_DEEPEST, _MOST_FOLDERS = 16, 100  # parts of a path, and folders, among which a file is looked for that is not there
+
+
 @dataclass(frozen=True)
 class SignalSpec:
     """All that decides what becomes of an ECG path, by `representation`:
@@ -41,9 +45,10 @@ class SignalSpec:
     That is the view called `view`; `further` are other views of the same recording, of which only what is said of
     their representation counts, and `texts` what others write of it.
 
-    Paths are relative to `root`, and lie in it unless `outside_root`; `leads` are indices into the canonical order,
-    `length` L samples at `sampling_rate` Hz, at which a file that states no rate is taken to be unless `bare_rate` says
-    another. `augment_*` hold where an epoch is given.
+    Paths are relative to `root`, or begin with one of `prefixes`, in whose place there is a folder; they lie in it
+    unless `outside_root`. `leads` are indices into the canonical order, `length` L samples at `sampling_rate` Hz, at
+    which a file that states no rate is taken to be unless `bare_rate` says another. `augment_*` hold where an epoch is
+    given.
     """
 
     root: str
@@ -63,6 +68,7 @@ class SignalSpec:
     features: Features | None = None
     ids: EcgIds | None = None
     outside_root: bool = field(default=False, repr=False)  # changes nothing of what is read
+    prefixes: Mapping[str, str] = field(default_factory=dict, repr=False)
     bare_rate: float | None = field(default=None, repr=False)
     view: str = field(default="ecg", repr=False)
     further: Mapping[str, "SignalSpec"] = field(default_factory=dict, repr=False)
@@ -154,7 +160,7 @@ class SignalSpec:
         if kept is None:
             replace(self, features=None).load(path, key)  # says what is wrong with it
             found = "a recording that has changed since the encoder read it"
-            raise UserError(str(Path(self.root, path)), found, "the file as it was", "start the run again")
+            raise UserError(self._place(path)[1], found, "the file as it was", "start the run again")
         return kept
 
     def stamp(self, path: str, kept: bool = False) -> list[tuple[int, ...]]:
@@ -177,33 +183,55 @@ class SignalSpec:
         file = self._files(path)[0]
         if not os.path.isfile(file):
             expected = "a recording: a .npy file, a WFDB record with its .hea, or another format of docs/records.md"
-            raise UserError(str(file), "no file", expected, "check the path (and data.root)")
+            raise UserError(str(file), "no file", expected, self._mend(path) or "check the path (and data.root)")
+
+    def _place(self, path: str) -> tuple[str, str]:
+        """(the folder in which the ECG at `path` has to lie, its file)."""
+        prefix = max((prefix for prefix in self.prefixes if path.startswith(prefix)), key=len, default="")
+        folder = self.prefixes.get(prefix, self.root)
+        return folder, os.path.join(folder, path.removeprefix(prefix).lstrip("/") if prefix else path)
+
+    def _mend(self, path: str) -> str:
+        """What to do where a file in `root`, or in a folder of it, ends as the `path` of an ECG does; "" where none
+        does."""
+        parts = path.split("/")
+        with contextlib.suppress(OSError, ValueError):
+            below = sorted(entry.path for entry in os.scandir(self.root) if entry.is_dir())
+            for cut in range(1, min(len(parts), _DEEPEST)):
+                rest = "/".join(parts[cut:])
+                for folder in (self.root, *below[:_MOST_FOLDERS]) if rest and ".." not in parts[cut:] else ():
+                    file = Path(folder, rest)
+                    if file.is_file() or header_of(file).is_file():
+                        prefixes = json.dumps({"/".join(parts[:cut]) + "/": folder})
+                        return f"it lies in {folder} by another name: set --config.data.prefixes='{prefixes}'"
+        return ""
 
     def _files(self, path: str) -> Sequence[str | Path]:
         """The files of the ECG at `path`: of a WFDB record its header first, and those that this names.
 
-        Raises UserError where one lies outside `root`, links followed, and `outside_root` does not allow that.
+        Raises UserError where one lies outside its folder, links followed, and `outside_root` does not allow that.
         """
-        whole = os.path.join(self.root, path)
-        self._confine(path, whole)
+        folder, whole = self._place(path)
+        self._confine(path, whole, folder)
         if whole.endswith(".npy"):  # thousands a second: a Path costs as much as the rest
             return [whole]
         file = Path(whole)
         header = header_of(file) if file.name else file
         if not os.path.isfile(header):
             return [whole]
-        self._confine(path, str(header))
+        self._confine(path, str(header), folder)
         files = files_of(header)
         for named in files:
-            self._confine(path, str(named))
+            self._confine(path, str(named), folder)
         return files
 
-    def _confine(self, path: str, file: str) -> None:
-        if not self.outside_root and not _is_inside(file, self.root):
-            raise UserError(
-                f"ecg_path {path}", f"{file}, which lies or leads outside data.root", f"files in {self.root}",
-                "set data.root to a folder with all recordings, or --config.data.outside_root=true for data you trust",
-            )  # fmt: skip
+    def _confine(self, path: str, file: str, folder: str) -> None:
+        if not self.outside_root and not _is_inside(file, folder):
+            fix = "set data.root to a folder with all recordings, or --config.data.outside_root=true for data you trust"
+            found = f"{file}, which lies or leads outside {'data.root' if folder == self.root else folder}"
+            absent = not os.path.exists(file) and not os.path.exists(f"{file}.hea")
+            fix = (absent and self._mend(path)) or fix
+            raise UserError(f"ecg_path {path}", found, f"files in {folder}", fix)
 
     def load_raw(self, path: str, key: int) -> np.ndarray:
         """The 12 leads (12, L) before normalisation: in mV where the recording is. See `load`."""
@@ -217,7 +245,7 @@ class SignalSpec:
 
             return load_demo_ecg(path, self.sampling_rate, self.length)
         self._files(path)  # all of them may be read
-        return self._from_file(os.path.join(self.root, path))
+        return self._from_file(self._place(path)[1])
 
     def _from_file(self, path: str) -> np.ndarray:
         order = LEADS if behaviours.enabled("lead_order", self.compat) else None
@@ -245,6 +273,7 @@ def signal_spec(
     return SignalSpec(
         root=data.root,
         outside_root=data.outside_root,
+        prefixes=data.prefixes,
         leads=tuple(LEADS.index(lead) if isinstance(lead, str) else lead for lead in data.leads),
         length=data.segment_len,
         sampling_rate=data.sampling_rate,

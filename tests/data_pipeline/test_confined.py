@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,34 @@ def test_of_many_records_as_many_are_looked_for_as_takes_a_moment(root: Path, mo
     assert made.missing(0.2) is None, "ten of 95 are known to be missing, and 19 may be"
     assert len(looked) == 10 and looked[0] == "0.npy" and looked[-1] == "90.npy"
     assert made.missing(0.05) is not None
+
+
+def test_a_beginning_of_a_path_has_a_folder_in_its_place_and_the_longest_wins(root: Path) -> None:
+    prefixes = {"../theirs/": str(root / "in"), "../theirs/b/": str(root.parent / "beside")}
+    placed = spec(root, prefixes=prefixes)
+    first, second = (np.load(folder / "x.npy") for folder in (root / "in", root.parent / "beside"))
+    first[:], second[:] = np.arange(LENGTH), np.arange(LENGTH)[::-1]
+    np.save(root / "in" / "x.npy", first)
+    np.save(root.parent / "beside" / "x.npy", second)
+    assert placed.load("../theirs/x.npy", 0)[0, 0] == 0 and placed.load("../theirs/b/x.npy", 0)[0, 0] > 0.9
+    assert loads(placed, "../theirs/r") and loads(placed, "x.npy")
+    for path in ("../theirs/../x.npy", "../theirs/b/../data/x.npy", "../beside/x.npy"):
+        with pytest.raises(UserError, match="outside"):
+            placed.load(path, 0)
+
+
+@pytest.mark.parametrize(("path", "prefix", "folder"), [
+    ("../elsewhere/in/x.npy", "../elsewhere/", ""), ("/lost/in/r", "/lost/", ""), ("a/b/r.hea", "a/b/", ""),
+    ("there/deep/y.npy", "there/", "in"),
+])  # fmt: skip
+def test_a_recording_that_lies_elsewhere_by_another_name_is_told(
+    root: Path, path: str, prefix: str, folder: str
+) -> None:
+    (root / "in" / "deep").mkdir()
+    np.save(root / "in" / "deep" / "y.npy", np.load(root / "x.npy"))
+    with pytest.raises(UserError) as error:
+        spec(root).look_for(path)
+    told = json.loads(str(error.value).partition("data.prefixes=")[2].strip("'"))
+    assert told == {prefix: str(root / folder)}
+    spec(root, prefixes=told).look_for(path)
+    assert loads(spec(root, prefixes=told), path)
