@@ -26,13 +26,12 @@ from elm_jax.data.samples import REPORT
 from elm_jax.data.sources import load_records
 from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError
-from elm_jax.folders import ECG_BYTE, check_checksums, read_json, read_run_config, run_folder, tokenizer_of
+from elm_jax.folders import ECG_BYTE, check_checksums, read_run_config, run_folder, tokenizer_of
 from elm_jax.models.attention import choose_attention
 from elm_jax.models.connectors import build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder, DecoderConfig, Remat
 from elm_jax.models.elm import ELM
 from elm_jax.models.encoders import ENCODERS, PRETRAINING, build_encoder, kind_of
-from elm_jax.models.encoders.text_tower import TextConfig
 from elm_jax.models.families import chat_family, extended, scratch_config
 from elm_jax.models.functional import Arrays, Structure, initialise, structure_of
 from elm_jax.models.lora import add_lora
@@ -41,10 +40,10 @@ from elm_jax.objectives import OBJECTIVES, Objective, objective_of
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.text.render import THINK_TOKENS, add_tokens
 from elm_jax.text.vocabulary import load_tokenizer
-from elm_jax.weights.encoders import encoder_config, text_tower_folder
-from elm_jax.weights.files import HF_FOLDER
+from elm_jax.weights.encoders import encoder_config
 from elm_jax.weights.load import read_llm_config, resolve_llm_folder
 from elm_jax.weights.peft import spec_of
+from elm_jax.weights.text_tower import read_text_tower, text_tower_folder
 
 DEMO_LLM = "demo"  # llm.name of the embedded demo: a tokenizer trained on the demo's own text
 
@@ -147,35 +146,12 @@ def _encoders_alone(config: Config, objective: Objective) -> Assembly:
     encoders, none = {view: _encoder_fields(config, view) for view in _encoded(config)}, cast(Any, None)
     signal, text, tokenizer = _signal(config, encoders, None), TextSpec("plain", signal_tokens(config)), none
     if objective.samples.phase == REPORT:
-        tokenizer, tower = _text_tower(config)
+        (part,) = config.encoder_parts
+        tokenizer, tower = read_text_tower(encoder_kind(config, part), config.ssl, config.data.max_len)
         text = replace(text, max_len=config.data.max_len)
         encoders = {view: {**fields, "text": tower} for view, fields in encoders.items()}
     structure = structure_of(lambda: _build(config, none, encoders))
     return Assembly(config, tokenizer, text, signal, objective, none, none, encoders, structure)
-
-
-def _text_tower(config: Config) -> tuple[Any, dict[str, Any]]:
-    """The tokenizer of `ssl.text`, and the fields of its tower.
-
-    Raises:
-        UserError: it is no such tower, the tokenizer is not that of its weights, or data.max_len exceeds its context.
-    """
-    (part,), folder = config.encoder_parts, text_tower_folder(config.ssl.text)
-    paired = kind_of(encoder_kind(config, part)).text
-    assert paired is not None
-    fields = paired.family.fields_of(read_json(folder / "config.json", HF_FOLDER), str(folder))
-    frozen = config.ssl.frozen_layers
-    sizes = TextConfig.from_fields(fields := {**fields, "frozen": paired.frozen if frozen is None else frozen})
-    if config.data.max_len > sizes.longest:
-        expected, fix = f"at most the tower's context, {sizes.longest}", f"set --config.data.max_len={sizes.longest}"
-        raise UserError("data.max_len", str(config.data.max_len), expected, fix)
-    tokenizer = load_tokenizer(folder, "ssl.text")
-    pad, rows = tokenizer.pad_token_id, len(tokenizer)
-    if pad is None or rows > sizes.vocab_size or (sizes.of_bert and pad != sizes.pad_token_id):
-        found = f"{folder} with a tokenizer of {rows} tokens and padding {pad}"
-        expected = f"that of its weights: at most {sizes.vocab_size} tokens, and padding {sizes.pad_token_id}"
-        raise UserError("ssl.text", found, expected, "give a folder with its own tokenizer")
-    return tokenizer, fields
 
 
 def assemble_encoder(config: Config) -> Assembly:
@@ -223,6 +199,9 @@ def _signal(config: Config, encoders: Mapping[str, Mapping[str, Any]], symbols: 
         encoder = config.encoder_of(view).name
         processing = ENCODERS[encoder].image_processing(encoders[view], config.compat) if encoder else None
         spec = signal_spec(config.data, config.seed, processing, symbols, config.compat)
+        if spec.normalize != "minmax" and representation_of(config, view) != "signal":
+            expected = f"minmax with data.representation={representation_of(config, view)}"
+            raise UserError("data.normalize", spec.normalize, expected, "set --config.data.normalize=minmax")
         specs[view] = replace(spec, representation=representation_of(config, view), ids=_ids(config, view))
     first, *_ = specs
     texts = {view: each.text for view, each in config.views.items() if each.text is not None}

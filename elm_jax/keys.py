@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from elm_jax.ecg.recording import LEADS
+from elm_jax.ecg.recording import LEADS, NORMALIZATIONS
 from elm_jax.schema import key
 from elm_jax.scoring.protocols import PROTOCOLS
 from elm_jax.text.forms import CHAT_FORMS
@@ -29,8 +29,11 @@ class DataConfig:
         LEADS, "leads by name, or by place in the canonical order (from 0)",
         choices=LEADS, accepts=tuple[int | str, ...],
     )  # fmt: skip
-    normalize: str = key("minmax", "how a signal is scaled", choices=("minmax",))
-    norm_eps: float = key(1e-6, "added to the range of the signal before dividing by it", limit="above 0")
+    normalize: str = key(
+        "minmax", "how a signal is scaled: by range or deviation, of all leads (as minmax) or each lead",
+        choices=NORMALIZATIONS,
+    )  # fmt: skip
+    norm_eps: float = key(1e-6, "added to the range or deviation before dividing by it", limit="above 0")
     subset: float | None = key(None, "use this part of the training records", limit="above 0 and at most 1")
     weights: tuple[float, ...] | None = key(
         None, "how often an epoch sees each of data.names; 1 is every sample once", limit="above 0"

@@ -35,7 +35,7 @@ _DEEPEST, _MOST_FOLDERS = 16, 100  # parts of a path, and folders, among which a
 class SignalSpec:
     """All that decides what becomes of an ECG path, by `representation`:
 
-    signal: the leads (C, L) float32, scaled to [0, 1].
+    signal: the leads (C, L) float32, scaled to [0, 1], or as `normalize` says.
     stacked_signal: those as the grey levels of an image of C x L pixels; rgb: the leads on ECG paper. Both are then
         resized as `processing` says: (H, W, 3) uint8, or patches with their mask and grid shape (see `images`).
     symbolic: the ids (n,) int32 that `tokens` has for it in the language model, or `ids` for an encoder.
@@ -70,6 +70,7 @@ class SignalSpec:
     outside_root: bool = field(default=False, repr=False)  # changes nothing of what is read
     prefixes: Mapping[str, str] = field(default_factory=dict, repr=False)
     bare_rate: float | None = field(default=None, repr=False)
+    normalize: str = field(default="minmax", repr=False)  # younger than what is kept by this
     view: str = field(default="ecg", repr=False)
     further: Mapping[str, "SignalSpec"] = field(default_factory=dict, repr=False)
     texts: Mapping[str, Callable[[np.ndarray, float], str]] = field(default_factory=dict, repr=False)
@@ -142,7 +143,7 @@ class SignalSpec:
             return self._image(stacked(min_max(raw, self.norm_eps)), drawn)
         if coder := self.ids or self.tokens:
             return coder.encode(raw, self.norm_eps)
-        return normalize(raw, self.norm_eps)
+        return normalize(raw, self.norm_eps, self.normalize)
 
     def names_of(self, path: str, key: int) -> tuple[str, str]:
         """What an encoder's output for the ECG at `path` is kept as, and what it is asked for by.
@@ -278,6 +279,7 @@ def signal_spec(
         length=data.segment_len,
         sampling_rate=data.sampling_rate,
         norm_eps=data.norm_eps,
+        normalize="minmax" if data.normalize == "instance_minmax" else data.normalize,
         perturb=data.perturb,
         seed=seed,
         representation=data.representation,

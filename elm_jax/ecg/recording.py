@@ -298,9 +298,28 @@ def _at_rate(
     return resample(signal, rate, sampling_rate, length).astype(signal.dtype)
 
 
-def normalize(signal: np.ndarray, eps: float = 1e-6) -> np.ndarray:
-    """`min_max` as the models take it: (C, L) float32."""
-    return min_max(signal, eps).astype(np.float32)
+NORMALIZATIONS = ("minmax", "instance_minmax", "instance_zscore", "lead_minmax", "lead_zscore")
+
+
+def normalize(signal: np.ndarray, eps: float = 1e-6, how: str = "minmax") -> np.ndarray:
+    """A signal as the models take it: (C, L) float32.
+
+    how: one of NORMALIZATIONS: `min_max` or `z_score`; of all leads together (`instance_minmax` is `minmax`), or of
+    each lead by itself.
+    """
+    scaled = z_score if how.endswith("zscore") else min_max
+    if how.startswith("lead_"):
+        return np.concatenate([scaled(lead[None], eps) for lead in signal]).astype(np.float32)
+    return scaled(signal, eps).astype(np.float32)
+
+
+def z_score(signal: np.ndarray, eps: float = 1e-6) -> np.ndarray:
+    """(x - mean) / (population deviation + eps) over all leads together: (C, L) float64; of a constant signal zeros."""
+    values = signal.astype(np.float64)
+    if signal.min() == signal.max():
+        return np.zeros(signal.shape)
+    values -= values.mean()
+    return np.divide(values, values.std() + eps, out=values)
 
 
 def min_max(signal: np.ndarray, eps: float = 1e-6) -> np.ndarray:

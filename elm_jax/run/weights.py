@@ -34,11 +34,12 @@ from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.run.fingerprints import fingerprint, joined, summary_of
 from elm_jax.run.verification import check_files
 from elm_jax.runtime.mesh import replicated
-from elm_jax.weights.encoders import open_encoder, open_text_tower, read_checkpoint, text_tower_folder
+from elm_jax.weights.encoders import open_encoder, read_checkpoint
 from elm_jax.weights.load import open_llm
 from elm_jax.weights.peft import load_adapter, save_adapter, spec_of
 from elm_jax.weights.published import Published
 from elm_jax.weights.safetensors import Safetensors
+from elm_jax.weights.text_tower import open_text_tower, text_tower_folder
 
 INHERITED = "inherited"  # folder of the frozen arrays that came from `init_from`, or of an import's
 IMPORTED = "arrays.safetensors"  # in it: those that an import left

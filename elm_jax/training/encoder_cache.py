@@ -61,7 +61,8 @@ def keep_features(
         spec = replace(spec, seed=0)  # nothing of a recording is drawn from it
     facts = (SIGNALS, spec, config.encoder.name, config.encoder.tokens, *assembly.encoders.values(), config.compat)
     weights = sorted(summaries(own).items())
-    facts = (*facts, config.llm.compute_dtype, weights, *(["compared"] if compared else []))
+    later = [*(["compared"] if compared else []), *([spec.normalize] if spec.normalize != "minmax" else [])]
+    facts = (*facts, config.llm.compute_dtype, weights, *later)
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
     rows = ROWS * batch_ways(mesh)

@@ -7,7 +7,6 @@ encoder's module holds the one table between them, read here in both directions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,8 @@ from elm_jax.errors import UserError
 from elm_jax.folders import read_json
 from elm_jax.models.encoders import Encoder, build_encoder, kind_of
 from elm_jax.models.encoders.text_tower import TEXT
-from elm_jax.models.encoders.text_tower import WHERE as TEXT_WHERE
 from elm_jax.models.functional import Leaf, initialise, structure_of
 from elm_jax.models.names import export
-from elm_jax.text.vocabulary import TOKENIZER_FILES
 from elm_jax.weights.files import HF_FOLDER, TORCH_WHOLE, download, is_repository, open_tensors
 from elm_jax.weights.published import Published, match
 from elm_jax.weights.safetensors import Safetensors
@@ -109,42 +106,6 @@ def open_encoder(
         where, f"this {name}", fix, rules, shapes, tensors, named, aliases=kind.aliases(expected),
         may_lack=[*kind.absent(published), *without_text], twice=True,
     )  # fmt: skip
-
-
-def open_text_tower(name: str, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> Published:
-    """The arrays of the text tower ("text.words.table") that an encoder is pretrained against, in its own folder.
-
-    Raises:
-        UserError: tensors are missing there, or are unlike; by name.
-    """
-    paired = kind_of(name).text
-    assert paired is not None
-    mine = {ours: shape for ours, shape in shapes.items() if ours.startswith(TEXT)}
-    rules = [replace(paired.family.rule(ours.removeprefix(TEXT)), ours=ours) for ours in mine]
-    tensors = open_tensors(folder, TEXT_WHERE)
-    if not isinstance(tensors, Safetensors | TorchFile):
-        tensors = {key: np.asarray(x) for key, x in tensors.items()}
-    named = {key: theirs for key in tensors if (theirs := paired.family.own_name(key, paired.pool)) is not None}
-    fix = "give the folder of a whole model of this kind"
-    return match(str(folder), "this text tower", fix, rules, mine, tensors, named)
-
-
-def text_tower_folder(name: str | None) -> Path:
-    """The local folder of `ssl.text`, downloaded if it is an id of the hub.
-
-    Raises:
-        UserError: it is neither, or not given.
-    """
-    if name is None:
-        expected = "a Hugging Face folder or id of a text tower with its tokenizer"
-        raise UserError(TEXT_WHERE, "nothing", expected, f"set --config.{TEXT_WHERE}")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if not is_repository(name):
-        raise UserError(TEXT_WHERE, f"{name}, which is no folder", "a folder, or owner/name of the hub", "correct it")
-    folder = download(name, TEXT_WHERE, [*FOLDER_FILES, *TOKENIZER_FILES])
-    return folder if list(folder.glob("*.safetensors")) else download(name, TEXT_WHERE, [TORCH_WHOLE])
 
 
 def from_published(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from parity_log import compare
 
-from elm_jax.ecg.recording import AVL_FIRST, LEADS, min_max, normalize, read_ecg, to_segment
+from elm_jax.ecg.recording import AVL_FIRST, LEADS, NORMALIZATIONS, min_max, normalize, read_ecg, to_segment
 from elm_jax.errors import UserError
 
 
@@ -335,6 +335,21 @@ def test_normalisation_equals_the_golden_in_both_dtypes(golden):
 
 def test_a_constant_signal_is_zeros_even_without_eps():
     assert not normalize(np.full((12, 5), 7.0), eps=0).any()
+
+
+@pytest.mark.parametrize("how", NORMALIZATIONS)
+def test_every_normalisation(how):
+    signal = np.random.default_rng(0).normal(3.0, 2.0, (3, 50))
+    axis = 1 if how.startswith("lead_") else None
+    low, high, mean, deviation = (
+        np.asarray(of(signal, axis=axis, keepdims=axis is not None)) for of in (np.min, np.max, np.mean, np.std)
+    )
+    zscore = how.endswith("zscore")
+    wanted = (signal - mean) / (deviation + 0.1) if zscore else (signal - low) / (high - low + 0.1)
+    found = normalize(signal, 0.1, how)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert not normalize(np.full((2, 5), 7.0), 0, how).any()
 
 
 # ---- real recordings
