@@ -67,7 +67,8 @@ class Assembly:
         data = self.config.data if fold is None else replace(self.config.data, fold=fold)
         records = load_records(data, split, self.config.seed)
         augments = split == "train" and (self.signal.augment_ecg or self.signal.augment_rgb)
-        return Dataset(records, self.tokenizer, self.text, self.signal, augments, self.objective.samples)
+        samples = self.objective.samples if split == "train" else self.objective.samples.judged
+        return Dataset(records, self.tokenizer, self.text, self.signal, augments, samples)
 
     @property
     def encoder_kinds(self) -> dict[str, str]:

@@ -41,13 +41,13 @@ class StepSource:
     Args:
         parts: which of the `plan.ways` equal parts of every micro-batch's rows this host reads, one after another.
         steps: length of the source.
+    Attributes:
         updates: steps of the run that learn from each of its steps.
     """
 
-    def __init__(
-        self, dataset: Dataset, plan: Plan, *, steps: int, parts: Sequence[int] = (0,), updates: int = 1
-    ) -> None:
-        self.dataset, self.plan, self.steps, self.parts, self.updates = dataset, plan, steps, parts, updates
+    def __init__(self, dataset: Dataset, plan: Plan, *, steps: int, parts: Sequence[int] = (0,)) -> None:
+        self.dataset, self.plan, self.steps, self.parts = dataset, plan, steps, parts
+        self.updates = dataset.samples.updates
 
     def __len__(self) -> int:
         return self.steps

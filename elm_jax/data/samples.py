@@ -105,6 +105,18 @@ class Samples:
         return {REPORT: record.report or None, LABEL: record.label}.get(str(self.phase))
 
     @property
+    def updates(self) -> int:
+        """Steps that learn from the same samples."""
+        return 1 if self.experience is None else self.experience.updates
+
+    @property
+    def judged(self) -> Samples:
+        """The same where nothing is learnt: of answers the first are judged, once, and shown to nobody."""
+        if self.experience is None:
+            return self
+        return replace(self, experience=replace(self.experience, updates=1, resample=0, show_every=0))
+
+    @property
     def fingerprint(self) -> str:
         """Changes with what decides how long a record's samples are."""
         of = None if self.of is None else qualified_name(self.of)

@@ -101,15 +101,17 @@ class Prefills:
         """(request, end): beginnings that more than one of the `wanted` has, and that are not in the pool.
 
         Shorter ones come first, so that longer ones can begin with them: the caller adds what it gets before it asks
-        for more. What does not fit beside the others of these requests is left out.
+        for more. What does not fit beside the others of these requests is left out, and so is a beginning of requests
+        that all go on alike: the longer one is had at once.
         """
         pinned = {key for request in chosen for _, key in request.beginnings}
         for level in range(max((len(r.beginnings) for r in chosen), default=0)):
             room = self.capacity - sum(key in pinned for key in self._known)
             found: dict[bytes, tuple[Request, int]] = {}
             for request in chosen:
+                longer = max((wanted[key] for _, key in request.beginnings[level + 1 :]), default=1)
                 for end, key in request.beginnings[level : level + 1]:
-                    if key not in self._known and wanted[key] > 1 and len(found) < room:
+                    if key not in self._known and wanted[key] > max(longer, 1) and len(found) < room:
                         found.setdefault(key, (request, end))
             loose = sorted((key for key in self._known if key not in pinned), key=lambda key: wanted[key] > 0)
             for key in loose[: max(0, len(self._known) + len(found) - self.capacity)]:

@@ -31,7 +31,7 @@ class Prompt:
 
     new: the most tokens of its answer; None: `eval.max_new_tokens`. draw: what is drawn depends on it, beside the seed;
     from 0 to 2**31 - 1; None: the prompt's place among the others. cut: tokens of its ECGs, where these are symbols,
-    for which the context had no room.
+    for which the context had no room. alike: others are the same to the end, which is then computed once.
     """
 
     rendered: Rendered
@@ -39,6 +39,7 @@ class Prompt:
     new: int | None = None
     draw: int | None = None
     cut: int = 0
+    alike: bool = False
 
 
 class Answer(NamedTuple):
@@ -176,7 +177,9 @@ class Speaker:
                 f"a token at least of each, and at most the model's context, {context}, together",
                 "lower --config.eval.max_new_tokens",
             )  # fmt: skip
-        edges, draw = (rendered.system_end, rendered.signal_end), number if prompt.draw is None else prompt.draw
+        # All but the last token, behind which the first of the answer is drawn.
+        edges = (rendered.system_end, rendered.signal_end, *([len(rendered.ids) - 1] if prompt.alike else []))
+        draw = number if prompt.draw is None else prompt.draw
         return Request(number, rendered.ids, prompt.signals, rendered.signal_positions, edges, new, draw)
 
     def embeddings(self, request: Request) -> jax.Array:

@@ -88,11 +88,10 @@ class Trainer:
         self.dataset = self.assembly.dataset("train")
         self.plan = self._plan(self.dataset)
         self.assembly, self.attention = checked_attention(self.assembly, self.mesh, self.plan.usual_rows)
-        experience, steps = self.assembly.objective.samples.experience, config.train.steps
-        updates = experience.updates if experience else 1  # steps that learn from the same answers
+        updates, steps = self.dataset.samples.updates, config.train.steps
         self.total_steps = self.plan.steps_before(config.train.epochs) * updates if steps is None else steps
         check_updates(config.train, updates)
-        self.source = self._source(self.dataset, self.plan, self.total_steps // updates, updates)
+        self.source = self._source(self.dataset, self.plan, self.total_steps // updates)
         self._prepare_validation()
 
     def run(self) -> None:
@@ -171,9 +170,9 @@ class Trainer:
             micro_batches=self.config.optim.accum_steps,
         )  # fmt: skip
 
-    def _source(self, dataset: Dataset, plan: Plan, steps: int, updates: int = 1) -> StepSource:
+    def _source(self, dataset: Dataset, plan: Plan, steps: int) -> StepSource:
         """This process's parts of the steps."""
-        return StepSource(dataset, plan, steps=steps, parts=host_parts(self.mesh), updates=updates)
+        return StepSource(dataset, plan, steps=steps, parts=host_parts(self.mesh))
 
     def _prepare_validation(self) -> None:
         """The validation part, where the config asks for one and the data have it; says where they have not."""
@@ -252,7 +251,7 @@ class Trainer:
 
     def _steps(self, source: StepSource, first: int, workers: int = 0, what: str = "step") -> Iterator[Loaded]:
         if self.rollouts is not None:
-            steps = self.rollouts.steps(source, first, lambda: self._arrays, source is self.source)
+            steps = self.rollouts.steps(source, first, lambda: self._arrays)
         else:
             steps = steps_from(source, first, workers, self.config.data.timeout)
         return stopping.each(steps, what, first)

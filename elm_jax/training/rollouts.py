@@ -28,6 +28,7 @@ from elm_jax.data.batch import Batch, Conversation, Group
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.loader import BadRecord, Loaded, StepSource
 from elm_jax.data.plan import LengthIndex
+from elm_jax.data.samples import Experience
 from elm_jax.errors import Absent, UserError
 from elm_jax.folders import write_atomic
 from elm_jax.inference.speaker import Prompt, Speaker
@@ -76,24 +77,19 @@ class Rollouts:
         self._rows = batch_sharding(mesh)
         self._old = jax.jit(self._log_probs, out_shardings=self._rows)
 
-    def steps(
-        self, source: StepSource, first: int, arrays: Callable[[], Arrays], training: bool = True
-    ) -> Iterator[Loaded]:
+    def steps(self, source: StepSource, first: int, arrays: Callable[[], Arrays]) -> Iterator[Loaded]:
         """The steps from `first` on, `source.updates` from each step of the source: answers are made when the first of
-        these is asked for, with the `arrays` that the model has then. In `training` some are written for people."""
+        these is asked for, with the `arrays` that the model has then."""
         updates = source.updates
         assert first % updates == 0, "a run stops and goes on where new answers are made"
         for step in range(first // updates, len(source)):
             with jax.transfer_guard("allow"):
-                loaded, scored = self._step(source, step, arrays(), self.experience.resample if training else 0)
-                if training:
-                    self._show(step, scored)
+                loaded, scored = self._step(source, step, arrays())
+                self._show(source, step, scored)
             for update in range(updates):
                 yield loaded._replace(step=step * updates + update)
 
-    def _step(
-        self, source: StepSource, step: int, arrays: Arrays, resample: int
-    ) -> tuple[Loaded, dict[int, _Scored]]:
+    def _step(self, source: StepSource, step: int, arrays: Arrays) -> tuple[Loaded, dict[int, _Scored]]:
         if self.speaker is None:
             self.speaker = Speaker(self.assembly, self.mesh, arrays)
         else:
@@ -101,7 +97,7 @@ class Rollouts:
         planned = [i for row in source.plan.rows(step) for group in row for i in group.samples]
         bad: list[BadRecord] = []
         scored = self._scored(source, step, {i: i for i in planned}, bad)
-        for attempt in range(1, resample + 1):
+        for attempt in range(1, _experience(source).resample + 1):
             again = [i for i in scored if _alike(scored[i].rewards)]
             others = {i: _other(source.plan.index, i, (self.assembly.config.seed, step, attempt)) for i in again}
             scored |= {
@@ -127,7 +123,7 @@ class Rollouts:
         for place, i in asked.items():
             try:
                 rendered, truth = dataset.prompts(i)[-1]
-                prompt = Prompt(rendered, dataset.signals(i, epoch))
+                prompt = Prompt(rendered, dataset.signals(i, epoch), alike=True)
                 assert self.speaker is not None
                 prompts[place] = self.speaker.written(prompt, self.experience.tokens), truth
             except Absent:
@@ -246,13 +242,12 @@ class Rollouts:
 
     # -- for people ----------------------------------------------------------------------------------------------
 
-    def _show(self, step: int, scored: Mapping[int, _Scored]) -> None:
+    def _show(self, source: StepSource, step: int, scored: Mapping[int, _Scored]) -> None:
         """Write a table of some answers with their rewards."""
-        every = self.experience.show_every
-        updates = self.experience.updates
+        every, updates = _experience(source).show_every, source.updates
         if self.folder is None or not every or step * updates % every >= updates or jax.process_index():
             return
-        lines = [f"# Answers of step {step * self.experience.updates}", ""]
+        lines = [f"# Answers of step {step * updates}", ""]
         for one in list(scored.values())[:_SHOWN]:
             asked = self.assembly.tokenizer.decode(one.prompt.rendered.ids).strip()
             lines += [f"**Record {one.sample}**, truth: {_cell(one.truth)}", "", f"> {_cell(asked[-400:])}", ""]
@@ -261,8 +256,13 @@ class Rollouts:
                 numbers = " | ".join(f"{value:.3g}" for value in parts.values())
                 lines.append(f"| {sum(parts.values()):.3g} | {numbers} | {_cell(text)} |")
             lines.append("")
-        path = self.folder / f"step-{step * self.experience.updates:06d}.md"
+        path = self.folder / f"step-{step * updates:06d}.md"
         write_atomic(path, lambda file: file.write("\n".join(lines).encode()))
+
+
+def _experience(source: StepSource) -> Experience:
+    assert source.dataset.samples.experience is not None
+    return source.dataset.samples.experience
 
 
 def _cell(text: str) -> str:

@@ -109,7 +109,7 @@ def test_a_beginning_whose_own_beginning_was_pushed_out_changes_nothing() -> Non
     prompts = [request(n, [*system, *ecgs[n // 2], *rng.integers(1, VOCABULARY, 3)], 3, 4, 9) for n in range(4)]
     expected = answered(engine_for(tiny_llm("llama")), [request(r.number, r.ids, r.new) for r in prompts], 2)
     engine = engine_for(tiny_llm("llama"))
-    assert answered(engine, prompts[:2], 2) == {n: expected[n] for n in (0, 1)}
+    assert answered(engine, prompts[:3], 2) == {n: expected[n] for n in (0, 1, 2)}
     known = engine.prefills._known
     assert len(known) == 2, "both beginnings are in the pool"
     del known[prompts[0].beginnings[0][1]]
