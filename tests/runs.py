@@ -23,7 +23,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,11 +87,12 @@ def start_command(command: list[str], devices: int, env: dict[str, str]) -> subp
 
 
 def start(
-    workdir: Path, *, ask: str = "", devices: int = 1, env: dict[str, str] | None = None, **changes: Any
-) -> subprocess.Popen[str]:
-    """Start a tiny run on `devices` fake devices; `ask` is TEST_SIGNAL."""
+    workdir: Path, *, ask: str = "", devices: int = 1, env: dict[str, str] | None = None, more: Sequence[str] = (),
+    **changes: Any,
+) -> subprocess.Popen[str]:  # fmt: skip
+    """Start a tiny run on `devices` fake devices; `ask` is TEST_SIGNAL, `more` is put behind its command line."""
     own = {"ELM_JAX_CACHE": str(workdir.parent / "cache"), "TEST_SIGNAL": ask, **(env or {})}
-    return start_command([*warm.python(own), __file__, *flags(workdir, **changes)], devices, own)
+    return start_command([*warm.python(own), __file__, *flags(workdir, **changes), *more], devices, own)
 
 
 def two() -> list[dict[str, str]]:

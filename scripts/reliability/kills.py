@@ -1,11 +1,11 @@
 """SIGKILL at random moments: does the run, started again each time, end as the run that nobody stopped?
 
-    python scripts/reliability/kills.py [--kills 100] [--seed 0] [--out FOLDER]
+    python scripts/reliability/kills.py [--objective sft] [--kills 100] [--seed 0] [--out FOLDER]
 
-Tiny runs on a CPU, with packing, in turn without and with worker processes. Each is killed several times and started
-again at once by the same command; then it goes on to its end. At least half of the kills hit a save: between the first
-file of a checkpoint and the moment from which it counts. They are timed by the folders that appear. The others come at
-any time from start-up (the imports are done) to the end.
+Tiny runs on a CPU, with packing, in turn without and with worker processes (of a policy, which draws its answers
+itself, without). Each is killed several times and started again at once by the same command; then it goes on to its
+end. At least half of the kills hit a save: between the first file of a checkpoint and the moment from which it counts.
+They are timed by the folders that appear. The others come at any time from start-up (the imports are done) to the end.
 
 At the end all must be equal, bit by bit: the arrays of the last checkpoint, the optimizer's too; what was logged of
 each step; and the samples of each step, in every attempt that took it. And a kill may cost no more than the steps since
@@ -32,6 +32,23 @@ import runs
 
 STEPS, SAVE_EVERY = 36, 6
 WORKERS = (0, 2)
+ANSWERED = {
+    "data__max_len": 256, "rl__answers": 3, "rl__max_new_tokens": 4, "rl__rewards": ["of_length"], "rl__kl": 0.1,
+    "rl__show_every": 6, "train__eval_every": 12,
+}  # fmt: skip
+REWARD = """import elm_jax
+
+elm_jax.register_reward("of_length", lambda answered: len(answered.answer) % 5)
+"""  # which an untrained model has, too
+MASKED = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1,
+          "decoder_num_heads": 1}  # fmt: skip
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "sapo": ANSWERED,
+    "grpo": ANSWERED,
+    "dpo": {"data__max_len": 256},
+    "st_mem": {"encoder__name": "st_mem", "encoder__config": MASKED, "update": "encoder", "optim__ema": 0.9},
+}
 POLL = 0.002  # seconds
 
 
@@ -65,15 +82,21 @@ class Kill(NamedTuple):
 class Run:
     """One run, in as many processes as it takes."""
 
-    def __init__(self, folder: Path, workers: int) -> None:
-        self.folder, self.workers = folder, workers
+    def __init__(self, folder: Path, workers: int, objective: str = "sft") -> None:
+        self.folder, self.workers, self.objective = folder, workers, objective
         self.samples = folder.with_suffix(".samples")
         self.kept = 0  # step of the newest checkpoint that counts
 
     def start(self) -> subprocess.Popen[str]:
         """Start it, or start it again: by the same command."""
         changes = {"train__steps": STEPS, "train__save_every": SAVE_EVERY, "data__workers": self.workers}
-        return runs.start(self.folder, env={"TEST_SAMPLES": str(self.samples)}, **changes)
+        changes |= {"objective": self.objective, **OBJECTIVES[self.objective]}
+        if self.objective == "dpo":
+            changes["data__names"] = [str(pairs(self.folder.parent))]
+        reward = self.folder.parent / "reward.py"
+        reward.write_text(REWARD)
+        own = {"env": {"TEST_SAMPLES": str(self.samples)}, "more": ("--register", str(reward))}
+        return runs.start(self.folder, **own, **changes)
 
     def unbroken(self) -> Usual:
         """Let it go from start to end."""
@@ -164,21 +187,21 @@ class Run:
 
 
 def killed_runs(
-    place: Path, count: int, seed: int, loaders: Sequence[int] = WORKERS
+    place: Path, count: int, seed: int, loaders: Sequence[int] = WORKERS, objective: str = "sft"
 ) -> tuple[list[Kill], int, list[str]]:
     """Kill runs in `place` at least `count` times, with so many workers in turn.
 
     Returns the kills, the number of runs, and what was not as promised.
     """
     chance = random.Random(seed)
-    whole = [Run(place / f"unbroken_{workers}", workers) for workers in loaders]
+    whole = [Run(place / f"unbroken_{workers}", workers, objective) for workers in loaders]
     usual = {run.workers: run.unbroken() for run in whole}
     expected = whole[0].end()
     problems = [f"{run.folder}: not as {whole[0].folder}" for run in whole if run.end() != expected]
     kills: list[Kill] = []
     number = 0
     while len(kills) < count or 2 * _in_saves(kills) < count:
-        run = Run(place / f"killed_{number}", loaders[number % len(loaders)])
+        run = Run(place / f"killed_{number}", loaders[number % len(loaders)], objective)
         number += 1
         try:
             for _ in range(min(chance.randint(3, 12), max(1, count - len(kills)))):
@@ -205,6 +228,18 @@ def killed_runs(
     return kills, number, problems
 
 
+def pairs(place: Path) -> Path:
+    """Questions about noise, of which the longer answer is preferred."""
+    path = place / "pairs.jsonl"
+    if not path.exists():
+        rows = [
+            {"ecg_path": "noise", "patient_id": i, "prompt": f"How fast is number {i}?", "chosen": f"It is {i}.",
+             "rejected": "No."} for i in range(64)
+        ]  # fmt: skip
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def _in_saves(kills: list[Kill]) -> int:
     return sum(kill.phase == "saving" for kill in kills)
 
@@ -212,6 +247,7 @@ def _in_saves(kills: list[Kill]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--objective", choices=OBJECTIVES, default="sft", help="what the runs learn")
     parser.add_argument("--kills", type=int, default=100, help="at least so many, half of them in saves")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a new folder for the runs; those that fail stay (default: temporary)")
@@ -220,11 +256,14 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True)
     begun = time.time()
     with tempfile.TemporaryDirectory() as temporary:
-        kills, number, problems = killed_runs(args.out or Path(temporary), args.kills, args.seed)
+        place = args.out or Path(temporary)
+        loaders = WORKERS if OBJECTIVES[args.objective] is not ANSWERED else WORKERS[:1]
+        kills, number, problems = killed_runs(place, args.kills, args.seed, loaders, args.objective)
     for problem in problems:
         print(problem, file=sys.stderr)
     lost = [kill.lost for kill in kills]
     figures = {
+        "objective": args.objective,
         "kills": len(kills),
         "runs": number,
         "phases": dict(Counter(kill.phase for kill in kills)),
