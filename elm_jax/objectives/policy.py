@@ -194,17 +194,17 @@ def dapo(config: Config) -> Objective:
 def _objective(config: Config, rules: Policy, advantage: str, resample: int, skip_truncated: bool) -> Objective:
     rl = config.rl
     rules = replace(rules, kl=rl.kl, longest=rl.max_new_tokens)
-    parts = _parts(config)
+    judge = judge_of(config)
     longest, cache = rl.max_new_tokens, rl.overlong
     experience = Experience(
-        _Judge(parts, config.data.explicit_thinking), ADVANTAGES[advantage], answers=rl.answers,
-        tokens=rl.max_new_tokens, temperature=rl.temperature, top_p=rl.top_p, rows=rl.batch_size, updates=rl.updates,
+        judge, ADVANTAGES[advantage], answers=rl.answers, tokens=rl.max_new_tokens,
+        temperature=rl.temperature, top_p=rl.top_p, rows=rl.batch_size, updates=rl.updates,
         shaped=(lambda rewards, lengths: rewards + overlong(lengths, longest, cache)) if cache else None,
         resample=resample if rl.resample is None else rl.resample,
         skip_truncated=skip_truncated if rl.skip_truncated is None else rl.skip_truncated,
         show_every=rl.show_every,
     )  # fmt: skip
-    of_answers = ("reward", *(f"reward.{name}" for name in parts if len(parts) > 1), *_TOLD)
+    of_answers = ("reward", *(f"reward.{name}" for name in judge.parts if len(judge.parts) > 1), *_TOLD)
     old = ("old",) if rl.updates > 1 else ()
 
     def loss(model: ELM, batch: Batch, key: jax.Array | None, trained: Collection[str]) -> Sums:
@@ -227,8 +227,12 @@ def _objective(config: Config, rules: Policy, advantage: str, resample: int, ski
     return Objective(loss, counts, samples, needs, rl.temperature, better="reward")
 
 
-def _parts(config: Config) -> dict[str, tuple[float, Reward]]:
-    """Weight and function of each reward."""
+def judge_of(config: Config) -> Judge:
+    """What `rl.rewards` make of an answer.
+
+    Raises:
+        UserError: there is no such reward, or not one weight for each.
+    """
     names, weights = config.rl.rewards, config.rl.reward_weights
     if not names or len(set(names)) < len(names):
         found = f"{', '.join(names) or 'nothing'}"
@@ -236,7 +240,8 @@ def _parts(config: Config) -> dict[str, tuple[float, Reward]]:
     if weights is not None and len(weights) != len(names):
         found = f"{len(weights)} weights"
         raise UserError("rl.reward_weights", found, f"{len(names)}, one for each of rl.rewards", "give as many")
-    return {name: (weight, reward_of(name)) for name, weight in zip(names, weights or (1.0,) * len(names), strict=True)}
+    weighted = zip(names, weights or (1.0,) * len(names), strict=True)
+    return Judge({name: (weight, reward_of(name)) for name, weight in weighted}, config.data.explicit_thinking)
 
 
 def _thinks(record: Record) -> bool:
@@ -246,8 +251,13 @@ def _thinks(record: Record) -> bool:
 
 
 @dataclass(frozen=True)
-class _Judge:
-    """The parts of an answer's reward."""
+class Judge:
+    """(record, answer, truth) -> the parts of an answer's reward.
+
+    Args:
+        parts: weight and function of each, by name.
+        opened: think tags that the truth begins with stand in the prompt.
+    """
 
     parts: Mapping[str, tuple[float, Reward]]
     opened: bool

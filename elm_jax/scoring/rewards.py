@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from elm_jax.errors import UserError
@@ -163,6 +163,30 @@ def reward_of(name: str) -> Reward:
     if not 0 < tolerance < math.inf:
         raise UserError("rl.rewards", repr(name), "a tolerance above 0", "write for example numeric(5)")
     return numeric(tolerance)
+
+
+def judged(
+    reward: Callable[[Any, str, str], float | Mapping[str, float]], record: Any, answer: str, truth: str
+) -> dict[str, float]:
+    """The parts of an answer's reward, by name ("reward" of one that has none).
+
+    Raises:
+        UserError: one is no finite number, or its function fails; names the record by its `id`.
+    """
+    where, fix = f"the reward of record {record.id}", "mend the reward, or allow more data.max_bad_records"
+    try:
+        found = reward(record, answer, truth)
+        parts = {
+            name: float(value) for name, value in (found if isinstance(found, Mapping) else {"reward": found}).items()
+        }
+    except UserError:
+        raise
+    except Exception as error:  # of a user's function
+        raise UserError(where, f"{type(error).__name__}: {error}", "a number", fix) from error
+    wrong = [f"{name}={value}" for name, value in parts.items() if not math.isfinite(value)]
+    if wrong:
+        raise UserError(where, ", ".join(wrong), "finite numbers", fix)
+    return parts
 
 
 def _body(text: str) -> str:

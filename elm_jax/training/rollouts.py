@@ -11,7 +11,6 @@ P prompts of a step, G answers of each; A micro-batches, B rows, M supervised sl
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -38,6 +37,7 @@ from elm_jax.objectives import log_probs
 from elm_jax.objectives.policy import told_apart
 from elm_jax.runtime import distributed
 from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, to_device
+from elm_jax.scoring.rewards import judged
 from elm_jax.text.render import decode
 
 _SHOWN = 4  # prompts of a table
@@ -135,11 +135,11 @@ class Rollouts:
         prompts = {place: found for place, found in prompts.items() if place not in wrong}
         answers = self._answers(step, attempt, {place: prompt for place, (prompt, _) in prompts.items()})
         texts = {place: [self._text(ids) for ids in answers[place]] for place in prompts}
-        judged = None
+        parts_of = None
         if jax.process_index() == 0:
-            judged = [self._judged(dataset, asked[place], texts[place], prompts[place][1]) for place in prompts]
+            parts_of = [self._judged(dataset, asked[place], texts[place], prompts[place][1]) for place in prompts]
         found = {}
-        for place, parts in zip(list(prompts), distributed.broadcast(judged, 0), strict=True):
+        for place, parts in zip(list(prompts), distributed.broadcast(parts_of, 0), strict=True):
             if isinstance(parts, str):
                 wrong[place] = parts
             else:
@@ -151,31 +151,9 @@ class Rollouts:
     def _judged(self, dataset: Dataset, sample: int, texts: Sequence[str], truth: str) -> list[dict[str, float]] | str:
         """The parts of each answer's reward, or what is wrong with one."""
         try:
-            return [self._parts(dataset, sample, text, truth) for text in texts]
+            return [judged(self.experience.reward, dataset.records[sample], text, truth) for text in texts]
         except UserError as error:
             return str(error)
-
-    def _parts(self, dataset: Dataset, sample: int, answer: str, truth: str) -> dict[str, float]:
-        """The parts of an answer's reward.
-
-        Raises:
-            UserError: the reward is no finite number, or its function fails; names the record.
-        """
-        record = dataset.records[sample]
-        fix = "mend the reward, or allow more data.max_bad_records"
-        try:
-            reward = self.experience.reward(record, answer, truth)
-            parts = dict(reward) if isinstance(reward, Mapping) else {"reward": reward}
-            parts = {name: float(value) for name, value in parts.items()}
-        except UserError:
-            raise
-        except Exception as error:  # of a user's function
-            found = f"{type(error).__name__}: {error}"
-            raise UserError(f"the reward of record {record.id}", found, "a number", fix) from error
-        wrong = [f"{name}={value}" for name, value in parts.items() if not math.isfinite(value)]
-        if wrong:
-            raise UserError(f"the reward of record {record.id}", ", ".join(wrong), "finite numbers", fix)
-        return parts
 
     def _groups(self, dataset: Dataset, scored: Mapping[int, _Scored]) -> dict[int, list[Group]]:
         """What is learnt in the place of each planned sample."""

@@ -100,8 +100,9 @@ def make_train_step(
 
     A step is skipped if its loss, the norm of its gradients or a statistic after it is not finite: it changes nothing
     but the step number. (A norm beyond float32 is none that Adam's second moments could hold.) `finite` says so.
-    With optim.skip_spikes a spike (training/spikes.py) is skipped, too. `taken`: not skipped. A step that has nothing to
-    learn from, whose gradients are all zero, moves nothing either (Adam would go on as before it); it is no fault.
+    With optim.skip_spikes a spike (training/spikes.py) is skipped, too. `taken`: not skipped. Where the model makes
+    its samples itself, a step with nothing to learn from, whose gradients are all zero, moves nothing either (Adam
+    would go on as before it); it is no fault.
 
     Args:
         layout: the shardings of the state; frozen: those of the frozen arrays.
@@ -130,7 +131,8 @@ def make_train_step(
             taken, before, after = finite & ~spike, before._replace(recent=recent), after._replace(recent=recent)
         trained = cast(Arrays, optax.apply_updates(state.trained, updates))
         moved = (trained, statistics, after, averaged(state.average, trained, config.optim.ema))
-        kept = _chosen(taken & (norm > 0), moved, (state.trained, state.statistics, before, state.average))
+        learns = taken & (norm > 0) if objective.samples.experience else taken
+        kept = _chosen(learns, moved, (state.trained, state.statistics, before, state.average))
         metrics = {
             "loss": loss,
             "grad_norm": norm,

@@ -289,6 +289,13 @@ MADE: list[tuple[str, list[str], str]] = [  # command, arguments, what the line 
             "cut.edf": "EDF", "packed.mat": "255 bytes of which there are 0", "names.csv": "no lead I",
         }.items()
     ],
+    # pairs
+    ("pairs", ["--checkpoint", "W/run"], "--out"),
+    ("pairs", ["--checkpoint", "W/absent", "--out", "out/pairs.jsonl"], "--checkpoint"),
+    ("pairs", ["--checkpoint", "W/run", "--out", "out/pairs.txt"], ".jsonl"),
+    ("pairs", ["--checkpoint", "W/run", "--out", "out/pairs.jsonl", "--judge", "W/folder"], "without config.json"),
+    ("pairs", ["--checkpoint", "W/run", "--out", "out/pairs.jsonl", "--config.rl.rewards=formt"], "'format'"),
+    ("pairs", ["--checkpoint", "W/run", "--out", "out/pairs.jsonl", "--config.rl.answers=1"], "at least 2"),
     ("chat", ["--checkpoint", "W/run", "--sampling-rate", "0"], "--sampling-rate"),
     ("chat", ["--checkpoint", "W/run", "--sampling-rate", "fast"], "--sampling-rate"),
     ("chat", ["--checkpoint", "W/run", "--ecg", "demo:test:-1"], "demo:"),
@@ -405,5 +412,5 @@ def test_a_bad_input_is_one_line_and_leaves_nothing(
 def test_there_are_enough() -> None:
     assert len(MADE) >= 100 and {command for command, *_ in MADE} == {
         "train", "evaluate", "compare", "analyze", "chat", "export", "import_weights", "prepare", "ecg_byte", "plan",
-        "doctor",
+        "doctor", "pairs",
     }  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
@@ -17,11 +18,13 @@ from runs import logged, saved_arrays
 from elm_jax.assemble import assemble
 from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config
+from elm_jax.data.batch import BatchShape, empty_batch
 from elm_jax.data.loader import StepSource
 from elm_jax.data.plan import Plan
 from elm_jax.data.samples import _last_of
 from elm_jax.errors import UserError
 from elm_jax.objectives import objective_of
+from elm_jax.objectives.preference import Preference
 from elm_jax.runtime.mesh import make_mesh
 from elm_jax.scoring.rewards import REWARDS, register_reward
 from elm_jax.text.render import decode
@@ -108,6 +111,35 @@ def test_preferences_move_the_margin(tmp_path: Path) -> None:
     assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and abs(lines[0]["margin"]) < 1e-3
     assert lines[-1]["val_margin"] > lines[2]["val_margin"] > 0 and lines[-1]["val_accuracy"] == 1.0
     assert (tmp_path / "run" / "reference").is_dir()
+
+
+@pytest.mark.parametrize(("loss", "smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0)])
+def test_the_margin_moves_as_theory_says(loss: str, smoothing: float) -> None:
+    """A model that is a table of three answers: what a gap of log probabilities gains in a step is known."""
+    beta, rate, gap = 0.5, 0.1 if loss == "ipo" else 1.0, 0.0
+    rules, reference = Preference(loss, beta, smoothing), jnp.asarray([0.3, -0.2, 1.0])
+    batch = empty_batch(BatchShape(64, 1, 2), {}, 1)._replace(
+        target_weights=np.ones((1, 2), np.float32), target_sample=np.array([[0, 1]], np.int32),
+        extras={"reference": jax.nn.log_softmax(reference)[None, :2]},
+    )  # fmt: skip
+
+    def total(table: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = rules.pairs(jax.nn.log_softmax(table)[None, :2], batch)
+        return found["loss"].sum(), found["margin"].sum()
+
+    step, table = jax.jit(jax.grad(total, has_aux=True)), reference
+    for _ in range(400):
+        gradient, margin = step(table)
+        assert float(margin) == pytest.approx(beta * gap, abs=1e-4)
+        x = beta * gap
+        if loss == "ipo":
+            slope = 2 * (gap - 1 / (2 * beta))
+        else:
+            slope = beta * (smoothing / (1 + np.exp(-x)) - (1 - smoothing) / (1 + np.exp(x)))
+        gap -= 2 * rate * slope  # it has a part in both answers; the normaliser has none
+        table = table - rate * gradient
+    end = {("sigmoid", 0.2): np.log(4.0), ("ipo", 0.0): 0.5}.get((loss, smoothing))
+    assert beta * gap > 1.5 if end is None else beta * gap == pytest.approx(end, abs=1e-3)
 
 
 def test_of_a_pair_the_last_answer_alone_is_learnt(tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ import jax
 import numpy as np
 import pytest
 import runs
+from runs import saved_arrays
 
+from elm_jax import cli, pairs
 from elm_jax.assemble import Assembly, assemble
 from elm_jax.config import Config
 from elm_jax.data.batch import BatchShape, Group, collate
+from elm_jax.data.demo import demo_tokenizer
 from elm_jax.data.loader import Loaded, StepSource
 from elm_jax.data.plan import Plan
 from elm_jax.errors import UserError
@@ -25,12 +28,14 @@ from elm_jax.models.functional import Arrays
 from elm_jax.objectives import log_probs
 from elm_jax.run.weights import Weights
 from elm_jax.runtime.mesh import array_shardings, make_mesh
-from elm_jax.scoring.rewards import REWARDS, register_reward
+from elm_jax.scoring.judge import PairJudge
+from elm_jax.scoring.rewards import REWARDS, Answered, register_reward
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.training import loop
 from elm_jax.training.rollouts import Rollouts, _sample, _Scored
 
 ANSWERS, NEW = 3, 4
+WRONG: dict[str, Any] = {}  # by the truth: what its answers are worth in place of their length, or an error
 LLM = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "mlp": 64, "max_len": 256}
 
 
@@ -39,27 +44,33 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
     runs.prepare(monkeypatch, tmp_path_factory.getbasetemp() / "rollouts")
     monkeypatch.setattr(loop, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
     yield
-    for name in {"of_length", "broken", "unending"} & set(REWARDS):
-        del REWARDS[name]
+    REWARDS.pop("of_length", None)
 
 
 def table(folder: Path) -> Path:
     """Conversations of two turns about recordings."""
-    said = ["Is it regular?", "regular", "How fast does number {} beat?", "6{}"]
+    said = (("user", "Is it regular?"), ("assistant", "regular"), ("user", "How fast is {}?"), ("assistant", "6{}"))
     rows = []
     for i in range(8):
-        turns = [{"role": role, "content": text.format(i)} for role, text in zip(("user", "assistant") * 2, said)]
+        turns = [{"role": role, "content": text.format(i)} for role, text in said]
         rows.append({"ecg_path": f"demo:train:{i}", "text": turns, "patient_id": i})
     path = folder / "two_turns.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
+def reward(answered: Answered) -> float:
+    found = WRONG.get(answered.truth, len(answered.answer) % 5)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 def config(folder: Path, elm: str = "mlp_llava", **changes: Any) -> Config:
     usual: dict[str, Any] = {
         "objective": "sapo", "data__names": [str(table(folder))], "data__val_fraction": 0.0, "llm__scratch": LLM,
         "data__max_len": 128, "rl__answers": ANSWERS, "rl__max_new_tokens": NEW, "rl__rewards": ["of_length"],
-        "train__batch_size": 2, "train__steps": 4, "train__save_every": 4, "optim__warmup_ratio": 0.0,
+        "train__batch_size": 2, "train__steps": 4, "train__save_every": 2, "optim__warmup_ratio": 0.0,
     }  # fmt: skip
     if elm == "ecg_byte":
         EcgByte([b"m" * 2**n for n in range(1, 7)]).save(folder / "coder.json")
@@ -68,8 +79,8 @@ def config(folder: Path, elm: str = "mlp_llava", **changes: Any) -> Config:
             "data__representation": "symbolic", "data__ecg_tokenizer": str(folder / "coder.json"),
             "data__max_len": 1024, "llm__scratch": {**LLM, "max_len": 1024},
         }  # fmt: skip
-    register_reward("of_length", lambda answered: len(answered.answer) % 5)
-    return runs.config(folder / "run", **{**usual, **changes})
+    register_reward("of_length", reward)
+    return runs.config(changes.pop("workdir", folder / "run"), **{**usual, **changes})
 
 
 def ready(made: Config) -> tuple[Assembly, Arrays, StepSource, Rollouts]:
@@ -140,3 +151,98 @@ def test_a_prompt_is_computed_once_and_its_answers_are_as_likely_as_alone(
     found = learnt(loaded, "old")
     assert [len(one) for one in found] == [len(one) for one in expected]
     np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), atol=1e-5)
+    if elm == "ecg_byte":
+        return
+    # A record whose reward fails, or is no number, weighs nothing and is named.
+    monkeypatch.setitem(WRONG, f"6{places[0]}", ValueError("no truth"))
+    monkeypatch.setitem(WRONG, f"6{places[1]}", float("nan"))
+    spoiled, _ = rollouts._step(source, 0, arrays)
+    bad = {bad.id: bad.error for bad in spoiled.bad}
+    ids = [source.dataset.records[i].id for i in places[:2]]
+    assert bad.keys() == set(ids)
+    assert f"reward of record {ids[0]}: found ValueError: no truth" in bad[ids[0]]
+    assert f"reward of record {ids[1]}: found of_length=nan" in bad[ids[1]]
+    assert learnt(spoiled, "old") == found[2 * ANSWERS :]
+
+
+@pytest.mark.slow  # trains for a step, and answers
+def test_pairs_are_drawn_and_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = config(tmp_path, objective="sft", train__steps=1, train__save_every=1)
+    assert loop.train(begun)
+    out, keys = tmp_path / "pairs.jsonl", ["--config.rl.rewards=('of_length',)", "--config.data.val_fraction=0.0"]
+    keys += ["--config.rl.max_new_tokens=4", "--config.rl.temperature=1.0"]
+    drawn = ["--checkpoint", str(tmp_path / "run"), *keys]
+    assert cli.guard(pairs.main, [*drawn, "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows and f"{len(rows)} pairs in {out}" in capsys.readouterr().out
+    for row in rows:
+        (_, before, asked, answer), worse = row["text"], row["rejected"]
+        assert before["content"] == "regular" and "How fast" in asked["content"]
+        assert len(answer["content"]) % 5 - len(worse) % 5 == row["margin"] > 0
+    learnt = config(tmp_path, objective="dpo", data__names=[str(out)], data__max_len=256)
+    assert len(assemble(learnt).dataset("train").length_index("none", 0).length) == len(rows)
+    WRONG.update({f"6{i}": 1.0 for i in range(8)})
+    assert cli.guard(pairs.main, [*drawn, "--out", str(out)]) == 2
+    assert "pairs: found none: " in capsys.readouterr().err
+    # Where all answers are alike, a step learns nothing: neither Adam nor the rate goes on.
+    first = saved_arrays(tmp_path / "run", 1)
+    policy = config(tmp_path, workdir=str(tmp_path / "policy"), init_from=str(tmp_path / "run"), train__steps=2)
+    assert loop.train(policy)
+    last = saved_arrays(tmp_path / "policy", 2)
+    assert all(int(x) == 0 for name, x in last.items() if name.endswith(".count"))
+    for name in first:
+        if name.startswith(("trained", "statistics")):
+            np.testing.assert_array_equal(last[name], first[name], err_msg=name)
+    WRONG.clear()
+
+
+def saved(model: Any, folder: Path, tokenizer: Any) -> Path:
+    """A folder of Hugging Face's."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow  # PyTorch's import
+def test_a_model_of_preferences_judges(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, DebertaV2Model
+
+    torch.manual_seed(0)
+    tokenizer = demo_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|source|>", "<|candidate1|>", "<|candidate2|>"]})
+    marks = tokenizer.convert_tokens_to_ids(["<|source|>", "<|candidate1|>", "<|candidate2|>"])
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"vocab_size": len(tokenizer), "num_labels": 1, "initializer_range": 1.0}
+    said = "What is the rate?", "72", "It is slow."
+    worth = DebertaV2ForSequenceClassification(DebertaV2Config(**sizes)).eval()
+    judge = PairJudge(saved(worth, tmp_path / "worth", tokenizer))
+    with torch.no_grad():
+        each = [float(worth(**tokenizer(said[0], said[n], return_tensors="pt")).logits) for n in (1, 2)]
+    assert judge.margin(*said) == pytest.approx(each[0] - each[1], abs=1e-5) and abs(each[0] - each[1]) > 1e-3
+
+    own = dict(zip(("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id"), marks, strict=True), n_tasks=2)
+    encoder, head = DebertaV2Model(DebertaV2Config(**sizes, **own)).eval(), torch.nn.Linear(32, 16)
+    last, folder = torch.nn.Linear(16, 2), saved(encoder, tmp_path / "pairs", tokenizer)
+    arrays = {f"pretrained_model.{name}": x for name, x in load_file(folder / "model.safetensors").items()}
+    for place, layer in ((1, head), (4, last)):
+        arrays |= {f"head_layer.{place}.{name}": x.detach() for name, x in layer.named_parameters()}
+    save_file(arrays, folder / "model.safetensors")
+
+    def ahead(question: str, one: str, other: str) -> float:
+        text = f"<|source|>{question}<|candidate1|>{one}<|candidate2|>{other}"
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            asked, *answers = (encoder(ids).last_hidden_state[0][ids[0] == mark][0] for mark in marks)
+            scores = [last(torch.tanh(head(torch.cat([asked, answer])))).mean() for answer in answers]
+        return float(scores[0] - scores[1])
+
+    expected = (ahead(*said) - ahead(said[0], said[2], said[1])) / 2
+    assert PairJudge(folder).margin(*said) == pytest.approx(expected, abs=1e-5) and abs(expected) > 1e-3
+    assert PairJudge(folder).margin(said[0], said[2], said[1]) == pytest.approx(-expected, abs=1e-5)
+    with pytest.raises(UserError, match="without config.json"):
+        PairJudge(tmp_path)
+    many = DebertaV2ForSequenceClassification(DebertaV2Config(**{**sizes, "num_labels": 3}))
+    with pytest.raises(UserError, match="3 outputs"):
+        PairJudge(saved(many, tmp_path / "many", tokenizer))

@@ -36,7 +36,8 @@ FLOORS = (
     "evaluation",
     "planning",
     "doctoring",
-    "analyze chat compare configs doctor ecg_byte evaluate export import_weights plan prepare probe train",  # commands
+    # commands
+    "analyze chat compare configs doctor ecg_byte evaluate export import_weights pairs plan prepare probe train",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 PURE = ("config", "ecg", "text", "symbols", "scoring")  # which import no jax, and can be lent out alone

@@ -1,0 +1,113 @@
+"""Pairs for preference objectives: two answers that a model draws itself, and which of them is better."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from elm_jax.config import Config
+from elm_jax.data.sources import Record
+from elm_jax.errors import UserError
+from elm_jax.evaluation.answering import BadRecords
+from elm_jax.inference.model import Prompt, TrainedModel
+from elm_jax.objectives.policy import judge_of
+from elm_jax.scoring.judge import PairJudge
+from elm_jax.scoring.rewards import judged
+from elm_jax.text.turns import to_turns
+
+Margin = Callable[[Record, str, str, str], float]  # (record, truth, one, other) -> how much better the one is
+
+
+def by_rewards(config: Config) -> Margin:
+    """By `rl.rewards`.
+
+    Raises:
+        UserError: there is no such reward. Of a margin: a reward fails, or is no finite number.
+    """
+    reward = judge_of(config)
+
+    def margin(record: Record, truth: str, one: str, other: str) -> float:
+        return sum(judged(reward, record, one, truth).values()) - sum(judged(reward, record, other, truth).values())
+
+    return margin
+
+
+def by_model(judge: PairJudge) -> Margin:
+    """By a model, which reads the conversation but sees no ECG."""
+
+    def margin(record: Record, truth: str, one: str, other: str) -> float:
+        turns = to_turns(record.text)[:-1]
+        alone = len(turns) == 1
+        return judge.margin(
+            "\n".join(turn.text if alone else f"{turn.role}: {turn.text}" for turn in turns), one, other
+        )
+
+    return margin
+
+
+def draw_pairs(
+    config: Config,
+    split: str = "train",
+    which: str = "best",
+    margin: Margin | None = None,
+    left: Counter[str] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Of each record's last question two answers, drawn as `rl.*` says, the better one first: records for `dpo`.
+
+    What is drawn depends on the seed and the record. Left out, and counted by the reason in `left`: answers that are
+    alike, of which one is empty, or none is better.
+
+    Args:
+        margin: by what they are judged; None: `by_rewards`.
+    Raises:
+        UserError: as `TrainedModel`; or more records are bad than data.max_bad_records allows.
+    """
+    margin, left = margin or by_rewards(config), Counter[str]() if left is None else left
+    model, rl = TrainedModel(config, which), config.rl
+    dataset = model.assembly.dataset(split)
+    bad = BadRecords(dataset, config.data.max_bad_records)
+    options = replace(
+        config.eval, temperature=rl.temperature, top_p=rl.top_p, max_new_tokens=rl.max_new_tokens,
+        batch_size=rl.batch_size, repetition_penalty=1.0,
+    )  # fmt: skip
+    asked: list[tuple[int, str]] = []  # of each prompt its record and the truth
+
+    def prompts() -> Iterator[Prompt]:
+        for i in range(len(dataset)):
+            try:
+                rendered, truth = dataset.prompts(i)[-1]
+                prompt = model.written(Prompt(rendered, dataset.signals(i), alike=True), rl.max_new_tokens)
+            except UserError as error:
+                bad.note(i, error)
+                continue
+            for answer in range(2):
+                asked.append((i, truth))
+                yield replace(prompt, draw=zlib.crc32(f"{i}:{answer}".encode()) >> 1)
+
+    first: dict[int, str] = {}  # by record, where the other is still to come
+    for answer in model.stream(prompts(), options, config.seed):
+        i, truth = asked[answer.number]
+        if i not in first:
+            first[i] = answer.text
+            continue
+        one, other, record = first.pop(i), answer.text, dataset.records[i]
+        if one == other or not (one.strip() and other.strip()):
+            left["alike" if one == other else "empty"] += 1
+            continue
+        try:
+            better = margin(record, truth, one, other)
+        except UserError as error:
+            bad.note(i, error)
+            continue
+        if better == 0:
+            left["equally good"] += 1
+            continue
+        chosen, rejected = (one, other) if better > 0 else (other, one)
+        turns = [{"role": turn.role, "content": turn.text} for turn in to_turns(record.text)[:-1]]
+        yield {
+            "ecg_path": list(record.ecg_paths), "text": [*turns, {"role": "assistant", "content": chosen}],
+            "rejected": rejected, "name": record.name, "patient_id": record.patient, "margin": abs(better),
+        }  # fmt: skip
