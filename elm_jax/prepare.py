@@ -3,6 +3,7 @@
   python -m elm_jax.prepare ptb_xl --raw R --out O
   python -m elm_jax.prepare ecg_qa --raw Q --records O/ptb_xl/preprocessed_2500 --out O/ecg_qa.parquet
   python -m elm_jax.prepare ecg_instruct_pulse --raw ECGInstruct.json --records O --out O/pulse.parquet
+  python -m elm_jax.prepare check --out O
 
 Train on the result with data.root=O and data.names naming a table. A second run goes on where the first
 stopped. A dataset of your own: docs/add_a_dataset.md.
@@ -11,23 +12,28 @@ stopped. A dataset of your own: docs/add_a_dataset.md.
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from elm_jax import cli, compat
 from elm_jax.data.prepare import DATASETS
+from elm_jax.data.prepare.check import check_tables
 from elm_jax.data.prepare.conversations import CONVERSATIONS, prepare_conversations
 from elm_jax.data.prepare.ecg_qa import FORMS, Settings, prepare_ecg_qa
 from elm_jax.data.prepare.profiles import PROFILES
+from elm_jax.data.prepare.raw import read_double
 from elm_jax.data.prepare.runner import prepare_dataset
 from elm_jax.data.prepare.work import processors
 from elm_jax.errors import UserError, nearest, printable
+from elm_jax.folders import write_json
 
 MOST_WORKERS, MOST_FOLDS = 512, 100
 
 
-def main(argv: Sequence[str]) -> None:
-    """Parse the arguments, prepare, print the counts."""
+def main(argv: Sequence[str]) -> int:
+    """Parse the arguments, prepare, print the counts; 1 where `check` finds a leak, else 0."""
     args = _parser().parse_args(argv)
     for flag, most in (("sampling_rate", 100_000), ("segment_len", 10_000_000)):
         if not 0 < getattr(args, flag, 1) <= most:
@@ -42,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
     report = args.prepare(args)
     for key, value in report.items():
         print(printable(f"{key}: {_brief(value)}"))
+    return int(args.dataset == "check" and any(report[f"{what}_in_several_splits"] for what in ("patients", "copies")))
 
 
 def _parser() -> cli.Parser:
@@ -65,6 +72,8 @@ def _parser() -> cli.Parser:
             "test; legacy: the reference's five random splits, by patient",
         )  # fmt: skip
         own.add_argument("--folds", type=int, default=0, help="disjoint folds by patient (0: train, val and test)")
+        own.add_argument("--assume-rate", type=float, help="Hz of all files, whatever they say or do not say")
+        own.add_argument("--assume-unit", help="of numbers whose file names none: mV, uV, V or nV")
         own.add_argument("--compat", default="", help="spline_resampling: as --profile elm-2026")
         own.add_argument(
             "--report-language", choices=["as-is"], default="as-is",
@@ -98,6 +107,11 @@ def _parser() -> cli.Parser:
         )  # fmt: skip
         _add_shares(own)
         own.set_defaults(prepare=_conversations)
+    check = datasets.add_parser("check", help="looks for patients and copies of recordings in more than one split")
+    check.add_argument("--out", type=Path, required=True, help="folder with the tables and the recordings")
+    check.add_argument("--tables", nargs="+", type=Path, help="of them; default: all .parquet files of the folder")
+    check.add_argument("--workers", type=int, default=processors(), help="processes")
+    check.set_defaults(prepare=_check)
     return parser
 
 
@@ -116,6 +130,11 @@ def _recordings(args: Namespace) -> dict[str, Any]:
     names = tuple(filter(None, args.compat.split(",")))
     compat.check(names)
     dataset = DATASETS[args.dataset]
+    if args.assume_rate is not None or args.assume_unit is not None:
+        if dataset.read is not read_double:
+            found = f"a dataset whose files say all, {args.dataset}"
+            raise UserError("--assume-rate, --assume-unit", found, "files that read_ecg reads", "leave them out")
+        dataset = replace(dataset, read=partial(read_double, rate=args.assume_rate, unit=args.assume_unit))
     return prepare_dataset(
         args.dataset, dataset, args.raw, args.out, args.sampling_rate, args.segment_len, True, args.profile, names,
         args.workers, args.split, args.folds,
@@ -131,6 +150,15 @@ def _ecg_qa(args: Namespace) -> dict[str, Any]:
     records = args.records or table.parent / "ptb_xl" / "preprocessed_2500"
     settings = Settings(args.split, forms, args.single_only, args.seed, args.val, args.test)
     return prepare_ecg_qa(args.raw, records, table, args.ptbxl_csv, settings)
+
+
+def _check(args: Namespace) -> dict[str, Any]:
+    tables = args.tables or sorted(args.out.glob("*.parquet"))
+    if not tables:
+        raise UserError(args.out, "no .parquet file", "tables that prepare wrote", "correct --out, or give --tables")
+    report = check_tables(tables, args.out, args.workers)
+    write_json(args.out / "check_report.json", report)
+    return report
 
 
 def _conversations(args: Namespace) -> dict[str, Any]:

@@ -7,15 +7,20 @@ from pathlib import Path
 
 import goldens
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import wfdb
 
+from elm_jax import cli
 from elm_jax.data.prepare import DATASETS
+from elm_jax.data.prepare.check import check_tables
 from elm_jax.data.prepare.raw import RawRecording
 from elm_jax.data.prepare.runner import prepare_dataset
+from elm_jax.data.prepare.splits import Owner, leaks, legacy_split, splits_of
 from elm_jax.ecg.recording import AVL_FIRST, LEADS
 from elm_jax.errors import UserError
+from elm_jax.prepare import main
 
 GOLDEN = goldens.find("prep_segment")
 EXPECTED = goldens.config("prep_segment", "expected.json").get("datasets", {})
@@ -276,7 +281,89 @@ def test_folds_are_disjoint_and_every_recording_is_tested_once(many, tmp_path):
     assert legacy["patients_in_several_splits"] == {} and legacy["rows"]["fold1_train"] == 54
 
 
+# ---- leaks
+
+
+GOLDEN_FOLDS = goldens.config("prep_folds", "cases.json").get("sets", {})
+
+
+@pytest.mark.parametrize("name", GOLDEN_FOLDS)
+def test_legacy_splits_are_the_references_in_its_order(name):
+    records, variants = GOLDEN_FOLDS[name]["records"], GOLDEN_FOLDS[name]["variants"]
+    for variant, golden in variants.items():
+        keys = [record["patient"] for record in records] if variant == "intended" else golden["keys_seen"]
+        for number, fold in enumerate(golden["folds"]):
+            assert legacy_split(keys, number) == (fold["train"], fold["test"]), (variant, number)
+            sides = [(side, records[row]["patient"]) for side in ("train", "test") for row in fold[side]]
+            rows = [(side, (patient,)) for side, patient in sides if patient is not None]
+            assert sorted(leaks(rows)) == fold["true_patients_in_both"]
+
+
+def test_whoever_shares_a_recording_shares_a_fold():
+    rows = [Owner(("1", "2")), Owner(("2", "3")), Owner(("3",)), Owner(("4",)), Owner(("1",))]
+    found = splits_of(rows, "patient", folds=5)
+    assert found[0] == found[1] == found[2] == found[4]
+    assert [sum(split.endswith("test") for split in row) for row in found] == [1] * 5
+    people = [Owner((str(n),)) for n in range(1000)]
+    sizes = np.sum([[split.endswith("test") for split in row] for row in splits_of(people, "patient", 5)], axis=0)
+    assert sizes.sum() == 1000 and 150 < sizes.min() <= sizes.max() < 250
+
+
+def beats(seed, rate, seconds=10):
+    """A made heart: spikes at irregular times in all leads, at any rate the same."""
+    rng = np.random.default_rng(seed)
+    times = np.cumsum(rng.uniform(0.5, 1.1, 40))
+    size = rng.normal(size=(12, 1))
+    clock = np.arange(round(seconds * rate)) / rate
+    return size * sum(np.exp(-(((clock - time) / 0.03) ** 2)) for time in times)[None]
+
+
+def test_a_planted_leak_and_a_copy_under_another_name_fail_the_check(tmp_path, capsys):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for number in range(6):
+        np.save(raw / f"{number}.npy", beats(number, 250))
+    ours = [
+        RawRecording(f"{n}.npy", f"{n}", "test" if n > 3 else "train", questions=[("k", "?", "y")]) for n in range(6)
+    ]
+    prepare_dataset("a", replace(DATASETS["folder"], recordings=lambda _: ours), raw, tmp_path, progress=False)
+    arguments = ["check", "--out", str(tmp_path), "--workers", "1"]
+    assert cli.guard(main, arguments) == 0
+    assert "patients_in_several_splits: 0" in capsys.readouterr().out
+    other = tmp_path / "other"
+    other.mkdir()
+    copy = {"ecg": 1.3 * beats(2, 500) + 0.01, "leads": list(LEADS), "target_sf": 500}
+    np.save(other / "x.npy", np.array(copy, object), allow_pickle=True)
+    copied = [RawRecording("x.npy", "17", "test", questions=[("k", "?", "y")])]
+    prepare_dataset("b", replace(DATASETS["folder"], recordings=lambda _: copied), other, tmp_path, progress=False)
+    assert cli.guard(main, arguments) == 1
+    report = json.loads((tmp_path / "check_report.json").read_text())
+    assert list(report["copies_in_several_splits"]) == [
+        "a/preprocessed_2500/2.npy_0.npy and b/preprocessed_2500/x.npy_0.npy"
+    ]
+    assert report["patients_in_several_splits"] == {}
+    leaking = tmp_path / "leak.parquet"
+    table = {"ecg_path": [], "patient_id": [], "split": []}
+    for path, patient, split in (("../x.npy", "17.0", "train"), ("gone.npy", " 17", "test"), ("z.npy", "4+5", "train")):
+        for key, value in zip(table, (path, patient, split), strict=True):
+            table[key].append(value)
+    pq.write_table(pa.table(table), leaking)
+    assert cli.guard(main, [*arguments, "--tables", str(leaking)]) == 1
+    report = json.loads((tmp_path / "check_report.json").read_text())
+    assert report["patients_in_several_splits"] == {"17": "test, train"}
+    assert len(report["unreadable"]) == 3 and "not a path below" in report["unreadable"]["../x.npy"]
+
+
 # ---- real recordings
+
+
+def test_the_recording_that_georgia_has_twice_is_found(shared, tmp_path):
+    prepare("georgia", shared / "real/ecg/cinc2021", tmp_path)
+    report = check_tables([tmp_path / "georgia_questions.parquet"], tmp_path, progress=False)
+    assert [Path(path).name for pair in report["copies"] for path in pair.split(" and ")] == [
+        "E07509_0.npy",
+        "E07510_0.npy",
+    ]
 
 
 def test_real_recordings_of_other_datasets(shared, tmp_path):
@@ -291,6 +378,20 @@ def test_real_recordings_of_other_datasets(shared, tmp_path):
     assert (cpsc["records"], cpsc["segments"]) == (7, 10)
     answers = {row["ecg_path"][-12:-6]: json.loads(row["text"])[2] for row in rows(tmp_path / "cpsc_questions.parquet")}
     assert answers["/A1983"] == "normal" and answers["/A1989"] == "first degree AV block"
+
+
+def test_real_recordings_of_which_the_files_do_not_say_all(shared, tmp_path):
+    """The CinC Challenge of 2011: whole numbers of microvolts at 500 Hz, good and bad."""
+    arguments = ["folder", "--raw", str(shared / "real/ecg/cinc2011/set-a"), "--out", str(tmp_path), "--workers", "1"]
+    assert cli.guard(main, [*arguments, "--assume-rate", "500", "--assume-unit", "uV"]) == 0
+    report = json.loads((tmp_path / "folder_report.json").read_text())
+    assert report["records"] == 40 and report["scale"] and report["limb_sums"]
+    with (shared / "real/INDEX_ecg.csv").open(newline="") as file:
+        index = [row for row in csv.DictReader(file) if row["source"] == "cinc2011"]
+    whole = {name: text.split("; ") for name, text in report["flat"].items()}
+    whole = {name: sum(text.endswith(": flat") for text in texts) for name, texts in whole.items()}
+    flat = {Path(row["path"]).name: int(row["flat_leads"]) for row in index if int(row["flat_leads"])}
+    assert all(whole[name] >= count for name, count in flat.items()), "the index misses some leads of 1691516"
 
 
 def test_real_recordings_in_two_formats_come_out_equal(shared, tmp_path):

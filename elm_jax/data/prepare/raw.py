@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -53,9 +53,12 @@ class LeftOut:
     why: str
 
 
-def read_double(path: Path) -> Recording:
-    """The recording of a file of any format, or WFDB record: (12, L) float64 in canonical order, mV."""
-    return read_ecg(path, dtype=np.float64)
+def read_double(path: Path, rate: float | None = None, unit: str | None = None) -> Recording:
+    """The recording of a file of any format, or WFDB record: (12, L) float64 in canonical order, mV.
+
+    `rate` and `unit` are as for `read_ecg`.
+    """
+    return read_ecg(path, sampling_rate=rate, unit=unit, dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -93,3 +96,10 @@ def told(header: Path) -> dict[str, str]:
     """Of `comments` those that read `key: value`."""
     parted = (line.partition(":") for line in comments(header))
     return {key.strip(): value.strip() for key, colon, value in parted if colon}
+
+
+def unlike_a_path(path: str) -> str | None:
+    """What is wrong with a path that a table gives: it may not lead out of the folder."""
+    parts = PurePosixPath(path)
+    inside = path and not parts.is_absolute() and ".." not in parts.parts
+    return None if inside else "not a path below the raw folder"

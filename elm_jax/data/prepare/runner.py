@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from elm_jax import compat as behaviours
 from elm_jax.data.prepare.output import compact, write_segment, write_texts
 from elm_jax.data.prepare.profiles import MADE, PROFILES, Profile
-from elm_jax.data.prepare.raw import LeftOut, RawDataset, RawRecording
+from elm_jax.data.prepare.raw import LeftOut, RawDataset, RawRecording, unlike_a_path
 from elm_jax.data.prepare.splits import SPLITS, Owner, leaks, splits_of
 from elm_jax.data.prepare.work import in_order
 from elm_jax.data.sources import patient_ids
@@ -148,7 +148,7 @@ class _Maker:
 
     def __call__(self, one: RawRecording) -> tuple[int, str, str]:
         """How many segments there are; where there are none the kind of the problem, and what it is."""
-        problem = _unlike_a_path(one.path) or _absent(self.raw / one.path)
+        problem = unlike_a_path(one.path) or _absent(self.raw / one.path)
         if problem:
             return 0, "missing", problem
         try:
@@ -253,13 +253,6 @@ def _check_stems(raw: Path, found: Iterable[RawRecording]) -> None:
         if other != one.path:
             fix = "rename one of them"
             raise UserError(str(raw), f"{other} and {one.path}", "recordings that differ in more than / and _", fix)
-
-
-def _unlike_a_path(path: str) -> str | None:
-    """What is wrong with a path that an index gives: it may not lead out of the folder."""
-    parts = PurePosixPath(path)
-    inside = path and not parts.is_absolute() and ".." not in parts.parts
-    return None if inside else "not a path below the raw folder"
 
 
 def _absent(path: Path) -> str | None:
