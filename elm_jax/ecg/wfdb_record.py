@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from elm_jax.ecg.formats.mat import mat_values
 from elm_jax.ecg.names import millivolts
 from elm_jax.ecg.npy import MAX_BYTES
 from elm_jax.errors import UserError, refused, some
@@ -28,7 +29,9 @@ _RECORD = re.compile(  # strict: wfdb finds numbers where no number should be
 )
 _FORMAT = re.compile(r"(?P<form>\d+)(?:x(?P<samples>\d{1,9}))?(?::(?P<skew>\d{1,6}))?(?:\+\d+)?")
 _PACKED = ("508", "516", "524")  # FLAC
-_GAIN = re.compile(r"(?P<gain>-?\d*\.?\d*(?:e[-+]?\d+)?)(?:\(-?\d+\))?(?:/(?P<unit>.*))?")  # as wfdb takes it
+_GAIN = re.compile(  # as wfdb takes it
+    r"(?P<gain>-?\d*\.?\d*(?:e[-+]?\d+)?)(?:\((?P<baseline>-?\d+)\))?(?:/(?P<unit>.*))?"
+)
 _LONGEST, _LONGEST_LINE = 1 << 20, 1000  # of a header: numbers of millions of digits take hours
 _FIX = "correct the header, or save the signals as .npy"
 
@@ -40,6 +43,7 @@ class _Signal:
     file: str
     format: str
     gain: str
+    zero: str  # of the converter
     name: str  # "" where it has no description
 
 
@@ -188,7 +192,7 @@ def _signal(path: Path, line: str) -> _Signal:
     if not sound or os.sep in words[0] or "\0" in words[0]:
         raise UserError(path, f"the line {line[:80]!r}", "a signal: file, format, gain, …, description", _FIX)
     words += [""] * (9 - len(words))
-    return _Signal(words[0], words[1], words[2], words[8].strip())
+    return _Signal(words[0], words[1], words[2], words[4], words[8].strip())
 
 
 def _number(path: Path, what: str, text: str) -> float:
@@ -239,6 +243,10 @@ def _read(header: _Header, rows: list[int]) -> tuple[np.ndarray, float, int]:
     path, chosen = header.path, [header.signals[row] for row in rows]
     scales = [_scale(path, signal) for signal in chosen]
     skew = max(int(_FORMAT.fullmatch(signal.format)["skew"] or 0) for signal in chosen)  # type: ignore[index]
+    matrix = _matrix(header)
+    if matrix is not None:
+        values = np.stack([_unscaled(path, header.signals[row], matrix[row]) for row in rows])
+        return values * np.array(scales)[:, None], header.rate, matrix.shape[1]
     for name in dict.fromkeys(signal.file for signal in header.signals):
         _check_claim(header, name)
     import wfdb  # slow to import, and not needed for prepared records
@@ -252,6 +260,32 @@ def _read(header: _Header, rows: list[int]) -> tuple[np.ndarray, float, int]:
     frames = max(record.sig_len - skew, 0)  # a signal that lags lacks its last samples
     values = np.stack(record.e_p_signal)[:, : frames * record.samps_per_frame[0]]
     return values * np.array(scales)[:, None], rates.pop(), frames
+
+
+def _matrix(header: _Header) -> np.ndarray | None:
+    """`val` (signals, L), where the file of samples is of MATLAB 5 or later: they do not lie where the header says."""
+    names = {signal.file for signal in header.signals}
+    file = header.path.parent / next(iter(names), "")
+    if len(names) != 1 or file.suffix != ".mat" or not os.path.isfile(file):
+        return None
+    with refused(file, "no readable file", "a file of samples", "check the path"), file.open("rb") as opened:
+        if opened.read(6) != b"MATLAB":  # version 4: bare numbers behind 24 bytes
+            return None
+    value, count = mat_values(file).get("val"), len(header.signals)
+    if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind not in "fiu":
+        raise UserError(file, "no matrix val", "the samples of the record", "download it again")
+    value = value if value.shape[0] == count else value.T
+    if value.shape[0] != count or header.frames not in (0, value.shape[1]):
+        found, expected = f"val of {value.shape[0]} x {value.shape[1]}", f"{count} x {header.frames or 'samples'}"
+        raise UserError(file, found, f"{expected}, as in {header.path.name}", "download it again")
+    return value
+
+
+def _unscaled(path: Path, signal: _Signal, steps: np.ndarray) -> np.ndarray:
+    """Steps of the converter in the signal's unit: without its baseline, by its gain."""
+    gain = _GAIN.fullmatch(signal.gain)
+    assert gain is not None  # or `_scale` had refused it
+    return (steps - _number(path, "zero", gain["baseline"] or signal.zero or "0")) / float(gain["gain"])
 
 
 def _hertz(rates: set[float]) -> str:

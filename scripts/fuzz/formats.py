@@ -12,7 +12,7 @@ import numpy as np
 import scipy.io
 
 from elm_jax.ecg.names import LEADS
-from scripts.fuzz import writers
+from scripts.fuzz import recordings, writers
 from scripts.fuzz.changes import Files
 from scripts.fuzz.writers import EIGHT, EVEN, STEPS
 
@@ -31,6 +31,12 @@ def mat() -> list[Files]:
     file = io.BytesIO()
     scipy.io.savemat(file, {"signal": signal, "fs": 500, "unit": "mV"}, format="4")
     return [*found, {"a.mat": file.getvalue()}]
+
+
+def records() -> list[Files]:
+    """WFDB records, of a matrix of MATLAB 5 too."""
+    lines = "".join(f"a.mat 16+24 1000(3)/mV 16 0 0 0 0 {lead}\n" for lead in LEADS)
+    return [*recordings.wfdb(), {"a.hea": f"a 12 500 40\n{lines}".encode(), **mat()[2]}]
 
 
 def edf() -> list[Files]:

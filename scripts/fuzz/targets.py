@@ -37,7 +37,7 @@ class Target:
 
 TARGETS = {
     "npy": Target(recordings.npy, recordings.read_recording, 120_000),
-    "wfdb": Target(recordings.wfdb, recordings.read_recording, 60_000),
+    "wfdb": Target(formats.records, recordings.read_recording, 60_000),
     "mat": Target(formats.mat, recordings.read_recording, 30_000),
     "edf": Target(formats.edf, recordings.read_recording, 20_000),
     "table_of_samples": Target(formats.tables, recordings.read_recording, 20_000),

@@ -142,6 +142,21 @@ def test_matlab_numbers_are_in_the_unit_that_is_said(tmp_path: Path) -> None:
     assert read_ecg(tmp_path / "c.mat").dropped == ()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_matrix_of_matlab_5_beside_its_header_is_read_in_the_headers_units(tmp_path: Path, packed: bool) -> None:
+    fields = ["1000(0)/mV 16 0", "2000(7)/mV 16 0", "1/uV 16 5", "1000/mV 16 0"]
+    lines = [f"a.mat 16+24 {fields[place % 4]} 0 0 0 {lead}" for place, lead in enumerate(LEADS)]
+    (tmp_path / "a.hea").write_text("\n".join(["a 12 500 200", *lines, ""]))
+    steps = STEPS * np.array([1, 2, 1, 1] * 3)[:, None] + np.array([0, 7, 5, 0] * 3)[:, None]
+    mat(tmp_path / "a.mat", {"val": steps.astype(np.int16)}, do_compression=packed)
+    for name in ("a.mat", "a.hea", "a"):
+        same(read_ecg(tmp_path / name))
+    mat(tmp_path / "a.mat", {"val": steps[:, :100].astype(np.int16)})
+    assert "val of 12 x 100; expected 12 x 200, as in a.hea" in refusal(tmp_path / "a")
+    mat(tmp_path / "a.mat", {"ecg": steps})
+    assert "no matrix val" in refusal(tmp_path / "a")
+
+
 def test_matlab_structures_as_those_of_cpsc_2018(tmp_path: Path) -> None:
     path = mat(tmp_path / "a.mat", {"ECG": {"sex": "Male", "age": 61.0, "data": MV}})
     same(read_ecg(path))

@@ -24,6 +24,7 @@ def read_dicom(path: Path) -> Stored:
     pydicom = needed(path, "pydicom", "DICOM")
     if path.stat().st_size > MAX_BYTES:
         raise UserError(path, f"{path.stat().st_size} bytes", f"at most {MAX_BYTES}", AGAIN)
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # it would warn in words of the file
     with refused(path, "an unreadable DICOM file", WHAT, AGAIN, Exception):
         syntax = str(pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID", ""))
         if syntax == _DEFLATED:

@@ -19,12 +19,16 @@ _DEEPEST, _MOST_OBJECTS, _MOST_TEXTS = 4, 500, 100
 
 
 def read_hdf5(path: Path) -> Stored:
-    """The recording in a file; see `named_values` for how it is found. What its links name outside is refused."""
+    """The recording in a file; see `named_values` for how it is found. Raises UserError."""
+    return stored_of(path, hdf5_values(path))
+
+
+def hdf5_values(path: Path) -> dict[str, Value]:
+    """What a file holds, in groups as `group.name`. Raises UserError; what its links name outside is refused."""
     _check_heaps(path)
     h5py = needed(path, "h5py", "HDF5")
     with refused(path, "an unreadable HDF5 file", WHAT, AGAIN, Exception), h5py.File(path, "r") as file:
-        values = dict(_File(path, h5py).values(file))
-    return stored_of(path, values)
+        return dict(_File(path, h5py).values(file))
 
 
 def _check_heaps(path: Path) -> None:
@@ -89,7 +93,7 @@ class _File:
         if found.dtype.kind in "fiu" and (found.ndim > 3 or found.ndim == 3 and found.shape[0] > 1):
             return np.broadcast_to(np.zeros((), found.dtype), found.shape)  # several recordings: only its shape matters
         self.bytes += size
-        check_size(self.path, size, found.id.get_storage_size())
+        check_size(self.path, size, min(found.id.get_storage_size(), self.path.stat().st_size))
         if self.bytes > MAX_BYTES:
             raise UserError(self.path, "more data than a recording has", f"at most {MAX_BYTES} bytes", AGAIN)
         if found.dtype.kind in "fiu":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from elm_jax.ecg.formats.hdf5 import hdf5_values
 from elm_jax.ecg.formats.named_values import Value, stored_of
 from elm_jax.ecg.stored import AGAIN, Stored, inflate, read_file
 from elm_jax.errors import UserError
@@ -24,18 +25,20 @@ _DEEPEST, _MOST_FIELDS, _MOST_CELLS = 4, 200, 10_000
 
 def read_mat(path: Path) -> Stored:
     """The recording in a MATLAB file; see `named_values` for how it is found. Raises UserError."""
+    return stored_of(path, mat_values(path))
+
+
+def mat_values(path: Path) -> dict[str, Value]:
+    """What a MATLAB file holds, fields of structures as `structure.field`. Raises UserError."""
     data = read_file(path, WHAT)
     if data[:8] == b"\x89HDF\r\n\x1a\n" or data[512:520] == b"\x89HDF\r\n\x1a\n":
-        from elm_jax.ecg.formats.hdf5 import read_hdf5
-
-        return read_hdf5(path)
+        return hdf5_values(path)
     try:
-        values = _File(path, data).values()
+        return _File(path, data).values()
     except (struct.error, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(path, f"a damaged file ({error})", WHAT, AGAIN) from None
-    return stored_of(path, values)
 
 
 class _File:

@@ -135,6 +135,8 @@ def _read_philips(path: Path, root: Element) -> Stored:
         names = list(LEADS)
     count = data.attributes.get("numberofleads") or about.first("numberchannelsvalid").text
     names = names[: max(0, int(number(path, "number of leads", count or str(len(names)))))]
+    if (bits := about.first("bitspersample").text.strip() or "16") != "16":
+        raise UserError(path, f"samples of {bits} bits", "sixteen", "export them so")
     rate = number(path, "samplingrate", about.first("samplingrate").text)
     step = about.first("signalresolution").text.strip() or about.first("resolution").text
     samples = int(number(path, "durationperchannel", data.attributes.get("durationperchannel", "")) * rate / 1000)
