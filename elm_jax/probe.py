@@ -36,10 +36,10 @@ def main(argv: Sequence[str]) -> None:
 
     keep_compiled()
     tasks = probe.read_tasks(options.task.split(","), options.labels, options.root, options.seed)
+    prompts = probe.read_prompts(options.prompts)
     encoder = open_encoder(options.checkpoint, flags, options.step)
     out = options.out or encoder.folder / "probe"
     check_writable(out, "--out")
-    prompts = probe.read_prompts(options.prompts)
     how = probe.Options(fractions, options.neighbours, options.folds, options.protocol, options.seed, prompts)
     progress = encoder.assembly.config.log.progress
     for text in probe.run_probe(encoder, tasks, how, out, options.random, progress):

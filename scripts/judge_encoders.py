@@ -3,10 +3,10 @@
     python scripts/judge_encoders.py --out runs/judged [--kinds st_mem,merl] [--real FOLDER]
 
 Each kind is pretrained by its config of configs/pretrain_encoder, small and for minutes, on four leads of synthetic
-recordings; judged on others beside a random encoder of the same sizes (`elm_jax.probe`); exported; and a small ELM begins
-from the file. With --real, a folder with `ptbxl/` (PTB-XL's tables and recordings), it is pretrained on the recordings of
-folds 1 to 5 as well, and judged on the patients of the other folds, fold by fold. merl's reports and its text tower, a
-BERT of two layers that learns with it, are made here.
+recordings; judged on others beside a random encoder of the same sizes (`elm_jax.probe`); exported; and a small ELM
+begins from the file. With --real, a folder with `ptbxl/` (PTB-XL's tables and recordings), it is pretrained on the
+recordings of folds 1 to 5 as well, and judged on the patients of the other folds, fold by fold. merl's reports and its
+text tower, a BERT of two layers that learns with it, are made here.
 
 Prints a line of JSON: {kind: {data: {method: [[macro AUROC, low, high], the random one's]}}}, and a sentence; exits 1
 where no method of a kind has an interval above the random encoder's, on the synthetic recordings.

@@ -240,6 +240,7 @@ MADE: list[tuple[str, list[str], str]] = [  # command, arguments, what the line 
         for command, rest in {
             "evaluate": [], "export": ["--out", "out"], "chat": [],
             "analyze": ["--ecg", "W/ecgs/ok.npy", "--out", "out"],
+            "probe": ["--task", "demo", "--labels", "demo:train=4,val=4,test=4"],
         }.items()
         for run, says in {
             "absent": "--checkpoint", "ok.jsonl": "--checkpoint", "later": "later/config.json, quantum",
@@ -274,6 +275,15 @@ MADE: list[tuple[str, list[str], str]] = [  # command, arguments, what the line 
     ("compare", ["W/compared/a", "W/compared/listed"], "predictions.jsonl, line 1"),
     ("compare", ["W/compared/a", "W/compared/none"], "no answer"),
     ("compare", ["W/compared/a", "W/compared/broken"], "predictions.jsonl, line 2"),
+    # probe
+    ("probe", ["--task", "demo"], "--checkpoint"),
+    ("probe", ["--checkpoint", "W/run", "--task", "dmo"], "did you mean 'demo'?"),
+    ("probe", ["--checkpoint", "W/run", "--task", "demo", "--labels", "demo:tain=4"], "did you mean 'train'?"),
+    ("probe", ["--checkpoint", "W/run", "--labels", "W/ok.jsonl"], ".csv, .parquet"),
+    ("probe", ["--checkpoint", "W/run", "--task", "ptbxl_super", "--labels", "W/folder"], "scp_statements.csv"),
+    ("probe", ["--checkpoint", "W/run", "--task", "csn", "--labels", "W/folder"], "0 recordings"),
+    ("probe", ["--checkpoint", "W/run", "--task", "demo", "--fractions", "200"], "--fractions"),
+    ("probe", ["--checkpoint", "W/run", "--task", "demo", "--prompts", "W/absent.json"], "absent.json"),
     # analyze, chat
     ("analyze", ["--checkpoint", "W/run"], "--ecg"),
     ("analyze", ["--checkpoint", "W/run", "--ecg", "W/ecgs/ok.npy", "--out", "W/ok.jsonl"], "--out"),
@@ -412,5 +422,5 @@ def test_a_bad_input_is_one_line_and_leaves_nothing(
 def test_there_are_enough() -> None:
     assert len(MADE) >= 100 and {command for command, *_ in MADE} == {
         "train", "evaluate", "compare", "analyze", "chat", "export", "import_weights", "prepare", "ecg_byte", "plan",
-        "doctor", "pairs",
+        "doctor", "pairs", "probe",
     }  # fmt: skip
