@@ -126,7 +126,7 @@ def _cpsc(labels: str | None) -> LabelTable:
     records = []
     for line, row in csv_rows(reference, ("Recording", *columns), reference, "CPSC 2018's labels", "download it again"):
         said = [row[name] for name in columns if row[name]]
-        numbers = [int(number) for text in said if (number := _number(text)) in range(1, len(_CPSC) + 1)]
+        numbers = [int(text) for text in said if re.fullmatch(f"[1-{len(_CPSC)}]", text)]
         if len(numbers) < len(said):
             raise UserError(f"{reference}, line {line}", f"labels {said}", "numbers 1 to 9", "download it again")
         found = frozenset(_CPSC[number - 1] for number in numbers)

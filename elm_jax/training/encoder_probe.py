@@ -92,4 +92,5 @@ def _some(records: Sequence[Labelled], seed: int) -> list[Labelled]:
 
 def _both(true: np.ndarray) -> np.ndarray:
     """(K,) which classes some show, and some do not."""
-    return true.any(0) & ~true.all(0) if len(true) else np.zeros(true.shape[1:], bool)
+    shown = true.sum(axis=0)
+    return (shown > 0) & (shown < len(true))
