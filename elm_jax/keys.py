@@ -182,6 +182,10 @@ class EvalConfig:
     folds: tuple[int, ...] | None = key(None, "folds to average over; None is data.fold", limit="at least 1")
     seeds: tuple[int, ...] | None = key(None, "seeds to average over; None is seed", limit="at least 0")
     limit: int | None = key(None, "evaluate only the first so many questions", limit="at least 1")
+    guidance: float = key(
+        1.0, "of ECGs that are generated: how far they are led away from those of no condition; 1 is not at all",
+        limit="at least 0",
+    )  # fmt: skip
     ema: bool = key(False, "validate, evaluate, chat and export with the average of the weights (optim.ema)")
     labels: str | None = key(None, "PTB-XL's folder: also ask for each of its statements whether the ECG shows it")
     protocol: str = key("ours", "by which rules answers are scored", choices=tuple(PROTOCOLS))

@@ -12,7 +12,7 @@ from elm_jax.data.samples import Experience, Sample, Samples
 from elm_jax.models.elm import ELM
 from elm_jax.objectives import contrastive, policy, preference, self_supervised
 from elm_jax.objectives.cross_entropy import log_probs, summed_cross_entropy, sums_of_samples
-from elm_jax.objectives.objective import Objective, Sums
+from elm_jax.objectives.objective import Objective, Redrawn, Sums
 from elm_jax.registry import Registry
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "SFT",
     "Experience",
     "Objective",
+    "Redrawn",
     "Sample",
     "Samples",
     "Sums",

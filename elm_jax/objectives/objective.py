@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 
 from elm_jax.config import Config
-from elm_jax.data.batch import Batch
+from elm_jax.data.batch import Array, Batch
 from elm_jax.data.samples import Samples
 from elm_jax.errors import UserError
 from elm_jax.models.elm import ELM
 
 Sums = dict[str, jax.Array]  # scalars by name; "loss" is what is learnt from, the others are logged
+
+
+class Redrawn(NamedTuple):
+    """ECGs as a model rebuilds, makes or continues them, beside the true ones.
+
+    truth, made: (R, C, L) signals, or (R, T) ids; hidden: which of their values the model was not shown; there: (R,)
+    which are ECGs at all; features: (R, D) of the true and of the made ones, where ECGs were made of nothing.
+    """
+
+    truth: Array
+    made: Array
+    hidden: Array
+    there: Array
+    features: tuple[Array, Array] | None = None
+
+
+Redraw = Callable[[ELM, Batch, jax.Array], Redrawn]  # what is drawn at random comes from the third
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,8 @@ class Objective:
         pretrains: the encoder, where this is its own pretraining: the model is that encoder with all that it trains.
         better: the number of which more is better, by which validations are judged; "": by the loss, less of it.
         temperature: what logits are divided by where log probabilities are taken.
+        redraws: of an encoder alone, by name, what an evaluation has it rebuild, make or continue.
+        drawn: which of them is drawn at validations.
     """
 
     loss: Callable[[ELM, Batch, jax.Array | None, Collection[str]], Sums]
@@ -42,6 +62,8 @@ class Objective:
     temperature: float = 1.0
     pretrains: str = ""
     better: str = ""
+    redraws: Mapping[str, Redraw] = field(default_factory=dict)
+    drawn: str = ""
 
 
 def check_encoder(config: Config, *names: str) -> None:

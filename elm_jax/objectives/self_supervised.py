@@ -6,7 +6,8 @@ Dimension letters: B rows, S signal slots, R = B·S signals, C leads, L samples,
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,16 @@ from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.ecg_ids import PADDED
 from elm_jax.data.samples import LABEL, REPORT, Samples
+from elm_jax.errors import UserError
 from elm_jax.models.elm import ELM
 from elm_jax.models.encoders import kind_of
 from elm_jax.models.encoders.dit import dit_errors
-from elm_jax.models.encoders.mae_pretraining import rebuilding_error
+from elm_jax.models.encoders.mae_pretraining import rebuilding_error, rebuilt_signals
 from elm_jax.models.encoders.next_token import next_id_errors
 from elm_jax.models.encoders.sequence import next_embedding_error
-from elm_jax.objectives.objective import Objective, Sums, check_encoder
+from elm_jax.objectives.objective import Objective, Redrawn, Sums, check_encoder
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of time, from which a diffusion model rebuilds ECGs
 
 
 def st_mem(config: Config) -> Objective:
@@ -75,8 +79,20 @@ def next_token(config: Config) -> Objective:
         ids, there = flat(batch)
         return {"loss": ((ids[:, 1:] != PADDED) & there[:, None]).sum()}
 
+    def forecast(model: ELM, batch: Batch, key: jax.Array) -> Redrawn:
+        """The second half of each ECG's ids, from the first."""
+        (ids, there), encoder = flat(batch), cast(Any, model.encoder)
+        length = (ids != PADDED).sum(1, keepdims=True)
+        places = jnp.arange(ids.shape[1])
+        hidden = (places >= length // 2) & (places < length)
+        made = encoder.forecast(jnp.where(hidden, PADDED, ids), config.eval.temperature, key)
+        return Redrawn(ids, jnp.where(places < length, made, PADDED), hidden, there)
+
     check_encoder(config, "next_token")
-    return Objective(loss, counts, Samples(phase=None), frozenset({"encoder"}), pretrains="next_token")
+    return Objective(
+        loss, counts, Samples(phase=None), frozenset({"encoder"}), pretrains="next_token",
+        redraws={"forecast": forecast},
+    )  # fmt: skip
 
 
 def dit(config: Config) -> Objective:
@@ -84,19 +100,43 @@ def dit(config: Config) -> Objective:
     check_encoder(config, "dit", "dit_text")
     sizes = kind_of(str(config.encoder.name)).config(config.encoder.config)
     phase = {"text": REPORT, "label": LABEL}.get(sizes.condition)
+    if sizes.loss_type == "ddpm" and config.data.normalize.endswith("zscore"):
+        expected = "values from 0 to 1 with loss_type=ddpm, which is bounded by them: minmax, lead_minmax"
+        raise UserError("data.normalize", config.data.normalize, expected, "set it so, or learn a rectified_flow")
+
+    def parts(batch: Batch) -> tuple[jax.Array, jax.Array, Any]:
+        """The signals, which are there, and the conditions: what is said of a row holds for each of its ECGs."""
+        signals, weights = (x.reshape(-1, *x.shape[2:]) for x in (_signals(batch), batch.signal_weights))
+        tokens = jnp.repeat(batch.tokens, batch.signal_weights.shape[1], axis=0)
+        given = {"text": tokens[:, : config.data.max_len], "label": tokens[:, 0], "lead": signals}
+        return signals, weights > 0, given.get(sizes.condition)
 
     def loss(model: ELM, batch: Batch, key: jax.Array | None, trained: Collection[str]) -> Sums:
         assert key is not None
-        encoder: Any = model.encoder
-        signals, weights = (x.reshape(-1, *x.shape[2:]) for x in (_signals(batch), batch.signal_weights))
-        # What is said of a row holds for each of its ECGs.
-        tokens = jnp.repeat(batch.tokens, batch.signal_weights.shape[1], axis=0)
-        given = {"text": tokens[:, : config.data.max_len], "label": tokens[:, 0], "lead": signals}.get(sizes.condition)
-        errors = dit_errors(encoder, signals, given, key, "encoder" in trained)
-        return {"loss": jnp.where(weights > 0, errors, 0.0).sum()}
+        signals, there, given = parts(batch)
+        errors = dit_errors(cast(Any, model.encoder), signals, given, key, "encoder" in trained)
+        return {"loss": jnp.where(there, errors, 0.0).sum()}
 
-    samples = Samples(phase=phase, classes=sizes.num_label_classes)
-    return Objective(loss, _recordings, samples, frozenset({"encoder", "key"}), pretrains=str(config.encoder.name))
+    def redraw(level: float | None, model: ELM, batch: Batch, key: jax.Array) -> Redrawn:
+        """Each ECG made of noise, or at a level rebuilt from itself with noise."""
+        signals, there, given = parts(batch)
+        encoder: Any = model.encoder
+        x, guidance = encoder.of(signals).astype(jnp.float32), config.eval.guidance
+        condition = None if given is None else encoder.conditions(given)
+        noise = jax.random.normal(jax.random.fold_in(key, 0), x.shape)
+        if level is None:
+            made = encoder.generate(noise, jax.random.fold_in(key, 1), condition, guidance)
+            features = encoder.clean_features(x).mean(1), encoder.clean_features(made).mean(1)
+        else:
+            made, features = encoder.rebuild_from(x, noise, level, condition, guidance), None
+        truth, made = x.swapaxes(1, 2), made.swapaxes(1, 2)
+        return Redrawn(truth, made, jnp.ones(truth.shape, bool), there, features)
+
+    redraws = {"made": partial(redraw, None)} | {f"rebuilt_{level:g}": partial(redraw, level) for level in LEVELS}
+    return Objective(
+        loss, _recordings, Samples(phase=phase, classes=sizes.num_label_classes), frozenset({"encoder", "key"}),
+        pretrains=str(config.encoder.name), redraws=redraws, drawn="made",
+    )  # fmt: skip
 
 
 def _recordings(batch: Batch) -> Sums:
@@ -119,7 +159,17 @@ def _masked(config: Config, name: str, normalised: bool, absolute: bool = False)
         of_signals = errors.sum(axes) / jnp.maximum(counted.sum(axes), 1.0)
         return {"loss": jnp.where(weights > 0, of_signals, 0.0).sum()}
 
-    return Objective(loss, _recordings, Samples(phase=None), frozenset({"encoder", "key"}), pretrains=name)
+    def redraw(model: ELM, batch: Batch, key: jax.Array) -> Redrawn:
+        encoder: Any = model.encoder
+        signals, weights = (x.reshape(-1, *x.shape[2:]) for x in (_signals(batch), batch.signal_weights))
+        rebuilt = encoder.rebuild(signals, encoder.noise(key, len(signals)), keys.mask_ratio)
+        return Redrawn(*rebuilt_signals(rebuilt, normalised, encoder.config.join), weights > 0)
+
+    redraws = {} if name == "vit" else {"rebuilt": redraw}  # which has images
+    return Objective(
+        loss, _recordings, Samples(phase=None), frozenset({"encoder", "key"}), pretrains=name, redraws=redraws,
+        drawn=next(iter(redraws), ""),
+    )  # fmt: skip
 
 
 def _signals(batch: Batch) -> jax.Array:

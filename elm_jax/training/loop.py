@@ -313,10 +313,11 @@ class Trainer:
         def first(x: Any) -> jax.Array:
             return x[0] if isinstance(x, jax.Array) else to_device(self.mesh, x[0], sharding, row_axis=0)
 
-        total, count = Counter[str](), Counter[str]()
+        total, count, shown = Counter[str](), Counter[str](), None
         for loaded in self._steps(self.validation, 0, what="batch"):
             self.health.note(done, loaded.bad)
             batch = jax.tree.map(first, loaded.batch)
+            shown = batch if shown is None else shown
             for whole, part in zip((total, count), jax.device_get(self.program.eval_step(arrays, batch)), strict=True):
                 whole.update({name: float(x) for name, x in part.items()})
         means = {f"val_{name}": total[name] / max(count[name], 1.0) for name in count}
@@ -327,6 +328,9 @@ class Trainer:
         self.history["val_losses"].append(loss)
         if math.isfinite(loss) and (best is None or loss < best):
             self.history |= {"best_val_loss": loss, "best_step": done}
+        if self.program.redraw is not None and shown is not None:
+            made = jax.device_get(self.program.redraw(arrays, shown, jax.random.key(self.config.seed)))
+            means |= self.report.redrawn(self.folder, done, self.assembly, made)
         return means
 
     def _stops_early(self) -> bool:

@@ -30,7 +30,9 @@ from elm_jax.runtime.mesh import MeshPlacement, array_shardings, batch_sharding,
 from elm_jax.training.muon import matrices, matrices_by_name
 from elm_jax.training.optim import make_optimizer
 from elm_jax.training.state import TrainState, abstract_state, split_names
-from elm_jax.training.step import make_eval_step, make_train_step
+from elm_jax.training.step import make_eval_step, make_redraw, make_train_step
+
+DRAWN = 4  # rows of a validation batch, at least
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class TrainProgram:
     frozen: dict[str, jax.ShapeDtypeStruct]  # what the step is given; an encoder whose outputs are kept is no part
     shardings: dict[str, NamedSharding]  # of all arrays of the model
     batch: Callable[[BatchShape], Batch]  # the batch of a shape
+    redraw: Callable[..., Any] | None = None  # jitted: (arrays, batch, key) -> what a validation draws of it
 
 
 def train_program(assembly: Assembly, mesh: Mesh, total_steps: int) -> TrainProgram:
@@ -67,8 +70,10 @@ def train_program(assembly: Assembly, mesh: Mesh, total_steps: int) -> TrainProg
         kept |= {f"{REFERENCE}.{n}": like[n] for n in (*trained, *moving)}
     step = make_train_step(structure, config, tx, mesh, places, {n: x.sharding for n, x in kept.items()})
     batch = functools.partial(_abstract_batch, assembly=assembly, layout=layout, mesh=mesh)
+    drawn = assembly.objective.drawn
+    redraw = make_redraw(structure, config, mesh, drawn, max(DRAWN, batch_ways(mesh))) if drawn else None
     return TrainProgram(
-        step, make_eval_step(structure, config, mesh), tx, state, kept, shardings, batch
+        step, make_eval_step(structure, config, mesh), tx, state, kept, shardings, batch, redraw
     )
 
 

@@ -27,9 +27,12 @@ from elm_jax.data.dataset import cuts
 from elm_jax.data.loader import Loaded
 from elm_jax.data.plan import LengthIndex
 from elm_jax.models.lora import is_lora
+from elm_jax.objectives import Redrawn
 from elm_jax.runtime import telemetry
 from elm_jax.runtime.mesh import batch_ways, host_parts
+from elm_jax.scoring.generation import rebuilding
 
+DRAWN = 4  # ECGs of a picture
 Flops = Callable[[int, int, int], float]  # of (tokens, supervised tokens, attention pairs)
 
 
@@ -217,6 +220,24 @@ class Report:
         (folder / "plots").mkdir(exist_ok=True)
         steps, losses = [line["step"] for line in logged], [line["loss"] for line in logged]
         loss_plot(steps, losses, [line.get("val_loss") for line in logged], folder / "plots" / "loss.png")
+
+    def redrawn(self, folder: Path, step: int, assembly: Assembly, made: Redrawn) -> dict[str, float]:
+        """Draw plots/<what>_<step>.png of some validation ECGs; what is measured of those that were rebuilt."""
+        from elm_jax.pictures.redrawn import draw_redrawn
+
+        there, data = made.there, assembly.config.data
+        truth, own, hidden = (np.asarray(x)[there] for x in (made.truth, made.made, made.hidden))
+        if self._first_process and len(own):
+            (folder / "plots").mkdir(exist_ok=True)
+            path = folder / "plots" / f"{assembly.objective.drawn}_{step}.png"
+            leads = data.leads if own.shape[1] == len(data.leads) else ()
+            shown = (None if made.features else truth[:DRAWN]), own[:DRAWN], hidden[:DRAWN]
+            draw_redrawn(path, *shown, data.sampling_rate, leads)
+        if made.features is not None or not len(own):
+            return {}
+        measured = rebuilding(own, truth, data.sampling_rate)
+        of_hidden = hidden.any(-1)
+        return {f"val_{name}": float(getattr(measured, name)[of_hidden].mean()) for name in ("psnr", "ssim")}
 
     def close(self) -> None:
         """End the bar and the clock."""

@@ -21,7 +21,7 @@ from elm_jax.data.batch import Batch
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays, Structure
 from elm_jax.models.hints import placed
-from elm_jax.objectives import SFT, Objective, Sums, log_probs, objective_of
+from elm_jax.objectives import SFT, Objective, Redrawn, Sums, log_probs, objective_of
 from elm_jax.run.folder import REFERENCE
 from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, replicated
 from elm_jax.training.optim import clip_coefficient
@@ -196,6 +196,20 @@ def make_eval_step(
         with placed(MeshPlacement(mesh)):
             batch = _with_reference(structure, arrays, batch, objective)
             return objective.loss(structure.bind(arrays), batch, key, ()), objective.counts(batch)
+
+    return jax.jit(step, out_shardings=replicated(mesh))
+
+
+def make_redraw(
+    structure: Structure, config: Config, mesh: Mesh, name: str, count: int | None = None
+) -> Callable[[Arrays, Batch, jax.Array], Redrawn]:
+    """The jitted function (arrays, batch without micro-batch axis, key) -> one of the objective's redraws, of the
+    first `count` rows or of all."""
+    redraw = objective_of(config).redraws[name]
+
+    def step(arrays: Arrays, batch: Batch, key: jax.Array) -> Redrawn:
+        with placed(MeshPlacement(mesh)):
+            return redraw(structure.bind(arrays), jax.tree.map(lambda x: x[:count], batch), key)
 
     return jax.jit(step, out_shardings=replicated(mesh))
 

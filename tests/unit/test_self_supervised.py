@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config
 from elm_jax.data.ecg_ids import PADDED, EcgIds
 from elm_jax.errors import UserError
+from elm_jax.evaluation.redrawing import redraw_split
 from elm_jax.exchange.export import export
 from elm_jax.models.encoders.sequence import SequenceConfig
 from elm_jax.objectives import objective_of
+from elm_jax.objectives.self_supervised import LEVELS
 from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.run.weights import Weights
 from elm_jax.runtime.mesh import array_shardings, make_mesh
@@ -54,6 +57,18 @@ def config(folder: Path, name: str, **changes: Any) -> Config:
     return runs.config(folder, **{**usual, **OWN.get(name, {}), **changes})
 
 
+MEASURES = ("mse", "mae", "psnr", "ssim")
+
+
+def redrawn(config: Config, split: str) -> dict[str, Any]:
+    """The metrics of what the run's encoder redraws, and a picture of each kind."""
+    out = redraw_split(config, split, "latest")
+    found = json.loads((out / "metrics.json").read_text())["metrics"]
+    kinds = {name.rpartition(".")[0] for name in found}
+    assert {path.stem for path in out.glob("*.png")} == (kinds if config.data.representation == "signal" else set())
+    return found
+
+
 @pytest.mark.slow  # trains twice
 @pytest.mark.parametrize("name", ["st_mem", "mlae", "vit"])
 def test_what_is_hidden_is_rebuilt_ever_better(name: str, tmp_path: Path) -> None:
@@ -63,6 +78,9 @@ def test_what_is_hidden_is_rebuilt_ever_better(name: str, tmp_path: Path) -> Non
     assert loop.train(config(stopped, name))
     assert logged(stopped) == logged(whole)
     lines = [line for line in runs.lines(whole) if "loss" in line]
+    if name != "vit":
+        assert lines[-1]["val_psnr"] > lines[2]["val_psnr"] and 0 < lines[-1]["val_ssim"] <= 1
+        assert {path.name for path in (whole / "plots").iterdir()} == {"loss.png", "rebuilt_3.png", "rebuilt_6.png"}
     assert lines[-1]["val_loss"] < lines[2]["val_loss"] < lines[0]["loss"]
     first, last = saved_arrays(whole, 6), saved_arrays(stopped, 6)
     assert any("decoder" in array for array in first)
@@ -71,6 +89,10 @@ def test_what_is_hidden_is_rebuilt_ever_better(name: str, tmp_path: Path) -> Non
     assert not (whole / "tokenizer").exists()
     out = tmp_path / "out"
     export(config(whole, name, eval__ema=True), out, "latest")
+    if name == "st_mem":
+        found = redrawn(config(whole, name, eval__ema=True, eval__batch_size=3), "test")
+        assert set(found) == {f"rebuilt.{measure}" for measure in MEASURES}
+        assert all(low <= each["value"] <= high for each in found.values() for low, high in [each["ci95"]])
     assert {path.name for path in out.iterdir()} <= {"encoder.safetensors", "encoder.pt", "elm.json"}
     begun = runs.config(
         tmp_path / "begun",
@@ -100,6 +122,9 @@ def test_the_next_id_is_predicted_ever_better_and_an_elm_starts_from_it(tmp_path
     assert loop.train(made)
     lines = [line for line in runs.lines(tmp_path / "run") if "loss" in line]
     assert lines[-1]["loss"] < lines[0]["loss"] and abs(lines[0]["loss"] - np.log(256 + 26 + 27)) < 0.5
+    found = redrawn(replace(made, eval=replace(made.eval, limit=2)), "test")
+    assert set(found) == {f"forecast.{name}" for name in ("accuracy", "mse", "mae", "mase", "pearson_r", "snr_db")}
+    assert 0 <= found["forecast.accuracy"]["value"] <= 1
     export(made, tmp_path / "out", "latest")
     names = set(Safetensors(tmp_path / "out" / "encoder.safetensors"))
     assert {"token_emb.weight", "pos_emb.weight", "lm_head.weight", "layers.0.self_attn.in_proj_weight"} <= names
@@ -137,6 +162,11 @@ def test_ecgs_of_labels_are_generated(tmp_path: Path) -> None:
     assert loop.train(made)
     lines = [line for line in runs.lines(tmp_path / "run") if "loss" in line]
     assert lines[-1]["val_loss"] < lines[2]["val_loss"] and abs(lines[0]["loss"] - 1.3) < 0.2  # of noise less noise
+    assert (tmp_path / "run" / "plots" / "made_6.png").is_file()
+    found = redrawn(made, "val")
+    assert set(found) == {"made.fid", "made.mmd", *(f"rebuilt_{t}.{m}" for t in LEVELS for m in MEASURES)}
+    assert found["rebuilt_0.9.mse"]["value"] < found["rebuilt_0.1.mse"]["value"]
+    assert np.load(tmp_path / "run" / "eval" / "data-val" / "made.npy").shape == (8, 12, 100)
     labels = assemble(made).dataset("train")
     assert [int(labels.conversations(n, None, 1)[0].ids[0]) for n in range(2)] == [0, 1]
     bad = assemble(config(tmp_path / "bad", "dit", **labelled(tmp_path / "other", [0, 7] * 2 + [None]),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -153,14 +153,19 @@ class Dit(nnx.Module):
             self.lead_position = token(rngs, param_dtype, config.seq_len, width)
         if config.loss_type == "ddpm":
             betas = np.linspace(config.beta_start, config.beta_end, config.steps, dtype=np.float32)
-            for name, values in (("betas", betas), ("alphas", 1 - betas), ("alphas_cumprod", np.cumprod(1 - betas))):
-                setattr(self, name, Held(jnp.asarray(values, jnp.float32), axes=(None,)))
+            held = partial(Held, axes=(None,))
+            self.betas, self.alphas = held(jnp.asarray(betas)), held(jnp.asarray(1 - betas))
+            self.alphas_cumprod = held(jnp.asarray(np.cumprod(1 - betas)))
 
     def __call__(self, signals: jax.Array, weights: jax.Array | None = None, train: bool = False) -> jax.Array:
         """(B, leads, L) -> (B, N, D) float32: N bins of time of what the blocks make of a signal without noise, for no
         condition. weights, train: without effect."""
-        clean = jnp.full(len(signals), 0.0 if self.config.loss_type == "ddpm" else 1.0)
-        return adaptive_average_pool(self.features(self.of(signals), clean, self.nothing(len(signals))), self.tokens)
+        return adaptive_average_pool(self.clean_features(self.of(signals)), self.tokens)
+
+    def clean_features(self, x: jax.Array) -> jax.Array:
+        """(B, L, C) without noise -> (B, L, D), for no condition."""
+        time = jnp.full(len(x), 0.0 if self.config.loss_type == "ddpm" else 1.0)
+        return self.features(x, time, self.nothing(len(x)))
 
     def of(self, signals: jax.Array) -> jax.Array:
         """What is generated of signals (B, leads, L): (B, L, C)."""
@@ -320,7 +325,7 @@ def dit_errors(
         condition = model.conditions(given)
         if train:
             left_out = (chosen < model.config.condition_dropout)[:, None]
-            condition = jnp.where(left_out, model.nothing(len(x)), condition)
+            condition = jnp.where(left_out, cast(jax.Array, model.nothing(len(x))), condition)
     return ((model.predict(there.signal, there.time, condition) - there.target) ** 2).mean((1, 2))
 
 

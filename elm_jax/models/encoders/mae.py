@@ -74,20 +74,31 @@ def by_lead(signals: Any, p: int) -> Any:
     return signals.reshape(batch, leads // p, p * samples)
 
 
+def in_order(patches: Any, leads: int) -> Any:
+    """The inverse of `by_lead_and_time` and `by_lead`."""
+    return patches.reshape(len(patches), leads, -1)
+
+
+def from_time(patches: Any, leads: int) -> Any:
+    """The inverse of `by_time`."""
+    return patches.reshape(*patches.shape[:2], -1, leads).transpose(0, 3, 1, 2).reshape(len(patches), leads, -1)
+
+
 @dataclass(frozen=True)
 class Patching:
-    """What a patch is. cut: signals (B, C, L) and p -> patches (..., n, P); whole: the field that p divides;
-    size: p for a given L."""
+    """What a patch is. cut: signals (B, C, L) and p -> patches (..., n, P); join: patches and C -> signals; whole: the
+    field that p divides; size: p for a given L."""
 
     cut: Callable[[Any, int], Any]
+    join: Callable[[Any, int], Any] = in_order
     whole: str = "seq_len"
     size: Callable[[int], int] = calculate_patch_size
 
 
 PATCHINGS = {
     "st_mem": Patching(by_lead_and_time),
-    "mtae": Patching(by_time),
-    "mlae": Patching(by_lead, "num_leads", lambda length: 1),
+    "mtae": Patching(by_time, from_time),
+    "mlae": Patching(by_lead, in_order, "num_leads", lambda length: 1),
 }
 
 
@@ -142,6 +153,10 @@ class MaeConfig:
             fix = "give such signals, or set encoder.config.num_leads and seq_len as your checkpoint has them"
             raise UserError("encoder input", f"shape {signals.shape}", expected, fix)
         return PATCHINGS[self.name].cut(signals, self.patch_size)
+
+    def join(self, patches: jax.Array) -> jax.Array:
+        """The inverse of `cut`."""
+        return PATCHINGS[self.name].join(patches, self.num_leads)
 
     @property
     def patches(self) -> tuple[int, int]:

@@ -6,6 +6,7 @@ patches that are seen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -130,6 +131,22 @@ class MaskedStMem(StMem):
         each = plus(whole.reshape(batch * leads, -1, whole.shape[-1]), self.decoder_position)
         rebuilt = self.head(self.decoder_norm(self.decoder(each)))[:, 1:-1]
         return Rebuilt(rebuilt.reshape(batch, leads, *rebuilt.shape[1:]), truth, order.hidden, latent)
+
+
+def rebuilt_signals(
+    rebuilt: Rebuilt, normalised: bool, join: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Signals (B, C, L) float32: the true ones, those with what was hidden as it was rebuilt, and what was hidden.
+
+    normalised: patches were rebuilt less their mean, by their deviation, and get the true ones. join: from patches to
+    signals.
+    """
+    truth, made = rebuilt.truth.astype(jnp.float32), rebuilt.patches.astype(jnp.float32)
+    if normalised:
+        spread = jnp.sqrt(truth.var(-1, keepdims=True, ddof=1) + PATCH_EPS)
+        made = made * spread + truth.mean(-1, keepdims=True)
+    hidden = jnp.broadcast_to(rebuilt.hidden[..., None] > 0, truth.shape)
+    return join(truth), join(jnp.where(hidden, made, truth)), join(hidden)
 
 
 def rebuilding_error(

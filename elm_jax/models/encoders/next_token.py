@@ -123,6 +123,7 @@ def _step_of(
     q, k, v = (part.reshape(len(x), 1, attention.heads, -1) for part in jnp.split(attention.qkv(x), 3, axis=-1))
     keys, values = (jax.lax.dynamic_update_slice(all_, new, (0, at, 0, 0)) for all_, new in ((keys, k), (values, v)))
     out = attend(q, keys, values, seen[None, None, None], q.shape[-1] ** -0.5, "xla").reshape(x.shape)
+    assert attention.o is not None
     x = block.norm1(x + attention.o(out))
     return block.norm2(x + block.mlp(x)), (keys, values)
 

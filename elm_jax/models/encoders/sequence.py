@@ -56,6 +56,10 @@ class SequenceConfig(BlockConfig):
     seq_len: int = key(2500, "L", limit="at least 1")
     num_decoder_layers: int = key(4, "blocks of MAE-ViT's decoder", limit="at least 1")
 
+    def join(self, patches: jax.Array) -> jax.Array:
+        """MAE-ViT's patches (B, C, L) are leads as they are."""
+        return patches
+
     def check(self, signals: jax.Array) -> None:
         """Raise UserError unless the signals have this config's C and L."""
         if signals.ndim != 3 or signals.shape[1:] != (self.num_leads, self.seq_len):
