@@ -22,10 +22,10 @@ import numpy as np
 
 from elm_jax.assemble import encoder_structure
 from elm_jax.data.labels import Labelled, LabelTable, read_labels
-from elm_jax.data.samples import REPORT
 from elm_jax.errors import UserError
 from elm_jax.evaluation.encoders import Encoder, embeddings, random_encoder
 from elm_jax.folders import read_json, writable_folder, write_atomic, write_json
+from elm_jax.models.encoders import kind_of
 from elm_jax.pictures.page import filled
 from elm_jax.scoring.probing import (
     Judged,
@@ -92,7 +92,7 @@ def probe(
         for name, method in _methods(options):
             judged = _judged(method, features, true, parts, read, classes, options)
             reports[name], aucs[name] = judged.report, judged.macro_aucs
-        if encoder.assembly.objective.samples.phase == REPORT:
+        if hasattr(kind_of(encoder.assembly.encoder_kinds["encoder"]).module, "ecgs"):  # compared with texts
             _, ecgs = embeddings(encoder, table, progress, compared=True)
             scores = zero_shot(ecgs, _classifier(encoder, table, classes, options))
             judged = _judged(_as_given, scores, true, parts, read, classes, options)

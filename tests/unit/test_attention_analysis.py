@@ -62,9 +62,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mlae": MAE | DECODER,
     "siglip_ecg": SIZES | TOWER | {"patch_size": PATCH},
     "merl_vit": SIZES | {"patch_size": PATCH, "width": 16, "depth": 1, "heads": 1, "mlp_dim": 16},
-    **dict.fromkeys(("mae_vit", "nepa"), SIZES | {"d_model": 16, "n_heads": 2, "dim_ff": 16, "num_layers": 1}),
+    **dict.fromkeys(
+        ("mae_vit", "nepa", "dit", "dit_text"), SIZES | {"d_model": 16, "n_heads": 2, "dim_ff": 16, "num_layers": 1}
+    ),
 }
-IMAGES = {"clip", "vit", "siglip2"}
+IMAGES, SYMBOLS = {"clip", "vit", "siglip2"}, {"next_token"}
 
 
 def spans_of(
@@ -149,7 +151,7 @@ def test_tokens_of_the_shipped_sizes_stand_where_their_patches_are() -> None:
 def test_the_token_of_an_image_stands_for_all_of_it_and_every_encoder_is_known() -> None:
     assert spans_of("clip", 1) == [[(0, LEADS, 0, SAMPLES)]]
     assert {name for name, kind in ENCODERS.items() if kind.processing} == IMAGES
-    assert set(FIELDS) == {name for name, kind in ENCODERS.items() if kind.pooled} == set(ENCODERS) - IMAGES
+    assert set(FIELDS) == {name for name, kind in ENCODERS.items() if kind.pooled} == set(ENCODERS) - IMAGES - SYMBOLS
 
 
 def test_symbols_stand_for_what_they_spell_lead_after_lead() -> None:
