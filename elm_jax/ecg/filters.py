@@ -24,7 +24,7 @@ _DB6 = np.array(
 _TAPS, _LEVELS = len(_DB6), 4
 _ANALYSIS = np.stack([_DB6[::-1], _DB6 * np.resize([1.0, -1.0], _TAPS)], axis=1)  # taps x (low-pass, high-pass)
 _SYNTHESIS = _ANALYSIS.reshape(_TAPS // 2, 2, 2)[::-1].transpose(2, 0, 1)  # each: taps x (even, odd)
-_PADDING = (9, 9, 27, 15)  # samples by which each end is extended, for each of `_sections`
+_PADDING = (9, 9, 27, 15)  # samples by which each end is extended, for each of `_filters`
 _NOISE = 0.6745  # the median of |x| for a standard normal x
 
 
@@ -34,27 +34,37 @@ def filter_2025(signal: np.ndarray, rate: float) -> np.ndarray:
 
     Raises UserError for a rate that does not hold 100 Hz, and for a signal that is too short to be extended.
     """
-    from scipy.signal import sosfiltfilt  # slow to import, and not needed by `clean`
-
     if rate <= 200 or signal.shape[1] <= max(_PADDING):
         found = f"{signal.shape[1]} samples at {rate:g} Hz"
         fix = "leave it out, or choose another --profile"
         raise UserError("recording", found, f"more than {max(_PADDING)} samples at more than 200 Hz to filter", fix)
     values = signal.astype(np.float64)
-    for sections, padding in zip(_sections(rate), _PADDING, strict=True):
-        values = sosfiltfilt(sections, values, padlen=padding)
+    for (sections, settled), padding in zip(_filters(rate), _PADDING, strict=True):
+        values = _both_ways(values, sections, settled, padding)
     return shrink(values)
 
 
+def _both_ways(signal: np.ndarray, sections: np.ndarray, settled: np.ndarray, padding: int) -> np.ndarray:
+    """scipy.signal.sosfiltfilt with an odd extension by `padding`, at half its cost."""
+    from scipy.signal import sosfilt  # slow to import, and not needed by `clean`
+
+    before = 2 * signal[:, :1] - signal[:, padding:0:-1]
+    behind = 2 * signal[:, -1:] - signal[:, -2 : -padding - 2 : -1]
+    values = np.concatenate([before, signal, behind], axis=1)
+    for _ in range(2):  # the second time it lies backwards
+        values = sosfilt(sections, values, zi=settled[:, None] * values[:, :1])[0][:, ::-1]
+    return np.ascontiguousarray(values[:, padding:-padding])
+
+
 @lru_cache(maxsize=8)
-def _sections(rate: float) -> tuple[np.ndarray, ...]:
-    """The filters in their order, each (sections, 6)."""
-    from scipy.signal import butter, iirnotch
+def _filters(rate: float) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """In their order: sections (n, 6), and their state (n, 2) once they have settled on a steady 1."""
+    from scipy.signal import butter, iirnotch, sosfilt_zi
 
     notches = [np.hstack(iirnotch(mains, 30, rate))[None] for mains in (50, 60)]
     band: Any = butter(4, (0.5, 100), "bandpass", fs=rate, output="sos")
     high: Any = butter(4, 0.05, "highpass", fs=rate, output="sos")
-    return *notches, band, high
+    return tuple((sections, sosfilt_zi(sections)) for sections in (*notches, band, high))
 
 
 def shrink(signal: np.ndarray) -> np.ndarray:
