@@ -241,8 +241,9 @@ def test_a_stranger_s_chat_template_is_not_run(tmp_path: Path) -> None:
     told = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": endless}
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
     assert load_tokenizer(folder).chat_template == endless
-    used = [file for file in (Path(__file__).parents[2] / "elm_jax").rglob("*.py") if "apply_chat" in file.read_text()]
-    assert not used
+    package = Path(__file__).parents[2] / "elm_jax"
+    used = [str(file.relative_to(package)) for file in package.rglob("*.py") if "apply_chat" in file.read_text()]
+    assert used == ["scoring/judge.py"]  # of a reward model that the user names, in transformers' sandbox
 
 
 # -- WFDB records
