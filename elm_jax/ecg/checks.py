@@ -17,6 +17,7 @@ LARGEST, SMALLEST = 20.0, 0.05  # mV from the lowest to the highest value, but f
 MISFIT = 0.5  # of the larger lead's own size: what limb leads may miss in what they add up to
 WEAK = 0.08  # of the largest of I, II and III: one that is smaller lies between two electrodes of the legs
 _WINDOW, _BEATS = 0.3, 3  # s on either side of a beat; fewer beats tell nothing
+_SLOWEST = 50  # Hz: fewer samples a second show no P
 _P, _QRS = (-0.22, -0.08), (-0.05, 0.05)  # s around the steepest part of a beat
 SWAPPED = "in each other's place"
 _SURE = 0.25  # of a lead's largest QRS or P: a net area that is smaller has no sign
@@ -43,7 +44,7 @@ def check_signal(signal: np.ndarray, sampling_rate: float) -> list[Finding]:
     - reversal: the sums hold, and electrodes are likely in each other's place. Right and left arm: P and QRS of lead I
       point down, not the P of aVF, and I goes against V6 (in dextrocardia it goes with it). Right arm and left leg: P
       and QRS of II point down, P of aVF too, those of aVR up. An arm and the right leg: I, II or III is next to nothing
-      (`WEAK`). Left arm and left leg look like another heart's axis and are not told.
+      (`WEAK`). Left arm and left leg look like another heart's axis and are not told; nor is P or QRS below 50 Hz.
     """
     found = []
     whole = np.isfinite(signal)
@@ -146,8 +147,10 @@ def _reversal(signal: np.ndarray, rate: float) -> Iterator[Finding]:
 
 
 def _average_beat(signal: np.ndarray, rate: float) -> np.ndarray | None:
-    """Median beat (12, 2 * _WINDOW s) around the steepest slopes of all leads together; None for too few beats."""
-    reach, width = round(_WINDOW * rate), max(1, round(0.06 * rate))
+    """Median beat (12, 2 * _WINDOW s) around the steepest slopes of all leads together; None for too few."""
+    reach, width = round(_WINDOW * rate), round(0.06 * rate)
+    if rate < _SLOWEST or signal.shape[1] < 2 * reach:
+        return None
     slope = np.convolve(np.abs(np.diff(signal, axis=1)).sum(0), np.ones(width) / width, "same")
     steep = np.flatnonzero(slope >= 0.4 * np.percentile(slope, 98))
     peaks, at = [], reach

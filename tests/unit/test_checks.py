@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from elm_jax.ecg.checks import check_signal
 from elm_jax.ecg.recording import LEADS, read_ecg
@@ -102,6 +104,13 @@ def test_electrodes_in_each_others_place_are_told_where_the_sums_hold() -> None:
 def test_too_little_of_a_signal_is_no_error() -> None:
     assert found(np.zeros((12, 1))) == [("flat", (lead,)) for lead in LEADS]
     assert found(HEARTS[0][:, :100]) == NONE
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 1000), st.integers(1, 2500), st.integers(0, 11))
+def test_whatever_the_rate_and_the_length_is_no_error(rate: int, length: int, number: int) -> None:
+    for finding in check_signal(HEARTS[number][:, :length], rate):
+        assert finding.text
 
 
 @pytest.mark.slow
