@@ -202,6 +202,23 @@ def test_a_bomb_is_refused_before_it_goes_off(tmp_path: Path) -> None:
     assert "packed bytes that become more than" in refusal(tmp_path / "a.csv.gz")
 
 
+def test_packed_arrays_may_not_become_large_together(tmp_path: Path) -> None:
+    head = b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM"
+    count = 1 << 20
+
+    def array(kind: int, numbers: int) -> bytes:
+        body = struct.pack("<4I", 6, 8, kind, 0) + struct.pack("<2I2i", 5, 8, 1, count) + struct.pack("<2I", 1, 0)
+        body += struct.pack("<2I", 2, numbers) + bytes(numbers)
+        packed = zlib.compress(struct.pack("<2I", 14, len(body)) + body)
+        return struct.pack("<2I", 15, len(packed)) + packed
+
+    for kind, arrays in ((9, 17), (6, 2)):  # bytes that stay bytes; bytes that become double
+        (tmp_path / "a.mat").write_bytes(head + array(kind, count) * arrays)
+        assert "bytes that become more than" in refusal(tmp_path / "a.mat")
+        (tmp_path / "a.mat").write_bytes(head + array(kind, count) * (arrays // 2))
+        assert "no array" in refusal(tmp_path / "a.mat")
+
+
 # ---- EDF
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from elm_jax.ecg.formats.hdf5 import hdf5_values
 from elm_jax.ecg.formats.named_values import Value, stored_of
-from elm_jax.ecg.stored import AGAIN, Stored, inflate, read_file
+from elm_jax.ecg.npy import MAX_BYTES
+from elm_jax.ecg.stored import AGAIN, GROWTH, UNPACKED, Stored, inflate, read_file
 from elm_jax.errors import UserError
 
 WHAT = "a MATLAB file of version 4, 5 or 7.3"
@@ -44,12 +45,20 @@ def mat_values(path: Path) -> dict[str, Value]:
 class _File:
     def __init__(self, path: Path, data: bytes) -> None:
         self.path, self.data, self.order = path, data, "<"
+        self.most = self.left = min(MAX_BYTES, max(UNPACKED, GROWTH * len(data)))
 
     def values(self) -> dict[str, Value]:
         if len(self.data) >= 128 and self.data[126:128] in (b"IM", b"MI"):
             self.order = "<" if self.data[126:128] == b"IM" else ">"
             return dict(self._variables())
         return dict(self._old())
+
+    def _make(self, size: int) -> None:
+        """Count bytes of which the file holds fewer; all of them together may become no more than a recording has."""
+        self.left -= size
+        if self.left < 0:
+            found = f"{len(self.data)} bytes that become more than {self.most}"
+            raise UserError(self.path, found, "no more than a recording has", AGAIN)
 
     def _old(self) -> Iterator[tuple[str, Value]]:
         """Version 4: a header of five numbers for each array."""
@@ -75,6 +84,7 @@ class _File:
             kind, body, at = self._element(self.data, at)
             if kind == _PACKED:
                 unpacked = inflate(self.path, body)
+                self._make(len(unpacked))
                 kind, body, _ = self._element(unpacked, 0)
             if kind == _MATRIX:
                 yield from self._matrix(body, "", 0)
@@ -117,6 +127,7 @@ class _File:
             encoding = _TEXTS.get(code, "")
             if not encoding:
                 raise ValueError(f"texts of type {code}")
+            self._make(4 * len(text))
             order = "" if encoding in ("latin-1", "utf-8") else "-le" if self.order == "<" else "-be"
             letters = np.array([ord(letter) for letter in bytes(text).decode(encoding + order)], np.uint32)
             if letters.size == count and len(shape) == 2:
@@ -128,8 +139,10 @@ class _File:
             stored = np.frombuffer(numbers, self.order + _TYPES[code])
             if stored.size != count:
                 raise ValueError(f"{stored.size} numbers for shape {shape}")
-            whole = stored.astype(_CLASSES[kind]) if stored.dtype.kind != _CLASSES[kind][0] else stored
-            yield name, whole.reshape(shape, order="F")
+            if stored.dtype.kind != _CLASSES[kind][0]:
+                self._make(count * np.dtype(_CLASSES[kind]).itemsize)
+                stored = stored.astype(_CLASSES[kind])
+            yield name, stored.reshape(shape, order="F")
 
     def _fields(self, body: memoryview, at: int, name: str, depth: int) -> Iterator[tuple[str, Value]]:
         _, width, at = self._element(body, at)
