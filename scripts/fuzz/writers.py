@@ -231,6 +231,7 @@ def dicom(
     syntax: str = "1.2.840.10008.1.2.1",
     baseline: float = 0,
     more: bool = True,
+    sensitivity: str | None = "2.5",
 ) -> Path:
     import pydicom
     from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
@@ -248,7 +249,7 @@ def dicom(
             ChannelSourceSequence=[
                 item(CodeValue=spelled.format(numbers[name]), CodingSchemeDesignator=scheme, CodeMeaning=f"Lead {name}")
             ],
-            ChannelSensitivity="2.5",
+            **({} if sensitivity is None else {"ChannelSensitivity": sensitivity}),
             ChannelSensitivityCorrectionFactor="2",
             ChannelBaseline=str(baseline),
             ChannelSensitivityUnitsSequence=[item(CodeValue=unit, CodingSchemeDesignator="UCUM", CodeMeaning=unit)],

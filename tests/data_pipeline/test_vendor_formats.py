@@ -27,6 +27,7 @@ from scripts.fuzz.writers import (  # noqa: E402
     aecg,
     dicom,
     differences,
+    huffman,
     muse,
     philips,
     residuals,
@@ -215,14 +216,26 @@ def test_scp_ecg_with_a_table_of_its_own_and_a_negated_lead(tmp_path: Path) -> N
         ({"bimodal": 1}, "bimodal"),
         ({"interval": 0}, "0 µs"),
         ({"step": 0}, "0 nV"),
-        ({"end": 4_000_000_000}, "samples of I"),
+        ({"end": 400}, "samples of I"),
+        ({"end": 4_000_000_000}, "8 leads of 4000000000 samples"),
         ({"tables": struct.pack("<HH", 40, 3)}, "40 Huffman tables"),
         ({"tables": struct.pack("<HHBBBhI", 1, 1, 3, 3, 0, 1, 0)}, "tables that change"),
+        ({"tables": struct.pack("<HH", 1, 2) + struct.pack("<BBBhI", 2, 2, 1, 7, 1) * 2}, "one begins another"),
         ({"names": EIGHT[::-1][:7] + ("V9",)}, "no lead"),
     ],
 )
 def test_scp_ecg_of_a_kind_that_is_not_read_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     assert re.search(said, refusal(binary(tmp_path, scp(**change))))
+
+
+def test_as_many_scp_samples_are_unpacked_as_there_are_whatever_stands_behind_them() -> None:
+    from elm_jax.ecg.formats.scp import _codes, _unpacked
+
+    codes = _codes(Path("a"), struct.pack("<H", 19999))
+    values = np.array([0, 3, -8, 8, -1, 100, -128, 3000, -32768])
+    packed = huffman(values) + b"\xff" * 1000
+    np.testing.assert_array_equal(_unpacked(packed, len(values), codes), values)
+    assert len(_unpacked(huffman(values)[:-1], len(values) + 9, codes)) == len(values) - 1
 
 
 @few
@@ -258,6 +271,8 @@ def test_dicom_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.dcm"
     assert "bytes and 12 definitions" in refusal(dicom(path, samples=1 << 30))
     assert "unit 'g'" in refusal(dicom(path, unit="g"))
+    assert "gain 0" in refusal(dicom(path, sensitivity="0"))
+    assert "whole numbers without a unit" in refusal(dicom(path, sensitivity=None, baseline=0.5))
     assert "16 bits, AB" in refusal(dicom(path, kind="AB"))
     assert "one group of waveforms" in refusal(dicom(path, label="MEDIAN"))
     data = dicom(path).read_bytes()
@@ -293,6 +308,26 @@ def test_matlab_version_7_3(tmp_path: Path) -> None:
             text.attrs["MATLAB_class"] = b"char"
             cells[place] = text.ref
     check(tmp_path / "a.mat", 5e-3)
+
+
+def test_hdf5_beside_other_things_is_read(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        data = file.create_dataset("ecg", data=STEPS * 0.005)
+        data.attrs.update({"fs": 500, "leads": list(LEADS), "unit": "mV", "note": h5py.Empty("f8")})
+        peaks = file.create_dataset("peaks", 2, h5py.vlen_dtype(np.int32))
+        peaks[0] = [10, 60]
+        group = file.create_group("more")
+        file.create_dataset("cells", (1,), h5py.ref_dtype)[0] = group.ref
+        file.create_dataset("regions", (1,), h5py.regionref_dtype)[0] = data.regionref[:2]
+        file["nothing"] = h5py.Empty("f8")
+    check(tmp_path / "a.h5", 5e-3)
+
+
+def test_hdf5_whose_heaps_lie_in_one_another_is_refused(tmp_path: Path) -> None:
+    blocks, heap = 8000, b"GCOL\1\0\0\0"
+    data = b"".join(heap + struct.pack("<QQQ", 32 * (blocks - i), 1, 16) for i in range(blocks))
+    assert "a damaged heap" in refusal(binary(tmp_path, data, "a.h5"))
 
 
 def test_hdf5_that_reads_elsewhere_or_becomes_large_is_refused(tmp_path: Path) -> None:

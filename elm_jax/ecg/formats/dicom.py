@@ -67,6 +67,8 @@ def _channel(path: Path, about: Any, values: np.ndarray, rate: float) -> Channel
     if float(about.get("ChannelSampleSkew") or 0):
         raise UserError(path, f"a skew of {about.ChannelSampleSkew} samples in {name}", "none", "export it so")
     units = about.get("ChannelSensitivityUnitsSequence")
-    unit = str(units[0].CodeValue) if units else ""  # without a sensitivity the numbers have no unit
-    factor, gain = (float(about.get(f"ChannelSensitivity{key}", 1) or 1) for key in ("CorrectionFactor", ""))
-    return Channel(name, values, rate, unit, gain * factor, float(about.get("ChannelBaseline") or 0))
+    gain, factor = (about.get(f"ChannelSensitivity{key}") for key in ("", "CorrectionFactor"))
+    if gain in (None, ""):  # without a sensitivity the numbers have no unit
+        return Channel(name, values, rate, None)
+    unit, gain = str(units[0].CodeValue) if units else "", float(gain) * float(1 if factor in (None, "") else factor)
+    return Channel(name, values, rate, unit, gain, float(about.get("ChannelBaseline") or 0))

@@ -36,15 +36,15 @@ def _check_heaps(path: Path) -> None:
     check_regular(path, WHAT)
     with refused(path, "no readable file", WHAT, "check the path"), path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
-    start = -1
+    start, left = -1, len(data) // 16 + 1  # steps in heaps that do not overlap
     while (start := data.find(b"GCOL\1", start + 1)) >= 0:
         end, at = start + int.from_bytes(data[start + 8 : start + 16], "little"), start + 16
         while at + 16 <= min(end, len(data)):
             size = int.from_bytes(data[at + 8 : at + 16], "little")
             step = 16 + size + -size % 8 if any(data[at : at + 2]) else size  # 0: what is left
-            if step < 16 or at + step > end:
+            if step < 16 or at + step > end or left == 0:
                 raise UserError(path, f"a damaged heap at byte {start}", WHAT, AGAIN)
-            at += step
+            at, left = at + step, left - 1
 
 
 class _File:
@@ -73,7 +73,7 @@ class _File:
     def _attributes(self, found: Any, prefix: str) -> Iterator[tuple[str, Value]]:
         for name in list(found.attrs)[:_MOST_OBJECTS]:
             about = found.attrs.get_id(name)
-            if about.get_storage_size() > 1 << 16 or name.startswith("MATLAB_"):
+            if about.shape is None or about.get_storage_size() > 1 << 16 or name.startswith("MATLAB_"):
                 continue
             value = found.attrs[name]
             texts = [_text(item) for item in np.ravel(value)[:_MOST_TEXTS]]
@@ -108,8 +108,9 @@ class _File:
         if self.h5py.check_string_dtype(found.dtype) is not None:
             texts = [_text(item) for item in np.ravel(found[()])]
             return str(texts[0]) if found.shape == () else [str(text) for text in texts]
-        if deep and found.dtype == self.h5py.ref_dtype:
-            texts = [self._value(file[ref], file, deep=False) for ref in np.ravel(found[()]) if ref]
+        if deep and self.h5py.check_ref_dtype(found.dtype) is self.h5py.Reference:
+            cells = [file[ref] for ref in np.ravel(found[()]) if ref]
+            texts = [self._value(cell, file, deep=False) for cell in cells if isinstance(cell, self.h5py.Dataset)]
             return [text for text in texts if isinstance(text, str)] if texts else None
         return None
 

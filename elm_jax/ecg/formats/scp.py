@@ -6,8 +6,8 @@ subtracted, and those with fewer samples outside the QRS complexes (bimodal comp
 """
 
 import binascii
-import re
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,9 @@ from elm_jax.ecg.stored import AGAIN, Channel, Stored, read_file
 from elm_jax.errors import UserError
 
 WHAT = "an SCP-ECG record"
-_MOST = 64 << 20  # bytes
+_MOST, _MOST_SAMPLES = 64 << 20, 1 << 22  # bytes; samples of all leads: far more than a resting ECG has
 _HEADER, _POINTER, _LEAD, _CODE = 16, 10, 9, 9  # bytes
-_MOST_TABLES, _MOST_CODES = 16, 1024
+_MOST_TABLES, _MOST_CODES, _LONGEST_CODE = 16, 1024, 6  # of bytes
 _DEFAULT = 19999  # for a number of tables
 # (bits of the prefix, of the whole code, value): k ones, a zero and the sign for ±k up to 8; then 8 or 16 bits follow.
 _DEFAULT_CODES = [("0", 1, 0), ("1111111110", 18, 0), ("1111111111", 26, 0)]
@@ -67,26 +67,29 @@ def _record(path: Path, sections: dict[int, bytes]) -> Stored:
         raise UserError(path, found, "all samples, plain or packed by Huffman's codes", "export it so, or as XML")
     if len({(start, end) for start, end, _ in leads}) > 1:
         raise UserError(path, "leads of several stretches of time", "all of one", "export it so")
+    samples = leads[0][1] - leads[0][0] + 1 if leads else 0
+    if samples < 1 or count * samples > _MOST_SAMPLES:
+        found = f"{count} leads of {samples} samples"
+        raise UserError(path, found, f"1 to {_MOST_SAMPLES} samples together", AGAIN)
     if not interval or not step or differences > 2:
         found = f"{interval} µs a sample, {step} nV a step, encoding {differences}"
         raise UserError(path, found, "numbers above 0 and encoding 0, 1 or 2", AGAIN)
     codes = _codes(path, sections[2]) if 2 in sections else None
     channels, at = [], 6 + 2 * count
-    for (start, end, number), size in zip(leads, sizes, strict=True):
+    for (*_, number), size in zip(leads, sizes, strict=True):
         packed, at = rhythm[at : at + size], at + size
         if at > len(rhythm):
             raise UserError(path, f"{at} bytes of leads in {len(rhythm)}", WHAT, AGAIN)
         name = NUMBERED.get(number, f"SCP lead {number}")
-        values = np.frombuffer(packed[: size // 2 * 2], "<i2") if codes is None else _unpacked(path, packed, codes)
-        samples = end - start + 1
-        if not 0 < samples <= len(values):
+        values = np.frombuffer(packed[: size // 2 * 2], "<i2") if codes is None else _unpacked(packed, samples, codes)
+        if samples > len(values):
             raise UserError(path, f"{len(values)} samples of {name}", f"{samples}", AGAIN)
         channels.append(Channel(name, _summed(values[:samples], differences), 1e6 / interval, "nV", step))
     return Stored(path, channels, _statements(sections.get(8, b"")))
 
 
-def _codes(path: Path, section: bytes) -> tuple[re.Pattern[str], list[tuple[str, int, int]]]:
-    """What finds the next code in bits that are written as text, and of each of its groups prefix, bits and value."""
+def _codes(path: Path, section: bytes) -> dict[str, tuple[int, int]]:
+    """Prefix of each code, in bits that are written as text -> how many bits stand behind it, and the value."""
     tables = struct.unpack_from("<H", section)[0]
     codes = _DEFAULT_CODES
     if tables != _DEFAULT:
@@ -100,19 +103,25 @@ def _codes(path: Path, section: bytes) -> tuple[re.Pattern[str], list[tuple[str,
                 found = f"a Huffman code of {prefix} of {bits} bits" if mode == 1 else "Huffman tables that change"
                 raise UserError(path, found, "one table of codes", "export it with the default table, or as XML")
             codes.append((f"{code:032b}"[::-1][:prefix], bits, value))  # its first bit is the lowest
-    pattern = "|".join(f"({prefix}[01]{{{bits - len(prefix)}}})" for prefix, bits, _ in codes)
-    return re.compile(pattern), codes
+    if any(after.startswith(prefix) for (prefix, *_), (after, *_) in pairwise(sorted(codes))):
+        raise UserError(path, "Huffman codes of which one begins another", "codes that are told apart", AGAIN)
+    return {prefix: (bits - len(prefix), value) for prefix, bits, value in codes}
 
 
-def _unpacked(path: Path, packed: bytes, codes: tuple[re.Pattern[str], list[tuple[str, int, int]]]) -> np.ndarray:
-    pattern, table = codes
+def _unpacked(packed: bytes, samples: int, codes: dict[str, tuple[int, int]]) -> np.ndarray:
+    """The first `samples` values, or as many as there are."""
+    packed = packed[: samples * _LONGEST_CODE]
     bits = f"{int.from_bytes(packed, 'big'):0{8 * len(packed)}b}" if packed else ""
+    lengths = sorted({len(prefix) for prefix in codes})
     values, at = [], 0
-    while match := pattern.match(bits, at):
-        prefix, size, value = table[(match.lastindex or 1) - 1]
-        extra = match[0][len(prefix) :]
-        values.append(int(extra, 2) - (int(extra[0]) << len(extra)) if extra else value)
-        at = match.end()
+    while len(values) < samples:
+        length = next((length for length in lengths if bits[at : at + length] in codes), 0)
+        more, value = codes[bits[at : at + length]] if length else (0, 0)
+        at += length + more
+        if not length or at > len(bits):
+            break
+        extra = bits[at - more : at]
+        values.append(int(extra, 2) - (int(extra[0]) << more) if extra else value)
     return np.array(values, np.int64)
 
 
