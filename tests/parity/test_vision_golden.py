@@ -78,6 +78,32 @@ def test_vit_embeddings_with_and_without_the_reference_s_mask(golden: GoldenFold
         compare(name, f"hidden state {layers}", hidden, outputs["hidden_states"][layers], BOUND)
 
 
+def test_mlp_mixer(golden: GoldenFolder) -> None:
+    name = "ssl_mlp_mixer"
+    inputs, outputs = (dict(np.load(golden(name) / f"{file}.npz")) for file in ("inputs", "outputs"))
+    config = json.loads((golden(name) / "config.json").read_text())
+    sizes = {n: x for n, x in config.items() if n not in ("in_channels", "num_classes", "dropout")}
+    tensors = dict(Safetensors(golden(name) / "model.safetensors"))
+    structure = structure_of(lambda: build_encoder("mlp_mixer", sizes, 1, nnx.Rngs(0)))
+    weights = jax.device_put(from_published("mlp_mixer", structure.leaves, tensors))
+    images, labels = jax.numpy.asarray(inputs["images"]).transpose(0, 2, 3, 1), inputs["labels"]
+
+    def logits(weights: dict[str, jax.Array]) -> jax.Array:
+        mean = structure.bind(weights)(images)[:, 0]
+        return mean @ tensors["classifier.weight"].T + tensors["classifier.bias"]
+
+    def loss(weights: dict[str, jax.Array]) -> jax.Array:
+        return -jax.nn.log_softmax(logits(weights))[np.arange(len(labels)), labels].mean()
+
+    compare(name, "tokens", structure.bind(weights).mixed(images), outputs["embedding_tokens"], BOUND)
+    compare(name, "logits", logits(weights), outputs["logits"], BOUND)
+    value, gradients = jax.value_and_grad(loss)(weights)
+    compare(name, "loss", value, outputs["loss"], BOUND)
+    norms = json.loads((golden(name) / "grad_norms.json").read_text())
+    for tensor, gradient in to_published("mlp_mixer", gradients).items():
+        np.testing.assert_allclose(np.linalg.norm(gradient), norms[tensor], rtol=1e-3, atol=1e-6, err_msg=tensor)
+
+
 def test_siglip2_naflex_embeddings_and_hidden_states(golden: GoldenFolder) -> None:
     name = "vision_siglip2_naflex"
     inputs, outputs = arrays(golden(name))

@@ -27,6 +27,7 @@ from elm_jax.models.encoders import (
     merl,
     merl_pretraining,
     merl_vit,
+    mixer,
     next_token,
     pairs,
     sequence,
@@ -212,6 +213,10 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
         next_token.NextTokenConfig.from_fields, next_token.NextToken,
         partial(sequence.weight_rule, names=next_token.NEXT_TOKEN_NAMES, attention="self_attn"), symbols=True,
     )),
+    "mlp_mixer": Kind(
+        mixer.MixerConfig.from_fields, mixer.MlpMixer, mixer.mixer_rule, mixer.mixer_name, wrapper=_IN_MODULE,
+        processing=VIT,
+    ),
     "dit": _pretrained(Kind(
         dit.DitConfig.from_fields, dit.Dit, dit.weight_rule, pooled=Pooled(lambda config, length: range(length + 1)),
     )),
