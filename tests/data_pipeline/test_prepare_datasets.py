@@ -245,7 +245,9 @@ def test_the_same_bytes_on_any_number_of_processes_and_after_a_stop(many, tmp_pa
         path.unlink()
     notes = out / "folder/preprocessed_2500/signals.jsonl"
     notes.write_text(notes.read_text() + '{"name": "99')  # a power cut
+    (out / "folder/preprocessed_2500/.06.npy_0.npy.abcdefgh").write_bytes(b"half")
     again = prepare("folder", many, out, length=2500, workers=2)
+    assert not list(out.rglob(".*"))
     assert again.pop("already_there") == 20
     assert again == {key: value for key, value in first.items() if key != "already_there"}
     segments = {path: data for path, data in contents(out).items() if path.suffix == ".npy" or path.suffix == ".jsonl"}

@@ -30,6 +30,7 @@ from elm_jax.ecg.recording import Recording, segments
 from elm_jax.errors import UserError
 from elm_jax.folders import write_atomic, write_json
 from elm_jax.json_text import parse_json
+from elm_jax.stopping import each
 
 REPORT_QUESTION = "Write the report of this ECG."
 _SEGMENT = re.compile(r"(.+)_(\d+)\.npy")
@@ -92,12 +93,15 @@ def prepare_dataset(
         else:
             found.append(one)
     _check_stems(raw, found)
+    for left in folder.glob(".*.npy.????????"):  # a write that was cut off
+        left.unlink()
     done = segment_counts(folder)
     maker = _Maker(raw, out, folder, dataset.read, PROFILES[profile], sampling_rate, length)
     made = in_order(maker, [one for one in found if one.stem not in done], workers)
     prepared: list[_Prepared] = []
     kept = 0
-    for one in tqdm(found, desc=dataset.title, unit="record", disable=not progress):
+    bar = tqdm(found, desc=dataset.title, unit="record", disable=not progress)
+    for one in each(bar, "record"):
         count = done.get(one.stem, 0)
         kept += bool(count)
         if not count:
