@@ -254,6 +254,26 @@ def test_the_same_bytes_on_any_number_of_processes_and_after_a_stop(many, tmp_pa
     assert segments == {path: data for path, data in contents(tmp_path / "one").items() if path in segments}
 
 
+def test_a_table_may_not_name_files_elsewhere(many, tmp_path):
+    hostile = [RawRecording("00.npy", name="../../escaped"), RawRecording("01.npy"), RawRecording("../many0/02.npy")]
+    ours = replace(DATASETS["folder"], recordings=lambda raw: hostile)
+    report = prepare_dataset("x", ours, many, tmp_path / "out", progress=False)
+    assert report["records"] == 1 and list(report["missing"]) == ["00.npy", "../many0/02.npy"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_exams_whose_data_lie_in_another_file_are_refused(tmp_path):
+    h5py = pytest.importorskip("h5py", reason="the extra `formats`")
+    (tmp_path / "exams.csv").write_text("exam_id,patient_id,1dAVb,RBBB,LBBB,SB,ST,AF\n1,1,0,0,0,0,0,0\n")
+    with h5py.File(tmp_path / "exams_part0.hdf5", "w") as file:
+        file["exam_id"] = [1]
+        file["tracings"] = h5py.ExternalLink(str(tmp_path / "elsewhere.hdf5"), "tracings")
+    with h5py.File(tmp_path / "elsewhere.hdf5", "w") as file:
+        file["tracings"] = np.zeros((1, 4096, 12), np.float32)
+    with pytest.raises(UserError, match="data that lie in other files"):
+        prepare("code15", tmp_path, tmp_path / "out")
+
+
 def _ends(path):
     import os
 

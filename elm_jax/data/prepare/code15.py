@@ -71,8 +71,11 @@ def _open(path: Path) -> Any:
     h5py = needed(path, "h5py", "HDF5")
     with refused(path, "an unreadable HDF5 file", _WHAT, _FIX, Exception):
         file = h5py.File(path, "r")
+        links = [file.get(name, getlink=True) for name in ("exam_id", "tracings")]
         exams, tracings = file["exam_id"], file["tracings"]
-        shape = tracings.shape
+        shape, alone = tracings.shape, not any(found.is_virtual or found.external for found in (exams, tracings))
+    if not alone or not all(isinstance(link, h5py.HardLink) for link in links):
+        raise UserError(path, "data that lie in other files", "data in this file", _FIX)
     if exams.ndim != 1 or len(shape) != 3 or shape[0] != len(exams) or shape[2] != len(LEADS) or shape[1] > 100_000:
         raise UserError(path, f"exam_id {exams.shape} and tracings {shape}", "(n,) and (n, samples, 12)", _FIX)
     return {"exam_id": exams, "tracings": tracings}

@@ -152,7 +152,7 @@ class _Maker:
 
     def __call__(self, one: RawRecording) -> tuple[int, str, str]:
         """How many segments there are; where there are none the kind of the problem, and what it is."""
-        problem = unlike_a_path(one.path) or _absent(self.raw / one.path)
+        problem = unlike_a_path(one.path) or _unlike_a_name(one.stem) or _absent(self.raw / one.path)
         if problem:
             return 0, "missing", problem
         try:
@@ -257,6 +257,10 @@ def _check_stems(raw: Path, found: Iterable[RawRecording]) -> None:
         if other != one.path:
             fix = "rename one of them"
             raise UserError(str(raw), f"{other} and {one.path}", "recordings that differ in more than / and _", fix)
+
+
+def _unlike_a_name(stem: str) -> str | None:
+    return "a name with / in it" if "/" in stem else None
 
 
 def _absent(path: Path) -> str | None:
