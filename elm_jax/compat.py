@@ -21,6 +21,7 @@ BEHAVIOURS: dict[str, str] = {
     "micro_batch_mean_loss": "average the loss over micro-batches, each the mean over its own tokens",
     "st_mem_train_positions": "train the position embedding of the st_mem encoder with its other weights",
     "vit_random_mask": "hide 75 % of the patches of an image from the vit encoder, at random",
+    "coca_sees_answers": "let coca write a report from the text tower's hidden states, which have seen all of it",
     "clip_centre_crop": "show CLIP the middle of an image only, as its own processor does, not all of it",
     "scale_signal_embeddings": "scale Gemma's signal embeddings as its token embeddings, as transformers 4 did",
     "dequantize_by_25": "read an ECG-Byte symbol q as q/25, not the middle of its bin, (q+0.5)/26 (EcgByte.decode)",

@@ -30,7 +30,7 @@ class DataConfig:
         choices=LEADS, accepts=tuple[int | str, ...],
     )  # fmt: skip
     normalize: str = key(
-        "minmax", "how a signal is scaled: by range or deviation, of all leads (as minmax) or each lead",
+        "minmax", "how a signal is scaled: by range or deviation, of all leads (as minmax) or each lead; or not",
         choices=NORMALIZATIONS,
     )  # fmt: skip
     norm_eps: float = key(1e-6, "added to the range or deviation before dividing by it", limit="above 0")

@@ -298,15 +298,17 @@ def _at_rate(
     return resample(signal, rate, sampling_rate, length).astype(signal.dtype)
 
 
-NORMALIZATIONS = ("minmax", "instance_minmax", "instance_zscore", "lead_minmax", "lead_zscore")
+NORMALIZATIONS = ("minmax", "instance_minmax", "instance_zscore", "lead_minmax", "lead_zscore", "none")
 
 
 def normalize(signal: np.ndarray, eps: float = 1e-6, how: str = "minmax") -> np.ndarray:
     """A signal as the models take it: (C, L) float32.
 
     how: one of NORMALIZATIONS: `min_max` or `z_score`; of all leads together (`instance_minmax` is `minmax`), or of
-    each lead by itself.
+    each lead by itself; "none" leaves the values as they are.
     """
+    if how == "none":
+        return signal.astype(np.float32)
     scaled = z_score if how.endswith("zscore") else min_max
     if how.startswith("lead_"):
         return np.concatenate([scaled(lead[None], eps) for lead in signal]).astype(np.float32)

@@ -60,6 +60,7 @@ OBJECTIVES: Registry[Row] = Registry(
         "next_token": self_supervised.next_token,
         "clip": contrastive.clip,
         "siglip": contrastive.siglip,
+        "coca": contrastive.coca,
         "vit": self_supervised.vit,
         "dit": self_supervised.dit,
     },

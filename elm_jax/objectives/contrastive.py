@@ -58,13 +58,9 @@ def merl(config: Config) -> Objective:
         learns = "encoder" in trained
         features = encoder.narrow_map(signals, there.astype(jnp.float32), learns)
         pooled, text = encoder.att_pool(features), encoder.texts(ids)
-        found = {
-            name: sum(each.sum() for each in info_nce(x, y, there, scale))
-            for name, (x, y) in {
-                "cma": (pooled, text), "uma": encoder.views(features, key if learns else None)
-            }.items()
-        }  # fmt: skip
-        return {"loss": found["cma"] + found["uma"], **found, "matched": _matched(pooled, text, there).sum()}
+        views = encoder.views(features, key if learns else None)
+        cma, uma = (jnp.stack(info_nce(x, y, there, scale)).sum() for x, y in ((pooled, text), views))
+        return {"loss": cma + uma, "cma": cma, "uma": uma, "matched": _matched(pooled, text, there).sum()}
 
     names = ("loss", "cma", "uma", "matched")
     return _objective("merl", loss, names, "key")
@@ -98,6 +94,33 @@ def siglip(config: Config) -> Objective:
     return _objective(str(config.encoder.name), loss, ("loss", "matched"))
 
 
+CAPTIONS = 2.0  # weight of writing reports, as published
+
+
+def coca(config: Config) -> Objective:
+    """ECG and report find each other, and the report is written from the ECG (CoCa; arXiv 2205.01917).
+
+    The loss is the mean over the step's pairs, and twice that over the tokens of their reports.
+    """
+    tokens = _checked(config, "ecg_coca")
+
+    def loss(model: ELM, batch: Batch, key: jax.Array | None, trained: Collection[str]) -> Sums:
+        encoder: Any = model.encoder
+        signals, ids, there = _pairs(batch, tokens)
+        ecg, memory = encoder.both(signals)
+        text = encoder.texts(ids)
+        rows, columns = info_nce(ecg, text, there, _scale(encoder))
+        logits, words = encoder.captions(ids, memory), encoder.text.seen(ids[:, 1:]) & there[:, None]
+        errors = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0]
+        contrastive = (rows + columns).sum() / 2
+        caption = jnp.where(words, errors, 0.0).sum() / jnp.maximum(words.sum(), 1)
+        whole = contrastive / jnp.maximum(there.sum(), 1) + CAPTIONS * caption
+        matched = _matched(ecg, text, there).sum()
+        return {"loss": whole, "contrastive": contrastive, "caption": caption, "matched": matched}
+
+    return _objective("ecg_coca", loss, ("contrastive", "matched"), means=("loss", "caption"))
+
+
 def pairwise_errors(
     x: jax.Array, y: jax.Array, there: jax.Array, scale: jax.typing.ArrayLike, bias: jax.typing.ArrayLike
 ) -> jax.Array:
@@ -114,9 +137,14 @@ def _scale(encoder: Any) -> jax.Array:
     return jnp.exp(encoder.log_scale[...].astype(jnp.float32))
 
 
-def _objective(encoder: str, loss: Any, names: Collection[str], *needs: str) -> Objective:
+def _objective(
+    encoder: str, loss: Any, names: Collection[str], *needs: str, means: Collection[str] = ()
+) -> Objective:
+    """names: of sums over pairs; means: of what is one of the whole step already."""
+
     def counts(batch: Batch) -> Sums:
-        return dict.fromkeys(names, (batch.signal_weights[:, 0] > 0).sum())
+        pairs: jax.Array = (batch.signal_weights[:, 0] > 0).sum()
+        return {**dict.fromkeys(names, pairs), **dict.fromkeys(means, jnp.ones(()))}
 
     return Objective(loss, counts, Samples(phase=REPORT), frozenset({"encoder", *needs}), pretrains=encoder)
 

@@ -337,7 +337,7 @@ def test_a_constant_signal_is_zeros_even_without_eps():
     assert not normalize(np.full((12, 5), 7.0), eps=0).any()
 
 
-@pytest.mark.parametrize("how", NORMALIZATIONS)
+@pytest.mark.parametrize("how", NORMALIZATIONS[:-1])
 def test_every_normalisation(how):
     signal = np.random.default_rng(0).normal(3.0, 2.0, (3, 50))
     axis = 1 if how.startswith("lead_") else None
@@ -350,6 +350,7 @@ def test_every_normalisation(how):
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert not normalize(np.full((2, 5), 7.0), 0, how).any()
+    np.testing.assert_array_equal(normalize(signal, 0.1, "none"), signal.astype(np.float32))
 
 
 # ---- real recordings

@@ -62,6 +62,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mlae": MAE | DECODER,
     "siglip_ecg": SIZES | TOWER | {"patch_size": PATCH},
     "merl_vit": SIZES | {"patch_size": PATCH, "width": 16, "depth": 1, "heads": 1, "mlp_dim": 16},
+    "ecg_coca": SIZES | {"patch_size": PATCH, "width": 16, "layers": 1, "heads": 2},
     **dict.fromkeys(
         ("mae_vit", "nepa", "dit", "dit_text"), SIZES | {"d_model": 16, "n_heads": 2, "dim_ff": 16, "num_layers": 1}
     ),
@@ -118,7 +119,7 @@ def without_mixing(name: str, tokens: int) -> Any:
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_token_stands_for_the_samples_that_are_pooled_to_it(name: str, tokens: int) -> None:
     found, expected = drawn(spans_of(name, tokens, FIELDS[name])), read(without_mixing(name, tokens))
-    if name in ("mtae", "mlae"):
+    if name in ("mtae", "mlae", "ecg_coca"):
         expected[~expected.any((1, 2))] = True  # CLS alone, which has no place
     if name == "merl":  # of its positions, 16 samples apart, the middles are left
         middles = np.arange(SAMPLES) % 16 == 0

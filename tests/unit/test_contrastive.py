@@ -167,11 +167,26 @@ def test_a_published_pair_is_trained_on(name: str, model: str, changes: Any, tmp
     assert any("text_model" in key for key in moved) and any("logit_scale" in key for key in moved)
 
 
+@pytest.mark.slow  # trains
+def test_a_report_is_written_from_its_ecg(bert: Path, tmp_path: Path, here: None) -> None:
+    sizes = {"width": 32, "layers": 1, "heads": 2, "embed_dim": 16, "decoder_layers": 1, "decoder_heads": 2}
+    changes = {"encoder__name": "ecg_coca", "encoder__config": sizes, "data__normalize": "none"}
+    begun = config(tmp_path / "run", bert, objective="coca", **changes)
+    assert loop.train(begun)
+    lines = [line for line in runs.lines(tmp_path / "run") if "loss" in line]
+    assert all(np.isclose(line["loss"], line["contrastive"] + 2 * line["caption"], rtol=1e-5) for line in lines)
+    assert lines[-1]["caption"] < lines[0]["caption"] and "val_caption" in lines[-1]
+    told = an_elm_begins_with_it(begun, tmp_path, **changes)
+    for name, value in load_file(bert / "model.safetensors").items():
+        if "pooler" not in name:
+            np.testing.assert_array_equal(told[f"text.transformer.{name}"], value)
+
+
 def an_elm_begins_with_it(trained: Config, folder: Path, **changes: Any) -> dict[str, np.ndarray]:
     """The tensors of a run's export; an ELM that names it has the encoder of the run's last step."""
     export(trained, folder / "out", "latest")
     file = folder / "out" / "encoder.safetensors"
-    sizes = {"encoder__config": dict(trained.encoder.config)} if trained.encoder.name == "merl" else {}
+    sizes = {"encoder__config": dict(trained.encoder.config)}
     if trained.encoder.checkpoint:
         told = json.loads((Path(trained.encoder.checkpoint) / "config.json").read_text())
         sizes = {"encoder__config": {**told, **trained.encoder.config}}

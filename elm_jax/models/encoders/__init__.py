@@ -22,6 +22,7 @@ from elm_jax.errors import UserError
 from elm_jax.models.encoders import (
     checkpoints,
     dit,
+    ecg_coca,
     mae,
     mae_pretraining,
     merl,
@@ -260,6 +261,15 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
             with_text(sizes.SiglipEcgConfig.from_fields), pairs.PairedSiglipEcg, pairs.paired_siglip_ecg_rule,
             pairs.paired_siglip_ecg_name, absent=siglip.siglip_ecg_absent, releases=siglip.NEWER,
             text=pairs.SIGLIP_ECG_PAIR,
+        ),
+    ),
+    "ecg_coca": Kind(
+        ecg_coca.EcgCocaConfig.from_fields, ecg_coca.EcgCoca, ecg_coca.weight_rule, ecg_coca.published_name,
+        releases=ecg_coca.GEM, sign=checkpoints.begins("ecg.class_embedding"),
+        pooled=Pooled(lambda config, length: (0, *range(0, length + 1, config.patch_size))),
+        pretraining=Kind(
+            with_text(ecg_coca.EcgCocaConfig.from_fields), ecg_coca.PairedEcgCoca, ecg_coca.weight_rule,
+            ecg_coca.paired_name, compat={"coca_sees_answers": {"sees_answers": True}}, text=ecg_coca.PAIRED,
         ),
     ),
 })  # fmt: skip

@@ -135,6 +135,13 @@ class TextTower(nnx.Module):
 
     def hidden(self, ids: jax.Array) -> jax.Array:
         """(B, T) ids -> the last hidden states (B, T, D), of CLIP and SigLIP after their norm."""
+        x, seen = self.embed(ids), self.seen(ids)
+        for first in sorted(self.layers, key=int):
+            x = self.layers[first](x, None if self.config.family == "clip" else seen)  # what it sees has no padding
+        return x if self.config.of_bert else self.norm(x)
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """(B, T) ids -> what the layers read, (B, T, D): tokens and their places."""
         seen = self.seen(ids)
         places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         if self.config.family == "roberta":
@@ -142,10 +149,7 @@ class TextTower(nnx.Module):
         x = self.words(ids, jnp.float32) + self.positions(places, jnp.float32)
         if self.config.of_bert:
             x = self.norm(x + self.types(jnp.zeros_like(ids), jnp.float32))
-        x = x.astype(self.dtype)
-        for first in sorted(self.layers, key=int):
-            x = self.layers[first](x, None if self.config.family == "clip" else seen)  # what it sees has no padding
-        return x if self.config.of_bert else self.norm(x)
+        return x.astype(self.dtype)
 
 
 def _hold(module: nnx.Module) -> None:
