@@ -105,8 +105,8 @@ def _check_claims(path: Path, mapped: bool) -> None:
             _refuse(path, f"a {_ROOM.decode()}, which is no tensor")
 
 
-def _globals(pickle: bytes | mmap.mmap) -> list[str]:
-    """What a pickle names of Python's, from where it is read up to its end; PyTorch looks for words in long ones for
+def _globals(pickle: Any) -> list[str]:
+    """What a pickle, bytes or a file, names of Python's, from where it is read up to its end; PyTorch looks for words in long ones for
     minutes."""
     return [str(name) for code, name, _ in pickletools.genops(pickle) if code.name in ("GLOBAL", "INST")]
 

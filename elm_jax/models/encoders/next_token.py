@@ -59,8 +59,9 @@ class NextToken(nnx.Module):
         axes = ("embed", "vocab")
         self.head = Linear(self.width, config.vocab_size, axes, rngs, init=XAVIER, param_dtype=param_dtype)
 
-    def __call__(self, ids: jax.Array, weights: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """(B, T) -> (B, N, D) float32: N bins of each ECG's own ids. weights, train: without effect."""
+    def __call__(self, signals: jax.Array, weights: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """Ids (B, T) -> (B, N, D) float32: N bins of each ECG's own. weights, train: without effect."""
+        ids = signals
         known = ids != PADDED
         count, bins = known.sum(1)[:, None], jnp.arange(self.tokens)
         first, last = bins * count // self.tokens, -(-(bins + 1) * count // self.tokens)  # (B, N)
