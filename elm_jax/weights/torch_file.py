@@ -106,8 +106,8 @@ def _check_claims(path: Path, mapped: bool) -> None:
 
 
 def _globals(pickle: Any) -> list[str]:
-    """What a pickle, bytes or a file, names of Python's, from where it is read up to its end; PyTorch looks for words in long ones for
-    minutes."""
+    """What a pickle, bytes or a file, names of Python's, from where it is read up to its end; among long names PyTorch
+    looks for words for minutes."""
     return [str(name) for code, name, _ in pickletools.genops(pickle) if code.name in ("GLOBAL", "INST")]
 
 
