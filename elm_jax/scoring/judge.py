@@ -34,17 +34,18 @@ class PairJudge:
             from transformers import AutoConfig, AutoModelForSequenceClassification
         except ImportError as error:
             raise UserError(where, str(error), "PyTorch, for a judge", "pip install torch") from error
-        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        local: dict[str, Any] = {"local_files_only": True}
         self._torch, self._compares = torch, False
         try:
-            config = AutoConfig.from_pretrained(path, **local)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False, **local)
             self._compares = hasattr(config, "source_prefix_id")
             if self._compares:
                 self._model, self._head = _pair_ranker(path, config)
                 self._marks = [config.source_prefix_id, config.cand1_prefix_id, config.cand2_prefix_id]
             else:
-                more: dict[str, Any] = {"use_safetensors": True, "adapter_kwargs": {"local_files_only": True}}
-                self._model = AutoModelForSequenceClassification.from_pretrained(path, **local, **more).eval()
+                more: dict[str, Any] = {**local, "use_safetensors": True, "adapter_kwargs": local}
+                model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False, **more)
+                self._model = model.eval()
         except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             found = f"{path}, which cannot be read: {str(error).splitlines()[0][:200]}"
             raise UserError(where, found, "a whole model with safetensors", _FIX) from error

@@ -28,7 +28,7 @@ TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 _TEMPLATES = "additional_chat_templates/*.jinja"
 _TABLE = "precompiled_charsmap"  # of a normalizer: text -> text
 _MOST_BYTES, _MOST_GROWTH = 256 << 20, 1000  # of tokenizer.json; characters for one, where it replaces some
-_MOST_IDS = 1 << 22
+_MOST_IDS, _WITH_IDS = 1 << 22, ("tokenizer.json", "vocab.json", "added_tokens.json")
 THINK_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 
 _CACHED_TEXTS = 1024  # headers and system prompts always; questions and answers as often as they repeat
@@ -56,8 +56,9 @@ def _check_files(folder: Path) -> None:
     """Raise UserError for files of a local tokenizer that would be waited for, or whose text would have no end."""
     for file in (file for pattern in (*TOKENIZER_FILES, _TEMPLATES) for file in folder.glob(pattern)):
         check_regular(file, "a file of a tokenizer")
-    file = folder / "tokenizer.json"
-    if file.is_file():
+    for file in (folder / name for name in _WITH_IDS):
+        if not file.is_file():
+            continue
         data = read_regular(file, "a tokenizer", "give the model's own", _MOST_BYTES)
         with refused(file, "", "a tokenizer", "give the model's own"):
             spec = parse_json(data)
@@ -73,14 +74,14 @@ def _check_files(folder: Path) -> None:
 
 
 def _ids(spec: Any) -> Iterator[int]:
-    """The ids that a tokenizer's file gives its tokens.
+    """The ids that a tokenizer's file gives its tokens: tokenizer.json, or one of nothing but {token: id}.
 
     The library walks from 0 to the largest, and takes memory for each that is missing, until the process is aborted.
     """
     parts = spec if isinstance(spec, dict) else {}
     model, added = parts.get("model"), parts.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    named = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    named = [*parts.values(), *(vocabulary.values() if isinstance(vocabulary, dict) else ())]
     named += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     yield from (found for found in named if isinstance(found, int))
 

@@ -92,7 +92,7 @@ def _check_claims(path: Path, mapped: bool) -> None:
                     _refuse(path, "packed parts, which PyTorch does not write")
                 if sum(part.file_size for part in parts) > path.stat().st_size:
                     _refuse(path, "parts that are larger than the file")
-                pickles = [_content(file, part) for part in parts if part.filename.endswith(".pkl")]
+                pickles = [_content(file, part) for part in parts if part.filename.lower().endswith(".pkl")]
                 calls = any(_ROOM in pickle for pickle in pickles)
                 names = [name for pickle in pickles for name in _globals(pickle)]
         else:

@@ -112,3 +112,15 @@ def test_an_id_beyond_all_vocabularies_is_refused_before_the_library_counts_up_t
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(UserError, match=f"found a token with the id {largest}; expected ids below 4194304"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "added_tokens.json"])
+def test_nor_is_it_counted_up_to_where_the_library_makes_a_tokenizer_of_older_files(tmp_path: Path, file: str) -> None:
+    words = {chr(letter): letter - 33 for letter in range(33, 127)}
+    (tmp_path / "vocab.json").write_text(json.dumps(words))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "unk_token": "!"}')
+    assert load_tokenizer(tmp_path).encode("ab") == [words["a"], words["b"]]
+    (tmp_path / file).write_text(json.dumps({**words, "far": 1 << 22}))
+    with pytest.raises(UserError, match=f"{file}: found a token with the id 4194304"):
+        load_tokenizer(tmp_path)
