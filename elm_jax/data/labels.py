@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from elm_jax.data.demo import demo_rhythm, parse_sizes
+from elm_jax.data.prepare.physionet import REFERENCE, cpsc_2018
 from elm_jax.data.prepare.ptb_xl import entries, read_ptb_xl
-from elm_jax.data.prepare.splits import leaks, split_of
+from elm_jax.data.prepare.splits import leaks, one_person, split_of
 from elm_jax.data.sources import patient_ids, patient_of
 from elm_jax.data.table_files import csv_rows
 from elm_jax.data.tables import SPLIT_NAMES
@@ -35,7 +36,8 @@ _KNOWN = ("ecg_path", "labels", "patient_id", "split", "strat_fold")
 
 @dataclass(frozen=True)
 class Labelled:
-    """A recording: its path, whose it is, in which split ("train", "val", "test"), and the classes that it shows."""
+    """A recording: its path, whose it is (those who share one are one patient), in which split ("train", "val",
+    "test"), and the classes that it shows."""
 
     path: str
     patient: str
@@ -119,18 +121,12 @@ def _by_codes(labels: str | None, task: str) -> LabelTable:
 def _cpsc(labels: str | None) -> LabelTable:
     """CPSC 2018: with its own REFERENCE.csv, or as the Challenges have it."""
     folder = _folder(labels, "CPSC 2018's folder, with REFERENCE.csv or WFDB headers")
-    reference = folder / "REFERENCE.csv"
-    if not reference.is_file():
+    if not (folder / REFERENCE).is_file():
         return _by_codes(labels, "cpsc")
-    columns = ("First_label", "Second_label", "Third_label")
-    records = []
-    for line, row in csv_rows(reference, ("Recording", *columns), reference, "CPSC 2018's labels", "download it again"):
-        said = [row[name] for name in columns if row[name]]
-        numbers = [int(text) for text in said if re.fullmatch(f"[1-{len(_CPSC)}]", text)]
-        if len(numbers) < len(said):
-            raise UserError(f"{reference}, line {line}", f"labels {said}", "numbers 1 to 9", "download it again")
-        found = frozenset(_CPSC[number - 1] for number in numbers)
-        records.append(Labelled(f"{row['Recording']}.mat", row["Recording"], "", found))
+    records = [
+        Labelled(path, stem, "", frozenset(_CPSC[number - 1] for number in numbers))
+        for stem, path, numbers in cpsc_2018(folder)
+    ]
     return LabelTable(folder, _snomed("cpsc")[0], records)
 
 
@@ -159,14 +155,14 @@ def _table(labels: str | None) -> LabelTable:
     if "ecg_path" not in columns or not ("labels" in columns or binary):
         expected = "columns ecg_path and labels (names with ';' between), or ecg_path and a column of 0 and 1 for each"
         raise UserError(path, f"columns {', '.join(columns) or 'none'}", expected, "add them")
-    records = []
+    records, people = [], one_person(patient_ids(row.get("patient_id")) for _, row in rows)
     for where, row in rows:
         said = _said(row.get("labels")) if "labels" in columns else [name for name in binary if _number(row[name])]
         ecg = str(row.get("ecg_path") or "")
         if not ecg:
             raise UserError(where, "no ecg_path", "the path of a recording", "correct the row")
-        patient = "+".join(patient_ids(row.get("patient_id"))) or patient_of(ecg, where)
-        records.append(Labelled(ecg, patient, _split(row, where), frozenset(said)))
+        patient = next(iter(patient_ids(row.get("patient_id"))), "") or patient_of(ecg, where)
+        records.append(Labelled(ecg, people.get(patient, patient), _split(row, where), frozenset(said)))
     classes = binary or sorted({label for record in records for label in record.labels})
     return LabelTable(path.parent, {name: [name] for name in classes}, records)
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from elm_jax.assemble import encoder_structure
 from elm_jax.data.labels import Labelled, LabelTable, read_labels
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, nearest, some
 from elm_jax.evaluation.encoders import Encoder, embeddings, random_encoder
 from elm_jax.folders import read_json, writable_folder, write_atomic, write_json
 from elm_jax.models.encoders import kind_of
@@ -263,6 +263,10 @@ def run_probe(
     """Judge an encoder, and with `control` a random one beside it, on each task; returns the reports' texts."""
     if jax.process_count() > 1:
         raise UserError("mesh", "several processes", "one", "judge encoders with one process")
+    known = dict.fromkeys(name for table in tasks.values() for name in table.classes)
+    if unknown := [name for name in options.prompts if name not in known]:
+        fix = nearest(unknown[0], known) or "leave it out"
+        raise UserError("--prompts", some(unknown), f"classes of the task: {some(known)}", fix)
     encoders = [encoder, random_encoder(encoder)] if control else [encoder]
     return [write_results(out, probe(task, table, encoders, options, progress)) for task, table in tasks.items()]
 

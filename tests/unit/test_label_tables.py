@@ -72,6 +72,9 @@ def test_cpsc_by_its_reference(tmp_path: Path) -> None:
     (tmp_path / "REFERENCE.csv").write_text(f"{columns}A1,1,,\nA2,2,5,\n")
     found = read_labels("cpsc", str(tmp_path))
     assert [(r.path, set(r.labels)) for r in found.records] == [("A1.mat", {"NORM"}), ("A2.mat", {"AF", "RBBB"})]
+    (tmp_path / "TrainingSet1").mkdir()
+    (tmp_path / "TrainingSet1/A2.mat").touch()
+    assert [r.path for r in read_labels("cpsc", str(tmp_path)).records] == ["A1.mat", "TrainingSet1/A2.mat"]
     (tmp_path / "REFERENCE.csv").write_text(f"{columns}A1,12,,\n")
     with pytest.raises(UserError, match=r"line 2.*\['12'\].*1 to 9"):
         read_labels("cpsc", str(tmp_path))
@@ -105,6 +108,9 @@ def test_patients_are_split_where_a_table_does_not(tmp_path: Path) -> None:
     assert 20 < counts["val"] < 60 and 50 < counts["test"] < 110
     assert found.records == read_labels("table", str(tmp_path / "t.csv")).records
     assert len({(r.patient, r.split) for r in found.records}) == 200
+    shared = "".join(f"s{i}.npy,AF,{i}+{i + 1}\n" for i in range(0, 200, 2))
+    (tmp_path / "t.csv").write_text(f"ecg_path,labels,patient_id\n{rows}{shared}")
+    assert len({(r.patient, r.split) for r in read_labels("table", str(tmp_path / "t.csv")).records}) == 100
 
 
 @pytest.mark.parametrize(("text", "expected"), [
@@ -115,6 +121,7 @@ def test_patients_are_split_where_a_table_does_not(tmp_path: Path) -> None:
     ("ecg_path,labels\n,AF\n", "line 2.*no ecg_path"),
     ("ecg_path,labels,split\na,AF,holdout\n", "line 2.*'holdout'"),
     ("ecg_path,labels,patient_id,split\na,AF,1,train\nb,,1,test\n", "patient 1 in test and train"),
+    ("ecg_path,labels,patient_id,split\na,AF,17+23,train\nb,,23,test\n", "patient 17 in test and train"),
     ('ecg_path,labels\na,"[AF"\n', "JSON list"),
 ])  # fmt: skip
 def test_tables_that_cannot_be_used(tmp_path: Path, text: str, expected: str) -> None:

@@ -134,6 +134,8 @@ def test_what_cannot_be_judged_is_refused(exported: Path, tmp_path: Path) -> Non
     strange = "".join(f"x{split}{i}.npy,{'AF' * i},{split}\n" for split in ("train", "val", "test") for i in range(2))
     refused("xtrain0.npy.*max_bad_records", *own, "--labels", table(strange))
     refused("--fractions.*'0,10'", *own, *TASK[:4], "--fractions", "0,10")
+    (tmp_path / "prompts.json").write_text('{"slow": "a slow heart", "fst": "a fast one"}')
+    refused("--prompts: found fst.*did you mean 'fast'", *own, *TASK, "--prompts", str(tmp_path / "prompts.json"))
     refused("--folds.*at least 3", *own, *TASK, "--folds", "2")
     refused("--neighbours", *own, *TASK, "--neighbours", "0")
     refused("no run in", "--config", "configs/llava_st_mem.py", f"--config.workdir={tmp_path}", *TASK)

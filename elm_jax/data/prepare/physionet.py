@@ -10,6 +10,7 @@ from elm_jax.data.table_files import csv_rows
 from elm_jax.ecg.formats import READERS
 from elm_jax.errors import UserError
 
+REFERENCE = "REFERENCE.csv"  # of CPSC 2018 as it was given out
 _QUESTION = "Which findings does this ECG show?"
 _CPSC = ("normal", "atrial fibrillation", "first degree AV block", "left bundle branch block") + (
     "right bundle branch block", "premature atrial contraction", "premature ventricular contraction",
@@ -48,21 +49,29 @@ _cpsc_2020 = _coded(r"[AQ]\d{4,5}")
 
 def _cpsc(raw: Path) -> Iterator[RawRecording | LeftOut]:
     """As the challenges of 2020 and 2021 have it, WFDB below any folders, or as that of 2018: REFERENCE.csv, MATLAB."""
-    index = raw / "REFERENCE.csv"
-    if not index.is_file():
+    if not (raw / REFERENCE).is_file():
         yield from _cpsc_2020(raw)
         return
-    labels = ("First_label", "Second_label", "Third_label")
+    for stem, path, labels in cpsc_2018(raw):
+        named = ", ".join(_CPSC[label - 1] for label in labels)
+        yield RawRecording(path, questions=[("diagnosis", _QUESTION, named)] if named else [], name=stem)
+
+
+def cpsc_2018(raw: Path) -> Iterator[tuple[str, str, list[int]]]:
+    """Name, path below `raw` and labels (1 to 9) of each recording in REFERENCE.csv; its .mat may lie in any folder.
+
+    Raises:
+        UserError: the table cannot be read, or has other labels.
+    """
+    index, columns = raw / REFERENCE, ("First_label", "Second_label", "Third_label")
     places = {path.stem: path.relative_to(raw).as_posix() for path in sorted(raw.rglob("*.mat"))}
-    for line, row in csv_rows(index, ("Recording", *labels), index, "CPSC 2018's labels", "download it again"):
+    for line, row in csv_rows(index, ("Recording", *columns), index, "CPSC 2018's labels", "download it again"):
         stem = (row["Recording"] or "").strip()
-        given = [text for label in labels if (text := (row[label] or "").strip())]
-        if not all(text.isdecimal() and 1 <= int(text) <= len(_CPSC) for text in given):
+        given = [text for column in columns if (text := (row[column] or "").strip())]
+        if not all(re.fullmatch(f"[1-{len(_CPSC)}]", text) for text in given):
             fix = "correct it, or download it again"
-            raise UserError(f"{index}, line {line}", f"labels {given}", f"numbers up to {len(_CPSC)}", fix)
-        named = ", ".join(_CPSC[int(text) - 1] for text in given)
-        asked = [("diagnosis", _QUESTION, named)] if named else []
-        yield RawRecording(places.get(stem, f"{stem}.mat"), questions=asked, name=stem)
+            raise UserError(f"{index}, line {line}", f"labels {given}", f"numbers 1 to {len(_CPSC)}", fix)
+        yield stem, places.get(stem, f"{stem}.mat"), [int(text) for text in given]
 
 
 def _ludb(raw: Path) -> Iterator[RawRecording]:
