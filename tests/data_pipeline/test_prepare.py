@@ -360,6 +360,14 @@ def test_the_folds_of_ptb_xl_may_split_too(prepared, raw, tmp_path):
     assert splits == [{"train": 4, "val": 4, "test": 4}] * 2
 
 
+def test_folds_of_prepare_are_not_taken_for_those_of_ptb_xl(raw, tmp_path):
+    prepare(raw, tmp_path / "out", folds=2)
+    folder = make_questions(tmp_path, [question([1])])
+    with pytest.raises(UserError, match="prepared with --folds, give --ptbxl-csv"):
+        ask(folder, tmp_path / "out", tmp_path / "q.parquet", split="strat_fold")
+    assert ask(folder, tmp_path / "out", tmp_path / "q.parquet")["single"] == 1
+
+
 def test_both_forms_of_a_question_are_rows_when_asked_for(prepared, tmp_path):
     folder = make_questions(tmp_path, [question([1])])
     make_questions(folder, [question([1])], "template")

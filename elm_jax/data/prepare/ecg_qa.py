@@ -64,7 +64,8 @@ def prepare_ecg_qa(
     source, stems = _stems(records)
     patients, folds = _patients(records, ptbxl_csv, stems if source == "mimic-iv-ecg" else None)
     if chosen.split == "strat_fold" and not folds:
-        raise UserError("--split", "strat_fold", "patient or official for MIMIC-IV-ECG", "choose one of them")
+        fix = f"choose one of them; for PTB-XL that was prepared with --folds, give --ptbxl-csv .../{INDEX}"
+        raise UserError("--split", "strat_fold", "patient or official for MIMIC-IV-ECG", fix)
     where = f"{records.parent.name}/{records.name}"
     counts: Counter[str] = Counter()
     used: set[int] = set()
@@ -179,7 +180,8 @@ def _patients(
         columns = pq.read_table(table, columns=["ecg_path", "patient_id", "split"]).to_pylist()
         ids = [int(Path(row["ecg_path"]).name.split("_")[2]) for row in columns]
     people = {ecg: row["patient_id"] for ecg, row in zip(ids, columns, strict=True)}
-    return people, {ecg: row["split"] for ecg, row in zip(ids, columns, strict=True)}
+    official = {ecg: row["split"] for ecg, row in zip(ids, columns, strict=True)}
+    return people, {ecg: split for ecg, split in official.items() if split in SPLITS}  # not those of prepare --folds
 
 
 def _known(patients: dict[int, str], ecg: int, ptbxl_csv: Path | None) -> str:
