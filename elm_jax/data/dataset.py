@@ -332,7 +332,8 @@ class Dataset:
         if words is not None:
             digest.update(words.backend_tokenizer.to_str().encode())
         if not self.samples.plain:
-            digest.update(f"{self.samples.fingerprint}{self.signal.ids or ''}".encode())
+            digest.update(self.samples.fingerprint.encode())
+        digest.update("".join(repr(spec.ids) for spec in self.signal.views.values() if spec.ids).encode())
         told = replace(self.signal, root=str(Path(self.signal.root).absolute()), tokens=None)
         if self._symbols is not None:
             digest.update(repr((told, self._symbols.fingerprint, self.augments)).encode())

@@ -66,11 +66,11 @@ class SignalSpec:
     dpi: int = DPI  # of the paper
     compat: tuple[str, ...] = ()  # of the reference's ways to read a recording
     features: Features | None = None
-    ids: EcgIds | None = None
     outside_root: bool = field(default=False, repr=False)  # changes nothing of what is read
     prefixes: Mapping[str, str] = field(default_factory=dict, repr=False)
     bare_rate: float | None = field(default=None, repr=False)
-    normalize: str = field(default="minmax", repr=False)  # younger than what is kept by this
+    ids: EcgIds | None = field(default=None, repr=False)  # as the next, younger than what is kept by this
+    normalize: str = field(default="minmax", repr=False)
     view: str = field(default="ecg", repr=False)
     further: Mapping[str, "SignalSpec"] = field(default_factory=dict, repr=False)
     texts: Mapping[str, Callable[[np.ndarray, float], str]] = field(default_factory=dict, repr=False)

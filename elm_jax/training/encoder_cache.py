@@ -61,7 +61,9 @@ def keep_features(
         spec = replace(spec, seed=0)  # nothing of a recording is drawn from it
     facts = (SIGNALS, spec, config.encoder.name, config.encoder.tokens, *assembly.encoders.values(), config.compat)
     weights = sorted(summaries(own).items())
-    later = [*(["compared"] if compared else []), *([spec.normalize] if spec.normalize != "minmax" else [])]
+    later = ["compared"] if compared else []  # each says something only where it is not as it always was
+    later += [spec.normalize] if spec.normalize != "minmax" else []
+    later += [repr(spec.ids)] if spec.ids else []
     facts = (*facts, config.llm.compute_dtype, weights, *later)
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 

@@ -15,11 +15,12 @@ from elm_jax.config import DataConfig
 from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.demo import demo_tokenizer
+from elm_jax.data.ecg_ids import EcgIds
 from elm_jax.data.ecg_tokens import EcgTokens, add_ecg_tokens
 from elm_jax.data.loader import StepSource
 from elm_jax.data.plan import Plan
 from elm_jax.data.represent import signal_spec
-from elm_jax.data.sources import load_records
+from elm_jax.data.sources import Record, load_records
 from elm_jax.errors import UserError
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.text.render import add_tokens, render
@@ -169,6 +170,17 @@ def test_the_fingerprint_changes_with_what_may_change_a_length(made: Made) -> No
     assert made.dataset(["a.npy"], [QUESTION], augments=True).fingerprint != first.fingerprint
     os.utime(made.folder / "a.npy", (1, 1))
     assert made.dataset(["a.npy"], [QUESTION]).fingerprint != first.fingerprint
+
+
+def test_a_fingerprint_is_what_older_runs_have_in_their_checkpoints() -> None:
+    """Of which they could not be gone on with under another one."""
+    data = DataConfig(root="/recordings", representation="symbolic", leads=("II",), segment_len=SAMPLES, max_len=256)
+    tokens = EcgTokens(EcgByte([b"aa", b"bb"]), np.arange(258, dtype=np.int32), 8)
+    text, signal = text_spec(data, "qwen2", 1, "sft", ()), signal_spec(data, 0, tokens=tokens)
+    record = Record(("noise",), QUESTION, "x", "0", "x:0", 0)
+    assert Dataset([record], None, text, signal).fingerprint == "8f75001e100ab1e6af490bb7f8b09eff"
+    of_encoder = replace(signal, ids=EcgIds(tokens.coder, 64, (1,)))
+    assert Dataset([record], None, text, of_encoder).fingerprint != "8f75001e100ab1e6af490bb7f8b09eff"
 
 
 def test_an_ecg_that_has_changed_since_it_was_measured_is_named(made: Made) -> None:

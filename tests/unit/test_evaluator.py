@@ -235,6 +235,29 @@ def test_an_evaluation_is_called_as_its_files_and_split_are(names: list[str], fo
     assert results_folder(config, "test") == Path("run/eval") / folder
 
 
+def test_an_evaluation_is_told_by_what_it_always_was() -> None:
+    """With another key, or one less, all that was evaluated before would be set aside and asked anew."""
+    config, drawn = Config(), {"batch_size", "folds", "limit", "max_new_tokens", "repetition_penalty", "temperature"}
+    config = replace(config, data=replace(config.data, prefixes={"/old": "/new"}), eval=replace(config.eval, ema=True))
+    model = SimpleNamespace(config=config, step=7, arrays={"a": np.zeros(1, np.float32)})
+    found = evaluator._identity(model, "test", [])  # type: ignore[arg-type]
+    assert set(found) == {"asked", "step", "weights", "split", "records", "config", "eval"}
+    assert set(found["eval"]) == {*drawn, "top_p"}
+    assert {part: set(x) for part, x in found["config"].items() if isinstance(x, dict)} == {
+        "data": {
+            "ecg_tokenizer", "explicit_thinking", "fold", "leads", "max_len", "min_ecg_tokens", "names", "norm_eps",
+            "normalize", "outside_root", "perturb", "representation", "root", "sampling_rate", "segment_len",
+            "system_prompt",
+        },
+        "llm": {
+            "attention", "chat", "compute_dtype", "dropout", "lora", "name", "param_dtype", "remat", "scan", "scratch",
+        },
+        "mesh": {"data", "fsdp", "tensor"},
+    }  # fmt: skip
+    averaged = SimpleNamespace(config=config, step=7, arrays={"a": np.ones(1, np.float32)})
+    assert evaluator._identity(averaged, "test", [])["weights"] != found["weights"]  # type: ignore[arg-type]
+
+
 def test_nothing_to_ask_is_an_error(ask: Ask) -> None:
     model = ask(data__max_bad_records=0.3, eval__limit=1)
     Path(model.config.data.root, "ecg_0.npy").unlink()
