@@ -68,8 +68,8 @@ def test_from_raw_files_to_tables_as_a_command(raw, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "single: 2" in done.stdout and "patients_in_several_splits: 0" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "ecg_qa.parquet", "ecg_qa_report.json", "ptb_xl", "ptb_xl_pretrain.parquet", "ptb_xl_report.json",
-        "ptb_xl_reports.parquet",
+        "ecg_qa.parquet", "ecg_qa_report.json", "ptb_xl", "ptb_xl_pretrain.parquet", "ptb_xl_records.parquet",
+        "ptb_xl_report.json", "ptb_xl_reports.parquet",
     ]  # fmt: skip
 
 

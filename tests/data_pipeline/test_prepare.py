@@ -115,7 +115,12 @@ def test_segments_are_resampled_as_the_reference_does_by_its_name_and_folders_ar
     np.testing.assert_allclose(found["ecg"], resample_by_spline(source, 500, 250)[:, :200], atol=1e-5)
     with pytest.raises(UserError, match="found segments made with resampling spline; expected resampling low-pass"):
         prepare(raw, tmp_path)
-    report = tmp_path / "ptb_xl_report.json"
+    report, settings = tmp_path / "ptb_xl_report.json", tmp_path / "ptb_xl/preprocessed_200/settings.json"
+    report.rename(tmp_path / "kept")  # of a run that was stopped before its end there is none
+    with pytest.raises(UserError, match="settings.json: found segments made with resampling spline"):
+        prepare(raw, tmp_path)
+    (tmp_path / "kept").rename(report)
+    settings.unlink()  # which earlier versions did not write
     before = json.loads(report.read_text())
     del before["resampling"]
     report.write_text(json.dumps(before))
@@ -155,7 +160,7 @@ def test_a_second_run_keeps_what_is_complete_and_mends_the_rest(raw, tmp_path):
     kept = [path for path in stamps if "00002_hr" not in path.name]
     assert all(path.stat().st_mtime_ns == stamps[path] for path in kept)
     left = {path.name for path in folder.iterdir()} - {path.name for path in stamps}
-    assert left == {"signals.jsonl"}, "a temporary file was left"
+    assert left == {"signals.jsonl", "settings.json"}, "a temporary file was left"
     with pytest.raises(UserError, match="sampling_rate 250"):
         prepare(raw, tmp_path, sampling_rate=500)
 
@@ -201,6 +206,9 @@ def test_recordings_that_would_be_kept_under_one_name_are_refused(tmp_path):
     alike = [RawRecording(path, "1", "train", "x") for path in ("a/b_c", "a_b/c")]
     with pytest.raises(UserError, match="found a/b_c and a_b/c; expected recordings that differ"):
         prepare_dataset("mine", replace(PTB_XL, recordings=lambda _: alike), tmp_path, tmp_path / "out", progress=False)
+    alike = [RawRecording("a.h5", row=row) for row in (0, 1)]
+    with pytest.raises(UserError, match="found a.h5, row 0 and a.h5, row 1; expected .* rows that have names"):
+        prepare_dataset("mine", replace(PTB_XL, recordings=lambda _: alike), tmp_path, tmp_path / "out", progress=False)
 
 
 def test_a_dataset_is_not_registered_under_a_name_that_is_taken():
@@ -217,6 +225,20 @@ def test_records_without_a_report_are_prepared_but_ask_for_none(tmp_path):
     )
     report = prepare(raw, tmp_path / "out")
     assert report["records"] == 2 and report["without_report"] == 1 and report["rows"]["train"] == 2
+    rows = table(tmp_path / "out/ptb_xl_records.parquet")
+    assert [(row["patient_id"], row["split"]) for row in rows] == [("1", "train")] * 2 + [("2", "train")] * 2
+    assert list(rows[0]) == ["ecg_path", "patient_id", "split"]
+
+
+def test_what_was_noted_of_a_recording_is_replaced_when_it_is_prepared_again(tmp_path):
+    raw = make_raw(tmp_path / "raw", 2)
+    prepare(raw, tmp_path / "out")
+    folder = tmp_path / "out/ptb_xl/preprocessed_200"
+    stems = [f"records500_00000_0000{number}_hr" for number in (1, 2)]
+    notes = "".join(json.dumps({"name": stem, "flat": "I: as it was"}) + "\n" for stem in stems)
+    (folder / "signals.jsonl").write_text(notes)
+    (folder / f"{stems[0]}_0.npy").unlink()
+    assert prepare(raw, tmp_path / "out")["flat"] == {"records500/00000/00002_hr": "I: as it was"}
 
 
 def test_a_bad_index_is_named_with_its_line(tmp_path):

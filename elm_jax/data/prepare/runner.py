@@ -1,8 +1,9 @@
 """From a raw download to records, in one way for every dataset of recordings.
 
-Leaves in O: <name>/preprocessed_<len>/<recording with _ for />_<segment>.npy; with paths relative to O, the tables
-<name>_reports.parquet (conversations), <name>_pretrain.parquet (plain reports) and <name>_questions.parquet, of those
-of the three that there is something for; <name>_report.json, the counts.
+Leaves in O: <name>/preprocessed_<len>/<recording with _ for />_<segment>.npy; <name>_report.json, the counts; and with
+paths relative to O the tables <name>_records.parquet (the patient and the split of each), <name>_reports.parquet
+(conversations), <name>_pretrain.parquet (plain reports) and <name>_questions.parquet, of the last three those that
+there is something for.
 """
 
 import json
@@ -32,10 +33,12 @@ from elm_jax.folders import write_atomic, write_json
 from elm_jax.json_text import parse_json
 from elm_jax.stopping import each
 
+TABLES = ("records", "reports", "pretrain", "questions")  # of which the first has all recordings, but no text
 REPORT_QUESTION = "Write the report of this ECG."
 _SEGMENT = re.compile(r"(.+)_(\d+)\.npy")
 _KINDS = ("flat", "clipped", "scale", "limb_sums", "reversal")  # what `check_signal` may find in what is prepared
-_SIGNALS = "signals.jsonl"  # in the folder of the segments: what is amiss with those that were made, a line for each
+# In the folder of the segments: what is amiss with those that were made, a line for each; how all are made.
+_SIGNALS, _SETTINGS = "signals.jsonl", "settings.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,9 @@ class _Prepared:
     count: int
     folder: str  # below O
 
-    def rows(self, name: str, text: str, splits: Iterable[str]) -> Iterator[dict[str, str]]:
+    def rows(self, splits: Iterable[str], **said: str) -> Iterator[dict[str, str]]:
         """One record for each segment and split."""
-        common = {"text": text, "name": name, "patient_id": "+".join(self.patients)}
+        common = {**said, "patient_id": "+".join(self.patients)}
         for split, number in product(splits, range(self.count)):
             yield {"ecg_path": f"{self.folder}/{self.raw.stem}_{number}.npy", **common, "split": split}
 
@@ -82,9 +85,10 @@ def prepare_dataset(
     resampling, filters = MADE[profile]
     settings = {"dataset": name, "sampling_rate": sampling_rate, "segment_len": length, "resampling": resampling}
     settings |= {"filters": filters}
-    for earlier in (f"{name}_report.json", "prepare_report.json"):  # the second: before there were several datasets
-        _check_settings(out / earlier, settings)
     folder = out / name / f"preprocessed_{length}"
+    # The last of them: before there were several datasets.
+    for earlier in (folder / _SETTINGS, out / f"{name}_report.json", out / "prepare_report.json"):
+        _check_settings(earlier, settings)
     problems: dict[str, dict[str, str]] = {"missing": {}, "unreadable": {}, "too_short": {}}
     found: list[RawRecording] = []
     for one in dataset.recordings(raw):
@@ -96,7 +100,10 @@ def prepare_dataset(
     for left in folder.glob(".*.npy.????????"):  # a write that was cut off
         left.unlink()
     done = segment_counts(folder)
-    maker = _Maker(raw, out, folder, dataset.read, PROFILES[profile], sampling_rate, length)
+    maker = _Maker(raw, out, folder, dataset.read, PROFILES[profile], settings)
+    noted = _notes(folder)
+    if noted.keys() - done.keys():  # of what is made anew
+        _write_notes(folder, {stem: noted[stem] for stem in noted.keys() & done.keys()})
     made = in_order(maker, [one for one in found if one.stem not in done], workers)
     prepared: list[_Prepared] = []
     kept = 0
@@ -147,11 +154,11 @@ class _Maker:
     folder: Path
     read: Callable[..., Recording]
     profile: Profile
-    rate: float
-    length: int
+    settings: dict[str, Any]
 
     def __call__(self, one: RawRecording) -> tuple[int, str, str]:
         """How many segments there are; where there are none the kind of the problem, and what it is."""
+        rate, length = self.settings["sampling_rate"], self.settings["segment_len"]
         problem = unlike_a_path(one.path) or _unlike_a_name(one.stem) or _absent(self.raw / one.path)
         if problem:
             return 0, "missing", problem
@@ -160,18 +167,20 @@ class _Maker:
             recording = self.read(*where)
             if not np.isfinite(recording.signal).all():
                 raise UserError(self.raw / one.path, "NaN or infinity", "finite numbers", "leave it out, or repair it")
-            signal = self.profile(recording.signal, recording.sampling_rate, self.rate)
-            windows = segments(replace(recording, signal=signal, sampling_rate=self.rate), self.rate, self.length)
+            signal = self.profile(recording.signal, recording.sampling_rate, rate)
+            windows = segments(replace(recording, signal=signal, sampling_rate=rate), rate, length)
         except UserError as error:
             return 0, "unreadable", str(error)
         if not len(windows):
-            return 0, "too_short", f"shorter than {self.length} samples at {self.rate:g} Hz"
+            return 0, "too_short", f"shorter than {length} samples at {rate:g} Hz"
+        if not (self.folder / _SETTINGS).is_file():  # there before the first segment: a run that is stopped has them
+            write_json(self.folder / _SETTINGS, self.settings)
         amiss = _amiss(recording)
         if amiss:
             self._note({"name": one.stem, **amiss})
         for number in reversed(range(len(windows))):  # the first is last: where it is, all are
             path = self.folder / f"{one.stem}_{number}.npy"
-            write_segment(path, self.out, windows[number], replace(recording, report=one.report), one.path, self.rate)
+            write_segment(path, self.out, windows[number], replace(recording, report=one.report), one.path, rate)
         return len(windows), "", ""
 
     def _note(self, said: dict[str, str]) -> None:
@@ -198,23 +207,32 @@ def _signals(folder: Path, prepared: dict[str, str]) -> dict[str, dict[str, str]
 
     The notes are in order afterwards, each once, whoever wrote them.
     """
-    path = folder / _SIGNALS
-    if not path.is_file():
-        return {kind: {} for kind in _KINDS}
-    noted: dict[str, dict[str, str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            said = parse_json(line)
-            noted[said.pop("name")] = said
-        except (ValueError, AttributeError, KeyError):  # cut off when the machine stopped: it is made anew
-            continue
-    lines = [json.dumps({"name": stem, **noted[stem]}) for stem in sorted(noted)]
-    write_atomic(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()), lasting=True)
+    noted = _notes(folder)
+    if (folder / _SIGNALS).is_file():
+        _write_notes(folder, noted)
     kinds: dict[str, dict[str, str]] = {kind: {} for kind in _KINDS}
     for stem in sorted(prepared.keys() & noted.keys()):
         for kind, why in noted[stem].items():
             kinds.setdefault(kind, {})[prepared[stem]] = why
     return kinds
+
+
+def _notes(folder: Path) -> dict[str, dict[str, str]]:
+    """Stem -> what was noted of it last."""
+    path = folder / _SIGNALS
+    noted: dict[str, dict[str, str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            said = parse_json(line)
+            noted[said.pop("name")] = said
+        except (ValueError, AttributeError, KeyError):  # cut off when the machine stopped: it is made anew
+            continue
+    return noted
+
+
+def _write_notes(folder: Path, noted: dict[str, dict[str, str]]) -> None:
+    text = "".join(f"{json.dumps({'name': stem, **noted[stem]})}\n" for stem in sorted(noted))
+    write_atomic(folder / _SIGNALS, lambda file: file.write(text.encode()), lasting=True)
 
 
 def _write_tables(
@@ -226,21 +244,22 @@ def _write_tables(
     def reports(text: Callable[[str], str]) -> Iterator[dict[str, str]]:
         for item, where in zip(prepared, splits, strict=True):
             if item.raw.report:
-                yield from item.rows("report", text(item.raw.report), where)
+                yield from item.rows(where, text=text(item.raw.report), name="report")
 
     def questions() -> Iterator[dict[str, str]]:
         for item, where in zip(prepared, splits, strict=True):
             for kind, question, answer in item.raw.questions:
-                yield from item.rows(kind, compact([kind, question, answer]), where)
+                yield from item.rows(where, text=compact([kind, question, answer]), name=kind)
 
     def counted(rows: Iterator[dict[str, str]]) -> Iterator[dict[str, str]]:
         for row in rows:
             counts[row["split"]] += 1
             yield row
 
-    write_texts(out / f"{name}_reports.parquet", counted(reports(_conversation)))
-    write_texts(out / f"{name}_pretrain.parquet", reports(str))
-    write_texts(out / f"{name}_questions.parquet", counted(questions()))
+    records = (row for item, where in zip(prepared, splits, strict=True) for row in item.rows(where))
+    made = (records, counted(reports(_conversation)), reports(str), counted(questions()))
+    for kind, rows in zip(TABLES, made, strict=True):
+        write_texts(out / f"{name}_{kind}.parquet", rows)
     several = sorted({split for where in splits for split in where if len(where) > 1})
     return {split: counts[split] for split in several or SPLITS}
 
@@ -249,14 +268,15 @@ def _conversation(report: str) -> str:
     return compact([{"from": "human", "value": REPORT_QUESTION}, {"from": "gpt", "value": report}])
 
 
-def _check_stems(raw: Path, found: Iterable[RawRecording]) -> None:
+def _check_stems(raw: Path, recordings: Iterable[RawRecording]) -> None:
     """No two recordings may be kept under one name."""
     named: dict[str, str] = {}
-    for one in found:
-        other = named.setdefault(one.stem, one.path)
-        if other != one.path:
-            fix = "rename one of them"
-            raise UserError(str(raw), f"{other} and {one.path}", "recordings that differ in more than / and _", fix)
+    for one in recordings:
+        other = named.setdefault(one.stem, one.where)
+        if other != one.where:
+            found = f"{other} and {one.where}"
+            expected = "recordings that differ in more than / and _, and rows that have names"
+            raise UserError(str(raw), found, expected, "rename one of them")
 
 
 def _unlike_a_name(stem: str) -> str | None:
