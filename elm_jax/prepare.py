@@ -102,8 +102,9 @@ def _parser() -> cli.Parser:
         own.add_argument("--out", type=Path, required=True, help="the table (.parquet), or a folder for it")
         own.add_argument("--segment-len", type=int, default=2500, help="samples of the segments to use")
         own.add_argument(
-            "--split", choices=["patient", "official"], default="patient",
-            help="whole patients by --seed, --val and --test; as the names of the files say",
+            "--split", choices=["recordings", "patient", "official"], default="recordings",
+            help="recordings: where the prepared tables have them, else by patient; patient: whole patients by --seed, "
+            "--val and --test; official: as the names of the files say",
         )  # fmt: skip
         _add_shares(own)
         own.set_defaults(prepare=_conversations)
@@ -164,9 +165,8 @@ def _check(args: Namespace) -> dict[str, Any]:
 def _conversations(args: Namespace) -> dict[str, Any]:
     table = _table(args)
     records = args.records or table.parent
-    official = args.split == "official"
     return prepare_conversations(
-        args.raw, records, table, args.segment_len, official, args.seed, args.val, args.test
+        args.raw, records, table, args.segment_len, args.split, args.seed, args.val, args.test
     )
 
 

@@ -60,6 +60,7 @@ def say(question: str = "q", answer: str = "a") -> list[dict[str, str]]:
         ("code15-test/270272-0.png", "CODE-15 270272"),
         ("x/y/JS20000-0.png", "JS 20000"),
         ("training/cpsc_2018/g1/A1980", "CPSC A1980"),
+        ("georgia/g1/E00001", "Georgia E00001"),
         ("ptbxl/21.png", ""),
         ("whatever/x", ""),
         ("", ""),
@@ -111,7 +112,7 @@ def test_files_of_each_kind_are_read_and_folders_name_their_conversations(tmp_pa
     listed = {"image_path": "e/00021_hr-0.png", "conversations": [
         {"from": "human", "value": ["Is it ", "AF?"]}, {"from": "gpt", "value": ["a", "b"]}]}  # fmt: skip
     (tmp_path / "bench" / "ecgqa.jsonl").write_text(json.dumps(listed) + "\n\n")
-    rows, report = join(tmp_path, [item], "bench/code15-test/test.json", official=True)
+    rows, report = join(tmp_path, [item], "bench/code15-test/test.json", split="official")
     found = {Path(row["ecg_path"]).name: (row["name"], row["split"]) for row in rows}
     assert found["270272_0.npy"] == ("code15-test", "test") and found["JS20000_0.npy"] == ("csn-test", "train")
     answers = [json.loads(row["text"])[1]["value"] for row in rows if "00021" in row["ecg_path"]]
@@ -125,9 +126,82 @@ def test_patients_and_their_splits_are_those_of_the_prepared_tables(tmp_path: Pa
              for stem in STEMS["ptb_xl"]]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(known), tmp_path / "O" / "ptb_xl_reports.parquet")
     items = [{"image": f"ptb-xl/{number}_hr.png", "conversations": say()} for number in ("00021", "09195")]
-    rows, report = join(tmp_path, items, test=0.5)
-    assert {row["patient_id"] for row in rows} == {"p7"} and len({row["split"] for row in rows}) == 1
+    rows, report = join(tmp_path, items)
+    assert {row["patient_id"] for row in rows} == {"p7"} and {row["split"] for row in rows} == {"val"}
     assert report["of unknown patients"] == 0
+    rows, _ = join(tmp_path, items, split="patient", val=0.0, test=0.0)
+    assert {row["patient_id"] for row in rows} == {"p7"} and {row["split"] for row in rows} == {"train"}
+
+
+def test_a_table_of_its_own_names_no_patients_and_those_of_mimic_are_known_in_any_folder(tmp_path: Path) -> None:
+    tree(tmp_path / "O", {"m": STEMS["mimic_iv"], "x": ["7_0"]})
+    item = {"image": "files/p1000/p10000032/s40689238/40689238", "conversations": say()}
+    paths = [f"m/preprocessed_2500/{stem}.npy" for stem in STEMS["mimic_iv"]]
+    table = pa.table({"ecg_path": paths, "patient_id": ["wrong"] * 2, "split": ["test"] * 2})
+    for own in ("x_records.parquet", "mine.parquet"):
+        pq.write_table(table, tmp_path / "O" / own)
+        (tmp_path / "raw.json").write_text(json.dumps([item]))
+        report = prepare_conversations(tmp_path / "raw.json", tmp_path / "O", tmp_path / "O" / own, progress=False)
+        rows = pq.read_table(tmp_path / "O" / own).to_pylist()
+        assert {row["patient_id"] for row in rows} == {"10000032"} and report["of unknown patients"] == 0
+
+
+def test_other_recordings_of_a_patient_follow_the_split_of_the_table(tmp_path: Path) -> None:
+    stems = ["files_p1000_p10000032_s1_1_0", "files_p1000_p10000032_s2_2_0"]
+    tree(tmp_path / "O", {"mimic_iv": stems})
+    path = f"mimic_iv/preprocessed_2500/{stems[0]}.npy"
+    table = pa.table({"ecg_path": [path], "patient_id": ["10000032"], "split": ["test"]})
+    pq.write_table(table, tmp_path / "O" / "mimic_iv_questions.parquet")
+    rows, _ = join(tmp_path, [{"image": "files/p1000/p10000032/s2/2", "conversations": say()}], val=0.0, test=0.0)
+    assert [row["split"] for row in rows] == ["test"]
+
+
+def test_a_conversation_about_several_recordings_has_them_all_and_is_left_out_across_splits(tmp_path: Path) -> None:
+    tree(tmp_path / "O")
+    where = "ptb_xl/preprocessed_2500/"
+    paths = [f"{where}{stem}.npy" for stem in STEMS["ptb_xl"]]
+    table = {"ecg_path": [*paths, "cpsc/preprocessed_2500/A1980_0.npy"], "patient_id": ["1", "1", "2", "3"],
+             "split": ["train"] * 3 + ["val"]}  # fmt: skip
+    pq.write_table(pa.table({key: table[key] for key in table}), tmp_path / "O" / "ptb_xl_records.parquet")
+    pair = ["x/09195_hr", "x/00021_hr"]
+    items = [
+        {"ecg_path": pair, "conversations": say()},
+        {"ecg_path": json.dumps(pair), "conversations": say()},
+        {"ecg_id": [9195, 21], "question": "q", "answer": "a"},
+        {"ecg_id": "[9195, 21]", "question": "q", "answer": "a"},
+        {"ecg_path": ["x/00021_hr", "cpsc/A1980"], "conversations": say()},
+        {"ecg_path": ["x/00021_hr", "x/00022_hr"], "conversations": say()},
+        {"objects": {"ecg": ["x/00021_hr", "x/09195_hr"]}, "messages": say()},
+    ]
+    rows, report = join(tmp_path, items)
+    assert len(rows) == 5 and {row["patient_id"] for row in rows} == {"1+2"}, "the shorter has one segment"
+    expected = [f"{where}records500_{stem}_0.npy" for stem in ("09000_09195_hr", "00000_00021_hr")]
+    assert [json.loads(row["ecg_path"]) for row in rows] == [expected] * 4 + [expected[::-1]]
+    assert report["across_splits"] == 1 and report["patients"] == 2
+    assert report["without_recording"] == {"items.json, item 6": "PTB-XL 00022 is not prepared"}
+
+
+def test_recordings_are_found_by_their_paths_whatever_their_endings(tmp_path: Path) -> None:
+    stems = ["a_b.csv_0", "c.edf_0", "c.csv_0", "ward_00021_hr.csv_0"]
+    tree(tmp_path / "O", {"folder": stems, "georgia": ["E00001_0"], "ptb_xl": STEMS["ptb_xl"]})
+    asked = ("a/b.csv", "a/b", "a/b.dat", "c.csv", "c", "ward/00021_hr.csv", "training/g1/E00001.mat")
+    rows, report = join(tmp_path, [{"ecg": path, "conversations": say()} for path in asked])
+    found = [Path(row["ecg_path"]).stem for row in rows]
+    assert found == ["a_b.csv_0"] * 3 + ["c.csv_0", "ward_00021_hr.csv_0", "E00001_0"]
+    assert list(report["without_recording"]) == ["items.json, item 5"], "which of the two is not said"
+
+
+def test_json_in_a_column_is_what_it_stands_for(tmp_path: Path) -> None:
+    tree(tmp_path / "O")
+    told = [
+        {"from": "system", "value": "s"},
+        {"from": "human", "value": ["Is it ", "AF?"]},
+        {"from": "gpt", "value": ["a", "b"]},
+    ]
+    rows, _ = join(tmp_path, [{"ecg": "x/JS20000", "conversations": json.dumps(told)}], "items.parquet")
+    assert json.loads(rows[0]["text"]) == say("Is it AF?", "a, b")
+    with pytest.raises(UserError, match="an unreadable file .field larger than"):
+        join(tmp_path, f"ecg,text\nJS20000,{'x' * 200_000}\n", "items.csv")
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,27 @@
 """Published conversations about recordings -> a table of those whose recordings are prepared.
 
-A recording is known by the number that its dataset gave it, wherever in a path that stands: of MIMIC's study, of a
-PTB-XL record, of a CODE-15 exam, of a record of CPSC or Chapman-Shaoxing-Ningbo. Any other is found by its path, where
-the prepared one has the same. A row is a conversation about one segment. Leaves F.parquet, with paths relative to the
-folder of the prepared recordings, and F_report.json beside it, which lists what was left out, and why.
+A recording is found by its path where the prepared one has the same, else by the number that its dataset gave it,
+wherever in a path that stands: of MIMIC's study, of a PTB-XL record, of a CODE-15 exam, of a record of CPSC, Georgia or
+Chapman-Shaoxing-Ningbo. A row is a conversation about one segment of each recording it names. Leaves F.parquet, with
+paths relative to the folder of the prepared recordings, and F_report.json beside it, which lists what was left out, and
+why.
 """
 
 import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
 from elm_jax.data.prepare.output import compact, write_table
-from elm_jax.data.prepare.runner import segment_counts
-from elm_jax.data.prepare.splits import SPLITS, leaks, split_of
+from elm_jax.data.prepare.runner import TABLES, segment_counts
+from elm_jax.data.prepare.splits import SPLITS, leaks, one_person, split_of
+from elm_jax.data.sources import patient_ids
 from elm_jax.errors import UserError, refused
 from elm_jax.folders import read_regular, write_json
 from elm_jax.json_text import parse_json
@@ -36,29 +39,37 @@ CONVERSATIONS = {
     "conversations": "any .json, .jsonl, .parquet or .csv files of conversations, or a folder of them",
 }
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
+SplitRule = Literal["recordings", "patient", "official"]
 _PATHS = ("ecg_path", "ecg", "image_path", "image")  # fields that name a recording, the first that there is
 _NAMES = ("name", "source", "question_type")  # fields that name the kind of a conversation
 _TEXTS = ("conversations", "messages", "text")
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _SEGMENTS = re.compile(r"preprocessed_(\d+)")
 _SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
+_NUMBER = re.compile(r"\d{1,9}(?:\.\d+)?")
 _MIMIC = re.compile(r"(?:^|[/_])p(\d+)[/_]s(\d+)[/_]\d+")
 _NUMBERS = (
     ("PTB-XL", re.compile(r"(?:^|[/_])(\d{5})_[hl]r")),
     ("JS", re.compile(r"(?:^|[/_])JS(\d{5})(?!\d)")),
+    ("Georgia", re.compile(r"(?:^|[/_])(E\d{5})(?!\d)")),
     ("CPSC", re.compile(r"(?:^|[/_])([AQ]\d{4})(?!\d)")),
     ("CODE-15", re.compile(r"code15[^/]*/(?:[^/]*/)*(\d+)[^/]*$")),
 )  # fmt: skip
 
 
 class Item(NamedTuple):
-    """A published conversation. where: its place, for errors. split: as its file or the item says; "" if neither."""
+    """A published conversation.
+
+    where: its place, for errors. ecgs: what names its recordings. first: only the first of them needs to be known.
+    split: as its file or the item says; "" if neither.
+    """
 
     where: str
-    ecg: str
+    ecgs: tuple[str, ...]
     text: Any
     name: str
     split: str
+    first: bool = False
 
 
 class Recordings:
@@ -67,30 +78,51 @@ class Recordings:
     Args:
         folder: what `prepare` left: DATASET/preprocessed_LENGTH and tables.
         length: samples of the segments.
+        out: a table that is about to be written, and is none of these.
 
     Raises:
         UserError: there is none of this length.
     """
 
-    def __init__(self, folder: Path, length: int) -> None:
+    def __init__(self, folder: Path, length: int, out: Path | None = None) -> None:
         self.segments: dict[str, list[str]] = {}  # key -> paths of segments, below the folder
-        for place in sorted(folder.glob(f"*/preprocessed_{length}")):
+        short: dict[str, list[list[str]]] = {}  # stem without the ending of its file -> those of each such file
+        places = sorted(folder.glob(f"*/preprocessed_{length}"))
+        for place in places:
             where = place.relative_to(folder).as_posix()
             for stem, count in sorted(segment_counts(place).items()):
                 paths = [f"{where}/{stem}_{number}.npy" for number in range(count)]
                 for key in {recording_key(f"{place.parent.name}/{stem}"), stem} - {""}:
                     self.segments.setdefault(key, paths)
+                short.setdefault(_SUFFIX.sub("", stem), []).append(paths)
         if not self.segments:
             others = sorted({match[1] for p in folder.glob("*/preprocessed_*") if (match := _SEGMENTS.match(p.name))})
             found = f"no segments of {length} samples" + (f", but of {', '.join(others)}" if others else "")
             raise UserError(str(folder), found, "prepared recordings", "prepare them first, or give their --records")
-        self.people = _people(folder)
+        self.segments = {key: found[0] for key, found in short.items() if len(found) == 1} | self.segments
+        self.people = _people(folder, [place.parent.name for place in places], out)
+        known = ((path.partition("/")[0], patient, split) for path, (patient, split) in self.people.items())
+        self.splits = {(name, one): split for name, who, split in known if split in SPLITS for one in patient_ids(who)}
+        self.persons = one_person(patient_ids(patient) for patient, _ in self.people.values())
 
     def find(self, ecg: str, name: str) -> list[str] | None:
         """The segments of a recording by its path; `name` says the dataset where the path does not."""
-        stem = _SUFFIX.sub("", ecg).strip("/").replace("/", "_")
-        keys = (recording_key(ecg), recording_key(f"{name}/{ecg}"), stem)
+        whole = ecg.strip("/").replace("/", "_")
+        keys = (whole, _SUFFIX.sub("", whole), recording_key(ecg), recording_key(f"{name}/{ecg}"))
         return next((self.segments[key] for key in keys if key in self.segments), None)
+
+    def patients(self, path: str) -> tuple[str, ...]:
+        """Whose a segment is, as a table or MIMIC's name of it says; () where neither does."""
+        subject = _MIMIC.search(Path(path).name)
+        return patient_ids(self.people.get(path, ("", ""))[0]) or ((subject[1],) if subject else ())
+
+    def split(self, path: str, patients: tuple[str, ...], rule: SplitRule, seed: int, val: float, test: float) -> str:
+        """The split of a segment: of its table or of others of its patient, where the rule asks for that, else by a
+        hash of the patient."""
+        name = path.partition("/")[0]
+        own = [self.people.get(path, ("", ""))[1], *(self.splits.get((name, one), "") for one in patients)]
+        prepared = next((split for split in own if split in SPLITS), "") if rule == "recordings" else ""
+        return prepared or split_of(self.persons.get(patients[0], patients[0]), seed, val, test)
 
 
 def recording_key(path: str) -> str:
@@ -101,46 +133,60 @@ def recording_key(path: str) -> str:
 
 
 def prepare_conversations(
-    raw: Path, records: Path, out: Path, length: int = 2500, official: bool = False,
+    raw: Path, records: Path, out: Path, length: int = 2500, split: SplitRule = "recordings",
     seed: int = 0, val: float = 0.1, test: float = 0.1, progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Join the conversations in `raw` to the segments in `records`; returns (and writes) the counts.
 
     Args:
         raw: a file, or a folder of files.
-        official: splits as the files' names or the items say; else whole patients by `seed`, `val`, `test` (shares).
+        split: "recordings": where the prepared tables have the recordings, else by patient; "patient": whole patients
+            by `seed`, `val`, `test` (shares); "official": as the files' names or the items say, else train.
 
     Raises:
         UserError: there are no conversations, or none about a prepared recording.
     """
-    recordings = Recordings(records, length)
+    recordings = Recordings(records, length, out)
     left_out: dict[str, dict[str, str]] = {"without_recording": {}, "malformed": {}}
     rows: list[dict[str, Any]] = []
-    items, counts = 0, Counter[str]()
+    people: list[tuple[str, list[str]]] = []  # of each row
+    items, counts = 0, Counter[str]({"conversations": 0, "of unknown patients": 0, "across_splits": 0})
     for item in tqdm(_items(raw), desc="conversations", unit="", disable=not progress):
         items += 1
         try:
-            turns = to_turns(decode_text(item.text))
+            turns = to_turns(item.text)
         except UserError as error:
             left_out["malformed"][item.where] = str(error)
             continue
         if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
             left_out["malformed"][item.where] = "no answer"
             continue
-        paths = recordings.find(item.ecg, item.name)
-        if paths is None:
-            known = recording_key(item.ecg) or recording_key(f"{item.name}/{item.ecg}")
-            reason = f"{known} is not prepared" if known else f"no dataset is known by {item.ecg!r}"
+        paths, reason = _segments(item, recordings)
+        if reason:
             left_out["without_recording"][item.where] = reason
             continue
+        known = [recordings.patients(found[0]) for found in paths]
+        about = {found[0]: told or (_nobody(found[0]),) for found, told in zip(paths, known, strict=True)}
+        splits = {recordings.split(path, who, split, seed, val, test) for path, who in about.items()}
+        if split == "official":
+            splits = {item.split or "train"}
+        if len(splits) > 1:
+            counts["across_splits"] += 1
+            continue
         counts["conversations"] += 1
-        patient, split = recordings.people.get(paths[0], ("", ""))
-        counts["of unknown patients"] += not patient
-        patient = patient or Path(paths[0]).stem.rpartition("_")[0]
-        split = (item.split or "train") if official else split_of(patient, seed, val, test)
-        text = item.text if isinstance(item.text, str) else compact(item.text)
-        common = {"text": text, "name": item.name, "patient_id": patient, "split": split}
-        rows += [{"ecg_path": path, **common} for path in paths]
+        counts["of unknown patients"] += not all(known)
+        plain = isinstance(item.text, str) and decode_text(item.text) == item.text
+        common = {
+            "text": item.text if plain else compact(item.text),
+            "name": item.name,
+            "patient_id": "+".join(sorted(set(chain(*about.values())))),
+            "split": splits.pop(),
+        }
+        # Datasets number their patients each from 1 on.
+        named = [f"{path.partition('/')[0]}/{one}" for path, who in about.items() for one in who]
+        for segments in zip(*paths, strict=False):  # as many as the shortest has
+            rows.append({"ecg_path": segments[0] if len(segments) == 1 else compact(segments), **common})
+            people.append((common["split"], named))
     if not rows:
         reasons = [f"{where}: {why}" for listed in left_out.values() for where, why in listed.items()]
         found = f"no conversation about a prepared recording among {items}" + (f" ({reasons[0]})" if reasons else "")
@@ -148,11 +194,11 @@ def prepare_conversations(
     report = {
         "items": items,
         **counts,
-        "split": "official" if official else "patient",
+        "split": split,
         "seed": seed,
-        "rows": {split: sum(row["split"] == split for row in rows) for split in SPLITS},
-        "patients": len({row["patient_id"] for row in rows}),
-        "patients_in_several_splits": leaks((row["split"], (row["patient_id"],)) for row in rows),
+        "rows": {name: sum(row["split"] == name for row in rows) for name in SPLITS},
+        "patients": len({one for _, named in people for one in named}),
+        "patients_in_several_splits": leaks(people),
         **left_out,
     }
     write_table(out, rows)
@@ -160,21 +206,37 @@ def prepare_conversations(
     return report
 
 
-def _people(folder: Path) -> dict[str, tuple[str, str]]:
-    """Path of a segment -> (patient, split), of all tables that `prepare` left in a folder; MIMIC's paths name them."""
+def _segments(item: Item, recordings: Recordings) -> tuple[list[list[str]], str]:
+    """The segments of each recording that an item is about; or none, and why."""
+    found: list[list[str]] = []
+    for ecg in item.ecgs or ("",):
+        paths = recordings.find(ecg, item.name)
+        known = recording_key(ecg) or recording_key(f"{item.name}/{ecg}")
+        if paths is not None:
+            found.append(paths)
+        elif known or not (item.first and found):
+            return [], f"{known} is not prepared" if known else f"no dataset is known by {ecg!r}"
+    return found, ""
+
+
+def _nobody(path: str) -> str:
+    """Whose a segment is of which that is not known: as `runner` has it, of somebody of whom there is no other."""
+    return f"{path.partition('/')[0]}:{Path(path).stem.rpartition('_')[0]}"
+
+
+def _people(folder: Path, datasets: Iterable[str], out: Path | None) -> dict[str, tuple[str, str]]:
+    """Path of a segment -> (patient, split), of the tables that `prepare` made of the recordings of `datasets`."""
     import pyarrow.parquet as pq
 
     found: dict[str, tuple[str, str]] = {}
     columns = ["ecg_path", "patient_id", "split"]
-    for file in sorted(folder.glob("*.parquet")):
+    for file in (folder / f"{name}_{kind}.parquet" for name in datasets for kind in TABLES):
+        if not file.is_file() or (out is not None and out.resolve() == file.resolve()):
+            continue
         with refused(file, "an unreadable table", "a table that prepare made", "prepare it again", Exception):
-            if set(columns) <= set(pq.read_schema(file).names):
-                for row in pq.read_table(file, columns=columns).to_pylist():
-                    if row["patient_id"] is not None and not str(row["ecg_path"]).startswith("["):
-                        found.setdefault(str(row["ecg_path"]), (str(row["patient_id"]), str(row["split"])))
-    for path in folder.glob("mimic_iv/preprocessed_*/*.npy"):
-        if subject := _MIMIC.search(path.name):
-            found.setdefault(path.relative_to(folder).as_posix(), (subject[1], ""))
+            for batch in pq.ParquetFile(file).iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    found.setdefault(str(row["ecg_path"]), (str(row["patient_id"] or ""), str(row["split"])))
     return found
 
 
@@ -210,7 +272,8 @@ def _rows(file: Path) -> Iterable[Any]:
     with refused(file, "an unreadable file", "UTF-8 text", fix):
         text = data.decode("utf-8-sig")
     if file.suffix.lower() == ".csv":
-        yield from csv.DictReader(io.StringIO(text, newline=""))
+        with refused(file, "an unreadable file", expected, fix, csv.Error):
+            yield from csv.DictReader(io.StringIO(text, newline=""))
         return
     with refused(file, "malformed JSON", expected, fix):
         lines = file.suffix.lower() == ".jsonl"
@@ -225,20 +288,21 @@ def _rows(file: Path) -> Iterable[Any]:
 def _item(where: str, row: Any, group: str, split: str) -> Item:
     """An item of any of the sets; what it lacks is empty, and found by its reader."""
     row = row if isinstance(row, Mapping) else {}
-    objects, number = row.get("objects"), row.get("ecg_id")
-    ecg: Any = next((row[field] for field in _PATHS if row.get(field)), None)
-    if isinstance(objects, Mapping) and objects.get("ecg"):
-        ecg = objects["ecg"]
-    if ecg is None and number is not None:  # ECG-QA's, of PTB-XL
-        digits = re.search(r"\d+", str(number))
-        ecg = f"{int(digits[0]):05d}_hr" if digits else ""
-    ecg = ecg[0] if isinstance(ecg, Sequence) and not isinstance(ecg, str) and ecg else ecg
+    objects = row.get("objects")
+    several = isinstance(objects, Mapping) and objects.get("ecg")
+    ecg: Any = several or next((row[field] for field in _PATHS if row.get(field)), None)
+    if ecg is None and row.get("ecg_id") is not None:  # ECG-QA's, of PTB-XL
+        ecg = [f"{int(float(number)):05d}_hr" for number in _NUMBER.findall(str(row["ecg_id"]))]
+    ecg = decode_text(ecg) if str(ecg).lstrip().startswith("[") else ecg
+    ecgs = tuple(str(one) for one in (ecg if isinstance(ecg, list | tuple) else [ecg]) if one)
     text: Any = next((row[field] for field in _TEXTS if row.get(field)), None)
     if text is None and "question" in row and "answer" in row:
         text = [{"from": "human", "value": row["question"]}, {"from": "gpt", "value": row["answer"]}]
+    text = decode_text(text)
     text = [_turn(turn) for turn in text if not _is_system(turn)] if isinstance(text, list) else text
     name = next((str(row[field]) for field in _NAMES if row.get(field)), group)
-    return Item(where, str(ecg or ""), text, name, _SPLITS.get(str(row.get("split", "")).lower(), split))
+    split = _SPLITS.get(str(row.get("split", "")).lower(), split)
+    return Item(where, ecgs, text, name, split, first=bool(several))
 
 
 def _is_system(turn: Any) -> bool:
