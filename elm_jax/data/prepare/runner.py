@@ -97,7 +97,7 @@ def prepare_dataset(
         else:
             found.append(one)
     _check_stems(raw, found)
-    for left in folder.glob(".*.npy.????????"):  # a write that was cut off
+    for left in folder.glob(".*.*.????????"):  # a write that was cut off
         left.unlink()
     done = segment_counts(folder)
     maker = _Maker(raw, out, folder, dataset.read, PROFILES[profile], settings)
