@@ -82,6 +82,8 @@ def _exported(folder: Path) -> dict[str, Any]:
                                             "norm_eps") if name in signal}  # fmt: skip
     own = {"name": encoder.get("name"), "config": encoder.get("config", {}), "checkpoint": str(weights)}
     tree: dict[str, Any] = {"workdir": str(folder), "data": data, "encoder": own, "compat": facts.get("compat", ())}
+    if isinstance(text := facts.get("text"), Mapping):  # its tower's sizes and tokenizer are where it came from
+        tree |= {"ssl": {"text": text.get("tower")}, "data": {**data, "max_len": text.get("max_len")}}
     if "objective" in facts:  # pretrained alone: its decoder lies beside it
         return tree | {"objective": facts["objective"], "update": ("encoder",)}
     return tree | {"elm": facts.get("elm")}

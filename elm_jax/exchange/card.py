@@ -59,14 +59,16 @@ def facts_of(weights: TrainedWeights, rows: int, no_template: str) -> dict[str, 
 def facts_of_encoder(weights: TrainedWeights) -> dict[str, Any]:
     """What a program must know to use an encoder that was pretrained alone."""
     config = weights.assembly.config
-    return {"objective": config.objective, "step": weights.step, **_encoders(weights), "signal": _signal(config.data)}
+    facts = {"objective": config.objective, "step": weights.step, **_encoders(weights), "signal": _signal(config.data)}
+    return facts | ({"text": {"tower": config.ssl.text, "max_len": config.data.max_len}} if config.ssl.text else {})
 
 
 def _encoders(weights: TrainedWeights) -> dict[str, Any]:
     """Name, tokens and sizes of each encoder, by its part of the model."""
     config, found = weights.assembly.config, {}
     for view, own in weights.assembly.encoders.items():
-        sizes, encoder = {k: v for k, v in own.items() if not isinstance(v, (tuple, set))}, config.encoder_of(view)
+        encoder = config.encoder_of(view)
+        sizes = {k: v for k, v in own.items() if k != "text" and not isinstance(v, (tuple, set))}
         found[config.part("encoder", view)] = {"name": encoder.name, "tokens": encoder.tokens, "config": sizes}
     return found
 

@@ -42,7 +42,7 @@ def read_text_tower(name: str, ssl: SslConfig, max_len: int) -> tuple[Any, dict[
         found = f"{folder} with a tokenizer of {rows} tokens and padding {pad}"
         expected = f"that of its weights: at most {sizes.vocab_size} tokens, and padding {sizes.pad_token_id}"
         raise UserError(WHERE, found, expected, "give a folder with its own tokenizer")
-    return tokenizer, fields
+    return tokenizer, {**fields, "pad_token_id": pad}  # what config.json says of it is wrong for SigLIP 2
 
 
 def open_text_tower(name: str, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> Published:

@@ -19,11 +19,13 @@ from runs import logged, saved_arrays
 from safetensors.numpy import load_file
 
 from elm_jax.assemble import assemble
+from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config
 from elm_jax.data.batch import ArraySpec, BatchShape, empty_batch
-from elm_jax.data.samples import report_of
+from elm_jax.data.samples import REPORT, report_of
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
+from elm_jax.evaluation.encoders import open_encoder
 from elm_jax.exchange.export import export
 from elm_jax.keys import MeshConfig
 from elm_jax.models.encoders.text_tower import BERT, CLIP_TEXT, SIGLIP_TEXT, TextConfig, TextFamily, TextTower
@@ -200,6 +202,8 @@ def an_elm_begins_with_it(trained: Config, folder: Path, **changes: Any) -> dict
     assert len(mine) > 10
     for array in mine:
         np.testing.assert_array_equal(np.asarray(arrays[array]), learnt[array], err_msg=array)
+    judged = open_encoder(str(folder / "out"), ConfigFlags.parse([]), "latest")  # with its tower, as the probe has it
+    assert judged.assembly.tokenizer is not None and judged.assembly.objective.samples.phase == REPORT
     return load_file(file)
 
 
