@@ -20,7 +20,6 @@ from elm_jax.assemble import assemble_encoder
 from elm_jax.errors import UserError
 from elm_jax.evaluation import encoders
 from elm_jax.folders import write_json
-from elm_jax.models.encoders.text_tower import BERT
 from elm_jax.runtime.mesh import make_mesh
 from elm_jax.weights.encoders import load_encoder, to_published
 
@@ -90,7 +89,7 @@ def test_a_table_is_judged_fold_by_fold_from_a_file_of_weights(exported: Path, t
 
 @pytest.mark.slow  # compiles a ResNet and a tower, twice
 def test_an_encoder_that_was_held_against_reports_tells_classes_by_their_words(tmp_path: Path) -> None:
-    bert = towers.bert_folder(tmp_path / "bert", BERT)
+    bert = towers.bert_folder(tmp_path / "bert")
     usual = {
         "objective": "merl", "encoder__name": "merl", "update": "encoder", "data__max_len": 16, "ssl__text": str(bert),
         "encoder__config": {**runs.TINY["encoder.config"], "proj_hidden": 16, "proj_out": 16},
