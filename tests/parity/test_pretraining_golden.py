@@ -180,7 +180,7 @@ def test_next_token(golden: Golden) -> None:
     ids = next_token_ids(given["tgt_ids"], model.config.pad_id)
     hidden, real = model.hidden(ids), np.asarray(ids) != PADDED
     compare("ssl_decoder_transformer", "hidden", np.asarray(hidden)[real], wanted["hidden_valid"], 1e-5)
-    compare("ssl_decoder_transformer", "logits", np.asarray(model.head(hidden))[real], wanted["logits_valid"], 1e-5)
+    compare("ssl_decoder_transformer", "logits", np.asarray(model.logits(hidden))[real], wanted["logits_valid"], 1e-5)
     for labels, loss in (("labels", "loss"), ("forecast_labels_ratio_0.5", "forecast_loss")):
         counted = jnp.asarray({**given, **wanted}[labels][:, 1:] >= 0)
         found = next_id_errors(model, ids, counted).sum() / counted.sum()
@@ -200,7 +200,7 @@ def test_next_token(golden: Golden) -> None:
     prompt = given["generate_prompt"]
     made = continued(prompt, wanted["generate_tokens"].shape[1] - prompt.shape[1])
     np.testing.assert_array_equal(made, wanted["generate_tokens"])
-    logits = model.head(model.hidden(made))[:, prompt.shape[1] - 1 : -1]
+    logits = model.logits(model.hidden(made))[:, prompt.shape[1] - 1 : -1]
     compare("ssl_decoder_transformer", "logits of a forecast", logits, wanted["generate_logits"], 1e-5)
     row, whole = given["tgt_ids"][:1], wanted["generate_to_max_tokens"]
     np.testing.assert_array_equal(continued(row, whole.shape[1] - row.shape[1]), whole)

@@ -21,7 +21,8 @@ from elm_jax.models.attention import attend
 from elm_jax.models.encoders.mae import XAVIER, token
 from elm_jax.models.encoders.sequence import BlockConfig
 from elm_jax.models.encoders.transformer import Block, Transformer
-from elm_jax.models.layers import Embedding, Linear, plus
+from elm_jax.models.hints import weight
+from elm_jax.models.layers import LearnedPositions, plus
 from elm_jax.schema import key
 
 CHUNK = 256  # ids whose logits exist at a time
@@ -53,11 +54,12 @@ class NextToken(nnx.Module):
         param_dtype: Any = jnp.float32,
     ) -> None:  # fmt: skip
         self.config, self.tokens, self.width, self.dtype = config, tokens, config.d_model, jnp.dtype(dtype)
-        self.embedding = Embedding(config.vocab_size, self.width, rngs, param_dtype)
+        # Of as many rows as there are ids, which need not divide over devices.
+        self.embedding = LearnedPositions(config.vocab_size, 0, self.width, rngs, param_dtype)
         self.position = token(rngs, param_dtype, config.max_seq_len, self.width)
         self.layers = Transformer(config.blocks(config.num_layers, causal=True), rngs, param_dtype)
-        axes = ("embed", "vocab")
-        self.head = Linear(self.width, config.vocab_size, axes, rngs, init=XAVIER, param_dtype=param_dtype)
+        head = XAVIER(rngs.params(), (config.vocab_size, self.width), jnp.float32)
+        self.head = nnx.Param(head.astype(param_dtype), axes=(None, "embed"))
 
     def __call__(self, signals: jax.Array, weights: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Ids (B, T) -> (B, N, D) float32: N bins of each ECG's own. weights, train: without effect."""
@@ -77,6 +79,10 @@ class NextToken(nnx.Module):
             expected = f"(batch, at most {self.config.max_seq_len} ids)"
             raise UserError("encoder input", f"shape {ids.shape}", expected, "raise max_seq_len")
         return self.layers(self._embed(ids, slice(ids.shape[1])), ids != PADDED)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """(..., D) -> (..., V) float32."""
+        return (hidden @ weight(self.head, hidden.dtype).T).astype(jnp.float32)
 
     def _embed(self, ids: jax.Array, places: slice) -> jax.Array:
         own = jnp.where(ids == PADDED, self.config.pad_id, ids)
@@ -103,7 +109,7 @@ class NextToken(nnx.Module):
                 return _step_of(nnx.merge(graph, parts), x, keys, values, at, places <= at)
 
             x, cache = jax.lax.scan(layer, x, (state, *cache))
-            logits = jnp.where(never, -jnp.inf, self.head(x)[:, 0].astype(jnp.float32))
+            logits = jnp.where(never, -jnp.inf, self.logits(x)[:, 0])
             if temperature > 0:
                 assert key is not None, "a forecast is drawn from a key"
                 following = jax.random.categorical(jax.random.fold_in(key, at), logits / temperature)
@@ -147,7 +153,7 @@ def next_id_errors(encoder: NextToken, ids: jax.Array, counted: jax.Array | None
     @partial(jax.checkpoint, prevent_cse=False)
     def add(total: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         hidden, labels, known = part
-        logits = encoder.head(hidden).astype(jnp.float32)
+        logits = encoder.logits(hidden)
         target = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
         return total + jnp.where(known, jax.nn.logsumexp(logits, axis=-1) - target, 0.0).sum(1), None
 
@@ -157,5 +163,5 @@ def next_id_errors(encoder: NextToken, ids: jax.Array, counted: jax.Array | None
 
 NEXT_TOKEN_NAMES = {
     "embedding.table": "token_emb.weight", "position": "pos_emb.weight", "layers.blocks": "layers.{layer}",
-    "head": "lm_head",
+    "head": "lm_head.weight",
 }  # fmt: skip
