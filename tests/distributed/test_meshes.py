@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from elm_jax.models.encoders import build_encoder, merl
 from elm_jax.models.families import scratch_config
 from elm_jax.models.functional import Structure, structure_of
 from elm_jax.runtime.mesh import SMALL, array_shardings, batch_sharding, make_mesh, to_device
+from elm_jax.scoring.rewards import REWARDS
 from elm_jax.training import loop
 from elm_jax.training.optim import make_optimizer
 from elm_jax.training.state import TrainState, abstract_state, new_state, split_names
@@ -192,6 +194,61 @@ def test_the_trainer_on_a_mesh_has_the_losses_of_one_device(tmp_path: Path, monk
     assert found.keys() == expected.keys() == set(range(1, 7))
     for step, values in expected.items():
         assert found[step] == pytest.approx(values, rel=1e-4), f"step {step}"
+
+
+LEARNING: dict[str, dict[str, Any]] = {
+    "sapo": {"rl__answers": 3, "rl__max_new_tokens": 4, "rl__rewards": ["of_length"], "rl__kl": 0.1},
+    "dpo": {},
+}
+
+
+@functools.cache
+def learnt_alone(objective: str, folder: Path) -> dict[int, dict[str, Any]]:
+    with mock.patch.object(loop, "make_mesh", lambda _: make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
+        return learnt(objective, folder, (1, 1, 1))
+
+
+def learnt(objective: str, folder: Path, sizes: Sizes) -> dict[int, dict[str, Any]]:
+    """What is logged of answers that the model draws, or of pairs."""
+    pairs = folder / "pairs.jsonl"
+    if objective == "dpo" and not pairs.exists():
+        rows = [
+            {"ecg_path": f"demo:train:{i}", "prompt": f"How fast is {i}?", "chosen": f"It is {i}.", "rejected": "No."}
+            for i in range(16)
+        ]
+        pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        LEARNING["dpo"]["data__names"] = [str(pairs)]
+    workdir = folder / f"{objective}-{'-'.join(map(str, sizes))}"
+    mesh = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes, strict=True))
+    made = runs.config(
+        workdir, objective=objective, train__steps=4, train__save_every=4, data__max_len=128, data__val_fraction=0.0,
+        llm__scratch={**runs.TINY["llm.scratch"], "layers": 1}, **LEARNING[objective], **mesh,
+    )  # fmt: skip
+    assert loop.train(made)
+    told = (*runs.VALUES, "reward", "ratio", "kl", "answer_tokens", "margin", "chosen", "rejected")
+    lines = [line for line in runs.lines(workdir) if "loss" in line]
+    return {line["step"]: {name: line[name] for name in told if name in line} for line in lines}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("learnt")
+
+
+@pytest.mark.slow  # long: answers and steps are compiled for each mesh
+@pytest.mark.parametrize(
+    ("objective", "sizes"),
+    [("sapo", (8, 1, 1)), ("sapo", (1, 8, 1)), ("sapo", (2, 2, 2)), ("dpo", (2, 2, 2))], ids=str,
+)  # fmt: skip
+def test_answers_and_pairs_are_learnt_alike_on_every_mesh(
+    objective: str, sizes: Sizes, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.prepare(monkeypatch, place / "cache")
+    monkeypatch.setitem(REWARDS, "of_length", lambda answered: len(answered.answer) % 5)
+    expected, found = learnt_alone(objective, place), learnt(objective, place, sizes)
+    assert found.keys() == expected.keys() == set(range(1, 5))
+    for step, values in expected.items():
+        assert found[step] == pytest.approx(values, rel=1e-4, abs=2e-5), f"step {step}"
 
 
 def lowered(dtype: Any) -> Any:
