@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -178,8 +179,9 @@ class Samples:
 
 def label_of(record: Record, classes: int) -> int:
     """The number of the record's class. Raises UserError unless it is one of so many, from 0 on."""
-    text = str(record.label).strip()
-    if not text.isdecimal() or int(text) >= classes:
+    whole = isinstance(record.label, float) and record.label.is_integer()  # of a column where others have none
+    text = str(int(record.label) if whole else record.label).strip()
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) >= classes:
         found = "no label" if record.label is None else f"the label {text[:40]!r}"
         raise UserError("label", found, f"a whole number from 0 to {classes - 1}", "mend the column label")
     return int(text)

@@ -99,6 +99,9 @@ def dit(config: Config) -> Objective:
     """Noise becomes an ECG, by a rectified flow or DDPM: of nothing, a label, a lead, or (dit_text) a report."""
     check_encoder(config, "dit", "dit_text")
     sizes = kind_of(str(config.encoder.name)).config(config.encoder.config)
+    if sizes.condition == "text" and config.encoder.name != "dit_text":
+        expected = "label, lead or None with encoder.name=dit"
+        raise UserError("encoder.config.condition", "text", expected, "set --config.encoder.name=dit_text")
     phase = {"text": REPORT, "label": LABEL}.get(sizes.condition)
     if sizes.loss_type == "ddpm" and config.data.normalize.endswith("zscore"):
         expected = "values from 0 to 1 with loss_type=ddpm, which is bounded by them: minmax, lead_minmax"

@@ -328,8 +328,11 @@ class Checkpoints:
 
     def items(self, step: int, average: bool = False) -> dict[str, Path]:
         """The name of each of the model's arrays that a step has -> the folder of its `SavedArrays`; `average`: of what
-        is trained its average."""
+        is trained its average. Raises UserError where the step has none."""
         names = self.meta(step)["arrays"]
+        if average and AVERAGE not in names:
+            found, fix = f"true for {self._path(step)}, a checkpoint without an average", "leave --config.eval.ema out"
+            raise UserError("eval.ema", found, "a run that averages its weights: optim.ema above 0", fix)
         chosen = [item for item in names if item != AVERAGE] + [AVERAGE] * average
         return {name: self._path(step) / item for item in chosen for name in names[item]}
 

@@ -37,10 +37,11 @@ def read_text_tower(name: str, ssl: SslConfig, max_len: int) -> tuple[Any, dict[
         expected, fix = f"at most the tower's context, {sizes.longest}", f"set --config.data.max_len={sizes.longest}"
         raise UserError("data.max_len", str(max_len), expected, fix)
     tokenizer = load_tokenizer(folder, WHERE)
-    pad, rows = tokenizer.pad_token_id, len(tokenizer)
-    if pad is None or rows > sizes.vocab_size or (sizes.of_bert and pad != sizes.pad_token_id):
-        found = f"{folder} with a tokenizer of {rows} tokens and padding {pad}"
-        expected = f"that of its weights: at most {sizes.vocab_size} tokens, and padding {sizes.pad_token_id}"
+    pad, largest = tokenizer.pad_token_id, max(tokenizer.get_vocab().values(), default=0)
+    if pad is None or largest >= sizes.vocab_size or (sizes.of_bert and pad != sizes.pad_token_id):
+        found = f"{folder} with a tokenizer of ids up to {largest} and padding {pad}"
+        expected = f"that of its weights: ids below {sizes.vocab_size}"
+        expected += f", and padding {sizes.pad_token_id}" if sizes.of_bert else ", and a padding"
         raise UserError(WHERE, found, expected, "give a folder with its own tokenizer")
     return tokenizer, {**fields, "pad_token_id": pad}  # what config.json says of it is wrong for SigLIP 2
 

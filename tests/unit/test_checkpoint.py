@@ -76,6 +76,8 @@ def test_restored_on_another_mesh_bit_by_bit(checkpoints: Checkpoints) -> None:
     assert_equal(restored, items(1))
     for name, array in restored["trained"].items():
         assert array.sharding == like["trained"][name].sharding
+    with pytest.raises(UserError, match=r"eval\.ema: found true for .*3, a checkpoint without an average"):
+        checkpoints.items(3, average=True)
     saved = SavedArrays(checkpoints.items(3)["llm.w"])
     assert_equal(saved.place(structs(arrays())), arrays(1))
     one = {"llm.w": arrays()["llm.w"].astype(jnp.bfloat16)}

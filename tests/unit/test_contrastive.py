@@ -27,7 +27,7 @@ from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 from elm_jax.evaluation.encoders import open_encoder
 from elm_jax.exchange.export import export
-from elm_jax.keys import MeshConfig
+from elm_jax.keys import MeshConfig, SslConfig
 from elm_jax.models.encoders.text_tower import BERT, CLIP_TEXT, SIGLIP_TEXT, TextConfig, TextFamily, TextTower
 from elm_jax.models.functional import structure_of
 from elm_jax.models.hints import placed
@@ -37,6 +37,7 @@ from elm_jax.runtime.mesh import MeshPlacement, array_shardings, batch_sharding,
 from elm_jax.text.reports import padded_ids
 from elm_jax.training import loop
 from elm_jax.weights.encoders import to_published
+from elm_jax.weights.text_tower import read_text_tower
 
 
 @pytest.fixture
@@ -279,3 +280,17 @@ def test_what_cannot_be_held_against_text(bert: Path, tmp_path: Path, here: None
     ):
         with pytest.raises(UserError, match=error):
             assemble(config(tmp_path, bert, **changes))
+
+
+def test_a_tower_has_its_tokenizers_padding_and_rows_for_its_ids(tmp_path: Path) -> None:
+    folder = towers.pair_folder(tmp_path / "siglip2", "siglip2")
+
+    def read(**changes: int) -> dict[str, Any]:
+        told = json.loads((folder / "config.json").read_text())
+        told["text_config"] |= changes
+        (folder / "config.json").write_text(json.dumps(told))
+        return read_text_tower("siglip2.pretraining", SslConfig(text=str(folder)), 16)[1]
+
+    assert read(pad_token_id=7)["pad_token_id"] == 0
+    with pytest.raises(UserError, match="a tokenizer of ids up to .* and padding 0; expected .*ids below 60"):
+        read(vocab_size=60)

@@ -19,6 +19,8 @@ from elm_jax.assemble import assemble
 from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config
 from elm_jax.data.ecg_ids import PADDED, EcgIds
+from elm_jax.data.samples import REPORT, label_of
+from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 from elm_jax.evaluation.redrawing import redraw_split
 from elm_jax.exchange.export import export
@@ -212,6 +214,29 @@ def test_a_config_pretrains_its_encoder() -> None:
 def test_an_objective_needs_its_encoder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"encoder\.name: found merl; expected st_mem with objective=st_mem"):
         objective_of(config(tmp_path, "st_mem", encoder__name="merl"))
+
+
+def test_a_diffusion_needs_what_it_is_of(tmp_path: Path) -> None:
+    def refused(expected: str, own: dict[str, Any], **changes: Any) -> None:
+        with pytest.raises(UserError, match=expected):
+            objective_of(config(tmp_path, "dit", encoder__config={**DIT, **own}, **changes))
+
+    refused("condition: found text; expected label, lead or None with encoder.name=dit", {"condition": "text"})
+    refused("condition: found label; expected text", {"condition": "label"}, encoder__name="dit_text")
+    refused("data.normalize: found lead_zscore", {"loss_type": "ddpm"}, data__normalize="lead_zscore")
+    of_text = config(tmp_path, "dit", encoder__config=DIT, encoder__name="dit_text")
+    assert objective_of(of_text).samples.phase == REPORT
+
+
+@pytest.mark.parametrize("label", [1, 1.0, "1", np.float64(1)])
+def test_a_label_is_a_whole_number(label: Any) -> None:
+    def record(label: Any) -> Record:
+        return Record(("a.npy",), "", "", "1", "x:1", 0, label=label)
+
+    assert label_of(record(label), 2) == 1
+    for bad in (1.5, "1.5", 2.0, -1.0, float("nan"), float("inf"), "9" * 5000, True, None):
+        with pytest.raises(UserError, match="expected a whole number from 0 to 1"):
+            label_of(record(bad), 2)
 
 
 @pytest.mark.slow  # trains twice

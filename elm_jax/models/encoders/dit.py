@@ -64,7 +64,10 @@ class DitConfig(BlockConfig):
 
     @classmethod
     def of_text(cls, config: Mapping[str, Any]) -> Self:
-        """As `from_fields`, where the condition is a text."""
+        """As `from_fields`, where the condition is a text. UserError for another."""
+        if (told := config.get("condition") or "text") != "text":
+            expected, fix = "text with encoder.name=dit_text", "set --config.encoder.name=dit"
+            raise UserError("encoder.config.condition", str(told), expected, fix)
         return cls.from_fields({**config, "condition": "text"})
 
     @property

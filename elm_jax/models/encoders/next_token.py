@@ -34,7 +34,7 @@ class NextTokenConfig(BlockConfig):
 
     num_layers: int = key(12, "blocks of the encoder", limit="at least 1")
     vocab_size: int = key(SPECIAL + 256, "V", limit="at least 1")
-    max_seq_len: int = key(2048, "T, at most", limit="at least 1")
+    max_seq_len: int = key(2048, "T, at most", limit="at least 2")
     lead_tokens: bool = key(False, "each lead is encoded by itself, between a begin and an end of its own")
 
     @property
