@@ -191,7 +191,8 @@ def start(
     leaves = {n: Leaf(x.shape, x.dtype, (), False, n.split(".")[0]) for n, x in made.items()}
     assembly: Any = SimpleNamespace(
         config=Config(init_from=source, init_missing_ok=missing_ok), structure=Structure(None, None, leaves),  # type: ignore[arg-type]
-        llm_folder=None, draw=lambda shardings: {name: made[name] for name in shardings},
+        llm_folder=None, encoder_kinds={"encoder": "merl"},
+        draw=lambda shardings: {name: made[name] for name in shardings},
     )  # fmt: skip
     moved = made if learns else {}
     return first_arrays(assembly, Path(source) / "new", {n: x.sharding for n, x in made.items()}, moved)
