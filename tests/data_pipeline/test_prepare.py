@@ -383,10 +383,11 @@ def test_the_folds_of_ptb_xl_may_split_too(prepared, raw, tmp_path):
 
 
 def test_folds_of_prepare_are_not_taken_for_those_of_ptb_xl(raw, tmp_path):
-    prepare(raw, tmp_path / "out", folds=2)
     folder = make_questions(tmp_path, [question([1])])
-    with pytest.raises(UserError, match="prepared with --folds, give --ptbxl-csv"):
-        ask(folder, tmp_path / "out", tmp_path / "q.parquet", split="strat_fold")
+    for rule in ({"folds": 2}, {"split": "patient"}):
+        prepare(raw, tmp_path / "out", **rule)
+        with pytest.raises(UserError, match="with other splits than its own; .*give --ptbxl-csv"):
+            ask(folder, tmp_path / "out", tmp_path / "q.parquet", split="strat_fold")
     assert ask(folder, tmp_path / "out", tmp_path / "q.parquet")["single"] == 1
 
 

@@ -19,10 +19,11 @@ from elm_jax.data.prepare.runner import segment_counts
 from elm_jax.data.prepare.splits import SPLITS, leaks, split_of
 from elm_jax.data.table_files import KINDS
 from elm_jax.errors import UserError, refused
-from elm_jax.folders import read_regular, write_json
+from elm_jax.folders import json_if_whole, read_regular, write_json
 from elm_jax.json_text import parse_json
 
-PTB_XL_REPORTS = "ptb_xl_reports.parquet"  # as `prepare ptb_xl` leaves it
+# As `prepare ptb_xl` leaves them: all recordings, or, of before there was that table, those with a report; the counts.
+PTB_XL_TABLES, PTB_XL_REPORT = ("ptb_xl_records.parquet", "ptb_xl_reports.parquet"), "ptb_xl_report.json"
 FORMS = ("paraphrased", "template")
 OFFICIAL = {"train": "train", "valid": "val", "test": "test"}
 SplitRule = Literal["patient", "official", "strat_fold"]
@@ -56,7 +57,7 @@ def prepare_ecg_qa(
 ) -> dict[str, Any]:
     """Join the questions in `raw` to the segments in `records`; returns (and writes) the counts.
 
-    `ptbxl_csv` gives the patients; without it the reports' table that `prepare ptb_xl` leaves does. A
+    `ptbxl_csv` gives the patients; without it the table of recordings that `prepare ptb_xl` leaves does. A
     comparison of patients in different splits is left out, so that no patient is in two. Raises UserError
     for folders without questions or segments, malformed questions, and recordings of unknown patients.
     """
@@ -64,8 +65,10 @@ def prepare_ecg_qa(
     source, stems = _stems(records)
     patients, folds = _patients(records, ptbxl_csv, stems if source == "mimic-iv-ecg" else None)
     if chosen.split == "strat_fold" and not folds:
-        fix = f"choose one of them; for PTB-XL that was prepared with --folds, give --ptbxl-csv .../{INDEX}"
-        raise UserError("--split", "strat_fold", "patient or official for MIMIC-IV-ECG", fix)
+        if source == "mimic-iv-ecg":
+            raise UserError("--split", "strat_fold", "patient or official for MIMIC-IV-ECG", "choose one of them")
+        found = "strat_fold, and PTB-XL that was prepared with other splits than its own"
+        raise UserError("--split", found, "PTB-XL's folds", f"give --ptbxl-csv .../{INDEX}")
     where = f"{records.parent.name}/{records.name}"
     counts: Counter[str] = Counter()
     used: set[int] = set()
@@ -171,23 +174,25 @@ def _patients(
     if ptbxl_csv is not None:
         entries = read_index(ptbxl_csv)
         return {e.ecg_id: e.patient for e in entries}, {e.ecg_id: e.split for e in entries}
-    table = records.parent.parent / PTB_XL_REPORTS
-    if not table.is_file():
-        raise UserError(str(table), "no file", "who the patients are", f"give --ptbxl-csv .../{INDEX}")
+    tables = [records.parent.parent / name for name in PTB_XL_TABLES]
+    table = next((table for table in tables if table.is_file()), None)
+    if table is None:
+        raise UserError(str(tables[0]), "no file", "who the patients are", f"give --ptbxl-csv .../{INDEX}")
     import pyarrow.parquet as pq
 
     with refused(table, "an unreadable table", "the table that prepare makes of PTB-XL", "prepare it again", Exception):
         columns = pq.read_table(table, columns=["ecg_path", "patient_id", "split"]).to_pylist()
         ids = [int(Path(row["ecg_path"]).name.split("_")[2]) for row in columns]
     people = {ecg: row["patient_id"] for ecg, row in zip(ids, columns, strict=True)}
-    official = {ecg: row["split"] for ecg, row in zip(ids, columns, strict=True)}
-    return people, {ecg: split for ecg, split in official.items() if split in SPLITS}  # not those of prepare --folds
+    rule = json_if_whole(table.with_name(PTB_XL_REPORT)).get("split", "official")  # there was no other once
+    own = rule == "official" and all(row["split"] in SPLITS for row in columns)
+    return people, {ecg: row["split"] for ecg, row in zip(ids, columns, strict=True)} if own else {}
 
 
 def _known(patients: dict[int, str], ecg: int, ptbxl_csv: Path | None) -> str:
     if ecg not in patients:
         raise UserError(
-            str(ptbxl_csv or PTB_XL_REPORTS),
+            str(ptbxl_csv or PTB_XL_TABLES[0]),
             f"no patient of recording {ecg}",
             "every prepared recording",
             f"give the {INDEX} that lists it as --ptbxl-csv",
