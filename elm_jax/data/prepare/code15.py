@@ -10,8 +10,10 @@ import numpy as np
 from elm_jax.data.prepare.raw import LeftOut, RawDataset, RawRecording
 from elm_jax.data.table_files import csv_rows
 from elm_jax.ecg.formats.extras import needed
+from elm_jax.ecg.formats.hdf5 import own_data
 from elm_jax.ecg.names import LEADS
 from elm_jax.ecg.recording import Recording
+from elm_jax.ecg.stored import check_size
 from elm_jax.errors import UserError, refused
 from elm_jax.folders import check_regular
 
@@ -39,7 +41,7 @@ def _recordings(raw: Path) -> Iterator[RawRecording | LeftOut]:
         if not path.is_file():
             yield LeftOut("missing_files", path.name, "not downloaded")
             continue
-        for row, exam in enumerate(_open(path)["exam_id"][()].tolist()):
+        for row, exam in enumerate(_exams(path)):
             if exam == 0 or exam in listed:
                 kind, why = ("filler", "exam 0") if exam == 0 else ("listed_twice", f"exam {exam}")
                 yield LeftOut(kind, f"{path.name}, row {row}", why)
@@ -64,6 +66,13 @@ def _answer(row: dict[str, str]) -> str:
     return ", ".join(found) or "none of them"
 
 
+def _exams(path: Path) -> list[int]:
+    exams = _open(path)["exam_id"]
+    with refused(path, "unreadable numbers of exams", _WHAT, _FIX, Exception):
+        check_size(path, exams.size * exams.dtype.itemsize, min(exams.id.get_storage_size(), path.stat().st_size))
+        return exams[()].tolist()
+
+
 @lru_cache(maxsize=PARTS)
 def _open(path: Path) -> Any:
     """A file with its two arrays; left open, as each process reads thousands of its rows."""
@@ -71,11 +80,10 @@ def _open(path: Path) -> Any:
     h5py = needed(path, "h5py", "HDF5")
     with refused(path, "an unreadable HDF5 file", _WHAT, _FIX, Exception):
         file = h5py.File(path, "r")
-        links = [file.get(name, getlink=True) for name in ("exam_id", "tracings")]
-        exams, tracings = file["exam_id"], file["tracings"]
-        shape, alone = tracings.shape, not any(found.is_virtual or found.external for found in (exams, tracings))
-    if not alone or not all(isinstance(link, h5py.HardLink) for link in links):
-        raise UserError(path, "data that lie in other files", "data in this file", _FIX)
+        exams, tracings = own_data(path, file, "exam_id"), own_data(path, file, "tracings")
+        shape, numbers = tracings.shape, exams.dtype.kind in "iu" and tracings.dtype.kind in "fiu"
+    if not numbers:  # these lie in no heap, where HDF5's library may go round for ever
+        raise UserError(path, f"exam_id {exams.dtype} and tracings {tracings.dtype}", "numbers", _FIX)
     if exams.ndim != 1 or len(shape) != 3 or shape[0] != len(exams) or shape[2] != len(LEADS) or shape[1] > 100_000:
         raise UserError(path, f"exam_id {exams.shape} and tracings {shape}", "(n,) and (n, samples, 12)", _FIX)
     return {"exam_id": exams, "tracings": tracings}

@@ -1,5 +1,6 @@
 """HDF5 files of one recording, MATLAB's of version 7.3 too, by h5py: data sets and attributes under their names."""
 
+import math
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,25 @@ def _check_heaps(path: Path) -> None:
             at, left = at + step, left - 1
 
 
+def own_data(path: Path, group: Any, name: str) -> Any:
+    """What a group of the file at `path` has under a name, where it lies in that file and its parts can be held.
+
+    Raises:
+        UserError: it is a link to elsewhere, stored in other files, or in parts that claim to become far too large.
+    """
+    h5py = needed(path, "h5py", "HDF5")
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise UserError(path, f"{name[:80]}, a link to elsewhere", "data in this file", "export it whole")
+    found = group[name]
+    if isinstance(found, h5py.Dataset):
+        if found.is_virtual or found.external:
+            told = f"{found.name[:80]}, stored in other files"
+            raise UserError(path, told, "data in this file", "export it whole")
+        part = math.prod(found.chunks or ()) * found.dtype.itemsize
+        check_size(path, part, min(found.id.get_storage_size(), path.stat().st_size))
+    return found
+
+
 class _File:
     def __init__(self, path: Path, h5py: Any) -> None:
         self.path, self.h5py, self.objects, self.bytes = path, h5py, 0, 0
@@ -58,9 +78,7 @@ class _File:
             self.objects += 1
             if self.objects > _MOST_OBJECTS or depth > _DEEPEST:
                 raise UserError(self.path, "too many groups and data sets", f"at most {_MOST_OBJECTS}", AGAIN)
-            if not isinstance(group.get(name, getlink=True), self.h5py.HardLink):
-                raise UserError(self.path, f"{name[:80]}, a link to elsewhere", "data in this file", "export it whole")
-            found, key = group[name], f"{prefix}{name}"
+            found, key = own_data(self.path, group, name), f"{prefix}{name}"
             if name == "#refs#":  # cells of MATLAB, read where they are referred to
                 continue
             if isinstance(found, self.h5py.Group):
