@@ -15,7 +15,7 @@ import wfdb
 from elm_jax import cli
 from elm_jax.data.prepare import DATASETS
 from elm_jax.data.prepare.check import check_tables
-from elm_jax.data.prepare.raw import RawRecording
+from elm_jax.data.prepare.raw import LeftOut, RawRecording
 from elm_jax.data.prepare.runner import prepare_dataset
 from elm_jax.data.prepare.splits import Owner, leaks, legacy_split, splits_of
 from elm_jax.ecg.recording import AVL_FIRST, LEADS
@@ -213,6 +213,24 @@ def test_any_folder_of_recordings(tmp_path):
     assert made == ["a_one_0.npy", "two.npy_0.npy"]
 
 
+def test_a_folder_has_no_sample_twice(tmp_path):
+    """Segments of a WFDB record are records, too; what `prepare` leaves below the folder is none of its recordings."""
+    for name in ("whole_0001", "whole_0002", "other"):
+        wfdb_record(tmp_path / "a" / name)
+    names = ["whole_0001 5500", "~ 100", "whole_0002 5500"]
+    (tmp_path / "a/whole.hea").write_text("\n".join(["# a comment", "whole/3 12 500 11100", *names]))
+    (tmp_path / "a/self.hea").write_text("self/1 12 500 5500\nself 5500\n")
+    (tmp_path / "a/pipe.hea").mkdir()
+    found = list(DATASETS["folder"].recordings(tmp_path))
+    assert {one.what: one.why for one in found if isinstance(one, LeftOut)} == {
+        "a/whole_0001": "of a/whole", "a/whole_0002": "of a/whole",
+    }  # fmt: skip
+    names = ["a/other", "a/pipe", "a/self", "a/whole"]
+    assert [one.path for one in found if isinstance(one, RawRecording)] == names
+    prepare("folder", tmp_path, tmp_path / "out")
+    assert [one.path for one in DATASETS["folder"].recordings(tmp_path) if isinstance(one, RawRecording)] == names
+
+
 # ---- the runner
 
 
@@ -270,8 +288,29 @@ def test_exams_whose_data_lie_in_another_file_are_refused(tmp_path):
         file["tracings"] = h5py.ExternalLink(str(tmp_path / "elsewhere.hdf5"), "tracings")
     with h5py.File(tmp_path / "elsewhere.hdf5", "w") as file:
         file["tracings"] = np.zeros((1, 4096, 12), np.float32)
-    with pytest.raises(UserError, match="data that lie in other files"):
+    with pytest.raises(UserError, match="tracings, a link to elsewhere"):
         prepare("code15", tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("exams", "options", "found"),
+    [
+        ([1], {"chunks": (1, 1 << 24, 12), "maxshape": (None, None, 12)}, "packed bytes that become 805306368"),
+        ([b"1"], {}, "found exam_id |S1 and tracings float32"),
+        (None, {}, "packed bytes that become 8000000000"),
+    ],
+)
+def test_exams_are_no_more_than_their_files_can_hold(tmp_path, exams, options, found):
+    h5py = pytest.importorskip("h5py", reason="the extra `formats`")
+    (tmp_path / "exams.csv").write_text("exam_id,patient_id,1dAVb,RBBB,LBBB,SB,ST,AF\n1,1,0,0,0,0,0,0\n")
+    with h5py.File(tmp_path / "exams_part0.hdf5", "w") as file:
+        many = {"shape": (10**9,), "dtype": "i8", "chunks": (1000,)} if exams is None else {"data": exams}
+        file.create_dataset("exam_id", **many)
+        shape = (10**9 if exams is None else 1, 4096, 12)
+        file.create_dataset("tracings", shape, np.float32, **(options or {"chunks": (1, 4096, 12)}))
+    with pytest.raises(UserError) as error:
+        prepare("code15", tmp_path, tmp_path / "out")
+    assert found in str(error.value)
 
 
 def _ends(path):
@@ -319,6 +358,11 @@ def test_legacy_splits_are_the_references_in_its_order(name):
             sides = [(side, records[row]["patient"]) for side in ("train", "test") for row in fold[side]]
             rows = [(side, (patient,)) for side, patient in sides if patient is not None]
             assert sorted(leaks(rows)) == fold["true_patients_in_both"]
+
+
+def test_a_row_without_a_split_follows_the_others_of_its_patient():
+    rows = [Owner(("1",)), Owner(("1",), "test"), Owner(("1", "2")), Owner(("2",)), Owner(("3",), "val")]
+    assert splits_of(rows, "official") == [("test",)] * 4 + [("val",)]
 
 
 def test_whoever_shares_a_recording_shares_a_fold():

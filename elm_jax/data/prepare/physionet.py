@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from elm_jax.data.prepare.raw import LeftOut, RawDataset, RawRecording, comments, records_below, told
+from elm_jax.data.prepare.raw import LeftOut, RawDataset, RawRecording, comments, records_below, segments_of, told
 from elm_jax.data.prepare.snomed import NAMES
 from elm_jax.data.table_files import csv_rows
 from elm_jax.ecg.formats import READERS
@@ -16,6 +17,7 @@ _CPSC = ("normal", "atrial fibrillation", "first degree AV block", "left bundle 
     "right bundle branch block", "premature atrial contraction", "premature ventricular contraction",
     "ST segment depression", "ST segment elevation",
 )  # fmt: skip
+_MADE = re.compile(r"preprocessed_\d+")  # a folder of segments
 Recordings = Callable[[Path], Iterator[RawRecording | LeftOut]]
 
 
@@ -93,16 +95,24 @@ def _ptbdb(raw: Path) -> Iterator[RawRecording]:
         yield RawRecording(path, patient, questions=asked)
 
 
-def _folder(raw: Path) -> Iterator[RawRecording]:
-    """Every file below that can be a recording, in order: by its ending, and not when it belongs to a WFDB record."""
+def _folder(raw: Path) -> Iterator[RawRecording | LeftOut]:
+    """Every file below that can be a recording, in order: by its ending, and not when it belongs to a WFDB record, or
+    is what `prepare` made. A record that is a segment of another is left out: its samples are those of the other."""
     records = set(records_below(raw))
-    found = set(records)
+    whole: dict[str, str] = {}  # segment -> the record that has it
+    for record in sorted(records):
+        with suppress(UserError):  # which is told where it is read
+            names = [(Path(record).parent / name).as_posix() for name in segments_of(raw / f"{record}.hea")]
+            whole |= {name: record for name in names if name in records and name != record}
+    yield from (LeftOut("segments_of_others", name, f"of {record}") for name, record in sorted(whole.items()))
+    found = records - whole.keys()
     for path in sorted(raw.rglob("*")):
         below = path.relative_to(raw)
         endings = "".join(path.suffixes[-2:]).casefold(), path.suffix.casefold()
         known = any(ending == ".npy" or ending in READERS for ending in endings)
         hidden = any(part.startswith(".") for part in below.parts)
-        if known and not hidden and path.is_file() and below.with_suffix("").as_posix() not in records:
+        made = any(_MADE.fullmatch(part) for part in below.parts[:-1])
+        if known and not hidden and not made and path.is_file() and below.with_suffix("").as_posix() not in records:
             found.add(below.as_posix())
     yield from (RawRecording(path) for path in sorted(found))
 

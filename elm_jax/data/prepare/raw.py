@@ -84,12 +84,21 @@ def records_below(raw: Path) -> Iterator[str]:
             yield below.with_suffix("").as_posix()
 
 
-def comments(header: Path) -> list[str]:
-    """The lines of a WFDB header that begin with #, without it. Raises UserError."""
+def _lines(header: Path) -> list[str]:
     check_regular(header, "a WFDB header")
     with refused(header, "an unreadable file", "a WFDB header", "download it again"), header.open("rb") as file:
-        lines = file.read(_LONGEST_HEADER).decode("utf-8", "replace").splitlines()
-    return [line.strip()[1:].strip() for line in lines if line.strip().startswith("#")]
+        return [line.strip() for line in file.read(_LONGEST_HEADER).decode("utf-8", "replace").splitlines()]
+
+
+def comments(header: Path) -> list[str]:
+    """The lines of a WFDB header that begin with #, without it. Raises UserError."""
+    return [line[1:].strip() for line in _lines(header) if line.startswith("#")]
+
+
+def segments_of(header: Path) -> list[str]:
+    """The names of the records that a WFDB record of several segments is made of; of another none. Raises UserError."""
+    said = [line.split() for line in _lines(header) if line and not line.startswith("#")]
+    return [name for name, *_ in said[1:] if name != "~"] if said and "/" in said[0][0] else []
 
 
 def told(header: Path) -> dict[str, str]:

@@ -57,9 +57,9 @@ def one_person(rows: Iterable[tuple[str, ...]]) -> dict[str, str]:
 def splits_of(owners: Sequence[Owner], rule: str, folds: int = 0, seed: int = 0) -> list[tuple[str, ...]]:
     """The splits of each row: one, or one for each fold ("fold1_train", …).
 
-    rule "official": the dataset's own, else by patient; "patient": by patient; with `folds` the folds are the
-    dataset's own where it has them and there are as many, for "official", else by patient; "legacy": `legacy_split`,
-    five times. Whoever shares a row with another is that other person, too.
+    rule "official": the dataset's own, else the first that another row of the patient has, else by patient; "patient":
+    by patient; with `folds` the folds are the dataset's own where it has them and there are as many, for "official",
+    else by patient; "legacy": `legacy_split`, five times. Whoever shares a row with another is that other person, too.
     """
     persons = one_person(owner.patients for owner in owners)
     people = [persons.get(owner.patients[0], owner.patients[0]) for owner in owners]
@@ -68,8 +68,9 @@ def splits_of(owners: Sequence[Owner], rule: str, folds: int = 0, seed: int = 0)
         return [tuple(_named(k, row in test) for k, test in enumerate(tests, 1)) for row in range(len(owners))]
     if not folds:
         own = [owner.split if rule == "official" else None for owner in owners]
-        pairs = zip(own, people, strict=True)
-        return [(split or split_of(person, seed, HELD_OUT, HELD_OUT),) for split, person in pairs]
+        pairs = list(zip(own, people, strict=True))
+        others = {person: split for split, person in reversed(pairs) if split}
+        return [(split or others.get(who) or split_of(who, seed, HELD_OUT, HELD_OUT),) for split, who in pairs]
     own_folds = {owner.fold for owner in owners}
     official = rule == "official" and own_folds == set(range(1, folds + 1))
     tested = [
