@@ -55,7 +55,7 @@ PHASES = (
     Phase("imports", "import", "orbax.checkpoint"),
     Phase("opening the folder", "call", "elm_jax.run.folder:open_folder#1", all=False),
     Phase("tokenizer", "call", "elm_jax.run.folder:keep_tokenizer#1"),
-    Phase("length index", "doing", "^conversation 3$#1", all=False),
+    Phase("length index", "doing", "^conversation 3$#1"),  # which one process may find that the other has made
     Phase("weights", "doing", "^loading the weights#1", times=3),
     Phase("encoder cache", "doing", "^encoding recordings#1"),
     Phase("compiling", "doing", "^compiling#1", all=False),
