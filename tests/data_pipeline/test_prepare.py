@@ -227,7 +227,9 @@ def test_records_without_a_report_are_prepared_but_ask_for_none(tmp_path):
     assert report["records"] == 2 and report["without_report"] == 1 and report["rows"]["train"] == 2
     rows = table(tmp_path / "out/ptb_xl_records.parquet")
     assert [(row["patient_id"], row["split"]) for row in rows] == [("1", "train")] * 2 + [("2", "train")] * 2
-    assert list(rows[0]) == ["ecg_path", "patient_id", "split"]
+    assert list(rows[0]) == ["ecg_path", "report", "patient_id", "split"]
+    data = DataConfig(names=("ptb_xl_records.parquet",), root=str(tmp_path / "out"), val_fraction=0.0)
+    assert [record.text for record in load_records(data, "train", 0)] == [None, None, "x", "x"]
 
 
 def test_what_was_noted_of_a_recording_is_replaced_when_it_is_prepared_again(tmp_path):

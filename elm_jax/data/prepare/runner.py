@@ -1,7 +1,7 @@
 """From a raw download to records, in one way for every dataset of recordings.
 
 Leaves in O: <name>/preprocessed_<len>/<recording with _ for />_<segment>.npy; <name>_report.json, the counts; and with
-paths relative to O the tables <name>_records.parquet (the patient and the split of each), <name>_reports.parquet
+paths relative to O the tables <name>_records.parquet (patient, split and report of each), <name>_reports.parquet
 (conversations), <name>_pretrain.parquet (plain reports) and <name>_questions.parquet, of the last three those that
 there is something for.
 """
@@ -33,7 +33,7 @@ from elm_jax.folders import write_atomic, write_json
 from elm_jax.json_text import parse_json
 from elm_jax.stopping import each
 
-TABLES = ("records", "reports", "pretrain", "questions")  # of which the first has all recordings, but no text
+TABLES = ("records", "reports", "pretrain", "questions")  # of which the first has all recordings, and no conversation
 REPORT_QUESTION = "Write the report of this ECG."
 _SEGMENT = re.compile(r"(.+)_(\d+)\.npy")
 _KINDS = ("flat", "clipped", "scale", "limb_sums", "reversal")  # what `check_signal` may find in what is prepared
@@ -256,7 +256,8 @@ def _write_tables(
             counts[row["split"]] += 1
             yield row
 
-    records = (row for item, where in zip(prepared, splits, strict=True) for row in item.rows(where))
+    owned = zip(prepared, splits, strict=True)
+    records = (row for item, where in owned for row in item.rows(where, report=item.raw.report))
     made = (records, counted(reports(_conversation)), reports(str), counted(questions()))
     for kind, rows in zip(TABLES, made, strict=True):
         write_texts(out / f"{name}_{kind}.parquet", rows)
