@@ -41,6 +41,13 @@ SIGNALS = ("--config.data.sampling_rate=100", "--config.data.segment_len=1000", 
            "--config.data.leads=I,II,V2,V5")  # fmt: skip
 TASK = ("--task", "demo", "--labels", "demo:train=600,val=200,test=1000")
 QUIET = "--noconfig.log.progress"
+# Classes in the words of the synthetic reports.
+RHYTHMS = ("sinus rhythm", "atrial fibrillation")
+PROMPTS = {
+    "irregular": [f"atrial fibrillation rate {rate}" for rate in range(40, 150, 10)],
+    "slow": [f"{rhythm} rate {rate}" for rhythm in RHYTHMS for rate in range(42, 60, 4)],
+    "fast": [f"{rhythm} rate {rate}" for rhythm in RHYTHMS for rate in range(102, 150, 8)],
+}
 TOWER = {"model_type": "bert", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 128, "max_position_embeddings": 16, "type_vocab_size": 2, "pad_token_id": 0}  # fmt: skip
 
@@ -83,7 +90,9 @@ def judged(kind: str, out: Path, steps: int, real: Path | None) -> dict[str, Any
         "--config.train.epochs=1", f"--config.train.save_every={steps}", "--config.optim.lr=2e-3",
         "--config.optim.warmup_steps=50",
     )  # fmt: skip
-    command("probe", "--checkpoint", str(run), *TASK, "--random", "--fractions", "10,100", QUIET)
+    (out / "prompts.json").write_text(json.dumps(PROMPTS))
+    prompts = "--prompts", str(out / "prompts.json")
+    command("probe", "--checkpoint", str(run), *TASK, "--random", "--fractions", "10,100", *prompts, QUIET)
     found = {"synthetic": read(run / "probe" / "demo.json")}
     if real is not None:
         held = write_held_out(out / "held_out.csv", real)
