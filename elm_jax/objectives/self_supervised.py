@@ -16,14 +16,16 @@ from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.ecg_ids import PADDED
 from elm_jax.data.samples import LABEL, REPORT, Samples
+from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError
 from elm_jax.models.elm import ELM
 from elm_jax.models.encoders import kind_of
-from elm_jax.models.encoders.dit import dit_errors
+from elm_jax.models.encoders.dit import INDEPENDENT, dit_errors
 from elm_jax.models.encoders.mae_pretraining import rebuilding_error, rebuilt_signals
 from elm_jax.models.encoders.next_token import next_id_errors
 from elm_jax.models.encoders.sequence import next_embedding_error
 from elm_jax.objectives.objective import Objective, Redrawn, Sums, check_encoder
+from elm_jax.scoring.generation import twelve_leads
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of time, from which a diffusion model rebuilds ECGs
 
@@ -133,7 +135,12 @@ def dit(config: Config) -> Objective:
         else:
             made, features = encoder.rebuild_from(x, noise, level, condition, guidance), None
         truth, made = x.swapaxes(1, 2), made.swapaxes(1, 2)
-        return Redrawn(truth, made, jnp.ones(truth.shape, bool), there, features)
+        if sizes.condition == "lead":  # of which, with those that are made, all others are sums
+            own, places = (jnp.array(each) for each in (list(map(LEADS.index, INDEPENDENT)), sizes.generated))
+            truth, made = (twelve_leads(signals.at[:, places].set(each)[:, own], jnp) for each in (truth, made))
+        shown = LEADS.index(sizes.condition_lead) if sizes.condition == "lead" else -1
+        hidden = jnp.broadcast_to((jnp.arange(truth.shape[1]) != shown)[:, None], truth.shape)
+        return Redrawn(truth, made, hidden, there, features)
 
     redraws = {"made": partial(redraw, None)} | {f"rebuilt_{level:g}": partial(redraw, level) for level in LEVELS}
     return Objective(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -37,6 +37,15 @@ def mean_discrepancy(real: np.ndarray, made: np.ndarray, gamma: float | None = N
         return float(np.exp(-width * distances).mean())
 
     return kernel(real, real) + kernel(made, made) - 2 * kernel(real, made)
+
+
+def twelve_leads(independent: Any, xp: Any = np) -> Any:
+    """(..., 8, L) of leads I, II, V1 to V6 -> (..., 12, L) in the canonical order: the limb leads by Einthoven's and
+    Goldberger's sums. xp: the module that arrays are of, numpy or jax.numpy."""
+    first, second = independent[..., 0, :], independent[..., 1, :]
+    third = second - first
+    limbs = first, second, third, -(first + second) / 2, (first - third) / 2, (second + third) / 2
+    return xp.concatenate([xp.stack(limbs, -2), independent[..., 2:, :]], -2)
 
 
 class Rebuilding(NamedTuple):

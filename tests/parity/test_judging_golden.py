@@ -28,6 +28,9 @@ def test_generation(golden: Golden) -> None:
         for name, tolerance in (("mse", 1e-6), ("mae", 1e-6), ("psnr", 1e-3), ("ssim", 2e-5)):
             if f"recon_sf{rate}/{name}" in wanted:
                 np.testing.assert_allclose(getattr(found, name), wanted[f"recon_sf{rate}/{name}"], atol=tolerance)
+    first, made_of_it = given["stitch_cond"], given["stitch_gen"]  # lead II, and the seven others
+    eight = np.concatenate([made_of_it[:, :1], first[:, None], made_of_it[:, 1:]], 1)
+    np.testing.assert_allclose(generation.twelve_leads(eight), wanted["stitch_cond_idx1"], atol=1e-6)
     forecast, truth, context = (given[f"forecast_{name}"] for name in ("pred", "gt", "context"))
     cases = {
         "normal": (forecast, truth, context), "no_context": (forecast, truth, None),
