@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ class MlpMixer(nnx.Module):
     def __call__(self, signals: Any, weights: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Images, as for `vision.Clip`, -> (B, 1, D) float32. weights, train: without effect."""
         (images,) = named_inputs(signals, ("pixel_values",), {}).values()
-        return self.mixed(read_images(images, VIT, self.config)).astype(jnp.float32).mean(1, keepdims=True)
+        return self.mixed(read_images(images, VIT, cast(Any, self.config))).astype(jnp.float32).mean(1, keepdims=True)
 
     def mixed(self, images: jax.Array) -> jax.Array:
         """Normalised images (B, H, W, 3) -> (B, P, D)."""
