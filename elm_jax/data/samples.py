@@ -160,10 +160,10 @@ class Samples:
                 with dataset.naming(index):
                     ids[0] = label_of(record, self.classes)
             elif self.phase == REPORT:
-                length = dataset.text.max_len
-                assert length is not None
+                longest = dataset.text.max_len
+                assert longest is not None
                 with dataset.naming(index):
-                    ids = padded_ids(dataset.tokenizer, report_of(record), length)
+                    ids = padded_ids(dataset.tokenizer, report_of(record), longest)
             places = np.zeros((len(record.ecg_paths), 0), np.int32)
             return [Conversation(index, ids, np.zeros(len(ids), bool), places, signals)]
         assert self.of is not None, "the model makes these samples"

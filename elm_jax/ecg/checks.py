@@ -137,7 +137,8 @@ def _reversal(signal: np.ndarray, rate: float) -> Iterator[Finding]:
     p, qrs = _sign(beat, rate, _P), _sign(beat, rate, _QRS)
     one, two, _, avr, _, avf = range(6)
     middle = slice(round((_WINDOW + _QRS[0]) * rate), round((_WINDOW + _QRS[1]) * rate))
-    against = np.corrcoef(beat[one, middle], beat[11, middle])[0, 1] < -0.3
+    with np.errstate(invalid="ignore"):  # of a flat V6
+        against = np.corrcoef(beat[one, middle], beat[11, middle])[0, 1] < -0.3
     if p[two] < 0 and qrs[two] < 0 and p[avf] < 0 and p[avr] > 0 and qrs[avr] > 0:
         text = f"P and QRS of II point down, P of aVF too, those of aVR up: right arm and left leg {SWAPPED}?"
         yield Finding("reversal", ("II", "aVF", "aVR", "I", "III"), text)
