@@ -26,7 +26,7 @@ from elm_jax.data.samples import REPORT
 from elm_jax.data.sources import load_records
 from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError
-from elm_jax.folders import ECG_BYTE, check_checksums, read_run_config, run_folder, tokenizer_of
+from elm_jax.folders import ECG_BYTE, TOKENIZER, check_checksums, read_run_config, run_folder, tokenizer_of
 from elm_jax.models.attention import choose_attention
 from elm_jax.models.connectors import build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder, DecoderConfig, Remat
@@ -99,9 +99,9 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
         UserError: a name or size in the config does not fit; names the key.
     """
     objective = objective_of(config)
-    folder = find_llm(config, weights)
+    folder = find_llm(config, tokenizer_folder, weights)
     if "llm" not in objective.needs:
-        return _encoders_alone(config, objective)
+        return _encoders_alone(config, objective, tokenizer_folder)
     weights = weights and config.llm.scratch is None
     phase = str(objective.samples.phase)
     tokenizer = _tokenizer(config, phase, tokenizer_folder, weights)
@@ -119,14 +119,15 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
         llm.model_type, tokenizer.get_vocab(), str(tokenizer.chat_template or ""), config.llm.name
     )
     text = text_spec(config.data, family, signal_tokens(config), phase, config.compat)
-    encoders = {view: _encoder_fields(config, view) for view in _encoded(config)}
-    signal = _signal(config, encoders, symbols)
+    encoders = {view: _encoder_fields(config, view, tokenizer_folder) for view in _encoded(config)}
+    signal = _signal(config, encoders, symbols, tokenizer_folder)
     structure = structure_of(lambda: _build(config, llm, encoders))
     return Assembly(config, tokenizer, text, signal, objective, llm, folder, encoders, structure)
 
 
-def find_llm(config: Config, weights: bool = True) -> Path | None:
-    """The local folder of the pretrained LLM, where there is one; it may have to be downloaded, which takes long.
+def find_llm(config: Config, tokenizer_folder: Path | None = None, weights: bool = True) -> Path | None:
+    """The local folder of the pretrained LLM, where there is one; it may have to be downloaded, which takes long. The
+    arguments are those of `assemble`.
 
     Raises UserError as `assemble`, for what can be told before.
     """
@@ -135,7 +136,7 @@ def find_llm(config: Config, weights: bool = True) -> Path | None:
     check_views(config)
     for view in _encoded(config):
         if ENCODERS[name := str(config.encoder_of(view).name)].file_config is None:
-            ENCODERS[name].config(_encoder_fields(config, view))
+            ENCODERS[name].config(_encoder_fields(config, view, tokenizer_folder))
     if objective.samples.phase == REPORT:
         text_tower_folder(config.ssl.text)
     if "llm" not in objective.needs or config.llm.scratch:
@@ -143,9 +144,9 @@ def find_llm(config: Config, weights: bool = True) -> Path | None:
     return resolve_llm_folder(config.llm.name, weights)
 
 
-def _encoders_alone(config: Config, objective: Objective) -> Assembly:
-    encoders, none = {view: _encoder_fields(config, view) for view in _encoded(config)}, cast(Any, None)
-    signal, text, tokenizer = _signal(config, encoders, None), TextSpec("plain", signal_tokens(config)), none
+def _encoders_alone(config: Config, objective: Objective, own: Path | None) -> Assembly:
+    encoders, none = {view: _encoder_fields(config, view, own) for view in _encoded(config)}, cast(Any, None)
+    signal, text, tokenizer = _signal(config, encoders, None, own), TextSpec("plain", signal_tokens(config)), none
     if objective.samples.phase == REPORT:
         (part,) = config.encoder_parts
         tokenizer, tower = read_text_tower(encoder_kind(config, part), config.ssl, config.data.max_len)
@@ -156,7 +157,7 @@ def _encoders_alone(config: Config, objective: Objective) -> Assembly:
 
 
 def assemble_encoder(config: Config) -> Assembly:
-    """The encoder of a config alone, whatever its objective: neither an LLM nor a tokenizer is looked for.
+    """The encoder of a config alone, whatever its objective: neither an LLM nor its tokenizer is looked for.
 
     Raises:
         UserError: as `assemble`; or there is no encoder, or more than one.
@@ -165,7 +166,7 @@ def assemble_encoder(config: Config) -> Assembly:
     if len(_encoded(config)) != 1 or len(config.views) > 1:
         found = f"{config.elm}, with {len(_encoded(config))} encoders in {len(config.views)} views"
         raise UserError("elm", found, "an elm of one view with an encoder", "name an encoder: --config.elm=mlp_llava")
-    return _encoders_alone(config, objective_of(config))
+    return _encoders_alone(config, objective_of(config), Path(config.workdir) / TOKENIZER)
 
 
 def encoder_structure(assembly: Assembly) -> Structure:
@@ -191,7 +192,9 @@ def with_attention(assembly: Assembly, name: str) -> Assembly:
     return replace(assembly, config=config, structure=structure)
 
 
-def _signal(config: Config, encoders: Mapping[str, Mapping[str, Any]], symbols: EcgTokens | None) -> SignalSpec:
+def _signal(
+    config: Config, encoders: Mapping[str, Mapping[str, Any]], symbols: EcgTokens | None, own: Path | None
+) -> SignalSpec:
     """What becomes of an ECG in each view."""
     specs = {}
     for view, each in config.views.items():
@@ -203,7 +206,7 @@ def _signal(config: Config, encoders: Mapping[str, Mapping[str, Any]], symbols: 
         if spec.normalize != "minmax" and representation_of(config, view) != "signal":
             expected = f"minmax with data.representation={representation_of(config, view)}"
             raise UserError("data.normalize", spec.normalize, expected, "set --config.data.normalize=minmax")
-        specs[view] = replace(spec, representation=representation_of(config, view), ids=_ids(config, view))
+        specs[view] = replace(spec, representation=representation_of(config, view), ids=_ids(config, view, own))
     first, *_ = specs
     texts = {view: each.text for view, each in config.views.items() if each.text is not None}
     return replace(specs.pop(first), view=first, further=specs, texts=texts)
@@ -258,23 +261,28 @@ def _encoded(config: Config) -> list[str]:
     return [name for name, view in config.views.items() if view.encoder]
 
 
-def _encoder_fields(config: Config, view: str) -> dict[str, Any]:
+def _encoder_fields(config: Config, view: str, own_folder: Path | None) -> dict[str, Any]:
     """The encoder's own config: of `encoder.config`, else of its checkpoint, else of the data."""
     encoder, data = config.encoder_of(view), config.data
     of_signal = representation_of(config, view) == "signal"
     sizes = {"num_leads": len(data.leads), "seq_len": data.segment_len} if of_signal else {}
-    ids = _ids(config, view)
+    ids = _ids(config, view, own_folder)
     own = encoder.config if ids is None else {**encoder.config, "vocab_size": ids.vocab_size}
     return encoder_config(str(encoder.name), encoder.checkpoint, sizes | own)
 
 
-def _ids(config: Config, view: str) -> EcgIds | None:
-    """How an ECG becomes the ids that the encoder of a view reads, if it reads such."""
+def _ids(config: Config, view: str, own: Path | None) -> EcgIds | None:
+    """How an ECG becomes the ids that the encoder of a view reads, if it reads such: see `_ecg_byte`."""
     encoder, data = config.encoder_of(view), config.data
     if encoder.name is None or kind_of(encoder.name).reads != "symbols":
         return None
     sizes, leads = kind_of(encoder.name).config(encoder.config), tuple(map(LEADS.index, data.leads))
-    return EcgIds(EcgByte.load(Path(str(data.ecg_tokenizer))), sizes.max_seq_len, leads, sizes.lead_tokens)
+    folder = own if own is not None and own.is_dir() else None
+    if folder is not None:
+        check_checksums(folder)
+    elif config.init_from is not None:
+        folder = run_folder(config.init_from, "config.init_from") / TOKENIZER
+    return EcgIds(EcgByte.load(_ecg_byte(config, folder, own)), sizes.max_seq_len, leads, sizes.lead_tokens)
 
 
 def _check_objective(config: Config, objective: Objective) -> None:
@@ -300,23 +308,27 @@ def _check_objective(config: Config, objective: Objective) -> None:
 
 
 def _symbols(config: Config, tokenizer: Any, own: Path | None) -> EcgTokens | None:
-    """The ECG's symbols in the tokenizer, which gets them here, where ECGs are symbols.
-
-    Its tokens mean nothing with another ECG-Byte than the one they were learnt with: a run keeps its own, and what is
-    given must be the same. (The file that a run began with need not be there any more.)
-    """
+    """The ECG's symbols in the tokenizer, which gets them here, where ECGs are symbols."""
     if config.view.writes != "tokens":
         return None
-    given, options = Path(str(config.data.ecg_tokenizer)), (config.data.min_ecg_tokens, config.compat)
-    began_with = _began_with(config, own)
+    path = _ecg_byte(config, _began_with(config, own), own)
+    return add_ecg_tokens(tokenizer, path, config.data.min_ecg_tokens, config.compat)
+
+
+def _ecg_byte(config: Config, began_with: Path | None, own: Path | None) -> Path:
+    """The file of the ECG-Byte: of the folder that the run has, or that of the run that it starts from; else as given.
+
+    Ids mean nothing with another ECG-Byte than the one they were learnt with: a run keeps its own, and what is given
+    must be the same. (The file that a run began with need not be there any more.)
+    """
+    given = Path(str(config.data.ecg_tokenizer))
     kept = None if began_with is None else began_with / ECG_BYTE
     if kept is None or not kept.is_file():
-        return add_ecg_tokens(tokenizer, given, *options)
-    symbols = add_ecg_tokens(tokenizer, kept, *options)
-    if (given.exists() or began_with != own) and EcgByte.load(given).fingerprint != symbols.coder.fingerprint:
+        return given
+    if (given.exists() or began_with != own) and EcgByte.load(given).fingerprint != EcgByte.load(kept).fingerprint:
         fix = "give the file that the run began with, or start a new run without init_from"
         raise UserError("data.ecg_tokenizer", str(given), f"the same ECG-Byte as {kept}", fix)
-    return symbols
+    return kept
 
 
 def _dtype(config: Config, component: str) -> Any:

@@ -23,6 +23,7 @@ from elm_jax.ecg.rasterize import DPI, REFERENCE_DPI, draw
 from elm_jax.ecg.recording import LEADS, min_max, normalize, read_ecg, to_segment
 from elm_jax.ecg.wfdb_record import files_of, header_of
 from elm_jax.errors import UserError
+from elm_jax.symbols.coder import EcgByte
 
 SIGNALS = 2  # version of what recordings become: goes up when the same file and settings give another signal
 NOISE, FLATLINE, DEMO = "noise", "flatline", "demo:"
@@ -83,6 +84,11 @@ class SignalSpec:
     @property
     def views(self) -> dict[str, "SignalSpec"]:
         return {self.view: self, **self.further}
+
+    @property
+    def ecg_byte(self) -> EcgByte | None:
+        """What makes ECGs ids or tokens, where one of the views has such."""
+        return next((by.coder for spec in self.views.values() if (by := spec.ids or spec.tokens)), None)
 
     @property
     def layout(self) -> dict[str, Layout]:

@@ -19,7 +19,7 @@ from elm_jax.config import Config
 from elm_jax.data.labels import Labelled, LabelTable
 from elm_jax.errors import UserError, printable
 from elm_jax.exchange.card import FACTS
-from elm_jax.folders import CONFIG, read_json
+from elm_jax.folders import CONFIG, ECG_BYTE, read_json
 from elm_jax.models.functional import Arrays
 from elm_jax.run.config import config_of_run
 from elm_jax.run.weights import TrainedWeights, Weights, frozen_fingerprints
@@ -66,7 +66,9 @@ def open_encoder(checkpoint: str | None, flags: ConfigFlags, step: str) -> Encod
 def random_encoder(like: Encoder) -> Encoder:
     """One of the same sizes as it is drawn from the config's seed: the control."""
     config = like.assembly.config
-    alone = _alone(replace(config, encoder=replace(config.encoder, checkpoint=None)))
+    ((_, fields),) = like.assembly.encoders.items()  # also what the checkpoint's own config.json says
+    sizes = {name: value for name, value in fields.items() if name != "text"}
+    alone = _alone(replace(config, encoder=replace(config.encoder, checkpoint=None, config=sizes)))
     drawn = alone.draw(array_shardings(alone.structure, make_mesh(config.mesh)))
     return Encoder("random", alone, drawn, like.folder)
 
@@ -80,6 +82,8 @@ def _exported(folder: Path) -> dict[str, Any]:
         raise UserError("--checkpoint", found, expected, "export a model that has an encoder")
     data = {name: signal[name] for name in ("representation", "leads", "sampling_rate", "segment_len", "normalize",
                                             "norm_eps") if name in signal}  # fmt: skip
+    if (folder / ECG_BYTE).is_file():
+        data["ecg_tokenizer"] = str(folder / ECG_BYTE)
     own = {"name": encoder.get("name"), "config": encoder.get("config", {}), "checkpoint": str(weights)}
     tree: dict[str, Any] = {"workdir": str(folder), "data": data, "encoder": own, "compat": facts.get("compat", ())}
     if isinstance(text := facts.get("text"), Mapping):  # its tower's sizes and tokenizer are where it came from
@@ -113,10 +117,10 @@ def embeddings(
     mesh, and kept in the cache (`encoder_cache`, which says what is `compared`), so that they are computed once.
 
     Raises:
-        UserError: more than `data.max_bad_records` of them cannot be read.
+        UserError: more than `data.max_bad_records` of them cannot be read, or an embedding is not finite.
     """
     config = encoder.assembly.config
-    signal = replace(encoder.assembly.signal, root=str(table.root), outside_root=config.data.outside_root)
+    signal = replace(encoder.assembly.signal, root=str(table.root), prefixes={})
     assembly = replace(encoder.assembly, signal=signal)
     mesh, wanted = make_mesh(config.mesh), [(record.path, 0) for record in table.records]
     features = keep_features(assembly, encoder.arrays, wanted, mesh, cache_folder(), progress, compared)
@@ -124,7 +128,7 @@ def embeddings(
     read: list[Labelled] = []
     for record in table.records:
         try:
-            values = kept.load(record.path, 0)
+            tokens = kept.load(record.path, 0)
         except UserError as error:
             bad += 1
             if bad > config.data.max_bad_records * len(table.records):
@@ -133,5 +137,9 @@ def embeddings(
             print(printable(f"left out: {error}"), file=sys.stderr)
         else:
             read.append(record)
-            found.append(np.asarray(values, np.float32).mean(0))
-    return read, np.stack(found)
+            found.append(np.asarray(tokens, np.float32).mean(0))
+    values = np.stack(found)
+    if wrong := [record.path for record, row in zip(read, values, strict=True) if not np.isfinite(row).all()]:
+        what = f"{len(wrong)} of {len(read)} embeddings that are not finite, the first of {wrong[0]}"
+        raise UserError(encoder.name, what, "finite numbers", "judge other weights: another --step or --checkpoint")
+    return read, values

@@ -108,7 +108,7 @@ def _write(out: Path, assembly: Assembly, arrays: Mapping[str, ImportedArray], r
     """Make the folder beside its place, then move it there: who stops this finds nothing at `out`."""
     with whole_folder(out) as fresh:
         write_run_config(fresh, to_dict(assembly.config))
-        keep_tokenizer(fresh, assembly.tokenizer, assembly.signal.tokens)
+        keep_tokenizer(fresh, assembly.tokenizer, assembly.signal.ecg_byte)
         (fresh / INHERITED).mkdir()
         layout = {name: (np.dtype(array.spec.dtype), array.spec.shape) for name, array in arrays.items()}
         writer = SafetensorsWriter(fresh / INHERITED / IMPORTED, layout)

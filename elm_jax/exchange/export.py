@@ -161,6 +161,9 @@ class _Export:
 
     def _companions(self, folder: Path, adapter: Mapping[str, np.ndarray]) -> list[str]:
         weights, assembly = self.weights, self.weights.assembly
+        kept = weights.folder / TOKENIZER / ECG_BYTE
+        if kept.is_file():
+            shutil.copyfile(kept, folder / ECG_BYTE)
         if assembly.llm is None:
             write_json(folder / FACTS, facts_of_encoder(weights))
             return []
@@ -168,9 +171,6 @@ class _Export:
         as_it_came = all(weights.from_folder(n) and self.dtype(n) == weights.dtype(n) for n in llm)
         write_config(folder / LLM, assembly, {self.dtype(name) for name in llm}, as_it_came)
         no_template = write_companions(folder / LLM, assembly)
-        kept = weights.folder / TOKENIZER / ECG_BYTE
-        if kept.is_file():
-            shutil.copyfile(kept, folder / ECG_BYTE)
         facts = facts_of(weights, len(assembly.tokenizer), no_template)
         write_json(folder / FACTS, facts)
         write_card(folder / "README.md", weights, facts, merged=self.merge)

@@ -14,7 +14,6 @@ from typing import Any, TextIO
 import jax
 
 from elm_jax.config import Config, DataConfig, differences, to_dict
-from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.plan import ECG_ROWS
 from elm_jax.data.represent import SIGNALS
 from elm_jax.errors import UserError, one_line, printable
@@ -32,6 +31,7 @@ from elm_jax.run.config import told
 from elm_jax.run.weights import INHERITED
 from elm_jax.runtime import distributed
 from elm_jax.runtime.telemetry import WANDB_ID
+from elm_jax.symbols.coder import EcgByte
 
 LOCK = ".lock"  # held while a process trains in the folder; what it says of whom counts only then
 _claimed: dict[Path, TextIO] = {}
@@ -111,14 +111,17 @@ def leave_folder(folder: Path) -> None:
         _claimed.pop(folder.resolve()).close()
 
 
-def keep_tokenizer(folder: Path, tokenizer: Any, symbols: EcgTokens | None = None) -> None:
-    """Put the run's tokenizer, and its ECG-Byte, into `folder` where they are not there yet; whole or not at all."""
+def keep_tokenizer(folder: Path, tokenizer: Any, ecg_byte: EcgByte | None = None) -> None:
+    """Put the run's tokenizer and its ECG-Byte, those that it has, into `folder` where they are not there yet; whole
+    or not at all."""
     target, fresh = folder / TOKENIZER, folder / f"{TOKENIZER}.tmp"
-    if jax.process_index() == 0 and not target.is_dir():
+    if jax.process_index() == 0 and not target.is_dir() and (tokenizer is not None or ecg_byte is not None):
         shutil.rmtree(fresh, ignore_errors=True)
-        tokenizer.save_pretrained(fresh)
-        if symbols is not None:
-            symbols.coder.save(fresh / ECG_BYTE)
+        fresh.mkdir()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+        if ecg_byte is not None:
+            ecg_byte.save(fresh / ECG_BYTE)
         write_checksums(fresh)
         fresh.rename(target)
 

@@ -20,6 +20,7 @@ from elm_jax.assemble import Assembly
 from elm_jax.data.batch import empty_signals, put_signal
 from elm_jax.data.labels import Labelled, read_labels
 from elm_jax.errors import UserError
+from elm_jax.runtime import distributed
 from elm_jax.runtime.mesh import batch_sharding, batch_ways, host_parts, to_device
 from elm_jax.scoring.probing import apply_head, macro_auroc, ridge_head, standardised
 from elm_jax.training.encoder_cache import ROWS, encoding
@@ -46,10 +47,11 @@ class EncoderProbe:
         except UserError as error:  # flags are those of elm_jax.probe
             where = "ssl.probe" if error.where.startswith("--") else error.where
             raise UserError(where, error.found, error.expected, error.fix) from None
-        self._spec = replace(assembly.signal, root=str(table.root), augment_ecg=False, augment_rgb=False)
+        self._spec = replace(assembly.signal, root=str(table.root), prefixes={}, augment_ecg=False, augment_rgb=False)
         parts = [_some(table.of_split(split), config.seed) for split in ("train", "val")]
         self._count, records = len(parts[0]), [record for part in parts for record in part]
         true = np.array([[name in record.labels for name in table.classes] for record in records], float)
+        true = true.reshape(len(records), len(table.classes))  # of no records, too
         both = [_both(true[: self._count]), _both(true[self._count :])]
         self._true = true[:, both[0] & both[1]]
         if not self._true.size:
@@ -60,7 +62,11 @@ class EncoderProbe:
         self._batches = list(self._read(records))
 
     def __call__(self, arrays: Mapping[str, jax.Array]) -> float:
-        """Of an encoder whose arrays begin with "encoder."; the same in each process."""
+        """Of an encoder whose arrays begin with "encoder."; the same in each process.
+
+        Raises:
+            UserError: an embedding is not finite.
+        """
         own = {name.removeprefix("encoder."): x for name, x in arrays.items() if name.startswith("encoder.")}
         sharding = batch_sharding(self._mesh, micro_batches=False)
         found = []
@@ -68,9 +74,13 @@ class EncoderProbe:
             batch = jax.tree.map(lambda x: to_device(self._mesh, x, sharding, row_axis=0), local)
             found.append(np.asarray(self._encode(own, batch), np.float32).mean(1))
         features = np.concatenate(found)[: len(self._true)]
+        if not np.isfinite(features).all():
+            bad = f"{(~np.isfinite(features)).any(1).sum()} of {len(features)} embeddings that are not finite"
+            raise UserError("ssl.probe", bad, "finite numbers", "lower optim.lr, and start again from an earlier step")
         learnt, judged = standardised(features[: self._count], features[self._count :])
         head = ridge_head(learnt, self._true[: self._count], PENALTY)
-        return macro_auroc(apply_head(judged, head), self._true[self._count :])
+        value = macro_auroc(apply_head(judged, head), self._true[self._count :])
+        return distributed.broadcast(value, 0)  # hosts may solve with other last bits
 
     def _read(self, records: Sequence[Labelled]) -> Any:
         """This process's rows of each batch."""

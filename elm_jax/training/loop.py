@@ -59,7 +59,7 @@ def train(config: Config) -> bool:
     folder = run.open_folder(config)
     try:
         stopping.doing("looking for the LLM")
-        find_llm(config)
+        find_llm(config, folder / TOKENIZER)
         distributed.gather(None)  # all have it: however long that took
         with Watchdog(folder, config.train.timeout):
             trainer = Trainer(config, folder)
@@ -83,7 +83,7 @@ class Trainer:
         self.assembly = assemble(config, folder / TOKENIZER)
         if self.assembly.llm is not None:
             check_heads(self.mesh, self.assembly.llm)
-            run.keep_tokenizer(folder, self.assembly.tokenizer, self.assembly.signal.tokens)
+        run.keep_tokenizer(folder, self.assembly.llm and self.assembly.tokenizer, self.assembly.signal.ecg_byte)
         self._warn_of_random_parts()
         self.dataset = self.assembly.dataset("train")
         self.plan = self._plan(self.dataset)

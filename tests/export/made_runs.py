@@ -98,7 +98,7 @@ def make_run(folder: Path, tree: Mapping[str, Any], arrays: Mapping[str, np.ndar
     config = resolve({**tree, "workdir": str(folder)})
     assembly = assemble(config)
     run.open_folder(config)
-    run.keep_tokenizer(folder, assembly.tokenizer, assembly.signal.tokens)
+    run.keep_tokenizer(folder, assembly.tokenizer, assembly.signal.ecg_byte)
     here: dict[str, Any] = dict.fromkeys(assembly.structure.leaves, SingleDeviceSharding(jax.devices()[0]))
     if "mesh" in tree:
         here = dict(array_shardings(assembly.structure, make_mesh(config.mesh)))

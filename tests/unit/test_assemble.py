@@ -23,6 +23,10 @@ from elm_jax.training.loop import Trainer
 
 SIZES = {"hidden": 16, "layers": 1, "heads": 2, "mlp": 16, "max_len": 128}
 ECG_BYTE = {"elm": "ecg_byte", "update": ["llm"], "data__representation": "symbolic"}
+NEXT_TOKEN = {
+    "objective": "next_token", "encoder__name": "next_token", "update": ["encoder"], "data__representation": "symbolic",
+    "encoder__config": {"d_model": 16, "n_heads": 2, "dim_ff": 16, "num_layers": 1}, "eval__at_end": False,
+}  # fmt: skip
 BASE_ELF = {"elm": "base_elf"}
 MERL = {"elm": "linear_llava", "encoder__name": "merl", "encoder__config": {"resnet_type": "resnet18", "width": 4}}
 VIT = {
@@ -48,7 +52,7 @@ def begun(config: Config) -> Assembly:
     """The parts of a run whose folder holds what training leaves there first."""
     assembly = assemble(config, Path(config.workdir) / "tokenizer")
     folder = run.open_folder(config)
-    run.keep_tokenizer(folder, assembly.tokenizer, assembly.signal.tokens)
+    run.keep_tokenizer(folder, assembly.tokenizer, assembly.signal.ecg_byte)
     return assembly
 
 
@@ -154,30 +158,34 @@ def test_the_same_tokenizer_under_another_name_is_taken_if_texts_end_alike(same:
 # -- the run's own ECG-Byte -----------------------------------------------------------------------------------
 
 
-def test_a_run_keeps_its_ecg_byte(tmp_path: Path, coders: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("keys", [ECG_BYTE, NEXT_TOKEN])
+def test_a_run_keeps_its_ecg_byte(keys: dict[str, Any], tmp_path: Path, coders: tuple[Path, Path]) -> None:
     one, other = coders
     own = tmp_path / "run" / "tokenizer"
-    first = begun(config(tmp_path / "run", **ECG_BYTE, data__ecg_tokenizer=str(one)))
+    first = begun(config(tmp_path / "run", **keys, data__ecg_tokenizer=str(one)))
     copied = tmp_path / "moved.json"
     one.rename(copied)
     for given in (one, copied):  # what it began with need not be there; the same elsewhere is the same
-        found = assemble(config(tmp_path / "run", **ECG_BYTE, data__ecg_tokenizer=str(given)), own)
-        assert found.signal.tokens is not None and first.signal.tokens is not None
-        assert found.signal.tokens.coder.merges == first.signal.tokens.coder.merges
+        found = assemble(config(tmp_path / "run", **keys, data__ecg_tokenizer=str(given)), own)
+        assert found.signal.ecg_byte is not None and first.signal.ecg_byte is not None
+        assert found.signal.ecg_byte.merges == first.signal.ecg_byte.merges
     with pytest.raises(UserError, match="data.ecg_tokenizer: found .*other.json; expected the same ECG-Byte as"):
-        assemble(config(tmp_path / "run", **ECG_BYTE, data__ecg_tokenizer=str(other)), own)
+        assemble(config(tmp_path / "run", **keys, data__ecg_tokenizer=str(other)), own)
     other.rename(one)  # the same name, other contents
     with pytest.raises(UserError, match="data.ecg_tokenizer: found .*one.json; expected the same ECG-Byte as"):
-        assemble(config(tmp_path / "run", **ECG_BYTE, data__ecg_tokenizer=str(one)), own)
+        assemble(config(tmp_path / "run", **keys, data__ecg_tokenizer=str(one)), own)
 
 
-def test_who_starts_from_a_run_needs_its_ecg_byte(tmp_path: Path, coders: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("keys", [ECG_BYTE, NEXT_TOKEN])
+def test_who_starts_from_a_run_needs_its_ecg_byte(
+    keys: dict[str, Any], tmp_path: Path, coders: tuple[Path, Path]
+) -> None:
     one, other = coders
-    begun(config(tmp_path / "first", **ECG_BYTE, data__ecg_tokenizer=str(one)))
+    begun(config(tmp_path / "first", **keys, data__ecg_tokenizer=str(one)))
     for given, said in ((other, "found .*other.json; expected the same"), (tmp_path / "none.json", "no readable file")):
-        keys = {"init_from": str(tmp_path / "first"), "data__ecg_tokenizer": str(given)}
+        more = {"init_from": str(tmp_path / "first"), "data__ecg_tokenizer": str(given)}
         with pytest.raises(UserError, match=said):
-            assemble(config(tmp_path / "second", **ECG_BYTE, **keys))
+            assemble(config(tmp_path / "second", **keys, **more))
 
 
 # -- what does not fit ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from safetensors.numpy import save_file
 
 from elm_jax import probe as command
 from elm_jax.assemble import assemble_encoder
+from elm_jax.cli import ConfigFlags
+from elm_jax.data.labels import read_labels
 from elm_jax.errors import UserError
 from elm_jax.evaluation import encoders
 from elm_jax.folders import write_json
@@ -113,6 +116,23 @@ def test_an_encoder_that_was_held_against_reports_tells_classes_by_their_words(t
     (tmp_path / "prompts.json").write_text(json.dumps({"slow": 3}))
     with pytest.raises(UserError, match="prompts.json, slow: found 3"):
         command.main([*arguments, "--prompts", str(tmp_path / "prompts.json")])
+
+
+def test_a_random_encoder_has_the_sizes_of_the_one_that_it_stands_beside(exported: Path) -> None:
+    """Those of a checkpoint's config.json, too, which its config does not have."""
+    like = encoders.open_encoder(str(exported), ConfigFlags.parse([]), "best")
+    ((view, fields),) = like.assembly.encoders.items()
+    larger = {view: {**fields, "embed_dim": 64, "text": {}}}
+    control = encoders.random_encoder(replace(like, assembly=replace(like.assembly, encoders=larger)))
+    assert control.assembly.encoders == {view: {**fields, "embed_dim": 64}}
+    assert {x.shape[-1] for name, x in control.arrays.items() if name.endswith("norm1.scale")} == {64}
+
+
+def test_embeddings_that_are_no_numbers_are_refused(exported: Path) -> None:
+    encoder = encoders.open_encoder(str(exported), ConfigFlags.parse([]), "best")
+    broken = replace(encoder, arrays={name: np.nan * x for name, x in encoder.arrays.items()})
+    with pytest.raises(UserError, match=r"3 of 3 embeddings that are not finite, the first of demo:train:0"):
+        encoders.embeddings(broken, read_labels("demo", "demo:train=1,val=1,test=1"), progress=False)
 
 
 def test_what_cannot_be_judged_is_refused(exported: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from elm_jax.data.ecg_ids import PADDED, EcgIds
 from elm_jax.data.samples import REPORT, label_of
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
+from elm_jax.evaluation.encoders import open_encoder
 from elm_jax.evaluation.redrawing import redraw_split
 from elm_jax.exchange.export import export
 from elm_jax.models.encoders.sequence import SequenceConfig
@@ -130,6 +131,11 @@ def test_the_next_id_is_predicted_ever_better_and_an_elm_starts_from_it(tmp_path
     export(made, tmp_path / "out", "latest")
     names = set(Safetensors(tmp_path / "out" / "encoder.safetensors"))
     assert {"token_emb.weight", "pos_emb.weight", "lm_head.weight", "layers.0.self_attn.in_proj_weight"} <= names
+    (tmp_path / "ecg_byte.json").rename(tmp_path / "moved.json")
+    for checkpoint in ("run", "out"):
+        judged = open_encoder(str(tmp_path / checkpoint), ConfigFlags.parse([]), "latest").assembly
+        assert judged.signal.ecg_byte is not None and judged.signal.ecg_byte.merges == letters.merges, "its own"
+    (tmp_path / "moved.json").rename(tmp_path / "ecg_byte.json")
     begun = assemble(runs.config(
         tmp_path / "elm", **own, encoder__tokens=3, encoder__checkpoint=str(tmp_path / "out" / "encoder.safetensors")
     ))  # fmt: skip
@@ -262,6 +268,8 @@ def test_a_probe_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     refused("ssl.probe: found demo without validation records", ssl__probe="demo", data__val_fraction=0.0,
             data__names=[str(only_training(tmp_path))])  # fmt: skip
     refused("ssl.probe: found 3 recordings to learn from and 3 to judge by", ssl__probe=f"table={one_class(tmp_path)}")
+    unlearnt = one_class(tmp_path, ("test",))
+    refused("ssl.probe: found 0 recordings to learn from and 0 to judge by", ssl__probe=f"table={unlearnt}")
     ours = runs.config(tmp_path / "elm", ssl__probe="demo")
     with pytest.raises(UserError, match="ssl.probe.*None with objective=sft"):
         loop.train(ours)
@@ -273,8 +281,8 @@ def only_training(folder: Path) -> Path:
     return path
 
 
-def one_class(folder: Path) -> Path:
+def one_class(folder: Path, splits: Sequence[str] = ("train", "val")) -> Path:
     path = folder / "labels.csv"
-    rows = "".join(f"demo:{split}:{i},AF,{split}\n" for split, i in itertools.product(("train", "val"), range(3)))
+    rows = "".join(f"demo:{split}:{i},AF,{split}\n" for split, i in itertools.product(splits, range(3)))
     path.write_text(f"ecg_path,labels,split\n{rows}")
     return path
