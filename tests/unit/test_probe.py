@@ -26,7 +26,7 @@ from elm_jax.folders import write_json
 from elm_jax.runtime.mesh import make_mesh
 from elm_jax.weights.encoders import load_encoder, to_published
 
-SIZES = {"embed_dim": 32, "depth": 1, "num_heads": 1, "decoder_embed_dim": 16, "decoder_depth": 1}
+SIZES: dict[str, Any] = {"embed_dim": 32, "depth": 1, "num_heads": 1, "decoder_embed_dim": 16, "decoder_depth": 1}
 SIZES |= {"decoder_num_heads": 1, "patch_size": 50}
 DATA = {"sampling_rate": 50, "segment_len": 500}
 TASK = ("--task", "demo", "--labels", "demo:train=60,val=30,test=50", "--fractions", "10,100")
