@@ -135,7 +135,7 @@ def _ours(args: argparse.Namespace) -> None:
 
     for name in ("ours", "ours, nothing shared"):
         if name != "ours":
-            Speaker.request = lambda *given: replace(request(*given), edges=())
+            setattr(Speaker, "request", lambda *given: replace(request(*given), edges=()))  # noqa: B010
         drawing = _second(draw)
         batch, scored = answered[0].batch, answered[1]
         if name == "ours":
