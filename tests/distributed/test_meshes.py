@@ -235,11 +235,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("learnt")
 
 
-@pytest.mark.slow  # long: answers and steps are compiled for each mesh
-@pytest.mark.parametrize(
-    ("objective", "sizes"),
-    [("sapo", (8, 1, 1)), ("sapo", (1, 8, 1)), ("sapo", (2, 2, 2)), ("dpo", (2, 2, 2))], ids=str,
-)  # fmt: skip
+@pytest.mark.slow  # long: answers and steps are compiled for each mesh, so that not every pair is tested each time
+@pytest.mark.parametrize(("objective", "sizes"), [("sapo", (2, 2, 2)), ("dpo", (1, 8, 1))], ids=str)
 def test_answers_and_pairs_are_learnt_alike_on_every_mesh(
     objective: str, sizes: Sizes, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

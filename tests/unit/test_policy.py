@@ -150,7 +150,7 @@ def test_of_a_pair_the_last_answer_alone_is_learnt(tmp_path: Path) -> None:
     record = replace(dataset.records[0], text=text, rejected="90.")
     assert dataset.samples.of is not None
     for sample, answer in zip(dataset.samples.of(record), ("60.", "90."), strict=True):
-        found = dataset.conversation(0, dataset.signals(0), None, sample.text)
+        found = dataset.conversation(0, dataset.signals(0), 0, sample.text)
         ids = found.ids[_last_of(found.supervised)]
         assert sample.last and answer in decode(ids, dataset.tokenizer, dataset.text.family)
         assert found.supervised.sum() > len(ids)

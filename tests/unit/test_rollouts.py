@@ -212,9 +212,11 @@ def test_a_model_of_preferences_judges(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tokenizer = demo_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|source|>", "<|candidate1|>", "<|candidate2|>"]})
-    marks = tokenizer.convert_tokens_to_ids(["<|source|>", "<|candidate1|>", "<|candidate2|>"])
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    sizes |= {"vocab_size": len(tokenizer), "num_labels": 1, "initializer_range": 1.0}
+    marks: list[Any] = tokenizer.convert_tokens_to_ids(["<|source|>", "<|candidate1|>", "<|candidate2|>"])
+    sizes: dict[str, Any] = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+        "vocab_size": len(tokenizer), "num_labels": 1, "initializer_range": 1.0,
+    }  # fmt: skip
     said = "What is the rate?", "72", "It is slow."
     worth = DebertaV2ForSequenceClassification(DebertaV2Config(**sizes)).eval()
     judge = PairJudge(saved(worth, tmp_path / "worth", tokenizer))
@@ -222,7 +224,8 @@ def test_a_model_of_preferences_judges(tmp_path: Path) -> None:
         each = [float(worth(**tokenizer(said[0], said[n], return_tensors="pt")).logits) for n in (1, 2)]
     assert judge.margin(*said) == pytest.approx(each[0] - each[1], abs=1e-5) and abs(each[0] - each[1]) > 1e-3
 
-    own = dict(zip(("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id"), marks, strict=True), n_tasks=2)
+    names = "source_prefix_id", "cand1_prefix_id", "cand2_prefix_id"
+    own: dict[str, Any] = {**dict(zip(names, marks, strict=True)), "n_tasks": 2}
     encoder, head = DebertaV2Model(DebertaV2Config(**sizes, **own)).eval(), torch.nn.Linear(32, 16)
     last, folder = torch.nn.Linear(16, 2), saved(encoder, tmp_path / "pairs", tokenizer)
     arrays = {f"pretrained_model.{name}": x for name, x in load_file(folder / "model.safetensors").items()}
