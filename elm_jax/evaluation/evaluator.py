@@ -42,7 +42,7 @@ from elm_jax.scoring.metrics import Scorer
 ASKED = 3  # raised where other questions are asked of the same data, or in another order: known answers then go
 SHUFFLES = 3  # ways to give each question another recording: one draw alone is a coarse estimate
 # Of eval.*, what changes no answer; whether the weights are averaged, their fingerprint tells.
-_SCORING = ("at_end", "controls", "protocol", "wordnet", "bert_model", "labels", "ema")
+_SCORING = ("at_end", "controls", "protocol", "wordnet", "bert_model", "labels", "ema", "guidance")
 # And of data.*: fingerprints tell which records there are, and what is asked is neither packed nor augmented.
 _TRAINING = ("val_fraction", "subset", "weights", "augment_ecg", "augment_rgb", "pack", "share", "workers",
              "timeout", "max_bad_records", "prefixes")  # fmt: skip
