@@ -167,7 +167,7 @@ def _costs(drawn: int, drawing: np.ndarray, learnt: int, learning: np.ndarray) -
 
 def _keep(args: argparse.Namespace, rollouts: Any, scored: dict[int, Any], batch: Any) -> None:
     """What theirs learns from: prompts as embeddings, answers, advantages; and what ours finds of these."""
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     extras = {name: np.asarray(x)[0] for name, x in batch.extras.items()}
     weights, samples, ids = (np.asarray(x)[0] for x in (batch.target_weights, batch.target_sample, batch.target_ids))
     for n, one in enumerate(scored.values()):
@@ -184,8 +184,8 @@ def _theirs(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    llm = AutoModelForCausalLM.from_pretrained(str(args.work / "exported" / "llm"), attn_implementation="sdpa").float()
-    llm.eval()
+    folder = str(args.work / "exported" / "llm")
+    llm: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").float().eval()
     stored = np.load(args.work / "answers.npz")
     count = sum(name.startswith("x_") for name in stored.files)
     prompts = [torch.from_numpy(stored[f"x_{n}"])[None].repeat(args.answers, 1, 1) for n in range(count)]

@@ -212,7 +212,7 @@ def test_a_model_of_preferences_judges(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tokenizer = demo_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|source|>", "<|candidate1|>", "<|candidate2|>"]})
-    marks: list[Any] = tokenizer.convert_tokens_to_ids(["<|source|>", "<|candidate1|>", "<|candidate2|>"])
+    marks: Any = tokenizer.convert_tokens_to_ids(["<|source|>", "<|candidate1|>", "<|candidate2|>"])
     sizes: dict[str, Any] = {
         "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
         "vocab_size": len(tokenizer), "num_labels": 1, "initializer_range": 1.0,
