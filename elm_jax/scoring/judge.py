@@ -6,15 +6,23 @@ question and of each answer); reward models, sequence classifiers with one outpu
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, refused
+from elm_jax.folders import check_regular, read_json
 from elm_jax.text.vocabulary import load_tokenizer
 
 _MARKS = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
 _LONGEST = 2048  # tokens of a question with both answers, of PairRM
 _QUESTION = 1224  # of these, the most of the question
+_PARTS = 10_000  # the most layers, or labels, that config.json may speak of: lists of them are made as it is read
+_SMALL = 1 << 24  # numbers that a model may have room for beside those of its files
+_WHERE, _EXPECTED = "--judge", "a whole model with safetensors"
 _FIX = "give the folder of a pair-preference model (PairRM-hf) or of a reward model"
 
 
@@ -26,48 +34,64 @@ class PairJudge:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        where, path = "--judge", str(folder)
+        path = str(folder)
         if not Path(path, "config.json").is_file():
-            raise UserError(where, f"{path} without config.json", "a model's folder on this machine", _FIX)
+            raise UserError(_WHERE, f"{path} without config.json", "a model's folder on this machine", _FIX)
         try:
             import torch
             from transformers import AutoConfig, AutoModelForSequenceClassification
         except ImportError as error:
-            raise UserError(where, str(error), "PyTorch, for a judge", "pip install torch") from error
+            raise UserError(_WHERE, str(error), "PyTorch, for a judge", "pip install torch") from error
         local: dict[str, Any] = {"local_files_only": True}
         self._torch, self._compares = torch, False
-        try:
+        with refused(_WHERE, f"{path}, which cannot be read", _EXPECTED, _FIX, Exception):  # whatever libraries raise
+            _check_parts(Path(path, "config.json"))
             config = AutoConfig.from_pretrained(path, trust_remote_code=False, **local)
             self._compares = hasattr(config, "source_prefix_id")
             if self._compares:
-                self._model, self._head = _pair_ranker(path, config)
+                with torch.device("meta"):
+                    _check_room(path, *_pair_ranker(config))
+                self._model, self._head = _pair_ranker(config)
+                _load(path, self._model, self._head)
                 self._marks = [config.source_prefix_id, config.cand1_prefix_id, config.cand2_prefix_id]
             else:
+                with torch.device("meta"):
+                    _check_room(path, AutoModelForSequenceClassification.from_config(config, trust_remote_code=False))
                 more: dict[str, Any] = {**local, "use_safetensors": True, "adapter_kwargs": local}
                 model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False, **more)
                 self._model = model.eval()
-        except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-            found = f"{path}, which cannot be read: {str(error).splitlines()[0][:200]}"
-            raise UserError(where, found, "a whole model with safetensors", _FIX) from error
-        if not self._compares and (config.num_labels != 1 or not _classifies(config)):
-            found = f"{path}, a {', '.join(config.architectures or ['model'])} with {config.num_labels} outputs"
-            raise UserError(where, found, "a classifier with one output, or PairRM", _FIX)
-        self._tokenizer = load_tokenizer(path, where, local_files_only=True)
+            if not self._compares and (config.num_labels != 1 or not _classifies(config)):
+                found = f"{path}, a {', '.join(config.architectures or ['model'])} with {config.num_labels} outputs"
+                raise UserError(_WHERE, found, "a classifier with one output, or PairRM", _FIX)
+        self._tokenizer = load_tokenizer(path, _WHERE, local_files_only=True)
 
     def margin(self, question: str, one: str, other: str) -> float:
-        """How much better the first answer is; below 0 where the second is. Asked in both orders."""
-        with self._torch.no_grad():
+        """How much better the first answer is; below 0 where the second is. Asked in both orders.
+
+        Raises:
+            UserError: the model, its tokenizer or its chat template fails at them, or gives no finite number.
+        """
+        expected, fix = "a number for each answer", "leave the record out, or give another model"
+        failing = refused(_WHERE, "a model that fails at a question and its answers", expected, fix, Exception)
+        with failing, self._torch.no_grad():
             if self._compares:
-                return (self._ahead(question, one, other) - self._ahead(question, other, one)) / 2
-            return self._worth(question, one) - self._worth(question, other)
+                margin = (self._ahead(question, one, other) - self._ahead(question, other, one)) / 2
+            else:
+                margin = self._worth(question, one) - self._worth(question, other)
+        if not math.isfinite(margin):
+            raise UserError(_WHERE, f"a model that finds an answer {margin} better", "a finite number", fix)
+        return margin
 
     def _worth(self, question: str, answer: str) -> float:
+        """The reward; of what is longer than the model takes, the end is left out."""
+        most = getattr(self._model.config, "max_position_embeddings", None), self._tokenizer.model_max_length
+        options: dict[str, Any] = {"truncation": True, "max_length": min(filter(None, most)), "return_tensors": "pt"}
         if getattr(self._tokenizer, "chat_template", None):
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             text = self._tokenizer.apply_chat_template(turns, tokenize=False)
-            given = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")
+            given = self._tokenizer(text, add_special_tokens=False, **options)
         else:
-            given = self._tokenizer(question, answer, return_tensors="pt")
+            given = self._tokenizer(question, answer, **options)
         ids = {name: given[name] for name in ("input_ids", "attention_mask")}
         return float(self._model(**ids).logits[0, 0])
 
@@ -88,17 +112,48 @@ def _classifies(config: Any) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
-def _pair_ranker(path: str, config: Any) -> tuple[Any, Any]:
+def _check_parts(file: Path) -> None:
+    """Raise UserError where config.json claims more layers or labels than any model has."""
+    for name, count in re.findall(r'"(\w*(?:layer|label)\w*)": (\d+)', json.dumps(read_json(file, _FIX))):
+        if len(count) > len(str(_PARTS)) or int(count) > _PARTS:
+            raise UserError(_WHERE, f"{file} with {name}={count}", f"at most {_PARTS}", _FIX)
+
+
+def _check_room(path: str, *parts: Any) -> None:
+    """Raise UserError where the model, which has no memory yet, would have more numbers than its files hold."""
+    from safetensors import safe_open
+
+    held = 0
+    for file in Path(path).glob("*.safetensors"):
+        check_regular(file, "a file of a model")
+        with safe_open(file, "pt") as arrays:
+            held += sum(math.prod(arrays.get_slice(name).get_shape()) for name in arrays.keys())  # noqa: SIM118
+    for claimed in zip(*(map(_size, (part.parameters(), part.buffers())) for part in parts), strict=True):
+        if sum(claimed) > max(held, _SMALL):
+            found = f"{path}, whose config.json asks for {sum(claimed)} numbers where its files hold {held}"
+            raise UserError(_WHERE, found, _EXPECTED, _FIX)
+
+
+def _size(arrays: Iterable[Any]) -> int:
+    return sum(array.numel() for array in arrays)
+
+
+def _pair_ranker(config: Any) -> tuple[Any, Any]:
     """PairRM's encoder, and its head: (2 D,) -> (tasks,)."""
-    from safetensors.torch import load_file
     from torch import nn
     from transformers import DebertaV2Model
 
-    arrays = load_file(Path(path) / "model.safetensors")
-    model, width = DebertaV2Model(config), config.hidden_size
+    width = config.hidden_size
     head = nn.Sequential(
         nn.Dropout(0.0), nn.Linear(2 * width, width), nn.Tanh(), nn.Dropout(0.0), nn.Linear(width, config.n_tasks)
     )
+    return DebertaV2Model(config).eval(), head.eval()
+
+
+def _load(path: str, model: Any, head: Any) -> None:
+    """PairRM's weights; the names and shapes must be those of the file."""
+    from safetensors.torch import load_file
+
+    arrays = load_file(Path(path) / "model.safetensors")
     for part, prefix in ((model, "pretrained_model."), (head, "head_layer.")):
         part.load_state_dict({n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)})
-    return model.eval(), head.eval()

@@ -249,3 +249,32 @@ def test_a_model_of_preferences_judges(tmp_path: Path) -> None:
     many = DebertaV2ForSequenceClassification(DebertaV2Config(**{**sizes, "num_labels": 3}))
     with pytest.raises(UserError, match="3 outputs"):
         PairJudge(saved(many, tmp_path / "many", tokenizer))
+
+    long = "It is very slow. " * 400
+    assert np.isfinite(judge.margin(said[0], long, "72"))  # more than the 512 positions
+    for template in ("{{ raise_exception('no') }}", "{{ nothing.at.all }}"):
+        judge._tokenizer.chat_template = template
+        with pytest.raises(UserError, match="--judge: found a model that fails at"):
+            judge.margin(*said)
+    judge._tokenizer.chat_template = None
+    with torch.no_grad():
+        judge._model.classifier.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="--judge: found .* nan better; expected a finite number"):
+        judge.margin(*said)
+
+    claims: dict[str, Any] = {
+        "vocab_size": 10**12, "hidden_size": 10**6, "max_position_embeddings": 10**12, "num_hidden_layers": 10**9,
+        "n_tasks": 10**11, "num_labels": 10**9, "hidden_act": 3, "layer_norm_eps": "x",
+    }  # fmt: skip
+    for where in (folder, tmp_path / "worth"):
+        whole = (where / "config.json").read_text()
+        for name, claim in claims.items():
+            if where == folder or name != "n_tasks":
+                (where / "config.json").write_text(json.dumps({**json.loads(whole), name: claim}))
+                with pytest.raises(UserError, match=r"--judge: found .*config.json|which cannot be read"):
+                    PairJudge(where)
+        (where / "config.json").write_text(whole)
+        PairJudge(where)
+        (where / "model.safetensors").write_bytes((where / "model.safetensors").read_bytes()[:-9])
+        with pytest.raises(UserError, match=r"--judge: found .*, which cannot be read"):
+            PairJudge(where)
