@@ -9,7 +9,7 @@ N recordings, C leads, L samples, T ids.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +60,30 @@ def redraw_split(config: Config, split: str = "test", which: str = "best") -> Pa
     arrays = weights.place(array_shardings(assembly.structure, mesh))
     weights.check(frozen_fingerprints(weights.leaves, {name: arrays[name] for name in weights.frozen}))
     rows = -(-config.eval.batch_size // (ways := batch_ways(mesh))) * ways
-    batches = list(_batches(assembly.dataset(split), config, rows))
-    people = Patients([person for _, patients in batches for person in patients], config.seed)
-    metrics: dict[str, Any] = {}
-    place = batch_sharding(mesh, micro_batches=False)
-    for name in assembly.objective.redraws:
-        redraw, key = make_redraw(assembly.structure, config, mesh, name), jax.random.key(config.seed)
-        parts = []
-        for number, (batch, _) in enumerate(tqdm(batches, name, disable=not config.log.progress, mininterval=1.0)):
-            on_devices = jax.tree.map(lambda x: to_device(mesh, x, place, row_axis=0), batch)
+    redraws = {name: make_redraw(assembly.structure, config, mesh, name) for name in assembly.objective.redraws}
+    found: dict[str, list[Rows]] = {name: [] for name in redraws}
+    shown: dict[str, list[Redrawn]] = {name: [] for name in redraws}
+    patients: list[str] = []
+    place, key = batch_sharding(mesh, micro_batches=False), jax.random.key(config.seed)
+    batches = tqdm(_batches(assembly.dataset(split), config, rows), disable=not config.log.progress, mininterval=1.0)
+    for number, (batch, of) in enumerate(batches):
+        on_devices = jax.tree.map(lambda x: to_device(mesh, x, place, row_axis=0), batch)
+        for name, redraw in redraws.items():
             made = jax.device_get(redraw(arrays, on_devices, jax.random.fold_in(key, number)))
-            parts.append(jax.tree.map(lambda x, there=made.there: np.asarray(x)[there], made))
-        metrics |= {f"{name}.{m}": v for m, v in _measured(_joined(parts), assembly, people, out / name).items()}
-    facts = {"protocol": "redrawn", "split": split, "step": weights.step, "n": sum(len(of) for _, of in batches)}
-    write_json(out / "metrics.json", {**facts, "asked_with": asked_with(config), "metrics": metrics})
-    told = ", ".join(f"{name} {found['value']:.4g}" for name, found in metrics.items() if found["value"] is not None)
+            made = jax.tree.map(lambda x, there=made.there: np.asarray(x)[there], made)
+            found[name].append(_rows(made, assembly))
+            if len(patients) < PICTURES:
+                shown[name].append(made)
+        patients += of
+    people, metrics = Patients(patients, config.seed), dict[str, Any]()
+    for name, parts in found.items():
+        _draw(jax.tree.map(lambda *each: np.concatenate(each), *shown[name]), assembly, out / f"{name}.png")
+        whole = {measure: np.concatenate([part[measure] for part in parts]) for measure in parts[0]}
+        metrics |= {f"{name}.{m}": v for m, v in _measured(whole, people, out / f"{name}.npy").items()}
+    asked = {**asked_with(config), "guidance": config.eval.guidance, "ema": config.eval.ema}
+    facts = {"protocol": "redrawn", "split": split, "step": weights.step, "n": len(patients)}
+    write_json(out / "metrics.json", {**facts, "asked_with": asked, "metrics": metrics})
+    told = ", ".join(f"{name} {of['value']:.4g}" for name, of in metrics.items() if of["value"] is not None)
     print(printable(f"{told}; results are in {out}"), file=sys.stderr)
     return out
 
@@ -107,26 +116,36 @@ def _batches(dataset: Dataset, config: Config, rows: int) -> Iterator[tuple[Batc
         yield collate(packed, shape, dataset.signal.layout), of
 
 
-def _joined(parts: Sequence[Redrawn]) -> Redrawn:
-    return jax.tree.map(lambda *each: np.concatenate(each), *parts)
-
-
-def _measured(made: Redrawn, assembly: Assembly, people: Patients, path: Path) -> dict[str, dict[str, Any]]:
-    """The measures of what was redrawn; draws it into files that `path` begins."""
+def _rows(made: Redrawn, assembly: Assembly) -> Rows:
+    """The measures of a batch's recordings; of ECGs made of nothing these (`made`) and `real` and `own` features."""
     data, ids = assembly.config.data, assembly.signal.ids
     if ids is not None:
-        return _with_intervals(_forecasts(made, ids.decode), people)
-    few, named = slice(PICTURES), data.leads if made.made.shape[1] == len(data.leads) else ()
-    truth = None if made.features is not None else made.truth[few]
-    draw_redrawn(path.with_name(f"{path.name}.png"), truth, made.made[few], made.hidden[few], data.sampling_rate, named)
+        return _forecasts(made, ids.decode)
     if made.features is not None:
-        np.save(path.with_name(f"{path.name}.npy"), made.made.astype(np.float32))
-        real, own = (np.asarray(x, np.float64) for x in made.features)
-        found = {"mmd": mean_discrepancy(real, own)} | ({"fid": frechet_distance(real, own)} if len(real) > 1 else {})
-        return {name: {"value": value, "ci95": None} for name, value in found.items()}
+        return {"made": made.made.astype(np.float32), "real": made.features[0], "own": made.features[1]}
     of_lead, counted = rebuilding(made.made, made.truth, data.sampling_rate), made.hidden.any(-1)
     share = counted / np.maximum(counted.sum(1, keepdims=True), 1)
-    return _with_intervals({name: (x * share).sum(1) for name, x in of_lead._asdict().items()}, people)
+    return {name: (x * share).sum(1) for name, x in of_lead._asdict().items()}
+
+
+def _draw(made: Redrawn, assembly: Assembly, path: Path) -> None:
+    """The picture of the first ECGs; there is none of ids."""
+    if assembly.signal.ids is not None:
+        return
+    data, few = assembly.config.data, slice(PICTURES)
+    named = data.leads if made.made.shape[1] == len(data.leads) else ()
+    truth = None if made.features is not None else made.truth[few]
+    draw_redrawn(path, truth, made.made[few], made.hidden[few], data.sampling_rate, named)
+
+
+def _measured(rows: Rows, people: Patients, path: Path) -> dict[str, dict[str, Any]]:
+    """The measures of a split's `_rows`; writes ECGs made of nothing to `path`."""
+    if "made" not in rows:
+        return _with_intervals(rows, people)
+    np.save(path, rows["made"])
+    real, own = (rows[name].astype(np.float64) for name in ("real", "own"))
+    found = {"mmd": mean_discrepancy(real, own)} | ({"fid": frechet_distance(real, own)} if len(real) > 1 else {})
+    return {name: {"value": value if np.isfinite(value) else None, "ci95": None} for name, value in found.items()}
 
 
 def _forecasts(made: Redrawn, decode: Callable[[np.ndarray], np.ndarray]) -> Rows:

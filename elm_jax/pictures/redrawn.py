@@ -27,7 +27,9 @@ def draw_redrawn(
     axes = figure.subplots(rows, count, squeeze=False, sharex=True)
     for (row, column), ax in np.ndenumerate(axes):
         own, under = made[column, row].astype(np.float64), hidden[column, row]
-        low, high = (float(f(own if truth is None else truth[column, row])) for f in (np.nanmin, np.nanmax))
+        values = own if truth is None else truth[column, row]
+        known = values[np.isfinite(values)]
+        low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
         room = 0.1 * (high - low) or 0.1
         if truth is not None:
             ax.fill_between(seconds, low - room, high + room, where=under, color=_SHADE, linewidth=0)

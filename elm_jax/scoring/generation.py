@@ -17,13 +17,18 @@ import scipy.linalg
 
 LEAST_ERROR = 1e-10  # of a lead's mean squared error, so that PSNR ends at 100 dB
 SSIM_SIGMA, SSIM_SECONDS = 1.5, 11 / 250  # of the window: its deviation in samples, its length
+BLOCK = 1 << 24  # numbers of a kernel that are in memory at once
 SSIM_C1, SSIM_C2 = 1e-4, 9e-4
 
 
 def frechet_distance(real: np.ndarray, made: np.ndarray) -> float:
-    """FID of features (N, D) and (N', D): of the normal distributions that have their means and covariances."""
+    """FID of features (N, D) and (N', D): of the normal distributions that have their means and covariances; nan
+    where these are not finite."""
     means, covariances = zip(*((x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))) for x in (real, made)), strict=True)
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
+    product = covariances[0] @ covariances[1]
+    if not np.isfinite(product).all():
+        return math.nan
+    root = scipy.linalg.sqrtm(product)
     difference = means[0] - means[1]
     return float(difference @ difference + np.trace(covariances[0] + covariances[1] - 2 * np.real(root)))
 
@@ -33,8 +38,11 @@ def mean_discrepancy(real: np.ndarray, made: np.ndarray, gamma: float | None = N
     width = 1 / real.shape[1] if gamma is None else gamma
 
     def kernel(x: np.ndarray, y: np.ndarray) -> float:
-        distances = (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T
-        return float(np.exp(-width * distances).mean())
+        squares, total, rows = (y**2).sum(1), 0.0, max(1, BLOCK // len(y))
+        for part in (x[start : start + rows] for start in range(0, len(x), rows)):
+            distances = (part**2).sum(1)[:, None] + squares - 2 * part @ y.T
+            total += float(np.exp(-width * distances).sum())
+        return total / (len(x) * len(y))
 
     return kernel(real, real) + kernel(made, made) - 2 * kernel(real, made)
 

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from elm_jax.scoring import generation, probing
 
 Golden = Callable[[str], Path]
 
 
-def test_generation(golden: Golden) -> None:
+def test_generation(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = golden("metrics_ecg_generation")
     given, wanted = (dict(np.load(folder / f"{file}.npz")) for file in ("inputs", "outputs"))
     told = json.loads((folder / "outputs.json").read_text())
@@ -22,6 +23,9 @@ def test_generation(golden: Golden) -> None:
     np.testing.assert_allclose(generation.frechet_distance(real, made), told["fid"], rtol=1e-8)
     np.testing.assert_allclose(generation.mean_discrepancy(real, made), told["mmd"], atol=1e-10)
     np.testing.assert_allclose(generation.mean_discrepancy(real, made, 0.1), told["mmd_gamma_0_1"], atol=1e-10)
+    monkeypatch.setattr(generation, "BLOCK", 3 * len(made))  # the kernel in blocks of rows
+    np.testing.assert_allclose(generation.mean_discrepancy(real, made), told["mmd"], atol=1e-10)
+    assert math.isnan(generation.frechet_distance(real, np.where(made > made.mean(), np.inf, made)))
     for rate in (100, 250, 500):
         assert generation.ssim_window(rate) == told[f"ssim_window_sf{rate}"]
         found = generation.rebuilding(given["pred"], given["target"], rate)

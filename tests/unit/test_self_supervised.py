@@ -28,6 +28,7 @@ from elm_jax.exchange.export import export
 from elm_jax.models.encoders.sequence import SequenceConfig
 from elm_jax.objectives import objective_of
 from elm_jax.objectives.self_supervised import LEVELS
+from elm_jax.pictures.redrawn import draw_redrawn
 from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.run.weights import Weights
 from elm_jax.runtime.mesh import array_shardings, make_mesh
@@ -66,7 +67,9 @@ MEASURES = ("mse", "mae", "psnr", "ssim")
 def redrawn(config: Config, split: str) -> dict[str, Any]:
     """The metrics of what the run's encoder redraws, and a picture of each kind."""
     out = redraw_split(config, split, "latest")
-    found = json.loads((out / "metrics.json").read_text())["metrics"]
+    told = json.loads((out / "metrics.json").read_text())
+    assert (told["asked_with"]["guidance"], told["asked_with"]["ema"]) == (config.eval.guidance, config.eval.ema)
+    found = told["metrics"]
     kinds = {name.rpartition(".")[0] for name in found}
     assert {path.stem for path in out.glob("*.png")} == (kinds if config.data.representation == "signal" else set())
     return found
@@ -286,3 +289,12 @@ def one_class(folder: Path, splits: Sequence[str] = ("train", "val")) -> Path:
     rows = "".join(f"demo:{split}:{i},AF,{split}\n" for split, i in itertools.product(splits, range(3)))
     path.write_text(f"ecg_path,labels,split\n{rows}")
     return path
+
+
+def test_what_is_not_finite_is_drawn_too(tmp_path: Path) -> None:
+    made = np.ones((3, 2, 50), np.float32)
+    made[0], made[1, :, ::2], made[2, 0, 7] = np.nan, np.inf, -np.inf
+    for truth in (None, made):
+        draw_redrawn(tmp_path / "made.png", truth, made, np.ones(made.shape, bool), 100.0)
+        assert (tmp_path / "made.png").stat().st_size > 1000
+        (tmp_path / "made.png").unlink()
