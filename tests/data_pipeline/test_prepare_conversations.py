@@ -191,6 +191,25 @@ def test_recordings_are_found_by_their_paths_whatever_their_endings(tmp_path: Pa
     assert list(report["without_recording"]) == ["items.json, item 5"], "which of the two is not said"
 
 
+def test_a_prepared_segment_is_found_by_its_path_alone_and_what_datasets_share_by_the_one_that_is_named(
+    tmp_path: Path,
+) -> None:
+    own = {"ludb": ["data_1_0", "data_1_1"], "folder": ["g1_E07500_0", "data_1_0", "7_0"], "ptbdb": ["7_0"]}
+    tree(tmp_path / "O", {**own, "georgia": ["E07500_0", "E07500_1"], "cpsc": [f"A1986_{n}" for n in range(4)]})
+    exact = ["ludb/preprocessed_2500/data_1_1.npy", "georgia/preprocessed_2500/E07500_0.npy",
+             "cpsc/preprocessed_2500/A1986_1.npy", "folder/preprocessed_2500/g1_E07500_0.npy"]  # fmt: skip
+    asked = [*exact, *(f"O/{path}" for path in exact), "x/E07500.mat", "folder/x/E07500", "7", "data/1"]
+    rows, report = join(tmp_path, [{"ecg": path, "conversations": say()} for path in asked[:8]])
+    assert [row["ecg_path"] for row in rows] == [*exact, *exact]
+    rows, report = join(tmp_path, [{"ecg": path, "conversations": say()} for path in asked[8:]])
+    georgia = [f"georgia/preprocessed_2500/E07500_{n}.npy" for n in range(2)]
+    assert [row["ecg_path"] for row in rows] == [*georgia, exact[3]]
+    assert report["ambiguous"] == {
+        "items.json, item 3": "'7' may be of folder and ptbdb, and names none of them",
+        "items.json, item 4": "'data/1' may be of folder and ludb, and names none of them",
+    }
+
+
 def test_json_in_a_column_is_what_it_stands_for(tmp_path: Path) -> None:
     tree(tmp_path / "O")
     told = [

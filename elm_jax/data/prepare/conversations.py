@@ -1,10 +1,10 @@
 """Published conversations about recordings -> a table of those whose recordings are prepared.
 
-A recording is found by its path where the prepared one has the same, else by the number that its dataset gave it,
-wherever in a path that stands: of MIMIC's study, of a PTB-XL record, of a CODE-15 exam, of a record of CPSC, Georgia or
-Chapman-Shaoxing-Ningbo. A row is a conversation about one segment of each recording it names. Leaves F.parquet, with
-paths relative to the folder of the prepared recordings, and F_report.json beside it, which lists what was left out, and
-why.
+A segment that `prepare` wrote is found by its path, alone; a recording by its path where the prepared one has the same,
+else by the number that its dataset gave it, wherever in a path that stands: of MIMIC's study, of a PTB-XL record, of a
+CODE-15 exam, of a record of CPSC, Georgia or Chapman-Shaoxing-Ningbo. A row is a conversation about one segment of each
+recording it names. Leaves F.parquet, with paths relative to the folder of the prepared recordings, and F_report.json
+beside it, which lists what was left out, and why.
 """
 
 import csv
@@ -46,6 +46,7 @@ _TEXTS = ("conversations", "messages", "text")
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _SEGMENTS = re.compile(r"preprocessed_(\d+)")
 _SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
+_OWNERS = {"MIMIC": "mimic_iv", "JS": "csn"}  # kinds of numbers that are not called as their dataset is
 _NUMBER = re.compile(r"\d{1,9}(?:\.\d+)?")
 _MIMIC = re.compile(r"(?:^|[/_])p(\d+)[/_]s(\d+)[/_]\d+")
 _NUMBERS = (
@@ -85,31 +86,47 @@ class Recordings:
     """
 
     def __init__(self, folder: Path, length: int, out: Path | None = None) -> None:
-        self.segments: dict[str, list[str]] = {}  # key -> paths of segments, below the folder
-        short: dict[str, list[list[str]]] = {}  # stem without the ending of its file -> those of each such file
+        self.segments: dict[str, dict[str, list[str]]] = {}  # key -> dataset -> paths of segments, below the folder
+        self.paths: set[str] = set()  # of all segments
+        # Stem without the ending of its file -> of each such file the dataset, and the segments.
+        short: dict[str, list[tuple[str, list[str]]]] = {}
         places = sorted(folder.glob(f"*/preprocessed_{length}"))
         for place in places:
-            where = place.relative_to(folder).as_posix()
+            where, dataset = place.relative_to(folder).as_posix(), place.parent.name
             for stem, count in sorted(segment_counts(place).items()):
                 paths = [f"{where}/{stem}_{number}.npy" for number in range(count)]
-                for key in {recording_key(f"{place.parent.name}/{stem}"), stem} - {""}:
-                    self.segments.setdefault(key, paths)
-                short.setdefault(_SUFFIX.sub("", stem), []).append(paths)
+                self.paths.update(paths)
+                for key in {recording_key(f"{dataset}/{stem}"), stem} - {""}:
+                    self.segments.setdefault(key, {}).setdefault(dataset, paths)
+                short.setdefault(_SUFFIX.sub("", stem), []).append((dataset, paths))
         if not self.segments:
             others = sorted({match[1] for p in folder.glob("*/preprocessed_*") if (match := _SEGMENTS.match(p.name))})
             found = f"no segments of {length} samples" + (f", but of {', '.join(others)}" if others else "")
             raise UserError(str(folder), found, "prepared recordings", "prepare them first, or give their --records")
-        self.segments = {key: found[0] for key, found in short.items() if len(found) == 1} | self.segments
+        alone = {key: dict(found) for key, found in short.items() if len({name for name, _ in found}) == len(found)}
+        self.segments = alone | self.segments
         self.people = _people(folder, [place.parent.name for place in places], out)
         known = ((path.partition("/")[0], patient, split) for path, (patient, split) in self.people.items())
         self.splits = {(name, one): split for name, who, split in known if split in SPLITS for one in patient_ids(who)}
         self.persons = one_person(patient_ids(patient) for patient, _ in self.people.values())
 
-    def find(self, ecg: str, name: str) -> list[str] | None:
-        """The segments of a recording by its path; `name` says the dataset where the path does not."""
-        whole = ecg.strip("/").replace("/", "_")
-        keys = (whole, _SUFFIX.sub("", whole), recording_key(ecg), recording_key(f"{name}/{ecg}"))
-        return next((self.segments[key] for key in keys if key in self.segments), None)
+    def find(self, ecg: str, name: str) -> list[list[str]]:
+        """The segments of a recording by its path; of each that it may be, where datasets share what names it.
+
+        `name` says the dataset where the path does not.
+        """
+        if (segment := "/".join(ecg.split("/")[-3:])) in self.paths:  # DATASET/preprocessed_LENGTH/NAME_NUMBER.npy
+            return [[segment]]
+        whole, numbers = ecg.strip("/").replace("/", "_"), (recording_key(ecg), recording_key(f"{name}/{ecg}"))
+        hits = [self.segments[key] for key in (whole, _SUFFIX.sub("", whole), *numbers) if key in self.segments]
+        if len({dataset for hit in hits for dataset in hit}) > 1:
+            kind = next(filter(None, numbers), "").rpartition(" ")[0]
+            # What a path or a name says goes before the kind of the number, which other datasets may have, too.
+            told = [(word, hit) for word in (*ecg.split("/"), name) for hit in hits]
+            for word, hit in [*told, (_OWNERS.get(kind, kind), hits[0])]:
+                if own := [paths for dataset, paths in hit.items() if _same(dataset, word)]:
+                    return own
+        return list(hits[0].values()) if hits else []
 
     def patients(self, path: str) -> tuple[str, ...]:
         """Whose a segment is, as a table or MIMIC's name of it says; () where neither does."""
@@ -132,6 +149,11 @@ def recording_key(path: str) -> str:
     return next((f"{dataset} {match[1]}" for dataset, number in _NUMBERS if (match := number.search(path))), "")
 
 
+def _same(dataset: str, word: str) -> bool:
+    """Whether a word is a dataset's name: `ptb-xl` is that of ptb_xl."""
+    return re.sub(r"[\W_]", "", dataset.lower()) == re.sub(r"[\W_]", "", word.lower())
+
+
 def prepare_conversations(
     raw: Path, records: Path, out: Path, length: int = 2500, split: SplitRule = "recordings",
     seed: int = 0, val: float = 0.1, test: float = 0.1, progress: bool = True,
@@ -147,7 +169,7 @@ def prepare_conversations(
         UserError: there are no conversations, or none about a prepared recording.
     """
     recordings = Recordings(records, length, out)
-    left_out: dict[str, dict[str, str]] = {"without_recording": {}, "malformed": {}}
+    left_out: dict[str, dict[str, str]] = {"without_recording": {}, "ambiguous": {}, "malformed": {}}
     rows: list[dict[str, Any]] = []
     people: list[tuple[str, list[str]]] = []  # of each row
     items, counts = 0, Counter[str]({"conversations": 0, "of unknown patients": 0, "across_splits": 0})
@@ -161,9 +183,9 @@ def prepare_conversations(
         if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
             left_out["malformed"][item.where] = "no answer"
             continue
-        paths, reason = _segments(item, recordings)
+        paths, kind, reason = _segments(item, recordings)
         if reason:
-            left_out["without_recording"][item.where] = reason
+            left_out[kind][item.where] = reason
             continue
         known = [recordings.patients(found[0]) for found in paths]
         about = {found[0]: told or (_nobody(found[0]),) for found, told in zip(paths, known, strict=True)}
@@ -206,17 +228,21 @@ def prepare_conversations(
     return report
 
 
-def _segments(item: Item, recordings: Recordings) -> tuple[list[list[str]], str]:
-    """The segments of each recording that an item is about; or none, and why."""
+def _segments(item: Item, recordings: Recordings) -> tuple[list[list[str]], str, str]:
+    """The segments of each recording that an item is about; or none, the kind of the reason, and the reason."""
     found: list[list[str]] = []
     for ecg in item.ecgs or ("",):
-        paths = recordings.find(ecg, item.name)
+        places = recordings.find(ecg, item.name)
         known = recording_key(ecg) or recording_key(f"{item.name}/{ecg}")
-        if paths is not None:
-            found.append(paths)
+        if len(places) > 1:
+            datasets = " and ".join(paths[0].partition("/")[0] for paths in places)
+            return [], "ambiguous", f"{ecg!r} may be of {datasets}, and names none of them"
+        if places:
+            found += places
         elif known or not (item.first and found):
-            return [], f"{known} is not prepared" if known else f"no dataset is known by {ecg!r}"
-    return found, ""
+            why = f"{known} is not prepared" if known else f"no dataset is known by {ecg!r}"
+            return [], "without_recording", why
+    return found, "", ""
 
 
 def _nobody(path: str) -> str:
