@@ -161,11 +161,11 @@ def _anywhere(errors: Mapping[int, UserError]) -> dict[int, UserError]:
     return dict(sorted(found.items()))
 
 
-def check_lengths(where: str, lengths: Sequence[int], room: int) -> None:
-    """Raise UserError unless all prompts have a token and at most `room`."""
+def check_lengths(where: str, lengths: Sequence[int], room: int, key: str = "eval.max_new_tokens") -> None:
+    """Raise UserError unless all prompts have a token and at most `room`: what `key` leaves of the context."""
     if max(lengths) > room:
-        expected = f"at most {room}, the model's context less eval.max_new_tokens"
-        fix = "shorten it, or lower --config.eval.max_new_tokens (or data.min_ecg_tokens, where ECGs are symbols)"
+        expected = f"at most {room}, the model's context less {key}"
+        fix = f"shorten it, or lower --config.{key} (or data.min_ecg_tokens, where ECGs are symbols)"
         raise UserError(where, f"a prompt of {max(lengths)} tokens", expected, fix)
     if min(lengths) == 0:
         fix = "leave text_only out of --config.eval.controls, or use a tokenizer with a bos token"

@@ -11,12 +11,13 @@ from typing import Any
 from elm_jax.config import Config
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
-from elm_jax.evaluation.answering import BadRecords
+from elm_jax.evaluation.answering import BadRecords, check_lengths
 from elm_jax.inference.model import Prompt, TrainedModel
 from elm_jax.objectives.policy import judge_of
 from elm_jax.scoring.judge import PairJudge
 from elm_jax.scoring.rewards import judged
-from elm_jax.text.turns import to_turns
+from elm_jax.text.turns import Turn, last_answer
+from elm_jax.text.write import THINK_PREFIX
 
 Margin = Callable[[Record, str, str, str], float]  # (record, truth, one, other) -> how much better the one is
 
@@ -39,7 +40,7 @@ def by_model(judge: PairJudge) -> Margin:
     """By a model, which reads the conversation but sees no ECG."""
 
     def margin(record: Record, truth: str, one: str, other: str) -> float:
-        turns = to_turns(record.text)[:-1]
+        turns, _ = last_answer(record.text)
         alone = len(turns) == 1
         return judge.margin(
             "\n".join(turn.text if alone else f"{turn.role}: {turn.text}" for turn in turns), one, other
@@ -63,10 +64,16 @@ def draw_pairs(
     Args:
         margin: by what they are judged; None: `by_rewards`.
     Raises:
-        UserError: as `TrainedModel`; or more records are bad than data.max_bad_records allows.
+        UserError: as `TrainedModel`; rl.max_new_tokens leaves no room for a prompt; or more records are bad (too long,
+            for one) than data.max_bad_records allows.
     """
     margin, left = margin or by_rewards(config), Counter[str]() if left is None else left
     model, rl = TrainedModel(config, which), config.rl
+    context = model.assembly.llm.max_len
+    room = context - rl.max_new_tokens
+    if room < 1:
+        fix = "lower --config.rl.max_new_tokens"
+        raise UserError("rl.max_new_tokens", str(rl.max_new_tokens), f"less than the model's context, {context}", fix)
     dataset = model.assembly.dataset(split)
     bad = BadRecords(dataset, config.data.max_bad_records)
     options = replace(
@@ -79,6 +86,7 @@ def draw_pairs(
         for i in range(len(dataset)):
             try:
                 rendered, truth = dataset.prompts(i)[-1]
+                check_lengths(f"record {dataset.records[i].id}", [dataset.room(rendered)], room, "rl.max_new_tokens")
                 prompt = model.written(Prompt(rendered, dataset.signals(i), alike=True), rl.max_new_tokens)
             except UserError as error:
                 bad.note(i, error)
@@ -106,8 +114,11 @@ def draw_pairs(
             left["equally good"] += 1
             continue
         chosen, rejected = (one, other) if better > 0 else (other, one)
-        turns = [{"role": turn.role, "content": turn.text} for turn in to_turns(record.text)[:-1]]
+        before, known = last_answer(record.text)
+        # What the prompt gave of the answer belongs to both.
+        given = THINK_PREFIX if config.data.explicit_thinking and known.startswith(THINK_PREFIX) else ""
+        turns = [{"role": turn.role, "content": turn.text} for turn in (*before, Turn("assistant", given + chosen))]
         yield {
-            "ecg_path": list(record.ecg_paths), "text": [*turns, {"role": "assistant", "content": chosen}],
-            "rejected": rejected, "name": record.name, "patient_id": record.patient, "margin": abs(better),
+            "ecg_path": list(record.ecg_paths), "text": turns, "rejected": given + rejected, "name": record.name,
+            "patient_id": record.patient, "margin": abs(better),
         }  # fmt: skip

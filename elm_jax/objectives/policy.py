@@ -23,7 +23,7 @@ from elm_jax.models.elm import ELM
 from elm_jax.objectives.cross_entropy import log_probs, per_target, sums_of_samples
 from elm_jax.objectives.objective import Objective, Sums
 from elm_jax.scoring.rewards import REWARDS, Answered, Reward, reward_of
-from elm_jax.text.turns import to_turns
+from elm_jax.text.turns import last_answer
 from elm_jax.text.write import THINK_PREFIX
 
 LARGEST_LOG_RATIO = 20.0
@@ -244,25 +244,19 @@ def judge_of(config: Config) -> Judge:
     return Judge({name: (weight, reward_of(name)) for name, weight in weighted}, config.data.explicit_thinking)
 
 
-def _thinks(record: Record) -> bool:
-    """Whether a record's last answer begins with a think tag, which is then given."""
-    answers = [turn.text for turn in to_turns(record.text) if turn.role == "assistant"]
-    return bool(answers) and answers[-1].startswith(THINK_PREFIX)
-
-
 @dataclass(frozen=True)
 class Judge:
     """(record, answer, truth) -> the parts of an answer's reward.
 
     Args:
         parts: weight and function of each, by name.
-        opened: think tags that the truth begins with stand in the prompt.
+        opened: a think tag that a record's answer begins with stands in the prompt (`data.explicit_thinking`).
     """
 
     parts: Mapping[str, tuple[float, Reward]]
     opened: bool
 
     def __call__(self, record: Record | None, answer: str, truth: str) -> dict[str, float]:
-        opened = self.opened and (record is None or _thinks(record))
+        opened = self.opened and (record is None or last_answer(record.text)[1].startswith(THINK_PREFIX))
         judged = Answered(answer, truth, record, opened)
         return {name: weight * reward(judged) for name, (weight, reward) in self.parts.items()}

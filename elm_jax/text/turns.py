@@ -61,6 +61,13 @@ def to_turns(conversation: Any) -> list[Turn]:
     return [Turn("user", _string(question, "text, question")), Turn("assistant", said)]
 
 
+def last_answer(conversation: Any) -> tuple[list[Turn], str]:
+    """The turns before the last answer that is not empty, and that answer; all turns and "" where there is none."""
+    turns = to_turns(conversation)
+    end = max((i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.text), default=len(turns))
+    return turns[:end], "".join(turn.text for turn in turns[end : end + 1])
+
+
 def clean_text(text: str) -> str:
     """Text without `<ecg>`/`<image>` tags and leading speakers ("user:"); the word image becomes signal."""
     return _without_speaker(_words(_TAG.sub("", text)))

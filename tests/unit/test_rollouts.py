@@ -22,8 +22,10 @@ from elm_jax.data.demo import demo_tokenizer
 from elm_jax.data.loader import Loaded, StepSource
 from elm_jax.data.plan import Plan
 from elm_jax.errors import UserError
+from elm_jax.evaluation import pairs as drawing
+from elm_jax.evaluation.pairs import draw_pairs
 from elm_jax.inference.requests import Piece
-from elm_jax.inference.speaker import Speaker
+from elm_jax.inference.speaker import Answer, Prompt, Speaker
 from elm_jax.models.functional import Arrays
 from elm_jax.objectives import log_probs
 from elm_jax.run.weights import Weights
@@ -45,6 +47,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
     monkeypatch.setattr(loop, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
     yield
     REWARDS.pop("of_length", None)
+    WRONG.clear()
 
 
 def table(folder: Path) -> Path:
@@ -186,14 +189,56 @@ def test_pairs_are_drawn_and_judged(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "pairs: found none: " in capsys.readouterr().err
     # Where all answers are alike, a step learns nothing: neither Adam nor the rate goes on.
     first = saved_arrays(tmp_path / "run", 1)
-    policy = config(tmp_path, workdir=str(tmp_path / "policy"), init_from=str(tmp_path / "run"), train__steps=2)
+    policy = config(
+        tmp_path, workdir=str(tmp_path / "policy"), init_from=str(tmp_path / "run"), train__steps=2,
+        optim__skip_spikes=6.0,
+    )  # fmt: skip
     assert loop.train(policy)
     last = saved_arrays(tmp_path / "policy", 2)
-    assert all(int(x) == 0 for name, x in last.items() if name.endswith(".count"))
+    counts = {name: int(x) for name, x in last.items() if name.endswith(("['count']", "['seen']"))}
+    assert any("seen" in name for name in counts) and len(counts) > 1 and not any(counts.values()), counts
     for name in first:
         if name.startswith(("trained", "statistics")):
             np.testing.assert_array_equal(last[name], first[name], err_msg=name)
-    WRONG.clear()
+
+
+def test_a_pair_has_what_its_prompt_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The think tag that was given stands in both answers; the truth does not stand before them; a prompt that is too
+    long is a bad record."""
+
+    class Model:
+        def __init__(self, config: Config, which: str) -> None:
+            self.assembly = assemble(config)
+
+        def written(self, prompt: Prompt, new: int) -> Prompt:
+            return prompt
+
+        def stream(self, prompts: Iterator[Prompt], options: Any, seed: int) -> Iterator[Answer]:
+            for number, _ in enumerate(prompts):
+                yield Answer(number, "ab"[: 1 + number % 2], 0.0, 1, True)
+
+    monkeypatch.setattr(drawing, "TrainedModel", Model)
+    asked = {"role": "user", "content": "How fast?"}
+    rows = [
+        [asked, {"role": "assistant", "content": "<think>\nLook.</think>60"}, {"role": "user", "content": "And now?"}],
+        [asked, {"role": "assistant", "content": "60"}, {"role": "assistant", "content": ""}],
+        [{"role": "user", "content": "How fast? " * 300}, {"role": "assistant", "content": "60"}],
+    ]
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(
+        json.dumps({"ecg_path": f"demo:train:{i}", "text": row, "patient_id": i}) + "\n" for i, row in enumerate(rows)
+    ))  # fmt: skip
+    usual = {"data__names": [str(path)], "data__explicit_thinking": True, "data__max_bad_records": 0.5}
+    made = list(draw_pairs(config(tmp_path, **usual)))
+    told = capsys.readouterr().err
+    assert "asked.jsonl:2: found a prompt of" in told and "less rl.max_new_tokens" in told
+    for row, given in zip(made, ["<think>\n", ""], strict=True):
+        assert row["text"] == [asked, {"role": "assistant", "content": f"{given}ab"}]
+        assert row["rejected"] == f"{given}a" and row["margin"] == 1
+    with pytest.raises(UserError, match=r"rl\.max_new_tokens: found 256; expected less than the model's context, 256"):
+        next(draw_pairs(config(tmp_path, rl__max_new_tokens=256, **usual)))
 
 
 def saved(model: Any, folder: Path, tokenizer: Any) -> Path:
