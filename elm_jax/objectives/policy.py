@@ -131,13 +131,13 @@ def by_sample(rewards: np.ndarray) -> np.ndarray:
 
 
 def unscaled(rewards: np.ndarray) -> np.ndarray:
-    """(P, G) rewards less their group's mean (Dr. GRPO, arXiv 2503.20783)."""
-    return _centred(rewards)
+    """(P, G) rewards less their group's mean (Dr. GRPO, arXiv 2503.20783); 0 in a group of equal rewards."""
+    return _centred(rewards) * told_apart(rewards)
 
 
 def by_batch(rewards: np.ndarray) -> np.ndarray:
     """As `unscaled`, by the sample deviation of all rewards of the step + 1e-4."""
-    return _centred(rewards) / ((rewards.std(ddof=1) if rewards.size > 1 else 0.0) + 1e-4)
+    return unscaled(rewards) / ((rewards.std(ddof=1) if rewards.size > 1 else 0.0) + 1e-4)
 
 
 ADVANTAGES: dict[str, Advantages] = {
