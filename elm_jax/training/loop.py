@@ -249,9 +249,12 @@ class Trainer:
 
     # -- one step ---------------------------------------------------------------------------------------------
 
-    def _steps(self, source: StepSource, first: int, workers: int = 0, what: str = "step") -> Iterator[Loaded]:
+    def _steps(
+        self, source: StepSource, first: int, workers: int = 0, what: str = "step", arrays: Arrays | None = None
+    ) -> Iterator[Loaded]:
+        """Steps from `first` on; what the model makes of them it makes with `arrays` (None: what it has then)."""
         if self.rollouts is not None:
-            steps = self.rollouts.steps(source, first, lambda: self._arrays)
+            steps = self.rollouts.steps(source, first, lambda: self._arrays if arrays is None else arrays)
         else:
             steps = steps_from(source, first, workers, self.config.data.timeout)
         return stopping.each(steps, what, first)
@@ -314,7 +317,7 @@ class Trainer:
             return x[0] if isinstance(x, jax.Array) else to_device(self.mesh, x[0], sharding, row_axis=0)
 
         total, count, shown = Counter[str](), Counter[str](), None
-        for loaded in self._steps(self.validation, 0, what="batch"):
+        for loaded in self._steps(self.validation, 0, what="batch", arrays=arrays):
             self.health.note(done, loaded.bad)
             batch = jax.tree.map(first, loaded.batch)
             shown = batch if shown is None else shown

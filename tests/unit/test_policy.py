@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,12 @@ from elm_jax.assemble import assemble
 from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config
 from elm_jax.data.batch import BatchShape, empty_batch
-from elm_jax.data.loader import StepSource
+from elm_jax.data.loader import Loaded, StepSource
 from elm_jax.data.plan import Plan
 from elm_jax.data.samples import _last_of
 from elm_jax.errors import UserError
 from elm_jax.objectives import objective_of
+from elm_jax.objectives.policy import ADVANTAGES
 from elm_jax.objectives.preference import Preference
 from elm_jax.runtime.mesh import make_mesh
 from elm_jax.scoring.rewards import REWARDS, register_reward
@@ -156,6 +158,31 @@ def test_of_a_pair_the_last_answer_alone_is_learnt(tmp_path: Path) -> None:
         assert found.supervised.sum() > len(ids)
     with pytest.raises(UserError, match="rejected: found an empty answer"):
         dataset.samples.of(replace(record, rejected=" "))
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_answers_that_are_equally_good_teach_nothing(name: str) -> None:
+    found = ADVANTAGES[name](np.array([[0.7, 0.7, 0.7], [0.0, 0.7, 1.0]]))
+    assert (found[0] == 0).all() and found[1, 0] < 0 < found[1, 2]
+
+
+@pytest.mark.parametrize("averages", [True, False])
+def test_validations_are_answered_by_the_weights_that_are_judged(averages: bool, tmp_path: Path) -> None:
+    trainer: Any = object.__new__(loop.Trainer)
+    made: list[Any] = []
+    trainer.config = config(tmp_path, optim__ema=0.9, eval__ema=averages)
+    trainer.mesh, trainer.validation, trainer.probe = make_mesh(trainer.config.mesh, jax.devices()[:1]), "val", None
+    trainer.frozen, trainer.assembly = {}, SimpleNamespace(objective=SimpleNamespace(better=None))
+    trainer.state = SimpleNamespace(trained={"w": "raw"}, statistics={}, average={"w": "average"})
+    trainer.history = {"best_val_loss": None, "val_losses": []}
+    trainer.health = SimpleNamespace(note=lambda step, bad: None)
+    trainer.rollouts = SimpleNamespace(
+        steps=lambda source, first, arrays: made.append(arrays()) or iter([Loaded(0, cast(Any, {}), 0, 0, ())])
+    )
+    judged = SimpleNamespace(eval_step=lambda arrays, batch: made.append(arrays) or ({"loss": 1}, {"loss": 1}))
+    trainer.program = SimpleNamespace(eval_step=judged.eval_step, redraw=None)
+    assert trainer._validate(1) == {"val_loss": 1.0}
+    assert made == 2 * [{"w": "average" if averages else "raw"}]
 
 
 def test_rows_of_answers_may_be_shorter_than_planned(tmp_path: Path) -> None:
