@@ -124,15 +124,15 @@ def make_train_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         for values in statistics.values():
             finite &= jnp.isfinite(values).all()
+        learns = norm > 0 if objective.samples.experience else True
         taken, before, after = finite, cast(Any, state.optimizer), cast(Any, optimizer)
         if config.optim.skip_spikes:
             spike, _, recent = before.recent.judge(jnp.stack([loss, norm]), config.optim.skip_spikes)
-            recent = _chosen(finite, recent, before.recent)  # which a spike moves, too
+            recent = _chosen(finite & learns, recent, before.recent)  # which a spike moves, too
             taken, before, after = finite & ~spike, before._replace(recent=recent), after._replace(recent=recent)
         trained = cast(Arrays, optax.apply_updates(state.trained, updates))
         moved = (trained, statistics, after, averaged(state.average, trained, config.optim.ema))
-        learns = taken & (norm > 0) if objective.samples.experience else taken
-        kept = _chosen(learns, moved, (state.trained, state.statistics, before, state.average))
+        kept = _chosen(taken & learns, moved, (state.trained, state.statistics, before, state.average))
         metrics = {
             "loss": loss,
             "grad_norm": norm,
