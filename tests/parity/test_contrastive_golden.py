@@ -18,6 +18,7 @@ from parity_log import compare
 
 from elm_jax.config import resolve
 from elm_jax.data.batch import ArraySpec, BatchShape, empty_batch
+from elm_jax.errors import UserError
 from elm_jax.models.encoders import build_encoder, kind_of
 from elm_jax.models.encoders.ecg_coca import EcgCocaConfig
 from elm_jax.models.functional import Structure, structure_of
@@ -171,6 +172,8 @@ def test_coca(golden: Golden) -> None:
     }  # fmt: skip
     name = "ecg_coca.pretraining"
     form = structure(name, sizes, told["bert_config"], 0)
+    with pytest.raises(UserError, match=r"encoder\.config\.caption_vocab: found 89; expected 90 at least"):
+        structure(name, sizes | {"caption_vocab": 89}, told["bert_config"], 0)
     tensors, _ = read_checkpoint(folder / "model.safetensors")
     arrays = jax.tree.map(jnp.asarray, from_published(name, form.leaves, tensors))
     back = to_published(name, arrays)

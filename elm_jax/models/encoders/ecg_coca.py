@@ -142,6 +142,10 @@ class PairedEcgCoca(EcgCoca):
         if text.hidden_size != width:
             found = f"a tower of width {text.hidden_size} beside an encoder of {width}"
             raise UserError("ssl.text", found, "the same width", "set encoder.config.width so")
+        words = config.caption_vocab or text.vocab_size
+        if words < text.vocab_size:
+            expected = f"{text.vocab_size} at least, one for each token of the text tower"
+            raise UserError("encoder.config.caption_vocab", str(words), expected, "raise it, or leave it out")
         self.text = TextTower(text, pool="mean", **how)
         self.text_projection = Linear(width, config.embed_dim, ("signal", None), rngs, param_dtype=param_dtype)
         self.log_scale = nnx.Param(jnp.full((), math.log(1 / 0.07), param_dtype), axes=())
@@ -155,7 +159,7 @@ class PairedEcgCoca(EcgCoca):
 
         self.cross = stacked(rngs)
         self.last_norm = LayerNorm(width, EPS, param_dtype)
-        vocabulary = normal(rngs, (width, config.caption_vocab or text.vocab_size), width**-0.5, param_dtype)
+        vocabulary = normal(rngs, (width, words), width**-0.5, param_dtype)
         self.words = nnx.Param(vocabulary, axes=("signal", None))
 
     def both(self, signals: jax.Array) -> tuple[jax.Array, jax.Array]:
