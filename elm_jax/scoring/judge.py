@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from elm_jax.errors import UserError, refused
+from elm_jax.errors import UserError
 from elm_jax.folders import check_regular, read_json
-from elm_jax.text.vocabulary import load_tokenizer
+from elm_jax.text.vocabulary import load_tokenizer, refused_panics
 
 _MARKS = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
 _LONGEST = 2048  # tokens of a question with both answers, of PairRM
@@ -44,7 +44,7 @@ class PairJudge:
             raise UserError(_WHERE, str(error), "PyTorch, for a judge", "pip install torch") from error
         local: dict[str, Any] = {"local_files_only": True}
         self._torch, self._compares = torch, False
-        with refused(_WHERE, f"{path}, which cannot be read", _EXPECTED, _FIX, Exception):  # whatever libraries raise
+        with refused_panics(_WHERE, f"{path}, which cannot be read", _EXPECTED, _FIX):
             _check_parts(Path(path, "config.json"))
             config = AutoConfig.from_pretrained(path, trust_remote_code=False, **local)
             self._compares = hasattr(config, "source_prefix_id")
@@ -72,7 +72,7 @@ class PairJudge:
             UserError: the model, its tokenizer or its chat template fails at them, or gives no finite number.
         """
         expected, fix = "a number for each answer", "leave the record out, or give another model"
-        failing = refused(_WHERE, "a model that fails at a question and its answers", expected, fix, Exception)
+        failing = refused_panics(_WHERE, "a model that fails at a question and its answers", expected, fix)
         with failing, self._torch.no_grad():
             if self._compares:
                 margin = (self._ahead(question, one, other) - self._ahead(question, other, one)) / 2

@@ -48,7 +48,7 @@ def load_tokenizer(source: str | Path, where: str = "llm.name", **options: Any) 
 
     _check_files(Path(source))
     found = f"{source} without a tokenizer that can be read"
-    with _refused(where, found, "tokenizer.json and its config", "give a folder that has them"):
+    with refused_panics(where, found, "tokenizer.json and its config", "give a folder that has them"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
 
 
@@ -128,8 +128,8 @@ def _longest(step: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def _refused(where: str, found: str, expected: str, fix: str) -> Iterator[None]:
-    """Whatever the libraries of tokenizers raise, bare Exceptions and panics among it, as one UserError."""
+def refused_panics(where: str, found: str, expected: str, fix: str) -> Iterator[None]:
+    """`errors.refused`, of whatever the libraries of tokenizers raise, bare Exceptions and panics among it."""
     try:
         yield
     except UserError:
@@ -142,7 +142,7 @@ def _refused(where: str, found: str, expected: str, fix: str) -> Iterator[None]:
 
 def _broken(content: str | list[int]) -> contextlib.AbstractContextManager[None]:
     found = f"a tokenizer that fails at {content[:40]!r}"
-    return _refused("llm.name", found, "one that has ids for every text", "give the model's own, whole tokenizer")
+    return refused_panics("llm.name", found, "one that has ids for every text", "give the model's own, whole tokenizer")
 
 
 def vocabulary(tokenizer: Any) -> "Vocabulary":

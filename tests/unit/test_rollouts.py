@@ -252,7 +252,13 @@ def saved(model: Any, folder: Path, tokenizer: Any) -> Path:
 def test_a_model_of_preferences_judges(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
-    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, DebertaV2Model
+    from tokenizers import Tokenizer
+    from transformers import (
+        DebertaV2Config,
+        DebertaV2ForSequenceClassification,
+        DebertaV2Model,
+        PreTrainedTokenizerFast,
+    )  # fmt: skip
 
     torch.manual_seed(0)
     tokenizer = demo_tokenizer()
@@ -302,6 +308,13 @@ def test_a_model_of_preferences_judges(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="--judge: found a model that fails at"):
             judge.margin(*said)
     judge._tokenizer.chat_template = None
+    whole = judge._tokenizer
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    told = json.loads((tmp_path / "worth" / "tokenizer.json").read_text()) | {"pre_tokenizer": split}
+    judge._tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(told)))
+    with pytest.raises(UserError, match="--judge: found a model that fails at"):  # a panic of the tokenizer's
+        judge.margin("a" * 40 + "!", *said[1:])
+    judge._tokenizer = whole
     with torch.no_grad():
         judge._model.classifier.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="--judge: found .* nan better; expected a finite number"):
