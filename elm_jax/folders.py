@@ -22,6 +22,7 @@ from elm_jax.json_text import parse_json
 
 TOKENIZER, ECG_BYTE = "tokenizer", "ecg_byte.json"  # a run's own; the second, if the run has it, lies in the first
 CONFIG = "config.json"  # of a run
+FACTS = "elm.json"  # of an export: what it says of itself
 _SEAL, _LIST, _VERSION = "checksum", "checksums.json", 1
 MOST_JSON = 64 << 20  # bytes of a file that says how something is made: far above the index of the largest model
 _log = logging.getLogger(__name__)

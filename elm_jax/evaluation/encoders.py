@@ -18,14 +18,14 @@ from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config
 from elm_jax.data.labels import Labelled, LabelTable
 from elm_jax.errors import UserError, printable
-from elm_jax.exchange.card import FACTS
-from elm_jax.folders import CONFIG, ECG_BYTE, read_json
+from elm_jax.folders import CONFIG, ECG_BYTE, FACTS, read_json
 from elm_jax.models.functional import Arrays
 from elm_jax.run.config import config_of_run
 from elm_jax.run.weights import TrainedWeights, Weights, frozen_fingerprints
 from elm_jax.runtime.compilation import cache_folder
 from elm_jax.runtime.mesh import array_shardings, make_mesh
 from elm_jax.training.encoder_cache import keep_features
+from elm_jax.weights.encoders import EXPORTED
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def random_encoder(like: Encoder) -> Encoder:
 def _exported(folder: Path) -> dict[str, Any]:
     """The config of an exported encoder."""
     facts = read_json(folder / FACTS)
-    encoder, signal, weights = facts.get("encoder"), facts.get("signal"), folder / "encoder.safetensors"
+    encoder, signal, weights = facts.get("encoder"), facts.get("signal"), folder / EXPORTED
     if not isinstance(encoder, Mapping) or not isinstance(signal, Mapping) or not weights.is_file():
-        found, expected = f"{folder} without an encoder", "an export with encoder.safetensors"
+        found, expected = f"{folder} without an encoder", f"an export with {EXPORTED}"
         raise UserError("--checkpoint", found, expected, "export a model that has an encoder")
     data = {name: signal[name] for name in ("representation", "leads", "sampling_rate", "segment_len", "normalize",
                                             "norm_eps") if name in signal}  # fmt: skip

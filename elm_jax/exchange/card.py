@@ -16,7 +16,6 @@ from elm_jax.run.weights import TrainedWeights
 from elm_jax.text.vocabulary import SIGNAL_TOKEN
 from elm_jax.weights.peft import spec_of
 
-FACTS = "elm.json"
 # Of the models that short names stand for, as the Hugging Face hub names licences: the first start that fits.
 _LICENCES = (
     ("meta-llama/Llama-3.2-", "llama3.2"),

@@ -18,15 +18,16 @@ import numpy as np
 
 from elm_jax.config import Config
 from elm_jax.errors import UserError
-from elm_jax.exchange.card import FACTS, facts_of, facts_of_encoder, write_card
+from elm_jax.exchange.card import facts_of, facts_of_encoder, write_card
 from elm_jax.exchange.llm_folder import write_companions, write_config
 from elm_jax.exchange.reference import Kinds, Reference, published_rules, reference_of
 from elm_jax.exchange.torch_files import ELM, ENCODER, has_torch, write_checkpoints, write_encoder
-from elm_jax.folders import ECG_BYTE, TOKENIZER, whole_folder, write_json
+from elm_jax.folders import ECG_BYTE, FACTS, TOKENIZER, whole_folder, write_json
 from elm_jax.models.encoders import kind_of
 from elm_jax.models.lora import is_lora
 from elm_jax.models.names import Rule
 from elm_jax.run.weights import TrainedWeights
+from elm_jax.weights.encoders import EXPORTED
 from elm_jax.weights.files import open_checkpoint
 from elm_jax.weights.peft import WEIGHTS, merged, save_adapter, spec_of
 from elm_jax.weights.safetensors import Safetensors
@@ -34,7 +35,7 @@ from elm_jax.weights.shards import ShardWriter
 
 LLM, ADAPTER = "llm", "adapter"
 SHARD_BYTES = 5 * 10**9
-_WRITTEN = frozenset((LLM, ADAPTER, "encoder.safetensors", "connector.safetensors", ELM, ENCODER, ECG_BYTE, FACTS,
+_WRITTEN = frozenset((LLM, ADAPTER, EXPORTED, "connector.safetensors", ELM, ENCODER, ECG_BYTE, FACTS,
                       "README.md"))  # fmt: skip
 NO_TORCH = f"left out: {ELM}, for PyTorch is not installed (pip install torch)"
 
@@ -196,7 +197,7 @@ class _Export:
         """What the reference's program for pretraining leaves of an encoder alone."""
         if list(self._kinds.encoders) != ["encoder"]:
             return []
-        write_encoder(folder, dict(Safetensors(folder / "encoder.safetensors")))
+        write_encoder(folder, dict(Safetensors(folder / EXPORTED)))
         return [f"for the reference: {ENCODER} ({_size((folder / ENCODER).stat().st_size)})"]
 
     def _reference_tensors(self, folder: Path) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ a copy in perhaps another one.
 from __future__ import annotations
 
 import functools
+import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,20 +22,21 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from elm_jax.assemble import Assembly, assemble
-from elm_jax.config import Config
+from elm_jax.config import Config, renamed, resolve, to_dict
 from elm_jax.errors import UserError, some
-from elm_jax.folders import TOKENIZER, read_run_config, run_folder
+from elm_jax.folders import FACTS, TOKENIZER, read_run_config, run_folder
 from elm_jax.keys import LoraConfig
 from elm_jax.models.encoders import kind_of
 from elm_jax.models.functional import Arrays, Leaf
 from elm_jax.models.lora import is_lora
 from elm_jax.models.names import Rule
+from elm_jax.objectives import objective_of
 from elm_jax.run.arrays import SavedArrays, save_arrays
 from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.run.fingerprints import fingerprint, joined, summary_of
 from elm_jax.run.verification import check_files
 from elm_jax.runtime.mesh import replicated
-from elm_jax.weights.encoders import open_encoder, read_checkpoint
+from elm_jax.weights.encoders import WHERE, export_first, open_encoder, read_checkpoint, read_facts
 from elm_jax.weights.load import open_llm
 from elm_jax.weights.peft import load_adapter, save_adapter, spec_of
 from elm_jax.weights.published import Published
@@ -45,6 +47,9 @@ INHERITED = "inherited"  # folder of the frozen arrays that came from `init_from
 IMPORTED = "arrays.safetensors"  # in it: those that an import left
 _TABLE = "llm.embedding.table"  # who has it has the whole LLM
 _AT_ONCE = 256 * 2**20  # bytes of small arrays that are read together
+# Of data.*: what a recording is made into for an encoder.
+_SEEN = ("representation", "leads", "sampling_rate", "segment_len", "normalize", "norm_eps")
+_log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -147,14 +152,33 @@ class Weights:
             tower = [open_text_tower(kind, shapes, text_tower_folder(config.ssl.text)).under(f"{part}.")]
         if encoder.checkpoint is None:
             return tower
-        found = open_encoder(kind, shapes, *read_checkpoint(encoder.checkpoint))
+        tensors, where = read_checkpoint(encoder.checkpoint)
+        sizes, signal = read_facts(encoder.checkpoint)
+        _tell_of_other_data(where, signal, to_dict(config)["data"])
+        try:
+            found = open_encoder(kind, shapes, tensors, where)
+        except UserError as error:
+            own = next(fields for view, fields in assembly.encoders.items() if config.part("encoder", view) == part)
+            there = ", ".join(f"{name}={x}" for name, x in sizes.items() if own.get(name) != x)
+            hint = f"; {FACTS} beside it has encoder.config with {there}" if there else ""
+            raise UserError(error.where, error.found, error.expected, error.fix + hint) from None
         drawn = [name for name, leaf in mine.items() if name not in found.rules and not leaf.statistic]
         if drawn and not any(mine[name].is_of(config.update) for name in drawn):
             raise UserError(
-                "encoder.checkpoint", f"no weights for {some(drawn)}, which would stay as they are drawn",
+                WHERE, f"no weights for {some(drawn)}, which would stay as they are drawn",
                 f"all weights of {encoder.name}, or {part} in update", "give a checkpoint of it, or train it",
             )  # fmt: skip
         return [found.under(f"{part}."), *tower]
+
+
+def _tell_of_other_data(file: str, signal: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Warn where an encoder was trained on recordings that were made into other signals (`signal`) than these."""
+    before, now = ({name: of[name] for name in _SEEN if name in of} for of in (signal, data))
+    for each in (before, now):
+        if each.get("normalize") == "instance_minmax":
+            each["normalize"] = "minmax"  # which are one
+    if other := [f"data.{name}={x}, here {now[name]}" for name, x in before.items() if now[name] != x]:
+        _log.warning("%s was trained with %s (as %s beside it says)", file, "; ".join(other), FACTS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,6 +273,7 @@ def first_arrays(assembly: Assembly, folder: Path, shardings: Mapping[str, Any],
     if config.init_from is None:
         return Weights(assembly).place(shardings)
     source = run_folder(config.init_from, "config.init_from")
+    _check_pretrained(assembly, source)
     before = read_run_config(source).get("llm", {})
     _check_adapter(source, LoraConfig(**before.get("lora", {})), config.llm.lora)
     weights = TrainedWeights(source, "best", assembly, "config.init_from")
@@ -264,6 +289,18 @@ def first_arrays(assembly: Assembly, folder: Path, shardings: Mapping[str, Any],
     if inherited and not (folder / INHERITED).is_dir():
         save_arrays(folder / INHERITED, inherited)
     return arrays
+
+
+def _check_pretrained(assembly: Assembly, source: Path) -> None:
+    """Raise UserError where a model would begin from a run that pretrains an encoder, with all that is for that."""
+    before = read_run_config(source)
+    try:
+        pretrains = objective_of(resolve(renamed(before))).pretrains
+    except UserError:  # it may have needed a file of the user's
+        return
+    if pretrains and not assembly.objective.pretrains:
+        found = f"{source}, a run of an encoder alone (objective={before['objective']})"
+        raise UserError("config.init_from", found, "a run of the whole model", export_first(source))
 
 
 def _lacking(config: Config, weights: TrainedWeights) -> set[str]:

@@ -18,7 +18,7 @@ from flax import nnx
 from elm_jax import compat as behaviours
 from elm_jax.ecg.images import Processing
 from elm_jax.errors import UserError
-from elm_jax.folders import read_json
+from elm_jax.folders import CONFIG, FACTS, json_if_whole, read_json
 from elm_jax.models.encoders import Encoder, build_encoder, kind_of
 from elm_jax.models.encoders.text_tower import TEXT
 from elm_jax.models.functional import Leaf, initialise, structure_of
@@ -29,6 +29,7 @@ from elm_jax.weights.safetensors import Safetensors
 from elm_jax.weights.torch_file import SUFFIXES, TorchFile
 
 WHERE = "encoder.checkpoint"
+EXPORTED = "encoder.safetensors"  # in the folder of an export
 FOLDER_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
 
 
@@ -126,8 +127,9 @@ def to_published(name: str, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def read_checkpoint(checkpoint: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     """Tensors by name and what to call their source in errors.
 
-    checkpoint: a dict, maybe with the tensors under model_state_dict; a .safetensors, .pt or .pth file; a folder
-        with model.safetensors (or an index and its files), else pytorch_model.bin; an id of the Hugging Face hub.
+    checkpoint: a dict, maybe with the tensors under model_state_dict; a .safetensors, .pt or .pth file; the folder
+        of an export, or one with model.safetensors (or an index and its files), else pytorch_model.bin; an id of the
+        Hugging Face hub.
     """
     if isinstance(checkpoint, Mapping):
         return checkpoint.get("model_state_dict", checkpoint), WHERE
@@ -151,9 +153,25 @@ def read_config(checkpoint: str | Path | Mapping[str, Any] | None, processing: P
     return read_json(path / "config.json", HF_FOLDER)
 
 
+def read_facts(checkpoint: str | Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Of an exported encoder the fields of its config, and of the data that it was trained on, as the elm.json beside
+    it has them; both empty for other files."""
+    path = resolve(checkpoint)
+    beside = path.with_name(FACTS)
+    facts = read_json(beside) if path.is_file() and beside.is_file() else {}
+    own, signal = facts.get(path.stem), facts.get("signal")
+    if not (isinstance(own, Mapping) and isinstance(sizes := own.get("config"), Mapping)):
+        return {}, {}
+    return sizes, signal if isinstance(signal, Mapping) else {}
+
+
 def resolve(checkpoint: str | Path) -> Path:
     """The file or folder of a checkpoint, downloaded if it is an id of the hub; UserError if it is neither."""
     path = Path(checkpoint).expanduser()
+    if (path / EXPORTED).is_file():
+        return path / EXPORTED
+    if "workdir" in json_if_whole(path / CONFIG):
+        raise UserError(WHERE, f"{path}, a run", "an encoder that was exported", export_first(path))
     if path.exists():
         return path
     if path.suffix in (".safetensors", *SUFFIXES) or not is_repository(str(checkpoint)):
@@ -162,6 +180,11 @@ def resolve(checkpoint: str | Path) -> Path:
     folder = download(str(checkpoint), WHERE, FOLDER_FILES)
     whole = list(folder.glob("*.safetensors"))
     return folder if whole else download(str(checkpoint), WHERE, [*FOLDER_FILES, TORCH_WHOLE])
+
+
+def export_first(run: str | Path) -> str:
+    """What to do where an ELM should begin from a run of an encoder alone."""
+    return f"export it first: python -m elm_jax.export --checkpoint {run} --out D, then --config.{WHERE}=D"
 
 
 def _check_images(file: Path, ours: Processing) -> None:
