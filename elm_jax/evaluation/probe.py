@@ -71,13 +71,15 @@ def probe(
     """Judge encoders, the second of which, if there is one, is the control.
 
     Returns {"task", "protocol", "classes", "left_out_classes", "n": {split: count}, "encoders": [{"name", "methods":
-    {method: the report of `probing.Judged`}}], "difference": {method: {"macro_auc": {"value", "ci95"}}}}.
+    {method: the report of `probing.Judged`}}], "difference": {method: {"macro_auc": {"value", "ci95"}}}, "left_out":
+    {method: {"n": recordings to learn from, "classes"}}}: the last of methods that learn from too few recordings to
+    judge these classes; where that is all of them, the method has no report.
 
     Raises:
         UserError: recordings cannot be read, or no class has recordings that show it, and others, in the parts to
             learn from and to judge by.
     """
-    results: dict[str, Any] = {"task": task, "protocol": options.protocol, "encoders": []}
+    results: dict[str, Any] = {"task": task, "protocol": options.protocol, "encoders": [], "left_out": {}}
     drawn: list[dict[str, np.ndarray]] = []
     for encoder in encoders:
         read, features = embeddings(encoder, table, progress)
@@ -89,9 +91,15 @@ def probe(
             results["n"] = {s: sum(len(part[s]) for part in parts) for s in ("train", "val", "test")}
             results["folds"] = options.folds
         reports, aucs = {}, {}
-        for name, method in _methods(options):
-            judged = _judged(method, features, true, parts, read, classes, options)
-            reports[name], aucs[name] = judged.report, judged.macro_aucs
+        for name, method, own in _methods(options, parts):
+            kept = [k for k, label in enumerate(classes) if _teach(label, read, own)]
+            if len(kept) < len(classes):
+                less = [label for k, label in enumerate(classes) if k not in kept]
+                results["left_out"][name] = {"n": max(len(part["train"]) for part in own), "classes": less}
+            if kept:
+                shown = [classes[k] for k in kept]
+                judged = _judged(method, features, true[:, kept], own, read, shown, options)
+                reports[name], aucs[name] = judged.report, judged.macro_aucs
         if hasattr(kind_of(encoder.assembly.encoder_kinds["encoder"]).module, "ecgs"):  # compared with texts
             _, ecgs = embeddings(encoder, table, progress, compared=True)
             scores = zero_shot(ecgs, _classifier(encoder, table, classes, options))
@@ -134,13 +142,9 @@ def _hash(seed: int, patient: str) -> str:
 
 
 def _classes(table: LabelTable, records: Sequence[Labelled], parts: Sequence[Part]) -> list[str]:
-    """Those that some recordings show and others do not, where is learnt and where is judged."""
-    judged, learnt = (np.concatenate([part[split] for part in parts]) for split in ("test", "train"))
-
-    def both(name: str, places: np.ndarray) -> bool:
-        return 0 < sum(name in records[place].labels for place in places) < len(places)
-
-    classes = [name for name in table.classes if both(name, judged) and both(name, learnt)]
+    """Those that some recordings show and others do not, in all of each part to learn from and where is judged."""
+    judged = np.concatenate([part["test"] for part in parts])
+    classes = [name for name in table.classes if _both(name, records, judged) and _teach(name, records, parts)]
     if not classes or not all(len(part["val"]) for part in parts):
         counts = {split: sum(len(part[split]) for part in parts) for split in ("train", "val", "test")}
         found = f"recordings {counts}, and no class that only some of them show"
@@ -149,19 +153,28 @@ def _classes(table: LabelTable, records: Sequence[Labelled], parts: Sequence[Par
     return classes
 
 
-def _methods(options: Options) -> Iterator[tuple[str, Method]]:
+def _both(name: str, records: Sequence[Labelled], places: np.ndarray) -> bool:
+    return 0 < sum(name in records[place].labels for place in places) < len(places)
+
+
+def _teach(name: str, records: Sequence[Labelled], parts: Sequence[Part]) -> bool:
+    """Whether a class can be learnt from what every part has for that."""
+    return all(_both(name, records, part["train"]) for part in parts)
+
+
+def _methods(options: Options, parts: Sequence[Part]) -> Iterator[tuple[str, Method, Sequence[Part]]]:
+    """Each with its name and the parts that it learns from and is judged by."""
     for fraction in options.fractions:
         head = _by_merl if options.protocol == "merl" else _by_logistic
-        yield f"linear, {fraction:g} %", partial(_linear, fraction=fraction, head=head, seed=options.seed)
-    yield f"{options.neighbours} neighbours", partial(_nearest, count=options.neighbours)
+        fewer = [{**part, "train": _some_of(part["train"], fraction, options.seed)} for part in parts]
+        yield f"linear, {fraction:g} %", partial(head, seed=options.seed), fewer
+    yield f"{options.neighbours} neighbours", partial(_nearest, count=options.neighbours), parts
 
 
-def _linear(
-    train: np.ndarray, true: np.ndarray, val: np.ndarray, val_true: np.ndarray, test: np.ndarray, fraction: float,
-    head: Callable[..., Scores], seed: int,
-) -> Scores:  # fmt: skip
-    chosen = np.random.default_rng(seed).permutation(len(train))[: max(1, math.floor(fraction / 100 * len(train)))]
-    return head(train[chosen], true[chosen], val, val_true, test, seed)
+def _some_of(places: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """So many per cent of these."""
+    count = max(1, math.floor(fraction / 100 * len(places)))
+    return places[np.random.default_rng(seed).permutation(len(places))[:count]]
 
 
 def _by_logistic(

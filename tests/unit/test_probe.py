@@ -75,6 +75,20 @@ def test_an_encoder_is_judged_beside_a_random_one(exported: Path, tmp_path: Path
     assert results(tmp_path) == found, "the same from kept embeddings"
 
 
+def test_a_class_that_few_recordings_show_is_left_out_and_named(exported: Path, tmp_path: Path) -> None:
+    own = ["--checkpoint", str(exported), "--out", str(tmp_path), "--noconfig.log.progress"]
+    command.main([*own, *TASK[:4], "--fractions", "2,7"])
+    found, text = results(tmp_path), (tmp_path / "demo.md").read_text()
+    (methods,) = (one["methods"] for one in found["encoders"])
+    assert list(methods) == ["linear, 7 %", "20 neighbours"] and found["left_out"]["linear, 2 %"]["n"] == 1
+    assert "linear, 2 %: 1 recording to learn from; of no class are some with it and some without: left out." in text
+    less, kept = found["left_out"]["linear, 7 %"]["classes"], methods["linear, 7 %"]["labels"]
+    assert less and kept and {*less, *kept} == set(found["classes"]) and f"all of them do: {', '.join(less)}." in text
+    areas = [one["auc"] for one in kept.values()]
+    assert methods["linear, 7 %"]["macro_auc"]["value"] == pytest.approx(np.mean(areas))
+    assert list(methods["20 neighbours"]["labels"]) == found["classes"]
+
+
 def test_a_table_is_judged_fold_by_fold_from_a_file_of_weights(exported: Path, tmp_path: Path) -> None:
     rows = "".join(f"demo:train:{i},{'odd' if i % 2 else ''}\n" for i in range(40))
     (tmp_path / "mine.csv").write_text(f"ecg_path,labels\n{rows}")
