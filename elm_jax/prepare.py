@@ -35,10 +35,10 @@ MOST_WORKERS, MOST_FOLDS = 512, 100
 def main(argv: Sequence[str]) -> int:
     """Parse the arguments, prepare, print the counts; 1 where `check` finds a leak, else 0."""
     args = _parser().parse_args(argv)
-    for flag, most in (("sampling_rate", 100_000), ("segment_len", 10_000_000)):
-        if not 0 < getattr(args, flag, 1) <= most:
-            name = f"--{flag.replace('_', '-')}"
-            raise UserError(name, f"{getattr(args, flag):g}", f"above 0 and at most {most}", "correct it")
+    for flag, most in (("sampling_rate", 100_000), ("assume_rate", 100_000), ("segment_len", 10_000_000)):
+        value = getattr(args, flag, None)
+        if value is not None and not 0 < value <= most:
+            raise UserError(f"--{flag.replace('_', '-')}", f"{value:g}", f"above 0 and at most {most}", "correct it")
     if not 1 <= getattr(args, "workers", 1) <= MOST_WORKERS:
         raise UserError("--workers", str(args.workers), f"1 to {MOST_WORKERS}", "correct it")
     folds = getattr(args, "folds", 0)
@@ -72,8 +72,15 @@ def _parser() -> cli.Parser:
             "test; legacy: the reference's five random splits, by patient",
         )  # fmt: skip
         own.add_argument("--folds", type=int, default=0, help="disjoint folds by patient (0: train, val and test)")
-        own.add_argument("--assume-rate", type=float, help="Hz of all files, whatever they say or do not say")
-        own.add_argument("--assume-unit", help="of numbers whose file names none: mV, uV, V or nV")
+        own.add_argument(
+            "--assume-rate", type=float,
+            help="Hz of files that state none; without it an array of .npy is at 250 Hz, and others are refused",
+        )  # fmt: skip
+        own.add_argument(
+            "--assume-unit",
+            help="of numbers whose file states none, those of .npy files too: mV, uV, V or nV; without it they are "
+            "taken as mV, and whole numbers (but of .npy files) refused",
+        )  # fmt: skip
         own.add_argument("--compat", default="", help="spline_resampling: as --profile elm-2026")
         own.add_argument(
             "--report-language", choices=["as-is"], default="as-is",

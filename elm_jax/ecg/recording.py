@@ -57,6 +57,7 @@ def read_ecg(
     sampling_rate: float | None = None,
     *,
     unit: str | None = None,
+    unstated_rate: float | None = None,
     bare_rate: float = 250.0,  # what the reference's preparation writes
     dtype: type[np.floating[Any]] = np.float32,
 ) -> Recording:
@@ -67,9 +68,10 @@ def read_ecg(
     further leads are dropped, with a warning in the log, a lead that is stored negated ("-aVR") is turned back, and
     aVR, aVL and aVF (with III) are computed where the file has none of them. lead_order names the file's rows and
     overrides what the file says; without either, the order known for the reference's dataset folder is taken, else
-    LEADS, with a note in the log. sampling_rate (Hz) likewise; a bare array of a `.npy` file is taken to be at
-    `bare_rate`. `unit` is that of numbers which say none; else they are mV, noted in the log, and whole numbers (but of
-    `.npy` files) are refused. Raises UserError for whatever cannot be such a recording.
+    LEADS, with a note in the log. sampling_rate (Hz) likewise; `unstated_rate` is that of files which state none: else
+    a bare array of a `.npy` file is taken to be at `bare_rate`, and others are refused. `unit` is that of numbers which
+    say none; else they are mV, noted in the log, and whole numbers (but of `.npy` files) are refused. Raises UserError
+    for whatever cannot be such a recording.
     """
     path = os.fspath(path)  # a loader reads thousands a second, and a Path costs as much as an array operation
     _check_name(path)
@@ -91,18 +93,19 @@ def read_ecg(
             _note(os.path.dirname(path), UNNAMED)
         rows = find_leads(path, _one_for_each(path, names, len(stored.names)))
         (signal, rate), report = stored.read(list(rows.places), unit), stored.report
-        if rate is None and sampling_rate is None:
+        if rate is None and sampling_rate is None and unstated_rate is None:
             fix = "state it in the file, or from Python: read_ecg(path, sampling_rate=500)"
             raise UserError(path, "no sampling rate", "samples a second", fix)
         if unit is None and not stored.says_units:
             _note(os.path.dirname(path), "no unit in the files: taken as mV")
     if signal.shape[1] == 0:
         raise UserError(path, "no samples", "(leads, samples)", "leave this recording out")
+    by_file = rate is not None and sampling_rate is None
     rate = rate if sampling_rate is None else sampling_rate
     if rate is None:
-        rate = bare_rate
-        _note(os.path.dirname(path), f"no sampling rate in the files: taken as {bare_rate:g} Hz")
-    rate = _checked_rate(path, rate, "target_sf" if sampling_rate is None and path.endswith(".npy") else "it")
+        rate = bare_rate if unstated_rate is None else unstated_rate
+        _note(os.path.dirname(path), f"no sampling rate in the files: taken as {rate:g} Hz")
+    rate = _checked_rate(path, rate, "target_sf" if by_file and path.endswith(".npy") else "it")
     with np.errstate(over="ignore"):  # a bare array is a view of the file's bytes
         signal = signal.astype(np.float64 if rows.derived else dtype, copy=not signal.flags.writeable)
     for row in rows.negated:

@@ -460,6 +460,30 @@ def test_real_recordings_of_which_the_files_do_not_say_all(shared, tmp_path):
     assert all(whole[name] >= count for name, count in flat.items()), "the index misses some leads of 1691516"
 
 
+def test_what_is_assumed_holds_for_files_that_do_not_say_alone(tmp_path):
+    signal = np.random.default_rng(0).normal(size=(1000, 12)).round(3)
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    wfdb.wrsamp(
+        "said", fs=500, units=["mV"] * 12, sig_name=list(LEADS), fmt=["16"] * 12, adc_gain=[1000.0] * 12,
+        baseline=[0] * 12, p_signal=signal, write_dir=str(raw),
+    )  # fmt: skip
+    table = "\n".join(",".join(f"{value:.3f}" for value in row) for row in signal)
+    (raw / "unsaid.csv").write_text(f"{','.join(LEADS)}\n{table}\n")
+    (raw / "told.csv").write_text(f"# fs: 500\n# unit: mV\n{','.join(LEADS)}\n{table}\n")
+    assumed = ["--assume-rate", "250", "--assume-unit", "uV", "--sampling-rate", "250", "--segment-len", "500"]
+    arguments = ["folder", "--raw", str(raw), "--out", str(tmp_path), "--workers", "1"]
+    assert cli.guard(main, [*arguments, *assumed]) == 0
+    folder = tmp_path / "folder/preprocessed_500"
+    said, told, unsaid = (
+        np.load(folder / f"{name}_0.npy", allow_pickle=True).item() for name in ("said", "told.csv", "unsaid.csv")
+    )
+    assert (said["original_sf"], told["original_sf"], unsaid["original_sf"]) == (500, 500, 250)
+    np.testing.assert_allclose(said["ecg"], told["ecg"], atol=1e-9)
+    np.testing.assert_allclose(unsaid["ecg"], signal.T[:, :500] / 1000)
+    assert cli.guard(main, [*arguments, "--assume-rate", "-5"]) == 2
+
+
 def test_real_recordings_in_two_formats_come_out_equal(shared, tmp_path):
     raw = shared / "real/ecg"
     twice = prepare("folder", raw / "ptbxl_as_cinc2021", tmp_path)

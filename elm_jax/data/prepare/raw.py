@@ -56,9 +56,9 @@ class LeftOut:
 def read_double(path: Path, rate: float | None = None, unit: str | None = None) -> Recording:
     """The recording of a file of any format, or WFDB record: (12, L) float64 in canonical order, mV.
 
-    `rate` and `unit` are as for `read_ecg`.
+    `rate` (Hz) and `unit` are those of files which state none, as for `read_ecg`.
     """
-    return read_ecg(path, sampling_rate=rate, unit=unit, dtype=np.float64)
+    return read_ecg(path, unstated_rate=rate, unit=unit, dtype=np.float64)
 
 
 @dataclass(frozen=True)
