@@ -117,7 +117,7 @@ def _parser() -> cli.Parser:
         own.set_defaults(prepare=_conversations)
     check = datasets.add_parser("check", help="looks for patients and copies of recordings in more than one split")
     check.add_argument("--out", type=Path, required=True, help="folder with the tables and the recordings")
-    check.add_argument("--tables", nargs="+", type=Path, help="of them; default: all .parquet files of the folder")
+    check.add_argument("--tables", nargs="+", type=Path, help="of that folder (default: all .parquet), or elsewhere")
     check.add_argument("--workers", type=int, default=processors(), help="processes")
     check.set_defaults(prepare=_check)
     return parser
@@ -161,7 +161,8 @@ def _ecg_qa(args: Namespace) -> dict[str, Any]:
 
 
 def _check(args: Namespace) -> dict[str, Any]:
-    tables = args.tables or sorted(args.out.glob("*.parquet"))
+    named = [args.out / table if (args.out / table).is_file() else table for table in args.tables or ()]
+    tables = named or sorted(args.out.glob("*.parquet"))
     if not tables:
         raise UserError(args.out, "no .parquet file", "tables that prepare wrote", "correct --out, or give --tables")
     report = check_tables(tables, args.out, args.workers)
@@ -186,6 +187,8 @@ def _table(args: Namespace) -> Path:
 
 
 def _brief(value: Any) -> str:
+    if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
+        return ", ".join(f"{name} ({_brief(item)})" for name, item in value.items())
     if isinstance(value, dict) and value and not all(isinstance(item, int) for item in value.values()):
         return f"{len(value)} (the first: {next(iter(value))})"
     return ", ".join(f"{k} {v}" for k, v in value.items()) or "0" if isinstance(value, dict) else str(value)

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -136,6 +137,8 @@ def csv_rows(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """(number of the line, row) of a CSV file. UserError, naming `where`, unless it can be read and has the columns."""
     check_regular(path, expected, fix)
+    if not os.path.exists(path):  # which raises nothing, however long the name is
+        raise UserError(where, f"no {path.name}", expected, fix)
     told = refused(where, "an unreadable file", expected, fix, OSError, ValueError, csv.Error)
     with told, path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)

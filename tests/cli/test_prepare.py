@@ -54,6 +54,7 @@ def test_from_raw_files_to_tables_as_a_command(raw, tmp_path):
     done = subprocess.run(first, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "records: 2" in done.stdout and "rows: train 0, val 0, test 2" in done.stdout
+    assert "tables: ptb_xl_records.parquet (train 0, val 0, test 2), ptb_xl_reports.parquet (train" in done.stdout
     second = [
         *command,
         "ecg_qa",
@@ -90,7 +91,9 @@ def test_from_raw_files_to_tables_as_a_command(raw, tmp_path):
         (["ptb_xl", "--raw", "RAW", "--out", "o", "--assume-unit", "mm"], "mV, uV, V or nV"),
         (["echonext", "--raw", "RAW", "--out", "o", "--assume-rate", "500"], "leave them out"),
         (["heed", "--raw", "RAW", "--out", "o"], "no I*/12SL_diagnoses"),
-        (["folder", "--raw", "nowhere", "--out", "o"], "no usable record"),
+        (["folder", "--raw", "nowhere", "--out", "o"], "found no recording; expected recordings of any format"),
+        (["georgia", "--raw", "RAW", "--out", "o"], "found no recording; expected WFDB records"),
+        (["code15", "--raw", "RAW", "--out", "o"], "exams.csv: found no exams.csv; expected CODE-15%'s table"),
         (["check", "--out", "nowhere"], "no .parquet file"),
         (["ecg_qa", "--raw", "RAW", "--out", "o", "--forms", "templates"], "did you mean 'template'"),
         (["ecg_qa", "--raw", "RAW", "--out", "o", "--forms", ""], "--forms"),
@@ -103,6 +106,17 @@ def test_wrong_input_is_one_line_and_status_2(raw, tmp_path, monkeypatch, capsys
     assert cli.guard(main, [str(raw) if a == "RAW" else a for a in arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and says in error
+
+
+def test_tables_to_check_are_named_as_they_are_called_in_the_folder(raw, tmp_path, monkeypatch, capsys):
+    out = str(tmp_path / "out")
+    assert cli.guard(main, ["ptb_xl", "--raw", str(raw), "--out", out, "--segment-len", "500", "--workers", "1"]) == 0
+    monkeypatch.chdir(tmp_path)
+    for name in ("ptb_xl_records.parquet", "out/ptb_xl_records.parquet"):
+        capsys.readouterr()
+        assert cli.guard(main, ["check", "--out", out, "--tables", name, "--workers", "1"]) == 0
+        assert "rows: 2" in capsys.readouterr().out
+    assert cli.guard(main, ["check", "--out", out, "--tables", "nowhere.parquet"]) == 2
 
 
 def test_help_explains(capsys):

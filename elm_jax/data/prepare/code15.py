@@ -33,8 +33,9 @@ _QUESTION = f"Which of these does this ECG show: {', '.join(_LABELS.values())}?"
 def _recordings(raw: Path) -> Iterator[RawRecording | LeftOut]:
     """The exams of the files that are there; the reference wants all 18, and keeps the row of zeros at a file's end."""
     about = {}
-    for line, row in csv_rows(raw / INDEX, ("exam_id", "patient_id", *_LABELS), raw / INDEX, "CODE-15%'s", _FIX):
-        about[_exam(raw / INDEX, line, row["exam_id"])] = row
+    index, expected = raw / INDEX, "CODE-15%'s table of exams"
+    for line, row in csv_rows(index, ("exam_id", "patient_id", *_LABELS), index, expected, _FIX):
+        about[_exam(index, line, row["exam_id"])] = row
     listed: set[int] = set()
     for part in range(PARTS):
         path = raw / f"exams_part{part}.hdf5"

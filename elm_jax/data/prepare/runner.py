@@ -120,8 +120,8 @@ def prepare_dataset(
             prepared.append(_Prepared(one, whose, count, folder.relative_to(out).as_posix()))
     if not prepared:
         kind, listed = max(problems.items(), key=lambda item: len(item[1]))
-        first = ": ".join(next(iter(listed.items()), ("the index", "no rows")))
-        told = f"no usable record ({len(listed)} {kind}; {first})"
+        first = ": ".join(next(iter(listed.items()), ()))
+        told = f"no usable record ({len(listed)} {kind}; {first})" if listed else "no recording"
         raise UserError(str(raw), told, dataset.holds, f"point --raw at {dataset.title}'s folder")
     owners = [Owner(item.patients, item.raw.split, item.raw.fold) for item in prepared]
     splits = splits_of(owners, split, folds)
@@ -133,7 +133,7 @@ def prepare_dataset(
         "already_there": kept,
         "segments": sum(item.count for item in prepared),
         "without_report": sum(not item.raw.report for item in prepared),
-        "rows": _write_tables(out, name, prepared, splits),
+        **_write_tables(out, name, prepared, splits),
         "patients": len({patient for item in prepared for patient in item.patients}),
         "patients_in_several_splits": leaks(
             (split, item.patients) for item, found in zip(prepared, splits, strict=True) for split in found
@@ -237,9 +237,10 @@ def _write_notes(folder: Path, noted: dict[str, dict[str, str]]) -> None:
 
 def _write_tables(
     out: Path, name: str, prepared: Sequence[_Prepared], splits: Sequence[tuple[str, ...]]
-) -> dict[str, int]:
-    """The tables that there is something for; how many rows of reports and questions each split has."""
-    counts: Counter[str] = Counter()
+) -> dict[str, dict[str, Any]]:
+    """Write the tables that there is something for. Returns rows by split: `rows` of reports and questions, `tables`
+    of each."""
+    counts: Counter[tuple[str, str]] = Counter()
 
     def reports(text: Callable[[str], str]) -> Iterator[dict[str, str]]:
         for item, where in zip(prepared, splits, strict=True):
@@ -251,18 +252,22 @@ def _write_tables(
             for kind, question, answer in item.raw.questions:
                 yield from item.rows(where, text=compact([kind, question, answer]), name=kind)
 
-    def counted(rows: Iterator[dict[str, str]]) -> Iterator[dict[str, str]]:
+    def counted(kind: str, rows: Iterator[dict[str, str]]) -> Iterator[dict[str, str]]:
         for row in rows:
-            counts[row["split"]] += 1
+            counts[kind, row["split"]] += 1
             yield row
 
     owned = zip(prepared, splits, strict=True)
     records = (row for item, where in owned for row in item.rows(where, report=item.raw.report))
-    made = (records, counted(reports(_conversation)), reports(str), counted(questions()))
+    made = (records, reports(_conversation), reports(str), questions())
     for kind, rows in zip(TABLES, made, strict=True):
-        write_texts(out / f"{name}_{kind}.parquet", rows)
-    several = sorted({split for where in splits for split in where if len(where) > 1})
-    return {split: counts[split] for split in several or SPLITS}
+        write_texts(out / f"{name}_{kind}.parquet", counted(kind, rows))
+    named = sorted({split for where in splits for split in where if len(where) > 1}) or SPLITS
+    written = [kind for kind in TABLES if any(one == kind for one, _ in counts)]
+    return {
+        "rows": {split: counts["reports", split] + counts["questions", split] for split in named},
+        "tables": {f"{name}_{kind}.parquet": {split: counts[kind, split] for split in named} for kind in written},
+    }
 
 
 def _conversation(report: str) -> str:
