@@ -157,11 +157,14 @@ def open_source(name: str, root: str, fold: int) -> Source:
             "data.names", f"no file or folder {name}", f"one below data.root ({root})", _fix(name, root)
         )
     examples = [example for _, example in FAMILIES] + ["demo"]
+    fix = nearest(name, examples) or "give the path of a local file"
+    if re.fullmatch(r"(train|val|test)=\d+", name):  # of a demo's name that was split at its commas
+        fix = f"""quote it: --config.data.names="('demo:...,{name}',)\""""
     raise UserError(
         "data.names",
         f"the unknown dataset {name}",
         f"a .parquet, .json or .jsonl file, a folder of them, or a name like {', '.join(examples)}",
-        nearest(name, examples) or "give the path of a local file",
+        fix,
     )
 
 

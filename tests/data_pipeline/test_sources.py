@@ -101,9 +101,7 @@ def test_keys_that_only_other_rows_turns_have_are_dropped(tmp_path, data):
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 def test_several_ecgs_are_a_list_or_a_json_list(tmp_path, data, suffix):
     names = (f"a.{suffix}",)
-    save(
-        tmp_path / names[0], [{"ecg_path": json.dumps(["x.npy", "y.npy"]), "text": "t", "patient_id": "2+1"}]
-    )
+    save(tmp_path / names[0], [{"ecg_path": json.dumps(["x.npy", "y.npy"]), "text": "t", "patient_id": "2+1"}])
     record = load(replace(data, names=names))[0]
     assert record.ecg_paths == ("x.npy", "y.npy") and record.patient == "1+2"
     save(tmp_path / f"b.{suffix}", [{"ecg_path": ["x.npy", "y.npy"], "text": "t"}])
@@ -308,6 +306,8 @@ def test_unknown_names_say_what_is_meant(data):
     assert refusal(replace(data, names=("x/y.parquet",))).endswith("correct the path")
     assert "each dataset once" in refusal(replace(data, names=("demo", "demo")))
     assert "no dataset" in refusal(replace(data, names=()))
+    said = refusal(replace(data, names=("demo:train=64", "val=16", "test=16")))
+    assert said.endswith("""quote it: --config.data.names="('demo:...,val=16',)\"""")
 
 
 def test_ids_of_the_hub_and_urls_say_how_they_are_had(tmp_path, data):
