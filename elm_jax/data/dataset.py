@@ -40,9 +40,7 @@ PLAIN = Samples()
 SPARE = 1.25  # of an ECG's symbols are planned for where augmentation varies them
 
 
-def text_spec(
-    data: DataConfig, family: str, signal_tokens: int, phase: str, compat: tuple[str, ...]
-) -> TextSpec:
+def text_spec(data: DataConfig, family: str, signal_tokens: int, phase: str, compat: tuple[str, ...]) -> TextSpec:
     """What `data.*` says of the text. `data.system_prompt` may be a text or a file."""
     return TextSpec(
         family,
@@ -65,9 +63,7 @@ def read_system_prompt(text_or_path: str | None) -> str | None:
         return text_or_path or None
     path = Path(text_or_path)
     if not path.is_file():
-        raise UserError(
-            "data.system_prompt", f"no file {path}", "a text, or a file that exists", "correct the path"
-        )
+        raise UserError("data.system_prompt", f"no file {path}", "a text, or a file that exists", "correct the path")
     with refused("data.system_prompt", str(path), "a text file in UTF-8", "convert it", OSError, UnicodeDecodeError):
         return read_regular(path, "a text", "correct the path", MOST_JSON).decode("utf-8-sig").strip()
 
@@ -189,11 +185,13 @@ class Dataset:
                     known[path] = self._looked_for(path)
             found += [(record.id, error) for path in record.ecg_paths if (error := known[path])][:1]
             if len(found) > max_bad * len(self):
-                first, (where, says, expected, fix) = found[0][0], found[0][1].parts
-                most = int(max_bad * len(self))
-                many = f"at most {most} of {len(self)} records such as {first} (data.max_bad_records)"
-                return UserError(where, says, f"{expected}; {many}", fix)
+                return self._too_many(found[0][1], max_bad, f"records such as {found[0][0]}")
         return None
+
+    def _too_many(self, error: UserError, max_bad: float, such: str = "bad records") -> UserError:
+        where, says, expected, fix = error.parts
+        many = f"at most {int(max_bad * len(self))} of {len(self)} {such} (data.max_bad_records)"
+        return type(error)(where, says, f"{expected}; {many}", fix)
 
     def _looked_for(self, path: str) -> UserError | None:
         try:
@@ -253,7 +251,10 @@ class Dataset:
         if table is not None:
             columns = {name: table[name].to_numpy() for name in table.column_names}
             for i in np.flatnonzero(columns["length"] == 0)[int(max_bad * len(self)) :]:
-                self.check(int(i))  # says what is wrong with the first that is too many
+                try:
+                    self.check(int(i))  # says what is wrong with the first that is too many
+                except UserError as error:
+                    raise self._too_many(error, max_bad) from error
         else:
             columns = self._measure(max_bad, progress)
             # An ECG that could not be read may be mended: the next start looks again.
@@ -284,8 +285,7 @@ class Dataset:
     def _measure(self, max_bad: float, progress: bool) -> dict[str, np.ndarray]:
         columns = {n: np.zeros(len(self), np.uint64 if n.endswith("key") else np.int32) for n in _COLUMNS}
         columns |= {n: np.zeros(len(self), kind) for n, kind in _CUTS.items()}
-        bad: list[UserError] = []
-        numbers = tqdm(range(len(self)), "measuring conversations", disable=not progress, mininterval=1.0)
+        bad, numbers = 0, tqdm(range(len(self)), "measuring conversations", disable=not progress, mininterval=1.0)
         for i in stopping.each(numbers, "conversation"):
             record = self.records[i]
             columns["dataset"][i] = record.dataset
@@ -295,9 +295,9 @@ class Dataset:
                     continue
                 rendered, cuts = self._planned(i)
             except UserError as error:
-                bad.append(error)
-                if len(bad) > max_bad * len(self):
-                    raise
+                bad += 1
+                if bad > max_bad * len(self):
+                    raise self._too_many(error, max_bad) from error
                 continue
             _fill(columns, i, rendered, record)
             for name, value in zip(_CUTS, cuts, strict=True):

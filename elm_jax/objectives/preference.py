@@ -138,7 +138,7 @@ def chosen_and_rejected(record: Record) -> list[Sample]:
     """The record's conversation, and the same with its rejected answer in place of the last one.
 
     Raises:
-        UserError: it has none.
+        UserError: it has none, or it is the chosen one; an answer is empty.
     """
     if record.rejected is None:
         expected = "a column rejected beside text, or the columns prompt, chosen and rejected"
@@ -150,4 +150,6 @@ def chosen_and_rejected(record: Record) -> list[Sample]:
     for key, answer in (("text", turns[-1]), ("rejected", worse)):
         if not answer.text.strip():
             raise UserError(key, "an empty answer", "two answers with words", "mend the record, or leave it out")
+    if turns[-1].text == worse.text:
+        raise UserError("rejected", "the chosen answer again", "another one", "mend the record, or leave it out")
     return [Sample(turns, last=True), Sample([*turns[:-1], worse], last=True)]

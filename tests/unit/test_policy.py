@@ -205,6 +205,22 @@ def test_a_record_without_a_rejected_answer_is_named(tmp_path: Path) -> None:
         parts.objective.samples.measure(parts.dataset("train"), 0)
 
 
+def test_a_pair_that_cannot_be_learnt_is_said_with_how_many_may_be_so(tmp_path: Path) -> None:
+    path = pairs(tmp_path / "data")
+    lines = path.read_text().splitlines()
+    lines[3] = json.dumps({"ecg_path": "noise", "prompt": "What?", "chosen": "No.", "rejected": "No."})
+    lines[6] = json.dumps({"ecg_path": "noise", "prompt": "What?", "chosen": "No."})
+    path.write_text("\n".join(lines))
+    made = config(tmp_path / "run", objective="dpo", data__names=[str(path)], data__val_fraction=0.0)
+    dataset = assemble(made).dataset("train")
+    with pytest.raises(UserError, match="pairs.jsonl:3: found the chosen answer again; .*bad_records"):
+        dataset.length_index("none", 0.0)
+    says = r"pairs.jsonl:6: found no rejected answer; .*; at most 1 of 24 bad records .data.max_bad_records.;"
+    with pytest.raises(UserError, match=says):
+        dataset.length_index("none", 0.05)
+    assert (dataset.length_index("none", 0.1).length == 0).nonzero()[0].tolist() == [3, 6]
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
