@@ -14,8 +14,10 @@ it begin, on recordings that it has not seen,
 All are asked about the same held-out recordings: for the rate by drawing, for the rest the likeliest answer. Promised:
 exact rates rise by 20 points or more through `sapo`, `grpo` and `judged`, in under ten minutes each, and the reward of
 the policies rises; by less than 5 through `shuffled`; through `dpo` nine answers in ten are figures; and what else is
-asked gets worse by 2 points at most, but for `shuffled`. Half an hour on two cores, most of it for `sft`; a part
-that is there already is taken as it is.
+asked, and what is exact of the figures, gets worse by 2 points at most, but for `shuffled`. The status is 1 where a
+promise is not kept; on the documented figures that is so: through `dpo` 74.0 % exact figures became 70.3 % (one
+standard error of the difference is about 3.4). Half an hour on two cores, most of it for `sft`. A part that is there
+already is taken as it is; the seconds are those of a run without a break, and left out of others.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,13 +67,13 @@ def main() -> int:
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     register_reward("rate", right)
-    learnt(out, "sft", list(told()), {"train.save_every": 505})
+    learnt(out, "sft", told(), {"train.save_every": 505})
     begun = asked(out / "sft")
     print(row("sft", begun), flush=True)
     figures: dict[str, Any] = {"sft": begun}
     problems = []
     for part in options.only.split(","):
-        took = learnt(out, part, list(records(part, out)), keys(part, out))
+        took = learnt(out, part, records(part, out), keys(part, out))
         figures[part] = asked(out / part) | rewards(out / part) | took
         print(row(part, figures[part]), flush=True)
         problems += wrong(part, figures[part], begun)
@@ -112,7 +114,7 @@ def records(part: str, out: Path) -> Iterator[dict[str, Any]]:
 def drawn(out: Path) -> list[dict[str, Any]]:
     """Pairs of answers of sft itself."""
     table = out / "rates.jsonl"
-    write(table, list(records("sapo", out)))
+    write(table, records("sapo", out))
     values = {"data.names": [str(table)], **{key: value for key, value in RL.items() if key.startswith("rl.")}}
     flags = ConfigFlags.parse([f"--config.{key}={text(value)}" for key, value in values.items()])
     return [*draw_pairs(config_of_run(str(out / "sft"), flags), "train")]
@@ -147,21 +149,26 @@ def keys(part: str, out: Path) -> dict[str, Any]:
     return {**LEARNING, **own, "objective": objective, "init_from": str(out / "sft")}
 
 
-def learnt(out: Path, part: str, rows: list[dict[str, Any]], changes: dict[str, Any]) -> dict[str, float]:
-    """Train a part, unless that is done; the seconds that its run took, and those of the processors."""
+def learnt(out: Path, part: str, rows: Iterable[dict[str, Any]], changes: dict[str, Any]) -> dict[str, float]:
+    """Train a part, unless that is done; the seconds that its records and its run took, and those of the processors.
+
+    Of a run that was broken off they are not known, and nothing is returned.
+    """
     table, begun, worked = out / f"{part}.jsonl", time.time(), time.process_time()
-    write(table, rows)
+    whole = not table.is_file()
+    if whole:
+        write(table, rows)
     values = {"workdir": out / part, "data.names": [str(table)], "eval.at_end": False, **changes}
     flags = ["--config", "configs/demo.py", *(f"--config.{key}={text(value)}" for key, value in values.items())]
     config: Config = ConfigFlags.parse(flags).load()
     took = out / part / "seconds.json"
-    if train(config):
+    if train(config) and whole:
         seconds = {"seconds": time.time() - begun, "processor_seconds": time.process_time() - worked}
         took.write_text(json.dumps({name: round(value) for name, value in seconds.items()}))
-    return json.loads(took.read_text())
+    return json.loads(took.read_text()) if took.is_file() else {}
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """A table of records."""
     write_atomic(path, lambda file: file.write("".join(json.dumps(row) + "\n" for row in rows).encode()))
 
@@ -214,7 +221,7 @@ def wrong(part: str, now: dict[str, float], begun: dict[str, float]) -> Iterator
         yield f"{part}: the reward went from {now['first_reward']} to {now['last_reward']}"
     if part == "dpo" and now["in_figures"] < 90:
         yield f"{part}: {now['in_figures']:.1f} % of the answers are figures"
-    if now["seconds"] >= 600:
+    if now.get("seconds", 0) >= 600:
         yield f"{part}: {now['seconds']} s"
     for name in ("regularity", "signal_type", "exact_figures"):
         if now[name] < begun[name] - 2:
