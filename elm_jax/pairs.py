@@ -44,7 +44,10 @@ def main(argv: Sequence[str]) -> None:
     rows = [json.dumps(row) + "\n" for row in draw_pairs(config, options.split, options.step, margin, left)]
     if not rows:
         found = ", ".join(f"{count} {why}" for why, count in left.items()) or "no record"
-        raise UserError("pairs", f"none: {found}", "answers that differ", "raise --config.rl.temperature")
+        fix = "raise --config.rl.temperature"
+        if left["equally good"] * 2 > left.total():
+            fix = "take other --config.rl.rewards, with partial credit ('answer', 'jaccard'), or train it more before"
+        raise UserError("pairs", f"none: {found}", "answers of which one is better", fix)
     write_atomic(options.out, lambda file: file.write("".join(rows).encode()))
     told = "".join(f"; left out {count} {why}" for why, count in sorted(left.items()))
     print(f"{len(rows)} pairs in {options.out}{told}")

@@ -285,7 +285,7 @@ class Dataset:
     def _measure(self, max_bad: float, progress: bool) -> dict[str, np.ndarray]:
         columns = {n: np.zeros(len(self), np.uint64 if n.endswith("key") else np.int32) for n in _COLUMNS}
         columns |= {n: np.zeros(len(self), kind) for n, kind in _CUTS.items()}
-        bad, numbers = 0, tqdm(range(len(self)), "measuring conversations", disable=not progress, mininterval=1.0)
+        bad, numbers = 0, tqdm(range(len(self)), f"measuring {self.samples.unit}", disable=not progress, mininterval=1)
         for i in stopping.each(numbers, "conversation"):
             record = self.records[i]
             columns["dataset"][i] = record.dataset

@@ -101,6 +101,11 @@ class Samples:
         """Whether each record has a row to itself, which holds no conversation."""
         return self.phase in (None, REPORT, LABEL)
 
+    @property
+    def unit(self) -> str:
+        """What the records are, to people."""
+        return "recordings" if self.alone else "conversations"
+
     def beside(self, record: Record) -> Any:
         """What of a record, beside its text, is learnt."""
         return {REPORT: record.report or None, LABEL: record.label}.get(str(self.phase))
@@ -143,8 +148,10 @@ class Samples:
                 tokens, slots = tokens + sum(len(ecg[view]) - 1 for ecg in dataset.signals(index)), 0
             found = tokens, made, slots
         if dataset.text.max_len is not None and found[0] > dataset.text.max_len:
-            what = "the prompt with its answers" if self.experience else "samples of one record"
-            fix = "raise data.max_len"
+            what, fix = "samples of one record", "raise data.max_len"
+            if self.experience is not None:
+                what = f"the prompt with its answers ({self.experience.answers} of up to {self.experience.tokens})"
+                fix = "lower rl.max_new_tokens or rl.answers, or raise data.max_len"
             record = f"record {dataset.records[index].id}"
             raise UserError(record, f"{found[0]} tokens, {what}", f"at most data.max_len={dataset.text.max_len}", fix)
         return found

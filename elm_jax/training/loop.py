@@ -179,6 +179,7 @@ class Trainer:
         self.validation: StepSource | None = None
         train, asked = self.config.train, self.config.ssl.probe
         self.probe = EncoderProbe(self.assembly, self.mesh) if asked else None
+        self.better = "probe" if asked else self.assembly.objective.better  # by which validations are judged
         if not (self.config.data.val_fraction > 0 or train.early_stopping or train.eval_every is not None or asked):
             return
         dataset = self.assembly.dataset("val")
@@ -326,7 +327,7 @@ class Trainer:
         means = {f"val_{name}": total[name] / max(count[name], 1.0) for name in count}
         if self.probe is not None:
             means["val_probe"] = self.probe(arrays)
-        better, best = "probe" if self.probe else self.assembly.objective.better, self.history["best_val_loss"]
+        better, best = self.better, self.history["best_val_loss"]
         loss = -means[f"val_{better}"] if better else means["val_loss"]  # what the history calls so
         self.history["val_losses"].append(loss)
         if math.isfinite(loss) and (best is None or loss < best):
@@ -366,16 +367,16 @@ class Trainer:
         )  # fmt: skip
         self.report.event("attention", first, **dataclasses.asdict(self.attention))
         self.report.event("truncated", first, max_len=self.config.data.max_len, **cuts(self.plan.index))
-        trained = sum(x.size for x in self.state.trained.values())
-        frozen = sum(x.size for x in self.frozen.values())
-        kept = self.dataset.signal.features
+        trained, frozen = (sum(x.size for x in each.values()) for each in (self.state.trained, self.frozen))
+        kept, samples = self.dataset.signal.features, self.dataset.samples
+        tokens = "" if samples.alone else f"with {supervised:,.1f} supervised tokens, "
         if jax.process_index() == 0:
             tell(self.attention)
             print(
                 f"{self.folder}: {trained:,} parameters trained, {frozen:,} frozen; "
                 f"{'' if kept is None else f'the encoder in its outputs in {kept.folder}; '}"
-                f"{len(self.dataset):,} conversations;"
-                f" a step has {conversations:,.1f} of them on average, with {supervised:,.1f} supervised tokens, in"
+                f"{len(self.dataset):,} {samples.unit};"
+                f" a step has {conversations:,.1f} of them on average, {tokens}in"
                 f" {self.plan.usual_rows:,} rows; {epoch:,} steps an epoch;"
                 f" steps {first} to {self.total_steps}; {self.mesh.size} {self.mesh.devices.flat[0].device_kind} as"
                 f" {dict(self.mesh.shape)}",
@@ -393,8 +394,7 @@ class Trainer:
     def _finish(self, done: int) -> None:
         stopping.doing("finishing")
         keep_adapter(self.folder, self.assembly, self.state.trained, self.mesh)
-        self.report.summary("finish", done)
-        self.report.plot(self.folder)
+        self.report.finish(self.folder, done, self.history, self.better)
         if jax.process_index() == 0:
             run.write_done(self.folder, done, self.total_steps)
         self.checkpoints.close()

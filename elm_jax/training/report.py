@@ -26,6 +26,7 @@ from elm_jax.data.batch import Batch
 from elm_jax.data.dataset import cuts
 from elm_jax.data.loader import Loaded
 from elm_jax.data.plan import LengthIndex
+from elm_jax.errors import printable
 from elm_jax.models.lora import is_lora
 from elm_jax.objectives import Redrawn
 from elm_jax.runtime import telemetry
@@ -98,6 +99,7 @@ class Report:
             telemetry.trackers(folder, log, to_dict(config)) if self._first_process else []
         )
         self._bar = telemetry.Progress(total, first, log.progress and self._first_process)
+        self._tables, self._told_alike = folder / "rollouts", False
         peak = telemetry.peak_flops(mesh.devices.flat[0].device_kind)
         self._peak = None if peak is None else peak * mesh.size
         self._flops, self._ways, self._parts = flops, batch_ways(mesh), len(host_parts(mesh))
@@ -156,6 +158,12 @@ class Report:
         now.each, now.idle = self._clock.lap()
         time_now = time.perf_counter()
         now.seconds = time_now - self._mark
+        if not self._told_alike and all(v["others"].get("degenerate", 0) > 1 - 1e-5 for v in fetched):
+            self._told_alike = True
+            self.warn(
+                f"step {loaded.step + 1}: all answers to a question were rewarded alike, which teaches nothing: see "
+                f"{self._tables}; try other rl.rewards, a higher rl.temperature or more SFT before"
+            )
         micro, rows, length = loaded.batch.tokens.shape
         values = fetched[-1]
         tokens, slots = int(values["tokens"]), micro * rows * length * self._ways // self._parts
@@ -209,6 +217,18 @@ class Report:
             **done.rates(self._flops, self._peak), compile_seconds=round(sum(self._compiled), 3),
             compile_count=len(self._compiled),
         )  # fmt: skip
+
+    def finish(self, folder: Path, step: int, history: Mapping[str, Any], better: str) -> None:
+        """Write the event, draw the losses, and say in the terminal how good the best validation was; `better` is that
+        of an `Objective`."""
+        self.summary("finish", step)
+        self.plot(folder)
+        best, judged = history["best_val_loss"], ""
+        if best is not None:
+            value = -best if better else best
+            judged = f", val_{better or 'loss'} {value:.4g} (best step {history['best_step']})"
+        if self._first_process:
+            print(printable(f"{folder}: done, step {step}{judged}"), file=sys.stderr)
 
     def plot(self, folder: Path) -> None:
         """Draw plots/loss.png from the lines of metrics.jsonl."""

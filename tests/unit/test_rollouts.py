@@ -186,7 +186,8 @@ def test_pairs_are_drawn_and_judged(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(assemble(learnt).dataset("train").length_index("none", 0).length) == len(rows)
     WRONG.update({f"6{i}": 1.0 for i in range(8)})
     assert cli.guard(pairs.main, [*drawn, "--out", str(out)]) == 2
-    assert "pairs: found none: " in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "pairs: found none: " in told and "; take other --config.rl.rewards, with partial credit" in told
     # Where all answers are alike, a step learns nothing: neither Adam nor the rate goes on.
     first = saved_arrays(tmp_path / "run", 1)
     policy = config(
@@ -194,6 +195,9 @@ def test_pairs_are_drawn_and_judged(tmp_path: Path, capsys: pytest.CaptureFixtur
         optim__skip_spikes=6.0,
     )  # fmt: skip
     assert loop.train(policy)
+    told = capsys.readouterr().err
+    assert told.count("all answers to a question were rewarded alike, which teaches nothing") == 1
+    assert told.splitlines()[-1] == f"{tmp_path / 'policy'}: done, step 2"
     last = saved_arrays(tmp_path / "policy", 2)
     counts = {name: int(x) for name, x in last.items() if name.endswith(("['count']", "['seen']"))}
     assert any("seen" in name for name in counts) and len(counts) > 1 and not any(counts.values()), counts

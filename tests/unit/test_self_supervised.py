@@ -77,9 +77,14 @@ def redrawn(config: Config, split: str) -> dict[str, Any]:
 
 @pytest.mark.slow  # trains twice
 @pytest.mark.parametrize("name", ["st_mem", "mlae", "vit"])
-def test_what_is_hidden_is_rebuilt_ever_better(name: str, tmp_path: Path) -> None:
+def test_what_is_hidden_is_rebuilt_ever_better(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert loop.train(config(whole, name))
+    told = capsys.readouterr().err
+    assert " recordings; a step has" in told and "supervised" not in told
+    assert f"{whole}: done, step 6, val_loss " in told.splitlines()[-1] and told.endswith(" (best step 6)\n")
     assert loop.train(config(stopped, name, train__steps=3))
     assert loop.train(config(stopped, name))
     assert logged(stopped) == logged(whole)
