@@ -28,8 +28,8 @@ where a count is compared, the bound is 0 and any difference fails. `scripts/par
 the tests' own comparisons; it was measured with {versions}, in float32.
 
 A bound looser than 1e-5 (outputs) or 1e-4 (gradients) has its reason beside it in the test; those of the training runs
-(`e2e_*` with a run's name) are the goldens' own. What is compared exactly, as metrics, rewards, texts and tables are, stands
-in the tests alone.
+(`e2e_*` with a run's name) are the goldens' own. What is compared exactly, as metrics, rewards, texts and tables are,
+stands in the tests alone.
 
 | golden | compared | nearest to its bound | error | bound |
 | --- | ---: | --- | ---: | ---: |
