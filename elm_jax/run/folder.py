@@ -117,7 +117,7 @@ def keep_tokenizer(folder: Path, tokenizer: Any, ecg_byte: EcgByte | None = None
     target, fresh = folder / TOKENIZER, folder / f"{TOKENIZER}.tmp"
     if jax.process_index() == 0 and not target.is_dir() and (tokenizer is not None or ecg_byte is not None):
         shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
+        fresh.mkdir(parents=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         if ecg_byte is not None:
