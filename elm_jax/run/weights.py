@@ -26,10 +26,11 @@ from elm_jax.config import Config, renamed, resolve, to_dict
 from elm_jax.errors import UserError, some
 from elm_jax.folders import FACTS, TOKENIZER, read_run_config, run_folder
 from elm_jax.keys import LoraConfig
-from elm_jax.models.encoders import kind_of
+from elm_jax.models.encoders import PRETRAINING, kind_of
 from elm_jax.models.functional import Arrays, Leaf
 from elm_jax.models.lora import is_lora
 from elm_jax.models.names import Rule
+from elm_jax.models.views import representation_of
 from elm_jax.objectives import objective_of
 from elm_jax.run.arrays import SavedArrays, save_arrays
 from elm_jax.run.checkpoint import Checkpoints
@@ -154,11 +155,13 @@ class Weights:
             return tower
         tensors, where = read_checkpoint(encoder.checkpoint)
         sizes, signal = read_facts(encoder.checkpoint)
-        _tell_of_other_data(where, signal, to_dict(config)["data"])
+        view = next(view for view in assembly.encoders if config.part("encoder", view) == part)
+        shown = {"representation": representation_of(config, view)}
+        _tell_of_other_data(where, signal, to_dict(config)["data"] | shown)
         try:
             found = open_encoder(kind, shapes, tensors, where)
         except UserError as error:
-            own = next(fields for view, fields in assembly.encoders.items() if config.part("encoder", view) == part)
+            own = assembly.encoders[view]
             there = ", ".join(f"{name}={x}" for name, x in sizes.items() if own.get(name) != x)
             hint = f"; {FACTS} beside it has encoder.config with {there}" if there else ""
             raise UserError(error.where, error.found, error.expected, error.fix + hint) from None
@@ -177,7 +180,8 @@ def _tell_of_other_data(file: str, signal: Mapping[str, Any], data: Mapping[str,
     for each in (before, now):
         if each.get("normalize") == "instance_minmax":
             each["normalize"] = "minmax"  # which are one
-    if other := [f"data.{name}={x}, here {now[name]}" for name, x in before.items() if now[name] != x]:
+    other = [f"data.{name}={x}, here {now[name]}" for name, x in before.items() if now[name] != x]
+    if other and jax.process_index() == 0:
         _log.warning("%s was trained with %s (as %s beside it says)", file, "; ".join(other), FACTS)
 
 
@@ -298,7 +302,8 @@ def _check_pretrained(assembly: Assembly, source: Path) -> None:
         pretrains = objective_of(resolve(renamed(before))).pretrains
     except UserError:  # it may have needed a file of the user's
         return
-    if pretrains and not assembly.objective.pretrains:
+    alike = pretrains and kind_of(pretrains + PRETRAINING).module is kind_of(pretrains).module
+    if pretrains and not alike and not assembly.objective.pretrains:
         found = f"{source}, a run of an encoder alone (objective={before['objective']})"
         raise UserError("config.init_from", found, "a run of the whole model", export_first(source))
 

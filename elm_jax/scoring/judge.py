@@ -23,6 +23,7 @@ _QUESTION = 1224  # of these, the most of the question
 _PARTS = 10_000  # the most layers, or labels, that config.json may speak of: lists of them are made as it is read
 _SMALL = 1 << 24  # numbers that a model may have room for beside those of its files
 _WHERE, _EXPECTED = "--judge", "a whole model with safetensors"
+_ENDLESS = 1 << 31  # what has no bound on its tokens says more
 _FIX = "give the folder of a pair-preference model (PairRM-hf) or of a reward model"
 
 
@@ -85,7 +86,9 @@ class PairJudge:
     def _worth(self, question: str, answer: str) -> float:
         """The reward; of what is longer than the model takes, the end is left out."""
         most = getattr(self._model.config, "max_position_embeddings", None), self._tokenizer.model_max_length
-        options: dict[str, Any] = {"truncation": True, "max_length": min(filter(None, most)), "return_tensors": "pt"}
+        bounds = [n for n in most if n and 0 < n < _ENDLESS]
+        options: dict[str, Any] = {"return_tensors": "pt"}
+        options |= {"truncation": True, "max_length": min(bounds)} if bounds else {}
         if getattr(self._tokenizer, "chat_template", None):
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             text = self._tokenizer.apply_chat_template(turns, tokenize=False)

@@ -158,7 +158,7 @@ def read_facts(checkpoint: str | Path) -> tuple[Mapping[str, Any], Mapping[str, 
     it has them; both empty for other files."""
     path = resolve(checkpoint)
     beside = path.with_name(FACTS)
-    facts = read_json(beside) if path.is_file() and beside.is_file() else {}
+    facts = json_if_whole(beside) if path.is_file() else {}
     own, signal = facts.get(path.stem), facts.get("signal")
     if not (isinstance(own, Mapping) and isinstance(sizes := own.get("config"), Mapping)):
         return {}, {}
@@ -168,7 +168,7 @@ def read_facts(checkpoint: str | Path) -> tuple[Mapping[str, Any], Mapping[str, 
 def resolve(checkpoint: str | Path) -> Path:
     """The file or folder of a checkpoint, downloaded if it is an id of the hub; UserError if it is neither."""
     path = Path(checkpoint).expanduser()
-    if (path / EXPORTED).is_file():
+    if (path / EXPORTED).is_file() and not (path / CONFIG).is_file():  # which a Hugging Face folder has, an export not
         return path / EXPORTED
     if "workdir" in json_if_whole(path / CONFIG):
         raise UserError(WHERE, f"{path}, a run", "an encoder that was exported", export_first(path))

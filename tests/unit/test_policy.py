@@ -172,7 +172,7 @@ def test_validations_are_answered_by_the_weights_that_are_judged(averages: bool,
     made: list[Any] = []
     trainer.config = config(tmp_path, optim__ema=0.9, eval__ema=averages)
     trainer.mesh, trainer.validation, trainer.probe = make_mesh(trainer.config.mesh, jax.devices()[:1]), "val", None
-    trainer.frozen, trainer.assembly = {}, SimpleNamespace(objective=SimpleNamespace(better=None))
+    trainer.frozen, trainer.better = {}, ""
     trainer.state = SimpleNamespace(trained={"w": "raw"}, statistics={}, average={"w": "average"})
     trainer.history = {"best_val_loss": None, "val_losses": []}
     trainer.health = SimpleNamespace(note=lambda step, bad: None)
