@@ -25,9 +25,9 @@ from elm_jax.data.prepare.ecg_qa import FORMS, Settings, prepare_ecg_qa
 from elm_jax.data.prepare.profiles import PROFILES
 from elm_jax.data.prepare.raw import read_double
 from elm_jax.data.prepare.runner import prepare_dataset
-from elm_jax.data.prepare.work import processors
 from elm_jax.errors import UserError, nearest, printable
 from elm_jax.folders import write_json
+from elm_jax.symbols.coder import cores
 
 MOST_WORKERS, MOST_FOLDS = 512, 100
 
@@ -65,7 +65,7 @@ def _parser() -> cli.Parser:
             help="clean: low-passed for the new rate, nothing else; elm-2026: a spline and no filter, as the reference "
             "does now; paper-2025: its filters of 2025 before the spline",
         )  # fmt: skip
-        own.add_argument("--workers", type=int, default=processors(), help="processes; the result is the same")
+        own.add_argument("--workers", type=int, default=cores(), help="processes; the result is the same")
         own.add_argument(
             "--split", choices=["official", "patient", "legacy"], default="official",
             help="official: the dataset's own, else by patient; patient: a tenth of the patients each for val and for "
@@ -118,7 +118,7 @@ def _parser() -> cli.Parser:
     check = datasets.add_parser("check", help="looks for patients and copies of recordings in more than one split")
     check.add_argument("--out", type=Path, required=True, help="folder with the tables and the recordings")
     check.add_argument("--tables", nargs="+", type=Path, help="of that folder (default: all .parquet), or elsewhere")
-    check.add_argument("--workers", type=int, default=processors(), help="processes")
+    check.add_argument("--workers", type=int, default=cores(), help="processes")
     check.set_defaults(prepare=_check)
     return parser
 

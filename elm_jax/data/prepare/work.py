@@ -22,11 +22,6 @@ _PR_SET_PDEATHSIG = 1
 _function: Callable[[Any], Any]
 
 
-def processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """`function` of each item, in their order; with one worker in this process.
 
