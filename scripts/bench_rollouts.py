@@ -1,4 +1,4 @@
-"""Tokens per second of a policy's rollouts and updates, beside the usual way in PyTorch; docs/benchmarks.md's table.
+"""Tokens per second of a policy's rollouts and updates, beside the usual way in PyTorch.
 
     python scripts/bench_rollouts.py [--answers 8] [--new 64] [--prompts 8] [--json FILE]
 
