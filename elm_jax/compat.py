@@ -16,6 +16,7 @@ BEHAVIOURS: dict[str, str] = {
     "signal_token_order": "add the ECG-Byte tokens to the LLM's in the order of the file, which is not sorted",
     "lead_order": "take a file's rows in the order they are stored in, whatever leads they are",
     "spline_resampling": "resample by a cubic spline from first to last sample, with no low-pass before it",
+    "published_report_cleaning": "clean reports as MERL's and ECG-Chat's own code does, faults included (prepare)",
     "rgb_250_dpi": "draw the ECG paper of rgb at 250 dots per inch before it is resized",
     "muon_by_name": "choose the matrices that Muon moves by words in their published names",
     "micro_batch_mean_loss": "average the loss over micro-batches, each the mean over its own tokens",
@@ -28,8 +29,8 @@ BEHAVIOURS: dict[str, str] = {
     "gpt2_positions": "count a GPT-2 prompt's positions from its padding, as transformers' forward() does (load_llm)",
 }
 
-# Both were measured with transformers 5.
-_BOTH = tuple(name for name in BEHAVIOURS if name != "scale_signal_embeddings")
+# Both were measured with transformers 5, and clean no reports.
+_BOTH = tuple(name for name in BEHAVIOURS if name not in ("scale_signal_embeddings", "published_report_cleaning"))
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "elm-2026-04": _BOTH,

@@ -24,10 +24,12 @@ from elm_jax.data.prepare.conversations import CONVERSATIONS, prepare_conversati
 from elm_jax.data.prepare.ecg_qa import FORMS, Settings, prepare_ecg_qa
 from elm_jax.data.prepare.profiles import PROFILES
 from elm_jax.data.prepare.raw import read_double
+from elm_jax.data.prepare.reports import AS_IS, Reports
 from elm_jax.data.prepare.runner import prepare_dataset
 from elm_jax.errors import UserError, nearest, printable
 from elm_jax.folders import write_json
 from elm_jax.symbols.coder import cores
+from elm_jax.text.reports import CLEANINGS
 
 MOST_WORKERS, MOST_FOLDS = 512, 100
 
@@ -81,10 +83,24 @@ def _parser() -> cli.Parser:
             help="of numbers whose file states none, those of .npy files too: mV, uV, V or nV; without it they are "
             "taken as mV, and whole numbers (but of .npy files) refused",
         )  # fmt: skip
-        own.add_argument("--compat", default="", help="spline_resampling: as --profile elm-2026")
         own.add_argument(
-            "--report-language", choices=["as-is"], default="as-is",
-            help="reports are kept in the language they were written in (PTB-XL's are mostly German)",
+            "--compat", default="",
+            help="spline_resampling: as --profile elm-2026; published_report_cleaning: --clean-reports with the faults "
+            "of its source",
+        )  # fmt: skip
+        own.add_argument(
+            "--report-language", choices=[AS_IS] + ["statements"] * (dataset.named is not None), default=AS_IS,
+            help="as-is: reports are kept in the language they were written in (PTB-XL's are mostly German); "
+            "statements: the English names of the dataset's coded statements, the likeliest first (PTB-XL)",
+        )  # fmt: skip
+        own.add_argument(
+            "--clean-reports", choices=["none", *CLEANINGS], default="none",
+            help="merl: lower case, without marks of machines, a full stop behind each statement, none below four "
+            "words; ecg_chat: abbreviations in full, without statements about the recording or the machine",
+        )  # fmt: skip
+        own.add_argument(
+            "--wave-text", action="store_true",
+            help="behind each report what the machine measured: RR, PR, QRS, QT/QTc in ms (mimic_iv)",
         )  # fmt: skip
         own.set_defaults(prepare=_recordings)
     ecg_qa = datasets.add_parser("ecg_qa", help="ECG-QA on prepared PTB-XL")
@@ -143,9 +159,14 @@ def _recordings(args: Namespace) -> dict[str, Any]:
             found = f"a dataset whose files say all, {args.dataset}"
             raise UserError("--assume-rate, --assume-unit", found, "files that read_ecg reads", "leave them out")
         dataset = replace(dataset, read=partial(read_double, rate=args.assume_rate, unit=args.assume_unit))
+    if args.report_language == "statements":
+        assert dataset.named is not None
+        dataset = replace(dataset, recordings=dataset.named)
+    published = compat.enabled("published_report_cleaning", names)
+    reports = Reports(args.report_language, None, args.clean_reports, published, args.wave_text)
     return prepare_dataset(
         args.dataset, dataset, args.raw, args.out, args.sampling_rate, args.segment_len, True, args.profile, names,
-        args.workers, args.split, args.folds,
+        args.workers, args.split, args.folds, reports,
     )  # fmt: skip
 
 

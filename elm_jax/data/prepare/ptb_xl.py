@@ -3,10 +3,10 @@
 import ast
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from elm_jax.data.prepare.raw import RawDataset, RawRecording
+from elm_jax.data.prepare.raw import LeftOut, RawDataset, RawRecording
 from elm_jax.data.table_files import csv_rows
 from elm_jax.errors import UserError, refused
 
@@ -88,9 +88,18 @@ def read_statements(folder: Path) -> list[Statement]:
 
 def read_truths(folder: Path) -> dict[str, frozenset[str]]:
     """Record number, five digits as in its path -> the codes of its statements, whatever their likelihood."""
+    return {number: frozenset(codes) for number, codes in _read_codes(folder).items()}
+
+
+def _read_codes(folder: Path) -> dict[str, list[str]]:
+    """Record number, five digits as in its path -> the codes of its statements, the likeliest first.
+
+    Likelihoods are percent; 0 is that of statements for which none was told, those of form and rhythm among them.
+    """
     rows = _rows(folder / INDEX, ("ecg_id", "scp_codes"))
     with _of_ptb_xl(folder / INDEX):
-        return {f"{int(row['ecg_id']):05d}": frozenset(ast.literal_eval(row["scp_codes"])) for row in rows}
+        codes = ((int(row["ecg_id"]), ast.literal_eval(row["scp_codes"])) for row in rows)
+        return {f"{number:05d}": sorted(found, key=lambda c: -float(found[c])) for number, found in codes}
 
 
 def _of_ptb_xl(path: Path) -> contextlib.AbstractContextManager[None]:
@@ -119,4 +128,16 @@ def _recordings(raw: Path) -> Iterator[RawRecording]:
         yield RawRecording(path, entry.patient, entry.split, entry.report, fold=entry.strat_fold)
 
 
-PTB_XL = RawDataset("PTB-XL", f"{INDEX}, and WFDB files in records500 or records100", _recordings)
+def _named(raw: Path) -> Iterator[RawRecording | LeftOut]:
+    """Reports are the English names of the recording's statements, the likeliest first."""
+    names = {statement.code: statement.description for statement in read_statements(raw)}
+    codes, unknown = _read_codes(raw), dict[str, str]()
+    for entry, one in zip(read_index(raw / INDEX), _recordings(raw), strict=True):
+        found = codes[f"{entry.ecg_id:05d}"]
+        unknown |= {code: one.path for code in found if code not in names and code not in unknown}
+        yield replace(one, report=". ".join(names[code] for code in found if code in names))
+    for code, path in unknown.items():
+        yield LeftOut("unknown_codes", code, f"first in {path}")
+
+
+PTB_XL = RawDataset("PTB-XL", f"{INDEX}, and WFDB files in records500 or records100", _recordings, named=_named)

@@ -20,18 +20,25 @@ class RawRecording:
     path: below the raw folder, as `read` takes it; row: which of the recordings in that file, where it holds several.
     patient: an id or several ("17+23"), "" where it is not told: somebody of whom there is no other recording.
     split: "train", "val" or "test"; None: by a hash of the patient. fold: the dataset's own, from 1 on.
-    report: the cardiologist's or the machine's words, if any. questions: (kind, question, answer) about it.
+    report: the cardiologist's or the machine's words, if any, or its statements one by one. wave: what the machine
+    measured, as `wave_text` puts it. questions: (kind, question, answer) about it.
     name: of its segments; "": the path with _ for /.
     """
 
     path: str
     patient: str = ""
     split: str | None = None
-    report: str = ""
+    report: str | tuple[str, ...] = ""
     questions: Sequence[tuple[str, str, str]] = ()
     name: str = ""
     row: int | None = None
     fold: int | None = None
+    wave: str = ""
+
+    @property
+    def words(self) -> str:
+        """The report as a text."""
+        return self.report if isinstance(self.report, str) else " ".join(self.report)
 
     @property
     def stem(self) -> str:
@@ -67,13 +74,15 @@ class RawDataset:
 
     title: its name in print. holds: what its folder has, for `--help` and errors. recordings: of a folder, what there
     is; raises UserError where its index cannot be read. read: a recording's file (and its row, where it has one), the
-    leads in the canonical order, float64.
+    leads in the canonical order, float64. named: as `recordings`, with the English names of the statements that the
+    dataset has as codes for a report; None where it has none.
     """
 
     title: str
     holds: str
     recordings: Callable[[Path], Iterable[RawRecording | LeftOut]]
     read: Callable[..., Recording] = read_double
+    named: Callable[[Path], Iterable[RawRecording | LeftOut]] | None = None
 
 
 def records_below(raw: Path) -> Iterator[str]:

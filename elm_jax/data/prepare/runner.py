@@ -23,6 +23,7 @@ from elm_jax import compat as behaviours
 from elm_jax.data.prepare.output import compact, write_segment, write_texts
 from elm_jax.data.prepare.profiles import MADE, PROFILES, Profile
 from elm_jax.data.prepare.raw import LeftOut, RawDataset, RawRecording, unlike_a_path
+from elm_jax.data.prepare.reports import AS_IS, UNCHANGED, Reports
 from elm_jax.data.prepare.splits import SPLITS, Owner, leaks, splits_of
 from elm_jax.data.prepare.work import in_order
 from elm_jax.data.sources import patient_ids
@@ -39,6 +40,7 @@ _SEGMENT = re.compile(r"(.+)_(\d+)\.npy")
 _KINDS = ("flat", "clipped", "scale", "limb_sums", "reversal")  # what `check_signal` may find in what is prepared
 # In the folder of the segments: what is amiss with those that were made, a line for each; how all are made.
 _SIGNALS, _SETTINGS = "signals.jsonl", "settings.json"
+_BEFORE = {"filters": "none", "reports": AS_IS}  # of settings that there were not always
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,14 @@ def prepare_dataset(
     workers: int = 1,
     split: str = "official",
     folds: int = 0,
+    reports: Reports = UNCHANGED,
 ) -> dict[str, Any]:
     """Prepare what of a dataset lies in `raw`; returns (and writes) the counts.
 
     `profile` is one of PROFILES; the compat name `spline_resampling` makes elm-2026 of clean. `workers`: processes;
-    what is written does not depend on their number. `split` and `folds` are as for `splits_of`. Recordings without
-    files, unreadable or too short are counted and listed; files already there are kept.
+    what is written does not depend on their number. `split` and `folds` are as for `splits_of`; `reports` says what
+    becomes of these. Recordings without files, unreadable or too short are counted and listed; files already there are
+    kept.
 
     Raises:
         UserError: nothing can be prepared, or `out` holds segments made with other settings.
@@ -84,7 +88,7 @@ def prepare_dataset(
         profile = "elm-2026"
     resampling, filters = MADE[profile]
     settings = {"dataset": name, "sampling_rate": sampling_rate, "segment_len": length, "resampling": resampling}
-    settings |= {"filters": filters}
+    settings |= {"filters": filters, "reports": reports.name}
     folder = out / name / f"preprocessed_{length}"
     # The last of them: before there were several datasets.
     for earlier in (folder / _SETTINGS, out / f"{name}_report.json", out / "prepare_report.json"):
@@ -97,6 +101,7 @@ def prepare_dataset(
         else:
             found.append(one)
     _check_stems(raw, found)
+    found, reports_left_out = reports(found)
     for left in folder.glob(".*.*.????????"):  # a write that was cut off
         left.unlink()
     done = segment_counts(folder)
@@ -132,13 +137,14 @@ def prepare_dataset(
         "records": len(prepared),
         "already_there": kept,
         "segments": sum(item.count for item in prepared),
-        "without_report": sum(not item.raw.report for item in prepared),
+        "without_report": sum(not item.raw.words for item in prepared),
         **_write_tables(out, name, prepared, splits),
         "patients": len({patient for item in prepared for patient in item.patients}),
         "patients_in_several_splits": leaks(
             (split, item.patients) for item, found in zip(prepared, splits, strict=True) for split in found
         ),
         **problems,
+        "reports_left_out": reports_left_out,
         **_signals(folder, {item.raw.stem: item.raw.where for item in prepared}),
     }
     write_json(out / f"{name}_report.json", report)
@@ -180,7 +186,7 @@ class _Maker:
             self._note({"name": one.stem, **amiss})
         for number in reversed(range(len(windows))):  # the first is last: where it is, all are
             path = self.folder / f"{one.stem}_{number}.npy"
-            write_segment(path, self.out, windows[number], replace(recording, report=one.report), one.path, rate)
+            write_segment(path, self.out, windows[number], replace(recording, report=one.words), one.path, rate)
         return len(windows), "", ""
 
     def _note(self, said: dict[str, str]) -> None:
@@ -244,8 +250,8 @@ def _write_tables(
 
     def reports(text: Callable[[str], str]) -> Iterator[dict[str, str]]:
         for item, where in zip(prepared, splits, strict=True):
-            if item.raw.report:
-                yield from item.rows(where, text=text(item.raw.report), name="report")
+            if item.raw.words:
+                yield from item.rows(where, text=text(item.raw.words), name="report")
 
     def questions() -> Iterator[dict[str, str]]:
         for item, where in zip(prepared, splits, strict=True):
@@ -258,7 +264,7 @@ def _write_tables(
             yield row
 
     owned = zip(prepared, splits, strict=True)
-    records = (row for item, where in owned for row in item.rows(where, report=item.raw.report))
+    records = (row for item, where in owned for row in item.rows(where, report=item.raw.words))
     made = (records, reports(_conversation), reports(str), questions())
     for kind, rows in zip(TABLES, made, strict=True):
         write_texts(out / f"{name}_{kind}.parquet", counted(kind, rows))
@@ -303,7 +309,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     if not isinstance(before, dict) or any(before.get(key) != settings[key] for key in ("dataset", "segment_len")):
         return
     for key, value in settings.items():
-        if before.get(key, "none" if key == "filters" else None) != value:  # there were none once
+        if before.get(key, _BEFORE.get(key)) != value:
             found = f"segments made with {key} {before.get(key, 'of an earlier version')}"
             raise UserError(str(path), found, f"{key} {value}", "give another --out")
 
