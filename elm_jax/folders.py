@@ -137,7 +137,7 @@ def keep(
     `ending`: only `kept` finds it. Raises UserError, naming the folder, where it cannot be written."""
     half = stem.with_name(f".{stem.name}.{uuid.uuid4().hex}")
     write_atomic(half, write, stem.parent, expected, fix)
-    whole = half.replace(stem.with_name(f"{stem.name}-{_checksum(half)}{ending}"))
+    whole = half.replace(stem.with_name(f"{stem.name}-{file_checksum(half)}{ending}"))
     for other in set(stem.parent.glob(f"{glob.escape(stem.name)}-*{ending}")) - {whole}:
         other.unlink(missing_ok=True)
     return whole
@@ -153,14 +153,15 @@ def kept_in(folder: Path, ending: str, name: str | None = None) -> Iterator[Path
     and the log says so."""
     for path in sorted(folder.glob(f"{'*' if name is None else glob.escape(name)}-*{ending}")):
         with contextlib.suppress(OSError):
-            if path.is_file() and path.name.removesuffix(ending).rpartition("-")[2] == _checksum(path):
+            if path.is_file() and path.name.removesuffix(ending).rpartition("-")[2] == file_checksum(path):
                 yield path
                 continue
             _log.warning("%s is damaged: what it held is made again", path)
             path.unlink(missing_ok=True)
 
 
-def _checksum(path: Path) -> str:
+def file_checksum(path: Path) -> str:
+    """Of a file's content. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
@@ -183,7 +184,7 @@ def _checksum_of(facts: Mapping[str, Any]) -> str:
 
 def write_checksums(folder: Path) -> None:
     """List the files of a folder with their checksums, in it, for `check_checksums`."""
-    found = {path.name: _checksum(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    found = {path.name: file_checksum(path) for path in sorted(folder.iterdir()) if path.is_file()}
     write_json(folder / _LIST, seal({"files": found}))
 
 
@@ -200,7 +201,7 @@ def check_checksums(folder: Path) -> None:
         check_regular(folder / name, "a file", fix)
         there = os.path.isfile(folder / name)
         with refused(folder / name, "an unreadable file", "the file as it was", fix):
-            if not there or _checksum(folder / name) != checksum:
+            if not there or file_checksum(folder / name) != checksum:
                 found = "other content than was written" if there else "no file"
                 raise UserError(folder / name, found, "the file as it was", fix)
 

@@ -23,9 +23,10 @@ from elm_jax.data.prepare.check import check_tables
 from elm_jax.data.prepare.conversations import CONVERSATIONS, prepare_conversations
 from elm_jax.data.prepare.ecg_qa import FORMS, Settings, prepare_ecg_qa
 from elm_jax.data.prepare.profiles import PROFILES
-from elm_jax.data.prepare.raw import read_double
+from elm_jax.data.prepare.raw import RawDataset, read_double
 from elm_jax.data.prepare.reports import AS_IS, Reports
 from elm_jax.data.prepare.runner import prepare_dataset
+from elm_jax.data.prepare.translation import CACHE, Translator
 from elm_jax.errors import UserError, nearest, printable
 from elm_jax.folders import write_json
 from elm_jax.symbols.coder import cores
@@ -94,6 +95,16 @@ def _parser() -> cli.Parser:
             "statements: the English names of the dataset's coded statements, the likeliest first (PTB-XL)",
         )  # fmt: skip
         own.add_argument(
+            "--translator", type=Path,
+            help="folder of a Hugging Face model by which reports become English; what it has translated is kept in "
+            "OUT/translations.jsonl (needs PyTorch)",
+        )  # fmt: skip
+        own.add_argument(
+            "--translator-prompt", default="",
+            help="what it is given, with {report} in it, such as 'translate German to English: {report}'; default: the "
+            "report, and a request where it is a causal model",
+        )  # fmt: skip
+        own.add_argument(
             "--clean-reports", choices=["none", *CLEANINGS], default="none",
             help="merl: lower case, without marks of machines, a full stop behind each statement, none below four "
             "words; ecg_chat: abbreviations in full, without statements about the recording or the machine",
@@ -159,15 +170,28 @@ def _recordings(args: Namespace) -> dict[str, Any]:
             found = f"a dataset whose files say all, {args.dataset}"
             raise UserError("--assume-rate, --assume-unit", found, "files that read_ecg reads", "leave them out")
         dataset = replace(dataset, read=partial(read_double, rate=args.assume_rate, unit=args.assume_unit))
-    if args.report_language == "statements":
-        assert dataset.named is not None
-        dataset = replace(dataset, recordings=dataset.named)
-    published = compat.enabled("published_report_cleaning", names)
-    reports = Reports(args.report_language, None, args.clean_reports, published, args.wave_text)
+    reports, dataset = _reports(args, dataset, compat.enabled("published_report_cleaning", names))
     return prepare_dataset(
         args.dataset, dataset, args.raw, args.out, args.sampling_rate, args.segment_len, True, args.profile, names,
         args.workers, args.split, args.folds, reports,
     )  # fmt: skip
+
+
+def _reports(args: Namespace, dataset: RawDataset, published: bool) -> tuple[Reports, RawDataset]:
+    """What becomes of the reports, and the dataset with those that are asked for."""
+    translator, language = None, args.report_language
+    if language == "statements":
+        assert dataset.named is not None
+        dataset = replace(dataset, recordings=dataset.named)
+    if args.translator is not None:
+        if language != AS_IS:
+            found = f"and --report-language {language}, which is English"
+            raise UserError("--translator", found, "one of them", "leave one out")
+        translator = Translator(args.translator, args.out / CACHE, args.translator_prompt)
+        language = f"translated by {translator.name}"
+    elif args.translator_prompt:
+        raise UserError("--translator-prompt", "no --translator", "both", "name the model's folder, too")
+    return Reports(language, translator, args.clean_reports, published, args.wave_text), dataset
 
 
 def _ecg_qa(args: Namespace) -> dict[str, Any]:

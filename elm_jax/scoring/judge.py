@@ -6,22 +6,17 @@ question and of each answer); reward models, sequence classifiers with one outpu
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from elm_jax.errors import UserError
-from elm_jax.folders import check_regular, read_json
+from elm_jax.text.torch_models import check_parts, check_room
 from elm_jax.text.vocabulary import load_tokenizer, refused_panics
 
 _MARKS = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
 _LONGEST = 2048  # tokens of a question with both answers, of PairRM
 _QUESTION = 1224  # of these, the most of the question
-_PARTS = 10_000  # the most layers, or labels, that config.json may speak of: lists of them are made as it is read
-_SMALL = 1 << 24  # numbers that a model may have room for beside those of its files
 _WHERE, _EXPECTED = "--judge", "a whole model with safetensors"
 _ENDLESS = 1 << 31  # what has no bound on its tokens says more
 _FIX = "give the folder of a pair-preference model (PairRM-hf) or of a reward model"
@@ -46,18 +41,19 @@ class PairJudge:
         local: dict[str, Any] = {"local_files_only": True}
         self._torch, self._compares = torch, False
         with refused_panics(_WHERE, f"{path}, which cannot be read", _EXPECTED, _FIX):
-            _check_parts(Path(path, "config.json"))
+            check_parts(Path(path, "config.json"), _WHERE, _FIX)
             config = AutoConfig.from_pretrained(path, trust_remote_code=False, **local)
             self._compares = hasattr(config, "source_prefix_id")
             if self._compares:
                 with torch.device("meta"):
-                    _check_room(path, *_pair_ranker(config))
+                    check_room(path, _WHERE, _EXPECTED, _FIX, *_pair_ranker(config))
                 self._model, self._head = _pair_ranker(config)
                 _load(path, self._model, self._head)
                 self._marks = [config.source_prefix_id, config.cand1_prefix_id, config.cand2_prefix_id]
             else:
                 with torch.device("meta"):
-                    _check_room(path, AutoModelForSequenceClassification.from_config(config, trust_remote_code=False))
+                    empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+                    check_room(path, _WHERE, _EXPECTED, _FIX, empty)
                 more: dict[str, Any] = {**local, "use_safetensors": True, "adapter_kwargs": local}
                 model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False, **more)
                 self._model = model.eval()
@@ -113,32 +109,6 @@ class PairJudge:
 
 def _classifies(config: Any) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-
-
-def _check_parts(file: Path) -> None:
-    """Raise UserError where config.json claims more layers or labels than any model has."""
-    for name, count in re.findall(r'"(\w*(?:layer|label)\w*)": (\d+)', json.dumps(read_json(file, _FIX))):
-        if len(count) > len(str(_PARTS)) or int(count) > _PARTS:
-            raise UserError(_WHERE, f"{file} with {name}={count}", f"at most {_PARTS}", _FIX)
-
-
-def _check_room(path: str, *parts: Any) -> None:
-    """Raise UserError where the model, which has no memory yet, would have more numbers than its files hold."""
-    from safetensors import safe_open
-
-    held = 0
-    for file in Path(path).glob("*.safetensors"):
-        check_regular(file, "a file of a model")
-        with safe_open(file, "pt") as arrays:
-            held += sum(math.prod(arrays.get_slice(name).get_shape()) for name in arrays.keys())  # noqa: SIM118
-    for claimed in zip(*(map(_size, (part.parameters(), part.buffers())) for part in parts), strict=True):
-        if sum(claimed) > max(held, _SMALL):
-            found = f"{path}, whose config.json asks for {sum(claimed)} numbers where its files hold {held}"
-            raise UserError(_WHERE, found, _EXPECTED, _FIX)
-
-
-def _size(arrays: Iterable[Any]) -> int:
-    return sum(array.numel() for array in arrays)
 
 
 def _pair_ranker(config: Any) -> tuple[Any, Any]:

@@ -41,9 +41,7 @@ _REPLACED = {
 }
 _MEANT = {**_REPLACED, "lbbb": "left bundle branch block", "lvh": "left ventricular hypertrophy"}
 _MEANT |= {"pvc": _PVC, "pac": _PAC, "ekg": "ecg"}
-_ABBREVIATIONS = re.compile(
-    rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(_MEANT, key=len, reverse=True)))})(?!\w)"
-)
+_ABBREVIATIONS = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(_MEANT, key=len, reverse=True)))})(?!\w)")
 # In words: the parts with "/" between have one heading.
 _WAVES = (
     ({"RR_Interval": "RR"}, ""),

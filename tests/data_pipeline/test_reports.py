@@ -1,14 +1,27 @@
 """Reports: cleaned as MERL's and ECG-Chat's, with and without their faults, and what `prepare` makes of them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import wfdb
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from elm_jax.data.prepare import translation
 from elm_jax.data.prepare.runner import REPORT_QUESTION
+from elm_jax.data.prepare.translation import Translator
 from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError
 from elm_jax.prepare import main
@@ -182,3 +195,111 @@ def test_statements_have_english_names_the_likeliest_first(ptb_xl, tmp_path):
 def test_what_cannot_be_done_is_one_line(mimic, ptb_xl, tmp_path, name, flags, found):
     with pytest.raises(UserError, match=found):
         prepare(name, mimic if name == "mimic_iv" else ptb_xl, tmp_path, *flags)
+
+
+def words(*more: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes, made here."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {token: number for number, token in enumerate([*more, *letters])}
+    tokenizer = Tokenizer(models.BPE(ids, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def translators(tmp_path_factory):
+    """Of random weights: "t5", which makes one text of another, "gpt2", which continues texts, "bert", neither."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    folder, tokenizer = tmp_path_factory.mktemp("translators"), words("<pad>", "</s>")
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "vocab_size": len(tokenizer)}
+    t5 = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0, **ends)
+    gpt2 = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=512, **ends)
+    bert = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    kinds = {"t5": T5ForConditionalGeneration(t5), "gpt2": GPT2LMHeadModel(gpt2), "bert": BertModel(bert)}
+    for name, model in kinds.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def few_tokens(monkeypatch):
+    monkeypatch.setattr(translation, "_MOST_NEW", 6)
+
+
+def test_reports_are_translated_once_and_a_second_run_goes_on(ptb_xl, translators, tmp_path, few_tokens, monkeypatch):
+    prepare("ptb_xl", ptb_xl, tmp_path / "a", "--translator", str(translators / "t5"))
+    first = [row["report"] for row in rows(tmp_path / "a" / "ptb_xl_records.parquet")]
+    assert first[0] and first[1] == "" and not set(first) & {"sinusrhythmus", "sinusrhythmus normales ekg"}
+    cache = tmp_path / "a" / "translations.jsonl"
+    lines = [line for line in cache.read_text().splitlines() if line]
+    assert {json.loads(line)["of"] for line in lines} == {"sinusrhythmus", "sinusrhythmus normales ekg"}
+    report = json.loads((tmp_path / "a" / "ptb_xl_report.json").read_text())
+    assert report["translations_cut_off"].keys() == {f"records500/00000/0000{i}_hr" for i in (1, 3)}  # six tokens
+
+    asked = []
+    whole = Translator._translate
+    monkeypatch.setattr(Translator, "_translate", lambda self, texts: asked.extend(texts) or whole(self, texts))
+    prepare("ptb_xl", ptb_xl, tmp_path / "a", "--translator", str(translators / "t5"))
+    assert not asked  # nothing is translated twice
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "translations.jsonl").write_text(f"{lines[0]}\n{lines[1][:-9]}")  # stopped as it wrote
+    prepare("ptb_xl", ptb_xl, tmp_path / "b", "--translator", str(translators / "t5"))
+    assert asked == [json.loads(lines[1])["of"]]
+    assert [row["report"] for row in rows(tmp_path / "b" / "ptb_xl_records.parquet")] == first
+    with pytest.raises(UserError, match="found segments made with reports translated by"):
+        prepare("ptb_xl", ptb_xl, tmp_path / "a", "--translator", str(translators / "gpt2"))
+
+
+def test_a_causal_model_is_asked_by_its_template_or_by_the_prompt(translators, tmp_path, few_tokens):
+    translator = Translator(translators / "gpt2", tmp_path / "c.jsonl", progress=False)
+    assert translator._asked(["ekg"]) == (["German: ekg\nEnglish:"], False)
+    assert set(translator(["ekg", "sinusrhythmus"])) == {"ekg", "sinusrhythmus"}
+    translator._tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    assert translator._asked(["ekg"])[0] == ["[Translate this ECG report to English. Answer with the translation alone."
+                                             "\n\nekg]"]  # fmt: skip
+    said = "messages[0].content[0]"
+    translator._tokenizer.chat_template = f"{{{{ {said}.source_lang_code }}}}:{{{{ {said}.text }}}}"
+    assert translator._asked(["ekg"])[0] == ["de:ekg"]
+    told = Translator(translators / "t5", tmp_path / "c.jsonl", "translate German to English: {report}")
+    assert told._asked(["ekg"]) == (["translate German to English: ekg"], False)
+    assert told.name != Translator(translators / "t5", tmp_path / "c.jsonl").name
+
+
+def test_a_translation_does_not_depend_on_what_it_is_translated_with(translators, tmp_path, few_tokens):
+    for kind in ("t5", "gpt2"):
+        alone = Translator(translators / kind, tmp_path / f"{kind}_alone", progress=False)(["sinusrhythmus"])
+        batch = Translator(translators / kind, tmp_path / kind, progress=False)(["sinusrhythmus", "ekg", "ü" * 40])
+        assert batch["sinusrhythmus"] == alone["sinusrhythmus"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "found"),
+    [
+        ("bert", [], "a BertModel; expected a sequence-to-sequence or causal language model"),
+        ("none", [], "none without config.json"),
+        ("t5", ["--translator-prompt", "to English:"], "a text with {report} in it"),
+        ("t5", ["--report-language", "statements"], "which is English; expected one of them"),
+        ("claims", [], "with num_layers=1000000000"),
+        ("large", [], r"asks for \d+ numbers where its files hold"),
+        ("cut", [], "cut, which cannot be read"),
+        ("without", [], "without without a tokenizer"),
+    ],
+)
+def test_a_folder_that_is_no_translator_is_one_line(ptb_xl, translators, tmp_path, kind, flags, found):
+    folder = translators / kind
+    if kind not in ("bert", "none", "t5"):
+        shutil.copytree(translators / "t5", folder := tmp_path / kind)
+        if kind == "without":
+            for file in folder.glob("tokenizer*"):
+                file.unlink()
+        elif kind == "cut":
+            (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+        else:
+            claim = {"num_layers": 10**9} if kind == "claims" else {"d_ff": 10**9}
+            told = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(told | claim))
+    with pytest.raises(UserError, match=found):
+        prepare("ptb_xl", ptb_xl, tmp_path / "out", "--translator", str(folder), *flags)

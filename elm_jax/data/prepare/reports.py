@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from elm_jax.data.prepare.raw import RawRecording
+from elm_jax.data.prepare.translation import Translated
 from elm_jax.errors import UserError
 from elm_jax.text.reports import clean_report
 
 AS_IS = "as-is"
-Translate = Callable[[Iterable[str]], Mapping[str, str]]  # of each text its translation
+Translate = Callable[[Iterable[str]], Mapping[str, Translated]]
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Reports:
         cleaning = "" if self.cleaning == "none" else f"cleaned as {self.cleaning}{'_published' * self.published}"
         return ", ".join(filter(None, (self.language, cleaning, "wave text" * self.wave)))
 
-    def __call__(self, found: list[RawRecording]) -> tuple[list[RawRecording], dict[str, str]]:
-        """The recordings with the reports that they are to have; of those whose report is left out what it was.
+    def __call__(self, found: list[RawRecording]) -> tuple[list[RawRecording], dict[str, dict[str, str]]]:
+        """The recordings with the reports that they are to have; and by kind those whose report is left out, or was cut
+        off where it was translated, with what it was.
 
         Raises:
             UserError: measures are asked for, and there are none; or as `translate` does.
@@ -40,19 +42,22 @@ class Reports:
         if self.wave and not any(one.wave for one in found):
             expected = "a machine's measurements, as MIMIC-IV-ECG has them in the columns rr_interval, p_onset, …"
             raise UserError("--wave-text", "a dataset without them", expected, "leave the flag out")
-        translated = self.translate({one.words for one in found} - {""}) if self.translate else {}
-        written, left_out = [], {}
+        made = self.translate({one.words for one in found if one.words.strip()}) if self.translate else {}
+        written = []
+        told: dict[str, dict[str, str]] = {"reports_left_out": {}, "translations_cut_off": {}}
         for one in found:
             said = one.report if isinstance(one.report, tuple) else (one.report,)
-            if one.words in translated:
-                said = (translated[one.words],)
+            if one.words in made:
+                said = (made[one.words].text,)
+                if not made[one.words].whole:
+                    told["translations_cut_off"][one.where] = one.words
             text = " ".join(said)
             if self.cleaning != "none":
                 text = clean_report(said, self.cleaning, self.published)
             if one.words.strip() and not text:
-                left_out[one.where] = one.words
+                told["reports_left_out"][one.where] = one.words
             written.append(replace(one, report=text + one.wave * (self.wave and bool(text)), wave=""))
-        return written, left_out
+        return written, told
 
 
 UNCHANGED = Reports()

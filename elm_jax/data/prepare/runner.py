@@ -101,7 +101,7 @@ def prepare_dataset(
         else:
             found.append(one)
     _check_stems(raw, found)
-    found, reports_left_out = reports(found)
+    found, about_reports = reports(found)
     for left in folder.glob(".*.*.????????"):  # a write that was cut off
         left.unlink()
     done = segment_counts(folder)
@@ -144,7 +144,7 @@ def prepare_dataset(
             (split, item.patients) for item, found in zip(prepared, splits, strict=True) for split in found
         ),
         **problems,
-        "reports_left_out": reports_left_out,
+        **about_reports,
         **_signals(folder, {item.raw.stem: item.raw.where for item in prepared}),
     }
     write_json(out / f"{name}_report.json", report)
