@@ -52,7 +52,7 @@ class DataConfig:
         0.001, "part of the records that may be bad before the run stops", limit="at least 0 and below 1"
     )
     workers: int = key(0, "loader processes; 0 loads in the training process", limit="at least 0")
-    timeout: float = key(300.0, "seconds of reading one record that stop a training; 0 is never", limit="at least 0")
+    timeout: float = key(300.0, "seconds of reading one record that end a run; 0 is never", limit="at least 0")
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,8 @@ class TrainConfig:
     steps: int | None = key(None, "optimizer steps, instead of epochs", limit="at least 1")
     log_every: int = key(10, "steps between lines of metrics.jsonl", limit="at least 1")
     save_every: int = key(500, "steps between checkpoints", limit="at least 1")
+    save_minutes: float | None = key(None, "minutes after which a checkpoint is due, too", limit="above 0")
+    save_wait: bool = key(False, "take no step before a checkpoint is written and verified")
     eval_every: int | None = key(
         None, "steps between validation losses; None is train.save_every", limit="at least 1"
     )

@@ -3,8 +3,9 @@
 SIGTERM, SIGINT and SIGUSR1 (which SLURM may send before a job's time is up) end a command at once, with a line that
 says where it was and status 143, or 130 for SIGINT: by an exception in the main thread, so that nothing half-written
 stays; by another thread where the main one waits in a library and does not hear for GRACE seconds. Training that has
-taken a step is asked to stop and to save instead (`StopAfterStep`), in several processes after the same step
-(`Agreement`). What the process does (`doing`) is what these lines tell, and what `runtime.watchdog` waits for.
+taken a step is asked to stop and to save instead (`StopAfterStep`), in several processes after the same step, as is
+what they save by the clock (`Agreement`). What the process does (`doing`) is what these lines tell, and what
+`runtime.watchdog` waits for.
 Imports no jax.
 """
 
@@ -117,6 +118,24 @@ def progress() -> tuple[float, str]:
     return max((since for _, since in now), default=0.0), min(waiting, default=(0.0, "nothing"))[1]
 
 
+_reads: dict[int, tuple[str, float]] = {}  # thread -> the recording that it reads, since when
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Within, this thread reads a recording, which should not take long."""
+    _reads[threading.get_ident()] = path, time.monotonic()
+    try:
+        yield
+    finally:
+        del _reads[threading.get_ident()]
+
+
+def oldest_read() -> tuple[str, float] | None:
+    """The recording that a thread has been reading for the longest time, and since when."""
+    return min(list(_reads.values()), key=lambda read: read[1], default=None)
+
+
 # -- signals --------------------------------------------------------------------------------------------------
 
 _training: StopAfterStep | None = None  # what a signal asks to stop, instead of ending the process
@@ -215,14 +234,15 @@ class StopAfterStep:
         if kind is None and self._heard:  # it came when the last step was behind us
             raise Stopped(_stopped_by(self._heard[0]))
 
-    def after(self, step: int) -> str:
-        """Why training stops after this step: which signal came; "" where it goes on. Waits, among several processes
-        of which one has heard a signal, until they have agreed."""
+    def after(self, step: int, due: bool = False) -> str | None:
+        """What is to be done after this step: None nothing; "" a checkpoint, which is `due` by the clock; else why
+        training stops, with a checkpoint: which signal came. Several processes do it after the same step, and wait
+        until they have agreed which; the clock is that of process 0."""
         global _training
         _training = self  # there is something to save
         if peers is not None:
-            return peers.agreement.after(step)
-        return signal.Signals(self._heard[0]).name if self._heard else ""
+            return peers.agreement.after(step, due)
+        return signal.Signals(self._heard[0]).name if self._heard else "" if due else None
 
     def hear(self, number: int) -> None:
         """A signal has come."""
@@ -241,11 +261,11 @@ class StopAfterStep:
 
 
 class Agreement:
-    """After which step processes that take the same steps stop.
+    """After which step processes that take the same steps save, or stop.
 
     Each has its own pace: one may have handed steps over to its devices that another has not read yet. Who is asked
-    to stop tells process 0. It has all of them say which step they have passed, and wait before they pass another;
-    the one after the latest of these is the last of all.
+    to stop tells process 0; whose clock says when a checkpoint is due. It has all of them say which step they have
+    passed, and wait before they pass another; the one after the latest of these is that after which it is done.
 
     Args:
         send: sends a message to process 0, or from there to all others, whose `hear` gets it.
@@ -254,8 +274,10 @@ class Agreement:
     def __init__(self, index: int, count: int, send: Callable[[Mapping[str, Any]], None]) -> None:
         self.index, self._count, self._send = index, count, send
         self._turn = threading.Condition()
-        self._why, self._waits = "", False
-        self._passed, self._last = -1, -1
+        self._passed, self._waits = -1, False
+        self._agreed: dict[int, str] = {}  # step -> what is done after it: "" is a checkpoint, else why all stop
+        # Of process 0: what is asked for, the first of which is being agreed on; what each has passed.
+        self._asked: list[str] = []
         self._all: dict[int, int] = {}
 
     def ask(self, why: str) -> None:
@@ -268,37 +290,46 @@ class Agreement:
         else:
             self.hear(0, message)
 
-    def after(self, step: int) -> str:
-        """Why all processes stop after this step; "" where they go on."""
+    def after(self, step: int, due: bool = False) -> str | None:
+        """What all processes do after this step: None where they go on, "" where they save, else why they stop."""
         with self._turn:
+            if due and self.index == 0 and self._passed >= 0 and not self._asked and not self._agreed:
+                self._ask_all("")
             self._turn.wait_for(lambda: not self._waits)
             self._passed = step
             self._turn.notify_all()
-            return self._why if step == self._last else ""
+            return self._agreed.pop(step, None)
 
     def hear(self, sender: int, message: Mapping[str, Any]) -> None:
         """Take a message of another process; what is none of these is passed over."""
         with self._turn:
-            if "stop" in message and not self._why:
-                self._wait(message["stop"])
-                self._all[0] = self._passed
-                self._send({"count": self._why})
+            if "stop" in message:
+                if not any([*self._asked, *self._agreed.values()]):  # they stop once
+                    self._ask_all(message["stop"])
             elif "count" in message:
-                self._wait(message["count"])
+                self._waits = True
                 self._send({"passed": self._passed})
             elif "passed" in message:
                 self._all[sender] = message["passed"]
                 if len(self._all) == self._count:
-                    self._settle(max(self._all.values()) + 1)
-                    self._send({"last": self._last})
+                    last, why = max(self._all.values()) + 1, self._asked.pop(0)
+                    self._send({"last": last, "why": why})
+                    self._settle(last, why)
+                    if self._asked:
+                        self._ask_all()
             elif "last" in message:
-                self._settle(message["last"])
+                self._settle(message["last"], message["why"])
 
-    def _wait(self, why: str) -> None:
-        self._why, self._waits = why, True
+    def _ask_all(self, *why: str) -> None:
+        """Ask which step each has passed, for what is asked for first, once that before it is agreed on."""
+        self._asked += why
+        if not self._waits:
+            self._waits, self._all = True, {0: self._passed}
+            self._send({"count": True})
 
-    def _settle(self, last: int) -> None:
-        self._last, self._waits = last, False
+    def _settle(self, last: int, why: str) -> None:
+        self._agreed[last] = why or self._agreed.get(last, "")
+        self._waits = False
         self._turn.notify_all()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from elm_jax import compat as behaviours
+from elm_jax import stopping
 from elm_jax.config import DataConfig
 from elm_jax.data.batch import ArraySpec, Layout, Shown, Signal
 from elm_jax.data.ecg_ids import EcgIds
@@ -251,8 +252,9 @@ class SignalSpec:
             from elm_jax.data.demo import load_demo_ecg
 
             return load_demo_ecg(path, self.sampling_rate, self.length)
-        self._files(path)  # all of them may be read
-        return self._from_file(self._place(path)[1])
+        with stopping.reading(path):
+            self._files(path)  # all of them may be read
+            return self._from_file(self._place(path)[1])
 
     def _from_file(self, path: str) -> np.ndarray:
         order = LEADS if behaviours.enabled("lead_order", self.compat) else None

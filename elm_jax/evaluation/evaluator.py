@@ -152,7 +152,7 @@ def _ask_labels(model: TrainedModel, folds: Sequence[_Fold], store: Store, label
     like = folds[0].dataset
     dataset = Dataset(records, like.tokenizer, like.text, like.signal)
     bad = BadRecords(dataset, model.config.data.max_bad_records)
-    with Watchdog(Path(model.config.workdir), model.config.train.timeout):
+    with Watchdog(Path(model.config.workdir), model.config.train.timeout, model.config.data.timeout):
         found = ask_labels(model, dataset, range(len(records)), labels, store.labels, bad, model.config.log.progress)
     return {"labels": found, "labels_bad": len(bad.found)}
 
@@ -244,7 +244,7 @@ def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: s
         marks |= {"draw": draw} if _draws(condition) > 1 else {}
         source = Source(fold.dataset, condition, draw, fold.records)
         asked = fold.asked if condition == REAL else fold.questions
-        with Watchdog(Path(config.workdir), config.train.timeout):
+        with Watchdog(Path(config.workdir), config.train.timeout, config.data.timeout):
             answers = asker.answers(Task(source, asked, seed, marks), file, fold.bad if condition == REAL else None)
         found += [answers[question] for question in fold.questions] if file else []
     return found

@@ -65,6 +65,7 @@ class Checkpoints:
         self._last: int | None = None  # the newest step that is known to be whole
         self._verifying: threading.Thread | None = None
         self._failure: UserError | None = None
+        self._begun = time.monotonic()
         if not read_only:
             writable_folder(self.folder, str(self.folder))
             if jax.process_index() == 0:
@@ -88,6 +89,7 @@ class Checkpoints:
             UserError: this one cannot be begun, or the one before it failed, as in `wait`.
         """
         self.wait()
+        self._begun = time.monotonic()
         saves: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if tree}
         names = {name: sorted(items[name]) for name in MODEL_ITEMS if items.get(name)}
         sums = sums_of(items)
@@ -101,6 +103,11 @@ class Checkpoints:
             target=self._complete, args=(step, sums, best), name=f"verify checkpoint {step}", daemon=True
         )
         self._verifying.start()
+
+    @property
+    def age(self) -> float:
+        """Minutes since a save was begun, or since the folder was opened."""
+        return (time.monotonic() - self._begun) / 60
 
     def _complete(self, step: int, sums: Mapping[str, str], best: int | None) -> None:
         """In a thread of its own: wait until the step is on disk, verify it, and remove what need not be kept."""

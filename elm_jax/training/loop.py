@@ -61,7 +61,7 @@ def train(config: Config) -> bool:
         stopping.doing("looking for the LLM")
         find_llm(config, folder / TOKENIZER)
         distributed.gather(None)  # all have it: however long that took
-        with Watchdog(folder, config.train.timeout):
+        with Watchdog(folder, config.train.timeout, config.data.timeout):
             trainer = Trainer(config, folder)
             if run.is_done(folder, trainer.total_steps):
                 print(printable(f"{folder} is done: raise train.steps or train.epochs to go on"), file=sys.stderr)
@@ -118,8 +118,9 @@ class Trainer:
                     stopped_early = validated and self._stops_early()
                     if done % self.source.updates:  # the next step learns from the same answers
                         continue
-                    why = stop.after(done // self.source.updates)
-                    if why or stopped_early or improved or self._due(done, self.config.train.save_every):
+                    late = self.checkpoints.age > (self.config.train.save_minutes or math.inf)
+                    why = stop.after(done // self.source.updates, late)
+                    if why is not None or stopped_early or improved or self._due(done, self.config.train.save_every):
                         self._save(done)
                     if why:
                         self._stop(done, why)
@@ -348,15 +349,14 @@ class Trainer:
 
     def _save(self, done: int) -> None:
         with self.report.paused(), jax.transfer_guard("allow"):
-            self._write_checkpoint(done)
-
-    def _write_checkpoint(self, done: int) -> None:
-        self.health.check()
-        ids = {part: encoder.checkpoint for part, encoder in self.config.encoder_parts.items()}
-        ids |= {"llm": self.config.llm.name}
-        frozen = {"frozen": self.fingerprints, "frozen_ids": {c: ids.get(c) for c in self.fingerprints}}
-        meta = {**frozen, **run.data_facts(self.dataset.fingerprint), "history": self.history}
-        self.checkpoints.save(done, self.state.items, meta, self.history["best_step"])
+            self.health.check()
+            ids = {part: encoder.checkpoint for part, encoder in self.config.encoder_parts.items()}
+            ids |= {"llm": self.config.llm.name}
+            frozen = {"frozen": self.fingerprints, "frozen_ids": {c: ids.get(c) for c in self.fingerprints}}
+            meta = {**frozen, **run.data_facts(self.dataset.fingerprint), "history": self.history}
+            self.checkpoints.save(done, self.state.items, meta, self.history["best_step"])
+            if self.config.train.save_wait:
+                self.checkpoints.wait()
 
     def _announce(self, first: int) -> None:
         epoch, (conversations, supervised) = self.plan.steps_before(1) * self.source.updates, self.plan.averages()

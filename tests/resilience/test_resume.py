@@ -201,11 +201,20 @@ def test_done_says_so_and_does_nothing(unbroken: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.slow
-def test_more_steps_and_other_resumable_keys_go_on(unbroken: Path, tmp_path: Path) -> None:
-    """The folder itself may move, too."""
-    folder = tmp_path / "moved"
+def test_more_steps_and_other_resumable_keys_go_on(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder itself may move, too; saved by the clock, each save waited for."""
+    folder, advance = tmp_path / "moved", Trainer._advance
     shutil.copytree(unbroken, folder)
-    changes = {"train__save_every": 1, "train__keep": 1, "eval__limit": 3, "data__workers": 1}
+
+    def behind_the_save(trainer: Trainer, loaded: Loaded) -> Any:
+        assert trainer.checkpoints._verifying is None and verification.listed(folder / "checkpoints" / str(loaded.step))
+        return advance(trainer, loaded)
+
+    monkeypatch.setattr(Trainer, "_advance", behind_the_save)
+    changes = {"train__save_every": 50, "train__save_minutes": 1e-9, "train__save_wait": True, "train__keep": 1,
+               "eval__limit": 3, "data__workers": 1}  # fmt: skip
     assert command(folder, train__steps=STEPS + 2, optim__schedule="cosine", **changes) == 0
     assert sorted(logged(folder)) == list(range(1, STEPS + 3))
     assert {step: values for step, values in logged(folder).items() if step <= STEPS} == logged(unbroken)

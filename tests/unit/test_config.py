@@ -78,7 +78,7 @@ def test_keys_and_defaults_are_those_of_the_contract_and_those_it_has_grown_by()
     expected["eval"] |= {"repetition_penalty": 1.0, "labels": None, "protocol": "ours", "ema": False, "guidance": 1.0}
     expected["log"] |= {"wandb_project": None, "wandb_entity": None, "wandb_tags": ()}
     expected["eval"] |= {"wordnet": None, "bert_model": None}
-    expected["train"]["conversations"] = None
+    expected["train"] |= {"conversations": None, "save_minutes": None, "save_wait": False}
     expected["encoders"] = {}
     expected["optim"] |= {"warmup_steps": None, "ema": 0.0}
     expected["rl"] = {
@@ -295,7 +295,7 @@ def test_a_run_may_resume_with_other_places_and_lengths_only() -> None:
         {
             "workdir": "elsewhere", "debug": True, "mesh": {"fsdp": 2}, "log": {"wandb": True},
             "eval": {"limit": 3}, "data": {"workers": 2},
-            "train": {"steps": 9, "epochs": 2, "save_every": 7, "keep": 1},
+            "train": {"steps": 9, "epochs": 2, "save_every": 7, "save_minutes": 3, "save_wait": True, "keep": 1},
         }
     )  # fmt: skip
     assert differences(old, allowed) == {}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,10 @@ def test_training_stops_after_its_step_however_many_signals_come(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit), StopAfterStep() as stop:
-        assert stop.after(1) == ""
+        assert stop.after(1) is None and stop.after(2, due=True) == ""
         for _ in range(4):
             send(number)
-        assert stop.after(2) == number.name
+        assert stop.after(3, due=True) == number.name
         raise SystemExit
     again = f"{number.name} again: the step ends and its checkpoint is written; SIGKILL would lose it\n"
     assert capfd.readouterr().err == again
@@ -162,8 +163,8 @@ def test_on_a_terminal_the_third_ctrl_c_ends_it(monkeypatch: pytest.MonkeyPatch)
 # -- in several processes, after one step ---------------------------------------------------------------------
 
 
-def test_processes_stop_after_the_step_behind_the_latest() -> None:
-    """Whoever is asked, and though each is at another step."""
+def group(passed: Sequence[int]) -> list[Agreement]:
+    """Processes that have passed so many steps each."""
     members: list[Agreement] = []
 
     def sends(index: int) -> Any:
@@ -171,14 +172,34 @@ def test_processes_stop_after_the_step_behind_the_latest() -> None:
             other.hear(index, message) for i, other in enumerate(members) if (i == 0) != (index == 0)
         ]
 
-    members.extend(Agreement(index, 3, sends(index)) for index in range(3))
-    for index, last in enumerate((4, 7, 5)):
-        assert not any(members[index].after(step) for step in range(1, last + 1))
+    members.extend(Agreement(index, len(passed), sends(index)) for index in range(len(passed)))
+    for index, last in enumerate(passed):
+        assert not any(members[index].after(step, due=index > 0) for step in range(1, last + 1))
+    return members
+
+
+def test_processes_stop_after_the_step_behind_the_latest() -> None:
+    """Whoever is asked, and though each is at another step."""
+    members = group((4, 7, 5))
     members[2].ask("SIGUSR1")
     members[1].ask("SIGTERM")  # a second one changes nothing
     for index, last in enumerate((4, 7, 5)):
         answers = [members[index].after(step) for step in range(last + 1, 9)]
-        assert answers == [*[""] * (7 - last), "SIGUSR1 in process 2"]
+        assert answers == [*[None] * (7 - last), "SIGUSR1 in process 2"]
+
+
+def test_processes_save_after_one_step_by_the_clock_of_the_first() -> None:
+    members = group((4, 7, 5))
+    assert members[0].after(5, due=True) is None  # the others are further
+    members[1].ask("SIGTERM")  # meanwhile, and after the same step
+    for index, last in enumerate((5, 7, 5)):
+        assert [members[index].after(step, True) for step in range(last + 1, 8)] == [None] * (7 - last)
+        assert members[index].after(8, True) == "SIGTERM in process 1"
+    members = group((4, 7, 5))
+    assert [members[0].after(step, True) for step in range(5, 9)] == [None, None, None, ""]
+    assert [members[2].after(step) for step in range(6, 9)] == [None, None, ""] and members[1].after(8) == ""
+    assert [one.after(9, True) for one in members] == [""] * 3  # all at the same step
+    assert not any(one.after(10) == "" for one in members)
 
 
 def test_who_is_asked_before_its_first_step_asks_after_it() -> None:
@@ -213,16 +234,16 @@ def test_a_process_waits_before_its_next_step_until_all_have_agreed() -> None:
     sent: list[Any] = []
     one = Agreement(1, 2, sent.append)
     assert not one.after(3)
-    one.hear(0, {"count": "SIGTERM in process 0"})
+    one.hear(0, {"count": True})
     assert sent == [{"passed": 3}]
-    found: list[str] = []
+    found: list[str | None] = []
     thread = threading.Thread(target=lambda: found.extend(one.after(step) for step in (4, 5)))
     thread.start()
     time.sleep(0.05)
     assert not found
-    one.hear(0, {"last": 5})
+    one.hear(0, {"last": 5, "why": "SIGTERM in process 0"})
     thread.join(60)
-    assert found == ["", "SIGTERM in process 0"]
+    assert found == [None, "SIGTERM in process 0"]
 
 
 # -- a run that makes no progress -----------------------------------------------------------------------------
@@ -239,7 +260,7 @@ def devices():
     began.set()
     threading.Event().wait()
 
-with Watchdog(Path(sys.argv[1]), float(sys.argv[2])):
+with Watchdog(Path(sys.argv[1]), *map(float, sys.argv[2].split(","))):
     for _ in range(5):
         stopping.doing("reading step 41")
         time.sleep(0.02)
@@ -247,6 +268,11 @@ with Watchdog(Path(sys.argv[1]), float(sys.argv[2])):
         threading.Thread(target=devices, daemon=True).start()
         began.wait()
         stopping.doing("step 42")
+    if sys.argv[3] == "recording":
+        with stopping.reading("a.npy"):
+            while True:
+                stopping.doing("reading others")
+                time.sleep(0.01)
     time.sleep(float(sys.argv[4]))
 """
 
@@ -259,6 +285,13 @@ def test_it_ends_with_the_stacks_and_what_it_waited_for(tmp_path: Path, where: s
     assert line.startswith(f"error: {told}: found no progress for 0.5 s")
     stacks = next(tmp_path.glob("stacks-0-*.txt"))
     assert str(stacks) in line and 'File "<string>"' in stacks.read_text() and 'File "<string>"' in ended.stderr
+
+
+def test_it_ends_where_one_recording_sticks(tmp_path: Path) -> None:
+    ended = program(HANGS, str(tmp_path), "0,0.4", "recording", "600")
+    line = ended.stderr.splitlines()[-1]
+    assert ended.returncode == 75 and line.startswith("error: a.npy: found being read for "), ended.stderr
+    assert "at most data.timeout=0.4 s" in line and next(tmp_path.glob("stacks-0-*.txt"))
 
 
 def test_zero_watches_nothing(tmp_path: Path) -> None:
