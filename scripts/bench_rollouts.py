@@ -1,17 +1,20 @@
-"""Tokens per second of a policy's rollouts and updates, beside the usual way in PyTorch.
+"""Tokens per second of a policy's rollouts and updates, beside the usual way in PyTorch; docs/benchmarks.md's table.
 
-    python scripts/bench_rollouts.py [--answers 8] [--new 64] [--prompts 8] [--json FILE]
+    python scripts/bench_rollouts.py [--answers 8] [--new 64] [--prompts 8] [--rounds 5] [--json FILE]
 
-A Llama of 6 layers and 11 million parameters with random weights behind a small MERL with 50 signal tokens. A prompt
-has a system prompt of about 174 tokens, as the reference's, an ECG and a question about it. SAPO, float32, all of the
-LLM trained. Each side has a process of its own, one after the other, and the second of two rounds counts:
+A decoder of 8 layers, width 512 and a vocabulary of 32 000 (42 million parameters, random weights) behind a small MERL
+with 50 signal tokens. A prompt has a system prompt of about 174 tokens, as the reference's, an ECG and a question about
+it. SAPO, float32, all of the LLM trained, each side on all processors that the script may use:
 
 - theirs: Hugging Face Transformers with SDPA on the same weights, as the reference's loop: prompt by prompt, each
   computed once for each of its answers, in `generate`, in the pass that gives the old log probabilities, and in the
   update, whose gradients are added up before AdamW's step. Its ECGs are given as embeddings: its encoder costs nothing;
 - ours: the run's own rollouts and step; and the same where no beginning is shared, each answer in a row of its own.
 
-Both learn from the same answers, of which both must find the same log probabilities.
+Each side has a process of its own. After a round that does not count, in which programs are compiled, they do the same
+in turn, forwards and backwards; medians count. All learn from the same answers, again and again: log probabilities
+before, and the loss of each update, must agree, and so must answers that are not drawn, but the likeliest tokens. Ends
+with 1 where they do not, or where ours are not four times as many tokens.
 """
 
 from __future__ import annotations
@@ -19,22 +22,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
+import pickle
+import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from machine import machine
+from sides import Acts, Side
 
-LLM = {"hidden": 384, "layers": 6, "heads": 6, "kv_heads": 2, "mlp": 1152, "max_len": 2048}
-TINY = {"hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "mlp": 64, "max_len": 2048}
-TEMPERATURE, TOP_P, LR = 0.8, 0.95, 1e-6
-TAU = 1.0, 1.05
+LLM = {"hidden": 512, "layers": 8, "heads": 8, "kv_heads": 4, "mlp": 1536, "max_len": 2048, "vocab_size": 32000}
+TINY = {"hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "mlp": 64, "max_len": 2048, "vocab_size": 2048}
+TEMPERATURE, TOP_P, LR, CLIP = 0.8, 0.95, 1e-5, 1.0
+BETAS, TAU = (0.9, 0.99), (1.0, 1.05)
+PROMISED, TOLERANCE = 4.0, 1e-4
 
 
 def main() -> None:
@@ -43,49 +47,61 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=8, help="to each prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--prompts", type=int, default=8, help="of a step")
+    parser.add_argument("--rounds", type=int, default=5, help="that count")
     parser.add_argument("--tiny", action="store_true", help="a few small layers, to try the script itself")
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.side:
-        return {"ours": _ours, "theirs": _theirs}[args.side](args)
     with tempfile.TemporaryDirectory() as folder:
         args.work = Path(folder)
-        found = {**_run("ours", args), **_run("theirs", args)}
-    differ, prompt, on = found.pop("differ"), found.pop("prompt"), machine("jax", "torch", "transformers")
-    print(f"{on}\n")
-    print(f"{args.prompts} prompts of {prompt:.0f} tokens on average, {args.answers} answers of {args.new}\n")
-    print(f"| side | what | tokens/s | times | processor ms a token | times |\n|{'---|' * 6}")
+        sides = {"ours": Side(_ours, args, True)}
+        old, greedy = (sides["ours"](act).given for act in ("log_probs", "greedy"))
+        sides |= {"ours, nothing shared": Side(_ours, args, False), "theirs": Side(_theirs, args)}
+        differ = max(float(np.abs(side("log_probs").given - old).max()) for side in sides.values())
+        equal = all(side("greedy").given == greedy for side in sides.values())
+        found: dict[str, dict[str, list[Any]]] = {name: {"drawn": [], "learnt": [], "losses": []} for name in sides}
+        for turn in range(args.rounds + 1):
+            for what, act in (("drawn", "draw"), ("learnt", "learn")):
+                for name in list(sides)[:: (-1) ** turn]:
+                    done = sides[name](act)
+                    if act == "learn":
+                        found[name]["losses"].append(done.given)
+                    if turn:
+                        tokens = done.given if act == "draw" else len(old)
+                        found[name][what].append((tokens / done.seconds, tokens / done.work))
+        with np.load(args.work / "answers.npz") as kept:
+            prompt = statistics.mean(len(kept[name]) for name in kept.files if name.startswith("x_"))
+    losses = np.array([side.pop("losses") for side in found.values()])
+    apart, on, times = float(np.abs(losses - losses[0]).max()), machine("jax", "torch", "transformers"), {}
+    print(f"{on}\n\n{args.prompts} prompts of {prompt:.0f} tokens on average,", end="")
+    print(f" {args.answers} answers of {args.new}; medians of {args.rounds} rounds (least to most)\n")
+    print(f"| what | side | tokens/s | times theirs | by processor time |\n|{'---|' * 5}")
+    for side in found.values():
+        side["both"] = list(1 / (1 / np.array(side["drawn"]) + 1 / np.array(side["learnt"])))
     for what in ("drawn", "learnt", "both"):
         for name, side in found.items():
-            (seconds, work), (their_seconds, their_work) = side[what], found["theirs"][what]
-            cells = [name, what, f"{1 / seconds:.1f}", f"{their_seconds / seconds:.2f}", f"{1000 * work:.2f}"]
-            print(f"| {' | '.join([*cells, f'{their_work / work:.2f}'])} |")
-    print(f"\nlog probabilities of the answers differ by {differ:.1e} at most")
+            rates = np.array(side[what])  # (rounds, 2): by the clock, and by processor time
+            faster = rates / np.array(found["theirs"][what])
+            times[f"{what}, {name}"] = np.median(faster, 0).tolist()
+            print(f"| {what} | {name} | {' | '.join(map(_spread, [rates[:, 0], *faster.T]))} |")
+    print(
+        f"\nlog probabilities of the answers differ by {differ:.1e} at most, losses of {losses.shape[1]} updates",
+        end="",
+    )
+    print(f" by {apart:.1e} (from {losses[0][0]:.4g} to {losses[0][-1]:.4g}); the likeliest answers are ", end="")
+    print("equal" if equal else "not equal")
+    least = min(times[f"{what}, ours"][0] for what in ("drawn", "learnt"))
+    print(f"{least:.2f} times as many tokens a second as theirs at least; {PROMISED:g} are promised")
     if args.json:
-        args.json.write_text(json.dumps({"machine": on, "differ": differ, "prompt": prompt, **found}))
+        told = {"machine": on, "prompt": prompt, "times": times, "log_probs_differ": differ, "losses_differ": apart}
+        args.json.write_text(json.dumps({**told, "greedy_equal": equal, "losses": losses.tolist()}))
+    sys.exit(0 if least >= PROMISED and max(differ, apart) <= TOLERANCE and equal else 1)
 
 
-def _run(side: str, args: argparse.Namespace) -> dict[str, Any]:
-    options = {"--answers": args.answers, "--new": args.new, "--prompts": args.prompts, "--side": side}
-    options |= {"--work": args.work}
-    command = [sys.executable, __file__, *(str(word) for pair in options.items() for word in pair)]
-    done = subprocess.run(command + ["--tiny"] * args.tiny, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    if done.returncode:
-        raise SystemExit(f"error: {side} ended with status {done.returncode}")
-    return json.loads((args.work / f"{side}.json").read_text())
+def _spread(values: np.ndarray) -> str:
+    return f"{np.median(values):.3g} ({values.min():.3g} to {values.max():.3g})"
 
 
-def _second(act: Callable[[], Any]) -> np.ndarray:
-    """The seconds of a second time, and those of the processors."""
-    act()
-    begun = np.array([time.perf_counter(), time.process_time()])
-    act()
-    return np.array([time.perf_counter(), time.process_time()]) - begun
-
-
-def _ours(args: argparse.Namespace) -> None:
+def _ours(args: argparse.Namespace, shares: bool) -> Acts:
     import jax
 
     from elm_jax.cli import ConfigFlags
@@ -104,133 +120,137 @@ def _ours(args: argparse.Namespace) -> None:
         values = {
             "workdir": args.work / name, "data.names": json.dumps(["demo:train=64,val=8,test=8"]), "train.steps": 1,
             "data.system_prompt": DEFAULT[:380], "llm.scratch": json.dumps(TINY if args.tiny else LLM),
-            "encoder.tokens": 50,
-            "encoder.config": json.dumps({"resnet_type": "resnet18", "width": 8}), "data.max_len": 2048,
-            "train.batch_size": args.prompts, "data.val_fraction": 0.0, "eval.at_end": False, "log.progress": False,
+            "encoder.tokens": 50, "encoder.config": json.dumps({"resnet_type": "resnet18", "width": 8}),
+            "data.max_len": 2048, "data.pack": False, "train.batch_size": args.prompts, "data.val_fraction": 0.0,
+            "eval.at_end": False, "log.progress": False,
         }  # fmt: skip
         values |= {key.replace("__", "."): value for key, value in changes.items()}
         return ConfigFlags.parse(
             ["--config", "configs/demo.py", *(f"--config.{key}={value}" for key, value in values.items())]
         ).load()
 
-    begun = config("begun", data__share="none", data__pack=False)
-    train(begun)
-    export(begun, args.work / "exported", "latest")
-    longest = args.answers * args.new + 1024
+    if shares:
+        begun = config("begun", data__share="none")
+        train(begun)
+        export(begun, args.work / "exported", "latest")
     made = config(
-        "policy", objective="sapo", init_from=args.work / "begun", update="llm", optim__lr=LR, data__pack=False,
-        rl__answers=args.answers, rl__max_new_tokens=args.new, rl__rewards='["of_length"]', rl__temperature=TEMPERATURE,
-        rl__top_p=TOP_P, rl__batch_size=args.prompts * args.answers, train__steps=8, train__save_every=8,
-        train__batch_size=args.prompts, data__max_len=longest, optim__weight_decay=0.0,
+        f"policy_{shares}", objective="sapo", init_from=args.work / "begun", update="llm", rl__answers=args.answers,
+        rl__max_new_tokens=args.new, rl__rewards='["of_length"]', rl__temperature=TEMPERATURE, rl__top_p=TOP_P,
+        rl__batch_size=args.prompts * args.answers, train__steps=1000, train__save_every=1000,
+        data__max_len=args.answers * args.new + 1024, optim__lr=LR, optim__schedule="constant", optim__warmup_ratio=0,
+        optim__weight_decay=0.0, optim__grad_clip=CLIP, optim__beta1=BETAS[0], optim__beta2=BETAS[1],
     )  # fmt: skip
     trainer = Trainer(made, open_folder(made))
     trainer._build()
-    rollouts, source, dataset = trainer.rollouts, trainer.source, trainer.dataset
+    rollouts, dataset, source = trainer.rollouts, trainer.dataset, trainer.source
     assert rollouts is not None
-    figures: dict[str, Any] = {}
-    request, answered = Speaker.request, list[Any]()
+    if not shares:
+        request = Speaker.request
+        setattr(Speaker, "request", lambda *given: replace(request(*given), edges=()))  # noqa: B010
+    made, scored = rollouts._step(source, 0, trainer._arrays)
+    batch = made.batch
+    if shares:
+        weighted = np.asarray(batch.target_weights) > 0
+        kept = {name: np.asarray(batch.extras[name])[weighted] for name in ("old", "advantage")}
+        kept |= {"ids": batch.target_ids[weighted]}
+        for n, one in enumerate(scored.values()):
+            kept[f"x_{n}"] = np.asarray(rollouts.speaker.embeddings(rollouts.speaker.request(0, one.prompt, args.new)))
+            kept[f"prompt_{n}"] = np.array(one.prompt.rendered.ids)
+            kept[f"ecg_{n}"] = np.isin(np.arange(len(kept[f"prompt_{n}"])), one.prompt.rendered.signal_positions)
+            kept[f"lengths_{n}"] = np.array([len(ids) for ids in one.answers])
+        np.savez(args.work / "answers.npz", **kept)
+        (args.work / "scored.pkl").write_bytes(pickle.dumps(scored))
+    else:
+        learnt = pickle.loads((args.work / "scored.pkl").read_bytes())
+        groups = [group for found in rollouts._groups(dataset, learnt).values() for group in found]
+        alone = [[Group(0, [one])] for group in groups for one in group.conversations]
+        width = bucket(max(len(group.conversations[0].ids) for (group,) in alone))
+        rows = collate(alone, BatchShape(width, 1, args.new), dataset.signal.layout, dataset.samples.extras)
+        batch = rollouts._with_old(jax.tree.map(lambda x: x[None], rows), trainer._arrays)
+    placed = trainer._on_devices(batch)
+    trainer.step.compile(trainer.state, trainer.frozen, placed)
 
-    def draw() -> None:
-        answered[:] = rollouts._step(source, 0, trainer._arrays)
+    def draw() -> int:
+        _, drawn = rollouts._step(source, 0, trainer._arrays)
+        return sum(len(ids) for one in drawn.values() for ids in one.answers)
 
-    for name in ("ours", "ours, nothing shared"):
-        if name != "ours":
-            setattr(Speaker, "request", lambda *given: replace(request(*given), edges=()))  # noqa: B010
-        drawing = _second(draw)
-        batch, scored = answered[0].batch, answered[1]
-        if name == "ours":
-            _keep(args, rollouts, scored, batch)
-        else:
-            groups = [group for found in rollouts._groups(dataset, scored).values() for group in found]
-            alone = [[Group(0, [one])] for group in groups for one in group.conversations]
-            width = bucket(max(len(group.conversations[0].ids) for (group,) in alone))
-            rows = collate(alone, BatchShape(width, 1, args.new), dataset.signal.layout, dataset.samples.extras)
-            batch = rollouts._with_old(jax.tree.map(lambda x: x[None], rows), trainer._arrays)
-        placed = trainer._on_devices(batch)
-        trainer.step.compile(trainer.state, trainer.frozen, placed)
+    def learn() -> float:
+        trainer.state, metrics = trainer.step(trainer.state, trainer.frozen, placed)
+        return float(metrics["loss"])
 
-        def learn() -> None:
-            trainer.state, metrics = trainer.step(trainer.state, trainer.frozen, placed)  # noqa: B023
-            jax.block_until_ready(metrics)
+    def greedy() -> list[int]:
+        prompt, options = next(iter(scored.values())).prompt, replace(rollouts.options, temperature=0.0)
+        return [token for event in rollouts.speaker.events([prompt], options) for token in event.tokens]
 
-        tokens = sum(len(ids) for one in scored.values() for ids in one.answers)
-        figures[name] = _costs(tokens, drawing, tokens, _second(learn))
-    prompt = float(np.mean([len(one.prompt.rendered.ids) for one in scored.values()]))
-    (args.work / "ours.json").write_text(json.dumps({**figures, "prompt": prompt}))
+    def log_probs() -> np.ndarray:
+        return np.asarray(batch.extras["old"])[np.asarray(batch.target_weights) > 0]
 
-
-def _costs(drawn: int, drawing: np.ndarray, learnt: int, learning: np.ndarray) -> dict[str, list[float]]:
-    """Of a token the seconds, and those of the processors."""
-    each = {"drawn": drawing / drawn, "learnt": learning / learnt}
-    return {name: cost.tolist() for name, cost in {**each, "both": each["drawn"] + each["learnt"]}.items()}
-
-
-def _keep(args: argparse.Namespace, rollouts: Any, scored: dict[int, Any], batch: Any) -> None:
-    """What theirs learns from: prompts as embeddings, answers, advantages; and what ours finds of these."""
-    arrays: dict[str, Any] = {}
-    extras = {name: np.asarray(x)[0] for name, x in batch.extras.items()}
-    weights, samples, ids = (np.asarray(x)[0] for x in (batch.target_weights, batch.target_sample, batch.target_ids))
-    for n, one in enumerate(scored.values()):
-        arrays[f"x_{n}"] = np.asarray(rollouts.speaker.embeddings(rollouts.speaker.request(0, one.prompt, args.new)))
-        row = next(r for r in range(len(ids)) if list(ids[r][weights[r] > 0][: len(one.answers[0])]) == one.answers[0])
-        for g, answer in enumerate(one.answers):
-            mine = (samples[row] == g) & (weights[row] > 0)
-            arrays[f"ids_{n}_{g}"] = np.asarray(answer)
-            arrays |= {f"{name}_{n}_{g}": extras[name][row][mine] for name in ("old", "advantage")}
-    np.savez(args.work / "answers.npz", **arrays)
+    return {"draw": draw, "learn": learn, "greedy": greedy, "log_probs": log_probs}
 
 
-def _theirs(args: argparse.Namespace) -> None:
+def _theirs(args: argparse.Namespace) -> Acts:
     import torch
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     folder = str(args.work / "exported" / "llm")
     llm: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").float().eval()
     stored = np.load(args.work / "answers.npz")
-    count = sum(name.startswith("x_") for name in stored.files)
-    prompts = [torch.from_numpy(stored[f"x_{n}"])[None].repeat(args.answers, 1, 1) for n in range(count)]
-    embed, optimizer = llm.get_input_embeddings(), torch.optim.AdamW(llm.parameters(), lr=LR, weight_decay=0.0)
+    lengths = [stored[f"lengths_{n}"] for n in range(sum(name.startswith("x_") for name in stored.files))]
+    each = [[torch.from_numpy(stored[f"{name}_{n}"]) for name in ("x", "prompt", "ecg")] for n in range(len(lengths))]
+    mask = torch.from_numpy(np.arange(args.new) < np.stack(lengths)[..., None])  # (P, G, N)
+    ids, old, advantage = (torch.zeros(mask.shape, dtype=kind) for kind in (torch.long, torch.float, torch.float))
+    for name, whole in (("ids", ids), ("old", old), ("advantage", advantage)):
+        whole[mask] = torch.from_numpy(stored[name]).to(whole.dtype)
+    embed = llm.get_input_embeddings()
+    optimizer = torch.optim.AdamW(llm.parameters(), lr=LR, betas=BETAS, weight_decay=0.0)
 
-    def log_probs(x: Any, ids: Any) -> Any:
-        """(G, N) of the answers' tokens behind the prompt."""
-        whole = torch.cat([x, embed(ids)], 1)
+    def prompt(n: int, count: int) -> Any:
+        """(count, T, D): its text embedded now, and its ECG as it was."""
+        x, text, ecg = each[n]
+        return torch.where(ecg[:, None], x, embed(text))[None].repeat(count, 1, 1)
+
+    def scores(n: int, ids: Any) -> Any:
+        """(G, N) log probabilities of the tokens of its answers."""
+        whole = torch.cat([prompt(n, args.answers), embed(ids)], 1)
         logits = llm(inputs_embeds=whole, use_cache=False, logits_to_keep=ids.shape[1] + 1).logits[:, :-1]
         return torch.log_softmax(logits / TEMPERATURE, -1).gather(2, ids[..., None])[..., 0]
 
-    given = []  # of each prompt: ids, mask, advantages, old
-    for n in range(count):
-        each = [[stored[f"{name}_{n}_{g}"] for g in range(args.answers)] for name in ("ids", "advantage", "old")]
-        padded = [np.stack([np.pad(x, (0, args.new - len(x))) for x in values]) for values in each]
-        mask = np.stack([np.arange(args.new) < len(x) for x in each[0]])
-        given.append([torch.from_numpy(x) for x in (padded[0].astype(np.int64), mask.astype(np.float32), *padded[1:])])
+    def answers(x: Any, **how: Any) -> Any:
+        seen = torch.ones(x.shape[:2], dtype=torch.long)
+        return llm.generate(inputs_embeds=x, attention_mask=seen, max_new_tokens=args.new, **how)
 
-    def draw() -> None:
-        with torch.no_grad():
-            for x in prompts:
-                ids = llm.generate(
-                    inputs_embeds=x, attention_mask=torch.ones(x.shape[:2], dtype=torch.long), do_sample=True,
-                    temperature=TEMPERATURE, top_p=TOP_P, top_k=0, max_new_tokens=args.new, min_new_tokens=args.new,
-                )  # fmt: skip
-                log_probs(x, ids)
+    @torch.no_grad()
+    def draw() -> int:
+        how = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
+        drawn = [answers(prompt(n, args.answers), min_new_tokens=args.new, **how) for n in range(len(each))]
+        for n, found in enumerate(drawn):
+            scores(n, found)
+        return sum(found.numel() for found in drawn)
 
-    def learn() -> None:
+    def learn() -> float:
         optimizer.zero_grad()
-        for x, (ids, mask, advantage, old) in zip(prompts, given, strict=True):
-            ratio = torch.exp(torch.clamp(log_probs(x, ids) - old, -20, 20))
-            tau = torch.where(advantage > 0, *TAU)
-            loss = -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantage
-            ((loss * mask).sum(1) / (mask.sum(1) + 1e-8)).sum().div(count * args.answers).backward()
-        torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.0)
+        total = 0.0
+        for n in range(len(each)):
+            ratio = torch.exp(torch.clamp(scores(n, ids[n]) - old[n], -20, 20))
+            tau = torch.where(advantage[n] > 0, *TAU)
+            losses = -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantage[n] * mask[n]
+            loss = (losses.sum(1) / (mask[n].sum(1) + 1e-8)).sum() / (len(each) * args.answers)
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(llm.parameters(), CLIP)
         optimizer.step()
+        return total
 
-    with torch.no_grad():
-        differ = max(
-            float(((log_probs(x, ids) - old) * mask).abs().max())
-            for x, (ids, mask, _, old) in zip(prompts, given, strict=True)
-        )
-    tokens, learnt = count * args.answers * args.new, int(sum(mask.sum() for _, mask, _, _ in given))
-    figures = _costs(tokens, _second(draw), learnt, _second(learn))
-    (args.work / "theirs.json").write_text(json.dumps({"theirs": figures, "differ": differ}))
+    @torch.no_grad()
+    def log_probs() -> np.ndarray:
+        return torch.stack([scores(n, ids[n]) for n in range(len(each))])[mask].numpy()
+
+    @torch.no_grad()
+    def greedy() -> list[int]:
+        return answers(prompt(0, 1), do_sample=False)[0].tolist()
+
+    return {"draw": draw, "learn": learn, "greedy": greedy, "log_probs": log_probs}
 
 
 if __name__ == "__main__":
