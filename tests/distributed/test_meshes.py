@@ -14,23 +14,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import towers
 from flax import nnx
 from support import LEADS, SIGNAL_LAYOUT, SIGNAL_TOKENS, RandomConversations, stack_micro_batches
 
+from elm_jax.assemble import Assembly, assemble
 from elm_jax.config import Config, MeshConfig, resolve
 from elm_jax.data.batch import Batch, BatchShape, Group, collate
+from elm_jax.data.loader import StepSource
+from elm_jax.data.plan import Plan
 from elm_jax.models.connectors import build_connector
 from elm_jax.models.decoder import Decoder
 from elm_jax.models.elm import ELM
 from elm_jax.models.encoders import build_encoder, merl
 from elm_jax.models.families import scratch_config
 from elm_jax.models.functional import Structure, structure_of
-from elm_jax.runtime.mesh import SMALL, array_shardings, batch_sharding, make_mesh, to_device
+from elm_jax.models.hints import placed
+from elm_jax.run.weights import Weights
+from elm_jax.runtime.mesh import SMALL, MeshPlacement, array_shardings, batch_sharding, make_mesh, to_device
 from elm_jax.scoring.rewards import REWARDS
+from elm_jax.symbols.coder import EcgByte
 from elm_jax.training import loop
 from elm_jax.training.optim import make_optimizer
 from elm_jax.training.state import TrainState, abstract_state, new_state, split_names
-from elm_jax.training.step import make_train_step
+from elm_jax.training.step import loss_and_gradients, make_train_step
 
 STEPS, MICRO_STEPS, ROWS = 20, 6, 8  # convolutions in the loop over micro-batches are slow on a CPU
 TOLERANCE = 2e-5  # nats; 1e-4 is promised, 7e-6 was the worst seen
@@ -246,6 +253,82 @@ def test_answers_and_pairs_are_learnt_alike_on_every_mesh(
     assert found.keys() == expected.keys() == set(range(1, 5))
     for step, values in expected.items():
         assert found[step] == pytest.approx(values, rel=1e-4, abs=2e-5), f"step {step}"
+
+
+WIDE = {"d_model": 128, "n_heads": 2, "dim_ff": 128, "num_layers": 1}  # some of its matrices have SMALL elements
+OF_ENCODERS: dict[str, dict[str, Any]] = {
+    "dit": {"encoder__config": {**WIDE, "num_steps": 4}, "data__segment_len": 50, "data__sampling_rate": 5},
+    "next_token": {
+        "encoder__config": {**WIDE, "max_seq_len": 56}, "data__representation": "symbolic", "data__leads": ["II"],
+        "data__segment_len": 50, "data__sampling_rate": 5,
+    },
+    "merl": {
+        "encoder__config": {**runs.TINY["encoder.config"], "proj_hidden": 128, "proj_out": 128}, "data__max_len": 16
+    },
+}  # fmt: skip
+
+
+class Learner(NamedTuple):
+    assembly: Assembly
+    arrays: dict[str, np.ndarray]
+    batch: Batch
+
+
+@functools.cache
+def learner(objective: str, folder: Path) -> Learner:
+    """An encoder alone with the first step of its run, of 7 recordings and an empty row."""
+    own = {"next_token": {"data__ecg_tokenizer": folder / "ecg_byte.json"}, "merl": {"ssl__text": folder / "bert"}}
+    if objective == "next_token":
+        EcgByte([bytes([letter]) * 2 for letter in b"abcdefgh"]).save(folder / "ecg_byte.json")
+    if objective == "merl":
+        towers.bert_folder(folder / "bert")
+    assembly = assemble(runs.config(
+        folder / objective, objective=objective, encoder__name=objective, update="encoder", data__val_fraction=0.0,
+        data__names=["demo:train=7,val=1,test=1"], **OF_ENCODERS[objective], **own.get(objective, {}),
+    ))  # fmt: skip
+    dataset, data = assembly.dataset("train"), assembly.config.data
+    index = dataset.length_index(data.share, data.max_bad_records)
+    plan = Plan(index, max_len=data.max_len, rows=ROWS, pack=False, seed=0, ways=1)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    arrays = Weights(assembly).place(array_shardings(assembly.structure, mesh))
+    return Learner(assembly, jax.device_get(arrays), StepSource(dataset, plan, steps=1)[0].batch)
+
+
+def gradients_of(one: Learner, sizes: Sizes) -> tuple[float, dict[str, np.ndarray]]:
+    """The loss of the step and its gradients, computed as the train step does on a mesh."""
+    shape, mesh = one.assembly.structure, make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    shardings = array_shardings(shape, mesh)
+    arrays = {name: jax.device_put(x, shardings[name]) for name, x in one.arrays.items()}
+    parts = [{n: arrays[n] for n in names} for names in split_names(shape, ("encoder",))]
+
+    def run(trained: Any, moving: Any, frozen: Any, batch: Batch) -> Any:
+        with placed(MeshPlacement(mesh)):
+            key, objective = jax.random.key(0), one.assembly.objective
+            return loss_and_gradients(shape, trained, moving, frozen, batch, key, objective=objective)[:2]
+
+    rows = jax.device_put(one.batch, batch_sharding(mesh))
+    loss, gradients = jax.jit(run, out_shardings=(None, {n: shardings[n] for n in parts[0]}))(*parts, rows)
+    return float(loss), jax.device_get(gradients)
+
+
+@functools.cache
+def gradients_alone(one: str, folder: Path) -> tuple[float, dict[str, np.ndarray]]:
+    return gradients_of(learner(one, folder), (1, 1, 1))
+
+
+@pytest.mark.slow  # compiles for each mesh
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("objective", OF_ENCODERS)
+def test_encoders_alone_have_the_gradients_of_one_device(
+    objective: str, sizes: Sizes, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.prepare(monkeypatch, place / "cache")
+    expected, theirs = gradients_alone(objective, place)
+    found, ours = gradients_of(learner(objective, place), sizes)
+    assert found == pytest.approx(expected, rel=1e-6) and any(x.size >= SMALL for x in theirs.values())
+    largest = max(float(np.abs(x).max()) for x in theirs.values())
+    for name, gradient in theirs.items():
+        np.testing.assert_allclose(ours[name], gradient, rtol=1e-4, atol=5e-6 * largest, err_msg=name)
 
 
 def lowered(dtype: Any) -> Any:
