@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     from elm_jax.folders import writable_folder, write_atomic
     from elm_jax.run.config import config_of_run
     from elm_jax.runtime.compilation import keep_compiled
-    from elm_jax.scoring.judge import PairJudge
+    from elm_jax.weights.judge import PairJudge
 
     if options.out.suffix != ".jsonl":
         raise UserError("--out", str(options.out), "a file that ends in .jsonl", "give it that ending")

@@ -14,10 +14,10 @@ from elm_jax.errors import UserError
 from elm_jax.evaluation.answering import BadRecords, check_lengths
 from elm_jax.inference.model import Prompt, TrainedModel
 from elm_jax.objectives.policy import judge_of
-from elm_jax.scoring.judge import PairJudge
 from elm_jax.scoring.rewards import judged
 from elm_jax.text.turns import Turn, last_answer
 from elm_jax.text.write import THINK_PREFIX
+from elm_jax.weights.judge import PairJudge
 
 Margin = Callable[[Record, str, str, str], float]  # (record, truth, one, other) -> how much better the one is
 

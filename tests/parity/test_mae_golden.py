@@ -90,8 +90,9 @@ def intermediate(module: Any) -> Callable[[np.ndarray], dict[str, jax.Array]]:
         latent = module.encode(signals)
         if isinstance(module, StMem):
             return {"encoder_tokens": latent}
-        decoded = {"decoder_latents": module.decode(latent), "decoder_out": module.reconstruct(signals)}
-        return {"encoder_latent": latent, **decoded}
+        decoded = module.decode(latent)
+        patches = module.head(module.decoder_norm(decoded))[:, 1:]
+        return {"encoder_latent": latent, "decoder_latents": decoded, "decoder_out": patches}
 
     return run
 

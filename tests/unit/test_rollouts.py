@@ -30,11 +30,11 @@ from elm_jax.models.functional import Arrays
 from elm_jax.objectives import log_probs
 from elm_jax.run.weights import Weights
 from elm_jax.runtime.mesh import array_shardings, make_mesh
-from elm_jax.scoring.judge import PairJudge
 from elm_jax.scoring.rewards import REWARDS, Answered, register_reward
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.training import loop
 from elm_jax.training.rollouts import Rollouts, _sample, _Scored
+from elm_jax.weights.judge import PairJudge
 
 ANSWERS, NEW = 3, 4
 WRONG: dict[str, Any] = {}  # by the truth: what its answers are worth in place of their length, or an error

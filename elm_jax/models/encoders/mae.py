@@ -292,10 +292,6 @@ class MaskedAutoencoder(nnx.Module):
         """(B, 1 + n, D) -> (B, 1 + n, E): the output of the decoder's blocks, before its norm."""
         return self.decoder(plus(self.to_decoder(latent), self.decoder_position))
 
-    def reconstruct(self, signals: jax.Array) -> jax.Array:
-        """(B, C, L) -> (B, n, P), the decoder's patches."""
-        return self.head(self.decoder_norm(self.decode(self.encode(signals))))[:, 1:]
-
 
 def token(rngs: nnx.Rngs, param_dtype: Any, *shape: int) -> nnx.Param:
     values = TOKEN_STD * jax.random.normal(rngs.params(), shape, jnp.float32)
