@@ -4,11 +4,15 @@
   python -m elm_jax.prepare ecg_qa --raw Q --records O/ptb_xl/preprocessed_2500 --out O/ecg_qa.parquet
   python -m elm_jax.prepare ecg_instruct_pulse --raw ECGInstruct.json --records O --out O/pulse.parquet
   python -m elm_jax.prepare check --out O
+  python -m elm_jax.prepare stats O --tokenizer T
+  python -m elm_jax.prepare card --out O
+  python -m elm_jax.prepare push O OWNER/NAME
 
 Train on the result with data.root=O and data.names naming a table. A second run goes on where the first
 stopped. A dataset of your own: docs/add_a_dataset.md.
 """
 
+import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -19,6 +23,7 @@ from typing import Any
 
 from elm_jax import cli, compat
 from elm_jax.data.prepare import DATASETS
+from elm_jax.data.prepare.card import push, write_card
 from elm_jax.data.prepare.check import check_tables
 from elm_jax.data.prepare.conversations import CONVERSATIONS, prepare_conversations
 from elm_jax.data.prepare.ecg_qa import FORMS, Settings, prepare_ecg_qa
@@ -26,13 +31,17 @@ from elm_jax.data.prepare.profiles import PROFILES
 from elm_jax.data.prepare.raw import RawDataset, read_double
 from elm_jax.data.prepare.reports import AS_IS, Reports
 from elm_jax.data.prepare.runner import prepare_dataset
+from elm_jax.data.prepare.stats import table_stats
 from elm_jax.data.prepare.translation import CACHE, Translator
-from elm_jax.errors import UserError, nearest, printable
+from elm_jax.errors import UserError, nearest, printable, refused
 from elm_jax.folders import write_json
+from elm_jax.pictures.page import filled
 from elm_jax.symbols.coder import cores
 from elm_jax.text.reports import CLEANINGS
+from elm_jax.text.vocabulary import load_tokenizer
 
 MOST_WORKERS, MOST_FOLDS = 512, 100
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,6 +58,9 @@ def main(argv: Sequence[str]) -> int:
         expected = f"2 to {MOST_FOLDS}, and not --split legacy, which has five"
         raise UserError("--folds", str(folds), expected, "correct it")
     report = args.prepare(args)
+    if args.dataset == "stats":
+        print(json.dumps(report, indent=2) if args.json else filled("dataset_stats.md", tables=report), end="")
+        return 0
     for key, value in report.items():
         print(printable(f"{key}: {_brief(value)}"))
     return int(args.dataset == "check" and any(report[f"{what}_in_several_splits"] for what in ("patients", "copies")))
@@ -147,6 +159,27 @@ def _parser() -> cli.Parser:
     check.add_argument("--tables", nargs="+", type=Path, help="of that folder (default: all .parquet), or elsewhere")
     check.add_argument("--workers", type=int, default=cores(), help="processes")
     check.set_defaults(prepare=_check)
+    stats = datasets.add_parser("stats", help="what tables hold: questions, lengths, recordings, patients, labels")
+    stats.add_argument("tables", nargs="+", type=Path, help="tables, or folders of them")
+    stats.add_argument("--root", type=Path, help="what paths of recordings are relative to; default: the folder given")
+    stats.add_argument("--tokenizer", action="append", default=[], help="a folder: count its tokens; may be repeated")
+    stats.add_argument("--recordings", type=int, default=1000, help="of each table, opened for leads, rate, duration")
+    stats.add_argument("--json", action="store_true", help="print JSON in place of tables in Markdown")
+    stats.add_argument("--picture", type=Path, help="draw into a .png, .svg or .pdf file")
+    stats.set_defaults(prepare=_stats)
+    card = datasets.add_parser("card", help="writes README.md: licence, sources, tables and how they were made")
+    card.add_argument("--out", type=Path, required=True, help="folder with what prepare left")
+    card.set_defaults(prepare=lambda args: write_card(args.out, args.licence))
+    pushed = datasets.add_parser("push", help="pushes what prepare left, with its card, to the Hugging Face hub")
+    pushed.add_argument("out", type=Path, metavar="FOLDER", help="folder with what prepare left")
+    pushed.add_argument("repo", metavar="OWNER/NAME", help="the dataset on the hub, made where it is not there")
+    pushed.add_argument("--public", action="store_true", help="for all to see; without it the dataset is private")
+    pushed.set_defaults(prepare=lambda args: push(args.out, args.repo, args.licence, args.public))
+    for own in (card, pushed):
+        own.add_argument(
+            "--licence", action="append", default=[],
+            help="of data that are restricted, or of which no licence is known: its name, to push them all the same",
+        )  # fmt: skip
     return parser
 
 
@@ -215,11 +248,24 @@ def _check(args: Namespace) -> dict[str, Any]:
     return report
 
 
+def _stats(args: Namespace) -> dict[str, Any]:
+    if args.picture and args.picture.suffix not in PICTURES:
+        raise UserError("--picture", args.picture.name, f"a file of {', '.join(PICTURES)}", "correct its ending")
+    tokenizers = {Path(source).name: load_tokenizer(source, "--tokenizer") for source in args.tokenizer}
+    found = table_stats(args.tables, args.root, tokenizers, max(args.recordings, 0), progress=not args.json)
+    if args.picture:
+        from elm_jax.pictures.table_stats import draw_table_stats  # takes long to import
+
+        with refused("--picture", str(args.picture), "a file that can be written", "name another", OSError):
+            draw_table_stats(args.picture, found)
+    return found
+
+
 def _conversations(args: Namespace) -> dict[str, Any]:
     table = _table(args)
     records = args.records or table.parent
     return prepare_conversations(
-        args.raw, records, table, args.segment_len, args.split, args.seed, args.val, args.test
+        args.raw, records, table, args.segment_len, args.split, args.seed, args.val, args.test, name=args.dataset
     )
 
 

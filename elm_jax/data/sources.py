@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import lru_cache
@@ -16,7 +16,7 @@ import numpy as np
 from elm_jax.config import DataConfig
 from elm_jax.data.represent import FLATLINE, NOISE
 from elm_jax.data.table_files import KINDS, REPORT
-from elm_jax.data.tables import Lazy, Part, Source, identities, open_source
+from elm_jax.data.tables import Lazy, Part, Source, Table, identities, open_source
 from elm_jax.errors import UserError
 from elm_jax.json_text import parse_json
 from elm_jax.text.turns import Turn, decode_text, to_turns
@@ -70,7 +70,7 @@ class _Rows:
     def record(self, index: int) -> Record:
         row = self.part.row(index)
         row_id = self.row_id(index)
-        paths, problem = _ecg_paths(row["ecg_path"], row_id)
+        paths, problem = ecg_paths(row["ecg_path"], row_id)
         return Record(
             paths,
             _text_of(row),
@@ -90,7 +90,7 @@ class _Rows:
         people = []
         for index, (ecg_path, patient_id) in enumerate(identities(self.part)):
             row_id = self.row_id(index)
-            paths, _ = _ecg_paths(ecg_path, row_id)
+            paths, _ = ecg_paths(ecg_path, row_id)
             people.append((patient_ids(patient_id), _recorded(paths, row_id)))
         return people
 
@@ -116,6 +116,12 @@ class Records(Lazy[Record]):
         which = int(np.searchsorted(self._ends, index, side="right"))
         start = int(self._ends[which - 1]) if which else 0
         return self._rows[which].record(index - start)
+
+
+def records_of(name: str, table: Table) -> Iterator[Record]:
+    """Every row of a table that is called `name` as a record, whatever its split."""
+    rows = _Rows(0, name, Part(table, np.arange(len(table)), 0, f"{name}:"))
+    return map(rows.record, range(len(table)))
 
 
 def load_records(data: DataConfig, split: Split, seed: int) -> Records:
@@ -267,7 +273,7 @@ def _as_answer(value: Any) -> Any:
     return [value] if isinstance(value, Mapping) else str(value) if isinstance(value, int | float) else value
 
 
-def _ecg_paths(value: Any, row_id: str) -> tuple[tuple[str, ...], UserError | None]:
+def ecg_paths(value: Any, row_id: str) -> tuple[tuple[str, ...], UserError | None]:
     """The paths of an ecg_path, or none and what is wrong with it."""
     paths = _listed(value)
     paths = [paths] if isinstance(paths, str) else paths

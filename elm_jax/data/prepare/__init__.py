@@ -11,7 +11,7 @@ from elm_jax.data.prepare.raw import LeftOut, RawDataset, RawRecording
 from elm_jax.errors import UserError
 from elm_jax.registry import Registry
 
-OTHERS = ("ecg_qa", "check", *CONVERSATIONS)  # what `prepare` does with prepared recordings
+OTHERS = ("ecg_qa", "check", "stats", "card", "push", *CONVERSATIONS)  # what `prepare` does with prepared recordings
 DATASETS: Registry[RawDataset] = Registry(
     "DATASET",
     {

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from elm_jax.data.prepare.output import compact, write_table
+from elm_jax.data.prepare.output import MADE_BY, compact, write_table
 from elm_jax.data.prepare.ptb_xl import INDEX, read_index
 from elm_jax.data.prepare.runner import segment_counts
 from elm_jax.data.prepare.splits import SPLITS, leaks, split_of
@@ -128,6 +128,8 @@ def _report(
 ) -> dict[str, Any]:
     people = [(row["split"], row["patient_id"].split("+")) for row in rows]
     return {
+        "dataset": "ecg_qa",
+        **MADE_BY,
         "split": chosen.split,
         "forms": list(chosen.forms),
         "seed": chosen.seed,

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elm_jax import compat as behaviours
-from elm_jax.data.prepare.output import compact, write_segment, write_texts
+from elm_jax.data.prepare.output import MADE_BY, compact, write_segment, write_texts
 from elm_jax.data.prepare.profiles import MADE, PROFILES, Profile
 from elm_jax.data.prepare.raw import LeftOut, RawDataset, RawRecording, unlike_a_path
 from elm_jax.data.prepare.reports import AS_IS, UNCHANGED, Reports
@@ -132,6 +132,7 @@ def prepare_dataset(
     splits = splits_of(owners, split, folds)
     report = {
         **settings,
+        **MADE_BY,
         "profile": profile,
         "split": f"{split}, {folds} folds" if folds else split,
         "records": len(prepared),
