@@ -13,6 +13,7 @@ stopped. A dataset of your own: docs/add_a_dataset.md.
 """
 
 import json
+import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -21,12 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from elm_jax import cli, compat
+from elm_jax import __version__, cli, compat
 from elm_jax.data.prepare import DATASETS
 from elm_jax.data.prepare.card import push, write_card
 from elm_jax.data.prepare.check import check_tables
 from elm_jax.data.prepare.conversations import CONVERSATIONS, prepare_conversations
-from elm_jax.data.prepare.ecg_qa import FORMS, Settings, prepare_ecg_qa
+from elm_jax.data.prepare.ecg_qa import FORMS, HOLDS, Settings, prepare_ecg_qa
 from elm_jax.data.prepare.profiles import PROFILES
 from elm_jax.data.prepare.raw import RawDataset, read_double
 from elm_jax.data.prepare.reports import AS_IS, Reports
@@ -41,6 +42,7 @@ from elm_jax.text.reports import CLEANINGS
 from elm_jax.text.vocabulary import load_tokenizer
 
 MOST_WORKERS, MOST_FOLDS = 512, 100
+_PLACES = {"--raw": "R", "--out": "O", "--records": "O"}  # what a command is told with
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -57,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
     if folds and (not 2 <= folds <= MOST_FOLDS or args.split == "legacy"):
         expected = f"2 to {MOST_FOLDS}, and not --split legacy, which has five"
         raise UserError("--folds", str(folds), expected, "correct it")
+    args.made_by = {"dataset": args.dataset, "made_by": f"elm_jax {__version__}", "command": _command(argv)}
     report = args.prepare(args)
     if args.dataset == "stats":
         print(json.dumps(report, indent=2) if args.json else filled("dataset_stats.md", tables=report), end="")
@@ -127,7 +130,7 @@ def _parser() -> cli.Parser:
         )  # fmt: skip
         own.set_defaults(prepare=_recordings)
     ecg_qa = datasets.add_parser("ecg_qa", help="ECG-QA on prepared PTB-XL")
-    ecg_qa.add_argument("--raw", type=Path, required=True, help="ECG-QA's folder ptbxl, or one that holds it")
+    ecg_qa.add_argument("--raw", type=Path, required=True, help=HOLDS)
     ecg_qa.add_argument("--out", type=Path, required=True, help="the table (.parquet), or a folder for it")
     ecg_qa.add_argument("--records", type=Path, help="prepared segments; default: in the folder of --out")
     ecg_qa.add_argument("--ptbxl-csv", type=Path, help="ptbxl_database.csv; default: what prepare ptb_xl left")
@@ -206,7 +209,7 @@ def _recordings(args: Namespace) -> dict[str, Any]:
     reports, dataset = _reports(args, dataset, compat.enabled("published_report_cleaning", names))
     return prepare_dataset(
         args.dataset, dataset, args.raw, args.out, args.sampling_rate, args.segment_len, True, args.profile, names,
-        args.workers, args.split, args.folds, reports,
+        args.workers, args.split, args.folds, reports, args.made_by,
     )  # fmt: skip
 
 
@@ -235,7 +238,7 @@ def _ecg_qa(args: Namespace) -> dict[str, Any]:
     table = _table(args)
     records = args.records or table.parent / "ptb_xl" / "preprocessed_2500"
     settings = Settings(args.split, forms, args.single_only, args.seed, args.val, args.test)
-    return prepare_ecg_qa(args.raw, records, table, args.ptbxl_csv, settings)
+    return prepare_ecg_qa(args.raw, records, table, args.ptbxl_csv, settings, True, args.made_by)
 
 
 def _check(args: Namespace) -> dict[str, Any]:
@@ -265,7 +268,7 @@ def _conversations(args: Namespace) -> dict[str, Any]:
     table = _table(args)
     records = args.records or table.parent
     return prepare_conversations(
-        args.raw, records, table, args.segment_len, args.split, args.seed, args.val, args.test, name=args.dataset
+        args.raw, records, table, args.segment_len, args.split, args.seed, args.val, args.test, True, args.made_by
     )
 
 
@@ -275,6 +278,17 @@ def _table(args: Namespace) -> Path:
         found = f"{args.val:g}, {args.test:g}"
         raise UserError("--val, --test", found, "parts whose sum is below 1", "lower them")
     return args.out if args.out.suffix == ".parquet" else args.out / f"{args.dataset}.parquet"
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command as it is told to others: without where things lie here, and on how many processes it ran."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    told = []
+    for before, word in zip(["", *words], words, strict=False):
+        if "--workers" not in (before, word) and word != "--debug":
+            place = "" if word.endswith(".parquet") else _PLACES.get(before, "")
+            told.append(place or Path(word).name)
+    return shlex.join(["python", "-m", "elm_jax.prepare", *told])
 
 
 def _brief(value: Any) -> str:

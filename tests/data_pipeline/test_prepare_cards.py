@@ -44,10 +44,8 @@ def out(tmp_path: Path) -> Path:
     ]  # fmt: skip
     rows.append({**rows[0], "text": "[]"})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "ptb_xl_reports.parquet")
-    report = {
-        "dataset": "ptb_xl", "made_by": "elm_jax 0", "sampling_rate": 100.0, "segment_len": 500, "profile": "clean",
-        "split": "patient, 5 folds", "records": 4, "patients": 2, "rows": {"train": 3}, "flat": {"x": "lead I"},
-    }  # fmt: skip
+    made = {"made_by": "elm_jax 0", "command": "python -m elm_jax.prepare ptb_xl --raw R --out O"}
+    report = {"dataset": "ptb_xl", **made, "records": 4, "patients": 2, "rows": {"train": 3}, "flat": {"x": "lead I"}}
     (tmp_path / "ptb_xl_report.json").write_text(json.dumps(report))
     return tmp_path
 
@@ -81,8 +79,8 @@ def test_a_card_is_read_by_the_hub_s_own_library(out: Path, capsys: pytest.Captu
     text = (out / "README.md").read_text()
     header = yaml.safe_load(text.split("---")[1])
     assert header["license"] == "cc-by-4.0" and header["size_categories"] == "n<1K"
-    assert "prepare ptb_xl --raw R --out O --sampling-rate 100 --segment-len 500 --split patient --folds 5" in text
-    assert "elm_jax 0" in text and "| ptb_xl | 4 | 2 | flat 1 |" in text
+    assert "\npython -m elm_jax.prepare ptb_xl --raw R --out O\n" in text and "By elm_jax 0;" in text
+    assert "| ptb_xl | 4 | 2 | flat 1 |" in text
     assert "| `ptb_xl_reports.parquet` | 6 | 4 | 2 |" in text
     table: Any = datasets.load_dataset(str(out), "ptb_xl_reports", split=ALL, cache_dir=str(out / "cache"))
     assert len(table) == 6 and table.column_names == ["ecg_path", "text", "name", "patient_id", "split"]

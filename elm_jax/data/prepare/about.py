@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from elm_jax.pictures.page import filled
 
-# Of `prepare` by its defaults, of a recording of 10 s: scripts/bench_prepare.py, docs/benchmarks.md.
-MS_A_RECORDING = 15
-BYTES_A_WINDOW = 240_500
+# Of `prepare` by its defaults: processor ms of a recording of 10 s and bytes of its window (scripts/bench_prepare.py,
+# docs/benchmarks.md), and ms of a published conversation of 300 characters.
+MS_A_RECORDING, BYTES_A_WINDOW, MS_A_CONVERSATION = 15, 240_500, 0.07
 WINDOW = 10  # s
 
 
@@ -81,11 +81,12 @@ ABOUT: dict[str, About] = {
 
 
 def about_page(name: str, holds: str) -> str:
-    """How the page docs/data/<name>.md begins; `holds`: what --raw has."""
+    """How the page docs/data/<name>.md begins; `holds`: what the folder or file of --raw has."""
     about = ABOUT[name]
     windows = about.recordings * max(int(about.seconds // WINDOW), 1)
+    ms = MS_A_RECORDING if about.recordings else MS_A_CONVERSATION
+    number = about.recordings * about.seconds / WINDOW if about.recordings else 1_000_000
     return filled(
-        "dataset_page.md", name=name, about=about, holds=holds, windows=windows,
-        minutes=about.recordings * about.seconds / WINDOW * MS_A_RECORDING / 60_000,
-        gigabytes=windows * BYTES_A_WINDOW / 1e9, ms=MS_A_RECORDING, kilobytes=BYTES_A_WINDOW / 1000,
+        "dataset_page.md", name=name, about=about, holds=holds, minutes=number * ms / 60_000, ms=ms,
+        gigabytes=windows * BYTES_A_WINDOW / 1e9, kilobytes=BYTES_A_WINDOW / 1000,
     )  # fmt: skip

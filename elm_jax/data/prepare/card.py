@@ -17,8 +17,8 @@ CARD = "README.md"
 ALL = "all_splits"  # what the Hub calls the rows of a table
 # What is pushed of a folder, and nothing else that lies there: reports name the folders of who prepared it.
 PUSHED = (CARD, "*.parquet", "*/preprocessed_*/*")
+_COUNTS = ("rows", "tables")  # of reports, which are no lists of recordings
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
-_FLAGS = {"sampling-rate": "250", "segment-len": "2500", "profile": "clean", "split": "official", "folds": "0"}
 
 
 @dataclass(frozen=True)
@@ -128,28 +128,14 @@ def _read(file: Path) -> tuple[Counter[str], Any, set[str]]:
 def _made(file: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     """Of a report what the card says: by which command, of what, how many."""
     name = str(report.get("dataset", file.stem.removesuffix("_report")))
-    said = _flags(report) if "profile" in report else ["--records O"]
-    amiss = [f"{kind} {len(listed)}" for kind, listed in report.items() if _is_listed(kind, listed) and listed]
+    lists = {kind: found for kind, found in report.items() if isinstance(found, dict)}
     return {
         "dataset": name,
-        "command": " ".join(["python -m elm_jax.prepare", name, "--raw R --out O", *said]),
+        "command": report.get("command", ""),
         "recordings": report.get("records", report.get("recordings", "")),
         "patients": report.get("patients", ""),
-        "amiss": amiss,
+        "amiss": [f"{kind} {len(found)}" for kind, found in lists.items() if found and kind not in _COUNTS],
     }
-
-
-def _flags(report: Mapping[str, Any]) -> list[str]:
-    """How recordings were made otherwise than by default."""
-    split, _, folds = str(report.get("split", "official")).partition(", ")
-    rate, length = float(report["sampling_rate"]), report["segment_len"]
-    said = {"sampling-rate": f"{rate:g}", "segment-len": str(length), "profile": report["profile"], "split": split}
-    said["folds"] = folds.removesuffix(" folds") or "0"
-    return [f"--{flag} {value}" for flag, value in said.items() if value != _FLAGS[flag]]
-
-
-def _is_listed(kind: str, value: Any) -> bool:
-    return isinstance(value, dict) and kind not in ("rows", "tables")
 
 
 def _header(

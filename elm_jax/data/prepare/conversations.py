@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from elm_jax.data.prepare.output import MADE_BY, compact, write_table
+from elm_jax.data.prepare.output import compact, write_table
 from elm_jax.data.prepare.runner import TABLES, segment_counts
 from elm_jax.data.prepare.splits import SPLITS, leaks, one_person, split_of
 from elm_jax.data.sources import patient_ids
@@ -156,7 +156,8 @@ def _same(dataset: str, word: str) -> bool:
 
 def prepare_conversations(
     raw: Path, records: Path, out: Path, length: int = 2500, split: SplitRule = "recordings",
-    seed: int = 0, val: float = 0.1, test: float = 0.1, progress: bool = True, name: str = "conversations",
+    seed: int = 0, val: float = 0.1, test: float = 0.1, progress: bool = True,
+    made_by: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Join the conversations in `raw` to the segments in `records`; returns (and writes) the counts.
 
@@ -164,7 +165,7 @@ def prepare_conversations(
         raw: a file, or a folder of files.
         split: "recordings": where the prepared tables have the recordings, else by patient; "patient": whole patients
             by `seed`, `val`, `test` (shares); "official": as the files' names or the items say, else train.
-        name: what the report says that this is, of CONVERSATIONS.
+        made_by: what the report is to say of how it was made.
 
     Raises:
         UserError: there are no conversations, or none about a prepared recording.
@@ -215,8 +216,7 @@ def prepare_conversations(
         found = f"no conversation about a prepared recording among {items}" + (f" ({reasons[0]})" if reasons else "")
         raise UserError(str(raw), found, f"recordings that are in {records}", "prepare the datasets that it is about")
     report = {
-        "dataset": name,
-        **MADE_BY,
+        **(made_by or {}),
         "items": items,
         **counts,
         "split": split,

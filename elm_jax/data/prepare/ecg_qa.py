@@ -6,14 +6,14 @@ with paths relative to the folder that holds ptb_xl/ or mimic_iv/, and F_report.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from elm_jax.data.prepare.output import MADE_BY, compact, write_table
+from elm_jax.data.prepare.output import compact, write_table
 from elm_jax.data.prepare.ptb_xl import INDEX, read_index
 from elm_jax.data.prepare.runner import segment_counts
 from elm_jax.data.prepare.splits import SPLITS, leaks, split_of
@@ -24,6 +24,7 @@ from elm_jax.json_text import parse_json
 
 # As `prepare ptb_xl` leaves them: all recordings, or, of before there was that table, those with a report; the counts.
 PTB_XL_TABLES, PTB_XL_REPORT = ("ptb_xl_records.parquet", "ptb_xl_reports.parquet"), "ptb_xl_report.json"
+HOLDS = "ECG-QA's folder ptbxl or mimic-iv-ecg, or one that holds it"
 FORMS = ("paraphrased", "template")
 OFFICIAL = {"train": "train", "valid": "val", "test": "test"}
 SplitRule = Literal["patient", "official", "strat_fold"]
@@ -54,12 +55,14 @@ def prepare_ecg_qa(
     ptbxl_csv: Path | None = None,
     settings: Settings | None = None,
     progress: bool = True,
+    made_by: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Join the questions in `raw` to the segments in `records`; returns (and writes) the counts.
 
     `ptbxl_csv` gives the patients; without it the table of recordings that `prepare ptb_xl` leaves does. A
-    comparison of patients in different splits is left out, so that no patient is in two. Raises UserError
-    for folders without questions or segments, malformed questions, and recordings of unknown patients.
+    comparison of patients in different splits is left out, so that no patient is in two. `made_by` is what the
+    report is to say of how it was made. Raises UserError for folders without questions or segments, malformed
+    questions, and recordings of unknown patients.
     """
     chosen = settings or Settings()
     source, stems = _stems(records)
@@ -99,7 +102,7 @@ def prepare_ecg_qa(
             "questions about prepared recordings",
             "prepare more of PTB-XL, or choose other forms",
         )
-    report = _report(chosen, counts, used, rows)
+    report = {**(made_by or {}), **_report(chosen, counts, used, rows)}
     write_table(out, rows)
     write_json(out.with_name(f"{out.stem}_report.json"), report)
     return report
@@ -128,8 +131,6 @@ def _report(
 ) -> dict[str, Any]:
     people = [(row["split"], row["patient_id"].split("+")) for row in rows]
     return {
-        "dataset": "ecg_qa",
-        **MADE_BY,
         "split": chosen.split,
         "forms": list(chosen.forms),
         "seed": chosen.seed,

@@ -9,11 +9,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from elm_jax import __version__
 from elm_jax.ecg.recording import LEADS, Recording
 from elm_jax.folders import write_atomic
 
-MADE_BY = {"made_by": f"elm_jax {__version__}"}  # of every report
 _GROUP = 50_000  # rows that are in memory at a time
 
 

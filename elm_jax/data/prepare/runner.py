@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elm_jax import compat as behaviours
-from elm_jax.data.prepare.output import MADE_BY, compact, write_segment, write_texts
+from elm_jax.data.prepare.output import compact, write_segment, write_texts
 from elm_jax.data.prepare.profiles import MADE, PROFILES, Profile
 from elm_jax.data.prepare.raw import LeftOut, RawDataset, RawRecording, unlike_a_path
 from elm_jax.data.prepare.reports import AS_IS, UNCHANGED, Reports
@@ -73,13 +73,14 @@ def prepare_dataset(
     split: str = "official",
     folds: int = 0,
     reports: Reports = UNCHANGED,
+    made_by: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Prepare what of a dataset lies in `raw`; returns (and writes) the counts.
 
     `profile` is one of PROFILES; the compat name `spline_resampling` makes elm-2026 of clean. `workers`: processes;
     what is written does not depend on their number. `split` and `folds` are as for `splits_of`; `reports` says what
-    becomes of these. Recordings without files, unreadable or too short are counted and listed; files already there are
-    kept.
+    becomes of these, `made_by` what the report is to say of how it was made. Recordings without files, unreadable or
+    too short are counted and listed; files already there are kept.
 
     Raises:
         UserError: nothing can be prepared, or `out` holds segments made with other settings.
@@ -132,7 +133,7 @@ def prepare_dataset(
     splits = splits_of(owners, split, folds)
     report = {
         **settings,
-        **MADE_BY,
+        **(made_by or {}),
         "profile": profile,
         "split": f"{split}, {folds} folds" if folds else split,
         "records": len(prepared),
