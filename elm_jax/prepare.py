@@ -22,7 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from elm_jax import __version__, cli, compat
+import elm_jax
+from elm_jax import cli, compat
 from elm_jax.data.prepare import DATASETS
 from elm_jax.data.prepare.card import push, write_card
 from elm_jax.data.prepare.check import check_tables
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     if folds and (not 2 <= folds <= MOST_FOLDS or args.split == "legacy"):
         expected = f"2 to {MOST_FOLDS}, and not --split legacy, which has five"
         raise UserError("--folds", str(folds), expected, "correct it")
-    args.made_by = {"dataset": args.dataset, "made_by": f"elm_jax {__version__}", "command": _command(argv)}
+    args.made_by = {"dataset": args.dataset, "made_by": f"elm_jax {elm_jax.__version__}", "command": _command(argv)}
     report = args.prepare(args)
     if args.dataset == "stats":
         print(json.dumps(report, indent=2) if args.json else filled("dataset_stats.md", tables=report), end="")
