@@ -40,7 +40,7 @@ from elm_jax.objectives import OBJECTIVES, Objective, objective_of
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.text.render import THINK_TOKENS, add_tokens
 from elm_jax.text.vocabulary import load_tokenizer
-from elm_jax.weights.encoders import encoder_config
+from elm_jax.weights.encoders import encoder_config, resolve_encoder
 from elm_jax.weights.load import read_llm_config, resolve_llm_folder
 from elm_jax.weights.peft import spec_of
 from elm_jax.weights.text_tower import read_text_tower, text_tower_folder
@@ -282,6 +282,8 @@ def _ids(config: Config, view: str, own: Path | None) -> EcgIds | None:
         check_checksums(folder)
     elif config.init_from is not None:
         folder = run_folder(config.init_from, "config.init_from") / TOKENIZER
+    elif encoder.checkpoint is not None:  # an export has it beside its weights
+        folder = resolve_encoder(encoder.checkpoint).parent
     return EcgIds(EcgByte.load(_ecg_byte(config, folder, own)), sizes.max_seq_len, leads, sizes.lead_tokens)
 
 
@@ -326,7 +328,7 @@ def _ecg_byte(config: Config, began_with: Path | None, own: Path | None) -> Path
     if kept is None or not kept.is_file():
         return given
     if (given.exists() or began_with != own) and EcgByte.load(given).fingerprint != EcgByte.load(kept).fingerprint:
-        fix = "give the file that the run began with, or start a new run without init_from"
+        fix = "give the file that this began with, or start a new run without those weights"
         raise UserError("data.ecg_tokenizer", str(given), f"the same ECG-Byte as {kept}", fix)
     return kept
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 from elm_jax.registry import qualified_name
 from elm_jax.text.reports import padded_ids
-from elm_jax.text.turns import to_turns
+from elm_jax.text.turns import last_answer, to_turns
 
 if TYPE_CHECKING:
     from elm_jax.data.dataset import Dataset
@@ -108,6 +109,8 @@ class Samples:
 
     def beside(self, record: Record) -> Any:
         """What of a record, beside its text, is learnt."""
+        if self.of is not None:
+            return _answered_alike(record) or None  # which versions before this one learnt: in another order
         return {REPORT: record.report or None, LABEL: record.label}.get(str(self.phase))
 
     @property
@@ -182,6 +185,13 @@ class Samples:
             made.append(replace(one, supervised=_last_of(one.supervised)) if sample.last else one)
             length = 1  # of a bad record whose ECGs would be tokens nothing is known but how long all samples are
         return made
+
+
+def _answered_alike(record: Record) -> bool:
+    """Whether both answers of a pair are one."""
+    with contextlib.suppress(UserError):
+        return record.rejected is not None and last_answer(record.text)[1] == last_answer(record.rejected)[1]
+    return False
 
 
 def label_of(record: Record, classes: int) -> int:

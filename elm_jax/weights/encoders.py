@@ -133,7 +133,7 @@ def read_checkpoint(checkpoint: str | Path | Mapping[str, Any]) -> tuple[Mapping
     """
     if isinstance(checkpoint, Mapping):
         return checkpoint.get("model_state_dict", checkpoint), WHERE
-    path = resolve(checkpoint)
+    path = resolve_encoder(checkpoint)
     return open_tensors(path, WHERE), str(path)
 
 
@@ -144,7 +144,7 @@ def read_config(checkpoint: str | Path | Mapping[str, Any] | None, processing: P
     """
     if checkpoint is None or isinstance(checkpoint, Mapping):
         return {}
-    path = resolve(checkpoint)
+    path = resolve_encoder(checkpoint)
     if not path.is_dir():
         return {}
     images = path / "preprocessor_config.json"
@@ -156,7 +156,7 @@ def read_config(checkpoint: str | Path | Mapping[str, Any] | None, processing: P
 def read_facts(checkpoint: str | Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Of an exported encoder the fields of its config, and of the data that it was trained on, as the elm.json beside
     it has them; both empty for other files."""
-    path = resolve(checkpoint)
+    path = resolve_encoder(checkpoint)
     beside = path.with_name(FACTS)
     facts = json_if_whole(beside) if path.is_file() else {}
     own, signal = facts.get(path.stem), facts.get("signal")
@@ -165,7 +165,7 @@ def read_facts(checkpoint: str | Path) -> tuple[Mapping[str, Any], Mapping[str, 
     return sizes, signal if isinstance(signal, Mapping) else {}
 
 
-def resolve(checkpoint: str | Path) -> Path:
+def resolve_encoder(checkpoint: str | Path) -> Path:
     """The file or folder of a checkpoint, downloaded if it is an id of the hub; UserError if it is neither."""
     path = Path(checkpoint).expanduser()
     if (path / EXPORTED).is_file() and not (path / CONFIG).is_file():  # which a Hugging Face folder has, an export not

@@ -213,6 +213,8 @@ def test_a_pair_that_cannot_be_learnt_is_said_with_how_many_may_be_so(tmp_path: 
     path.write_text("\n".join(lines))
     made = config(tmp_path / "run", objective="dpo", data__names=[str(path)], data__val_fraction=0.0)
     dataset = assemble(made).dataset("train")
+    beside = [dataset.samples.beside(record) for record in dataset.records]
+    assert beside == [True if i == 3 else None for i in range(24)]  # so that no run that has learnt it goes on
     with pytest.raises(UserError, match="pairs.jsonl:3: found the chosen answer again; .*bad_records"):
         dataset.length_index("none", 0.0)
     says = r"pairs.jsonl:6: found no rejected answer; .*; at most 1 of 24 bad records .data.max_bad_records.;"

@@ -151,6 +151,9 @@ def test_the_next_id_is_predicted_ever_better_and_an_elm_starts_from_it(tmp_path
     (ids,) = begun.dataset("val").signals(0)[0].values()
     found = begun.structure.bind(arrays).encoder(ids[None])
     assert found.shape == (1, 3, 16) and np.isfinite(found).all()
+    EcgByte([bytes([letter]) * 2 for letter in b"zyxwvutsrqponmlkjihgfedcba"]).save(tmp_path / "other.json")
+    with pytest.raises(UserError, match=r"data\.ecg_tokenizer: found .*other.json; expected the same ECG-Byte as .*"):
+        assemble(replace(begun.config, data=replace(begun.config.data, ecg_tokenizer=str(tmp_path / "other.json"))))
     with pytest.raises(UserError, match=r"data\.ecg_tokenizer: found None; expected a symbolic tokenizer for encoder"):
         assemble(config(tmp_path, "next_token", **{**own, "data__ecg_tokenizer": None}))
     with pytest.raises(UserError, match=r"data\.representation: found signal; expected symbolic for encoder"):
