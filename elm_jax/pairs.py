@@ -7,6 +7,7 @@ Each record's last question is answered twice, as --config.rl.temperature, rl.to
 better answer is chosen by rl.rewards, which know the record's own answer; or with --judge by a Hugging Face model on
 this machine, which reads question and answers: a pair-preference model (PairRM-hf) or a reward model. Pairs of which
 neither answer is better are left out. --split train (default), val or test; --step latest, best (default) or a number.
+Pairs come into FILE.partial as they are drawn: after a stop the same command goes on.
 """
 
 import json
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from elm_jax import cli
+from elm_jax import cli, stopping
 from elm_jax.errors import UserError
 
 
@@ -40,15 +41,20 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled()
     config = config_of_run(options.checkpoint, flags)
     margin = by_model(PairJudge(options.judge)) if options.judge else by_rewards(config)
-    left = Counter[str]()
-    rows = [json.dumps(row) + "\n" for row in draw_pairs(config, options.split, options.step, margin, left)]
+    partial = options.out.with_name(f"{options.out.name}.partial")
+    judged = draw_pairs(config, options.split, options.step, margin, partial, options.judge or "rewards")
+    found = sorted(stopping.each(judged, "pair"))  # in the order of the records, whenever they came
+    rows = [json.dumps(one.pair) + "\n" for one in found if one.pair]
+    left = Counter(one.left for one in found if one.left)
     if not rows:
-        found = ", ".join(f"{count} {why}" for why, count in left.items()) or "no record"
+        partial.unlink()
+        reasons = ", ".join(f"{count} {why}" for why, count in left.items()) or "no record"
         fix = "raise --config.rl.temperature"
         if left["equally good"] * 2 > left.total():
             fix = "take other --config.rl.rewards, with partial credit ('answer', 'jaccard'), or train it more before"
-        raise UserError("pairs", f"none: {found}", "answers of which one is better", fix)
+        raise UserError("pairs", f"none: {reasons}", "answers of which one is better", fix)
     write_atomic(options.out, lambda file: file.write("".join(rows).encode()))
+    partial.unlink()
     told = "".join(f"; left out {count} {why}" for why, count in sorted(left.items()))
     print(f"{len(rows)} pairs in {options.out}{told}")
 

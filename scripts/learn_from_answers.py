@@ -117,7 +117,7 @@ def drawn(out: Path) -> list[dict[str, Any]]:
     write(table, records("sapo", out))
     values = {"data.names": [str(table)], **{key: value for key, value in RL.items() if key.startswith("rl.")}}
     flags = ConfigFlags.parse([f"--config.{key}={text(value)}" for key, value in values.items()])
-    return [*draw_pairs(config_of_run(str(out / "sft"), flags), "train")]
+    return [found.pair for found in draw_pairs(config_of_run(str(out / "sft"), flags), "train") if found.pair]
 
 
 def conversation(record: dict[str, Any], question: str, answer: str) -> dict[str, Any]:

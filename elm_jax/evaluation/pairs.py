@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from elm_jax.config import Config
+from elm_jax.config import Config, to_dict
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 from elm_jax.evaluation.answering import BadRecords, check_lengths
+from elm_jax.evaluation.store import AnswerFile
 from elm_jax.inference.model import Prompt, TrainedModel
 from elm_jax.objectives.policy import judge_of
 from elm_jax.scoring.rewards import judged
@@ -20,6 +22,15 @@ from elm_jax.text.write import THINK_PREFIX
 from elm_jax.weights.judge import PairJudge
 
 Margin = Callable[[Record, str, str, str], float]  # (record, truth, one, other) -> how much better the one is
+_LINE = {"id": str, "left": str, "pair": dict}  # of the file that pairs come into
+
+
+class Judged(NamedTuple):
+    """What has become of a record: a pair, as a record for `dpo`; or none ({}), and why it was left out."""
+
+    record: int
+    pair: dict[str, Any]
+    left: str = ""
 
 
 def by_rewards(config: Config) -> Margin:
@@ -54,20 +65,23 @@ def draw_pairs(
     split: str = "train",
     which: str = "best",
     margin: Margin | None = None,
-    left: Counter[str] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Of each record's last question two answers, drawn as `rl.*` says, the better one first: records for `dpo`.
+    kept: Path | None = None,
+    by: str = "rewards",
+) -> Iterator[Judged]:
+    """Of each record's last question two answers, drawn as `rl.*` says, and judged: the better one is the chosen one.
 
-    What is drawn depends on the seed and the record. Left out, and counted by the reason in `left`: answers that are
-    alike, of which one is empty, or none is better.
+    What is drawn depends on the seed and the record. Left out are answers that are alike, of which one is empty, or
+    none is better.
 
     Args:
-        margin: by what they are judged; None: `by_rewards`.
+        margin: by what they are judged; None: `by_rewards`. by: what tells it from others.
+        kept: a file that they are written to as they come; what it holds of a call before this one comes first, and is
+            not drawn again.
     Raises:
-        UserError: as `TrainedModel`; rl.max_new_tokens leaves no room for a prompt; or more records are bad (too long,
-            for one) than data.max_bad_records allows.
+        UserError: as `TrainedModel`; rl.max_new_tokens leaves no room for a prompt; more records are bad (too long, for
+            one) than data.max_bad_records allows; or what is `kept` was drawn otherwise.
     """
-    margin, left = margin or by_rewards(config), Counter[str]() if left is None else left
+    margin = margin or by_rewards(config)
     model, rl = TrainedModel(config, which), config.rl
     context = model.assembly.llm.max_len
     room = context - rl.max_new_tokens
@@ -81,9 +95,17 @@ def draw_pairs(
         batch_size=rl.batch_size, repetition_penalty=1.0,
     )  # fmt: skip
     asked: list[tuple[int, str]] = []  # of each prompt its record and the truth
+    same = replace(config, data=replace(config.data, max_bad_records=0.0))  # more may be bad when it goes on
+    told = repr((to_dict(same), str(model.folder), model.step, split, dataset.fingerprint, by))
+    file = kept and _opened(kept, hashlib.sha256(told.encode()).hexdigest())
+    known = [Judged(int(line["id"]), line["pair"], line["left"]) for line in file.lines[1:]] if file else []
+    yield from known
+    done = {found.record for found in known}
 
     def prompts() -> Iterator[Prompt]:
         for i in range(len(dataset)):
+            if i in done:
+                continue
             try:
                 rendered, truth = dataset.prompts(i)[-1]
                 check_lengths(f"record {dataset.records[i].id}", [dataset.room(rendered)], room, "rl.max_new_tokens")
@@ -101,24 +123,40 @@ def draw_pairs(
         if i not in first:
             first[i] = answer.text
             continue
-        one, other, record = first.pop(i), answer.text, dataset.records[i]
-        if one == other or not (one.strip() and other.strip()):
-            left["alike" if one == other else "empty"] += 1
-            continue
         try:
-            better = margin(record, truth, one, other)
+            found = _judged(config, margin, dataset.records[i], i, truth, first.pop(i), answer.text)
         except UserError as error:
             bad.note(i, error)
             continue
-        if better == 0:
-            left["equally good"] += 1
-            continue
-        chosen, rejected = (one, other) if better > 0 else (other, one)
-        before, known = last_answer(record.text)
-        # What the prompt gave of the answer belongs to both.
-        given = THINK_PREFIX if config.data.explicit_thinking and known.startswith(THINK_PREFIX) else ""
-        turns = [{"role": turn.role, "content": turn.text} for turn in (*before, Turn("assistant", given + chosen))]
-        yield {
-            "ecg_path": list(record.ecg_paths), "text": turns, "rejected": given + rejected, "name": record.name,
-            "patient_id": record.patient, "margin": abs(better),
-        }  # fmt: skip
+        if file:
+            file.append({"id": str(i), "left": found.left, "pair": found.pair})
+        yield found
+
+
+def _judged(config: Config, margin: Margin, record: Record, number: int, truth: str, one: str, other: str) -> Judged:
+    """A pair of two answers, or why there is none. Raises UserError where they cannot be judged."""
+    if one == other or not (one.strip() and other.strip()):
+        return Judged(number, {}, "alike" if one == other else "empty")
+    better = margin(record, truth, one, other)
+    if better == 0:
+        return Judged(number, {}, "equally good")
+    chosen, rejected = (one, other) if better > 0 else (other, one)
+    before, answer = last_answer(record.text)
+    # What the prompt gave of the answer belongs to both.
+    given = THINK_PREFIX if config.data.explicit_thinking and answer.startswith(THINK_PREFIX) else ""
+    turns = [{"role": turn.role, "content": turn.text} for turn in (*before, Turn("assistant", given + chosen))]
+    return Judged(number, {
+        "ecg_path": list(record.ecg_paths), "text": turns, "rejected": given + rejected, "name": record.name,
+        "patient_id": record.patient, "margin": abs(better),
+    })  # fmt: skip
+
+
+def _opened(path: Path, identity: str) -> AnswerFile:
+    """The file of what was found so far; its first line says how it is drawn. Raises UserError where otherwise."""
+    file = AnswerFile(path, _LINE)
+    if not file.lines:
+        file.append({"id": identity, "left": "", "pair": {}})
+    if file.lines[0]["id"] != identity:
+        found, fix = "pairs of another run, step, split, judge or config", "remove it, or name another --out"
+        raise UserError(path, found, "what a stop left of these", fix)
+    return file

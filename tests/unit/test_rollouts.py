@@ -212,15 +212,18 @@ def test_a_pair_has_what_its_prompt_had(
     """The think tag that was given stands in both answers; the truth does not stand before them; a prompt that is too
     long is a bad record."""
 
+    asked_for: list[Prompt] = []
+
     class Model:
         def __init__(self, config: Config, which: str) -> None:
-            self.assembly = assemble(config)
+            self.assembly, self.folder, self.step = assemble(config), "run", 1
 
         def written(self, prompt: Prompt, new: int) -> Prompt:
             return prompt
 
         def stream(self, prompts: Iterator[Prompt], options: Any, seed: int) -> Iterator[Answer]:
-            for number, _ in enumerate(prompts):
+            for number, prompt in enumerate(prompts):
+                asked_for.append(prompt)
                 yield Answer(number, "ab"[: 1 + number % 2], 0.0, 1, True)
 
     monkeypatch.setattr(drawing, "TrainedModel", Model)
@@ -235,12 +238,25 @@ def test_a_pair_has_what_its_prompt_had(
         json.dumps({"ecg_path": f"demo:train:{i}", "text": row, "patient_id": i}) + "\n" for i, row in enumerate(rows)
     ))  # fmt: skip
     usual = {"data__names": [str(path)], "data__explicit_thinking": True, "data__max_bad_records": 0.5}
-    made = list(draw_pairs(config(tmp_path, **usual)))
+    made = [one.pair for one in draw_pairs(config(tmp_path, **usual))]
     told = capsys.readouterr().err
     assert "asked.jsonl:2: found a prompt of" in told and "less rl.max_new_tokens" in told
     for row, given in zip(made, ["<think>\n", ""], strict=True):
         assert row["text"] == [asked, {"role": "assistant", "content": f"{given}ab"}]
         assert row["rejected"] == f"{given}a" and row["margin"] == 1
+    kept = tmp_path / "kept.jsonl"
+    begun = draw_pairs(config(tmp_path, **usual), kept=kept)
+    one = next(begun)
+    begun.close()
+    lines = kept.read_bytes()
+    assert lines.count(b"\n") == 2, "what it is, and the one that has come"
+    kept.write_bytes(lines + lines.splitlines()[1][:-9])  # a stop within a line
+    asked_for.clear()
+    assert [found.pair for found in draw_pairs(config(tmp_path, **usual), kept=kept)] == made and one.pair == made[0]
+    assert kept.read_bytes().startswith(lines) and kept.read_bytes().count(b"\n") == 3
+    assert len(asked_for) == 2, "the first record is not asked again"
+    with pytest.raises(UserError, match="kept.jsonl: found pairs of another run, step, split, judge or config"):
+        next(draw_pairs(config(tmp_path, **usual), kept=kept, by="FOLDER"))
     with pytest.raises(UserError, match=r"rl\.max_new_tokens: found 256; expected less than the model's context, 256"):
         next(draw_pairs(config(tmp_path, rl__max_new_tokens=256, **usual)))
 
