@@ -1,4 +1,4 @@
-"""Raw downloads -> records: segments as .npy files and tables of conversations with splits.
+"""Raw downloads -> records: segments as .npy files or in shards, and tables of conversations with splits.
 
   python -m elm_jax.prepare ptb_xl --raw R --out O
   python -m elm_jax.prepare ecg_qa --raw Q --records O/ptb_xl/preprocessed_2500 --out O/ecg_qa.parquet
@@ -29,6 +29,7 @@ from elm_jax.data.prepare.card import push, write_card
 from elm_jax.data.prepare.check import check_tables
 from elm_jax.data.prepare.conversations import CONVERSATIONS, prepare_conversations
 from elm_jax.data.prepare.ecg_qa import FORMS, HOLDS, Settings, prepare_ecg_qa
+from elm_jax.data.prepare.output import FORMATS
 from elm_jax.data.prepare.profiles import PROFILES
 from elm_jax.data.prepare.raw import RawDataset, read_double
 from elm_jax.data.prepare.reports import AS_IS, Reports
@@ -83,6 +84,11 @@ def _parser() -> cli.Parser:
             "--profile", choices=list(PROFILES), default="clean",
             help="clean: low-passed for the new rate, nothing else; elm-2026: a spline and no filter, as the reference "
             "does now; paper-2025: its filters of 2025 before the spline",
+        )  # fmt: skip
+        own.add_argument(
+            "--format", choices=list(FORMATS), default="npy",
+            help="npy: the reference's file for each segment; shards: ArrayRecord files of many, 16 bits a sample and "
+            "packed, for large datasets; either is trained on by the same names",
         )  # fmt: skip
         own.add_argument("--workers", type=int, default=cores(), help="processes; the result is the same")
         own.add_argument(
@@ -210,7 +216,7 @@ def _recordings(args: Namespace) -> dict[str, Any]:
     reports, dataset = _reports(args, dataset, compat.enabled("published_report_cleaning", names))
     return prepare_dataset(
         args.dataset, dataset, args.raw, args.out, args.sampling_rate, args.segment_len, True, args.profile, names,
-        args.workers, args.split, args.folds, reports, args.made_by,
+        args.workers, args.split, args.folds, reports, args.made_by, args.format,
     )  # fmt: skip
 
 

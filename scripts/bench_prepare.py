@@ -23,7 +23,7 @@ from machine import machine
 from scipy import signal as scipy_signal
 from scipy.interpolate import interp1d
 
-from elm_jax.data.prepare.output import write_segment
+from elm_jax.data.prepare.output import NpyFiles
 from elm_jax.data.prepare.profiles import PROFILES
 from elm_jax.data.prepare.ptb_xl import INDEX, PTB_XL
 from elm_jax.data.prepare.raw import read_double
@@ -33,6 +33,7 @@ from elm_jax.ecg.filters import shrink
 from elm_jax.ecg.names import LEADS
 
 PTB_XL_RECORDS = 21_799
+SAID = {"report": "", "ecg_path": "w", "original_sf": 500.0, "target_sf": 250, "segment_len": 2500}
 RATE, NEW_RATE, SAMPLES, GAIN = 500, 250, 5000, 1000
 
 
@@ -105,8 +106,7 @@ def _stages(raw: Path, out: Path, repeat: int) -> dict[str, float]:
         "read": lambda: [read_double(path) for path in paths],
         "check": lambda: [check_signal(one.signal, RATE) for one in recordings],
         "write": lambda: [
-            write_segment(out / f"w_{n}.npy", out, signal, one, "w", NEW_RATE)
-            for n, (signal, one) in enumerate(zip(made, recordings, strict=True))
+            NpyFiles(out / "written").make(f"w_{n}", signal[None], SAID, out, None) for n, signal in enumerate(made)
         ],
         "reference": lambda: [_reference(one.signal) for one in recordings],
     }

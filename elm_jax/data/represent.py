@@ -18,6 +18,7 @@ from elm_jax.data.batch import ArraySpec, Layout, Shown, Signal
 from elm_jax.data.ecg_ids import EcgIds
 from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.kept_features import Features
+from elm_jax.ecg import shards
 from elm_jax.ecg.augment import augment_ecg, augment_image, noise_ecg
 from elm_jax.ecg.images import Processing, process, stacked
 from elm_jax.ecg.rasterize import DPI, REFERENCE_DPI, draw
@@ -209,20 +210,25 @@ class SignalSpec:
                 rest = "/".join(parts[cut:])
                 for folder in (self.root, *below[:_MOST_FOLDERS]) if rest and ".." not in parts[cut:] else ():
                     file = Path(folder, rest)
-                    if file.is_file() or header_of(file).is_file():
+                    if file.is_file() or header_of(file).is_file() or shards.find(str(file)):
                         prefixes = json.dumps({"/".join(parts[:cut]) + "/": folder})
                         return f"it lies in {folder} by another name: set --config.data.prefixes='{prefixes}'"
         return ""
 
     def _files(self, path: str) -> Sequence[str | Path]:
-        """The files of the ECG at `path`: of a WFDB record its header first, and those that this names.
+        """The files of the ECG at `path`: of a WFDB record its header first, and those that this names; of others the
+        shard that they are in, if any.
 
         Raises UserError where one lies outside its folder, links followed, and `outside_root` does not allow that.
         """
         folder, whole = self._place(path)
         self._confine(path, whole, folder)
         if whole.endswith(".npy"):  # thousands a second: a Path costs as much as the rest
-            return [whole]
+            if (place := shards.find(whole)) is None:
+                return [whole]
+            for file in (place.shard, os.path.join(os.path.dirname(whole), shards.INDEX)):
+                self._confine(path, file, folder)
+            return [place.shard]
         file = Path(whole)
         header = header_of(file) if file.name else file
         if not os.path.isfile(header):

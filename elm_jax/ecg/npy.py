@@ -32,7 +32,7 @@ def read_npy(path: str | Path) -> np.ndarray | dict[str, Any]:
     Raises UserError when the file is missing, truncated, not numeric, or holds anything but arrays and
     plain Python values (such a file is refused before anything in it runs).
     """
-    data = _read_bytes(path)
+    data = read_bytes(path)
     descr, fortran, shape, start = _parse(path, data)
     if descr in ("|O", "O"):
         return _unpickle(path, data, start)
@@ -56,18 +56,23 @@ def read_npy(path: str | Path) -> np.ndarray | dict[str, Any]:
     return values.astype(dtype.newbyteorder("="), copy=False)
 
 
-def _read_bytes(path: str | Path) -> bytes:
+def read_bytes(path: str | Path, what: str = "a .npy file", start: int = 0, length: int | None = None) -> bytes:
+    """What a regular file holds, or `length` bytes of it from `start` on. UserError, also where it ends before."""
     try:
         # Not `open`, which costs as much as all the rest; a pipe must not be waited for.
         file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
             status = os.fstat(file)
             if not S_ISREG(status.st_mode):
-                what = "a directory" if S_ISDIR(status.st_mode) else "no regular file"
-                raise UserError(path, what, "a .npy file", "check the path (and data.root)")
-            size = status.st_size
+                found = "a directory" if S_ISDIR(status.st_mode) else "no regular file"
+                raise UserError(path, found, what, "check the path (and data.root)")
+            size = status.st_size if length is None else length
             if size > MAX_BYTES:
                 raise UserError(path, f"{size} bytes", f"at most {MAX_BYTES}", "give one recording per file")
+            if start + size > status.st_size:
+                raise UserError(path, f"{status.st_size} bytes", f"at least {start + size}", "make the file again")
+            if start:
+                os.lseek(file, start, os.SEEK_SET)
             data = os.read(file, size)
             while len(data) < size and (more := os.read(file, size - len(data))):
                 data += more
@@ -78,7 +83,7 @@ def _read_bytes(path: str | Path) -> bytes:
         raise
     except (OSError, ValueError) as error:  # ValueError: of a path that no file can have
         found = getattr(error, "strerror", None) or str(error)
-        raise UserError(path, found, "a readable .npy file", "check the path (and data.root)") from None
+        raise UserError(path, found, f"{what} that can be read", "check the path (and data.root)") from None
 
 
 def _parse(path: str | Path, data: bytes) -> tuple[str, bool, tuple[int, ...], int]:

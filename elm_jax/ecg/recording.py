@@ -19,6 +19,7 @@ from elm_jax.ecg.formats import reader_of
 from elm_jax.ecg.names import LEADS, derive, find_leads, millivolts
 from elm_jax.ecg.npy import read_npy
 from elm_jax.ecg.resampling import resample, resample_by_spline
+from elm_jax.ecg.shards import find
 from elm_jax.ecg.stored import Stored
 from elm_jax.ecg.wfdb_record import WfdbRecord, header_of
 from elm_jax.errors import UserError, some
@@ -40,7 +41,8 @@ class Recording:
     """signal (C, L) with its rows in canonical order, finite; leads: their names; samples per second.
 
     report: what the file says of it; dropped: the names of further leads, which were left out; derived: leads that
-    the file does not store, computed from I and II.
+    the file does not store, computed from I and II; gains: converter steps a mV of each lead, where the file has whole
+    numbers.
     """
 
     signal: np.ndarray
@@ -49,6 +51,7 @@ class Recording:
     report: str = ""
     dropped: tuple[str, ...] = ()
     derived: tuple[str, ...] = ()
+    gains: tuple[float, ...] | None = None
 
 
 def read_ecg(
@@ -78,7 +81,8 @@ def read_ecg(
     if unit is not None and millivolts(unit) is None:
         raise UserError("unit", repr(unit), "mV, uV, V or nV", "name one of these")
     if path.endswith(".npy"):
-        signal, names, rate, report = _read_npy(path)
+        signal, names, rate, report = _read_npy(path, dtype)
+        gains = None
         names = names if lead_order is None else lead_order
         names = _unnamed_order(path, signal) if names is None else names
         rows = find_leads(path, _one_for_each(path, names, len(signal)))
@@ -93,6 +97,7 @@ def read_ecg(
             _note(os.path.dirname(path), UNNAMED)
         rows = find_leads(path, _one_for_each(path, names, len(stored.names)))
         (signal, rate), report = stored.read(list(rows.places), unit), stored.report
+        gains = stored.gains(rows.places, unit)
         if rate is None and sampling_rate is None and unstated_rate is None:
             fix = "state it in the file, or from Python: read_ecg(path, sampling_rate=500)"
             raise UserError(path, "no sampling rate", "samples a second", fix)
@@ -112,11 +117,12 @@ def read_ecg(
         np.negative(signal[row], out=signal[row])
     if rows.derived:
         signal = derive(signal, rows.derived).astype(dtype, copy=False)
+        gains = gains and (2 * max(gains),) * len(LEADS)  # halves of steps
         _note(os.path.dirname(path), f"{', '.join(rows.derived)} computed from I and II")
     _check_finite(path, signal)
     if rows.dropped:
         _warn_of_dropped(os.path.dirname(path), rows.dropped)
-    return Recording(signal, LEADS, rate, report, rows.dropped, rows.derived)
+    return Recording(signal, LEADS, rate, report, rows.dropped, rows.derived, gains)
 
 
 def _check_name(path: str) -> None:
@@ -126,9 +132,13 @@ def _check_name(path: str) -> None:
     raise UserError(ascii(path), "what no file can be called", "the path of a recording", "correct it")
 
 
-def _read_npy(path: str) -> tuple[np.ndarray, tuple[str, ...] | None, Any, str]:
-    """What a `.npy` file says: signal (rows, L) of any real dtype, rows' names and rate where it gives them, report."""
-    value = read_npy(path)
+def _read_npy(
+    path: str, dtype: type[np.floating[Any]]
+) -> tuple[np.ndarray, tuple[str, ...] | None, Any, str]:
+    """What a `.npy` file, or the record of its name in a shard, says: signal (rows, L) of any real dtype (of a shard
+    `dtype`), rows' names and rate where it gives them, report."""
+    place = find(path)
+    value = read_npy(path) if place is None else place.read(dtype)
     if isinstance(value, np.ndarray):
         return _two_dimensional(path, value), None, None, ""
     if "ecg" not in value:

@@ -44,6 +44,14 @@ class Stored:
     def says_units(self) -> bool:
         return all(channel.unit is not None for channel in self.channels)
 
+    def gains(self, rows: Sequence[int], unit: str | None = None) -> tuple[float, ...] | None:
+        """Converter steps a mV of the channels `rows`, which can be read; None where they are no whole numbers."""
+        chosen = [self.channels[row] for row in rows]
+        if any(channel.values.dtype.kind not in "iu" for channel in chosen):
+            return None
+        steps = (channel.gain * (millivolts(channel.unit or unit or "mV") or 1.0) for channel in chosen)
+        return tuple(1 / abs(step) for step in steps)
+
     def read(self, rows: Sequence[int], unit: str | None = None) -> tuple[np.ndarray, float | None]:
         """The channels `rows`: (len(rows), L) float64 in mV, and their samples a second.
 

@@ -113,6 +113,15 @@ class WfdbRecord:
             raise UserError(self.header, f"segments at {_hertz(rates)}", "one rate", "give one segment")
         return np.concatenate(pieces, axis=1), rates.pop()
 
+    def gains(self, rows: Sequence[int], unit: str | None = None) -> tuple[float, ...]:
+        """Converter steps a mV of the signals `rows`, which can be read: of several segments the most."""
+        found = []
+        for part, _ in self._parts:
+            own = [row if part.names == self.names else part.names.index(self.names[row]) for row in rows]
+            signals = [part.signals[row] for row in own]
+            found.append([abs(_steps(signal) / _scale(part.path, signal)) for signal in signals])
+        return tuple(map(max, zip(*found, strict=True)))
+
 
 def header_of(path: Path) -> Path:
     """The header of the record `path`."""
@@ -285,7 +294,14 @@ def _unscaled(path: Path, signal: _Signal, steps: np.ndarray) -> np.ndarray:
     """Steps of the converter in the signal's unit: without its baseline, by its gain."""
     gain = _GAIN.fullmatch(signal.gain)
     assert gain is not None  # or `_scale` had refused it
-    return (steps - _number(path, "zero", gain["baseline"] or signal.zero or "0")) / float(gain["gain"])
+    return (steps - _number(path, "zero", gain["baseline"] or signal.zero or "0")) / _steps(signal)
+
+
+def _steps(signal: _Signal) -> float:
+    """Of the converter for one of the signal's unit; `_scale` has not refused it."""
+    gain = _GAIN.fullmatch(signal.gain)
+    assert gain is not None
+    return float(gain["gain"])
 
 
 def _hertz(rates: set[float]) -> str:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from elm_jax.ecg import shards
 from elm_jax.ecg.recording import LEADS, read_ecg, to_segment
 from elm_jax.errors import UserError, refused
 from elm_jax.folders import read_regular
@@ -72,7 +73,7 @@ class Form:
 
 
 def find_recordings(places: Sequence[Path]) -> list[Path]:
-    """The recordings in files (.npy, WFDB), folders (searched to the bottom) and lists (.txt, a path a line).
+    """The recordings in files (.npy, WFDB), folders (to the bottom, shards too) and lists (.txt, a path a line).
 
     A list names files and folders, relative to itself. The order is that of `places`, and within a folder that of the
     paths in it, on every machine; what is named twice counts once. Links are followed; a folder that can be reached in
@@ -90,7 +91,7 @@ def find_recordings(places: Sequence[Path]) -> list[Path]:
 def _in_place(place: Path) -> Iterable[Path]:
     if place.is_dir():
         return _in_folder(place)
-    if place.is_file() or place.with_name(f"{place.name}.hea").is_file():
+    if place.is_file() or place.with_name(f"{place.name}.hea").is_file() or shards.find(str(place)):
         return [place]
     expected = "a .npy file, a WFDB record, a folder of them or a .txt list"
     raise UserError(str(place), "no such file or folder", expected, "check the path")
@@ -102,7 +103,8 @@ def _in_folder(folder: Path) -> list[Path]:
         # Sorted: of the ways into a folder the same one is taken on every machine.
         folders[:] = [name for name in sorted(folders) if _is_new(os.path.join(parent, name), seen)]
         inside = Path(parent).relative_to(folder).parts
-        parts += [(*inside, name) for name in names if name.endswith(ENDINGS) and not name.startswith(".")]
+        packed = shards.names_in(Path(parent)) if shards.INDEX in names else []
+        parts += [(*inside, name) for name in (*names, *packed) if name.endswith(ENDINGS) and not name.startswith(".")]
     return [folder.joinpath(*names) for names in sorted(parts)]
 
 

@@ -5,14 +5,16 @@ import json
 import pickle
 import random
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from elm_jax.ecg import shards
 from elm_jax.ecg.recording import LEADS, read_ecg
 from elm_jax.symbols import files as symbolic_files
 from elm_jax.symbols.coder import EcgByte
-from scripts.fuzz.changes import Files
+from scripts.fuzz.changes import Files, flipped, in_json
 
 SAMPLES = 40
 
@@ -40,6 +42,48 @@ def npy() -> list[Files]:
         found.append({"a.npy": file.getvalue()})
     header = found[-1]["a.npy"][: found[-1]["a.npy"].index(b"\n") + 1]
     return found + [{"a.npy": header + pickle.dumps(objects, protocol)} for protocol in (2, 3, 5)]
+
+
+def shards_of_one() -> list[Files]:
+    """Indices of shards in which one record lies behind what is the format's own."""
+    signal = np.random.default_rng(2).normal(size=(12, SAMPLES))
+    said = {"report": "sinus rhythm", "target_sf": 250, "npy_path": "b/a_0.npy", "leads": LEADS}
+    records = [shards.pack(signal + more, gains, said)[0] for gains, more in (([200.0] * 12, 0), (None, 40))]
+    return [_indexed(bytes(shards.OWN) + record) for record in records]
+
+
+def _indexed(shard: bytes) -> Files:
+    index = io.BytesIO()
+    shards.write_index(index, [("a_0", 0, max(len(shard) - shards.OWN, 0), 0, 0)])
+    return {shards.INDEX: index.getvalue(), shards.shard_name(0): shard}
+
+
+def read_shard(index: Path) -> None:
+    read_recording(index.with_name("a_0.npy"))
+
+
+def in_record(rng: random.Random, data: bytes) -> bytes:
+    """Another header of a record, with the length that fits it; of an index some bits."""
+    start = shards.OWN
+    if data[start : start + 4] != b"ECG1":
+        return flipped(rng, data)
+    end = start + 16 + int.from_bytes(data[start + 4 : start + 8], "little")
+    header = in_json(rng, data[start + 16 : end])
+    return data[: start + 4] + len(header).to_bytes(4, "little") + data[start + 8 : start + 16] + header + data[end:]
+
+
+def indexed(rng: random.Random, files: Files) -> Files:
+    """Mostly the index has the shard's size, and the record the checksum that fits what it holds."""
+    shard = files.get(shards.shard_name(0), b"")
+    if rng.random() < 0.3:
+        return files
+    with suppress(ValueError, OSError, KeyError, TypeError, RecursionError):
+        header, packed, _ = shards.parted(shard[shards.OWN :])
+        said = json.loads(header)
+        count = 2 * len(said["leads"]) * said["segment_len"]
+        if 0 < count < 1 << 20:
+            shard = shard[: shards.OWN] + shards.sealed(header, shards.codec().decompress(packed, count), packed)
+    return _indexed(shard)
 
 
 def wfdb() -> list[Files]:

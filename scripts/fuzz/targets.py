@@ -37,6 +37,9 @@ class Target:
 
 TARGETS = {
     "npy": Target(recordings.npy, recordings.read_recording, 120_000),
+    "shards": Target(
+        recordings.shards_of_one, recordings.read_shard, 40_000, ways=(recordings.in_record,), finish=recordings.indexed
+    ),
     "wfdb": Target(formats.records, recordings.read_recording, 60_000),
     "mat": Target(formats.mat, recordings.read_recording, 30_000),
     "edf": Target(formats.edf, recordings.read_recording, 20_000),

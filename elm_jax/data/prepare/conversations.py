@@ -18,8 +18,8 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from elm_jax.data.prepare.output import compact, write_table
-from elm_jax.data.prepare.runner import TABLES, segment_counts
+from elm_jax.data.prepare.output import compact, segment_counts, write_table
+from elm_jax.data.prepare.runner import TABLES
 from elm_jax.data.prepare.splits import SPLITS, leaks, one_person, split_of
 from elm_jax.data.sources import patient_ids
 from elm_jax.errors import UserError, refused

@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from elm_jax.data.prepare.output import compact, write_table
+from elm_jax.data.prepare.output import compact, segment_counts, write_table
 from elm_jax.data.prepare.ptb_xl import INDEX, read_index
-from elm_jax.data.prepare.runner import segment_counts
 from elm_jax.data.prepare.splits import SPLITS, leaks, split_of
 from elm_jax.data.table_files import KINDS
 from elm_jax.errors import UserError, refused

@@ -1,14 +1,13 @@
 """From a raw download to records, in one way for every dataset of recordings.
 
-Leaves in O: <name>/preprocessed_<len>/<recording with _ for />_<segment>.npy; <name>_report.json, the counts; and with
-paths relative to O the tables <name>_records.parquet (patient, split and report of each), <name>_reports.parquet
-(conversations), <name>_pretrain.parquet (plain reports) and <name>_questions.parquet, of the last three those that
-there is something for.
+Leaves in O: <name>/preprocessed_<len>/<recording with _ for />_<segment>.npy, or shards in which recordings are called
+so (`ecg.shards`); <name>_report.json, the counts; and with paths relative to O the tables <name>_records.parquet
+(patient, split, report and place of each), <name>_reports.parquet (conversations), <name>_pretrain.parquet (plain
+reports) and <name>_questions.parquet, of the last three those that there is something for.
 """
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elm_jax import compat as behaviours
-from elm_jax.data.prepare.output import compact, write_segment, write_texts
+from elm_jax.data.prepare.output import FORMATS, NpyFiles, Shards, compact, write_rows
 from elm_jax.data.prepare.profiles import MADE, PROFILES, Profile
 from elm_jax.data.prepare.raw import LeftOut, RawDataset, RawRecording, unlike_a_path
 from elm_jax.data.prepare.reports import AS_IS, UNCHANGED, Reports
@@ -36,11 +35,10 @@ from elm_jax.stopping import each
 
 TABLES = ("records", "reports", "pretrain", "questions")  # of which the first has all recordings, and no conversation
 REPORT_QUESTION = "Write the report of this ECG."
-_SEGMENT = re.compile(r"(.+)_(\d+)\.npy")
 _KINDS = ("flat", "clipped", "scale", "limb_sums", "reversal")  # what `check_signal` may find in what is prepared
 # In the folder of the segments: what is amiss with those that were made, a line for each; how all are made.
 _SIGNALS, _SETTINGS = "signals.jsonl", "settings.json"
-_BEFORE = {"filters": "none", "reports": AS_IS}  # of settings that there were not always
+_BEFORE = {"filters": "none", "reports": AS_IS, "format": "npy"}  # of settings that there were not always
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +50,14 @@ class _Prepared:
     count: int
     folder: str  # below O
 
-    def rows(self, splits: Iterable[str], **said: str) -> Iterator[dict[str, str]]:
-        """One record for each segment and split."""
+    def rows(
+        self, splits: Iterable[str], place: Callable[[str, int], dict[str, Any]] | None = None, **said: str
+    ) -> Iterator[dict[str, Any]]:
+        """One record for each segment and split, with its `place`."""
         common = {**said, "patient_id": "+".join(self.patients)}
         for split, number in product(splits, range(self.count)):
-            yield {"ecg_path": f"{self.folder}/{self.raw.stem}_{number}.npy", **common, "split": split}
+            placed = place(self.raw.stem, number) if place else {}
+            yield {"ecg_path": f"{self.folder}/{self.raw.stem}_{number}.npy", **common, "split": split, **placed}
 
 
 def prepare_dataset(
@@ -74,13 +75,14 @@ def prepare_dataset(
     folds: int = 0,
     reports: Reports = UNCHANGED,
     made_by: Mapping[str, str] | None = None,
+    form: str = "npy",
 ) -> dict[str, Any]:
     """Prepare what of a dataset lies in `raw`; returns (and writes) the counts.
 
     `profile` is one of PROFILES; the compat name `spline_resampling` makes elm-2026 of clean. `workers`: processes;
     what is written does not depend on their number. `split` and `folds` are as for `splits_of`; `reports` says what
-    becomes of these, `made_by` what the report is to say of how it was made. Recordings without files, unreadable or
-    too short are counted and listed; files already there are kept.
+    becomes of these, `made_by` what the report is to say of how it was made; `form` is one of FORMATS. Recordings
+    without files, unreadable or too short are counted and listed; files already there are kept.
 
     Raises:
         UserError: nothing can be prepared, or `out` holds segments made with other settings.
@@ -89,7 +91,7 @@ def prepare_dataset(
         profile = "elm-2026"
     resampling, filters = MADE[profile]
     settings = {"dataset": name, "sampling_rate": sampling_rate, "segment_len": length, "resampling": resampling}
-    settings |= {"filters": filters, "reports": reports.name}
+    settings |= {"filters": filters, "reports": reports.name, "format": form}
     folder = out / name / f"preprocessed_{length}"
     # The last of them: before there were several datasets.
     for earlier in (folder / _SETTINGS, out / f"{name}_report.json", out / "prepare_report.json"):
@@ -105,8 +107,9 @@ def prepare_dataset(
     found, about_reports = reports(found)
     for left in folder.glob(".*.*.????????"):  # a write that was cut off
         left.unlink()
-    done = segment_counts(folder)
-    maker = _Maker(raw, out, folder, dataset.read, PROFILES[profile], settings)
+    store = FORMATS[form](folder)
+    done = store.counts()
+    maker = _Maker(raw, out, store, dataset.read, PROFILES[profile], settings)
     noted = _notes(folder)
     if noted.keys() - done.keys():  # of what is made anew
         _write_notes(folder, {stem: noted[stem] for stem in noted.keys() & done.keys()})
@@ -118,9 +121,11 @@ def prepare_dataset(
         count = done.get(one.stem, 0)
         kept += bool(count)
         if not count:
-            count, kind, why = next(made)
+            count, kind, why, packed = next(made)
             if kind:
                 problems[kind][one.where] = why
+            else:
+                store.keep(one.stem, packed)
         if count:
             whose = patient_ids(one.patient) or (f"{name}:{one.stem}",)
             prepared.append(_Prepared(one, whose, count, folder.relative_to(out).as_posix()))
@@ -129,6 +134,7 @@ def prepare_dataset(
         first = ": ".join(next(iter(listed.items()), ()))
         told = f"no usable record ({len(listed)} {kind}; {first})" if listed else "no recording"
         raise UserError(str(raw), told, dataset.holds, f"point --raw at {dataset.title}'s folder")
+    kept_as = store.finish()
     owners = [Owner(item.patients, item.raw.split, item.raw.fold) for item in prepared]
     splits = splits_of(owners, split, folds)
     report = {
@@ -140,7 +146,8 @@ def prepare_dataset(
         "already_there": kept,
         "segments": sum(item.count for item in prepared),
         "without_report": sum(not item.raw.words for item in prepared),
-        **_write_tables(out, name, prepared, splits),
+        **kept_as,
+        **_write_tables(out, name, prepared, splits, store),
         "patients": len({patient for item in prepared for patient in item.patients}),
         "patients_in_several_splits": leaks(
             (split, item.patients) for item, found in zip(prepared, splits, strict=True) for split in found
@@ -159,17 +166,18 @@ class _Maker:
 
     raw: Path
     out: Path
-    folder: Path
+    store: NpyFiles | Shards
     read: Callable[..., Recording]
     profile: Profile
     settings: dict[str, Any]
 
-    def __call__(self, one: RawRecording) -> tuple[int, str, str]:
-        """How many segments there are; where there are none the kind of the problem, and what it is."""
+    def __call__(self, one: RawRecording) -> tuple[int, str, str, Any]:
+        """How many segments there are; where there are none the kind of the problem, and what it is; and what is left
+        to the store."""
         rate, length = self.settings["sampling_rate"], self.settings["segment_len"]
         problem = unlike_a_path(one.path) or _unlike_a_name(one.stem) or _absent(self.raw / one.path)
         if problem:
-            return 0, "missing", problem
+            return 0, "missing", problem, None
         try:
             where = (self.raw / one.path,) if one.row is None else (self.raw / one.path, one.row)
             recording = self.read(*where)
@@ -178,23 +186,23 @@ class _Maker:
             signal = self.profile(recording.signal, recording.sampling_rate, rate)
             windows = segments(replace(recording, signal=signal, sampling_rate=rate), rate, length)
         except UserError as error:
-            return 0, "unreadable", str(error)
+            return 0, "unreadable", str(error), None
         if not len(windows):
-            return 0, "too_short", f"shorter than {length} samples at {rate:g} Hz"
-        if not (self.folder / _SETTINGS).is_file():  # there before the first segment: a run that is stopped has them
-            write_json(self.folder / _SETTINGS, self.settings)
+            return 0, "too_short", f"shorter than {length} samples at {rate:g} Hz", None
+        folder = self.store.folder
+        if not (folder / _SETTINGS).is_file():  # there before the first segment: a run that is stopped has them
+            write_json(folder / _SETTINGS, self.settings)
         amiss = _amiss(recording)
         if amiss:
             self._note({"name": one.stem, **amiss})
-        for number in reversed(range(len(windows))):  # the first is last: where it is, all are
-            path = self.folder / f"{one.stem}_{number}.npy"
-            write_segment(path, self.out, windows[number], replace(recording, report=one.words), one.path, rate)
-        return len(windows), "", ""
+        said = {"report": one.words, "ecg_path": one.path, "original_sf": recording.sampling_rate, "target_sf": rate}
+        said["segment_len"] = length
+        packed = self.store.make(one.stem, windows, said, self.out, recording.gains)
+        return len(windows), "", "", packed
 
     def _note(self, said: dict[str, str]) -> None:
         """A line of its own, whatever was cut off before; there before the recording counts as made."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.folder / _SIGNALS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        handle = os.open(self.store.folder / _SIGNALS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(handle, f"\n{json.dumps(said)}\n".encode())
             os.fsync(handle)
@@ -244,7 +252,7 @@ def _write_notes(folder: Path, noted: dict[str, dict[str, str]]) -> None:
 
 
 def _write_tables(
-    out: Path, name: str, prepared: Sequence[_Prepared], splits: Sequence[tuple[str, ...]]
+    out: Path, name: str, prepared: Sequence[_Prepared], splits: Sequence[tuple[str, ...]], store: NpyFiles | Shards
 ) -> dict[str, dict[str, Any]]:
     """Write the tables that there is something for. Returns rows by split: `rows` of reports and questions, `tables`
     of each."""
@@ -266,10 +274,10 @@ def _write_tables(
             yield row
 
     owned = zip(prepared, splits, strict=True)
-    records = (row for item, where in owned for row in item.rows(where, report=item.raw.words))
+    records = (row for item, where in owned for row in item.rows(where, store.place, report=item.raw.words))
     made = (records, reports(_conversation), reports(str), questions())
     for kind, rows in zip(TABLES, made, strict=True):
-        write_texts(out / f"{name}_{kind}.parquet", counted(kind, rows))
+        write_rows(out / f"{name}_{kind}.parquet", counted(kind, rows))
     named = sorted({split for where in splits for split in where if len(where) > 1}) or SPLITS
     written = [kind for kind in TABLES if any(one == kind for one, _ in counts)]
     return {
@@ -314,13 +322,3 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         if before.get(key, _BEFORE.get(key)) != value:
             found = f"segments made with {key} {before.get(key, 'of an earlier version')}"
             raise UserError(str(path), found, f"{key} {value}", "give another --out")
-
-
-def segment_counts(folder: Path) -> dict[str, int]:
-    """Stem -> number of segments, for the recordings that are complete: segment 0 is written last."""
-    found: dict[str, set[int]] = {}
-    for file in folder.glob("*.npy"):
-        match = _SEGMENT.fullmatch(file.name)
-        if match:
-            found.setdefault(match[1], set()).add(int(match[2]))
-    return {stem: len(numbers) for stem, numbers in found.items() if 0 in numbers}
