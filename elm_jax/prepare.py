@@ -29,6 +29,7 @@ from elm_jax.data.prepare.card import push, write_card
 from elm_jax.data.prepare.check import check_tables
 from elm_jax.data.prepare.conversations import CONVERSATIONS, prepare_conversations
 from elm_jax.data.prepare.ecg_qa import FORMS, HOLDS, Settings, prepare_ecg_qa
+from elm_jax.data.prepare.listed import Columns, listed
 from elm_jax.data.prepare.output import FORMATS
 from elm_jax.data.prepare.profiles import PROFILES
 from elm_jax.data.prepare.raw import RawDataset, read_double
@@ -135,6 +136,14 @@ def _parser() -> cli.Parser:
             "--wave-text", action="store_true",
             help="behind each report what the machine measured: RR, PR, QRS, QT/QTc in ms (mimic_iv)",
         )  # fmt: skip
+        if name == "folder":
+            own.add_argument(
+                "--table", type=Path,
+                help="a .csv or .parquet file of what is known of the recordings: a row for each, by its path or name",
+            )  # fmt: skip
+            own.add_argument("--path-column", default="path", help="of that table; default: %(default)s")
+            own.add_argument("--report-columns", default="report", help="one, or its statements; default: %(default)s")
+            own.add_argument("--patient-column", default="patient_id", help="where there is one; default: %(default)s")
         own.set_defaults(prepare=_recordings)
     ecg_qa = datasets.add_parser("ecg_qa", help="ECG-QA on prepared PTB-XL")
     ecg_qa.add_argument("--raw", type=Path, required=True, help=HOLDS)
@@ -213,6 +222,9 @@ def _recordings(args: Namespace) -> dict[str, Any]:
             found = f"a dataset whose files say all, {args.dataset}"
             raise UserError("--assume-rate, --assume-unit", found, "files that read_ecg reads", "leave them out")
         dataset = replace(dataset, read=partial(read_double, rate=args.assume_rate, unit=args.assume_unit))
+    if getattr(args, "table", None) is not None:
+        columns = Columns(args.path_column, tuple(args.report_columns.split(",")), args.patient_column)
+        dataset = replace(dataset, recordings=listed(dataset.recordings, args.table, columns))
     reports, dataset = _reports(args, dataset, compat.enabled("published_report_cleaning", names))
     return prepare_dataset(
         args.dataset, dataset, args.raw, args.out, args.sampling_rate, args.segment_len, True, args.profile, names,

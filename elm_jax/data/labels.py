@@ -149,7 +149,7 @@ def _table(labels: str | None) -> LabelTable:
     if labels is None or not (path := Path(labels)).is_file() or path.suffix not in SUFFIXES:
         expected = f"a table of recordings with labels: {', '.join(SUFFIXES)}"
         raise UserError(_FLAG, str(labels), expected, "give its path, or name the database with --task")
-    rows = list(_rows(path))
+    rows = list(table_rows(path, "a table of recordings with labels"))
     columns = list(dict.fromkeys(name for _, row in rows for name in row if name))
     binary = [] if "labels" in columns else _binary(columns, [row for _, row in rows])
     if "ecg_path" not in columns or not ("labels" in columns or binary):
@@ -167,9 +167,9 @@ def _table(labels: str | None) -> LabelTable:
     return LabelTable(path.parent, {name: [name] for name in classes}, records)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where, row) of a table."""
-    what, fix = "a table of recordings with labels", "write it again"
+def table_rows(path: Path, what: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(where, row) of a table, a .csv or .parquet file. Raises UserError, for which it is `what` was expected."""
+    fix = "write it again"
     if path.suffix == ".csv":
         yield from ((f"{path}, line {line}", row) for line, row in csv_rows(path, (), path, what, fix))
         return

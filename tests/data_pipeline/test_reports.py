@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -197,6 +198,29 @@ def test_what_cannot_be_done_is_one_line(mimic, ptb_xl, tmp_path, name, flags, f
         prepare(name, mimic if name == "mimic_iv" else ptb_xl, tmp_path, *flags)
 
 
+def test_a_table_says_what_is_known_of_the_recordings_of_a_folder(tmp_path):
+    raw = tmp_path / "raw"
+    for number, path in enumerate(("a/one", "a/two", "b/three")):
+        write_record(raw / path, number)
+    (raw / "known.csv").write_text(
+        "file,finding,more,person,split\na/one.dat,Sinus rhythm,EKG is normal,7,test\nthree,AF,,7.0,test\n"
+        "a/one,again,,,\nfour,,,,\n"
+    )
+    flags = ["--table", str(raw / "known.csv"), "--patient-column", "person", "--clean-reports", "merl"]
+    prepare("folder", raw, tmp_path, "--path-column", "file", "--report-columns", "finding,more", *flags)
+    found = [(row["patient_id"], row["report"], row["split"]) for row in rows(tmp_path / "folder_records.parquet")]
+    assert found[0] == ("7", "sinus rhythm. ecg is normal.", "test") and found[2] == ("7", "", "test")
+    assert found[1][:2] == ("folder:a_two", "")
+    report = json.loads((tmp_path / "folder_report.json").read_text())
+    assert list(report["missing"]) == ["four"] and len(report["listed_twice"]) == 1 and not report["unreadable"]
+    with pytest.raises(UserError, match="no column path among file, finding, .* name it with --path-column"):
+        prepare("folder", raw, tmp_path, *flags)
+    write_record(raw / "b/one", 9)
+    (raw / "known.csv").write_text("path,report\none,Sinus rhythm\n")
+    with pytest.raises(UserError, match="'one', which may be a/one or b/one"):
+        prepare("folder", raw, tmp_path / "o", *flags)
+
+
 def words(*more: str) -> PreTrainedTokenizerFast:
     """A tokenizer of bytes, made here."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -213,8 +237,8 @@ def translators(tmp_path_factory):
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     folder, tokenizer = tmp_path_factory.mktemp("translators"), words("<pad>", "</s>")
-    ends = {"pad_token_id": 0, "eos_token_id": 1, "vocab_size": len(tokenizer)}
-    t5 = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0, **ends)
+    ends: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "vocab_size": len(tokenizer)}
+    t5 = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, **ends, **{"decoder_start_token_id": 0})
     gpt2 = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=512, **ends)
     bert = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     kinds = {"t5": T5ForConditionalGeneration(t5), "gpt2": GPT2LMHeadModel(gpt2), "bert": BertModel(bert)}
