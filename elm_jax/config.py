@@ -34,8 +34,8 @@ from elm_jax.schema import key
 # A run may be resumed with other values of these (a trailing dot: of the whole section).
 RESUMABLE = (
     "workdir", "debug", "mesh.", "log.", "eval.", "data.workers", "data.timeout",
-    "data.outside_root", "data.prefixes", "train.steps", "train.epochs", "train.save_every", "train.save_minutes",
-    "train.save_wait", "train.keep", "train.timeout", "rl.batch_size", "rl.show_every",
+    "data.outside_root", "data.prefixes", "data.remote_gb", "train.steps", "train.epochs", "train.save_every",
+    "train.save_minutes", "train.save_wait", "train.keep", "train.timeout", "rl.batch_size", "rl.show_every",
 )  # fmt: skip
 
 

@@ -11,10 +11,11 @@ from elm_jax.text.forms import CHAT_FORMS
 
 @dataclass(frozen=True)
 class DataConfig:
-    names: tuple[str, ...] = key((), "datasets: folders or files under data.root, or dataset names")
+    names: tuple[str, ...] = key((), "datasets: folders or files under data.root, dataset names, or URLs of tables")
     root: str = key(".", "folder that the datasets and their ecg_path are relative to")
     prefixes: dict[str, str] = key({}, "beginnings of ecg_path, and the folder that stands in the place of each")
     outside_root: bool = key(False, "records may name recordings outside data.root: absolute, by .. or through links")
+    remote_gb: float = key(16.0, "GB of the rows of tables named by URLs that are kept on disk", limit="at least 0")
     fold: int = key(1, "which of the dataset's folds", limit="at least 1")
     val_fraction: float = key(
         0.02, "part of the training patients kept for validation, of a dataset without a split val of its own; with 0 "

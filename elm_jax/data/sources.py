@@ -139,7 +139,7 @@ def load_records(data: DataConfig, split: Split, seed: int) -> Records:
         raise UserError(
             "data.names", ", ".join(data.names), "each dataset once", "use data.weights to repeat one"
         )
-    sources = [open_source(name, data.root, data.fold) for name in data.names]
+    sources = [open_source(name, data.root, data.fold, data.remote_gb) for name in data.names]
     rows = _test_rows(data, sources) if split == "test" else _train_or_val(data, sources, split, seed)
     if split == "train":
         rows = _subset(rows, data.subset, seed)

@@ -46,8 +46,13 @@ def file_tables(path: Path) -> Iterator[tuple[str, str | None, Any]]:
         return
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
     for file in files:
-        match = _SPLIT_IN_NAME.match(file.stem)
-        yield str(file), match[1] if match else None, _open(file)
+        yield str(file), split_in_name(file.stem), _open(file)
+
+
+def split_in_name(stem: str) -> str | None:
+    """The split that the name of a file begins with, if it does."""
+    match = _SPLIT_IN_NAME.match(stem)
+    return match[1] if match else None
 
 
 def _check_saved(path: Path) -> None:
@@ -75,7 +80,7 @@ def _open(file: Path) -> Any:
     check_regular(file, "a table")
     if file.suffix != ".parquet":
         return datasets.Dataset(_json_table(file))
-    return plain(str(file), _as_arrow(file))
+    return _as_arrow(file)
 
 
 def _as_arrow(file: Path) -> Any:
@@ -85,7 +90,6 @@ def _as_arrow(file: Path) -> Any:
     feature may have what a row names fetched.
     """
     import datasets
-    import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import config
 
@@ -98,13 +102,22 @@ def _as_arrow(file: Path) -> Any:
                 raise UserError(str(file), "no records", "rows of ecg_path and text", "check the file")
             if (whole := kept(stem, ".arrow")) is not None:
                 return datasets.Dataset.from_file(str(whole))
-            fields = [table.schema_arrow.field(i) for i in range(len(table.schema_arrow))]
-            _check_columns(str(file), [field.name for field in fields])
-            types = {f.name: f.type for f in fields if f.name in COLUMNS}
-            types = {n: t.value_type if pa.types.is_dictionary(t) else t for n, t in types.items()}
-            types = {name: types[name] for name in _looked_at(str(file), types, _is_known)}
-            whole = _write_arrow(stem, pa.schema(list(types.items())), file, table)
+            whole = _write_arrow(stem, plain_schema(str(file), table.schema_arrow), file, table)
         return datasets.Dataset.from_file(str(whole))
+
+
+def plain_schema(where: str, schema: Any) -> Any:
+    """The COLUMNS of a Parquet file's schema, which must be text and numbers, without what else is said of them."""
+    import datasets
+    import pyarrow as pa
+
+    fields = [schema.field(i) for i in range(len(schema))]
+    _check_columns(where, [field.name for field in fields])
+    types = {f.name: f.type for f in fields if f.name in COLUMNS}
+    types = {n: t.value_type if pa.types.is_dictionary(t) else t for n, t in types.items()}
+    known = pa.schema([(name, types[name]) for name in _looked_at(where, types, _is_known)])
+    features = datasets.Features.from_arrow_schema(known)
+    return pa.schema([known.field(name) for name in _plain_columns(where, features)])
 
 
 def _write_arrow(stem: Path, schema: Any, file: Path, table: Any) -> Path:
@@ -155,8 +168,11 @@ def plain(where: str, table: Any) -> Any:
     Its other features (Image, Audio, ...) read, or fetch, what a row names as soon as the row is asked for.
     """
     _check_columns(where, table.column_names)
-    used = _looked_at(where, table.features, lambda name, kind: _is_plain(kind, name == "ecg_path"))
-    return table.select_columns(used)
+    return table.select_columns(_plain_columns(where, table.features))
+
+
+def _plain_columns(where: str, features: Mapping[str, Any]) -> list[str]:
+    return _looked_at(where, features, lambda name, kind: _is_plain(kind, name == "ecg_path"))
 
 
 def _looked_at(where: str, kinds: Mapping[str, Any], is_plain: Callable[[str, Any], bool]) -> list[str]:

@@ -6,7 +6,7 @@ sequence of dictionaries); nothing here turns rows into Python objects before th
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
 
+from elm_jax.data.remote import is_remote, remote_tables
 from elm_jax.data.table_files import COLUMNS, SUFFIXES, file_tables, plain
 from elm_jax.errors import UserError, nearest
 
@@ -140,8 +141,9 @@ class Source(Protocol):
         ...
 
 
-def open_source(name: str, root: str, fold: int) -> Source:
-    """The dataset called `name`: the demo, a file or folder (under `root` or as given), or a name on the hub.
+def open_source(name: str, root: str, fold: int, remote_gb: float = 16) -> Source:
+    """The dataset called `name`: the demo, a file or folder (under `root` or as given), a URL, of whose rows
+    `remote_gb` are kept on disk at most, or a name on the hub.
 
     Raises UserError for a name that is none of these, a missing file, or a file that holds no records.
     """
@@ -149,7 +151,9 @@ def open_source(name: str, root: str, fold: int) -> Source:
         return _Demo(name)
     path = _local(name, root)
     if path is not None:
-        return _Files(name, path, fold)
+        return _Files(name, file_tables(path), fold, str(path))
+    if is_remote(name):
+        return _Files(name, remote_tables(name, remote_gb * 1e9), fold, name)
     if any(re.fullmatch(pattern, name) for pattern, _ in FAMILIES):
         return _Hub(name, fold)
     if name.endswith(SUFFIXES) or "/" in name:
@@ -171,8 +175,6 @@ def open_source(name: str, root: str, fold: int) -> Source:
 def _fix(name: str, root: str) -> str:
     """What to do about a path that is not there, and may be meant for a URL or an id of the hub."""
     owner, _, last = name.rpartition("/")
-    if "://" in name:
-        return "download it, and give its path: nothing is fetched from a URL"
     if owner in OWNERS and any(re.fullmatch(pattern, last) for pattern, _ in FAMILIES):
         return f"give its name alone, --config.data.names={last}, to read it from the hub"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(SUFFIXES):
@@ -233,18 +235,18 @@ class _Hub:
 
 
 class _Files:
-    """A file, a folder of files, or a saved Hugging Face dataset.
+    """A file, a folder of files, a saved Hugging Face dataset, or what a URL names.
 
     A row belongs to the split that its `split` column names (train, val, test, or fold{k}_train ... for
     data.fold); without the column, to the split in its file's name (train.jsonl, fold1_test-00000.parquet);
     else to train.
     """
 
-    def __init__(self, name: str, path: Path, fold: int) -> None:
+    def __init__(self, name: str, tables: Iterable[tuple[str, str | None, Any]], fold: int, where: str) -> None:
         self.name, self.fold = name, fold
-        self.tables = list(file_tables(path))
+        self.tables = list(tables)
         if not self.tables:
-            raise UserError(str(path), "no records", f"files {', '.join(SUFFIXES)}", "check the folder")
+            raise UserError(where, "no records", f"files {', '.join(SUFFIXES)}", "check the folder")
 
     def parts(self, split: str) -> list[Part]:
         parts, offset = [], 0

@@ -45,7 +45,7 @@ SHUFFLES = 3  # ways to give each question another recording: one draw alone is 
 _SCORING = ("at_end", "controls", "protocol", "wordnet", "bert_model", "labels", "ema", "guidance")
 # And of data.*: fingerprints tell which records there are, and what is asked is neither packed nor augmented.
 _TRAINING = ("val_fraction", "subset", "weights", "augment_ecg", "augment_rgb", "pack", "share", "workers",
-             "timeout", "max_bad_records", "prefixes")  # fmt: skip
+             "timeout", "max_bad_records", "prefixes", "remote_gb")  # fmt: skip
 ERROR = ("where", "found", "expected", "fix")  # the parts of a UserError
 
 Line = dict[str, Any]
@@ -172,7 +172,7 @@ def results_folder(config: Config, split: str) -> Path:
     A dataset is called as its file or folder is. Where two are called alike, the one that is evaluated later moves what
     the other has left aside (`store.Store`).
     """
-    names = "_".join(Path(name.partition(":")[0]).stem for name in config.data.names)
+    names = "_".join(Path(name if "://" in name else name.partition(":")[0]).stem for name in config.data.names)
     return Path(config.workdir) / "eval" / f"{names}-{split}"
 
 

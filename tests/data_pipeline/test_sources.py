@@ -319,7 +319,8 @@ def test_ids_of_the_hub_and_urls_say_how_they_are_had(tmp_path, data):
     assert len(load(replace(data, names=("someone/ecg-set",)))) == 3, "as that command leaves it"
     said = refusal(replace(data, names=("ELM-Research/ecg-qa-ptbxl-250-2500",)))
     assert "--config.data.names=ecg-qa-ptbxl-250-2500" in said
-    assert "nothing is fetched from a URL" in refusal(replace(data, names=("https://example.org/a.parquet",)))
+    said = refusal(replace(data, names=("gopher://example.org/a.parquet",)))
+    assert "hf://datasets/OWNER/NAME or the URL of a table" in said
 
 
 def test_every_family_has_an_example_that_it_accepts(tmp_path):

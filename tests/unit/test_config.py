@@ -21,8 +21,8 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0, "workdir": "runs/<name>", "objective": "sft", "elm": "mlp_llava", "update": ("connector", "llm"),
     "init_from": None, "init_missing_ok": (), "compat": (), "debug": False,
     "data": {
-        "names": (), "root": ".", "outside_root": False, "prefixes": {}, "fold": 1, "val_fraction": 0.02,
-        "representation": "signal",
+        "names": (), "root": ".", "outside_root": False, "prefixes": {}, "remote_gb": 16.0, "fold": 1,
+        "val_fraction": 0.02, "representation": "signal",
         "segment_len": 2500, "sampling_rate": 250, "leads": LEADS, "normalize": "minmax", "norm_eps": 1e-6,
         "subset": None, "weights": None, "augment_ecg": False, "augment_rgb": False, "perturb": None,
         "system_prompt": None, "ecg_tokenizer": None, "min_ecg_tokens": 512, "explicit_thinking": False,

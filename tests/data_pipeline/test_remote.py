@@ -1,0 +1,132 @@
+"""Tables that lie elsewhere: what of them is fetched, that rows are those of the files, and what is said of trouble."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from elm_jax.config import default_config, resolve
+from elm_jax.data import remote
+from elm_jax.data.remote import RemoteTable
+from elm_jax.data.sources import load_records
+from elm_jax.errors import Absent, UserError
+
+ROWS, GROUP = 400, 50
+
+
+class Place:
+    """A web server of the files of a folder, which counts the bytes that it sends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.sent, self.broken = 0, 0
+        place = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self._answer(b"", head=True)
+
+            def do_GET(self) -> None:
+                self._answer((folder / self.path[1:]).read_bytes() if (folder / self.path[1:]).is_file() else b"")
+
+            def _answer(self, content: bytes, head: bool = False) -> None:
+                file = folder / self.path[1:]
+                if not file.is_file() or place.broken > 0:
+                    place.broken -= file.is_file()
+                    self.send_error(503 if file.is_file() else 404)
+                    return
+                size, asked = file.stat().st_size, self.headers.get("Range", "")
+                if asked and not head:
+                    first, last = (int(part) for part in asked.removeprefix("bytes=").split("-"))
+                    content = content[first : last + 1]
+                    self.send_response(206)
+                    self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+                else:
+                    self.send_response(200)
+                self.send_header("Accept-Ranges", "bytes")
+                self.send_header("ETag", str(file.stat().st_mtime_ns))
+                self.send_header("Content-Length", str(size if head else len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+                place.sent += len(content)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """A table of records with a column that is none of theirs and nine tenths of the file."""
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(remote, "_WAITS", (0.0, 0.0))
+    rows = [
+        {
+            "ecg_path": f"ecg/{i}.npy", "text": json.dumps(["rhythm", f"What is it, {i}?", f"answer {i} " * 20]),
+            "patient_id": str(i // 2), "split": "test" if i >= 300 else "train", "image": f"{i}" * 2000,
+        }
+        for i in range(ROWS)
+    ]  # fmt: skip
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=GROUP, compression="none", use_dictionary=["split"])
+    found = Place(tmp_path)
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+def records(name: str, root: Path, **keys: Any) -> Any:
+    config = resolve(default_config()).data
+    return load_records(replace(config, names=(name,), root=str(root), val_fraction=0.0, **keys), "train", 0)
+
+
+def test_rows_are_those_of_the_file_and_only_what_is_asked_for_is_fetched(place: Place, tmp_path: Path) -> None:
+    size = (tmp_path / "a.parquet").stat().st_size
+    there, here = records(f"{place.url}/a.parquet", tmp_path), records("a.parquet", tmp_path)
+    assert len(there) == len(here) == 300 and place.sent < size / 20
+    for i in (7, 3, 299, 120):
+        assert replace(there[i], id="") == replace(here[i], id="") and there[i].id.endswith(f":{i}")
+    before = place.sent
+    assert there[8].text == here[8].text and place.sent == before, "its row group is there"
+    assert before < size / 8
+    again = pickle.loads(pickle.dumps(there))  # as a loader's process has it
+    assert again[3] == there[3] and place.sent - before < size / 20, "the rest is kept on disk"
+
+
+def test_what_is_kept_on_disk_has_a_bound(place: Place, tmp_path: Path) -> None:
+    table = RemoteTable(f"{place.url}/a.parquet", 40_000)
+    for i in range(0, ROWS, 10):
+        assert table[i]["patient_id"] == str(i // 2)
+    kept = [path.stat().st_size for path in (tmp_path / "cache/elm_jax/row_groups").glob("*.arrow")]
+    assert 1 <= len(kept) < ROWS // GROUP and sum(kept) <= 40_000
+
+
+def test_trouble_is_waited_out_and_then_told(place: Place, tmp_path: Path) -> None:
+    table = RemoteTable(f"{place.url}/a.parquet", 1e9)
+    table._file = None
+    place.broken = 1
+    assert table[0]["ecg_path"] == "ecg/0.npy"
+    place.broken = 1000
+    with pytest.raises(Absent, match="no way to its rows"):
+        table[GROUP]
+    place.broken = 0
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes())
+    (tmp_path / "b.parquet").replace(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="another file than before"):
+        table[GROUP]
+    with pytest.raises(UserError, match="no such file"):
+        RemoteTable(f"{place.url}/nowhere.parquet", 1e9)
