@@ -150,17 +150,16 @@ def _header(
 
     hubs = sorted({(about.hub if about else "") or "other" for about in sources.values()})
     rows = sum(found.total() for found in tables.values())
+    others = {about.licence for about in sources.values() if about and not about.hub} | set(licences)
     data = DatasetCardData(
         pretty_name=", ".join(titles),
         license=hubs[0] if len(hubs) == 1 else hubs,
+        license_name=(", ".join(sorted(filter(None, others))) or "not known") if "other" in hubs else None,
         size_categories=next((name for most, name in _SIZES if rows < most), "n>1M"),
         source_datasets=[f"extended|other-{name}" for name in sources],
         task_categories=["question-answering", "text-generation"],
         tags=["ecg", "electrocardiogram", "elm_jax"],
     )
-    if "other" in hubs:
-        names = {about.licence or "not known" for about in sources.values() if about and not about.hub}
-        data.license_name = ", ".join(sorted(names | set(licences))) or "not known"
     infos, configs = {}, {}
     for file, table in files.items():
         name, groups = Path(file).stem, range(table.num_row_groups)
