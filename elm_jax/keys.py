@@ -275,3 +275,4 @@ class DpoConfig:
     )
     gamma: float = key(0.5, "the margin that simpo asks for", limit="at least 0")
     reference: bool = key(True, "compare with the model as it was in the beginning (simpo never does)")
+    rpo_alpha: float = key(0.0, "weight of the chosen answer's own loss, by token, beside that", limit="at least 0")

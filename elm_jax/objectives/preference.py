@@ -1,7 +1,7 @@
 """Preference objectives: of two answers the chosen one is made likelier than the rejected one.
 
 Sources: DPO, arXiv 2305.18290; its smoothed and robust forms, arXiv 2403.00409; IPO, arXiv 2310.12036; SimPO, arXiv
-2405.14734; SLiC's hinge, arXiv 2305.10425.
+2405.14734; SLiC's hinge, arXiv 2305.10425; what holds the chosen answer likely beside any of them, arXiv 2404.19733.
 
 Dimension letters: B rows, M supervised slots, R pairs that a row may hold.
 """
@@ -40,6 +40,7 @@ class Preference:
         beta: β. smoothing: the part of the pairs whose preference may be the wrong way round.
         gamma: the margin that "simpo" asks for.
         reference: whether the model is compared with what it was in the beginning ("simpo" never is).
+        rpo_alpha: weight of the chosen answer's own loss, -log p by token, which is added (iterative RPO; Pang et al.).
     """
 
     loss: str = "sigmoid"
@@ -47,6 +48,7 @@ class Preference:
     smoothing: float = 0.0
     gamma: float = 0.5
     reference: bool = True
+    rpo_alpha: float = 0.0
 
     @property
     def compares(self) -> bool:
@@ -68,6 +70,9 @@ class Preference:
         chosen, rejected = _two(gained)
         there = pairs_there(batch)
         found = _LOSSES[self.loss](self, chosen - rejected)
+        if self.rpo_alpha:
+            likely, length = (_two(sums_of_samples(x, batch))[0] for x in (new * mask, mask))
+            found = found - self.rpo_alpha * likely / jnp.maximum(length, 1.0)
         return {
             name: jnp.where(there, x, 0.0)
             for name, x in {
@@ -120,7 +125,7 @@ def dpo(config: Config) -> Objective:
         raise UserError("dpo.label_smoothing", f"{keys.label_smoothing:g} with dpo.loss={keys.loss}", "0", fix)
     if keys.label_smoothing >= 0.5:
         raise UserError("dpo.label_smoothing", f"{keys.label_smoothing:g}", "below 0.5", "exchange the answers instead")
-    rules = Preference(keys.loss, keys.beta, keys.label_smoothing, keys.gamma, keys.reference)
+    rules = Preference(keys.loss, keys.beta, keys.label_smoothing, keys.gamma, keys.reference, keys.rpo_alpha)
 
     def loss(model: ELM, batch: Batch, key: jax.Array | None, trained: Collection[str]) -> Sums:
         # Statistics stand still: the model and its reference see the same ECG alike.

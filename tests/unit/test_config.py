@@ -88,6 +88,7 @@ def test_keys_and_defaults_are_those_of_the_contract_and_those_it_has_grown_by()
         "resample": None, "overlong": 0, "skip_truncated": None, "show_every": 50,
     }  # fmt: skip
     expected["dpo"] = {"loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "gamma": 0.5, "reference": True}
+    expected["dpo"]["rpo_alpha"] = 0.0
     expected["ssl"] = {"mask_ratio": 0.75, "norm_patches": None, "probe": None}
     expected["ssl"] |= {"text": None, "frozen_layers": None, "temperature": 0.07}
     assert dataclasses.asdict(Config()) == expected

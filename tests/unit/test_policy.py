@@ -144,6 +144,18 @@ def test_the_margin_moves_as_theory_says(loss: str, smoothing: float) -> None:
     assert beta * gap > 1.5 if end is None else beta * gap == pytest.approx(end, abs=1e-3)
 
 
+def test_the_chosen_answer_can_be_held_likely() -> None:
+    """RPO adds the mean of -log p over the chosen answer's tokens, against no reference."""
+    weights, samples = np.array([[1, 1, 1, 0]], np.float32), np.array([[0, 0, 1, 1]], np.int32)
+    batch = empty_batch(BatchShape(64, 1, 4), {}, 1)._replace(
+        target_weights=weights, target_sample=samples, extras={"reference": jnp.asarray([[-2.0, -0.5, -1.0, 0.0]])}
+    )  # fmt: skip
+    new = jnp.asarray([[-1.0, -0.2, -3.0, -9.0]])
+    plain, held = (Preference(rpo_alpha=alpha).pairs(new, batch) for alpha in (0.0, 0.5))
+    assert float((held["loss"] - plain["loss"]).sum()) == pytest.approx(0.5 * 0.6)
+    assert all((held[name] == plain[name]).all() for name in plain if name != "loss")
+
+
 def test_of_a_pair_the_last_answer_alone_is_learnt(tmp_path: Path) -> None:
     made = config(tmp_path / "run", objective="dpo", data__max_len=256)
     dataset = assemble(made).dataset("train")
