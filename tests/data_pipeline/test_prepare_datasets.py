@@ -521,3 +521,8 @@ def test_every_real_recording_is_prepared_as_its_index_says(shared, tmp_path):
         made = sorted((tmp_path / "real/preprocessed_500").glob(f"*_{name}_*.npy"))
         seconds = int(row["n_samples"]) / int(row["fs"])
         assert name in lacking or len(made) == int(seconds * 250) // 500, name
+        if made:
+            windows = [np.load(path, allow_pickle=True).item() for path in made]
+            assert all(one["ecg"].shape == (12, 500) and tuple(one["leads"]) == LEADS for one in windows), name
+            largest = max(abs(float(row["min_mV"])), abs(float(row["max_mV"])))
+            assert 0.5 * largest < max(np.abs(one["ecg"]).max() for one in windows) < 1.15 * largest, name
