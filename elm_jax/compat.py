@@ -26,6 +26,7 @@ BEHAVIOURS: dict[str, str] = {
     "clip_centre_crop": "show CLIP the middle of an image only, as its own processor does, not all of it",
     "scale_signal_embeddings": "scale Gemma's signal embeddings as its token embeddings, as transformers 4 did",
     "dequantize_by_25": "read an ECG-Byte symbol q as q/25, not the middle of its bin, (q+0.5)/26 (EcgByte.decode)",
+    "feature_windows": "take QRS duration, ST deviation and bands of the 24 numbers of a lead as the reference does",
     "gpt2_positions": "count a GPT-2 prompt's positions from its padding, as transformers' forward() does (load_llm)",
 }
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from elm_jax.ecg.beats.words import written
 from elm_jax.errors import UserError
 from elm_jax.registry import Registry
 
@@ -41,6 +42,13 @@ ELMS: Registry[Mapping[str, View]] = Registry("elm", {
     },
     "mlp_llava": {
         "ecg": View("An ECG encoder, an MLP connector and a language model", None, encoder=True, connector="mlp")
+    },
+    "mlp_llava_measured": {
+        "ecg": View(
+            "An ECG encoder, an MLP connector and a language model that reads the ECG's measurements too",
+            None, encoder=True, connector="mlp",
+        ),
+        "measurements": View("What was measured in the ECG, in words", writes="text", text=written),
     },
     "base_elf": {
         "ecg": View("A linear connector on the whole signal and a language model", connector="patch", tokens=1)

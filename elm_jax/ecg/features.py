@@ -3,9 +3,20 @@
 The reference groups recordings by them. Dimension letters: C leads, L samples.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
-PER_LEAD = 24
+from elm_jax import compat as behaviours
+
+NAMES = (  # in their order, as the reference calls them
+    "mean", "std", "max", "min", "median", "25th percentile", "75th percentile", "total power", "peak frequency power",
+    "dominant frequency", "spectral centroid", "heart rate", "heart rate variability", "qrs duration",
+    "t wave amplitude", "st deviation", "wavelet coefficient approximation", "wavelet coefficient detail level 5",
+    "wavelet coefficient detail level 4", "wavelet coefficient detail level 3", "wavelet coefficient detail level 2",
+    "wavelet coefficient detail level 1", "average absolute difference", "root mean square difference",
+)  # fmt: skip
+PER_LEAD = len(NAMES)
 _WELCH = 1024  # samples of a segment of the spectrum, at most
 _PEAK_HEIGHT, _PEAK_DISTANCE = 0.3, 0.2  # part of the range above the minimum, s
 _QRS_HALF, _QRS_HEIGHT = 0.1, 0.1  # s on either side of a peak, part of the window's range
@@ -19,7 +30,7 @@ _LOW = np.array([
 _HIGH = _LOW[::-1] * np.array([-1.0, 1.0] * 4)
 
 
-def ecg_features(signal: np.ndarray, sampling_rate: float) -> np.ndarray:
+def ecg_features(signal: np.ndarray, sampling_rate: float, compat: Sequence[str] = ()) -> np.ndarray:
     """The features of a signal (C, L): float64 (C * 24,), lead after lead, finite for a finite signal.
 
     In order: mean, standard deviation, maximum, minimum, median, 25th and 75th percentile; power, its peak, the
@@ -27,10 +38,28 @@ def ecg_features(signal: np.ndarray, sampling_rate: float) -> np.ndarray:
     between the last two peaks, ST deviation (0 where a lead has fewer than two peaks); mean |coefficient| of the db4
     wavelet bands A5, D5, D4, D3, D2, D1 (0 where the signal is too short for a band); mean and RMS difference of
     neighbouring samples.
+
+    With the compat name `feature_windows` all numbers are the reference's: the QRS duration counts samples above a
+    threshold taken from the signal's own minimum, which are nearly always all; the ST deviation is taken at the last
+    sample where the recording ends before; and bands for which the signal is too short are left out, so that there are
+    fewer numbers.
     """
+    behaviours.check(compat)
+    theirs = behaviours.enabled("feature_windows", compat)
     x = np.asarray(signal, np.float64)
-    beats = np.array([_beats(lead, sampling_rate) for lead in x])
-    return np.hstack([_amplitudes(x), _spectrum(x, sampling_rate), beats, _wavelets(x), _slopes(x)]).reshape(-1)
+    beats = np.array([_beats(lead, sampling_rate, theirs) for lead in x])
+    bands = _wavelets(x)[:, [0, *range(_LEVELS - _levels(x.shape[1]) + 1, _LEVELS + 1)] if theirs else slice(None)]
+    return np.hstack([_amplitudes(x), _spectrum(x, sampling_rate), beats, bands, _slopes(x)]).reshape(-1)
+
+
+def z_scored(features: np.ndarray, usual: np.ndarray | None = None) -> np.ndarray:
+    """Features (N, F) less their means over the recordings of `usual` (M, F), by default themselves, in deviations:
+    float64. Raw ones differ in size by a million, so that distances are those of the largest. What is the same in all
+    of `usual` becomes 0."""
+    usual = features if usual is None else usual
+    mean, deviation = usual.mean(0, dtype=np.float64), usual.std(0, dtype=np.float64)
+    varies = deviation > 1e-12 * np.maximum(1.0, np.abs(mean))
+    return np.where(varies, (features - mean) / np.where(varies, deviation, 1.0), 0.0)
 
 
 def _amplitudes(x: np.ndarray) -> np.ndarray:
@@ -47,7 +76,7 @@ def _spectrum(x: np.ndarray, rate: float) -> np.ndarray:
     return np.stack([total, power.max(1), frequency[power.argmax(1)], centre], 1)
 
 
-def _beats(lead: np.ndarray, rate: float) -> tuple[float, float, float, float, float]:
+def _beats(lead: np.ndarray, rate: float, theirs: bool) -> tuple[float, float, float, float, float]:
     from scipy.signal import find_peaks
 
     low, high = lead.min(), lead.max()
@@ -57,25 +86,32 @@ def _beats(lead: np.ndarray, rate: float) -> tuple[float, float, float, float, f
         return 0.0, 0.0, 0.0, 0.0, 0.0
     intervals = np.diff(peaks) / rate
     half, later = int(_QRS_HALF * rate), peaks[-1] + int(_ST_AFTER * rate)
-    widths = [_width(lead[max(0, peak - half) : peak + half + 1]) for peak in peaks]
+    later = min(later, len(lead) - 1) if theirs else later
+    widths = [_width(lead[max(0, peak - half) : peak + half + (not theirs)], theirs) for peak in peaks]
     between = lead[peaks[-2] : peaks[-1]]
     st = lead[later] - lead[peaks[-1]] if later < len(lead) else 0.0
     return 60 / intervals.mean(), intervals.std(), float(np.mean(widths)) / rate, float(np.ptp(between)), float(st)
 
 
-def _width(window: np.ndarray) -> int:
+def _width(window: np.ndarray, theirs: bool) -> int:
     away = np.abs(window - window.mean())
-    return int(np.count_nonzero(away > away.min() + _QRS_HEIGHT * np.ptp(away)))
+    of = window if theirs else away
+    return int(np.count_nonzero(away > of.min() + _QRS_HEIGHT * np.ptp(of)))
 
 
 def _wavelets(x: np.ndarray) -> np.ndarray:
     sizes: list[np.ndarray] = []
-    levels = min(_LEVELS, max(0, int(np.log2(max(1.0, x.shape[1] / (len(_LOW) - 1))))))
+    levels = _levels(x.shape[1])
     for _ in range(levels):
         x, detail = _analyse(x)
         sizes.append(np.abs(detail).mean(1))
     missing = [np.zeros(len(x))] * (_LEVELS - levels)
     return np.stack([np.abs(x).mean(1), *missing, *reversed(sizes)], 1)
+
+
+def _levels(length: int) -> int:
+    """Of the decomposition, for which so many samples suffice."""
+    return min(_LEVELS, max(0, int(np.log2(max(1.0, length / (len(_LOW) - 1))))))
 
 
 def _analyse(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

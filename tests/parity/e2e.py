@@ -39,7 +39,7 @@ from elm_jax.weights.encoders import from_published
 from elm_jax.weights.load import open_llm, read_llm_config
 from elm_jax.weights.safetensors import Safetensors
 
-KINDS = tuple(ELMS)
+KINDS = tuple(elm for elm, views in ELMS.items() if len(views) == 1)  # the reference's
 LLMS = {"llama": "llm_llama_tied", "qwen2": "llm_qwen2_tied"}
 ENCODER, ENCODER_FOLDER = "st_mem", "encoder_tiny_st_mem"
 _ENCODER = goldens.config(ENCODER_FOLDER)

@@ -14,9 +14,9 @@ PACKAGE = ROOT / "elm_jax"
 FLOORS = (
     "errors",
     "compat json_text registry stopping",
-    "schema folders elms",
-    "ecg",  # recordings: files, units, rates, leads, images
-    "text",  # conversations: strings and ids
+    "schema folders",
+    "ecg",  # recordings: files, units, rates, leads, images, measurements
+    "text elms",  # conversations: strings and ids; how an ECG enters a model
     "symbols",  # ECG-Byte
     "scoring",  # strings to numbers
     "pictures",
@@ -37,7 +37,8 @@ FLOORS = (
     "planning",
     "doctoring",
     # commands
-    "analyze chat compare configs doctor ecg_byte evaluate export import_weights pairs plan prepare probe train",
+    "analyze chat compare configs doctor ecg_byte evaluate export import_weights measure pairs plan prepare probe "
+    "train",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 PURE = ("config", "ecg", "text", "symbols", "scoring")  # which import no jax, and can be lent out alone

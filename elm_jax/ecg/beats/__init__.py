@@ -1,0 +1,1 @@
+"""Measurements of ECGs: beats, their averaged beat, its waves, and what these say, in numbers and in words."""
