@@ -1,16 +1,21 @@
-"""How many recordings a second `prepare` makes, against the reference's filters in SciPy, and whether its memory grows.
+"""How many recordings a second `prepare` makes, against the reference's filters in SciPy, whether its memory grows, and
+what shards take and cost to read beside the reference's files.
 
     python scripts/bench_prepare.py [--records 400] [--workers 2] [--json FILE]
 
 Recordings are as PTB-XL's: WFDB, 12 leads, 10 s at 500 Hz, 16 bits; generated. The reference's chain is the filters of
 2025 as ECG-Bench 0.0.4 runs them: filtfilt of polynomials, the wavelet and interp1d, lead by lead. What is compared is
 processor time, of the signal alone; the extrapolation to all of PTB-XL is of the whole command by the clock, with what
-it reads, checks and writes. Ends with status 1 where `clean` or `paper-2025` is not `--least` times as fast as that
-chain, or memory grows by more than `--growth` MB from a quarter of the recordings to all.
+it reads, checks and writes. Recordings are read in a random order as the reference does, `numpy.load` of a float64
+dictionary, and by their names from shards, in float32: cold, what was written dropped from memory before (no more than
+the files' contents, which needs no root), and warm. Ends with status 1 where `clean` or `paper-2025` is not `--least`
+times as fast as that chain, memory grows by more than `--growth` MB from a quarter of the recordings to all, shards are
+not `--smaller` times as small, or do not take as many times fewer bytes from the disk when cold as `--fewer` says.
 """
 
 import argparse
 import json
+import os
 import resource
 import tempfile
 import time
@@ -19,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from machine import machine
 from scipy import signal as scipy_signal
 from scipy.interpolate import interp1d
 
-from elm_jax.data.prepare.output import NpyFiles
+from elm_jax.data.prepare import output
 from elm_jax.data.prepare.profiles import PROFILES
 from elm_jax.data.prepare.ptb_xl import INDEX, PTB_XL
 from elm_jax.data.prepare.raw import read_double
@@ -31,8 +37,9 @@ from elm_jax.data.prepare.runner import prepare_dataset
 from elm_jax.ecg.checks import check_signal
 from elm_jax.ecg.filters import shrink
 from elm_jax.ecg.names import LEADS
+from elm_jax.ecg.shards import find
 
-PTB_XL_RECORDS = 21_799
+PTB_XL_RECORDS, FEW = 21_799, 200
 SAID = {"report": "", "ecg_path": "w", "original_sf": 500.0, "target_sf": 250, "segment_len": 2500}
 RATE, NEW_RATE, SAMPLES, GAIN = 500, 250, 5000, 1000
 
@@ -44,6 +51,8 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=20, help="recordings of which each stage's time is taken")
     parser.add_argument("--least", type=float, default=3.0, help="times as fast as the reference's chain")
     parser.add_argument("--growth", type=float, default=16.0, help="MB")
+    parser.add_argument("--smaller", type=float, default=4.0, help="times, of shards to the reference's files")
+    parser.add_argument("--fewer", type=float, default=3.0, help="times, of bytes read from the disk")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -56,24 +65,36 @@ def main() -> int:
         processor = (time.process_time() - start) / args.records * 1000
         growth = _peak() - before
         several, count = _prepare(raw, Path(folder) / "several", args.records, args.workers)
+        output.SHARD = 1 << 20  # so that there are several: each is held in memory three times while it is written
+        _prepare(raw, Path(folder) / "few", args.records // 4, 1, "shards")
+        before = _peak()
+        packed, _ = _prepare(raw, Path(folder) / "shards", args.records, args.workers, "shards")
+        shards_growth = _peak() - before
+        kept_as = _kept(Path(folder) / "several", Path(folder) / "shards")
     figures = {
         "machine": machine("numpy", "scipy", "wfdb"), "records": args.records, "ms_a_record": stages,
         "times_as_fast": {name: stages["reference"] / stages[name] for name in ("clean", "elm-2026", "paper-2025")},
         "records_a_second": {"1": args.records / alone, str(args.workers): count / several},
         "processor_ms_a_record": processor,
         "processor_minutes_for_ptb_xl": PTB_XL_RECORDS * processor / 60_000,
+        "records_a_second_into_shards": args.records / packed, "shards_growth_mb": shards_growth, "kept_as": kept_as,
         "minutes_for_ptb_xl": PTB_XL_RECORDS * several / count / 60, "peak_mb": _peak(), "growth_mb": growth,
     }  # fmt: skip
     print(json.dumps(figures))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     slow = [name for name in ("clean", "paper-2025") if figures["times_as_fast"][name] < args.least]
-    kept = not slow and growth <= args.growth
+    times = kept_as["times"]
+    kept = not slow and max(growth, shards_growth) <= args.growth
+    kept = kept and times["smaller"] >= args.smaller and times["fewer_bytes_read"] >= args.fewer
     print(
         f"{'kept' if kept else 'broken'}: clean is {figures['times_as_fast']['clean']:.1f} times, paper-2025 "
         f"{figures['times_as_fast']['paper-2025']:.1f} times as fast as the reference's chain; all of PTB-XL takes "
         f"{figures['processor_minutes_for_ptb_xl']:.1f} minutes of one processor, "
-        f"{figures['minutes_for_ptb_xl']:.1f} by the clock on {args.workers} processes; memory grew by {growth:.1f} MB"
+        f"{figures['minutes_for_ptb_xl']:.1f} by the clock on {args.workers} processes; memory grew by "
+        f"{growth:.1f} MB, into shards by {shards_growth:.1f}; shards are {times['smaller']:.1f} times smaller than "
+        f"files, and one recording is {times['fewer_bytes_read']:.1f} times fewer bytes from the disk, read "
+        f"{times['faster_cold']:.2f} times as fast cold, {times['faster_warm']:.2f} times warm"
     )
     return 0 if kept else 1
 
@@ -106,7 +127,7 @@ def _stages(raw: Path, out: Path, repeat: int) -> dict[str, float]:
         "read": lambda: [read_double(path) for path in paths],
         "check": lambda: [check_signal(one.signal, RATE) for one in recordings],
         "write": lambda: [
-            NpyFiles(out / "written").make(f"w_{n}", signal[None], SAID, out, None) for n, signal in enumerate(made)
+            output.NpyFiles(out / "w").make(f"w_{n}", signal[None], SAID, out, None) for n, signal in enumerate(made)
         ],
         "reference": lambda: [_reference(one.signal) for one in recordings],
     }
@@ -142,13 +163,54 @@ def _reference(signal: np.ndarray) -> np.ndarray:
     return np.array(leads, np.float32)
 
 
-def _prepare(raw: Path, out: Path, count: int, workers: int) -> tuple[float, int]:
+def _kept(files: Path, packed: Path) -> dict[str, Any]:
+    """Of the reference's files and of shards: KB of a recording, and what it takes to read one at random.
+
+    Milliseconds by the clock cold, microseconds of processor time warm (the least of five goes), KB from the disk.
+    """
+    found: dict[str, Any] = {}
+    ways: dict[str, tuple[Path, Callable[[Path], object]]] = {
+        "npy": (files, lambda path: np.load(path, allow_pickle=True).item()["ecg"]),
+        "shards": (packed, lambda path: find(str(path)).read(np.float32)["ecg"]),  # type: ignore[union-attr]
+    }
+    for form, (out, read) in ways.items():
+        folder = out / "ptb_xl/preprocessed_2500"
+        rows = pq.read_table(out / "ptb_xl_records.parquet", columns=["ecg_path"]).to_pylist()
+        paths = [out / row["ecg_path"] for row in rows]
+        np.random.default_rng(0).shuffle(paths)
+        stored = [path for path in folder.iterdir() if path.suffix != ".jsonl" and path.name != "settings.json"]
+        for path in stored:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        few, asked = paths[:FEW], _from_disk()
+        start = time.perf_counter()
+        for path in few:
+            read(path)
+        cold, asked = time.perf_counter() - start, _from_disk() - asked
+        warm = _least(lambda few=few, read=read: [read(path) for path in few])
+        found[form] = {
+            "kb": sum(path.stat().st_size for path in stored) / len(paths) / 1000,
+            "cold_ms": cold / len(few) * 1000, "cold_kb": asked / len(few) / 1000, "warm_us": warm / len(few) * 1e6,
+        }  # fmt: skip
+    npy, shards = found["npy"], found["shards"]
+    names = {"smaller": "kb", "fewer_bytes_read": "cold_kb", "faster_cold": "cold_ms", "faster_warm": "warm_us"}
+    return {**found, "times": {name: npy[key] / max(shards[key], 1e-9) for name, key in names.items()}}
+
+
+def _from_disk() -> int:
+    """Bytes that this process has had read from a disk."""
+    said = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(said["read_bytes"])
+
+
+def _prepare(raw: Path, out: Path, count: int, workers: int, form: str = "npy") -> tuple[float, int]:
     """Seconds by the clock, and the number of records."""
     lines = (raw / INDEX).read_text().splitlines()
     (raw / INDEX).write_text("\n".join(lines[: count + 1]) + "\n")
     try:
         start = time.perf_counter()
-        report = prepare_dataset("ptb_xl", PTB_XL, raw, out, progress=False, workers=workers)
+        report = prepare_dataset("ptb_xl", PTB_XL, raw, out, progress=False, workers=workers, form=form)
         return time.perf_counter() - start, report["records"]
     finally:
         (raw / INDEX).write_text("\n".join(lines) + "\n")

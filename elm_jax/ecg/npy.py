@@ -72,6 +72,8 @@ def read_bytes(path: str | Path, what: str = "a .npy file", start: int = 0, leng
             if start + size > status.st_size:
                 raise UserError(path, f"{status.st_size} bytes", f"at least {start + size}", "make the file again")
             if start:
+                if hasattr(os, "posix_fadvise"):  # what lies behind is of others: not to be read ahead
+                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
                 os.lseek(file, start, os.SEEK_SET)
             data = os.read(file, size)
             while len(data) < size and (more := os.read(file, size - len(data))):

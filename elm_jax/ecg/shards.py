@@ -74,7 +74,8 @@ def pack(signal: np.ndarray, gains: Sequence[float] | None, said: Mapping[str, A
     pairs = (steps.view(np.uint16) + _BIAS).astype("<u2").view(np.uint8).reshape(-1, 2)
     planes = np.ascontiguousarray(pairs.T[::-1]).tobytes()
     header = {**said, "segment_len": signal.shape[1], "gain": gain.tolist(), "baseline": (-centre).astype(int).tolist()}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    with refused("recording", "", "a name and a report in Unicode", "correct them"):
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     error = np.abs(_millivolts(steps, gain, -centre, np.float64) - signal).max()
     return sealed(text, planes, codec().compress(planes, asbytes=True)), float(error)
 
