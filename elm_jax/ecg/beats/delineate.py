@@ -49,7 +49,7 @@ _TAIL = samples(30)  # of a T wave, behind its end
 
 def trust(noise: np.ndarray) -> np.ndarray:
     """How much leads of this noise (C,) count: 1, or less where it is more than the usual noise."""
-    return np.minimum(1, (np.median(noise) + 1e-4) / (noise + 1e-9))
+    return np.minimum(1, (np.median(noise) + 1e-4) / (noise + 1e-9)) if len(noise) > 1 else np.ones(1)
 
 
 def speed_of(beat: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -65,7 +65,7 @@ def speed_of(beat: np.ndarray, noise: np.ndarray) -> np.ndarray:
 def find_qrs(speed: np.ndarray, middle: int) -> Span:
     """The complex about `middle`."""
     top = middle - _NARROW[0] + int(speed[middle - _NARROW[0] : middle + _NARROW[1]].argmax())
-    quiet = np.percentile(speed, 20)
+    quiet = np.partition(speed, len(speed) // 5)[len(speed) // 5]
     st = _ST_SPEED * np.median(speed[middle + samples(130) : middle + samples(190)])
 
     def limit(part: float, least: float, most: float, of_noise: float) -> float:
@@ -128,6 +128,8 @@ def _other_phase(wave: np.ndarray, top: int, last: int, within: int) -> int:
 
 def _combine(beat: np.ndarray, noise: np.ndarray, first: int, last: int) -> np.ndarray:
     """(W,): the combination of leads with most in the samples from `first` to `last`, in mV of a root mean square."""
+    if len(beat) == 1:
+        return beat[0]
     weight = trust(noise)[:, None]
     weighed = beat * weight
     part = weighed[:, first:last]

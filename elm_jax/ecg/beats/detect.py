@@ -50,8 +50,8 @@ def find_beats(signal: np.ndarray) -> Beats:
 def moving_mean(x: np.ndarray, width: int) -> np.ndarray:
     """The mean of `width` samples about each one, along the last axis; beyond the ends it goes on as it is there."""
     left = (width + 1) // 2
-    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(left, width - left)], mode="edge")
-    total = np.cumsum(padded, -1, dtype=np.float64)
+    before, behind = np.repeat(x[..., :1], left, -1), np.repeat(x[..., -1:], width - left, -1)  # np.pad takes longer
+    total = np.cumsum(np.concatenate([before, x, behind], -1), -1, dtype=np.float64)
     return (total[..., width:] - total[..., :-width]) / width
 
 

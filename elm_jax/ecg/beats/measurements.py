@@ -28,6 +28,7 @@ UNITS = {
 _COARSE, _FINE = 90.0, 250.0  # Hz: intervals are not measured below, and trusted less up to the other
 _SHORTEST, _FLAT, _HOLES = 1.5, 1e-3, 0.2  # s; mV from the 1st to the 99th percentile; part that may be missing
 _NOISY = 0.06, 8.0  # mV, and times the noise of the other leads: a lead that is left out
+_SPARSE = 5  # of so many samples one tells whether a lead is flat
 _MOST = 1e4  # mV: what is more is no voltage of a heart
 _CONTRAST = 2.2  # complexes are so much steeper than what lies between them, or they are none
 _P_HEIGHT, _P_ALIKE = 0.012, 0.6  # mV in its combination of leads, and likeness from beat to beat
@@ -114,7 +115,7 @@ def _repaired(values: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, dic
         if holes.any():
             place = np.arange(len(lead))
             lead[holes] = 0.0 if holes.all() else np.interp(place[holes], place[~holes], lead[~holes])
-        if not faults[name] and np.subtract(*np.percentile(lead, (99, 1))) < _FLAT:
+        if not faults[name] and np.subtract(*np.percentile(lead[::_SPARSE], (99, 1))) < _FLAT:
             faults[name] = "flat"
     return values, faults
 
