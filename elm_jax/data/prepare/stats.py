@@ -57,17 +57,26 @@ def table_stats(
             for where, split, table in file_tables(file):
                 bar = tqdm(records_of(where, table), where, len(table), unit="row", disable=not progress, mininterval=1)
                 counted = _Table(signals, tokenizers or {}, looked_at and max(len(table) // looked_at, 1))
-                named = iter(table["split"]) if "split" in table.column_names else repeat(split or "train")
-                counted.add(each(bar, "row"), map(str, named))
+                counted.add(each(bar, "row"), _splits(table, split or "train"))
                 found[where] = counted.told()
     if not found:
         raise UserError(paths[0] if paths else "stats", "no table", "a .parquet, .json or .jsonl file", "name one")
     return found
 
 
+def _splits(table: Any, default: str) -> Iterator[str]:
+    if "split" not in table.column_names:
+        return repeat(default)
+    return (str(split) for rows in table.select_columns(["split"]).iter(_BATCH) for split in rows["split"])
+
+
 def _signals(root: Path) -> SignalSpec:
     """Where recordings are looked for; what would become of them does not matter here."""
     return SignalSpec(str(root), tuple(range(len(LEADS))), 0, 0, 0, None, 0)
+
+
+def _is_file(path: str) -> bool:
+    return path not in (NOISE, FLATLINE) and not path.startswith(DEMO)
 
 
 class _Kinds:
@@ -157,15 +166,11 @@ class _Table:
                 self._look(path)
 
     def _is_there(self, path: str) -> bool:
-        try:
-            self.signals.look_for(path)
-        except UserError:
-            return False
-        return True
+        return not _is_file(path) or bool(self.signals.stamp(path))
 
     def _look(self, path: str) -> None:
         """What a recording is: its leads in the file, Hz, s."""
-        if path in (NOISE, FLATLINE) or path.startswith(DEMO):
+        if not _is_file(path):
             return
         try:
             recording = read_ecg(Path(self.signals.root, path))
