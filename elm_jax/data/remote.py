@@ -81,6 +81,11 @@ class RemoteTable:
         return self._ends[-1] if self._ends else 0
 
     @property
+    def content(self) -> str:
+        """Changes with the file, as far as its place tells."""
+        return f"{self.url} {self._stamp}"
+
+    @property
     def column_names(self) -> list[str]:
         return self.schema.names
 

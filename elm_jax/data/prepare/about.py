@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from elm_jax.pictures.page import filled
 
-# Of `prepare` by its defaults: processor ms of a recording of 10 s and bytes of its window (scripts/bench_prepare.py,
-# docs/benchmarks.md), and ms of a published conversation of 300 characters.
-MS_A_RECORDING, BYTES_A_WINDOW, MS_A_CONVERSATION = 15, 240_500, 0.07
+# Of `prepare` by its defaults: processor ms of a recording of 10 s, KB of its window as .npy and in shards
+# (scripts/bench_prepare.py, docs/benchmarks.md), and ms of a published conversation of 300 characters.
+MS_A_RECORDING, KB_NPY, KB_SHARDS, MS_A_CONVERSATION = 15, 240.6, 35.0, 0.07
 WINDOW = 10  # s
 
 
@@ -88,5 +88,5 @@ def about_page(name: str, holds: str) -> str:
     number = about.recordings * about.seconds / WINDOW if about.recordings else 1_000_000
     return filled(
         "dataset_page.md", name=name, about=about, holds=holds, minutes=number * ms / 60_000, ms=ms,
-        gigabytes=windows * BYTES_A_WINDOW / 1e9, kilobytes=BYTES_A_WINDOW / 1000,
+        windows=windows, kilobytes={"npy": KB_NPY, "shards": KB_SHARDS},
     )  # fmt: skip
