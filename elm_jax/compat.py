@@ -16,6 +16,7 @@ BEHAVIOURS: dict[str, str] = {
     "signal_token_order": "add the ECG-Byte tokens to the LLM's in the order of the file, which is not sorted",
     "lead_order": "take a file's rows in the order they are stored in, whatever leads they are",
     "spline_resampling": "resample by a cubic spline from first to last sample, with no low-pass before it",
+    "comprehension_sets": "make synthetic sets as ECG-Preprocess does, whose labels are not what is asked (prepare)",
     "published_report_cleaning": "clean reports as MERL's and ECG-Chat's own code does, faults included (prepare)",
     "rgb_250_dpi": "draw the ECG paper of rgb at 250 dots per inch before it is resized",
     "muon_by_name": "choose the matrices that Muon moves by words in their published names",

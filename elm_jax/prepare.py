@@ -3,6 +3,7 @@
   python -m elm_jax.prepare ptb_xl --raw R --out O
   python -m elm_jax.prepare ecg_qa --raw Q --records O/ptb_xl/preprocessed_2500 --out O/ecg_qa.parquet
   python -m elm_jax.prepare ecg_instruct_pulse --raw ECGInstruct.json --records O --out O/pulse.parquet
+  python -m elm_jax.prepare synthetic --out O --generated 10000
   python -m elm_jax.prepare check --out O
   python -m elm_jax.prepare stats O --tokenizer T
   python -m elm_jax.prepare card --out O
@@ -36,6 +37,7 @@ from elm_jax.data.prepare.raw import RawDataset, read_double
 from elm_jax.data.prepare.reports import AS_IS, Reports
 from elm_jax.data.prepare.runner import prepare_dataset
 from elm_jax.data.prepare.stats import table_stats
+from elm_jax.data.prepare.synthetic import QUESTIONS, SIGNALS, Wanted, prepare_synthetic, read_wording
 from elm_jax.data.prepare.translation import CACHE, Translator
 from elm_jax.errors import UserError, nearest, printable, refused
 from elm_jax.folders import write_json
@@ -173,6 +175,23 @@ def _parser() -> cli.Parser:
         )  # fmt: skip
         _add_shares(own)
         own.set_defaults(prepare=_conversations)
+    made = datasets.add_parser("synthetic", help="what kind of signal it is, how many R peaks it has, how fast it is")
+    made.add_argument("--out", type=Path, required=True, help="the table (.parquet), or a folder for it")
+    made.add_argument("--records", type=Path, help="where prepare left recordings; default: the folder of --out")
+    made.add_argument("--generated", type=int, default=0, metavar="N", help="generate so many in --records, use these")
+    made.add_argument("--recordings", type=int, metavar="N", help="how many to ask about; default: all there are")
+    made.add_argument("--questions", default=",".join(QUESTIONS), help="kinds of questions; default: %(default)s")
+    made.add_argument("--signals", default=",".join(SIGNALS), help="of signal_type; default: %(default)s")
+    made.add_argument(
+        "--per-answer", type=int, metavar="N",
+        help="so many questions of each number that is an answer, and none of those that have fewer; default: all",
+    )  # fmt: skip
+    made.add_argument("--wording", type=Path, help="JSON: kind of question -> its wording, or a list of them")
+    made.add_argument("--segment-len", type=int, default=2500, help="samples of the segments")
+    made.add_argument("--workers", type=int, default=cores(), help="processes; the result is the same")
+    made.add_argument("--compat", default="", help="comprehension_sets: with the labels of ECG-Preprocess")
+    _add_shares(made)
+    made.set_defaults(prepare=_synthetic)
     check = datasets.add_parser("check", help="looks for patients and copies of recordings in more than one split")
     check.add_argument("--out", type=Path, required=True, help="folder with the tables and the recordings")
     check.add_argument("--tables", nargs="+", type=Path, help="of that folder (default: all .parquet), or elsewhere")
@@ -288,6 +307,21 @@ def _conversations(args: Namespace) -> dict[str, Any]:
     records = args.records or table.parent
     return prepare_conversations(
         args.raw, records, table, args.segment_len, args.split, args.seed, args.val, args.test, True, args.made_by
+    )
+
+
+def _synthetic(args: Namespace) -> dict[str, Any]:
+    table = _table(args)
+    names = tuple(filter(None, args.compat.split(",")))
+    compat.check(names)
+    kinds, signals = (tuple(text.split(",")) for text in (args.questions, args.signals))
+    wanted = Wanted(
+        kinds, signals, args.recordings, args.per_answer, read_wording(args.wording) if args.wording else {},
+        compat.enabled("comprehension_sets", names), args.seed, args.val, args.test,
+    )  # fmt: skip
+    records = args.records or table.parent
+    return prepare_synthetic(
+        records, args.generated, table, wanted, args.segment_len, args.workers, True, args.made_by
     )
 
 

@@ -11,7 +11,8 @@ from elm_jax.data.prepare.raw import LeftOut, RawDataset, RawRecording
 from elm_jax.errors import UserError
 from elm_jax.registry import Registry
 
-OTHERS = ("ecg_qa", "check", "stats", "card", "push", *CONVERSATIONS)  # what `prepare` does with prepared recordings
+# What `prepare` does with prepared recordings.
+OTHERS = ("ecg_qa", "synthetic", "check", "stats", "card", "push", *CONVERSATIONS)
 DATASETS: Registry[RawDataset] = Registry(
     "DATASET",
     {

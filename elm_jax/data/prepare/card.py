@@ -8,6 +8,7 @@ from typing import Any
 
 from elm_jax.data.prepare.about import ABOUT, About
 from elm_jax.data.prepare.splits import SPLITS
+from elm_jax.data.represent import FLATLINE, NOISE
 from elm_jax.data.sources import ecg_paths
 from elm_jax.errors import UserError, refused
 from elm_jax.folders import read_json, write_atomic
@@ -17,7 +18,7 @@ CARD = "README.md"
 ALL = "all_splits"  # what the Hub calls the rows of a table
 # What is pushed of a folder, and nothing else that lies there: reports name the folders of who prepared it.
 PUSHED = (CARD, "*.parquet", "*/preprocessed_*/*")
-_COUNTS = ("rows", "tables")  # of reports, which are no lists of recordings
+_COUNTS = ("rows", "tables", "kinds", "answers")  # of reports, which are no lists of recordings
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
@@ -122,7 +123,7 @@ def _read(file: Path) -> tuple[Counter[str], Any, set[str]]:
             splits.update(map(str, rows.get("split", ["train"] * len(batch))))
             cells = rows.get("ecg_path", ())
             datasets.update(path.partition("/")[0] for cell in cells for path in ecg_paths(cell, file.name)[0])
-        return splits, table, datasets
+        return splits, table, datasets - {NOISE, FLATLINE}
 
 
 def _made(file: Path, report: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from elm_jax.data.prepare.raw import unlike_a_path
 from elm_jax.data.prepare.splits import leaks
 from elm_jax.data.prepare.work import in_order
+from elm_jax.data.represent import FLATLINE, NOISE
 from elm_jax.data.sources import patient_ids, patient_of
 from elm_jax.ecg.recording import read_ecg
 from elm_jax.errors import UserError, refused
@@ -48,7 +49,7 @@ def check_tables(tables: Sequence[Path], root: Path, workers: int = 1, progress:
     for row in rows:
         for path in row.paths:
             where.setdefault(path, set()).add(row.split)
-    paths = sorted(where)
+    paths = sorted(where.keys() - {NOISE, FLATLINE})
     found = in_order(partial(_signature, root), paths, workers)
     listed = tqdm(found, "signals", len(paths), unit="window", disable=not progress)
     signatures, unreadable = [], {}

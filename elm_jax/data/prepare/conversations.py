@@ -190,7 +190,7 @@ def prepare_conversations(
             left_out[kind][item.where] = reason
             continue
         known = [recordings.patients(found[0]) for found in paths]
-        about = {found[0]: told or (_nobody(found[0]),) for found, told in zip(paths, known, strict=True)}
+        about = {found[0]: told or (nobody(found[0]),) for found, told in zip(paths, known, strict=True)}
         splits = {recordings.split(path, who, split, seed, val, test) for path, who in about.items()}
         if split == "official":
             splits = {item.split or "train"}
@@ -248,7 +248,7 @@ def _segments(item: Item, recordings: Recordings) -> tuple[list[list[str]], str,
     return found, "", ""
 
 
-def _nobody(path: str) -> str:
+def nobody(path: str) -> str:
     """Whose a segment is of which that is not known: as `runner` has it, of somebody of whom there is no other."""
     return f"{path.partition('/')[0]}:{Path(path).stem.rpartition('_')[0]}"
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 RATE = 500  # Hz
+CONTRAST = 2.2  # complexes are so much steeper than what lies between them, or they are none
 _SMOOTH, _BASE, _WIDTH = 10, 5, 40  # samples: the mean that takes out hum, half a slope's base, a complex
 _REFRACTORY, _T_WAVE = 100, 190  # samples: no second complex so near, and none that is half as steep
 _BLOCK, _AROUND = 1000, 5  # samples that hold a complex at least, and blocks on each side that set a threshold

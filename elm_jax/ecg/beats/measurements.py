@@ -15,7 +15,7 @@ from elm_jax.ecg.beats import delineate
 from elm_jax.ecg.beats.amplitudes import Lead, axis_of, lead_of, milliseconds
 from elm_jax.ecg.beats.average import BEFORE, Average, average, median
 from elm_jax.ecg.beats.delineate import Waves
-from elm_jax.ecg.beats.detect import RATE, Beats, find_beats
+from elm_jax.ecg.beats.detect import CONTRAST, RATE, Beats, find_beats
 from elm_jax.ecg.beats.rhythm import Rhythm, rhythm_of
 from elm_jax.ecg.names import LEADS
 from elm_jax.ecg.resampling import resample
@@ -30,7 +30,6 @@ _SHORTEST, _FLAT, _HOLES = 1.5, 1e-3, 0.2  # s; mV from the 1st to the 99th perc
 _NOISY = 0.06, 8.0  # mV, and times the noise of the other leads: a lead that is left out
 _SPARSE = 5  # of so many samples one tells whether a lead is flat
 _MOST = 1e4  # mV: what is more is no voltage of a heart
-_CONTRAST = 2.2  # complexes are so much steeper than what lies between them, or they are none
 _P_HEIGHT, _P_ALIKE = 0.012, 0.6  # mV in its combination of leads, and likeness from beat to beat
 _SHORT_QT = 0.32  # s at an interval of 1 s: what is shorter does not end a T wave
 _EARLY_T = 0.28  # likewise behind the complex, where a T wave has surely not ended before
@@ -122,7 +121,7 @@ def _repaired(values: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, dic
 
 def _measure(signal: np.ndarray, names: tuple[str, ...], faults: dict[str, str], seconds: float) -> Measurements:
     beats = find_beats(signal)
-    if not beats.at.size or beats.contrast < _CONTRAST:
+    if not beats.at.size or beats.contrast < CONTRAST:
         return _nothing(seconds, faults, "noise" if beats.at.size else "no heartbeat found")
     usual = beats.at[beats.kind == 0]
     mean = average(signal, usual)
@@ -197,7 +196,7 @@ def _rate(beats: Beats) -> dict[str, Value]:
     if count < 2:
         return {"rate": Value(None, 0.0, "one heartbeat")}
     minutes = (beats.at[-1] - beats.at[0]) / RATE / 60
-    clear = min(1.0, (beats.contrast - _CONTRAST) / _CONTRAST)
+    clear = min(1.0, (beats.contrast - CONTRAST) / CONTRAST)
     return {"rate": Value(float((count - 1) / minutes), _quality(clear, beats.likeness.mean(), count))}
 
 
