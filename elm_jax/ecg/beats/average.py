@@ -35,7 +35,8 @@ def average(signal: np.ndarray, at: np.ndarray, onset: int = round(-0.07 * RATE)
     whole = whole if len(whole) else at
     chosen = whole[np.linspace(0, len(whole) - 1, min(len(whole), _MOST)).round().astype(int)]
     knots = at + onset
-    near = [signal[:, max(0, k - _LEVEL[0]) : max(1, k - _LEVEL[1])].mean(1) for k in knots]
+    places = np.clip(knots, _LEVEL[0], size)  # a complex may begin before the recording
+    near = [signal[:, place - _LEVEL[0] : place - _LEVEL[1]].mean(1) for place in places]
     time = np.arange(-BEFORE, AFTER)
     beats = signal[:, np.clip(chosen[:, None] + time, 0, size - 1)].swapaxes(0, 1)  # (N, C, W)
     for lead, level in enumerate(np.stack(near, 1)):
