@@ -11,14 +11,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from texts import chat_tokenizer
 
 from elm_jax.config import default_config, resolve
 from elm_jax.data import remote
+from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.remote import RemoteTable
-from elm_jax.data.sources import load_records
+from elm_jax.data.represent import signal_spec
+from elm_jax.data.sources import Split, load_records
 from elm_jax.errors import Absent, UserError
 
 ROWS, GROUP = 400, 50
@@ -89,9 +93,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     found.server.server_close()
 
 
-def records(name: str, root: Path, **keys: Any) -> Any:
-    config = resolve(default_config()).data
-    return load_records(replace(config, names=(name,), root=str(root), val_fraction=0.0, **keys), "train", 0)
+def records(name: str, root: Path, split: Split = "train", val_fraction: float = 0.0) -> Any:
+    data = resolve(default_config()).data
+    return load_records(replace(data, names=(name,), root=str(root), val_fraction=val_fraction), split, 0)
 
 
 def test_rows_are_those_of_the_file_and_only_what_is_asked_for_is_fetched(place: Place, tmp_path: Path) -> None:
@@ -105,6 +109,18 @@ def test_rows_are_those_of_the_file_and_only_what_is_asked_for_is_fetched(place:
     assert before < size / 8
     again = pickle.loads(pickle.dumps(there))  # as a loader's process has it
     assert again[3] == there[3] and place.sent - before < size / 20, "the rest is kept on disk"
+
+
+def test_a_run_has_the_records_and_the_plan_of_the_same_file_on_disk(place: Place, tmp_path: Path) -> None:
+    data = replace(resolve(default_config()).data, perturb="only_text", root=str(tmp_path))
+    text, signal = text_spec(data, "qwen2", 1, "sft", ()), signal_spec(data, 0)
+    for split in ("train", "val"):
+        both = [records(name, tmp_path, split, 0.2) for name in (f"{place.url}/a.parquet", "a.parquet")]
+        there, here = [[(one.text, one.patient, one.ecg_paths) for one in each] for each in both]
+        assert there == here and 30 < len(here) < 300
+        there, here = [Dataset(each, chat_tokenizer(), text, signal).length_index("system", 0.0) for each in both]
+        for name, column in vars(here).items():
+            np.testing.assert_array_equal(vars(there)[name], column)
 
 
 def test_what_is_kept_on_disk_has_a_bound(place: Place, tmp_path: Path) -> None:
