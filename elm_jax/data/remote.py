@@ -83,7 +83,7 @@ class RemoteTable:
     @property
     def content(self) -> str:
         """Changes with the file, as far as its place tells."""
-        return f"{self.url} {self._stamp}"
+        return repr((self.url, self._stamp))
 
     @property
     def column_names(self) -> list[str]:
