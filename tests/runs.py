@@ -140,7 +140,7 @@ def lines(workdir: Path) -> list[dict[str, Any]]:
 
 def logged(workdir: Path) -> dict[int, dict[str, Any]]:
     """What was logged of every step and does not depend on time; each step must be there once."""
-    steps = [line for line in lines(workdir) if "loss" in line]
+    steps = [line for line in lines(workdir) if "loss" in line and "event" not in line]
     found = {line["step"]: {name: line[name] for name in VALUES if name in line} for line in steps}
     assert len(found) == len(steps), "a step was logged twice"
     return found

@@ -28,7 +28,8 @@ HIDDEN = -1e30  # a logit that counts for nothing
 def unit(x: jax.Array) -> jax.Array:
     """(B, D) in any dtype -> float32 of length one."""
     x = x.astype(jnp.float32)
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    # An empty row may be nothing but zeros, where the root's own derivative is no number.
+    return x / jnp.sqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
 
 
 def cosines(x: jax.Array, y: jax.Array) -> jax.Array:

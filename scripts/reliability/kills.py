@@ -1,6 +1,7 @@
 """SIGKILL at random moments: does the run, started again each time, end as the run that nobody stopped?
 
-    python scripts/reliability/kills.py [--objective sft] [--kills 100] [--wait] [--seed 0] [--out FOLDER]
+    python scripts/reliability/kills.py [--objective sft] [--kills 100] [--workers 0,2] [--wait] [--seed 0]
+                                        [--out FOLDER]
     python scripts/reliability/kills.py --objective all --kills 5
 
 Tiny runs on a CPU, with packing, in turn without and with worker processes (of a policy, which draws its answers
@@ -180,6 +181,8 @@ class Run:
             start = start or (time.time() - begun if self.done() else 0.0)
             time.sleep(POLL)
         runs.finish(process)
+        skipped = [line["step"] for line in self._lines() if line.get("event") == "non_finite"]
+        assert not skipped, f"{self.folder}: steps {skipped} were not finite"
         return Usual(start, time.time() - begun, median(times[-1] - times[0] for times in seen.values()))
 
     def kill(self, in_save: bool, chance: random.Random, usual: Usual) -> Kill | None:
@@ -244,7 +247,7 @@ class Run:
 
     def done(self) -> int:
         """The last step that was logged."""
-        return max((line["step"] for line in self._lines() if "loss" in line), default=0)
+        return max((line["step"] for line in self._lines() if "loss" in line and "event" not in line), default=0)
 
     def _lines(self) -> list[dict[str, Any]]:
         path = self.folder / "metrics.jsonl"
@@ -316,6 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--objective", choices=[*OBJECTIVES, "all"], default="sft", help="what the runs learn")
     parser.add_argument("--kills", type=int, default=100, help="of each at least so many, half of them in saves")
+    parser.add_argument("--workers", default="0,2", help="of the runs in turn (of all kinds: of each one); policies: 0")
     parser.add_argument("--wait", action="store_true", help="with train.save_wait")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a new folder for the runs; those that fail stay (default: temporary)")
@@ -330,8 +334,11 @@ def main(argv: list[str] | None = None) -> int:
         for turn, name in enumerate(OBJECTIVES if args.objective == "all" else [args.objective]):
             place = (args.out or Path(temporary)) / name
             place.mkdir()
-            loaders = WORKERS if args.objective != "all" else WORKERS[turn % 2 :][:1]  # one of them
-            loaders = WORKERS[:1] if ANSWERED.items() <= OBJECTIVES[name].items() else loaders
+            loaders = [*map(int, args.workers.split(","))]
+            if ANSWERED.items() <= OBJECTIVES[name].items():
+                loaders = [0]
+            elif args.objective == "all":
+                loaders = [loaders[turn % len(loaders)]]
             found, number, wrong = killed_runs(place, args.kills, args.seed + turn, loaders, name, args.wait)
             of_each[name] = {
                 "kills": len(found), "in_saves": _in_saves(found), "runs": number, "not_as_promised": len(wrong),

@@ -32,6 +32,7 @@ from elm_jax.models.encoders.text_tower import BERT, CLIP_TEXT, SIGLIP_TEXT, Tex
 from elm_jax.models.functional import structure_of
 from elm_jax.models.hints import placed
 from elm_jax.objectives import objective_of
+from elm_jax.objectives.contrastive import info_nce
 from elm_jax.run.weights import Weights
 from elm_jax.runtime.mesh import MeshPlacement, array_shardings, batch_sharding, make_mesh
 from elm_jax.text.reports import padded_ids
@@ -260,6 +261,13 @@ def test_negatives_are_those_of_all_devices(name: str, encoder: str, bert: Path,
         found = step(kernel, jax.device_put(batch, place))
         np.testing.assert_allclose(found[0], value, rtol=1e-6)
         np.testing.assert_allclose(found[1], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_an_empty_row_of_zeros_leaves_the_gradient_finite() -> None:
+    pairs = jnp.asarray([[1.0, 2.0], [3.0, -1.0], [0.0, 0.0]])
+    there = jnp.asarray([True, True, False])
+    gradient = jax.grad(lambda x: jnp.stack(info_nce(x, x[:, ::-1], there, 10.0)).sum())(pairs)
+    assert np.isfinite(gradient).all() and not gradient[2].any() and gradient[:2].any()
 
 
 def test_what_cannot_be_held_against_text(bert: Path, tmp_path: Path, here: None) -> None:
