@@ -55,6 +55,8 @@ def test_from_raw_files_to_tables_as_a_command(raw, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "records: 2" in done.stdout and "rows: train 0, val 0, test 2" in done.stdout
     assert "tables: ptb_xl_records.parquet (train 0, val 0, test 2), ptb_xl_reports.parquet (train" in done.stdout
+    told = json.loads((tmp_path / "ptb_xl_report.json").read_text())["command"]
+    assert told == "python -m elm_jax.prepare ptb_xl --raw R --out O --segment-len 500 --report-language as-is"
     second = [
         *command,
         "ecg_qa",
