@@ -227,7 +227,8 @@ class SignalSpec:
             if (place := shards.find(whole)) is None:
                 return [whole]
             for file in (place.shard, os.path.join(os.path.dirname(whole), shards.INDEX)):
-                self._confine(path, file, folder)
+                if not self.outside_root and not _is_still_inside(file, folder, os.getcwd()):
+                    self._confine(path, file, folder)
             return [place.shard]
         file = Path(whole)
         header = header_of(file) if file.name else file
@@ -316,6 +317,12 @@ def _is_inside(file: str, folder: str) -> bool:
         return real.startswith(f"{_real(os.path.join(os.getcwd(), folder)).rstrip(os.sep)}{os.sep}")
     except ValueError:  # no file can be called so, as reading it says
         return True
+
+
+@lru_cache(4096)
+def _is_still_inside(file: str, folder: str, cwd: str) -> bool:
+    """`_is_inside` of a file of thousands of recordings, looked for once."""
+    return _is_inside(file, folder)
 
 
 @lru_cache(1024)
