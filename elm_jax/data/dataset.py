@@ -1,4 +1,4 @@
-"""One split, ready to be read: records, rendered to tokens, with their signals; and its length index."""
+"""One split, ready to be read: records, rendered to tokens, with their signals."""
 
 from __future__ import annotations
 
@@ -7,37 +7,31 @@ import functools
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from tqdm import tqdm
 
-from elm_jax import stopping
 from elm_jax.config import DataConfig
+from elm_jax.data import lengths
 from elm_jax.data.batch import Conversation, Shown
 from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.plan import LengthIndex
-from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec
+from elm_jax.data.represent import SignalSpec
 from elm_jax.data.samples import Samples
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError, refused
-from elm_jax.folders import MOST_JSON, keep, kept, read_regular
+from elm_jax.folders import MOST_JSON, read_regular
 from elm_jax.registry import qualified_name
 from elm_jax.text.render import Rendered, TextSpec, to_prompts, to_tokens
 from elm_jax.text.turns import CONVERSATIONS, with_words
+from elm_jax.text.vocabulary import Vocabulary, vocabulary
 
 INDEX_VERSION = 3  # of the fingerprint, which checkpoints hold
-KEPT_VERSION = 3  # of what a length index keeps on disk
-_COLUMNS = ("length", "targets", "ecgs", "system_end", "signal_end", "system_key", "signal_key", "dataset")
-_CUTS = {"cut": bool, "lost_answers": np.int16, "cut_ecgs": bool}  # see LengthIndex
 LOOKED_FOR = 20_000  # records whose recordings are looked for before a run
 PLAIN = Samples()
-SPARE = 1.25  # of an ECG's symbols are planned for where augmentation varies them
 
 
 def text_spec(data: DataConfig, family: str, signal_tokens: int, phase: str, compat: tuple[str, ...]) -> TextSpec:
@@ -85,6 +79,15 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.records)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("words", "_head")}
+
+    @functools.cached_property
+    def words(self) -> Vocabulary:
+        """The tokenizer's, which is not asked again how many tokens it has: counting what was added takes as long as
+        a conversation."""
+        return vocabulary(self.tokenizer)
+
     def render(
         self, index: int, ecgs: Sequence[Shown] | None = None, length: int | None = None, text: Any = None
     ) -> Rendered:
@@ -98,25 +101,26 @@ class Dataset:
         """
         with self.naming(index) as record:
             record = record if text is None else replace(record, text=text)
-            if self._symbols is None:
-                return self._rendered(index, record, self.text.max_len)
+            if self.symbols is None:
+                return self.rendered(index, record, self.text.max_len)
             shown = self.signals(index) if ecgs is None else ecgs
             written, limit = [ecg[self.signal.view] for ecg in shown], self.text.max_len
-            render = functools.partial(self._rendered, index, record)
-            return self._symbols.expand(render, written, limit, length, self.varies, self.text.compat)
+            render = functools.partial(self.rendered, index, record)
+            return self.symbols.expand(render, written, limit, length, self.varies, self.text.compat)
 
     @contextlib.contextmanager
-    def naming(self, index: int) -> Iterator[Record]:
+    def naming(self, index: int, record: Record | None = None) -> Iterator[Record]:
         """The record; it is named by errors of what is done with it."""
-        record = self.records[index]
+        record = self.records[index] if record is None else record
         try:
             yield record
         except UserError as error:
             raise UserError(f"record {record.id}", error.found, error.expected, error.fix) from error
 
-    def _rendered(self, index: int, record: Record, max_len: int | None) -> Rendered:
+    def rendered(self, index: int, record: Record, max_len: int | None) -> Rendered:
+        """The tokens of a record, with a placeholder where there are symbols. Raises UserError as `render`."""
         ecgs, spec = self._ecgs(record), replace(self.text, max_len=max_len)
-        return to_tokens(self._words(index, record, ecgs), self.tokenizer, spec, ecgs)
+        return to_tokens(self._words(index, record, ecgs), self.words, spec, ecgs)
 
     def _words(self, index: int, record: Record, ecgs: int) -> Any:
         """The record's text, with what views write of its ECGs."""
@@ -128,10 +132,11 @@ class Dataset:
     @property
     def reads_ecgs(self) -> bool:
         """Whether an ECG decides how long its record is."""
-        return self._symbols is not None or bool(self.text.signal_tokens and self.signal.texts)
+        return self.symbols is not None or bool(self.text.signal_tokens and self.signal.texts)
 
     @property
-    def _symbols(self) -> EcgTokens | None:
+    def symbols(self) -> EcgTokens | None:
+        """What makes ECGs tokens, where they are such."""
         return self.signal.tokens if self.text.signal_tokens else None
 
     def prompts(self, index: int) -> list[tuple[Rendered, str]]:
@@ -141,11 +146,11 @@ class Dataset:
         """
         with self.naming(index) as record:
             ecgs, spec = self._ecgs(record), replace(self.text, max_len=None)
-            return to_prompts(self._words(index, record, ecgs), self.tokenizer, spec, ecgs)
+            return to_prompts(self._words(index, record, ecgs), self.words, spec, ecgs)
 
     def room(self, prompt: Rendered) -> int:
         """The tokens that one of `prompts` may have, whatever its ECGs are: symbols keep `data.min_ecg_tokens`."""
-        kept = max(self._symbols.least, 1) if self._symbols is not None else 1
+        kept = max(self.symbols.least, 1) if self.symbols is not None else 1
         return len(prompt.ids) + len(prompt.signal_positions) * (kept - 1)
 
     def _ecgs(self, record: Record) -> int:
@@ -185,10 +190,11 @@ class Dataset:
                     known[path] = self._looked_for(path)
             found += [(record.id, error) for path in record.ecg_paths if (error := known[path])][:1]
             if len(found) > max_bad * len(self):
-                return self._too_many(found[0][1], max_bad, f"records such as {found[0][0]}")
+                return self.too_many(found[0][1], max_bad, f"records such as {found[0][0]}")
         return None
 
-    def _too_many(self, error: UserError, max_bad: float, such: str = "bad records") -> UserError:
+    def too_many(self, error: UserError, max_bad: float, such: str = "bad records") -> UserError:
+        """The `error` of a record, by which more than the fraction `max_bad` are bad."""
         where, says, expected, fix = error.parts
         many = f"at most {int(max_bad * len(self))} of {len(self)} {such} (data.max_bad_records)"
         return type(error)(where, says, f"{expected}; {many}", fix)
@@ -226,7 +232,7 @@ class Dataset:
             nothing = np.zeros(length, np.int32)
             return Conversation(index, nothing, nothing.astype(bool), nowhere, None)
         r = self.render(index, signals, length if text is None else None, text)
-        if self._symbols is None:
+        if self.symbols is None:
             return Conversation(index, r.ids, r.supervised, r.signal_positions, signals)
         if text is None and len(r.ids) != length and not self.varies:
             found = f"{len(r.ids)} tokens where the run's plan has {length}: its ECG has changed"
@@ -241,34 +247,7 @@ class Dataset:
         Raises:
             UserError: more than the fraction `max_bad` of the records cannot be rendered; names the first.
         """
-        # What a function of the user's writes is measured at every start: nothing says when the function has changed.
-        of_functions = self.samples.of is not None or (self.reads_ecgs and bool(self.signal.texts))
-        stem = cache / self._index_name if cache and not of_functions else None
-        table = None
-        if whole := stem and kept(stem, ".parquet"):
-            with contextlib.suppress(OSError):  # somebody else may have removed it
-                table = pq.read_table(whole)
-        if table is not None:
-            columns = {name: table[name].to_numpy() for name in table.column_names}
-            for i in np.flatnonzero(columns["length"] == 0)[int(max_bad * len(self)) :]:
-                try:
-                    self.check(int(i))  # says what is wrong with the first that is too many
-                except UserError as error:
-                    raise self._too_many(error, max_bad) from error
-        else:
-            columns = self._measure(max_bad, progress)
-            # An ECG that could not be read may be mended: the next start looks again.
-            if stem and (not self.reads_ecgs or columns["length"].all()):
-                keep(stem, ".parquet", lambda file: pq.write_table(pa.table(columns), file))
-        # An ECG of which every epoch has other symbols is part of no prefix of a known length.
-        return _for_share(columns, "system" if share == "ecg" and self.varies else share)
-
-    @property
-    def _index_name(self) -> str:
-        """Changes with the lengths; the fingerprint, which checkpoints hold, knows files by times that can be set."""
-        paths = [path for record in self.records if self.reads_ecgs for path in record.ecg_paths]
-        digest = hashlib.sha256(repr([self.signal.stamp(path, kept=True) for path in paths]).encode())
-        return f"{self.fingerprint}.{KEPT_VERSION}.{digest.hexdigest()[:16]}"
+        return lengths.index_of(self, share, max_bad, cache, progress)
 
     def check(self, index: int) -> None:
         """Raise UserError, which names the record, where nothing can be learnt of it."""
@@ -280,52 +259,10 @@ class Dataset:
     @property
     def varies(self) -> bool:
         """Whether an ECG has other symbols in every epoch."""
-        return self.augments and self.signal.augment_ecg and self._symbols is not None
-
-    def _measure(self, max_bad: float, progress: bool) -> dict[str, np.ndarray]:
-        columns = {n: np.zeros(len(self), np.uint64 if n.endswith("key") else np.int32) for n in _COLUMNS}
-        columns |= {n: np.zeros(len(self), kind) for n, kind in _CUTS.items()}
-        bad, numbers = 0, tqdm(range(len(self)), f"measuring {self.samples.unit}", disable=not progress, mininterval=1)
-        for i in stopping.each(numbers, "conversation"):
-            record = self.records[i]
-            columns["dataset"][i] = record.dataset
-            try:
-                if not self.samples.plain:
-                    columns["length"][i], columns["targets"][i], columns["ecgs"][i] = self.samples.measure(self, i)
-                    continue
-                rendered, cuts = self._planned(i)
-            except UserError as error:
-                bad += 1
-                if bad > max_bad * len(self):
-                    raise self._too_many(error, max_bad) from error
-                continue
-            _fill(columns, i, rendered, record)
-            for name, value in zip(_CUTS, cuts, strict=True):
-                columns[name][i] = value
-        return columns
-
-    def _planned(self, index: int) -> tuple[Rendered, tuple[bool, int, bool]]:
-        """The record, with room for what augmentation adds to its symbols, and what of _CUTS `text.max_len` does to it.
-
-        What augmentation adds beyond that room will be cut.
-        """
-        limit, symbols = self.text.max_len, self._symbols
-        with self.naming(index) as record:
-            whole = self._rendered(index, record, None)
-            ecgs = [] if symbols is None else [ecg[self.signal.view] for ecg in self.signals(index)]
-        if symbols is None and (limit is None or len(whole.ids) <= limit):
-            return whole, (False, 0, False)
-        room = [np.resize(symbols.llm_ids, int(SPARE * len(ecg))) for ecg in ecgs] if symbols and self.varies else ecgs
-        rendered, amount = self.render(index, [{self.signal.view: ecg} for ecg in room]), sum(map(len, ecgs))
-        last = int(np.flatnonzero(whole.supervised).max(initial=-1)) + 1 + amount - len(ecgs)
-        if limit is None or last <= limit:
-            return rendered, (False, 0, False)
-        lost = _answers(whole) - _answers(rendered)
-        return rendered, (True, lost, symbols is not None and np.isin(rendered.ids, symbols.llm_ids).sum() < amount)
+        return self.augments and self.signal.augment_ecg and self.symbols is not None
 
     @functools.cached_property
-    def fingerprint(self) -> str:
-        """Changes with anything that may change a length: records, tokenizer, text spec; signals that are symbols."""
+    def _head(self) -> Any:
         words = self.tokenizer
         ends = () if words is None else (words.bos_token, words.eos_token)
         digest = hashlib.sha256(json.dumps([INDEX_VERSION, asdict(self.text), *ends], sort_keys=True).encode())
@@ -335,66 +272,34 @@ class Dataset:
             digest.update(self.samples.fingerprint.encode())
         digest.update("".join(repr(spec.ids) for spec in self.signal.views.values() if spec.ids).encode())
         told = replace(self.signal, root=str(Path(self.signal.root).absolute()), tokens=None)
-        if self._symbols is not None:
-            digest.update(repr((told, self._symbols.fingerprint, self.augments)).encode())
+        if self.symbols is not None:
+            digest.update(repr((told, self.symbols.fingerprint, self.augments)).encode())
         if self.text.signal_tokens and self.signal.texts:
             writers = {view: qualified_name(text) for view, text in self.signal.texts.items()}
             digest.update(repr((told, writers)).encode())
+        return digest
+
+    @property
+    def head(self) -> Any:
+        """A digest of all that decides a length but the records; what follows it is the caller's."""
+        return self._head.copy()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes with anything that may change a length: records, tokenizer, text spec; signals that are symbols.
+
+        Who measures lengths leaves it here, or finds it beside those that are kept.
+        """
+        digest, stamp = self.head, functools.lru_cache(LOOKED_FOR)(self.signal.stamp)
         for record in self.records:
-            digest.update(repr((record.id, record.ecg_paths, record.text, record.dataset)).encode())
-            for text in (record.rejected, self.samples.beside(record)):
-                digest.update(repr(text).encode() if text is not None else b"")
-            if self.reads_ecgs:
-                digest.update(repr([self.signal.stamp(path) for path in record.ecg_paths]).encode())
+            digest.update(self.told(record, repr(record.text), stamp))
         return digest.hexdigest()[:32]
 
-
-def _answers(rendered: Rendered) -> int:
-    """How many answers are learnt."""
-    return int(np.count_nonzero(np.diff(rendered.supervised.astype(np.int8), prepend=0) == 1))
-
-
-def cuts(index: LengthIndex) -> dict[str, float]:
-    """How many conversations `data.max_len` cuts, their share of all, and what it takes of them."""
-    number = int(index.cut.sum())
-    return {"conversations": number, "share": number / max(len(index), 1), "answers": int(index.lost_answers.sum()),
-            "with_ecgs_cut": int(index.cut_ecgs.sum())}  # fmt: skip
-
-
-def _fill(columns: dict[str, np.ndarray], i: int, rendered: Rendered, record: Record) -> None:
-    columns["length"][i] = len(rendered.ids)
-    columns["targets"][i] = int(rendered.supervised.sum())
-    columns["ecgs"][i] = len(rendered.signal_positions)  # symbols take no slots
-    first = int(np.argmax(rendered.supervised))
-    # A prefix holds nothing supervised: its tokens stand once for many conversations.
-    columns["system_end"][i] = rendered.system_end if rendered.system_end <= first else 0
-    columns["signal_end"][i] = rendered.signal_end if rendered.signal_end <= first else 0
-    columns["system_key"][i] = _key(rendered.ids[: rendered.system_end])
-    columns["signal_key"][i] = _key(rendered.ids[: rendered.signal_end], *_recordings(record))
-
-
-def _recordings(record: Record) -> tuple[str, ...]:
-    """What tells recordings apart. Each record's `noise` is its own; so is its place in the batch."""
-    return tuple(f"{p}:{record.id}" if p in (NOISE, FLATLINE) else p for p in record.ecg_paths)
-
-
-def _key(ids: np.ndarray, *parts: str) -> int:
-    digest = hashlib.blake2b(ids.astype(np.int32).tobytes() + "\0".join(parts).encode(), digest_size=8)
-    return int.from_bytes(digest.digest(), "little")
-
-
-def _for_share(columns: dict[str, np.ndarray], share: str) -> LengthIndex:
-    nothing = np.zeros_like(columns["length"])
-    with_ecg = (columns["signal_end"] > 0) & (share == "ecg")
-    prefix = nothing if share == "none" else np.where(with_ecg, columns["signal_end"], columns["system_end"])
-    return LengthIndex(
-        length=columns["length"],
-        targets=columns["targets"],
-        ecgs=columns["ecgs"],
-        prefix=prefix,
-        key=np.where(with_ecg, columns["signal_key"], columns["system_key"]),
-        prefix_ecgs=np.where(with_ecg, columns["ecgs"], nothing),
-        shares_ecg=with_ecg,
-        dataset=columns["dataset"],
-        **{name: columns[name] for name in _CUTS},
-    )
+    def told(self, record: Record, text: str, stamp: Callable[[str], Any]) -> bytes:
+        """What of a record the fingerprint is made of: its `text`, and the `stamp` of its recordings' files if they
+        decide its length."""
+        said = [f"({record.id!r}, {record.ecg_paths!r}, {text}, {record.dataset!r})"]
+        said += [repr(beside) for beside in (record.rejected, self.samples.beside(record)) if beside is not None]
+        if self.reads_ecgs:
+            said.append(repr([stamp(path) for path in record.ecg_paths]))
+        return "".join(said).encode()

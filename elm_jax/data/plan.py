@@ -47,6 +47,13 @@ class LengthIndex:
     def __len__(self) -> int:
         return len(self.length)
 
+    @property
+    def cuts(self) -> dict[str, float]:
+        """How many conversations `data.max_len` cuts, their share of all, and what it takes of them."""
+        number = int(self.cut.sum())
+        return {"conversations": number, "share": number / max(len(self), 1), "answers": int(self.lost_answers.sum()),
+                "with_ecgs_cut": int(self.cut_ecgs.sum())}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class _Usage:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 from elm_jax.config import DataConfig
 from elm_jax.data.represent import FLATLINE, NOISE
 from elm_jax.data.table_files import KINDS, REPORT
-from elm_jax.data.tables import Lazy, Part, Source, Table, identities, open_source
+from elm_jax.data.tables import Lazy, Part, Source, Table, open_source
 from elm_jax.errors import UserError
 from elm_jax.json_text import parse_json
 from elm_jax.text.turns import Turn, decode_text, to_turns
@@ -67,8 +67,9 @@ class _Rows:
         part = Part(self.part.table, self.part.rows[chosen], self.part.offset, self.part.label)
         return _Rows(self.dataset, self.name, part)
 
-    def record(self, index: int) -> Record:
-        row = self.part.row(index)
+    def record(self, index: int, row: Mapping[str, Any] | None = None) -> Record:
+        """The record number `index`, of its `row` where that has been read."""
+        row = self.part.row(index) if row is None else row
         row_id = self.row_id(index)
         paths, problem = ecg_paths(row["ecg_path"], row_id)
         return Record(
@@ -85,14 +86,17 @@ class _Rows:
             label=row.get("label"),
         )
 
-    def patients(self) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-        """Who each row says that it is about, and whom its recordings tell; read without the rows' texts."""
-        people = []
-        for index, (ecg_path, patient_id) in enumerate(identities(self.part)):
-            row_id = self.row_id(index)
-            paths, _ = ecg_paths(ecg_path, row_id)
-            people.append((patient_ids(patient_id), _recorded(paths, row_id)))
-        return people
+    def said(self) -> list[tuple[str, ...]]:
+        """Who each row says that it is about."""
+        if "patient_id" not in getattr(self.part.table, "column_names", ("patient_id",)):
+            return [()] * len(self.part.rows)
+        rows = self.part.each(0, len(self.part.rows), "patient_id")
+        return [patient_ids(row.get("patient_id")) for row in rows]
+
+    def told(self) -> list[tuple[str, ...]]:
+        """Whom the recordings of each row tell."""
+        rows = enumerate(self.part.each(0, len(self.part.rows), "ecg_path"))
+        return [_recorded(ecg_paths(row["ecg_path"], (i := self.row_id(n)))[0], i) for n, row in rows]
 
 
 class Records(Lazy[Record]):
@@ -112,6 +116,22 @@ class Records(Lazy[Record]):
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._rows else 0
 
+    @cached_property
+    def content(self) -> str:
+        """Changes with what the records hold, their ids and their order."""
+        return repr([(rows.dataset, rows.name, rows.part.content) for rows in self._rows])
+
+    def each(self, first: int = 0, last: int | None = None) -> Iterator[Record]:
+        """The records `first` to `last` - 1, read in bulk; none of them is kept."""
+        last, start = len(self) if last is None else last, 0
+        for rows, end in zip(self._rows, self._ends.tolist(), strict=True):
+            low, high = max(first, start) - start, min(last, end) - start
+            if low < high:
+                yield from map(rows.record, range(low, high), rows.part.each(low, high))
+            start = end
+
+    __iter__ = each
+
     def make(self, index: int) -> Record:
         which = int(np.searchsorted(self._ends, index, side="right"))
         start = int(self._ends[which - 1]) if which else 0
@@ -121,7 +141,7 @@ class Records(Lazy[Record]):
 def records_of(name: str, table: Table) -> Iterator[Record]:
     """Every row of a table that is called `name` as a record, whatever its split."""
     rows = _Rows(0, name, Part(table, np.arange(len(table)), 0, f"{name}:"))
-    return map(rows.record, range(len(table)))
+    return map(rows.record, range(len(table)), rows.part.each(0, len(table)))
 
 
 def load_records(data: DataConfig, split: Split, seed: int) -> Records:
@@ -184,10 +204,11 @@ def _train_or_val(data: DataConfig, sources: Sequence[Source], split: Split, see
             shared += _rows_of(data, source, index, "train")
     if data.val_fraction == 0:
         return found + shared if split == "train" else found
-    people = _people([rows.patients() for rows in shared])
+    people = _people(shared)
     held_out = _held_out([who for part in people for who in part], data.val_fraction, seed)
     for rows, part in zip(shared, people, strict=True):
-        inside = np.array([sum(p in held_out for p in who) / len(who) for who in part])
+        share = {who: sum(p in held_out for p in who) / len(who) for who in set(part)}
+        inside = np.array([share[who] for who in part])
         both = int(np.count_nonzero((inside > 0) & (inside < 1)))
         if both and split == "train":
             _log.info("%s: %d records left out, about patients of both train and val", rows.name, both)
@@ -197,16 +218,20 @@ def _train_or_val(data: DataConfig, sources: Sequence[Source], split: Split, see
     return sorted(found, key=lambda rows: rows.dataset)
 
 
-def _people(parts: list[list[tuple[tuple[str, ...], tuple[str, ...]]]]) -> list[list[tuple[str, ...]]]:
+def _people(parts: Sequence[_Rows]) -> list[list[tuple[str, ...]]]:
     """Who the rows of each part are about. A row that does not say is about whom other rows name for its recordings:
     those that have no other recording, where there are such."""
-    saying = sorted((row for part in parts for row in part if row[0]), key=lambda row: -len(row[1]))
+    said = [rows.said() for rows in parts]
+    if all(map(all, said)):
+        return said
+    both = [list(zip(own, rows.told(), strict=True)) for own, rows in zip(said, parts, strict=True)]
+    saying = sorted((row for part in both for row in part if row[0]), key=lambda row: -len(row[1]))
     named = {one: said for said, told in saying for one in told}
 
     def about(said: tuple[str, ...], told: tuple[str, ...]) -> tuple[str, ...]:
         return said or tuple(sorted({one for patient in told for one in named.get(patient, (patient,))}))
 
-    return [[about(*row) for row in part] for part in parts]
+    return [[about(*row) for row in part] for part in both]
 
 
 def _held_out(people: Iterable[tuple[str, ...]], fraction: float, seed: int) -> set[str]:
@@ -314,9 +339,16 @@ def patient_ids(value: Any) -> tuple[str, ...]:
     Ids are the same however a table holds them: 17, 17.0, "17", " 017 " and "1.7e+01" are one patient. None, NaN and
     blanks name nobody.
     """
+    return _ids_in(value) if isinstance(value, str) else _ids_of(value)
+
+
+def _ids_of(value: Any) -> tuple[str, ...]:
     value = _listed(value)
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(sorted({_one_id(part) for item in values for part in _ONE_ID.findall(str(item))} - {""}))
+
+
+_ids_in = lru_cache(1 << 14)(_ids_of)  # records of one patient mostly stand together
 
 
 def _one_id(text: str) -> str:

@@ -5,11 +5,15 @@ A table has those of COLUMNS that the file has, as text and numbers; nothing tha
 
 import contextlib
 import csv
+import functools
 import hashlib
+import io
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +27,8 @@ REPORT = "report"  # what ECGs are held against; in place of text, or beside it
 LABEL = "label"  # the number of a class, for which ECGs are generated
 COLUMNS = ("ecg_path", "text", "name", "patient_id", "split", *KINDS, *PAIR, REPORT, LABEL)
 SUFFIXES = (".parquet", ".json", ".jsonl")
+SMALL = 16 << 20  # bytes of JSON up to which a table is held in memory
+_ROWS = 8192  # of JSON that are made columns at a time
 _SPLITS, _STATE = "dataset_dict.json", "state.json"  # of a dataset that the library has saved
 
 _SPLIT_IN_NAME = re.compile(r"^((?:fold\d+_)?(?:train|valid|validation|val|dev|test))(?=$|[-_.])")
@@ -76,11 +82,33 @@ def _own(folder: Path, names: Any) -> list[str]:
 
 def _open(file: Path) -> Any:
     import datasets
+    import pyarrow as pa
 
     check_regular(file, "a table")
-    if file.suffix != ".parquet":
-        return datasets.Dataset(_json_table(file))
-    return _as_arrow(file)
+    if file.suffix == ".parquet":
+        return _as_arrow(file)
+    with refused(file, "an unreadable file", "UTF-8 text", "check the file"):
+        small = file.stat().st_size <= SMALL
+    if small:
+        _copy_json(file, held := io.BytesIO())
+        return datasets.Dataset(pa.ipc.open_stream(held.getbuffer()).read_all())
+    stem = _kept_as(file)
+    whole = kept(stem, ".arrow") or _keep_rows(stem, file, functools.partial(_copy_json, file, folder=stem.parent))
+    return datasets.Dataset.from_file(str(whole))
+
+
+def _kept_as(file: Path) -> Path:
+    """What a table is kept as, by its content and its kind."""
+    from datasets import config
+
+    with refused(file, "an unreadable file", "a table", "check the file"), file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(repr(COLUMNS).encode(), digest_size=16))
+    return Path(config.HF_DATASETS_CACHE, "elm_jax", f"{digest.hexdigest()}{file.suffix}")
+
+
+def _keep_rows(stem: Path, file: Path, write: Callable[[IO[bytes]], Any]) -> Path:
+    fix = "make room there, or set HF_DATASETS_CACHE to a folder that can be written"
+    return keep(stem, ".arrow", write, f"a place for the rows of {file}", fix)
 
 
 def _as_arrow(file: Path) -> Any:
@@ -91,18 +119,16 @@ def _as_arrow(file: Path) -> Any:
     """
     import datasets
     import pyarrow.parquet as pq
-    from datasets import config
 
     with _unreadable(file, "a parquet file"):
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(repr(COLUMNS).encode(), digest_size=16))
-        stem = Path(config.HF_DATASETS_CACHE, "elm_jax", digest.hexdigest())
+        stem = _kept_as(file)
         with pq.ParquetFile(file) as table:
             if not table.metadata.num_rows:
                 raise UserError(str(file), "no records", "rows of ecg_path and text", "check the file")
             if (whole := kept(stem, ".arrow")) is not None:
                 return datasets.Dataset.from_file(str(whole))
-            whole = _write_arrow(stem, plain_schema(str(file), table.schema_arrow), file, table)
+            copy = functools.partial(_copy_parquet, plain_schema(str(file), table.schema_arrow), file, table)
+            whole = _keep_rows(stem, file, copy)
         return datasets.Dataset.from_file(str(whole))
 
 
@@ -120,24 +146,15 @@ def plain_schema(where: str, schema: Any) -> Any:
     return pa.schema([known.field(name) for name in _plain_columns(where, features)])
 
 
-def _write_arrow(stem: Path, schema: Any, file: Path, table: Any) -> Path:
-    """The columns of `schema` of an open Parquet file as an Arrow file that is kept; whole, or not at all."""
+def _copy_parquet(schema: Any, file: Path, table: Any, sink: IO[bytes]) -> None:
+    """Write the columns of `schema` of an open Parquet file as Arrow."""
     import pyarrow as pa
 
-    def batches() -> Iterator[Any]:
-        with _unreadable(file, "a parquet file"):
-            for batch in table.iter_batches(columns=schema.names):
-                batch = batch.select(schema.names).cast(schema)
-                batch.validate(full=True)  # Parquet promises nothing of its texts
-                yield batch
-
-    def write(sink: IO[bytes]) -> None:
-        with pa.ipc.new_stream(sink, schema) as writer:
-            for batch in batches():
-                writer.write_batch(batch)
-
-    fix = "make room there, or set HF_DATASETS_CACHE to a folder that can be written"
-    return keep(stem, ".arrow", write, f"a place for the rows of {file}", fix)
+    with pa.ipc.new_stream(sink, schema) as writer, _unreadable(file, "a parquet file"):
+        for batch in table.iter_batches(columns=schema.names):
+            batch = batch.select(schema.names).cast(schema)
+            batch.validate(full=True)  # Parquet promises nothing of its texts
+            writer.write_batch(batch)
 
 
 def _unreadable(path: Path, expected: str) -> contextlib.AbstractContextManager[None]:
@@ -212,40 +229,56 @@ def _is_plain(feature: Any, flat: bool) -> bool:
     return kind == "ClassLabel" or (kind in ("List", "LargeList") and _is_plain(feature.feature, flat))
 
 
-def _json_table(file: Path) -> Any:
-    """A table of strings; what is not a string (nested text, lists of paths) is kept as JSON."""
+def _copy_json(file: Path, sink: IO[bytes], folder: Path | None = None) -> None:
+    """Write a table of strings as Arrow; what is not a string (nested text, lists of paths) is kept as JSON.
+
+    Which columns there are only the last row tells: until then all of them lie in a file in `folder`.
+    """
     import pyarrow as pa
 
-    rows = list(_json_rows(file))
-    if not rows:
-        raise UserError(str(file), "no records", "a list of records, or one per line", "check the file")
-    present = [column for column in COLUMNS if any(column in row for row in rows)]
-    columns = {column: [_as_string(row.get(column)) for row in rows] for column in present}
-    return pa.table({column: pa.array(values, pa.large_string()) for column, values in columns.items()})
+    rows, present, text = _json_rows(file), set[str](), pa.large_string()
+    with tempfile.SpooledTemporaryFile(SMALL, dir=folder) as all_columns:
+        with pa.ipc.new_stream(all_columns, pa.schema([(column, text) for column in COLUMNS])) as writer:
+            while some := list(islice(rows, _ROWS)):
+                present.update(*some)
+                values = [pa.array([_as_string(row.get(column)) for row in some], text) for column in COLUMNS]
+                writer.write_batch(pa.record_batch(values, COLUMNS))
+        if not present:
+            raise UserError(str(file), "no records", "a list of records, or one per line", "check the file")
+        all_columns.seek(0)
+        used = [column for column in COLUMNS if column in present]
+        with pa.ipc.new_stream(sink, pa.schema([(column, text) for column in used])) as writer:
+            for batch in pa.ipc.open_stream(all_columns):
+                writer.write_batch(batch.select(used))
 
 
 def _json_rows(file: Path) -> Iterator[Mapping[str, Any]]:
-    with refused(file, "an unreadable file", "UTF-8 text", "check the file"):
-        text = file.read_text(encoding="utf-8-sig")
-    if file.suffix == ".jsonl":
-        entries = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        numbered = ((n, _parse_json(file, line, n)) for n, line in entries)
-    else:
-        value = _parse_json(file, text, 1)
-        if not isinstance(value, list):
-            raise UserError(
-                str(file), f"a JSON {type(value).__name__}", "a list of records", "wrap it in a list"
-            )
-        numbered = enumerate(value, 1)
-    kind = "line" if file.suffix == ".jsonl" else "record"
+    is_lines = file.suffix == ".jsonl"
+    numbered = _json_lines(file) if is_lines else enumerate(_json_list(file), 1)
     for number, row in numbered:
         missing = missing_columns(row if isinstance(row, dict) else ())
         if missing:
             found = f"no {' and no '.join(missing)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-            raise UserError(
-                f"{file}, {kind} {number}", found, "a record with ecg_path and text", "correct it"
-            )
+            where = f"{file}, {'line' if is_lines else 'record'} {number}"
+            raise UserError(where, found, "a record with ecg_path and text", "correct it")
         yield row
+
+
+def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
+    told = refused(file, "an unreadable file", "UTF-8 text", "check the file")
+    with told, file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, _parse_json(file, line.removesuffix("\n"), number)
+
+
+def _json_list(file: Path) -> list[Any]:
+    with refused(file, "an unreadable file", "UTF-8 text", "check the file"):
+        text = file.read_text(encoding="utf-8-sig")
+    value = _parse_json(file, text, 1)
+    if not isinstance(value, list):
+        raise UserError(str(file), f"a JSON {type(value).__name__}", "a list of records", "wrap it in a list")
+    return value
 
 
 def missing_columns(columns: Collection[str]) -> list[str]:

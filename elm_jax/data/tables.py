@@ -6,13 +6,14 @@ sequence of dictionaries); nothing here turns rows into Python objects before th
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
+import xxhash
 
 from elm_jax.data.remote import is_remote, remote_tables
 from elm_jax.data.table_files import COLUMNS, SUFFIXES, file_tables, plain
@@ -28,7 +29,7 @@ SPLIT_NAMES = {
     "validation": "val",
     "dev": "val",
 }
-_CHUNK = 100_000
+_DECODED = 4096  # rows that are decoded at a time
 Item = TypeVar("Item")
 
 # The families of dataset names: (pattern, an example to show).
@@ -101,10 +102,48 @@ class Part:
     def __reduce__(self) -> tuple[Any, ...]:
         return Part, (self.table, self.rows, self.offset, self.label)
 
+    @cached_property
+    def content(self) -> str:
+        """Changes with the rows and their ids: a digest of what they lie in. Of a large table it costs milliseconds."""
+        digest = xxhash.xxh3_128(repr((self.offset, self.label)).encode())
+        digest.update(np.ascontiguousarray(self.rows))
+        table: Any = self.table
+        if not hasattr(table, "data"):
+            told = getattr(table, "content", None) or repr([table[int(row)] for row in self.rows])
+            digest.update(told.encode())
+            return digest.hexdigest()
+        for part in filter(None, (table.data, table._indices)):
+            for name, column in zip(part.column_names, part.columns, strict=True):
+                for chunk in column.chunks:
+                    digest.update(repr((name, str(chunk.type), chunk.offset, len(chunk))).encode())
+                    for buffer in filter(None, chunk.buffers()):
+                        digest.update(buffer)
+        return digest.hexdigest()
+
     def row(self, index: int) -> Mapping[str, Any]:
         """The row number `index` of the part: at least those of COLUMNS that the table has."""
         number, columns = int(self.rows[index]), self._columns
         return self.table[number] if columns is None else {name: c[number].as_py() for name, c in columns.items()}
+
+    def each(self, first: int, last: int, *only: str) -> Iterator[Mapping[str, Any]]:
+        """The rows `first` to `last` - 1 of the part, many decoded at a time; of those columns alone, if some are
+        named."""
+        for start in range(first, last, _DECODED):
+            yield from self._decoded(self.rows[start : min(start + _DECODED, last)], only)
+
+    def _decoded(self, numbers: np.ndarray, only: Collection[str]) -> Iterable[Mapping[str, Any]]:
+        table: Any = self.table
+        if not hasattr(table, "select_columns"):
+            return [table[int(number)] for number in numbers]
+        low, high = int(numbers.min()), int(numbers.max()) + 1
+        wanted = [name for name in COLUMNS if name in table.column_names and (not only or name in only)]
+        if self._columns is None or high - low > 4 * len(numbers):  # few of those between
+            values, chosen = table.select_columns(wanted)[numbers], range(len(numbers))
+        else:
+            values = {name: self._columns[name].slice(low, high - low).to_pylist() for name in wanted}
+            chosen = (numbers - low).tolist()
+        columns = [values[name] for name in wanted]
+        return [{name: c[n] for name, c in zip(wanted, columns, strict=True)} for n in chosen]
 
     @cached_property
     def _columns(self) -> dict[str, Any] | None:
@@ -116,21 +155,6 @@ class Part:
         present = [name for name in COLUMNS if name in features]
         plain = all(type(features[name]).__name__ == "Value" for name in present)
         return {name: table.data.column(name) for name in present} if plain else None
-
-
-def identities(part: Part) -> Iterator[tuple[Any, Any]]:
-    """(ecg_path, patient_id or None) of every row, without its text."""
-    table: Any = part.table
-    if not hasattr(table, "select_columns"):
-        rows = (part.table[int(row)] for row in part.rows)
-        yield from ((row["ecg_path"], row.get("patient_id")) for row in rows)
-        return
-    known = "patient_id" in table.column_names
-    columns = table.select_columns(["ecg_path", "patient_id"] if known else ["ecg_path"])
-    for start in range(0, len(part.rows), _CHUNK):
-        values = columns[part.rows[start : start + _CHUNK]]
-        paths = values["ecg_path"]
-        yield from zip(paths, values["patient_id"] if known else [None] * len(paths), strict=True)
 
 
 class Source(Protocol):
@@ -258,12 +282,18 @@ class _Files:
         return parts
 
     def _rows(self, table: Any, split: str, default: str | None, where: str) -> np.ndarray:
+        import pyarrow as pa
+
         if "split" not in table.column_names:
             chosen = split == self._split_of(default, where) if default else split == "train"
             return np.arange(len(table) if chosen else 0)
-        labels = table["split"][:]
-        chosen = {label for label in set(labels) if self._split_of(label, where) == split}
-        return np.flatnonzero([label in chosen for label in labels])
+        if hasattr(table, "select_columns"):
+            labels = table.select_columns(["split"]).with_format("arrow")[:].column(0)
+        else:
+            labels = pa.chunked_array([table["split"]])
+        coded = labels.dictionary_encode("encode").unify_dictionaries().combine_chunks()
+        known = [self._split_of(label, where) == split for label in coded.dictionary.to_pylist()]
+        return np.flatnonzero(np.array(known)[coded.indices.to_numpy()])
 
     def _split_of(self, value: str, where: str) -> str | None:
         """The split that a label means for this fold; None for another fold's."""

@@ -146,7 +146,9 @@ def _broken(content: str | list[int]) -> contextlib.AbstractContextManager[None]
 
 
 def vocabulary(tokenizer: Any) -> "Vocabulary":
-    """The Vocabulary of a fast transformers tokenizer, made anew when tokens were added to it since."""
+    """The Vocabulary of a fast transformers tokenizer, made anew when tokens were added to it since; one is its own."""
+    if isinstance(tokenizer, Vocabulary):
+        return tokenizer
     known = _KNOWN.get(tokenizer)
     if known is None or known.size != len(tokenizer):
         known = _KNOWN[tokenizer] = Vocabulary(tokenizer)
@@ -233,10 +235,13 @@ class Vocabulary:
 
     def _encode(self, text: str, specials: bool = False) -> tuple[int, ...]:
         """The ids of a text; special tokens written in it are read as such only with `specials`."""
-        with _broken(text):
+        try:
             backend = self._special if specials else self._plain
             ids = tuple(backend.encode(text, add_special_tokens=False).ids)
             return ids if specials or self._control_ids.isdisjoint(ids) else self._spelled(text)
+        except BaseException:
+            with _broken(text):  # whose making costs a tenth of the ids
+                raise
 
     def _spelled(self, text: str) -> tuple[int, ...]:
         """The ids of a text whose ordinary merges make up a special token: cut inside that token's name."""

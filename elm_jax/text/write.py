@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain
 from typing import NamedTuple
 
@@ -44,6 +44,20 @@ class Style:
     by_ids: bool
     by_tokens: bool
     specials: bool
+
+    @cached_property
+    def ecg(self) -> "Segment":
+        """The placeholders of one ECG."""
+        signal, count = self.words.id(SIGNAL_TOKEN), self.spec.signal_tokens
+        assert signal is not None, "checked when the style was made"
+        return Segment(SIGNAL_TOKEN * count, (signal,) * count, False)
+
+    @cached_property
+    def beginning(self) -> "tuple[list[Segment], int]":
+        """What `Writer.begin` writes, and how many of these segments end with the system prompt."""
+        writer = Writer(self)
+        writer.write_beginning()
+        return writer.segments, writer.system_segments
 
     def form_id(self, template: str) -> int:
         """The id of the first special token of one of the form's strings."""
@@ -88,7 +102,7 @@ class Writer:
             self.segments.append(Segment(text, None, learn))
 
     def template(self, text: str, learn: bool = False, edge: bool = False) -> None:
-        for piece, token in self.style.words.template(text, self.style.form.tokens):
+        for piece, token in self.style.words.template(text, self.style.form.tokens) if text else ():
             if token is None:
                 self.text(piece, learn, edge)
             else:
@@ -103,13 +117,15 @@ class Writer:
                 self.segments.append(Segment(piece, (tag,), learn))
 
     def ecg(self) -> None:
-        count = self.style.spec.signal_tokens
-        signal = self.style.words.id(SIGNAL_TOKEN)
-        assert signal is not None, "checked when the style was made"
-        self.segments.append(Segment(SIGNAL_TOKEN * count, (signal,) * count, False))
+        self.segments.append(self.style.ecg)
         self.ecgs += 1
 
     def begin(self) -> None:
+        """What all conversations of a style begin with, written once."""
+        segments, self.system_segments = self.style.beginning
+        self.segments += segments
+
+    def write_beginning(self) -> None:
         self.template(self.style.form.bos)
         if not self.style.form.system_in_user:
             self._system()

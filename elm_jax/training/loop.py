@@ -22,7 +22,7 @@ from elm_jax import stopping
 from elm_jax.assemble import assemble, find_llm
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch
-from elm_jax.data.dataset import Dataset, cuts
+from elm_jax.data.dataset import Dataset
 from elm_jax.data.loader import Loaded, StepSource
 from elm_jax.data.plan import Plan
 from elm_jax.data.readers import steps_from
@@ -366,7 +366,7 @@ class Trainer:
             supervised_tokens_per_step=round(supervised, 3),
         )  # fmt: skip
         self.report.event("attention", first, **dataclasses.asdict(self.attention))
-        self.report.event("truncated", first, max_len=self.config.data.max_len, **cuts(self.plan.index))
+        self.report.event("truncated", first, max_len=self.config.data.max_len, **self.plan.index.cuts)
         trained, frozen = (sum(x.size for x in each.values()) for each in (self.state.trained, self.frozen))
         kept, samples = self.dataset.signal.features, self.dataset.samples
         tokens = "" if samples.alone else f"with {supervised:,.1f} supervised tokens, "

@@ -23,7 +23,6 @@ from elm_jax import stopping
 from elm_jax.assemble import Assembly
 from elm_jax.config import Config, to_dict
 from elm_jax.data.batch import Batch
-from elm_jax.data.dataset import cuts
 from elm_jax.data.loader import Loaded
 from elm_jax.data.plan import LengthIndex
 from elm_jax.errors import printable
@@ -276,7 +275,7 @@ def flops_of(assembly: Assembly, trained: Collection[str]) -> Flops | None:
 
 def tell_of_cuts(what: str, index: LengthIndex, max_len: int) -> None:
     """Say, where it is so, how much of the conversations is cut off."""
-    told = cuts(index)
+    told = index.cuts
     if told["conversations"]:
         ecgs = f", {told['with_ecgs_cut']:,} of them within their ECGs" if told["with_ecgs_cut"] else ""
         print(

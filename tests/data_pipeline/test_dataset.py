@@ -16,7 +16,7 @@ import pytest
 from texts import chat_tokenizer, write_records
 
 from elm_jax.config import DataConfig
-from elm_jax.data.dataset import Dataset, cuts, read_system_prompt, text_spec
+from elm_jax.data.dataset import Dataset, read_system_prompt, text_spec
 from elm_jax.data.demo import demo_tokenizer
 from elm_jax.data.loader import unusable
 from elm_jax.data.represent import signal_spec
@@ -26,6 +26,7 @@ from elm_jax.text.render import TextSpec, add_tokens
 
 ANSWERED = [{"from": "human", "value": "Is this normal?"}, {"from": "gpt", "value": "yes"}]
 UNANSWERED = ANSWERED[:1]
+ASKED = [[{"from": "human", "value": f"Is this normal, {i}?"}, ANSWERED[1]] for i in range(6)]
 
 
 def dataset(folder: Path, using: Any = None, **changes: Any) -> Dataset:
@@ -40,13 +41,13 @@ def dataset(folder: Path, using: Any = None, **changes: Any) -> Dataset:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Records that were rendered."""
     seen: list[int] = []
-    render = Dataset._rendered
+    render = Dataset.rendered
 
     def count(self: Dataset, index: int, *rest: Any) -> Any:
         seen.append(index)
         return render(self, index, *rest)
 
-    monkeypatch.setattr(Dataset, "_rendered", count)
+    monkeypatch.setattr(Dataset, "rendered", count)
     return seen
 
 
@@ -93,12 +94,12 @@ def test_the_index_says_what_max_len_takes(tmp_path: Path) -> None:
     long_answer = [ANSWERED[0], {"from": "gpt", "value": "yes " * 150}]
     write_records(tmp_path, [ANSWERED, ANSWERED * 2, ANSWERED * 3, long_question, long_answer])
     whole = dataset(tmp_path, max_len=None)
-    assert cuts(whole.length_index("ecg", 0.0)) == {"conversations": 0, "share": 0.0, "answers": 0, "with_ecgs_cut": 0}
+    assert whole.length_index("ecg", 0.0).cuts == {"conversations": 0, "share": 0.0, "answers": 0, "with_ecgs_cut": 0}
     two = int(np.flatnonzero(whole.render(1).supervised)[-1]) + 1  # what follows the last answer is no part of it
     index = dataset(tmp_path, max_len=two).length_index("ecg", 0.0)
     assert index.cut.tolist() == [False, False, True, True, True]
     assert index.lost_answers.tolist() == [0, 0, 1, 0, 0]
-    assert cuts(index) == {"conversations": 3, "share": 0.6, "answers": 1, "with_ecgs_cut": 0}
+    assert index.cuts == {"conversations": 3, "share": 0.6, "answers": 1, "with_ecgs_cut": 0}
     assert dataset(tmp_path, max_len=two - 1).length_index("ecg", 0.0).lost_answers.tolist() == [0, 1, 2, 0, 0]
 
 
@@ -112,7 +113,7 @@ def test_a_record_takes_few_bytes(tmp_path: Path) -> None:
 
 
 def test_the_second_time_it_is_read(tmp_path: Path, measured: list[int]) -> None:
-    write_records(tmp_path, [ANSWERED] * 6)
+    write_records(tmp_path, ASKED)
     first = dataset(tmp_path).length_index("ecg", 0.0, tmp_path / "cache")
     assert measured == list(range(6))
     measured.clear()
@@ -126,7 +127,7 @@ def test_the_second_time_it_is_read(tmp_path: Path, measured: list[int]) -> None
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", None], ids=["empty", "half", "another table"])
 def test_a_damaged_length_index_is_measured_again(tmp_path: Path, content: bytes | None, caplog) -> None:
-    write_records(tmp_path, [ANSWERED] * 6)
+    write_records(tmp_path, ASKED)
     first = dataset(tmp_path).length_index("ecg", 0.0, tmp_path / "cache")
     (kept,) = (tmp_path / "cache").iterdir()
     if content is None:
@@ -148,7 +149,7 @@ def larger_tokenizer() -> Any:
 
 
 def rewritten(folder: Path) -> None:
-    write_records(folder, [*[ANSWERED] * 5, [*ANSWERED[:1], {"from": "gpt", "value": "no"}]])
+    write_records(folder, [*ASKED[:5], UNANSWERED + [{"from": "gpt", "value": "no"}]])
 
 
 @pytest.mark.parametrize(
@@ -161,15 +162,15 @@ def rewritten(folder: Path) -> None:
         (None, {"explicit_thinking": True}),
         (None, {"using": larger_tokenizer}),
         (rewritten, {}),
-        (lambda folder: write_records(folder, [ANSWERED] * 6, ["other.npy"] * 6), {}),
-        (lambda folder: write_records(folder, [ANSWERED] * 5), {}),
+        (lambda folder: write_records(folder, ASKED, ["other.npy"] * 6), {}),
+        (lambda folder: write_records(folder, ASKED[:5]), {}),
     ],
     ids=["prompt", "signal_tokens", "max_len", "family", "thinking", "tokenizer", "text", "paths", "fewer"],
 )
 def test_what_may_change_a_length_makes_it_anew(
     tmp_path: Path, measured: list[int], change: Callable[[Path], None] | None, options: dict[str, Any]
 ) -> None:
-    write_records(tmp_path, [ANSWERED] * 6)
+    write_records(tmp_path, ASKED)
     dataset(tmp_path).length_index("ecg", 0.0, tmp_path / "cache")
     measured.clear()
     if change:

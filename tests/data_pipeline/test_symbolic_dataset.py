@@ -194,10 +194,10 @@ def test_an_ecg_that_has_changed_since_it_was_measured_is_named(made: Made) -> N
 def test_an_index_with_unreadable_ecgs_is_not_kept(made: Made, tmp_path: Path) -> None:
     dataset = made.dataset(["a.npy", "missing.npy"], [QUESTION, QUESTION])
     index = dataset.length_index("none", 0.5, tmp_path / "cache")
-    assert index.length[1] == 0 and not list((tmp_path / "cache").glob("*.parquet"))
+    assert index.length[1] == 0 and not list((tmp_path / "cache").glob("*.arrow"))
     np.save(made.folder / "missing.npy", np.load(made.folder / "b.npy"))
     assert dataset.length_index("none", 0.5, tmp_path / "cache").length.all()
-    assert len(list((tmp_path / "cache").glob("*.parquet"))) == 1
+    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 1
 
 
 def test_the_references_truncation_is_of_one_ecg_and_needs_an_answer(made: Made) -> None:
