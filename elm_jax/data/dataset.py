@@ -18,7 +18,7 @@ from elm_jax.config import DataConfig
 from elm_jax.data import lengths
 from elm_jax.data.batch import Conversation, Shown
 from elm_jax.data.ecg_tokens import EcgTokens
-from elm_jax.data.plan import LengthIndex
+from elm_jax.data.packing import LengthIndex
 from elm_jax.data.represent import SignalSpec
 from elm_jax.data.samples import Samples
 from elm_jax.data.sources import Record

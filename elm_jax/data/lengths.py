@@ -28,7 +28,7 @@ import xxhash
 from tqdm import tqdm
 
 from elm_jax import stopping
-from elm_jax.data.plan import LengthIndex
+from elm_jax.data.packing import LengthIndex
 from elm_jax.data.represent import FLATLINE, NOISE
 from elm_jax.errors import Absent, UserError
 from elm_jax.folders import keep, kept

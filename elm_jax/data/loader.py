@@ -10,7 +10,8 @@ import numpy as np
 
 from elm_jax.data.batch import Batch, Conversation, Group, Shown, empty_batch, write_row
 from elm_jax.data.dataset import Dataset
-from elm_jax.data.plan import LengthIndex, Plan, PlannedGroup, PlannedRow
+from elm_jax.data.packing import LengthIndex, PlannedGroup, PlannedRow
+from elm_jax.data.plan import Plan
 from elm_jax.data.readers import NOTHING, Reading
 from elm_jax.data.samples import grouped
 from elm_jax.errors import Absent, UserError

@@ -8,51 +8,30 @@ need; then only how many empty rows stand behind them depends on the mesh. No ja
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from elm_jax.data.batch import BLOCK, BatchShape, visible_blocks
-from elm_jax.data.packing import Bundle, PlannedGroup, PlannedRow
+from elm_jax.data.packing import Bundle, LengthIndex, PlannedRow, Rows
 from elm_jax.data.packing import pack as pack_rows
 from elm_jax.errors import UserError
+from elm_jax.folders import keep, kept
 
 ECG_ROWS = 2  # version of how rows that share ECGs are made: a run goes on as it began
+VERSION = 1  # of what is kept of a plan
+KEPT_FROM = 50_000  # samples that take seconds to plan
 PLANNED_EPOCHS = 2  # epochs whose rows are kept: steps at the end of one are read ahead into the next
 TRIED_STEPS, TRIED_SAMPLES = 32, 20_000  # at most, on which the rows of a step of conversations are measured
 WAYS = 8  # parts of a batch that the length of rows is chosen for; the same for every mesh
 LEAST_BLOCKS = 8  # of a row's attention: in shorter ones nothing is gained by leaving some out
-
-
-@dataclass(frozen=True)
-class LengthIndex:
-    """What packing needs to know of each sample. Arrays of equal length, one entry a sample."""
-
-    length: np.ndarray  # int32, tokens after truncation; 0 marks a sample that cannot be rendered
-    targets: np.ndarray  # int32, supervised tokens
-    ecgs: np.ndarray  # int32, signal slots that they take: none where ECGs are symbols
-    prefix: np.ndarray  # int32, tokens that may be shared with samples of the same key; 0 = none
-    key: np.ndarray  # uint64, equal for samples whose prefixes are the same, ECGs included
-    prefix_ecgs: np.ndarray  # int32, signal slots inside the prefix
-    shares_ecg: np.ndarray  # bool, whether the prefix holds the ECG
-    dataset: np.ndarray  # int32, index into data.names
-    cut: np.ndarray  # bool, whether data.max_len takes anything of what matters, up to the last supervised token
-    lost_answers: np.ndarray  # int16, answers that it takes whole
-    cut_ecgs: np.ndarray  # bool, whether it takes symbols of ECGs
-
-    def __len__(self) -> int:
-        return len(self.length)
-
-    @property
-    def cuts(self) -> dict[str, float]:
-        """How many conversations `data.max_len` cuts, their share of all, and what it takes of them."""
-        number = int(self.cut.sum())
-        return {"conversations": number, "share": number / max(len(self), 1), "answers": int(self.lost_answers.sum()),
-                "with_ecgs_cut": int(self.cut_ecgs.sum())}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,6 +68,7 @@ class Plan:
         weights: how often each dataset is seen in an epoch (1 = each sample once; None = all 1). A fraction
             takes turns: a dataset of weight 0.5 is seen whole every two epochs.
         shuffle: False keeps the samples' order (validation and test).
+        cache: where the first epoch and the sizes of those counted are kept, if planning them takes seconds.
     """
 
     def __init__(
@@ -104,6 +84,7 @@ class Plan:
         seed: int,
         weights: Sequence[float] | None = None,
         shuffle: bool = True,
+        cache: Path | None = None,
     ) -> None:
         if not (index.length > 0).any():
             raise UserError(
@@ -124,9 +105,31 @@ class Plan:
         self._planned: dict[int, list[Any]] = {}
         self._measures: _Measures | None = None
         self._lock = threading.RLock()
+        is_slow = pack and len(index) >= KEPT_FROM and (conversations is None or index.shares_ecg.any())
+        self._stem = cache / self._name if cache and is_slow else None
+        if whole := self._stem and kept(self._stem, ".npz"):
+            with contextlib.suppress(OSError), np.load(whole) as found:  # somebody else may have removed it
+                self._epoch_ends = found["ends"].tolist()
+                parts = {name: found[name] for name in found if name != "ends"}
+                self._planned[0] = Rows(**parts) if conversations is None else parts["samples"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None}
+        return {**self.__dict__, "_lock": None, "_stem": None}
+
+    @property
+    def _name(self) -> str:
+        """Changes with all that decides the rows of epochs."""
+        told = (VERSION, ECG_ROWS, self.conversations, self._count, self.max_len, self.seed, self.weights, self.shuffle)
+        digest = xxhash.xxh3_128(repr(told).encode())
+        for column in (self.index.length, self.index.prefix, self.index.key, self.index.shares_ecg, self.index.dataset):
+            digest.update(np.ascontiguousarray(column))
+        return f"plan-{digest.hexdigest()}"
+
+    def _keep(self) -> None:
+        planned = self._parts_of_epoch(0)
+        parts = vars(planned) if self.conversations is None else {"samples": planned}
+        assert self._stem is not None
+        keep(self._stem, ".npz", lambda file: np.savez(file, ends=np.array(self._epoch_ends), **parts))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
@@ -134,10 +137,13 @@ class Plan:
     def steps_before(self, epoch: int) -> int:
         """Number of steps in epochs 0 .. epoch - 1. How many rows an epoch packs into only its plan tells."""
         with self._lock:
+            known = len(self._epoch_ends)
             while len(self._epoch_ends) < epoch:
                 parts = self._count_parts(len(self._epoch_ends))
                 before = self._epoch_ends[-1] if self._epoch_ends else 0
                 self._epoch_ends.append(before + -(-parts // self._count))
+            if self._stem and len(self._epoch_ends) > known:
+                self._keep()
             return self._epoch_ends[epoch - 1] if epoch else 0
 
     def _count_parts(self, epoch: int) -> int:
@@ -174,7 +180,7 @@ class Plan:
         chosen = self._parts_of_epoch(epoch)[first : first + self._count]
         if self.conversations is None:
             return chosen + [()] * (self._count - len(chosen))
-        parts = self._micro_batches(chosen, self._measured().tokens)
+        parts = self._micro_batches(chosen.tolist(), self._measured().tokens)
         count = self._row_bucket(max(map(len, parts)))
         return [row for part in parts for row in part + [()] * (count - len(part))]
 
@@ -189,10 +195,10 @@ class Plan:
         size = self._count // self.micro_batches
         parts = [samples[first : first + size] for first in range(0, self._count, size)]
         if not self.pack:
-            return [_alone(part) for part in parts]
+            return [Rows.alone(np.array(part))[:] for part in parts]
         longest = max(tokens, int(self.index.length[samples].max()))
         room = min(self.max_len, next(t for t in token_buckets(self.max_len) if t >= longest))
-        return [pack_rows(self._bundles(part, room), room) for part in parts]
+        return [list(pack_rows(self._bundles(part, room), room)) for part in parts]
 
     def shape(self, rows: Sequence[PlannedRow]) -> BatchShape:
         """The smallest bucket that holds all rows of a step; the same on every host.
@@ -233,8 +239,12 @@ class Plan:
             return self._measures
 
     def _measure_rows(self) -> _Measures:
-        usage = [self._usage(row) for row in self._parts_of_epoch(0)]
-        signals, targets = bucket(max(u.signals for u in usage)), bucket(max(u.targets for u in usage), 8)
+        rows, index = self._parts_of_epoch(0), self.index
+        firsts = rows.samples[rows.groups[:-1]]
+        shared = np.where(rows.prefixes > 0, index.prefix_ecgs[firsts], 0)
+        own = index.ecgs[rows.samples] - np.repeat(shared, np.diff(rows.groups))
+        signals = bucket(int(rows.sums(own, shared).max()))
+        targets = bucket(int(rows.sums(index.targets[rows.samples]).max()), 8)
         return _Measures(self.max_len, self._count // self.micro_batches, -(-signals // 2), -(-targets // 2), 0)
 
     def _measure_conversations(self) -> _Measures:
@@ -251,7 +261,7 @@ class Plan:
         Long rows share more; where they are fewer than the parts of a batch, shorter ones leave fewer rows empty.
         """
         steps = max(1, min(TRIED_STEPS, TRIED_SAMPLES // self._count))
-        samples = self._parts_of_epoch(0)[: steps * self._count]
+        samples = self._parts_of_epoch(0)[: steps * self._count].tolist()
         chosen = [samples[first : first + self._count] for first in range(0, len(samples), self._count)]
         found = []
         for tokens in token_buckets(self.max_len) if self.pack else [self.max_len]:
@@ -275,8 +285,8 @@ class Plan:
             targets += int(self.index.targets[chosen].sum())
         return _Usage(tokens, signals, targets)
 
-    def _parts_of_epoch(self, epoch: int) -> list[Any]:
-        """What the steps of an epoch are cut from: its rows, or the samples where conversations are counted."""
+    def _parts_of_epoch(self, epoch: int) -> Any:
+        """What the steps of an epoch are cut from: its Rows, or the samples where conversations are counted."""
         with self._lock:
             if epoch not in self._planned:
                 while len(self._planned) >= PLANNED_EPOCHS:
@@ -284,23 +294,26 @@ class Plan:
                 self._planned[epoch] = self._plan_epoch(epoch)
             return self._planned[epoch]
 
-    def _plan_epoch(self, epoch: int) -> list[Any]:
-        order = self._order(epoch).tolist()
+    def _plan_epoch(self, epoch: int) -> Any:
+        order = self._order(epoch)
         if self.conversations is not None:
             return self._together(order, epoch)
         if not self.pack:
-            return _alone(order)
-        return self._shuffled(pack_rows(self._bundles(order, self.max_len), self.max_len), epoch)
+            return Rows.alone(order)
+        rows = Rows.of(pack_rows(self._bundles(order.tolist(), self.max_len), self.max_len))
+        return rows.in_order(self._shuffle(epoch).permutation(len(rows))) if self.shuffle else rows
 
-    def _together(self, order: list[int], epoch: int) -> list[int]:
+    def _together(self, order: np.ndarray, epoch: int) -> np.ndarray:
         """The samples of an epoch with those that share an ECG one after another, so that a step has several."""
         if not self.index.shares_ecg.any():
             return order
-        bundles = self._shuffled(self._bundles(order, self.max_len), epoch)
-        return [sample for bundle in bundles for sample in bundle.samples]
+        bundles = list(self._bundles(order.tolist(), self.max_len))
+        places = self._shuffle(epoch).permutation(len(bundles)) if self.shuffle else range(len(bundles))
+        return np.array([sample for place in places for sample in bundles[place].samples])
 
-    def _shuffled(self, parts: list[Any], epoch: int) -> list[Any]:
-        return [parts[i] for i in _rng(self.seed, epoch, 1).permutation(len(parts))] if self.shuffle else parts
+    def _shuffle(self, epoch: int) -> np.random.Generator:
+        """What the rows of an epoch are shuffled by."""
+        return _rng(self.seed, epoch, 1)
 
     def _order(self, epoch: int) -> np.ndarray:
         """The samples of an epoch, shuffled and mixed."""
@@ -315,30 +328,25 @@ class Plan:
             )
         return _rng(self.seed, epoch, 0).permutation(usable) if self.shuffle else usable
 
-    def _bundles(self, order: list[int], room: int) -> list[Bundle]:
+    def _bundles(self, order: list[int], room: int) -> Iterator[Bundle]:
         """Samples in order of first appearance; those that share an ECG together, as far as a row holds them.
 
         Where only the system prompt is shared, rows join samples themselves (`_pack`).
         """
-        latest: dict[int, Bundle] = {}
-        bundles: list[Bundle] = []
-        for i in order:
-            prefix, key = int(self.index.prefix[i]), int(self.index.key[i])
-            own = int(self.index.length[i]) - prefix
-            assert prefix + own <= room, (
-                "a sample is longer than a row: the index has another max_len"
-            )
-            bundle = latest.get(key) if prefix and self.index.shares_ecg[i] else None
+        index, latest, bundles = self.index, dict[int, Bundle](), list[Bundle]()
+        gathers = index.shares_ecg[order].any()  # else each is ready at once
+        columns = (column[order].tolist() for column in (index.length, index.prefix, index.key, index.shares_ecg))
+        for i, length, prefix, key, with_ecg in zip(order, *columns, strict=True):
+            own = length - prefix
+            assert length <= room, "a sample is longer than a row: the index has another max_len"
+            bundle = latest.get(key) if prefix and with_ecg else None
             if bundle is None or prefix + bundle.own + own > room:
                 bundle = latest[key] = Bundle(key, prefix)
                 bundles.append(bundle)
             bundle.add(i, own)
-        return bundles
-
-
-def _alone(samples: list[int]) -> list[PlannedRow]:
-    """A row for each sample."""
-    return [(PlannedGroup(0, (i,)),) for i in samples]
+            if not gathers:
+                yield bundles.pop()
+        yield from bundles
 
 
 def _take_turns(samples: np.ndarray, weight: float, epoch: int, seed: int, dataset: int) -> np.ndarray:

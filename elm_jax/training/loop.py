@@ -153,8 +153,8 @@ class Trainer:
     def _plan(self, dataset: Dataset, rows: int | None = None) -> Plan:
         """The plan of training; with `rows` that of a validation, in steps of so many."""
         data, train = self.config.data, self.config.train
-        shown = self.config.log.progress and jax.process_index() == 0
-        index = dataset.length_index(data.share, data.max_bad_records, cache_folder() / "index", shown)
+        shown, cache = self.config.log.progress and jax.process_index() == 0, cache_folder() / "index"
+        index = dataset.length_index(data.share, data.max_bad_records, cache, shown)
         missing = dataset.missing(data.max_bad_records)
         for problem in distributed.gather(missing and missing.parts):
             if problem:
@@ -163,7 +163,7 @@ class Trainer:
             tell_of_cuts("training" if rows is None else "validation", index, data.max_len)
         max_len, pack = (dataset.text.max_len or 1, False) if dataset.samples.alone else (data.max_len, data.pack)
         ways, seed = batch_ways(self.mesh), self.config.seed
-        make = functools.partial(Plan, index, max_len=max_len, pack=pack, seed=seed, ways=ways)
+        make = functools.partial(Plan, index, max_len=max_len, pack=pack, seed=seed, ways=ways, cache=cache)
         if rows is not None:
             return make(rows=rows, shuffle=False)
         return make(

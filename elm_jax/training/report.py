@@ -24,7 +24,7 @@ from elm_jax.assemble import Assembly
 from elm_jax.config import Config, to_dict
 from elm_jax.data.batch import Batch
 from elm_jax.data.loader import Loaded
-from elm_jax.data.plan import LengthIndex
+from elm_jax.data.packing import LengthIndex
 from elm_jax.errors import printable
 from elm_jax.models.lora import is_lora
 from elm_jax.objectives import Redrawn

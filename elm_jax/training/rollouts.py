@@ -26,7 +26,7 @@ from elm_jax.assemble import Assembly
 from elm_jax.data.batch import Batch, Conversation, Group
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.loader import BadRecord, Loaded, StepSource
-from elm_jax.data.plan import LengthIndex
+from elm_jax.data.packing import LengthIndex
 from elm_jax.data.samples import Experience
 from elm_jax.errors import Absent, UserError
 from elm_jax.folders import write_atomic

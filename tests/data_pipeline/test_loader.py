@@ -29,7 +29,8 @@ from elm_jax.data import readers
 from elm_jax.data.batch import ArraySpec, Batch, BatchShape, Conversation, Group, collate
 from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.loader import Loaded, StepSource, unusable
-from elm_jax.data.plan import LengthIndex, Plan
+from elm_jax.data.packing import LengthIndex
+from elm_jax.data.plan import Plan
 from elm_jax.data.readers import Reading, steps_from
 from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records

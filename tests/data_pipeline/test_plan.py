@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import random
 import threading
@@ -9,6 +10,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elm_jax.data.batch import visible_blocks
-from elm_jax.data.plan import LengthIndex, Plan, PlannedRow, bucket, token_buckets
+from elm_jax.data.packing import LengthIndex, PlannedRow
+from elm_jax.data.plan import Plan, bucket, token_buckets
 from elm_jax.errors import UserError
 
 SYSTEM, SIGNAL = 6, 4  # tokens of the system prompt, and of an ECG
@@ -135,6 +138,28 @@ def test_what_a_run_begins_with_is_planned_once(pack: bool, monkeypatch: pytest.
     for one in (plan, worker):
         one.shape(one.rows(one.steps_before(1) - 1))
     assert planned.count(0) == 1, planned
+
+
+@pytest.mark.parametrize("counts", [{"rows": 2}, {"conversations": 6}], ids=["rows", "conversations"])
+def test_a_kept_plan_is_the_same_and_plans_nothing(
+    counts: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elm_jax.data.plan.KEPT_FROM", 40)
+    index = index_of([5 + i % 7 for i in range(40)], [i // 3 for i in range(40)], "ecg")
+    make = functools.partial(Plan, max_len=64, pack=True, cache=tmp_path, **counts)
+    first = make(index, seed=0)
+    steps = range(first.steps_before(3))
+    planned: list[int] = []
+    plan_epoch = Plan._plan_epoch
+    monkeypatch.setattr(Plan, "_plan_epoch", lambda self, epoch: planned.append(epoch) or plan_epoch(self, epoch))
+    again = make(index, seed=0)
+    assert again.steps_before(3) == len(steps) and again.shape(again.rows(0)) == first.shape(first.rows(0))
+    assert not planned, "the first epoch is read, and the others are counted"
+    assert [again.rows(step) for step in steps] == [first.rows(step) for step in steps]
+    planned.clear()
+    for changed in (make(index, seed=1), make(replace(index, length=index.length + 1), seed=0)):
+        changed.rows(0)
+    assert planned == [0, 0], "another seed and another index have plans of their own"
 
 
 @given(plans())
@@ -278,7 +303,7 @@ def test_of_an_epoch_of_conversations_only_what_is_read_is_packed(monkeypatch: p
     plan = Plan(index, conversations=64, max_len=2048, pack=True, seed=0)
     plan.rows(0)
     packed = []
-    monkeypatch.setattr("elm_jax.data.plan.pack_rows", lambda bundles, room: packed.append(len(bundles)) or [()])
+    monkeypatch.setattr("elm_jax.data.plan.pack_rows", lambda bundles, room: packed.append(len(list(bundles))) or [()])
     plan.rows(plan.steps_before(7) + 3)
     assert packed == [64]
 
