@@ -1,6 +1,7 @@
 """How many ECG conversations a second the loader makes, and where the time goes; prints docs/benchmarks.md's table.
 
     python scripts/bench_loader.py --tokenizer FOLDER [--recordings FOLDER] [--share system] [--json FILE]
+    python scripts/bench_loader.py --start 10000 100000 1000000 [--table parquet] [--tokenizer FOLDER]
 
 Conversations are one question and answer about one recording, read from its .npy file (12 leads, 10 s at 250 Hz), with
 a system prompt of 174 tokens and 50 signal tokens, packed into rows of 2048. No two questions are alike, so that no
@@ -9,13 +10,24 @@ samples. Files are in the page cache: the disk is not measured.
 
 The processor time of a conversation is that of all processes of the loader; other work on the machine lengthens it too,
 by its share of the caches, but less than the wall-clock time. `data.workers` 0 reads with a thread of this process.
+
+With --start it measures instead how long it takes from the start of a process to the first batch, for so many made
+conversations over 4/5 as many recordings: cold, with no cache, and warm, as the second time; the imports (without JAX),
+the split by patient, the validation part and the first step are in it. Of these conversations 60 % are questions of
+some ten thousand with short answers, 25 % reports and 15 % dialogues of which no two are alike. Memory is that of the
+process and its helpers at the highest, shared pages once; pages of files that lie in memory are in it.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
+import random
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,7 +61,14 @@ def main() -> None:
     parser.add_argument("--share", default="system", choices=("none", "system", "ecg"))
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2, 4])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--start", type=int, nargs="+", metavar="N", help="measure starts of so many conversations")
+    parser.add_argument("--table", default="jsonl", choices=("jsonl", "parquet"), help="what starts read")
+    parser.add_argument("--started", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.started:
+        return _first_batch(args)
+    if args.start:
+        return _starts(args)
     with tempfile.TemporaryDirectory() as folder:
         dataset = _dataset(args, Path(folder))
         index = dataset.length_index(args.share, 0.0)
@@ -64,6 +83,156 @@ def main() -> None:
     _print(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+# -- starts ---------------------------------------------------------------------------------------------------
+
+FILES = 200  # recordings of a folder; folders are links to one
+STATEMENTS = (
+    "Sinus rhythm", "Sinus bradycardia", "Atrial fibrillation", "Left axis deviation", "Right bundle branch block",
+    "Left ventricular hypertrophy", "Nonspecific T wave changes", "Prolonged QT interval", "Low QRS voltages",
+    "Possible inferior infarct - age undetermined", "First degree AV block", "Premature ventricular contractions",
+)  # fmt: skip
+
+
+def _starts(args: argparse.Namespace) -> None:
+    print(f"{machine('numpy', 'pyarrow', 'tokenizers')}; {args.table}, share={args.share}\n")
+    print("| conversations | start | to the first batch | processor | memory | of it files | conversations a second |")
+    print("|---|---|---|---|---|---|---|")
+    found = []
+    for count in args.start:
+        with tempfile.TemporaryDirectory() as folder:
+            _table(Path(folder), count, args.table)
+            for start in ("cold", "warm"):
+                found.append({"conversations": count, "start": start, **_started(args, Path(folder))})
+                one = found[-1]
+                figures = (
+                    f"{one['seconds']:.1f} s", f"{one['processor_s']:.1f} s", f"{one['memory_mb']:.0f} MB",
+                    f"{one['of_files_mb']:.0f} MB", f"{one['per_processor_s']:.0f}",
+                )  # fmt: skip
+                print(f"| {count:,} | {start} |", " | ".join(figures), "|", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def _table(folder: Path, count: int, kind: str) -> None:
+    """The records, with a recording for each path."""
+    recordings = -(-count * 4 // 5)
+    (folder / "mimic").mkdir()
+    shared = folder / "shared"
+    shared.mkdir()
+    for number, path in enumerate(_generated(shared)[:FILES]):
+        path.rename(shared / f"{number}.npy")
+    for number in range(-(-recordings // FILES)):
+        (folder / "mimic" / f"d{number:04d}").symlink_to(shared)
+    rng = random.Random(0)
+    with (folder / "questions.jsonl").open("w", encoding="utf-8") as file:
+        for n in range(count):
+            place = n * 4 // 5
+            path = f"mimic/d{place // FILES:04d}/{place % FILES}.npy"
+            row = {"ecg_path": path, "text": _text(n, rng), "name": "made", "patient_id": str(n // 6)}
+            file.write(json.dumps(row) + "\n")
+    if kind == "parquet":
+        import pyarrow.json
+        import pyarrow.parquet
+
+        fields = [(name, pyarrow.string()) for name in ("ecg_path", "text", "name", "patient_id")]
+        options = pyarrow.json.ParseOptions(explicit_schema=pyarrow.schema(fields))
+        table = pyarrow.json.read_json(folder / "questions.jsonl", parse_options=options)
+        pyarrow.parquet.write_table(table, folder / "questions.parquet")
+        (folder / "questions.jsonl").unlink()
+
+
+def _text(n: int, rng: random.Random) -> str:
+    kind, lead, finding = rng.random(), LEADS[n % 12], STATEMENTS[rng.randrange(len(STATEMENTS))].lower()
+    if kind < 0.6:
+        asked = rng.choice(("Does this ECG show", "Is there any sign of", "Does the trace tell of", "Can you see"))
+        question = f"{asked} {finding} in lead {lead}, {rng.choice(('at all', 'now', 'at rest', 'in any beat'))}?"
+        return json.dumps(["single-verify", question, [rng.choice(("yes", "no", "not sure"))]])
+    if kind < 0.85:
+        said = ". ".join(f"{rng.choice(STATEMENTS)} ({rng.randrange(100)} %)" for _ in range(rng.randrange(2, 6)))
+        return json.dumps([{"from": "human", "value": "<ecg>\nWrite the report."}, {"from": "gpt", "value": said}])
+    rate = rng.randrange(400, 1500) / 10
+    turns = [
+        ("human", f"Which rate has case {n}?"), ("gpt", f"About {rate} beats a minute, and {finding}."),
+        ("human", f"What of lead {lead}?"), ("gpt", f"There it is {rng.randrange(1000)} uV at the most."),
+    ]  # fmt: skip
+    return json.dumps([{"from": who, "value": what} for who, what in turns])
+
+
+def _started(args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """A process that reads the first batch, its memory looked at now and again."""
+    command = [sys.executable, __file__, "--started", folder, "--table", args.table, "--share", args.share]
+    command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
+    own = {**os.environ, "HF_DATASETS_CACHE": str(folder / "tables")}
+    begun = time.time()
+    process = subprocess.Popen(list(map(str, command)), env=own, stdout=subprocess.PIPE, text=True)
+    most, done = (0, 0), threading.Event()
+
+    def look() -> None:
+        nonlocal most
+        while not done.wait(0.2):
+            most = max(most, _memory(process.pid))
+
+    watching = threading.Thread(target=look)
+    watching.start()
+    assert process.stdout is not None
+    said = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    done.set()
+    watching.join()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    told = json.loads(said.splitlines()[-1])
+    return {
+        "seconds": told["at"] - begun, "processor_s": used.ru_utime + used.ru_stime - told["after"],
+        "memory_mb": most[0] / 1024, "of_files_mb": most[1] / 1024, "per_processor_s": told["per_processor_s"],
+    }  # fmt: skip
+
+
+def _memory(pid: int) -> tuple[int, int]:
+    """KiB of a process and those that it has started: all, and of these the pages of files."""
+    all_of, of_files = 0, 0
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for one in (pid, *children):
+            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()[1:]
+            sizes = {line.split()[0]: int(line.split()[1]) for line in lines}
+            all_of, of_files = all_of + sizes["Pss:"], of_files + sizes["Pss_File:"]
+    except (OSError, IndexError, KeyError):  # one of them has just ended
+        return 0, 0
+    return all_of, of_files
+
+
+def _first_batch(args: argparse.Namespace) -> None:
+    """As training starts, without JAX; then some steps more. Prints when the first was there, by `time.time`."""
+    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer") if args.tokenizer else demo_tokenizer()
+    add_tokens(tokenizer)
+    data = DataConfig(
+        names=(f"questions.{args.table}",), root=str(args.started), share=args.share, max_len=MAX_LEN,
+        outside_root=True, val_fraction=0.05,
+    )  # fmt: skip
+    text, cache = text_spec(data, "qwen2", SIGNAL_TOKENS, "sft", ()), args.started / "cache"
+    sources = []
+    for split in ("train", "val"):
+        dataset = Dataset(load_records(data, split, 0), tokenizer, text, signal_spec(data, 0))
+        index = dataset.length_index(args.share, 0.0, cache)
+        problem = dataset.missing(0.0)
+        if problem:
+            raise problem
+        shuffle = split == "train"
+        plan = Plan(index, rows=ROWS, max_len=MAX_LEN, pack=True, seed=0, shuffle=shuffle, cache=cache)
+        sources.append(StepSource(dataset, plan, steps=plan.steps_before(1)))
+    source = sources[0]
+    source[0]
+    at, begun = time.time(), time.process_time()
+    read = sum(source[step].conversations for step in itertools.islice(range(1, len(source)), 40))
+    after = time.process_time() - begun
+    print(json.dumps({"at": at, "after": after, "per_processor_s": read / after}))
+
+
+# -- the loader -----------------------------------------------------------------------------------------------
 
 
 def _dataset(args: argparse.Namespace, folder: Path) -> Dataset:

@@ -125,7 +125,7 @@ def _name(dataset: Dataset) -> str:
     digest = dataset.head
     content = getattr(dataset.records, "content", None) or dataset.fingerprint
     stamp = functools.lru_cache(_KNOWN)(functools.partial(dataset.signal.stamp, kept=True))
-    paths = (path for record in dataset.records if dataset.reads_ecgs for path in record.ecg_paths)
+    paths = (path for record in (dataset.records if dataset.reads_ecgs else ()) for path in record.ecg_paths)
     stamps = hashlib.sha256(b"".join(repr((path, stamp(path))).encode() for path in paths))
     digest.update(repr((VERSION, content, stamps.hexdigest())).encode())
     return digest.hexdigest()[:32]
