@@ -9,7 +9,7 @@
 predictions.jsonl, report.html. Stopped and started again, an evaluation goes on where it was.
 
 Of an encoder that was pretrained alone there are no answers: it rebuilds ECGs, makes them (dit) or continues them
-(next_token), which are measured and drawn there; --config.eval.guidance, eval.ema and eval.limit say how.
+(next_token), which are measured and drawn there, in one process; --config.eval.guidance, eval.ema, eval.limit say how.
 """
 
 import sys

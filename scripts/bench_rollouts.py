@@ -63,6 +63,7 @@ def main() -> None:
             for what, act in (("drawn", "draw"), ("learnt", "learn")):
                 for name in list(sides)[:: (-1) ** turn]:
                     done = sides[name](act)
+                    print(f"round {turn}: {name}, {what} in {done.seconds:.1f} s", file=sys.stderr)
                     if act == "learn":
                         found[name]["losses"].append(done.given)
                     if turn:
