@@ -53,10 +53,11 @@ class Key:
     choices: Collection[str] = ()
     limit: str = ""  # a name in LIMITS
     accepts: Any = None  # the type that may be written, where it is wider than `type`
+    divides: str = ""  # a key beside this one, which this one divides
 
 
 def key(default: Any, meaning: str, **rules: Any) -> Any:
-    """A dataclass field for one key; `rules` are the last three fields of `Key`."""
+    """A dataclass field for one key; `rules` are the last four fields of `Key`."""
     metadata = {"meaning": meaning, **rules}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -92,7 +93,12 @@ def sizes_of(cls: type, where: str, values: Mapping[str, Any], ignored: Collecti
         if name not in known and name not in ignored:
             fix = nearest(name, known) or "remove it if you know that the same is computed without it"
             raise UserError(f"{where}.{name}", "an unknown field", f"one of {', '.join(known)}", fix)
-    return {name: check(f"{where}.{name}", k, values[name]) for name, k in known.items() if name in values}
+    found = {name: check(f"{where}.{name}", k, values[name]) for name, k in known.items() if name in values}
+    for name, k in known.items():
+        own, whole = (found.get(each, known[each].default) for each in (name, k.divides or name))
+        if k.divides and whole % own:
+            raise UserError(f"{where}.{name}", str(own), f"a divisor of {k.divides}, {whole}", "change one of them")
+    return found
 
 
 def check(where: str, k: Key, value: Any) -> Any:

@@ -258,8 +258,8 @@ def test_vit_files_of_the_bare_model_without_a_mask_token() -> None:
     [
         ("clip", {"hiden_size": 3}, "encoder.config.hiden_size: found an unknown field.*did you mean 'hidden_size'"),
         ("clip", {"hidden_act": "relu"}, "encoder.config.hidden_act: found 'relu'"),
-        ("clip", {"patch_size": 7}, "encoder.config.patch_size: found 7 for images of 16 pixels"),
-        ("clip", {"num_attention_heads": 3}, "encoder.config.hidden_size: found 16 with 3 heads"),
+        ("clip", {"patch_size": 7}, "encoder.config.patch_size: found 7; expected a divisor of image_size, 16"),
+        ("clip", {"num_attention_heads": 3}, "num_attention_heads: found 3; expected a divisor of hidden_size, 16"),
         ("clip", {"attention_dropout": 0.1}, "encoder.config.attention_dropout: found 0.1; expected 0.0"),
         ("clip", {"model_type": "siglip"}, "encoder.config.model_type: found 'siglip'; expected clip"),
         ("clip", {"vision_config": {"num_channels": 1}}, "encoder.config.num_channels: found 1; expected 3"),
@@ -269,7 +269,7 @@ def test_vit_files_of_the_bare_model_without_a_mask_token() -> None:
         ("vit", {"qkv_bias": 1}, "encoder.config.qkv_bias: found 1"),
         ("siglip2", {"vision_use_head": False}, "encoder.config.vision_use_head: found False; expected True"),
         ("siglip2", {"num_patches": 10}, "encoder.config.num_patches: found 10; expected a square"),
-        ("siglip_ecg", {"patch_size": 7}, "encoder.config.patch_size: found 7 for signals of 40 samples"),
+        ("siglip_ecg", {"patch_size": 7}, "encoder.config.patch_size: found 7; expected a divisor of seq_len, 40"),
         ("siglip_ecg", {"num_leads": 0}, "encoder.config.num_leads: found 0"),
     ],
 )  # fmt: skip

@@ -21,7 +21,7 @@ from flax import nnx
 from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError
 from elm_jax.models.encoders.mae import XAVIER, token
-from elm_jax.models.encoders.sequence import BlockConfig
+from elm_jax.models.encoders.sequence import BlockConfig, Layers, OfBlocks
 from elm_jax.models.encoders.text_tower import BERT, Paired, TextConfig, TextTower
 from elm_jax.models.encoders.transformer import Attention, Mlp, TransformerConfig
 from elm_jax.models.hints import weight
@@ -123,16 +123,13 @@ def embedded_time(time: jax.Array, width: int) -> jax.Array:
     return jnp.pad(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1), ((0, 0), (0, width % 2)))
 
 
-class Dit(nnx.Module):
+class Dit(OfBlocks):
     """`width` is D. A condition is a label (B,), or signals (B, 12, L) of which one lead is it; with the tower of
     `DitText` the ids (B, T) of a text."""
 
-    def __init__(
-        self, config: DitConfig, tokens: int = 1, *, rngs: nnx.Rngs, dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
-    ) -> None:  # fmt: skip
-        self.config, self.tokens, self.width, self.dtype = config, tokens, config.d_model, jnp.dtype(dtype)
-        linear = partial(Linear, rngs=rngs, bias=True, init=XAVIER, param_dtype=param_dtype)
+    config: DitConfig
+
+    def make(self, config: DitConfig, rngs: nnx.Rngs, param_dtype: Any, linear: Layers) -> None:
         width, leads = self.width, len(config.generated)
         self.signal = linear(leads, width, (None, "embed"))
         self.position = token(rngs, param_dtype, config.seq_len, width)

@@ -39,27 +39,20 @@ class EcgCocaConfig:
 
     num_leads: int = _size(12, "C")
     seq_len: int = key(5000, "L", limit="from 1 to 10000000")
-    patch_size: int = _size(50, "p")
+    patch_size: int = _size(50, "p", divides="seq_len")
     width: int = _size(768, "D")
     layers: int = _size(12, "blocks")
-    heads: int = _size(12, "heads")
+    heads: int = _size(12, "heads", divides="width")
     embed_dim: int = _size(512, "E")
     decoder_layers: int = _size(12, "of the decoder that writes reports: pairs of blocks")
-    decoder_heads: int = _size(8, "its heads")
+    decoder_heads: int = _size(8, "its heads", divides="width")
     caption_vocab: int | None = key(None, "V; None is the tower's vocabulary", limit="at least 1")
     sees_answers: bool = key(False, "whether a token is written by what has seen it")
 
     @classmethod
     def from_fields(cls, config: Mapping[str, Any]) -> EcgCocaConfig:
         """Read `encoder.config`. UserError for an unknown field or value, and for sizes that do not fit."""
-        found = cls(**sizes_of(cls, "encoder.config", config))
-        for name, whole, by in (
-            ("patch_size", found.seq_len, found.patch_size), ("heads", found.width, found.heads),
-            ("decoder_heads", found.width, found.decoder_heads),
-        ):  # fmt: skip
-            if whole % by:
-                raise UserError(f"encoder.config.{name}", str(by), f"a divisor of {whole}", "change one of them")
-        return found
+        return cls(**sizes_of(cls, "encoder.config", config))
 
     @property
     def patches(self) -> int:

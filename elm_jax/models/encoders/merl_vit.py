@@ -29,7 +29,7 @@ class MerlVitConfig:
 
     num_leads: int = key(12, "C", limit="from 1 to 100000")
     seq_len: int = key(2500, "L", limit="from 1 to 10000000")
-    patch_size: int = key(50, "p", limit="from 1 to 10000000")
+    patch_size: int = key(50, "p", limit="from 1 to 10000000", divides="seq_len")
     width: int = key(192, "D", limit="from 1 to 100000")
     depth: int = key(12, "blocks", limit="from 1 to 100000")
     heads: int = key(3, "heads", limit="from 1 to 100000")
@@ -40,13 +40,7 @@ class MerlVitConfig:
     @classmethod
     def from_fields(cls, config: Mapping[str, Any]) -> MerlVitConfig:
         """Read `encoder.config`. UserError for an unknown field or value."""
-        found = cls(**sizes_of(cls, "encoder.config", config, frozenset(("num_classes",))))
-        if found.seq_len % found.patch_size:
-            fix = "set encoder.config.patch_size, or data.segment_len"
-            raise UserError(
-                "encoder.config.patch_size", str(found.patch_size), f"a divisor of seq_len, {found.seq_len}", fix
-            )
-        return found
+        return cls(**sizes_of(cls, "encoder.config", config, frozenset(("num_classes",))))
 
     @property
     def blocks(self) -> TransformerConfig:

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from elm_jax.ecg.images import VIT
-from elm_jax.errors import UserError
 from elm_jax.models.encoders.vision import PatchEmbedding, linear, named_inputs, norm, one_token, read_images, table
 from elm_jax.models.layers import LayerNorm, Linear
 from elm_jax.models.names import bare_name
@@ -29,7 +28,7 @@ class MixerConfig:
     """Sizes; those of the published program are the default."""
 
     image_size: int = key(256, "pixels of an image's edge", limit="from 1 to 100000")
-    patch_size: int = key(16, "pixels of a patch's edge", limit="from 1 to 100000")
+    patch_size: int = key(16, "pixels of a patch's edge", limit="from 1 to 100000", divides="image_size")
     num_features: int = key(128, "D", limit="from 1 to 100000")
     num_layers: int = key(8, "layers", limit="at least 1")
     expansion_factor: int = key(2, "width inside an MLP, by that outside", limit="at least 1")
@@ -37,11 +36,7 @@ class MixerConfig:
     @classmethod
     def from_fields(cls, config: Mapping[str, Any]) -> MixerConfig:
         """Read `encoder.config`. UserError for an unknown field or value."""
-        found = cls(**sizes_of(cls, "encoder.config", config))
-        if found.image_size % found.patch_size:
-            expected = f"a divisor of image_size, {found.image_size}"
-            raise UserError("encoder.config.patch_size", str(found.patch_size), expected, "change one of them")
-        return found
+        return cls(**sizes_of(cls, "encoder.config", config))
 
     @property
     def patches(self) -> int:

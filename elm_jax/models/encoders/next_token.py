@@ -19,7 +19,7 @@ from elm_jax.data.ecg_ids import OF_LEADS, PADDED, SPECIAL
 from elm_jax.errors import UserError
 from elm_jax.models.attention import attend
 from elm_jax.models.encoders.mae import XAVIER, token
-from elm_jax.models.encoders.sequence import BlockConfig
+from elm_jax.models.encoders.sequence import BlockConfig, Layers, OfBlocks
 from elm_jax.models.encoders.transformer import Block, Transformer
 from elm_jax.models.hints import weight
 from elm_jax.models.layers import LearnedPositions, plus
@@ -46,14 +46,12 @@ class NextTokenConfig(BlockConfig):
         return self.pad_id + 1
 
 
-class NextToken(nnx.Module):
+class NextToken(OfBlocks):
     """Post-norm causal blocks behind ids and their places; the head is not tied."""
 
-    def __init__(
-        self, config: NextTokenConfig, tokens: int = 1, *, rngs: nnx.Rngs, dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
-    ) -> None:  # fmt: skip
-        self.config, self.tokens, self.width, self.dtype = config, tokens, config.d_model, jnp.dtype(dtype)
+    config: NextTokenConfig
+
+    def make(self, config: NextTokenConfig, rngs: nnx.Rngs, param_dtype: Any, linear: Layers) -> None:
         # Of as many rows as there are ids, which need not divide over devices.
         self.embedding = LearnedPositions(config.vocab_size, 0, self.width, rngs, param_dtype)
         self.position = token(rngs, param_dtype, config.max_seq_len, self.width)

@@ -5,10 +5,10 @@ B signals, C leads, L samples, D width, N signal tokens; k leads that are seen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,29 +23,40 @@ from elm_jax.models.names import Rule
 from elm_jax.models.pooling import adaptive_average_pool
 from elm_jax.schema import key, sizes_of
 
+Layers = Callable[..., Linear]
+
 
 @dataclass(frozen=True)
 class BlockConfig:
     """Sizes of the blocks; those of the published programs are the default."""
 
     d_model: int = key(512, "D", limit="at least 1")
-    n_heads: int = key(8, "heads", limit="at least 1")
+    n_heads: int = key(8, "heads", limit="at least 1", divides="d_model")
     dim_ff: int = key(2048, "width inside an MLP", limit="at least 1")
     num_layers: int = key(6, "blocks of the encoder", limit="at least 1")
 
     @classmethod
     def from_fields(cls, config: Mapping[str, Any]) -> Self:
         """Read `encoder.config`. UserError for an unknown field or value."""
-        found = cls(**sizes_of(cls, "encoder.config", config))
-        if found.d_model % found.n_heads:
-            expected = f"a divisor of d_model, {found.d_model}"
-            raise UserError("encoder.config.n_heads", str(found.n_heads), expected, "change one of them")
-        return found
+        return cls(**sizes_of(cls, "encoder.config", config))
 
     def blocks(self, depth: int, causal: bool = False) -> TransformerConfig:
         return TransformerConfig(
             self.d_model, depth, self.n_heads, self.dim_ff, fused_qkv=True, init=XAVIER, post_norm=True, causal=causal
         )
+
+
+class OfBlocks(nnx.Module):
+    """An encoder of such blocks; `make` builds its parts from (config, rngs, param_dtype, how a layer is made)."""
+
+    make: ClassVar[Callable[..., None]]
+
+    def __init__(
+        self, config: Any, tokens: int = 1, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
+    ) -> None:
+        self.config, self.tokens, self.width, self.dtype = config, tokens, config.d_model, jnp.dtype(dtype)
+        linear = partial(Linear, rngs=rngs, bias=True, init=XAVIER, param_dtype=param_dtype)
+        self.make(config, rngs, param_dtype, linear)
 
 
 @dataclass(frozen=True)
@@ -67,15 +78,12 @@ class SequenceConfig(BlockConfig):
             raise UserError("encoder input", f"shape {signals.shape}", expected, "set num_leads and seq_len so")
 
 
-class MaeVit(nnx.Module):
+class MaeVit(OfBlocks):
     """Each lead is a patch. What only the pretraining uses is held with it."""
 
-    def __init__(
-        self, config: SequenceConfig, tokens: int = 1, *, rngs: nnx.Rngs, dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
-    ) -> None:  # fmt: skip
-        self.config, self.tokens, self.width, self.dtype = config, tokens, config.d_model, jnp.dtype(dtype)
-        linear = partial(Linear, rngs=rngs, bias=True, init=XAVIER, param_dtype=param_dtype)
+    config: SequenceConfig
+
+    def make(self, config: SequenceConfig, rngs: nnx.Rngs, param_dtype: Any, linear: Layers) -> None:
         self.patch = linear(config.seq_len, self.width, (None, "embed"))
         self.position = token(rngs, param_dtype, config.num_leads, self.width)
         self.encoder = Transformer(config.blocks(config.num_layers), rngs, param_dtype)
@@ -111,15 +119,12 @@ class MaeVit(nnx.Module):
         return Rebuilt(rebuilt, signals, hidden, latent)
 
 
-class Nepa(nnx.Module):
+class Nepa(OfBlocks):
     """Each sample of all leads is a token, from which the next one's embedding is predicted."""
 
-    def __init__(
-        self, config: SequenceConfig, tokens: int = 1, *, rngs: nnx.Rngs, dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
-    ) -> None:  # fmt: skip
-        self.config, self.tokens, self.width, self.dtype = config, tokens, config.d_model, jnp.dtype(dtype)
-        linear = partial(Linear, rngs=rngs, bias=True, init=XAVIER, param_dtype=param_dtype)
+    config: SequenceConfig
+
+    def make(self, config: SequenceConfig, rngs: nnx.Rngs, param_dtype: Any, linear: Layers) -> None:
         self.signal = linear(config.num_leads, self.width, (None, "embed"))
         self.position = token(rngs, param_dtype, config.seq_len, self.width)
         self.layers = Transformer(config.blocks(config.num_layers, causal=True), rngs, param_dtype)

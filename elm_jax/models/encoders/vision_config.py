@@ -65,7 +65,7 @@ class VisionConfig:
 
     hidden_size: int = _size(768)
     num_hidden_layers: int = _size(12)
-    num_attention_heads: int = _size(12)
+    num_attention_heads: int = _size(12, divides="hidden_size")
     intermediate_size: int = _size(3072)
     hidden_act: str = _activation("gelu")
     layer_norm_eps: float = _eps(1e-6)
@@ -88,20 +88,12 @@ class VisionConfig:
             if name in values and values[name] not in allowed:
                 expected = " or ".join(map(str, allowed))
                 raise UserError(f"{WHERE}.{name}", repr(values[name]), expected, "this variant is not supported")
-        result = cls(**sizes_of(cls, WHERE, values, {*ONLY, *IRRELEVANT, *cls.ignored}))
-        result.check()
-        return result
+        return cls(**sizes_of(cls, WHERE, values, {*ONLY, *IRRELEVANT, *cls.ignored}))
 
     @classmethod
     def omitted(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The values that `config` means where it does not name them, other than our defaults."""
         return {}
-
-    def check(self) -> None:
-        """UserError for values that do not fit each other."""
-        if self.hidden_size % self.num_attention_heads:
-            found = f"{self.hidden_size} with {self.num_attention_heads} heads"
-            raise UserError(f"{WHERE}.hidden_size", found, "a multiple of num_attention_heads", "correct them")
 
     def transformer(self, qkv_bias: bool = True) -> TransformerConfig:
         """The sizes of the blocks."""
@@ -116,18 +108,12 @@ class ImageConfig(VisionConfig):
     """An encoder of square images, `image_size` pixels wide, in patches of `patch_size`."""
 
     image_size: int = _size(224)
-    patch_size: int = _size(16)
+    patch_size: int = _size(16, divides="image_size")
 
     @property
     def patches(self) -> int:
         """Patches of an image."""
         return (self.image_size // self.patch_size) ** 2
-
-    def check(self) -> None:
-        super().check()
-        if self.image_size % self.patch_size:
-            found = f"{self.patch_size} for images of {self.image_size} pixels"
-            raise UserError(f"{WHERE}.patch_size", found, "a divisor of image_size", "correct them")
 
 
 @dataclass(frozen=True)
@@ -136,7 +122,7 @@ class ClipConfig(ImageConfig):
 
     hidden_act: str = _activation("quick_gelu")
     layer_norm_eps: float = _eps(1e-5)
-    patch_size: int = _size(32)
+    patch_size: int = _size(32, divides="image_size")
     projection_dim: int = _size(512)
 
     model_types = ("clip", "clip_vision_model")
@@ -162,7 +148,7 @@ class Siglip2Config(VisionConfig):
 
     hidden_size: int = _size(1152)
     num_hidden_layers: int = _size(27)
-    num_attention_heads: int = _size(16)
+    num_attention_heads: int = _size(16, divides="hidden_size")
     intermediate_size: int = _size(4304)
     hidden_act: str = _activation("gelu_pytorch_tanh")
     patch_size: int = _size(16)
@@ -183,10 +169,12 @@ class Siglip2Config(VisionConfig):
         """Rows, and columns, of the position table."""
         return round(self.num_patches**0.5)
 
-    def check(self) -> None:
-        super().check()
-        if self.grid**2 != self.num_patches:
-            raise UserError(f"{WHERE}.num_patches", str(self.num_patches), "a square number", "correct it")
+    @classmethod
+    def from_fields(cls, config: Mapping[str, Any]) -> Self:
+        found = super().from_fields(config)
+        if found.grid**2 != found.num_patches:
+            raise UserError(f"{WHERE}.num_patches", str(found.num_patches), "a square number", "correct it")
+        return found
 
 
 @dataclass(frozen=True)
@@ -198,7 +186,7 @@ class SiglipEcgConfig(VisionConfig):
     """
 
     hidden_act: str = _activation("gelu_pytorch_tanh")
-    patch_size: int = _size(25)
+    patch_size: int = _size(25, divides="seq_len")
     seq_len: int = _size(2500, limit="from 1 to 10000000")
     num_leads: int = _size(12)
 
@@ -216,12 +204,6 @@ class SiglipEcgConfig(VisionConfig):
     def patches(self) -> int:
         """Patches of a signal."""
         return self.seq_len // self.patch_size
-
-    def check(self) -> None:
-        super().check()
-        if self.seq_len % self.patch_size:
-            found = f"{self.patch_size} for signals of {self.seq_len} samples"
-            raise UserError(f"{WHERE}.patch_size", found, "a divisor of the samples", "choose another")
 
 
 BASE_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
