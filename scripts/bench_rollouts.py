@@ -38,6 +38,7 @@ LLM = {"hidden": 512, "layers": 8, "heads": 8, "kv_heads": 4, "mlp": 1536, "max_
 TINY = {"hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "mlp": 64, "max_len": 2048, "vocab_size": 2048}
 TEMPERATURE, TOP_P, LR, CLIP = 0.8, 0.95, 1e-5, 1.0
 BETAS, TAU = (0.9, 0.99), (1.0, 1.05)
+PROMPT = 320  # no prompt is longer
 PROMISED, TOLERANCE = 4.0, 1e-4
 
 
@@ -108,7 +109,6 @@ def _ours(args: argparse.Namespace, shares: bool) -> Acts:
     from elm_jax.cli import ConfigFlags
     from elm_jax.data.batch import BatchShape, Group, collate
     from elm_jax.exchange.export import export
-    from elm_jax.inference.generate import bucket
     from elm_jax.inference.speaker import Speaker
     from elm_jax.run.folder import open_folder
     from elm_jax.scoring.rewards import register_reward
@@ -138,7 +138,7 @@ def _ours(args: argparse.Namespace, shares: bool) -> Acts:
         f"policy_{shares}", objective="sapo", init_from=args.work / "begun", update="llm", rl__answers=args.answers,
         rl__max_new_tokens=args.new, rl__rewards='["of_length"]', rl__temperature=TEMPERATURE, rl__top_p=TOP_P,
         rl__batch_size=args.prompts * args.answers, train__steps=1000, train__save_every=1000,
-        data__max_len=args.answers * args.new + 1024, optim__lr=LR, optim__schedule="constant", optim__warmup_ratio=0,
+        data__max_len=args.answers * args.new + PROMPT, optim__lr=LR, optim__schedule="constant", optim__warmup_ratio=0,
         optim__weight_decay=0.0, optim__grad_clip=CLIP, optim__beta1=BETAS[0], optim__beta2=BETAS[1],
     )  # fmt: skip
     trainer = Trainer(made, open_folder(made))
@@ -165,7 +165,7 @@ def _ours(args: argparse.Namespace, shares: bool) -> Acts:
         learnt = pickle.loads((args.work / "scored.pkl").read_bytes())
         groups = [group for found in rollouts._groups(dataset, learnt).values() for group in found]
         alone = [[Group(0, [one])] for group in groups for one in group.conversations]
-        width = bucket(max(len(group.conversations[0].ids) for (group,) in alone))
+        width = -(-max(len(group.conversations[0].ids) for (group,) in alone) // 64) * 64
         rows = collate(alone, BatchShape(width, 1, args.new), dataset.signal.layout, dataset.samples.extras)
         batch = rollouts._with_old(jax.tree.map(lambda x: x[None], rows), trainer._arrays)
     placed = trainer._on_devices(batch)

@@ -50,11 +50,21 @@ def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     """Logits (B, V) with -inf for all but the fewest tokens whose probabilities sum to top_p or more."""
 
     def cut() -> jax.Array:
-        descending = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        threshold = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(logits >= threshold, logits, -jnp.inf)
+        # The least logit of which those above it sum to less, by halving what it may be: a sort takes ten times as long
+        # on a CPU. Whole numbers that are ordered as the floats are that have their bits (of zeros: one of both).
+        floats = jnp.where(logits == 0, 0.0, logits).astype(jnp.float32)
+        bits = jax.lax.bitcast_convert_type(floats, jnp.int32)
+        order, probabilities = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), jax.nn.softmax(logits, axis=-1)
+
+        def halve(_: jax.Array, span: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            low, high = span
+            middle = (low >> 1) + (high >> 1) + (low & high & 1)
+            enough = jnp.where(order > middle, probabilities, 0.0).sum(-1, keepdims=True) < top_p
+            return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+        ends = order.min(-1, keepdims=True), order.max(-1, keepdims=True)
+        least, _ = jax.lax.fori_loop(0, 32, halve, ends)
+        return jnp.where(order >= least, logits, -jnp.inf)
 
     return jax.lax.cond(top_p < 1, cut, lambda: logits)
 

@@ -133,6 +133,11 @@ def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p():
     logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
     for top_p, kept in [(0.4, [1]), (0.5, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (1.0, [0, 1, 2, 3])]:
         assert np.flatnonzero(np.isfinite(nucleus(logits, jnp.float32(top_p))[0])).tolist() == kept, top_p
+    logits = np.random.default_rng(0).normal(size=(64, 300)).round(2).astype(np.float32)  # some alike, of both signs
+    logits[:, :3] = -np.inf, 0.0, -0.0
+    sure = np.exp(logits.astype(np.float64))
+    above = np.where(logits[:, None] > logits[:, :, None], sure[:, None], 0.0).sum(-1) / sure.sum(-1, keepdims=True)
+    np.testing.assert_array_equal(np.isfinite(nucleus(logits, jnp.float32(0.7))), (above < 0.7) & (logits > -np.inf))
 
 
 @pytest.mark.slow
