@@ -238,7 +238,8 @@ def translators(tmp_path_factory):
     torch.manual_seed(0)
     folder, tokenizer = tmp_path_factory.mktemp("translators"), words("<pad>", "</s>")
     ends: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "vocab_size": len(tokenizer)}
-    t5 = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, **(ends | {"decoder_start_token_id": 0}))
+    started: dict[str, Any] = {**ends, "decoder_start_token_id": 0}
+    t5 = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, **started)
     gpt2 = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=512, **ends)
     bert = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     kinds = {"t5": T5ForConditionalGeneration(t5), "gpt2": GPT2LMHeadModel(gpt2), "bert": BertModel(bert)}
