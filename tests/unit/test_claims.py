@@ -243,7 +243,8 @@ def test_a_stranger_s_chat_template_is_not_run(tmp_path: Path) -> None:
     assert load_tokenizer(folder).chat_template == endless
     package = Path(__file__).parents[2] / "elm_jax"
     used = [str(file.relative_to(package)) for file in package.rglob("*.py") if "apply_chat" in file.read_text()]
-    assert used == ["weights/judge.py"]  # of a reward model that the user names, in transformers' sandbox
+    # Of a translator and of a reward model that the user names, in transformers' sandbox.
+    assert sorted(used) == ["data/prepare/translation.py", "weights/judge.py"]
 
 
 # -- WFDB records
