@@ -88,15 +88,12 @@ class _Rows:
 
     def said(self) -> list[tuple[str, ...]]:
         """Who each row says that it is about."""
-        if "patient_id" not in getattr(self.part.table, "column_names", ("patient_id",)):
-            return [()] * len(self.part.rows)
-        rows = self.part.each(0, len(self.part.rows), "patient_id")
-        return [patient_ids(row.get("patient_id")) for row in rows]
+        return list(map(patient_ids, self.part.values("patient_id")))
 
     def told(self) -> list[tuple[str, ...]]:
         """Whom the recordings of each row tell."""
-        rows = enumerate(self.part.each(0, len(self.part.rows), "ecg_path"))
-        return [_recorded(ecg_paths(row["ecg_path"], (i := self.row_id(n)))[0], i) for n, row in rows]
+        told = enumerate(self.part.values("ecg_path"))
+        return [_recorded(ecg_paths(value, row_id := self.row_id(n))[0], row_id) for n, value in told]
 
 
 class Records(Lazy[Record]):

@@ -241,7 +241,10 @@ def _copy_json(file: Path, sink: IO[bytes], folder: Path | None = None) -> None:
         with pa.ipc.new_stream(all_columns, pa.schema([(column, text) for column in COLUMNS])) as writer:
             while some := list(islice(rows, _ROWS)):
                 present.update(*some)
-                values = [pa.array([_as_string(row.get(column)) for row in some], text) for column in COLUMNS]
+                values = [
+                    pa.array([_as_string(row.get(column)) for row in some], text)
+                    if column in present else pa.nulls(len(some), text) for column in COLUMNS
+                ]  # fmt: skip
                 writer.write_batch(pa.record_batch(values, COLUMNS))
         if not present:
             raise UserError(str(file), "no records", "a list of records, or one per line", "check the file")

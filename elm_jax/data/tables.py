@@ -4,9 +4,10 @@ A Source gives, per split, parts: rows of one table. Tables stay what they are (
 sequence of dictionaries); nothing here turns rows into Python objects before they are asked for.
 """
 
+import itertools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -125,25 +126,39 @@ class Part:
         number, columns = int(self.rows[index]), self._columns
         return self.table[number] if columns is None else {name: c[number].as_py() for name, c in columns.items()}
 
-    def each(self, first: int, last: int, *only: str) -> Iterator[Mapping[str, Any]]:
-        """The rows `first` to `last` - 1 of the part, many decoded at a time; of those columns alone, if some are
-        named."""
-        for start in range(first, last, _DECODED):
-            yield from self._decoded(self.rows[start : min(start + _DECODED, last)], only)
+    def each(self, first: int, last: int) -> Iterator[Mapping[str, Any]]:
+        """The rows `first` to `last` - 1 of the part, many decoded at a time."""
+        names = self._names
+        for columns in self._decoded(first, last, names):
+            yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
 
-    def _decoded(self, numbers: np.ndarray, only: Collection[str]) -> Iterable[Mapping[str, Any]]:
+    def values(self, name: str) -> Iterator[Any]:
+        """What the rows have in a column, None where there is none; the others are not read."""
+        if name not in self._names:
+            return itertools.repeat(None, len(self.rows))
+        return itertools.chain.from_iterable(c for (c,) in self._decoded(0, len(self.rows), [name]))
+
+    def _decoded(self, first: int, last: int, names: list[str]) -> Iterator[list[list[Any]]]:
+        """Columns of rows, some rows at a time."""
         table: Any = self.table
-        if not hasattr(table, "select_columns"):
-            return [table[int(number)] for number in numbers]
-        low, high = int(numbers.min()), int(numbers.max()) + 1
-        wanted = [name for name in COLUMNS if name in table.column_names and (not only or name in only)]
-        if self._columns is None or high - low > 4 * len(numbers):  # few of those between
-            values, chosen = table.select_columns(wanted)[numbers], range(len(numbers))
-        else:
-            values = {name: self._columns[name].slice(low, high - low).to_pylist() for name in wanted}
-            chosen = (numbers - low).tolist()
-        columns = [values[name] for name in wanted]
-        return [{name: c[n] for name, c in zip(wanted, columns, strict=True)} for n in chosen]
+        for start in range(first, last, _DECODED):
+            numbers = self.rows[start : min(start + _DECODED, last)]
+            if not hasattr(table, "select_columns"):
+                rows = [table[int(number)] for number in numbers]
+                yield [[row.get(name) for row in rows] for name in names]
+                continue
+            low, high = int(numbers.min()), int(numbers.max()) + 1
+            if self._columns is None or high - low > 4 * len(numbers):  # few of those between
+                found = table.select_columns(names)[numbers]
+                yield [found[name] for name in names]
+                continue
+            columns = [self._columns[name].slice(low, high - low).to_pylist() for name in names]
+            places = None if high - low == len(numbers) and (np.diff(numbers) == 1).all() else (numbers - low).tolist()
+            yield columns if places is None else [[c[place] for place in places] for c in columns]
+
+    @property
+    def _names(self) -> list[str]:
+        return [name for name in COLUMNS if name in getattr(self.table, "column_names", COLUMNS)]
 
     @cached_property
     def _columns(self) -> dict[str, Any] | None:

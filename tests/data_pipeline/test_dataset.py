@@ -16,12 +16,13 @@ import pytest
 from texts import chat_tokenizer, write_records
 
 from elm_jax.config import DataConfig
+from elm_jax.data import lengths
 from elm_jax.data.dataset import Dataset, read_system_prompt, text_spec
 from elm_jax.data.demo import demo_tokenizer
 from elm_jax.data.loader import unusable
 from elm_jax.data.represent import signal_spec
-from elm_jax.data.sources import load_records
-from elm_jax.errors import UserError
+from elm_jax.data.sources import Records, load_records
+from elm_jax.errors import Absent, UserError
 from elm_jax.text.render import TextSpec, add_tokens
 
 ANSWERED = [{"from": "human", "value": "Is this normal?"}, {"from": "gpt", "value": "yes"}]
@@ -193,6 +194,52 @@ def test_a_saved_tokenizer_makes_the_same_index(tmp_path: Path, measured: list[i
     measured.clear()
     assert_same(again.length_index("ecg", 0.0, tmp_path / "cache"), first)
     assert measured == []
+
+
+def test_a_kept_index_knows_the_fingerprint_and_reads_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_records(tmp_path, ASKED)
+    first = dataset(tmp_path)
+    first.length_index("ecg", 0.0, tmp_path / "cache")
+    assert first.fingerprint == dataset(tmp_path).fingerprint, "measured with the lengths as record by record"
+    again = dataset(tmp_path)
+    monkeypatch.setattr(Records, "each", None)
+    monkeypatch.setattr(Records, "make", None)
+    again.length_index("ecg", 0.0, tmp_path / "cache")
+    assert again.fingerprint == first.fingerprint
+
+
+def with_a_helper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elm_jax.data.lengths.cores", lambda: 2)
+    monkeypatch.setattr("elm_jax.data.lengths.SHARE", 100)
+    monkeypatch.setattr("elm_jax.data.lengths.CHUNK", 16)
+
+
+@pytest.mark.slow
+def test_a_helper_measures_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bad records and their limit, too."""
+    texts = [[{"from": "human", "value": f"Question {i}?"}, {"from": "gpt", "value": f"{i % 7}"}] for i in range(400)]
+    write_records(tmp_path, [*texts[:150], UNANSWERED, *texts[150:300], UNANSWERED, *texts[300:]])
+    alone, helped = dataset(tmp_path), dataset(tmp_path)
+    expected = alone.length_index("ecg", 0.1)
+    with_a_helper(monkeypatch)
+    answers: list[int] = []
+    answer = lengths._Helper.answer
+    monkeypatch.setattr(lengths._Helper, "answer", lambda self: answers.append(1) or answer(self))
+    assert_same(helped.length_index("ecg", 0.1), expected)
+    assert helped.fingerprint == alone.fingerprint
+    with pytest.raises(UserError, match=r"record records.jsonl:301: "):
+        helped.length_index("ecg", 1.5 / 402)
+    assert answers, "a helper has measured some"
+
+
+def test_a_helper_that_ends_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_records(tmp_path, [ANSWERED] * 300)
+    with_a_helper(monkeypatch)
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(Absent, match="which measured some of them, ended with status 1"):
+        dataset(tmp_path).length_index("ecg", 0.0)
 
 
 # -- records that cannot be used ------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elm_jax.config import DataConfig
+from elm_jax.data import table_files
 from elm_jax.data.sources import load_records, patient_ids, patient_of
 from elm_jax.data.tables import FAMILIES, open_source
 from elm_jax.errors import UserError
@@ -343,6 +344,27 @@ class Hub:
         if not name.startswith(self.owner):
             raise DatasetNotFoundError(name)
         return datasets.Dataset.from_list(rows(5))
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_large_json_is_read_once_and_seen_when_it_changes(tmp_path, data, suffix, monkeypatch):
+    """Though its size and its time stamp stay; a column may begin with any row."""
+    made = rows(30)
+    made[-1] |= {"report": "Sinus rhythm.", "ecg_path": ["a.npy", "b.npy"]}
+    file, data = save(tmp_path / f"a.{suffix}", made), replace(data, names=(f"a.{suffix}",))
+    expected = list(load(data))
+    monkeypatch.setattr("elm_jax.data.table_files.SMALL", 0)
+    monkeypatch.setattr("elm_jax.data.table_files._ROWS", 7)
+    records = load(data)
+    assert list(records) == expected and expected[-1].report and len(pickle.dumps(records)) < 2000
+    read, copy = [], table_files._copy_json
+    monkeypatch.setattr(table_files, "_copy_json", lambda *args, **rest: read.append(1) or copy(*args, **rest))
+    content = records.content
+    assert load(data).content == content and not read
+    stamp = file.stat().st_mtime_ns
+    file.write_text(file.read_text().replace("question 3", "QUESTION 3"))
+    os.utime(file, ns=(stamp, stamp))
+    assert load(data)[3].text[1] == "QUESTION 3" and load(data).content != content and read == [1]
 
 
 def test_hub_names_try_both_owners_and_number_rows_per_split(data, monkeypatch):
