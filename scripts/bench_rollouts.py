@@ -121,7 +121,7 @@ def _ours(args: argparse.Namespace, shares: bool) -> Acts:
         values = {
             "workdir": args.work / name, "data.names": json.dumps(["demo:train=64,val=8,test=8"]), "train.steps": 1,
             "data.system_prompt": DEFAULT[:380], "llm.scratch": json.dumps(TINY if args.tiny else LLM),
-            "encoder.tokens": 50, "encoder.config": json.dumps({"resnet_type": "resnet18", "width": 8}),
+            "llm.scan": False, "encoder.tokens": 50, "encoder.config": json.dumps({"resnet_type": "resnet18", "width": 8}),
             "data.max_len": 2048, "data.pack": False, "train.batch_size": args.prompts, "data.val_fraction": 0.0,
             "eval.at_end": False, "log.progress": False,
         }  # fmt: skip
@@ -167,7 +167,9 @@ def _ours(args: argparse.Namespace, shares: bool) -> Acts:
         alone = [[Group(0, [one])] for group in groups for one in group.conversations]
         width = -(-max(len(group.conversations[0].ids) for (group,) in alone) // 64) * 64
         rows = collate(alone, BatchShape(width, 1, args.new), dataset.signal.layout, dataset.samples.extras)
-        batch = rollouts._with_old(jax.tree.map(lambda x: x[None], rows), trainer._arrays)
+        parts = len(groups), args.answers  # a prompt at a time, as theirs
+        micro = jax.tree.map(lambda x: x.reshape(*parts, *x.shape[1:]), rows)
+        batch = rollouts._with_old(micro, trainer._arrays)
     placed = trainer._on_devices(batch)
     trainer.step.compile(trainer.state, trainer.frozen, placed)
 
