@@ -121,7 +121,7 @@ def _ours(args: argparse.Namespace, shares: bool) -> Acts:
         values = {
             "workdir": args.work / name, "data.names": json.dumps(["demo:train=64,val=8,test=8"]), "train.steps": 1,
             "data.system_prompt": DEFAULT[:380], "llm.scratch": json.dumps(TINY if args.tiny else LLM),
-            "llm.scan": False, "encoder.tokens": 50, "encoder.config": json.dumps({"resnet_type": "resnet18", "width": 8}),
+            "encoder.tokens": 50, "encoder.config": json.dumps({"resnet_type": "resnet18", "width": 8}),
             "data.max_len": 2048, "data.pack": False, "train.batch_size": args.prompts, "data.val_fraction": 0.0,
             "eval.at_end": False, "log.progress": False,
         }  # fmt: skip
