@@ -261,7 +261,8 @@ def _chunks(dataset: Dataset) -> Iterator[_Chunk]:
     count = 1 if own else max(1, min(cores(), len(dataset) // SHARE))
     sent = pickle.dumps(dataset) if count > 1 else b""
     helpers = [_Helper(sent) for _ in range(count - 1)]
-    lines, there = {helper.line: helper for helper in helpers}, dict[int, _Chunk]()
+    lines: dict[Any, _Helper] = {helper.line: helper for helper in helpers}
+    there: dict[int, _Chunk] = {}
     try:
         for turn in range(len(parts)):
             while turn not in there:

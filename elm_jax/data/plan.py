@@ -102,7 +102,7 @@ class Plan:
                 "at least one conversation an epoch", "raise them",
             )  # fmt: skip
         self._epoch_ends: list[int] = []
-        self._planned: dict[int, list[Any]] = {}
+        self._planned: dict[int, Any] = {}
         self._measures: _Measures | None = None
         self._lock = threading.RLock()
         is_slow = pack and len(index) >= KEPT_FROM and (conversations is None or index.shares_ecg.any())

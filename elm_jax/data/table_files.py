@@ -93,7 +93,7 @@ def _open(file: Path) -> Any:
         _copy_json(file, held := io.BytesIO())
         return datasets.Dataset(pa.ipc.open_stream(held.getbuffer()).read_all())
     stem = _kept_as(file)
-    whole = kept(stem, ".arrow") or _keep_rows(stem, file, functools.partial(_copy_json, file, folder=stem.parent))
+    whole = kept(stem, ".arrow") or _keep_rows(stem, file, functools.partial(_copy_json, file, folder=str(stem.parent)))
     return datasets.Dataset.from_file(str(whole))
 
 
@@ -229,7 +229,7 @@ def _is_plain(feature: Any, flat: bool) -> bool:
     return kind == "ClassLabel" or (kind in ("List", "LargeList") and _is_plain(feature.feature, flat))
 
 
-def _copy_json(file: Path, sink: IO[bytes], folder: Path | None = None) -> None:
+def _copy_json(file: Path, sink: IO[bytes], folder: str | None = None) -> None:
     """Write a table of strings as Arrow; what is not a string (nested text, lists of paths) is kept as JSON.
 
     Which columns there are only the last row tells: until then all of them lie in a file in `folder`.
