@@ -243,7 +243,7 @@ def _measure_of(rendered: Rendered) -> Measure:
     first = int(rendered.supervised.argmax())
     # A prefix holds nothing supervised: its tokens stand once for many conversations.
     system, signals = (end if end <= first else 0 for end in (rendered.system_end, rendered.signal_end))
-    keys = (xxhash.xxh3_64_intdigest(rendered.ids[:end]) for end in (rendered.system_end, rendered.signal_end))
+    keys = (xxhash.xxh3_64_intdigest(rendered.ids[:end].data) for end in (rendered.system_end, rendered.signal_end))
     learnt, ecgs = int(np.count_nonzero(rendered.supervised)), len(rendered.signal_positions)
     system_key, signal_key = keys
     return Measure(len(rendered.ids), learnt, ecgs, system, signals, system_key=system_key, signal_key=signal_key)

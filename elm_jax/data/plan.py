@@ -122,7 +122,7 @@ class Plan:
         told = (VERSION, ECG_ROWS, self.conversations, self._count, self.max_len, self.seed, self.weights, self.shuffle)
         digest = xxhash.xxh3_128(repr(told).encode())
         for column in (self.index.length, self.index.prefix, self.index.key, self.index.shares_ecg, self.index.dataset):
-            digest.update(np.ascontiguousarray(column))
+            digest.update(np.ascontiguousarray(column).data)
         return f"plan-{digest.hexdigest()}"
 
     def _keep(self) -> None:

@@ -107,7 +107,7 @@ class Part:
     def content(self) -> str:
         """Changes with the rows and their ids: a digest of what they lie in. Of a large table it costs milliseconds."""
         digest = xxhash.xxh3_128(repr((self.offset, self.label)).encode())
-        digest.update(np.ascontiguousarray(self.rows))
+        digest.update(np.ascontiguousarray(self.rows).data)
         table: Any = self.table
         if not hasattr(table, "data"):
             told = getattr(table, "content", None) or repr([table[int(row)] for row in self.rows])
