@@ -76,12 +76,17 @@ class SignalSpec:
     normalize: str = field(default="minmax", repr=False)
     view: str = field(default="ecg", repr=False)
     further: Mapping[str, "SignalSpec"] = field(default_factory=dict, repr=False)
-    texts: Mapping[str, Callable[[np.ndarray, float], str]] = field(default_factory=dict, repr=False)
+    texts: Mapping[str, Callable[[np.ndarray, float, Sequence[str]], str]] = field(default_factory=dict, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(C, L)."""
         return len(self.leads), self.length
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the leads, in their order."""
+        return tuple(LEADS[i] for i in self.leads)
 
     @property
     def views(self) -> dict[str, "SignalSpec"]:
@@ -116,7 +121,7 @@ class SignalSpec:
     def words(self, path: str, key: int) -> str:
         """What views write of the ECG at `path`, a line each. Raises UserError as `load`."""
         leads = self._read(path, key)[1] if self.texts else np.zeros(0)
-        return "".join(f"{text(leads, self.sampling_rate)}\n" for text in self.texts.values())
+        return "".join(f"{text(leads, self.sampling_rate, self.names)}\n" for text in self.texts.values())
 
     def load(self, path: str, key: int, epoch: int | None = None) -> Signal:
         """The ECG at `path` as the model sees it in the first view.
@@ -145,8 +150,7 @@ class SignalSpec:
         if drawn is not None and self.augment_ecg:
             raw = augment_ecg(raw, drawn)
         if self.representation == "rgb":
-            names = tuple(LEADS[i] for i in self.leads)
-            return self._image(draw(raw, self.sampling_rate, names, self.dpi), drawn)
+            return self._image(draw(raw, self.sampling_rate, self.names, self.dpi), drawn)
         if self.representation == "stacked_signal":
             return self._image(stacked(min_max(raw, self.norm_eps)), drawn)
         if coder := self.ids or self.tokens:

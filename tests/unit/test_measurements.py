@@ -12,7 +12,9 @@ import pytest
 
 from elm_jax import cli
 from elm_jax.data.demo import demo_rhythm, load_demo_ecg
-from elm_jax.ecg.beats.amplitudes import AMPLITUDES, axis_of
+from elm_jax.data.represent import SignalSpec
+from elm_jax.ecg.beats.amplitudes import AMPLITUDES, axis_of, larger_r, lead_of
+from elm_jax.ecg.beats.delineate import Waves
 from elm_jax.ecg.beats.measurements import UNITS, Measurements, measure
 from elm_jax.ecg.beats.words import LANGUAGES, describe, written
 from elm_jax.ecg.features import NAMES, ecg_features, z_scored
@@ -84,6 +86,28 @@ def test_an_st_level_is_measured_from_the_level_before_the_complex() -> None:
     found = measure(signal, 500)
     assert abs(found.leads["V2"].amplitudes["st60"] - 0.25) < 0.02 and abs(found.leads["V5"].amplitudes["st60"]) < 0.02
     assert "ST elevation in V2 (0.2" in describe(found)
+
+
+def shape(*sizes: float) -> np.ndarray:
+    """An averaged beat (W,), its complex of waves of these sizes in turn from sample 200 to 260."""
+    return np.pad(np.interp(np.arange(61), np.linspace(0, 60, len(sizes) + 2), [0, *sizes, 0]), (200, 340))
+
+
+def test_of_two_r_waves_none_is_lost() -> None:
+    complex_of = Waves((200, 260))
+    for sizes, truth in {
+        (0.06, -0.12, 1.5, -0.3): (0, 0.06, -0.3, 1.5),  # a small one, and behind the large one the deepest S
+        (0.8, -0.1, 0.3, -0.6): (0, 0.8, -0.6, 0.3), (-0.2, 1.0, -0.4): (-0.2, 1.0, -0.4, 0), (-0.5,): (0, 0, -0.5, 0),
+        (0.3, -0.6, 0.2): (0, 0.3, -0.6, 0.2),
+    }.items():  # fmt: skip
+        found = lead_of(shape(*sizes), 0.01, complex_of, 230, 500).amplitudes
+        np.testing.assert_allclose([found[name] for name in ("q", "r", "s", "r2")], truth, atol=0.03)
+    drawn = np.random.default_rng(0)
+    for _ in range(300):
+        beat = shape(*drawn.normal(0, 0.4, drawn.integers(1, 9)))
+        found = lead_of(beat, 0.01, complex_of, 230, 500).amplitudes
+        assert abs(larger_r(found) - max(0, beat[200:261].max())) <= 0.02
+        assert abs(min(found["q"], found["s"]) - min(0, beat[200:261].min())) <= 0.02
 
 
 def test_the_demo_s_rates_and_rhythms_are_found() -> None:
@@ -212,8 +236,22 @@ def test_words_go_in_a_reader_s_order_in_both_languages() -> None:
 def test_a_model_can_read_the_measurements() -> None:
     view = ELMS["mlp_llava_measured"]["measurements"]
     assert view.writes == "text" and view.text is written
-    assert "Heart rate 75/min" in written(ecg(REGULAR, 250), 250)
-    assert "not measurable" in written(np.zeros((3, 500)), 50)
+    assert "Heart rate 75/min" in written(ecg(REGULAR, 250), 250, LEADS)
+    assert "not measurable" in written(np.zeros((3, 500)), 50, LEADS[:3])
+
+
+@pytest.mark.parametrize("leads", [tuple(range(11, -1, -1)), (0, 1, 5, 6, 7, 8)])
+def test_what_a_model_reads_is_of_the_leads_that_it_is_shown(tmp_path: Path, leads: tuple[int, ...]) -> None:
+    signal = ecg(REGULAR, 250).astype(np.float32)
+    np.save(tmp_path / "a.npy", signal)
+    spec = SignalSpec(
+        root=str(tmp_path), leads=leads, length=2500, sampling_rate=250, norm_eps=1e-6, perturb=None, seed=0,
+        texts={"measurements": written},
+    )  # fmt: skip
+    whole = describe(measure(signal, 250))
+    axis = whole[whole.index("QRS axis") :].partition(",")[0]
+    told = spec.words("a.npy", 0)
+    assert axis in told and "Sokolow-Lyon" in whole and ("Sokolow-Lyon" in told) == (len(leads) == 12)
 
 
 def test_the_command_prints_a_table_json_words_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

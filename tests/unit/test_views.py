@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from elm_jax import cli
 from elm_jax.assemble import Assembly, assemble
 from elm_jax.config import Config, resolve, to_dict
 from elm_jax.data.batch import BatchShape, Group, collate
+from elm_jax.ecg.names import LEADS
 from elm_jax.elms import ELMS, View, register_view
 from elm_jax.errors import UserError
 from elm_jax.evaluation.controls import Question, Source
@@ -140,8 +142,8 @@ def test_such_a_model_trains_goes_on_evaluates_and_comes_back_from_an_export(tmp
         np.testing.assert_array_equal(array[rows], again.arrays[name][rows], err_msg=name)
 
 
-def amplitude(leads: np.ndarray, rate: float) -> str:
-    return f"Amplitude {np.ptp(leads):.3f} mV at {rate:g} Hz."
+def amplitude(signal: np.ndarray, rate: float, leads: Sequence[str]) -> str:
+    return f"Amplitude {np.ptp(signal):.3f} mV at {rate:g} Hz in {len(leads)} leads."
 
 
 def test_what_a_view_writes_is_of_the_ecg_that_the_model_is_shown(
@@ -159,7 +161,7 @@ def test_what_a_view_writes_is_of_the_ecg_that_the_model_is_shown(
         return str(assembly.tokenizer.decode(prompt.rendered.ids))
 
     def told(record: int) -> str:
-        return amplitude(dataset.signal.load_raw(dataset.records[record].ecg_paths[0], 0), 50)
+        return amplitude(dataset.signal.load_raw(dataset.records[record].ecg_paths[0], 0), 50, LEADS)
 
     assert told(0) in words("real") and told(0) in assembly.tokenizer.decode(dataset.render(0).ids)
     shuffled = Source(dataset, "shuffled")

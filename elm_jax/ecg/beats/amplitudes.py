@@ -69,13 +69,19 @@ def _complex(wave: np.ndarray) -> dict[str, float]:
         return {"q": 0.0, "r": 0.0, "s": min(0.0, float(wave.min())), "r2": 0.0}
     dip = int(wave[: top + 1].argmin())
     if wave[dip] < -_WAVE and wave[: dip + 1].max() > _SECOND_R:  # the largest is the second R wave: rSR'
-        top = int(wave[:dip].argmax())
-    behind = top + int(wave[top:].argmin())
-    second = float(wave[behind:].max())
+        first, second = int(wave[:dip].argmax()), float(wave[top])
+    else:
+        behind = wave[top:]
+        first, second = top, float(behind[np.minimum.accumulate(behind) < -_WAVE].max(initial=0.0))
     return {
-        "q": _below(wave[: top + 1].min()), "r": float(wave[top]), "s": _below(wave[behind]),
-        "r2": second if wave[behind] < -_WAVE and second > _SECOND_R else 0.0,
+        "q": _below(wave[: first + 1].min()), "r": float(wave[first]), "s": _below(wave[first:].min()),
+        "r2": second if second > _SECOND_R else 0.0,
     }  # fmt: skip
+
+
+def larger_r(amplitudes: dict[str, float]) -> float:
+    """Of the first and the second R wave of a lead, mV."""
+    return max(amplitudes["r"], amplitudes["r2"])
 
 
 def _below(value: float) -> float:

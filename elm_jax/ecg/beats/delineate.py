@@ -22,14 +22,11 @@ def samples(ms: float) -> int:
 
 @dataclass(frozen=True)
 class Waves:
-    """First and last sample of each wave; None: there is none. `p_height`, `t_height`: mV in their combination of
-    leads."""
+    """First and last sample of each wave; None: there is none."""
 
     qrs: Span
     p: Span | None = None
     t: Span | None = None
-    p_height: float = 0.0
-    t_height: float = 0.0
 
 
 # Speeds that end a complex: a part of its own largest one, in mV/ms at least and at most, and the multiple of the speed

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from elm_jax.ecg.beats import delineate
-from elm_jax.ecg.beats.amplitudes import Lead, axis_of, lead_of, milliseconds
+from elm_jax.ecg.beats.amplitudes import Lead, axis_of, larger_r, lead_of, milliseconds
 from elm_jax.ecg.beats.average import BEFORE, Average, average, median
 from elm_jax.ecg.beats.delineate import Waves
 from elm_jax.ecg.beats.detect import CONTRAST, RATE, Beats, find_beats
@@ -256,6 +256,6 @@ def _voltages(leads: dict[str, Lead], quality: float) -> dict[str, Value]:
         if absent:
             found[name] = Value(None, 0.0, f"no {', '.join(absent)}")
         else:
-            largest = max(leads[lead].amplitudes["r"] for lead in r)
+            largest = max(larger_r(leads[lead].amplitudes) for lead in r)
             found[name] = Value(largest - leads[s].amplitudes["s"], quality)
     return found

@@ -4,11 +4,11 @@ Limits are those in common use (Kligfield, Surawicz, Rautaharju, Hancock et al.,
 standardization and interpretation of the electrocardiogram, Circulation 115 and 119, 2007 and 2009).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from elm_jax.ecg.beats.amplitudes import Lead
+from elm_jax.ecg.beats.amplitudes import Lead, larger_r
 from elm_jax.ecg.beats.measurements import Measurements, measure
 from elm_jax.errors import UserError
 
@@ -75,9 +75,9 @@ _REASONS = {
 LANGUAGES = tuple(_WORDS)
 
 
-def written(signal: np.ndarray, sampling_rate: float) -> str:
-    """What a view writes of leads (C, L) in mV: their measurements in English."""
-    return describe(measure(signal, sampling_rate))
+def written(signal: np.ndarray, sampling_rate: float, leads: Sequence[str]) -> str:
+    """What a view writes of leads (C, L) in mV, which are called so: their measurements in English."""
+    return describe(measure(signal, sampling_rate, leads))
 
 
 def describe(found: Measurements, language: str = "en") -> str:
@@ -126,7 +126,7 @@ class _Teller:
     def _complex(self, values: dict[str, float | None]) -> str:
         qrs = values["qrs"]
         wide = "narrow" if (qrs or 0) < 110 else "between" if (qrs or 0) <= 120 else "wide"
-        deep = self._where(lambda name, a: _if(a["q"], -a["q"] > max(_Q_DEEP, _Q_PART * a["r"]) and name != "aVR"))
+        deep = self._where(lambda name, a: _if(a["q"], -a["q"] > max(_Q_DEEP, _Q_PART * larger_r(a)) and name != "aVR"))
         return _joined(
             self._say("no qrs", self._reason(self.found.values["qrs"].reason)) if qrs is None else
             f"{self._say('qrs', qrs)}, {self.words[wide]}",
@@ -192,4 +192,4 @@ def _joined(*parts: str) -> str:
 
 def _size(lead: Lead) -> float:
     a = lead.amplitudes
-    return max(a["r"], a["r2"]) - min(a["q"], a["s"])
+    return larger_r(a) - min(a["q"], a["s"])
