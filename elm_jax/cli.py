@@ -47,7 +47,7 @@ def run(main: Callable[[Config], int | None], argv: Sequence[str] | None = None)
         try:
             return main(loaded)
         except UserError as error:
-            return _report(error, loaded.debug)
+            return report(error, loaded.debug)
 
     sys.exit(guard(command, argv))
 
@@ -67,7 +67,7 @@ def guard(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
             stopping.doing("starting")
             return command(_without_registered(args)) or 0
         except UserError as error:
-            return _report(error, "--debug" in args)
+            return report(error, "--debug" in args)
         except (stopping.Stopped, stopping.Interrupted) as stop:
             print(stop.text, file=sys.stderr)
             return stop.status
@@ -106,7 +106,8 @@ class _Printable(logging.Formatter):
         return printable(super().format(record), "\n")
 
 
-def _report(error: UserError, debug: bool) -> int:
+def report(error: UserError, debug: bool) -> int:
+    """Print a user's error as `guard` does; returns its status."""
     if debug:
         traceback.print_exception(error)
     print(f"error: {error}", file=sys.stderr)

@@ -6,8 +6,9 @@
 
 Without --json or --text a table is printed. --json prints a line for each file: values with unit, quality (0 to 1) and,
 where there is none, the reason; rhythm; beats; waves and amplitudes of each lead. --text prints sentences in the order
-in which a reader goes. --picture draws the averaged beat of all leads, and where its waves begin and end. What is
-measured and how, and how far it can be trusted: docs/measurements.md.
+in which a reader goes. --picture draws the averaged beat of all leads, and where its waves begin and end. Of several
+files those that cannot be read are named on stderr, the others measured; the exit status is then 2. What is measured
+and how, and how far it can be trusted: docs/measurements.md.
 """
 
 import json
@@ -26,8 +27,8 @@ from elm_jax.errors import UserError, printable
 from elm_jax.folders import writable_folder
 
 
-def main(argv: Sequence[str]) -> None:
-    """Parse the arguments, measure each file, print."""
+def main(argv: Sequence[str]) -> int:
+    """Parse the arguments, measure each file, print; returns the status of the last file that could not be measured."""
     parser = cli.Parser("measure", description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="recordings of any format of docs/records.md")
     parser.add_argument("--table", action="store_true", help="print a table, beside --text too")
@@ -42,11 +43,16 @@ def main(argv: Sequence[str]) -> None:
         if len(options.files) > 1:
             raise UserError("--picture", f"{len(options.files)} files", "one FILE", "measure one at a time")
         writable_folder(options.picture.absolute().parent, "--picture")
+    status = 0
     for path in options.files:
-        recording = read_ecg(path, unit=options.unit, unstated_rate=options.sampling_rate)
-        found = measure(recording.signal, recording.sampling_rate, recording.leads)
+        try:
+            recording = read_ecg(path, unit=options.unit, unstated_rate=options.sampling_rate)
+            found = measure(recording.signal, recording.sampling_rate, recording.leads)
+        except UserError as error:
+            status = cli.report(error, "--debug" in argv)
+            continue
         if options.json:
-            print(json.dumps({"file": path, **as_json(found)}, ensure_ascii=False))
+            print(json.dumps({"file": path, **as_json(found)}))
         else:
             named = [printable(path)] if len(options.files) > 1 else []
             tabled = table(found) if options.table or not options.text else []
@@ -56,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
             from elm_jax.pictures.averaged_beat import draw_beat  # matplotlib is slow to import
 
             draw_beat(found, options.picture, Path(path).name)
+    return status
 
 
 def as_json(found: Measurements) -> dict[str, Any]:

@@ -282,6 +282,16 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
         assert says in error and error.count("\n") == 1, error
 
 
+def test_a_file_that_cannot_be_read_does_not_end_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    odd = str(tmp_path / "no\udcff.npy")  # a name that is no UTF-8
+    for name in (odd, str(tmp_path / "b.npy")):
+        np.save(name, ecg(REGULAR, 250).astype(np.float32))
+    assert cli.guard(main, [odd, str(tmp_path / "none.npy"), str(tmp_path / "b.npy"), "--json"]) == 2
+    out, error = capsys.readouterr()
+    assert [json.loads(line)["file"] for line in out.encode().splitlines()] == [odd, str(tmp_path / "b.npy")]
+    assert "none.npy" in error and error.count("\n") == 1
+
+
 def test_the_reference_s_features_have_names_and_are_those_of_the_golden(golden: Callable[[str], Path]) -> None:
     folder = golden("rag_features")
     assert list(NAMES) == json.loads((folder / "names.json").read_text())["names"]
