@@ -14,7 +14,7 @@ from elm_jax.data.prepare.card import make_card
 from elm_jax.data.prepare.check import check_tables
 from elm_jax.data.prepare.comprehension import energy_peaks, smoothed_energy
 from elm_jax.data.prepare.output import NpyFiles, write_table
-from elm_jax.data.prepare.synthetic import QUESTIONS, Wanted, prepare_synthetic
+from elm_jax.data.prepare.synthetic import QUESTIONS, Wanted, _told, prepare_synthetic
 from elm_jax.data.sources import load_records
 from elm_jax.ecg.recording import LEADS, read_ecg, to_segment
 from elm_jax.ecg.synthetic import draw_rhythm, synthesize
@@ -176,6 +176,23 @@ def test_what_is_no_ecg_is_not_asked_about_and_patients_keep_the_splits_of_their
             assert row["patient_id"] == str(number // 2)
     with pytest.raises(UserError, match=r"8 recordings that can be asked about \(not about .*; expected 9"):
         make(tmp_path, tmp_path / "set.parquet", recordings=9)
+
+
+def test_a_slow_heart_beats_once_in_a_short_window_and_has_no_rate_there(tmp_path):
+    slow = next(key for key in ((9, i) for i in range(99)) if draw_rhythm(key, 10).heart_rate < 45)
+    signal, peaks = synthesize(slow, 250.0, 2500).astype(np.float64), draw_rhythm(slow, 10).r_peaks
+    peak = peaks[(peaks > 1) & (peaks < 8)][0]
+    for length in (500, 2500):  # the same beat, in a long window alone
+        begin = round(250 * (peak - 0.7))
+        window = np.zeros((12, length))
+        window[:, :300] = signal[:, begin : begin + 300]
+        write(tmp_path, "folder", "one", window)
+    make(tmp_path, tmp_path / "set.parquet", length=500)
+    found = {row["name"]: row["answer"] for row in rows(tmp_path / "set.parquet")}
+    assert found["r_peak_count"] == "1" and not {"heart_rate_bpm_int", "heart_rate_bpm_float"} & set(found)
+    with pytest.raises(UserError, match="no heartbeats"):
+        make(tmp_path, tmp_path / "set.parquet")
+    assert _told(np.array([-0.06, 2.04]), 2.0) == {}
 
 
 def test_counts_of_real_recordings_are_those_that_were_looked_at(shared, tmp_path):

@@ -44,6 +44,7 @@ GENERATED_RATE = 250.0  # Hz
 MOST = 10_000_000  # recordings
 SHORTEST = 5.0  # s of a generated recording: the slowest and least regular have two beats in it
 _EDGE = 0.03  # s from the ends of a window, where it cannot be said whether a beat lies in it
+_ONE_BEAT = 4.0  # s: a longer window that has one beat shows a disturbance, and no heart
 
 
 @dataclass(frozen=True)
@@ -238,18 +239,19 @@ def _answers(records: Path, wanted: Wanted, length: int, window: Window) -> tupl
     signal, rate = recording.signal, recording.sampling_rate
     if wanted.published:
         return comprehension.answers(signal[LEADS.index("II")], rate), ""
-    found = find_beats(signal if rate == RATE else resample(signal, rate, RATE))
-    if found.at.size < 2 or found.contrast < CONTRAST:
+    found, seconds = find_beats(signal if rate == RATE else resample(signal, rate, RATE)), signal.shape[1] / rate
+    if found.at.size < (1 if seconds <= _ONE_BEAT else 2) or found.contrast < CONTRAST:
         return {}, "no heartbeats"
-    return _told(found.at / RATE, signal.shape[1] / rate), ""
+    return _told(found.at / RATE, seconds), ""
 
 
 def _told(beats: np.ndarray, seconds: float) -> dict[str, str]:
     """Of beats (N,) in s, some of which may lie outside of the window: kind of question -> answer."""
-    inside = beats[(beats >= 0) & (beats < seconds)]
-    rate = 60 * (inside.size - 1) / (inside[-1] - inside[0])
-    told = {"heart_rate_bpm_int": str(math.floor(rate + 0.5)), "heart_rate_bpm_float": f"{rate:.2f}"}
-    if np.minimum(abs(beats), abs(beats - seconds)).min() > _EDGE:
+    inside, told = beats[(beats >= 0) & (beats < seconds)], {}
+    if inside.size > 1:
+        rate = 60 * (inside.size - 1) / (inside[-1] - inside[0])
+        told = {"heart_rate_bpm_int": str(math.floor(rate + 0.5)), "heart_rate_bpm_float": f"{rate:.2f}"}
+    if inside.size and np.minimum(abs(beats), abs(beats - seconds)).min() > _EDGE:
         told["r_peak_count"] = str(inside.size)
     return told
 
