@@ -18,6 +18,8 @@ CARD = "README.md"
 ALL = "all_splits"  # what the Hub calls the rows of a table
 # What is pushed of a folder, and nothing else that lies there: reports name the folders of who prepared it.
 PUSHED = (CARD, "*.parquet", "*/preprocessed_*/*")
+# On the Hub's side * stands for / as well: below lies what no card tells of, and nobody was asked about.
+_DEEPER = ("*/*.parquet", "*/*/preprocessed_*/*", "*/preprocessed_*/*/*")
 _COUNTS = ("rows", "tables", "kinds", "answers")  # of reports, which are no lists of recordings
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
@@ -92,7 +94,7 @@ def push(out: Path, repo: str, licences: Sequence[str] = (), public: bool = Fals
             raise UserError(f"hub, {repo}", "a public dataset", "a private one", "name another, or give --public")
         commit = hub.upload_folder(
             repo_id=repo, folder_path=out, repo_type="dataset", allow_patterns=list(PUSHED),
-            commit_message="What elm_jax prepared",
+            ignore_patterns=list(_DEEPER), commit_message="What elm_jax prepared",
         )  # fmt: skip
     return {**told, "pushed": str(commit.commit_url), "private": str(not public)}
 
