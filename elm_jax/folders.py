@@ -224,7 +224,8 @@ def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON; who reads, is stopped or loses power meanwhile finds the old file or the new one. Raises
     UserError."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()), lasting=True)
+    data = text.encode(errors="backslashreplace")  # JSON's own escape, for what the names of files have and no text
+    write_atomic(path, lambda file: file.write(data), lasting=True)
 
 
 def read_json(path: Path, fix: str = "check the folder") -> dict[str, Any]:

@@ -30,7 +30,7 @@ from elm_jax.data.prepare.card import push, write_card
 from elm_jax.data.prepare.check import check_tables
 from elm_jax.data.prepare.conversations import CONVERSATIONS, prepare_conversations
 from elm_jax.data.prepare.ecg_qa import FORMS, HOLDS, Settings, prepare_ecg_qa
-from elm_jax.data.prepare.listed import Columns, listed
+from elm_jax.data.prepare.listed import Columns, content, listed
 from elm_jax.data.prepare.output import FORMATS
 from elm_jax.data.prepare.profiles import PROFILES
 from elm_jax.data.prepare.raw import RawDataset, read_double
@@ -144,8 +144,10 @@ def _parser() -> cli.Parser:
                 help="a .csv or .parquet file of what is known of the recordings: a row for each, by its path or name",
             )  # fmt: skip
             own.add_argument("--path-column", default="path", help="of that table; default: %(default)s")
-            own.add_argument("--report-columns", default="report", help="one, or its statements; default: %(default)s")
-            own.add_argument("--patient-column", default="patient_id", help="where there is one; default: %(default)s")
+            own.add_argument(
+                "--report-columns", help="one, or its statements; \"\": none; default: report, where it is there"
+            )  # fmt: skip
+            own.add_argument("--patient-column", help="default: patient_id, where it is there")
         own.set_defaults(prepare=_recordings)
     ecg_qa = datasets.add_parser("ecg_qa", help="ECG-QA on prepared PTB-XL")
     ecg_qa.add_argument("--raw", type=Path, required=True, help=HOLDS)
@@ -240,10 +242,14 @@ def _recordings(args: Namespace) -> dict[str, Any]:
         if dataset.read is not read_double:
             found = f"a dataset whose files say all, {args.dataset}"
             raise UserError("--assume-rate, --assume-unit", found, "files that read_ecg reads", "leave them out")
-        dataset = replace(dataset, read=partial(read_double, rate=args.assume_rate, unit=args.assume_unit))
+        assumed = {"rate": args.assume_rate, "unit": args.assume_unit}
+        given = {f"assumed_{what}": value for what, value in assumed.items() if value is not None}
+        dataset = replace(dataset, read=partial(read_double, **assumed), given=given)
     if getattr(args, "table", None) is not None:
-        columns = Columns(args.path_column, tuple(args.report_columns.split(",")), args.patient_column)
-        dataset = replace(dataset, recordings=listed(dataset.recordings, args.table, columns))
+        said = None if args.report_columns is None else tuple(filter(None, args.report_columns.split(",")))
+        columns = Columns(args.path_column, said, args.patient_column)
+        given = {**dataset.given, "table": content(args.table, columns)}
+        dataset = replace(dataset, recordings=listed(dataset.recordings, args.table, columns), given=given)
     reports, dataset = _reports(args, dataset, compat.enabled("published_report_cleaning", names))
     return prepare_dataset(
         args.dataset, dataset, args.raw, args.out, args.sampling_rate, args.segment_len, True, args.profile, names,

@@ -123,11 +123,12 @@ def _stages(raw: Path, out: Path, repeat: int) -> dict[str, float]:
     paths = sorted((raw / "records500/00000").glob("*.hea"))[:repeat]
     recordings = [read_double(path) for path in paths]
     made = [PROFILES["clean"](one.signal, RATE, NEW_RATE) for one in recordings]
+    store = output.NpyFiles(out / "w")
     stages: dict[str, Callable[[], object]] = {
         "read": lambda: [read_double(path) for path in paths],
         "check": lambda: [check_signal(one.signal, RATE) for one in recordings],
         "write": lambda: [
-            output.NpyFiles(out / "w").make(f"w_{n}", signal[None], SAID, out, None) for n, signal in enumerate(made)
+            store.leave(store.pack(f"w_{n}", signal[None], SAID, out, None)) for n, signal in enumerate(made)
         ],
         "reference": lambda: [_reference(one.signal) for one in recordings],
     }

@@ -151,7 +151,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str, Any]]]
 
 def test_a_folder_is_pushed_with_its_card_and_nothing_else(out: Path, hub: tuple[str, dict[str, Any]]) -> None:
     address, seen = hub
-    for name in ("secret.txt", "raw/x.parquet", "old/mimic_iv/preprocessed_500/x_0.npy", "ptb_xl/preprocessed_500/old/x"):
+    for name in (
+        "secret.txt",
+        "raw/x.parquet",
+        "old/mimic_iv/preprocessed_500/x_0.npy",
+        "ptb_xl/preprocessed_500/old/x",
+    ):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("x")
     api = huggingface_hub.HfApi(address, token="hf_x")

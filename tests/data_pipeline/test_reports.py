@@ -214,11 +214,46 @@ def test_a_table_says_what_is_known_of_the_recordings_of_a_folder(tmp_path):
     report = json.loads((tmp_path / "folder_report.json").read_text())
     assert list(report["missing"]) == ["four"] and len(report["listed_twice"]) == 1 and not report["unreadable"]
     with pytest.raises(UserError, match="no column path among file, finding, .* name it with --path-column"):
-        prepare("folder", raw, tmp_path, *flags)
+        prepare("folder", raw, tmp_path / "o", *flags)
     write_record(raw / "b/one", 9)
     (raw / "known.csv").write_text("path,report\none,Sinus rhythm\n")
     with pytest.raises(UserError, match="'one', which may be a/one or b/one"):
-        prepare("folder", raw, tmp_path / "o", *flags)
+        prepare("folder", raw, tmp_path / "o", *flags[:2])
+
+
+def test_names_with_dots_are_names_and_what_a_table_lacks_is_told(tmp_path):
+    """A part behind a dot is no ending unless a format has it; a table of patients alone is one, too."""
+    raw, known = tmp_path / "raw", tmp_path / "raw/known.csv"
+    write_record(raw / "ward", 1)
+    (raw / "ward.hea").rename(raw / "ward.0001.hea")
+    for number in (2, 3):
+        np.save(raw / f"ward.000{number}.npy", np.random.default_rng(number).normal(size=(12, 500)))
+    known.write_text("path,who,patient_id\nward.0001,7,1\nward.0002.npy,7,2\nward.0003,8,3\nward.0004,9,4\n")
+
+    def patients(folder, *flags):
+        prepare("folder", raw, tmp_path / folder, "--table", str(known), *flags)
+        return [row["patient_id"] for row in rows(tmp_path / folder / "folder_records.parquet")]
+
+    assert patients("a", "--patient-column", "who") == ["7", "7", "8"]
+    assert patients("b", "--report-columns", "") == ["1", "2", "3"]
+    report = json.loads((tmp_path / "b/folder_report.json").read_text())
+    assert list(report["missing"]) == ["ward.0004"] and report["without_report"] == 3
+    for kind in ("reports", "questions"):  # of which prepare says that it wrote one
+        (tmp_path / f"b/folder_{kind}.parquet").touch()
+    report["tables"]["folder_reports.parquet"] = {}
+    (tmp_path / "b/folder_report.json").write_text(json.dumps(report))
+    assert patients("b", "--report-columns", "") == ["1", "2", "3"]
+    assert {path.name for path in (tmp_path / "b").glob("*.parquet")} == {
+        "folder_records.parquet",
+        "folder_questions.parquet",
+    }
+    with pytest.raises(UserError, match="segments made with table .* give another --out"):
+        patients("a")
+    with pytest.raises(UserError, match="segments made with assumed_unit None; expected assumed_unit uV"):
+        patients("b", "--report-columns", "", "--assume-unit", "uV")
+    for flag, fix in (("--patient-column", "name it with --patient-column"), ("--report-columns", "--report-columns")):
+        with pytest.raises(UserError, match=f"no column nobody among path, who, patient_id; .* {fix}"):
+            patients("c", flag, "nobody")
 
 
 def words(*more: str) -> PreTrainedTokenizerFast:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -126,6 +127,20 @@ def test_what_is_resampled_is_right_to_half_a_step(raw: Path, tmp_path: Path) ->
 def test_a_signal_that_is_no_ecg_is_refused() -> None:
     with pytest.raises(UserError, match="1e\\+31 mV"):
         shards.pack(np.full((12, 9), 1e31), None, {})
+
+
+@pytest.mark.parametrize("form", ["shards", "npy"])
+def test_a_recording_that_cannot_be_kept_is_listed_and_the_others_are_made(tmp_path: Path, form: str) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for name, signal in {"a": np.ones((12, LENGTH)), "b": np.full((12, LENGTH), 1e31), "\udcff": np.ones(9)}.items():
+        np.save(raw / f"{name}.npy", signal)
+    for _ in range(2):
+        report: Any = prepare(raw, tmp_path / "out", form, rate=500)
+        assert report["records"] == 2 - (form == "shards") and list(report["missing"]) == ["\udcff.npy"]
+    if form == "shards":
+        assert "values up to 1e+31 mV" in report["unreadable"]["b.npy"]
+        assert json.loads((tmp_path / "out/folder_report.json").read_text()) == report
 
 
 # ---- which files there are

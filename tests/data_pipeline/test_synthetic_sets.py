@@ -33,7 +33,8 @@ def rows(path: Path) -> list[dict]:
 def write(out: Path, dataset: str, name: str, signal: np.ndarray, rate: float = 250.0) -> str:
     folder = out / dataset / f"preprocessed_{signal.shape[1]}"
     said = {"report": "", "ecg_path": name, "original_sf": rate, "target_sf": rate, "segment_len": signal.shape[1]}
-    NpyFiles(folder).make(name, signal[None], said, out, None)
+    store = NpyFiles(folder)
+    store.leave(store.pack(name, signal[None], said, out, None))
     return (folder / f"{name}_0.npy").relative_to(out).as_posix()
 
 

@@ -41,12 +41,19 @@ class NpyFiles:
                 found.setdefault(match[1], set()).add(int(match[2]))
         return {stem: len(numbers) for stem, numbers in found.items() if 0 in numbers}
 
-    def make(self, stem: str, windows: np.ndarray, said: dict[str, Any], root: Path, gains: Any) -> None:
-        """Leave the windows (n, 12, L) of a recording, in whatever process."""
+    def pack(
+        self, stem: str, windows: np.ndarray, said: dict[str, Any], root: Path, gains: Any
+    ) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """What `leave` takes of the windows (n, 12, L) of a recording. Raises UserError for what cannot be kept so."""
         for number in reversed(range(len(windows))):  # the first is last: where it is, all are
             path = self.folder / f"{stem}_{number}.npy"
+            yield path, {"ecg": windows[number].astype(np.float64), **_said(said, path, root)}
+
+    def leave(self, packed: Iterator[tuple[Path, dict[str, Any]]]) -> None:
+        """Have it there, in whatever process. Raises UserError where it cannot be written."""
+        for path, facts in packed:
             content = np.empty((), object)
-            content[()] = {"ecg": windows[number].astype(np.float64), **_said(said, path, root)}
+            content[()] = facts
 
             def write(file: IO[bytes], content: np.ndarray = content) -> None:
                 np.save(file, content, allow_pickle=True)
@@ -56,7 +63,7 @@ class NpyFiles:
             write_atomic(path, write)
 
     def keep(self, stem: str, made: None) -> None:
-        """Of what `make` returns, in the order of the recordings, in one process."""
+        """Of what `leave` returns, in the order of the recordings, in one process."""
 
     def finish(self) -> dict[str, Any]:
         """What the report says of how they are kept."""
@@ -84,7 +91,7 @@ class Shards:
     def counts(self) -> dict[str, int]:
         return {stem: len(one.records) for stem, one in self._there.items()}
 
-    def make(
+    def pack(
         self, stem: str, windows: np.ndarray, said: dict[str, Any], root: Path, gains: Any
     ) -> tuple[float, list[bytes]]:
         paths = (self.folder / f"{stem}_{number}.npy" for number in range(len(windows)))
@@ -92,6 +99,9 @@ class Shards:
             shards.pack(window, gains, _said(said, path, root)) for window, path in zip(windows, paths, strict=True)
         ]
         return max(error for _, error in packed), [record for record, _ in packed]
+
+    def leave(self, packed: tuple[float, list[bytes]]) -> tuple[float, list[bytes]]:
+        return packed
 
     def keep(self, stem: str, made: tuple[float, list[bytes]]) -> None:
         self._waiting.append((stem, *made))

@@ -1,8 +1,9 @@
 """What a dataset says of its recordings: the row that each one is."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,8 @@ class RawDataset:
     title: its name in print. holds: what its folder has, for `--help` and errors. recordings: of a folder, what there
     is; raises UserError where its index cannot be read. read: a recording's file (and its row, where it has one), the
     leads in the canonical order, float64. named: as `recordings`, with the English names of the statements that the
-    dataset has as codes for a report; None where it has none.
+    dataset has as codes for a report; None where it has none. given: what a user says of its files, by which others
+    would be made of them: a folder's settings have it.
     """
 
     title: str
@@ -83,6 +85,7 @@ class RawDataset:
     recordings: Callable[[Path], Iterable[RawRecording | LeftOut]]
     read: Callable[..., Recording] = read_double
     named: Callable[[Path], Iterable[RawRecording | LeftOut]] | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 def records_below(raw: Path) -> Iterator[str]:

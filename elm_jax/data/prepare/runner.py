@@ -29,7 +29,7 @@ from elm_jax.data.sources import patient_ids
 from elm_jax.ecg.checks import check_signal
 from elm_jax.ecg.recording import Recording, segments
 from elm_jax.errors import UserError
-from elm_jax.folders import write_atomic, write_json
+from elm_jax.folders import json_if_whole, write_atomic, write_json
 from elm_jax.json_text import parse_json
 from elm_jax.stopping import each
 
@@ -38,7 +38,15 @@ REPORT_QUESTION = "Write the report of this ECG."
 _KINDS = ("flat", "clipped", "scale", "limb_sums", "reversal")  # what `check_signal` may find in what is prepared
 # In the folder of the segments: what is amiss with those that were made, a line for each; how all are made.
 _SIGNALS, _SETTINGS = "signals.jsonl", "settings.json"
-_BEFORE = {"filters": "none", "reports": AS_IS, "format": "npy"}  # of settings that there were not always
+# Of settings that there are not always: before there were such, or where nobody gives them.
+_BEFORE = {
+    "filters": "none",
+    "reports": AS_IS,
+    "format": "npy",
+    "assumed_rate": None,
+    "assumed_unit": None,
+    "table": None,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +99,7 @@ def prepare_dataset(
         profile = "elm-2026"
     resampling, filters = MADE[profile]
     settings = {"dataset": name, "sampling_rate": sampling_rate, "segment_len": length, "resampling": resampling}
-    settings |= {"filters": filters, "reports": reports.name, "format": form}
+    settings |= {"filters": filters, "reports": reports.name, "format": form, **dataset.given}
     folder = out / name / f"preprocessed_{length}"
     # The last of them: before there were several datasets.
     for earlier in (folder / _SETTINGS, out / f"{name}_report.json", out / "prepare_report.json"):
@@ -101,6 +109,8 @@ def prepare_dataset(
     for one in dataset.recordings(raw):
         if isinstance(one, LeftOut):
             problems.setdefault(one.kind, {})[one.what] = one.why
+        elif why := _unlike_a_name(one):
+            problems["missing"][one.where] = why
         else:
             found.append(one)
     _check_stems(raw, found)
@@ -175,7 +185,7 @@ class _Maker:
         """How many segments there are; where there are none the kind of the problem, and what it is; and what is left
         to the store."""
         rate, length = self.settings["sampling_rate"], self.settings["segment_len"]
-        problem = unlike_a_path(one.path) or _unlike_a_name(one.stem) or _absent(self.raw / one.path)
+        problem = unlike_a_path(one.path) or _absent(self.raw / one.path)
         if problem:
             return 0, "missing", problem, None
         try:
@@ -185,20 +195,20 @@ class _Maker:
                 raise UserError(self.raw / one.path, "NaN or infinity", "finite numbers", "leave it out, or repair it")
             signal = self.profile(recording.signal, recording.sampling_rate, rate)
             windows = segments(replace(recording, signal=signal, sampling_rate=rate), rate, length)
+            if not len(windows):
+                return 0, "too_short", f"shorter than {length} samples at {rate:g} Hz", None
+            said = {"report": one.words, "ecg_path": one.path, "original_sf": recording.sampling_rate}
+            said |= {"target_sf": rate, "segment_len": length}
+            packed = self.store.pack(one.stem, windows, said, self.out, recording.gains)
         except UserError as error:
             return 0, "unreadable", str(error), None
-        if not len(windows):
-            return 0, "too_short", f"shorter than {length} samples at {rate:g} Hz", None
         folder = self.store.folder
         if not (folder / _SETTINGS).is_file():  # there before the first segment: a run that is stopped has them
             write_json(folder / _SETTINGS, self.settings)
         amiss = _amiss(recording)
         if amiss:
             self._note({"name": one.stem, **amiss})
-        said = {"report": one.words, "ecg_path": one.path, "original_sf": recording.sampling_rate, "target_sf": rate}
-        said["segment_len"] = length
-        packed = self.store.make(one.stem, windows, said, self.out, recording.gains)
-        return len(windows), "", "", packed
+        return len(windows), "", "", self.store.leave(packed)
 
     def _note(self, said: dict[str, str]) -> None:
         """A line of its own, whatever was cut off before; there before the recording counts as made."""
@@ -279,10 +289,15 @@ def _write_tables(
     for kind, rows in zip(TABLES, made, strict=True):
         write_rows(out / f"{name}_{kind}.parquet", counted(kind, rows))
     named = sorted({split for where in splits for split in where if len(where) > 1}) or SPLITS
-    written = [kind for kind in TABLES if any(one == kind for one, _ in counts)]
+    written = {f"{name}_{kind}.parquet": kind for kind in TABLES if any(one == kind for one, _ in counts)}
+    earlier = json_if_whole(out / f"{name}_report.json").get("tables")
+    for kind in TABLES:
+        file = f"{name}_{kind}.parquet"
+        if isinstance(earlier, dict) and file in earlier and file not in written:
+            (out / file).unlink(missing_ok=True)  # there is nothing for it any more
     return {
         "rows": {split: counts["reports", split] + counts["questions", split] for split in named},
-        "tables": {f"{name}_{kind}.parquet": {split: counts[kind, split] for split in named} for kind in written},
+        "tables": {file: {split: counts[kind, split] for split in named} for file, kind in written.items()},
     }
 
 
@@ -301,8 +316,11 @@ def _check_stems(raw: Path, recordings: Iterable[RawRecording]) -> None:
             raise UserError(str(raw), found, expected, "rename one of them")
 
 
-def _unlike_a_name(stem: str) -> str | None:
-    return "a name with / in it" if "/" in stem else None
+def _unlike_a_name(one: RawRecording) -> str | None:
+    """What is wrong with what its segments would be called."""
+    if any(name != name.encode(errors="replace").decode() for name in (one.stem, one.path)):
+        return "a name that is not Unicode, as tables are"
+    return "a name with / in it" if "/" in one.stem else None
 
 
 def _absent(path: Path) -> str | None:
@@ -318,7 +336,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         return
     if not isinstance(before, dict) or any(before.get(key) != settings[key] for key in ("dataset", "segment_len")):
         return
-    for key, value in settings.items():
-        if before.get(key, _BEFORE.get(key)) != value:
-            found = f"segments made with {key} {before.get(key, 'of an earlier version')}"
-            raise UserError(str(path), found, f"{key} {value}", "give another --out")
+    for key in {**settings, **_BEFORE}:
+        made, value = ({**_BEFORE, **told}.get(key, "of an earlier version") for told in (before, settings))
+        if made != value:
+            raise UserError(str(path), f"segments made with {key} {made}", f"{key} {value}", "give another --out")

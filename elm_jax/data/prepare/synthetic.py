@@ -229,7 +229,8 @@ def _answers(records: Path, wanted: Wanted, length: int, window: Window) -> tupl
         if not file.is_file():
             stem, said = file.name.rpartition("_")[0], {"report": "", "ecg_path": window.path, "segment_len": length}
             said |= {"original_sf": GENERATED_RATE, "target_sf": GENERATED_RATE}
-            NpyFiles(file.parent).make(stem, synthesize(key, GENERATED_RATE, length)[None], said, records, None)
+            store, made = NpyFiles(file.parent), synthesize(key, GENERATED_RATE, length)
+            store.leave(store.pack(stem, made[None], said, records, None))
         if not wanted.published:
             return _told(draw_rhythm(key, seconds).r_peaks, seconds), ""
     try:
