@@ -306,11 +306,13 @@ class _Files:
             labels = table.select_columns(["split"]).with_format("arrow")[:].column(0)
         else:
             labels = pa.chunked_array([table["split"]])
+        if labels.null_count:  # of which no dictionaries of several chunks can be made one
+            self._split_of(None, where)
         coded = labels.dictionary_encode("encode").unify_dictionaries().combine_chunks()
         known = [self._split_of(label, where) == split for label in coded.dictionary.to_pylist()]
         return np.flatnonzero(np.array(known)[coded.indices.to_numpy()])
 
-    def _split_of(self, value: str, where: str) -> str | None:
+    def _split_of(self, value: str | None, where: str) -> str | None:
         """The split that a label means for this fold; None for another fold's."""
         match = re.fullmatch(r"(?:fold(\d+)_)?(\w+)", str(value))
         name = SPLIT_NAMES.get(match[2].lower()) if match else None

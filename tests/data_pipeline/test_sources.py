@@ -137,12 +137,15 @@ def test_folds_are_chosen_by_name_or_column(tmp_path, data):
     assert "no test records" in refusal(data, "test")
 
 
-def test_a_split_column_decides_and_its_names_are_checked(tmp_path, data):
+def test_a_split_column_decides_and_its_names_are_checked(tmp_path, data, monkeypatch):
     save(tmp_path / "a.parquet", rows(10, split=["train", "valid", "test", "train", "dev"]))
     assert [len(load(data, split)) for split in ("train", "val", "test")] == [4, 4, 2]
     assert [record.id for record in load(data, "test")] == ["a.parquet:2", "a.parquet:7"]
     save(tmp_path / "a.parquet", rows(2, split=["train", "holdout"]))
     assert "split 'holdout'" in refusal(data)
+    monkeypatch.setattr("elm_jax.data.table_files._ROWS", 2)  # in several pieces
+    save(tmp_path / "b.jsonl", rows(5, split=["train", "val", "train", None, "test"]))
+    assert "split None" in refusal(replace(data, names=("b.jsonl",)))
 
 
 def test_without_any_sign_of_splits_all_is_train_and_test_says_what_to_do(tmp_path, data):
