@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ PLANNED_EPOCHS = 2  # epochs whose rows are kept: steps at the end of one are re
 TRIED_STEPS, TRIED_SAMPLES = 32, 20_000  # at most, on which the rows of a step of conversations are measured
 WAYS = 8  # parts of a batch that the length of rows is chosen for; the same for every mesh
 LEAST_BLOCKS = 8  # of a row's attention: in shorter ones nothing is gained by leaving some out
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,16 @@ class Plan:
         return f"plan-{digest.hexdigest()}"
 
     def _keep(self) -> None:
-        planned = self._parts_of_epoch(0)
+        """Keep the first epoch while it is there: a run needs it no more later, and does not fail by it."""
+        if self._stem is None or 0 not in self._planned:
+            return
+        planned = self._planned[0]
         parts = vars(planned) if self.conversations is None else {"samples": planned}
-        assert self._stem is not None
-        keep(self._stem, ".npz", lambda file: np.savez(file, ends=np.array(self._epoch_ends), **parts))
+        try:
+            keep(self._stem, ".npz", lambda file: np.savez(file, ends=np.array(self._epoch_ends), **parts))
+        except UserError as error:
+            _log.warning("the next start plans the first epoch anew: %s", error)
+            self._stem = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
@@ -142,7 +150,7 @@ class Plan:
                 parts = self._count_parts(len(self._epoch_ends))
                 before = self._epoch_ends[-1] if self._epoch_ends else 0
                 self._epoch_ends.append(before + -(-parts // self._count))
-            if self._stem and len(self._epoch_ends) > known:
+            if self.conversations is None and len(self._epoch_ends) > known:
                 self._keep()
             return self._epoch_ends[epoch - 1] if epoch else 0
 
@@ -292,6 +300,8 @@ class Plan:
                 while len(self._planned) >= PLANNED_EPOCHS:
                     del self._planned[next(iter(self._planned))]
                 self._planned[epoch] = self._plan_epoch(epoch)
+                if epoch == 0 and self.conversations is not None:  # of which nothing was planned to count them
+                    self._keep()
             return self._planned[epoch]
 
     def _plan_epoch(self, epoch: int) -> Any:

@@ -149,6 +149,7 @@ def test_a_kept_plan_is_the_same_and_plans_nothing(
     make = functools.partial(Plan, max_len=64, pack=True, cache=tmp_path, **counts)
     first = make(index, seed=0)
     steps = range(first.steps_before(3))
+    first.rows(0)
     planned: list[int] = []
     plan_epoch = Plan._plan_epoch
     monkeypatch.setattr(Plan, "_plan_epoch", lambda self, epoch: planned.append(epoch) or plan_epoch(self, epoch))
@@ -160,6 +161,24 @@ def test_a_kept_plan_is_the_same_and_plans_nothing(
     for changed in (make(index, seed=1), make(replace(index, length=index.length + 1), seed=0)):
         changed.rows(0)
     assert planned == [0, 0], "another seed and another index have plans of their own"
+
+
+def test_a_run_neither_fails_by_a_plan_that_cannot_be_kept_nor_plans_anew_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("elm_jax.data.plan.KEPT_FROM", 40)
+    index, planned = index_of([5 + i % 7 for i in range(40)], [*range(40)], "none"), list[int]()
+    plan_epoch = Plan._plan_epoch
+    monkeypatch.setattr(Plan, "_plan_epoch", lambda self, epoch: planned.append(epoch) or plan_epoch(self, epoch))
+    (tmp_path / "file").touch()
+    for cache, told in ((tmp_path / "file", 1), (tmp_path / "cache", 0)):
+        plan = Plan(index, rows=2, max_len=64, pack=True, seed=0, cache=cache)
+        for step in range(40):
+            plan.rows(step)
+        assert plan.epoch_of(39) >= 3 and planned.count(0) == 1
+        assert [str(tmp_path / "file") in message for message in caplog.messages] == [True] * told
+        planned.clear()
+        caplog.clear()
 
 
 @given(plans())
