@@ -6,9 +6,9 @@
 
 Tiny runs on a CPU, with packing, in turn without and with worker processes (of a policy, which draws its answers
 itself, without). Each is killed several times and started again at once by the same command; then it goes on to its
-end. Half of the kills hit a save, if at all possible: between the first file of a checkpoint and the moment from which
-it counts. They are timed by the folders that appear. The others come at any time from start-up (the imports are done)
-to the end.
+end. Half of the kills hit a save, or the script fails (of all kinds together it only says so): between the first file
+of a checkpoint and the moment from which it counts. They are timed by the folders that appear. The others come at any
+time from start-up (the imports are done) to the end.
 
 At the end all must be equal, bit by bit: the arrays of the last checkpoint, the optimizer's too; what was logged of
 each step; the samples of each step, in every attempt that took it; and the tables of answers. And a kill may cost no
@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; its exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--objective", choices=[*OBJECTIVES, "all"], default="sft", help="what the runs learn")
-    parser.add_argument("--kills", type=int, default=100, help="of each at least so many, half of them in saves")
+    parser.add_argument("--kills", type=int, default=100, help="of each at least so many, and half of these in saves")
     parser.add_argument("--workers", default="0,2", help="of the runs in turn (of all kinds: of each one); policies: 0")
     parser.add_argument("--wait", action="store_true", help="with train.save_wait")
     parser.add_argument("--seed", type=int, default=0)
@@ -340,6 +340,12 @@ def main(argv: list[str] | None = None) -> int:
             elif args.objective == "all":
                 loaders = [loaders[turn % len(loaders)]]
             found, number, wrong = killed_runs(place, args.kills, args.seed + turn, loaders, name, args.wait)
+            if 2 * _in_saves(found) < args.kills:
+                few = f"{name}: {_in_saves(found)} of {len(found)} kills in saves; half of {args.kills} were to be"
+                if args.objective == "all":
+                    print(few, file=sys.stderr)
+                else:
+                    wrong.append(few)
             of_each[name] = {
                 "kills": len(found), "in_saves": _in_saves(found), "runs": number, "not_as_promised": len(wrong),
                 "lost_most": max((kill.lost for kill in found), default=0),
