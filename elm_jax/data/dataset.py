@@ -19,7 +19,7 @@ from elm_jax.data import lengths
 from elm_jax.data.batch import Conversation, Shown
 from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.packing import LengthIndex
-from elm_jax.data.represent import SignalSpec
+from elm_jax.data.represent import NOISE, SignalSpec
 from elm_jax.data.samples import Samples
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError, refused
@@ -80,7 +80,7 @@ class Dataset:
         return len(self.records)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("words", "_head")}
+        return {name: value for name, value in vars(self).items() if name not in ("words", "_head", "_written")}
 
     @functools.cached_property
     def words(self) -> Vocabulary:
@@ -126,8 +126,18 @@ class Dataset:
         """The record's text, with what views write of its ECGs."""
         if not ecgs or not self.signal.texts:
             return record.text
-        words = [self.signal.words(path, self.key(index, place)) for place, path in enumerate(record.ecg_paths)]
+        drawn = (self.key(index, place) if path == NOISE else 0 for place, path in enumerate(record.ecg_paths))
+        words = [
+            self._written(path, key, repr(self.signal.stamp(path)))
+            for path, key in zip(record.ecg_paths, drawn, strict=True)
+        ]
         return with_words(record.text, words)
+
+    @functools.cached_property
+    def _written(self) -> Callable[[str, int, str], str]:
+        """What views write of the ECG at a path, by what its noise is drawn from and the stamp of its file: an ECG of
+        many records is measured once."""
+        return functools.lru_cache(LOOKED_FOR)(lambda path, key, _: self.signal.words(path, key))
 
     @property
     def reads_ecgs(self) -> bool:
@@ -225,29 +235,32 @@ class Dataset:
         of `length` with weight 0).
 
         Raises:
-            UserError: an ECG has other symbols than when `length` was measured; names the record.
+            UserError: an ECG has other symbols or words than when `length` was measured; names the record.
         """
         nowhere = np.zeros((0, 0), np.int32)
         if signals is None and self.reads_ecgs:
             nothing = np.zeros(length, np.int32)
             return Conversation(index, nothing, nothing.astype(bool), nowhere, None)
         r = self.render(index, signals, length if text is None else None, text)
-        if self.symbols is None:
-            return Conversation(index, r.ids, r.supervised, r.signal_positions, signals)
-        if text is None and len(r.ids) != length and not self.varies:
+        if self.reads_ecgs and text is None and len(r.ids) != length and not self.varies:
             found = f"{len(r.ids)} tokens where the run's plan has {length}: its ECG has changed"
             raise UserError(f"record {self.records[index].id}", found, "the ECG as it was", "start the run again")
+        if self.symbols is None:
+            return Conversation(index, r.ids, r.supervised, r.signal_positions, signals)
         return Conversation(index, r.ids, r.supervised, nowhere, [])
 
     def length_index(
-        self, share: str, max_bad: float, cache: Path | None = None, progress: bool = False
-    ) -> LengthIndex:
-        """The length index for `data.share`, from the cache where it is there.
+        self, share: str, max_bad: float, cache: Path | None = None, progress: bool = False, timeout: float = 0.0,
+        neighbours: int = 1,
+    ) -> LengthIndex:  # fmt: skip
+        """The length index for `data.share`, from the cache where it is there. `neighbours`: processes on this machine
+        that measure at the same time.
 
         Raises:
             UserError: more than the fraction `max_bad` of the records cannot be rendered; names the first.
+            Absent: a process that helps was killed, or reads a recording for more than `timeout` seconds (0: never).
         """
-        return lengths.index_of(self, share, max_bad, cache, progress)
+        return lengths.index_of(self, share, max_bad, cache, progress, timeout, neighbours)
 
     def check(self, index: int) -> None:
         """Raise UserError, which names the record, where nothing can be learnt of it."""

@@ -16,6 +16,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing import connection
@@ -31,7 +33,8 @@ from elm_jax import stopping
 from elm_jax.data.packing import LengthIndex
 from elm_jax.data.represent import FLATLINE, NOISE
 from elm_jax.errors import Absent, UserError
-from elm_jax.folders import keep, kept
+from elm_jax.folders import file_checksum, keep, kept
+from elm_jax.registry import qualified_name
 from elm_jax.symbols.coder import cores
 from elm_jax.text.render import Rendered
 
@@ -44,6 +47,7 @@ CHUNK = 512  # records that are measured before others may see them
 SHARE = 20_000  # records for which a process is worth its start
 _WAITING, _AHEAD = 2, 256  # chunks that a process has, and that lie there out of their turn
 _KNOWN = 1 << 15  # texts whose measures are known at a time
+_ENDING = 5.0  # seconds that a process which was killed is waited for
 SPARE = 1.25  # of an ECG's symbols are planned for where augmentation varies them
 
 
@@ -81,11 +85,12 @@ class _Chunk(NamedTuple):
     errors: list[UserError]
 
 
-def index_of(dataset: Dataset, share: str, max_bad: float, cache: Path | None, progress: bool) -> LengthIndex:
+def index_of(
+    dataset: Dataset, share: str, max_bad: float, cache: Path | None, progress: bool, timeout: float, neighbours: int
+) -> LengthIndex:
     """See `Dataset.length_index`."""
     # What a function of the user's writes is measured at every start: nothing says when the function has changed.
-    of_functions = dataset.samples.of is not None or (dataset.reads_ecgs and bool(dataset.signal.texts))
-    stem = cache / _name(dataset) if cache and not of_functions else None
+    stem = cache / _name(dataset) if cache and all(map(_room, _writers(dataset))) else None
     columns = None
     if whole := stem and kept(stem, ".arrow"):
         with contextlib.suppress(OSError):  # somebody else may have removed it
@@ -96,7 +101,7 @@ def index_of(dataset: Dataset, share: str, max_bad: float, cache: Path | None, p
                 except UserError as error:
                     raise dataset.too_many(error, max_bad) from error
     if columns is None:
-        columns, dataset.fingerprint = _measure(dataset, max_bad, progress)
+        columns, dataset.fingerprint = _measure(dataset, max_bad, progress, timeout, neighbours)
         # An ECG that could not be read may be mended: the next start looks again.
         if stem and (not dataset.reads_ecgs or columns["length"].all()):
             keep(stem, ".arrow", functools.partial(_write, columns, dataset.fingerprint))
@@ -120,6 +125,23 @@ def _for_share(columns: Columns, share: str) -> LengthIndex:
 # -- what is kept ---------------------------------------------------------------------------------------------
 
 
+def _writers(dataset: Dataset) -> list[Callable[..., Any]]:
+    """The functions that write what is learnt of a record, or stands in its text."""
+    texts = dataset.signal.texts.values() if dataset.text.signal_tokens else ()
+    return [*filter(None, (dataset.samples.of,)), *texts]
+
+
+def _room(function: Callable[..., Any]) -> str:
+    """The folder of the package that a function is from; "" where it is the user's."""
+    package, _, rest = qualified_name(function).partition(".")
+    return rest.partition(".")[0] if package == "elm_jax" else ""
+
+
+def _code(room: str) -> list[str]:
+    """Changes with the source in a folder of the package."""
+    return [file_checksum(file) for file in sorted(Path(stopping.__file__).parent.joinpath(room).rglob("*.py"))]
+
+
 def _name(dataset: Dataset) -> str:
     """Changes with the lengths and with the fingerprint, and knows files by times that nobody can set."""
     digest = dataset.head
@@ -128,6 +150,8 @@ def _name(dataset: Dataset) -> str:
     paths = (path for record in (dataset.records if dataset.reads_ecgs else ()) for path in record.ecg_paths)
     stamps = hashlib.sha256(b"".join(repr((path, stamp(path))).encode() for path in paths))
     digest.update(repr((VERSION, content, stamps.hexdigest())).encode())
+    for function in _writers(dataset):
+        digest.update(repr(_code(_room(function))).encode())
     return digest.hexdigest()[:32]
 
 
@@ -148,12 +172,12 @@ def _read(file: Path) -> tuple[Columns, str]:
 # -- measuring ------------------------------------------------------------------------------------------------
 
 
-def _measure(dataset: Dataset, max_bad: float, progress: bool) -> tuple[Columns, str]:
+def _measure(dataset: Dataset, max_bad: float, progress: bool, timeout: float, neighbours: int) -> tuple[Columns, str]:
     """The columns and the fingerprint. Raises UserError where more than the fraction `max_bad` are bad."""
     columns, digest = {name: np.zeros(len(dataset), kind) for name, kind in _TYPES.items()}, dataset.head
     bad, done = 0, 0
     with tqdm(total=len(dataset), desc=f"measuring {dataset.samples.unit}", disable=not progress, mininterval=1) as bar:
-        for chunk in _chunks(dataset):
+        for chunk in _chunks(dataset, timeout, neighbours):
             bad += len(chunk.errors)
             if bad > max_bad * len(dataset):
                 first = int(max_bad * len(dataset)) - bad  # counted from the end
@@ -252,14 +276,14 @@ def _measure_of(rendered: Rendered) -> Measure:
 # -- processes ------------------------------------------------------------------------------------------------
 
 
-def _chunks(dataset: Dataset) -> Iterator[_Chunk]:
+def _chunks(dataset: Dataset, timeout: float, neighbours: int) -> Iterator[_Chunk]:
     """All records, in their order, measured by this process and by helpers where there are enough records."""
     parts = deque(enumerate((i, min(i + CHUNK, len(dataset))) for i in range(0, len(dataset), CHUNK)))
     meter, samples = _Meter(dataset), dataset.samples
     # What a function of the user's does stays in the process that it was registered in.
-    own = samples.of is not None or samples.experience is not None or bool(dataset.signal.texts)
-    count = 1 if own else max(1, min(cores(), len(dataset) // SHARE))
-    sent = pickle.dumps(dataset) if count > 1 else b""
+    own = samples.experience is not None or not all(map(_room, _writers(dataset)))
+    count = 1 if own else max(1, min(cores() // neighbours, len(dataset) // SHARE))
+    sent = pickle.dumps((dataset, timeout)) if count > 1 else b""
     helpers = [_Helper(sent) for _ in range(count - 1)]
     lines: dict[Any, _Helper] = {helper.line: helper for helper in helpers}
     there: dict[int, _Chunk] = {}
@@ -304,14 +328,18 @@ class _Helper:
             self._done(lambda part=part: self.line.send(part))
 
     def answer(self) -> tuple[int, _Chunk]:
-        """The chunk that has come first of those asked for."""
-        return self._asked.popleft(), self._done(self.line.recv)
+        """The chunk that has come first of those asked for. Raises the UserError that has come in its place."""
+        found = self._done(self.line.recv)
+        if isinstance(found, UserError):
+            raise found
+        return self._asked.popleft(), found
 
     def _done(self, what: Callable[[], Any]) -> Any:
         try:
             return what()
         except (OSError, EOFError):
             status = self.process.wait()
+            assert status < 0, f"a helper failed with status {status}: it said why before"  # none has killed it
             found = f"process {self.process.pid}, which measured some of them, ended with status {status}"
             expected, fix = "a process that measures", "see whether memory has run out, and give the command again"
             raise Absent("data.names", found, expected, fix) from None
@@ -319,15 +347,38 @@ class _Helper:
     def end(self) -> None:
         self.line.close()
         self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a read that sticks in the system may not let it end
+            self.process.wait(_ENDING)
 
 
 def _serve(handle: int) -> None:
     """What the process of a helper does, until the other end is closed. Signals are the other's affair."""
     for number in stopping.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    line = connection.Connection(handle)
-    with contextlib.suppress(EOFError, OSError):
-        meter = _Meter(pickle.loads(line.recv_bytes()))
+    line, sending = connection.Connection(handle), threading.Lock()
+    with contextlib.suppress(EOFError, ConnectionError):
+        dataset, timeout = pickle.loads(line.recv_bytes())
+        if timeout:
+            threading.Thread(target=_watch, args=(line, sending, timeout), daemon=True).start()
+        meter = _Meter(dataset)
         while True:
-            line.send(meter.chunk(*line.recv()))
+            part = line.recv()
+            try:
+                found = meter.chunk(*part)
+            except UserError as error:  # of no record: a table that cannot be reached
+                found = error
+            with sending:
+                line.send(found)
+
+
+def _watch(line: Any, sending: threading.Lock, timeout: float) -> None:
+    """Tell the other end where a recording is being read for more than `timeout` seconds. Time in which the whole
+    process was stopped does not count."""
+    tick, read, sticks = min(1.0, timeout / 10), stopping.oldest_read(), 0.0
+    while sticks <= timeout or read is None:
+        time.sleep(tick)
+        before, read = read, stopping.oldest_read()
+        sticks = sticks + tick if read is not None and read == before else 0.0
+    fix = "run the same command to go on when its file system answers"
+    with sending, contextlib.suppress(ConnectionError):
+        line.send(Absent(read[0], f"being read for {sticks:.0f} s", f"at most data.timeout={timeout:g} s", fix))

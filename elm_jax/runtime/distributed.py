@@ -101,9 +101,12 @@ def claims(environment: Mapping[str, str], own: list[int] | None, devices: Path 
     """
     seen = gpus(environment, devices)
     visible = environment[VISIBLE].split(",") if VISIBLE in environment else [str(i) for i in range(seen)]
-    machine = BOOT.read_text().strip() if BOOT.exists() else socket.gethostname()
     among = ",".join(_files(devices))
-    return [f"{machine} {among} {visible[i].strip()}" for i in (range(seen) if own is None else own) if i < seen]
+    return [f"{_machine()} {among} {visible[i].strip()}" for i in (range(seen) if own is None else own) if i < seen]
+
+
+def _machine() -> str:
+    return BOOT.read_text().strip() if BOOT.exists() else socket.gethostname()
 
 
 def judge(processes: list[Facts]) -> UserError | None:
@@ -190,6 +193,11 @@ def gather(value: Any) -> list[Any]:
     padded[: len(own)] = own
     rows = np.asarray(process_allgather(padded))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def neighbours() -> int:
+    """The processes of this run on this machine, with this one. All of them must call it together."""
+    return gather(_machine()).count(_machine())
 
 
 def broadcast(value: Any, source: int) -> Any:

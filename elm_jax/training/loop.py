@@ -152,9 +152,9 @@ class Trainer:
 
     def _plan(self, dataset: Dataset, rows: int | None = None) -> Plan:
         """The plan of training; with `rows` that of a validation, in steps of so many."""
-        data, train = self.config.data, self.config.train
+        data, train, here = self.config.data, self.config.train, distributed.neighbours()
         shown, cache = self.config.log.progress and jax.process_index() == 0, cache_folder() / "index"
-        index = dataset.length_index(data.share, data.max_bad_records, cache, shown)
+        index = dataset.length_index(data.share, data.max_bad_records, cache, shown, data.timeout, here)
         missing = dataset.missing(data.max_bad_records)
         for problem in distributed.gather(missing and missing.parts):
             if problem:

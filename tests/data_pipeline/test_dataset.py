@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 from texts import chat_tokenizer, write_records
 
+from elm_jax import stopping
 from elm_jax.config import DataConfig
 from elm_jax.data import lengths
 from elm_jax.data.dataset import Dataset, read_system_prompt, text_spec
 from elm_jax.data.demo import demo_tokenizer
 from elm_jax.data.loader import unusable
-from elm_jax.data.represent import signal_spec
+from elm_jax.data.represent import SignalSpec, signal_spec
 from elm_jax.data.sources import Records, load_records
 from elm_jax.errors import Absent, UserError
 from elm_jax.text.render import TextSpec, add_tokens
@@ -210,6 +214,45 @@ def test_a_kept_index_knows_the_fingerprint_and_reads_no_record(
     assert again.fingerprint == first.fingerprint
 
 
+def high(leads: np.ndarray, _: float) -> str:
+    """How high an ECG is, in words."""
+    return "high " * int(leads.max())
+
+
+def test_what_the_package_writes_of_an_ecg_is_kept_until_its_code_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_records(tmp_path, [ANSWERED] * 4, ["a.npy"] * 4)
+    np.save(tmp_path / "a.npy", np.full((12, 2500), 3, np.float32))
+    read: list[str] = []
+    load = SignalSpec.load_raw
+    monkeypatch.setattr(SignalSpec, "load_raw", lambda self, path, key: read.append(path) or load(self, path, key))
+
+    def reads() -> int:
+        made = dataset(tmp_path)
+        made.signal = dataclasses.replace(made.signal, texts={"words": high})
+        assert (made.length_index("none", 0.0, tmp_path / "cache").length > 0).all()
+        return len(read)
+
+    assert [reads(), reads()] == [1, 2], "a function of the user's is asked at every start, of each ECG once"
+    monkeypatch.setattr(high, "__module__", "elm_jax.ecg.words")
+    assert [reads(), reads()] == [3, 3]
+    monkeypatch.setattr(lengths, "_code", lambda room: room)
+    assert reads() == 4
+
+
+def test_an_ecg_of_which_other_words_are_written_than_were_planned_is_told(tmp_path: Path) -> None:
+    write_records(tmp_path, [ANSWERED], ["a.npy"])
+    made = dataset(tmp_path)
+    made.signal = dataclasses.replace(made.signal, texts={"words": high})
+    np.save(tmp_path / "a.npy", np.full((12, 2500), 3, np.float32))
+    length = int(made.length_index("none", 0.0).length[0])
+    assert len(made.conversations(0, made.signals(0), length)[0].ids) == length
+    np.save(tmp_path / "a.npy", np.full((12, 2501), 5, np.float32))
+    with pytest.raises(UserError, match=rf"records.jsonl:0: found .* the run.s plan has {length}: its ECG has"):
+        made.conversations(0, made.signals(0), length)
+
+
 def with_a_helper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("elm_jax.data.lengths.cores", lambda: 2)
     monkeypatch.setattr("elm_jax.data.lengths.SHARE", 100)
@@ -235,11 +278,59 @@ def test_a_helper_measures_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_helper_that_ends_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was killed may be started again; one that fails by itself would fail for ever."""
     write_records(tmp_path, [ANSWERED] * 300)
     with_a_helper(monkeypatch)
-    monkeypatch.setattr("sys.executable", "/bin/false")
-    with pytest.raises(Absent, match="which measured some of them, ended with status 1"):
-        dataset(tmp_path).length_index("ecg", 0.0)
+    for does, error, says in (
+        ("kill -9 $$", Absent, "which measured some of them, ended with status -9"),
+        ("exit 1", AssertionError, "status 1"),
+    ):
+        (tmp_path / "python").write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "python").chmod(0o755)
+        monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+        with pytest.raises(error, match=says):
+            dataset(tmp_path).length_index("ecg", 0.0)
+
+
+@pytest.mark.parametrize("what", ["sticks", "fails"])
+def test_what_happens_to_a_helper_is_told_here(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: a recording whose read sticks, and a table that cannot be reached."""
+    write_records(tmp_path, [ANSWERED] * 300)
+    found = dataset(tmp_path)
+    chunk, first = lengths._Meter(found).chunk(0, 16), multiprocessing.Event()
+
+    def measure(self: Any, *part: int) -> Any:
+        if os.getpid() == parent:
+            first.wait(60)
+            return chunk
+        first.set()
+        if what == "fails":
+            raise Absent("a table", "no way there", "a table", "try again")
+        with stopping.reading("a.npy"):
+            time.sleep(60)
+
+    class Forked:
+        """A helper's process that knows of `measure`."""
+
+        def __init__(self, command: list[str], pass_fds: list[int], **_: Any) -> None:
+            self.pid = os.fork()
+            if not self.pid:
+                lengths._serve(pass_fds[0])
+                os._exit(0)
+
+        def kill(self) -> None:
+            os.kill(self.pid, signal.SIGKILL)
+
+        def wait(self, _: float = 0) -> int:
+            return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    parent = os.getpid()
+    with_a_helper(monkeypatch)
+    monkeypatch.setattr(lengths._Meter, "chunk", measure)
+    monkeypatch.setattr("subprocess.Popen", Forked)
+    says = {"sticks": r"^a.npy: found being read for .* at most data.timeout=0.2 s", "fails": "^a table: found no way"}
+    with pytest.raises(Absent, match=says[what]):
+        found.length_index("ecg", 0.0, timeout=0.2)
 
 
 # -- records that cannot be used ------------------------------------------------------------------------------
