@@ -144,6 +144,11 @@ def to_dict(cfg: Config) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(cfg)))
 
 
+def lasting(cfg: Config) -> dict[str, Any]:
+    """The keys of `cfg` that a resume may not change, with their values as `to_dict` has them."""
+    return {name: value for name, value in _leaves(to_dict(cfg)) if not name.startswith(RESUMABLE)}
+
+
 def differences(old: Mapping[str, Any], new: Config) -> dict[str, str]:
     """Keys that `new` may not change when it resumes the run whose config.json is `old`, but does -> "was …, now …".
 

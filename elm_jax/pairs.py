@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
     from elm_jax.folders import writable_folder, write_atomic
     from elm_jax.run.config import config_of_run
     from elm_jax.runtime.compilation import keep_compiled
+    from elm_jax.runtime.watchdog import Watchdog
     from elm_jax.weights.judge import PairJudge
 
     if options.out.suffix != ".jsonl":
@@ -43,7 +44,8 @@ def main(argv: Sequence[str]) -> None:
     margin = by_model(PairJudge(options.judge)) if options.judge else by_rewards(config)
     partial = options.out.with_name(f"{options.out.name}.partial")
     judged = draw_pairs(config, options.split, options.step, margin, partial, options.judge or "rewards")
-    found = sorted(stopping.each(judged, "pair"))  # in the order of the records, whenever they came
+    with Watchdog(Path(config.workdir), config.train.timeout, config.data.timeout):
+        found = sorted(stopping.each(judged, "pair"), key=lambda one: one.record)  # whenever they came
     rows = [json.dumps(one.pair) + "\n" for one in found if one.pair]
     left = Counter(one.left for one in found if one.left)
     if not rows:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from elm_jax.config import Config, to_dict
+from elm_jax.config import Config, lasting
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 from elm_jax.evaluation.answering import BadRecords, check_lengths
@@ -22,6 +22,7 @@ from elm_jax.text.write import THINK_PREFIX
 from elm_jax.weights.judge import PairJudge
 
 Margin = Callable[[Record, str, str, str], float]  # (record, truth, one, other) -> how much better the one is
+_BAD = "data.max_bad_records"
 _LINE = {"id": str, "left": str, "pair": dict}  # of the file that pairs come into
 
 
@@ -95,12 +96,12 @@ def draw_pairs(
         batch_size=rl.batch_size, repetition_penalty=1.0,
     )  # fmt: skip
     asked: list[tuple[int, str]] = []  # of each prompt its record and the truth
-    same = replace(config, data=replace(config.data, max_bad_records=0.0))  # more may be bad when it goes on
-    told = repr((to_dict(same), str(model.folder), model.step, split, dataset.fingerprint, by))
+    settings = {name: value for name, value in lasting(config).items() if name != _BAD}  # more may be bad later on
+    told = repr((settings, config.eval.ema, str(model.folder), model.step, split, dataset.fingerprint, by))
     file = kept and _opened(kept, hashlib.sha256(told.encode()).hexdigest())
-    known = [Judged(int(line["id"]), line["pair"], line["left"]) for line in file.lines[1:]] if file else []
-    yield from known
-    done = {found.record for found in known}
+    lines = file.lines[1:] if file else []
+    done = {int(line["id"]): Judged(int(line["id"]), line["pair"], line["left"]) for line in lines}
+    yield from done.values()
 
     def prompts() -> Iterator[Prompt]:
         for i in range(len(dataset)):

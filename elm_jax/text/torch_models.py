@@ -23,16 +23,19 @@ def check_parts(file: Path, where: str, fix: str) -> None:
             raise UserError(where, f"{file} with {name}={count}", f"at most {_PARTS}", fix)
 
 
-def check_room(folder: str | Path, where: str, expected: str, fix: str, *parts: Any) -> None:
+def check_room(
+    folder: str | Path, where: str, expected: str, fix: str, *parts: Any, held: int | None = None
+) -> None:  # fmt: skip
     """Raise UserError, naming `where`, if a model, which has no memory yet, would have more numbers than its files
-    have bytes."""
-    held = 0
-    for file in (file for pattern in _WEIGHTS for file in Path(folder).glob(pattern)):
-        check_regular(file, "a file of a model")
-        held += file.stat().st_size
+    hold: `held`, or not more than they have bytes."""
+    if held is None:
+        held = 0
+        for file in (file for pattern in _WEIGHTS for file in Path(folder).glob(pattern)):
+            check_regular(file, "a file of a model")
+            held += file.stat().st_size
     for claimed in zip(*(map(_size, (part.parameters(), part.buffers())) for part in parts), strict=True):
-        if sum(claimed) > max(held, _SMALL):
-            found = f"{folder}, whose config.json asks for {sum(claimed)} numbers where its files hold {held} bytes"
+        if sum(claimed) > held + _SMALL:
+            found = f"{folder}, whose config.json asks for {sum(claimed)} numbers where its files hold {held} at most"
             raise UserError(where, found, expected, fix)
 
 

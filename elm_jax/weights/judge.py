@@ -13,6 +13,7 @@ from typing import Any
 from elm_jax.errors import UserError
 from elm_jax.text.torch_models import check_parts, check_room
 from elm_jax.text.vocabulary import load_tokenizer, refused_panics
+from elm_jax.weights.safetensors import Safetensors
 
 _MARKS = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
 _LONGEST = 2048  # tokens of a question with both answers, of PairRM
@@ -46,14 +47,14 @@ class PairJudge:
             self._compares = hasattr(config, "source_prefix_id")
             if self._compares:
                 with torch.device("meta"):
-                    check_room(path, _WHERE, _EXPECTED, _FIX, *_pair_ranker(config))
+                    check_room(path, _WHERE, _EXPECTED, _FIX, *_pair_ranker(config), held=_numbers(path))
                 self._model, self._head = _pair_ranker(config)
                 _load(path, self._model, self._head)
                 self._marks = [config.source_prefix_id, config.cand1_prefix_id, config.cand2_prefix_id]
             else:
                 with torch.device("meta"):
                     empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-                    check_room(path, _WHERE, _EXPECTED, _FIX, empty)
+                    check_room(path, _WHERE, _EXPECTED, _FIX, empty, held=_numbers(path))
                 more: dict[str, Any] = {**local, "use_safetensors": True, "adapter_kwargs": local}
                 model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False, **more)
                 self._model = model.eval()
@@ -109,6 +110,16 @@ class PairJudge:
 
 def _classifies(config: Any) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def _numbers(path: str) -> int:
+    """How many numbers are in a folder's safetensors files, by their headers."""
+    files = Path(path).glob("*.safetensors")
+    try:
+        return sum(math.prod(info.shape) for file in files for info in Safetensors(file).info.values())
+    except UserError as error:
+        found = f"{path}, which cannot be read ({error.where}: {error.found})"
+        raise UserError(_WHERE, found, _EXPECTED, _FIX) from None
 
 
 def _pair_ranker(config: Any) -> tuple[Any, Any]:

@@ -250,10 +250,12 @@ def test_a_pair_has_what_its_prompt_had(
     begun.close()
     lines = kept.read_bytes()
     assert lines.count(b"\n") == 2, "what it is, and the one that has come"
-    kept.write_bytes(lines + lines.splitlines()[1][:-9])  # a stop within a line
+    again = lines.splitlines()[1]
+    kept.write_bytes(lines + again + b"\n" + again[:-9])  # one that two processes have drawn, and a stop within a line
     asked_for.clear()
-    assert [found.pair for found in draw_pairs(config(tmp_path, **usual), kept=kept)] == made and one.pair == made[0]
-    assert kept.read_bytes().startswith(lines) and kept.read_bytes().count(b"\n") == 3
+    other = config(tmp_path, rl__batch_size=1, eval__limit=1, data__timeout=1.0, **usual)  # which changes no pair
+    assert [found.pair for found in draw_pairs(other, kept=kept)] == made and one.pair == made[0]
+    assert kept.read_bytes().startswith(lines) and kept.read_bytes().count(b"\n") == 4
     assert len(asked_for) == 2, "the first record is not asked again"
     with pytest.raises(UserError, match="kept.jsonl: found pairs of another run, step, split, judge or config"):
         next(draw_pairs(config(tmp_path, **usual), kept=kept, by="FOLDER"))
@@ -351,6 +353,11 @@ def test_a_model_of_preferences_judges(tmp_path: Path) -> None:
                 (where / "config.json").write_text(json.dumps({**json.loads(whole), name: claim}))
                 with pytest.raises(UserError, match=r"--judge: found .*config.json|which cannot be read"):
                     PairJudge(where)
+        with (where / "pytorch_model.bin").open("wb") as beside:  # which is not read
+            beside.truncate(10**10)
+        (where / "config.json").write_text(json.dumps({**json.loads(whole), "vocab_size": 10**7}))
+        with pytest.raises(UserError, match=r"--judge: found .*config.json asks for \d+ numbers"):
+            PairJudge(where)
         (where / "config.json").write_text(whole)
         PairJudge(where)
         (where / "model.safetensors").write_bytes((where / "model.safetensors").read_bytes()[:-9])
