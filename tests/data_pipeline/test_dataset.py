@@ -214,7 +214,7 @@ def test_a_kept_index_knows_the_fingerprint_and_reads_no_record(
     assert again.fingerprint == first.fingerprint
 
 
-def high(leads: np.ndarray, _: float) -> str:
+def high(leads: np.ndarray, *_: Any) -> str:
     """How high an ECG is, in words."""
     return "high " * int(leads.max())
 
