@@ -22,6 +22,7 @@ from elm_jax.folders import keep, kept
 
 _WAITS = (0.5, 2.0, 8.0)  # s before what failed is tried again
 _OPEN = 16  # row groups that are mapped into memory at a time
+_HALF = 86_400.0  # s in which a row group is written by whoever began, or never
 _STAMPS = ("size", "ETag", "etag", "blob_id", "mtime", "LastModified")  # of a file, by whatever its place calls it
 _FIX = "see that it can be reached and read, and give the command again"
 Made = TypeVar("Made")
@@ -45,14 +46,14 @@ def remote_tables(name: str, most: float) -> Iterator[tuple[str, str | None, "Re
     where = f"data.names: {name}"
     try:
         system, path = fsspec.core.url_to_fs(name)
-        paths = [path] if path.endswith(".parquet") else sorted(system.glob(f"{path}/**/*.parquet"))
+        paths = [path] if path.endswith(".parquet") else system.glob(f"{path}/**/*.parquet")
     except (ImportError, ValueError) as error:
         raise UserError(where, str(error), "hf://datasets/OWNER/NAME or the URL of a table", "correct it") from None
     except Exception as error:  # of any library
         raise Absent(where, f"no way there ({error})", "a dataset that can be fetched", _FIX) from error
     if not paths:
         raise UserError(where, "no .parquet file", "a table, or a dataset that has some", "correct the URL")
-    for one in paths:
+    for one in sorted(paths, key=lambda path: path.split("/")):  # in the order of the same files on disk
         yield one, split_in_name(PurePosixPath(one).stem), RemoteTable(system.unstrip_protocol(one), most)
 
 
@@ -60,13 +61,14 @@ class RemoteTable:
     """A Parquet file somewhere: rows by number, each a dictionary of those of COLUMNS that it has.
 
     most: bytes that are kept on disk. What is asked for and cannot be fetched after some tries is `Absent`; a
-    UserError where the file is not there, is no table of records, or has changed since it was opened.
+    UserError where the file is not there, is no table of records, or has changed since it was opened, in this process
+    or in the one that it comes from (stamp: what its place told of it there).
     """
 
-    def __init__(self, url: str, most: float) -> None:
+    def __init__(self, url: str, most: float, stamp: str = "") -> None:
         self.url, self.most = url, most
         self._file: Any = None
-        self._stamp = ""
+        self._stamp = stamp
         metadata, schema = self._ask(lambda file: (file.metadata, file.schema_arrow))
         self._ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
         self.schema = plain_schema(url, schema)
@@ -75,7 +77,7 @@ class RemoteTable:
         self._group = lru_cache(_OPEN)(self._mapped)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteTable, (self.url, self.most)
+        return RemoteTable, (self.url, self.most, self._stamp)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -96,9 +98,9 @@ class RemoteTable:
     def __getitem__(self, index: str) -> list[Any]: ...
 
     def __getitem__(self, index: int | str) -> Mapping[str, Any] | list[Any]:
-        """A row, or all values of a column."""
+        """A row, or all values of a column, of which no other is fetched."""
         if isinstance(index, str):
-            return self._ask(lambda file: file.read(columns=[index]))[index].to_pylist()
+            return self._ask(lambda file: self._plain(file.read(columns=[index]), [index]))[index].to_pylist()
         group = bisect_right(self._ends, index)
         within = index - (self._ends[group - 1] if group else 0)
         return {name: column[within].as_py() for name, column in self._group(group).items()}
@@ -110,20 +112,28 @@ class RemoteTable:
 
         folder = Path(config.HF_DATASETS_CACHE, "elm_jax", "row_groups")
         digest = blake2b(repr((self.url, self._stamp, group, COLUMNS)).encode(), digest_size=16).hexdigest()
-        whole = kept(folder / digest, ".arrow")
-        if whole is None:
-            fix = "make room there, or set HF_DATASETS_CACHE to a folder that can be written"
-            rows = self._ask(lambda file: self._rows(file, group))
-            write = partial(_write, rows)
-            whole = keep(folder / digest, ".arrow", write, f"a place for rows of {self.url}", fix)
-            _make_room(whole, self.most)
-        else:
-            os.utime(whole)
-        table = pa.ipc.open_stream(pa.memory_map(str(whole))).read_all()
+        fix = "make room there, or set HF_DATASETS_CACHE to a folder that can be written"
+        table = None
+        while table is None:
+            whole = there = kept(folder / digest, ".arrow")
+            if whole is None:
+                write = partial(_write, self._ask(lambda file: self._rows(file, group)))
+                whole = keep(folder / digest, ".arrow", write, f"a place for rows of {self.url}", fix)
+            with contextlib.suppress(FileNotFoundError):  # another process may have made room meanwhile
+                os.utime(whole)
+                table = pa.ipc.open_stream(pa.memory_map(str(whole))).read_all()
+            if there is None:
+                _make_room(whole, self.most)
         return dict(zip(table.column_names, table.columns, strict=True))
 
     def _rows(self, file: Any, group: int) -> Any:
-        rows = file.read_row_group(group, columns=self.column_names).select(self.column_names).cast(self.schema)
+        return self._plain(file.read_row_group(group, columns=self.column_names), self.column_names)
+
+    def _plain(self, rows: Any, names: list[str]) -> Any:
+        """Columns as the schema has them."""
+        import pyarrow as pa
+
+        rows = rows.select(names).cast(pa.schema([self.schema.field(name) for name in names]))
         rows.validate(full=True)  # Parquet promises nothing of its texts
         return rows
 
@@ -149,6 +159,8 @@ class RemoteTable:
         import pyarrow.parquet as pq
 
         system, path = fsspec.core.url_to_fs(self.url)
+        if self._stamp:
+            system.invalidate_cache()  # which would tell of the file what it was
         told = system.info(path)
         stamp = repr([str(told.get(name)) for name in _STAMPS])
         if self._stamp not in ("", stamp):
@@ -166,7 +178,12 @@ def _write(rows: Any, sink: IO[bytes]) -> None:
 
 
 def _make_room(new: Path, most: float) -> None:
-    """Remove row groups, the one that was used longest ago first, until those left have `most` bytes; `new` stays."""
+    """Remove row groups, the one that was used longest ago first, until those left have `most` bytes; `new` stays. What
+    was half written a day ago is removed, too: who wrote it is no more."""
+    for half in new.parent.glob(".*"):
+        with contextlib.suppress(OSError):
+            if time.time() - half.stat().st_mtime > _HALF:
+                half.unlink()
     found = []
     for path in new.parent.glob("*.arrow"):
         with contextlib.suppress(OSError):  # another process may have removed it

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar, overload
 import numpy as np
 import xxhash
 
-from elm_jax.data.remote import is_remote, remote_tables
+from elm_jax.data.remote import RemoteTable, is_remote, remote_tables
 from elm_jax.data.table_files import COLUMNS, SUFFIXES, file_tables, plain
 from elm_jax.errors import UserError, nearest
 
@@ -136,6 +136,9 @@ class Part:
         """What the rows have in a column, None where there is none; the others are not read."""
         if name not in self._names:
             return itertools.repeat(None, len(self.rows))
+        if isinstance(self.table, RemoteTable):
+            column = self.table[name]
+            return (column[row] for row in self.rows)
         return itertools.chain.from_iterable(c for (c,) in self._decoded(0, len(self.rows), [name]))
 
     def _decoded(self, first: int, last: int, names: list[str]) -> Iterator[list[list[Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,9 +22,10 @@ from texts import chat_tokenizer
 from elm_jax.config import default_config, resolve
 from elm_jax.data import remote
 from elm_jax.data.dataset import Dataset, text_spec
-from elm_jax.data.remote import RemoteTable
+from elm_jax.data.remote import RemoteTable, remote_tables
 from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import Split, load_records
+from elm_jax.data.table_files import file_tables
 from elm_jax.errors import Absent, UserError
 
 ROWS, GROUP = 400, 50
@@ -131,8 +134,50 @@ def test_what_is_kept_on_disk_has_a_bound(place: Place, tmp_path: Path) -> None:
     assert 1 <= len(kept) < ROWS // GROUP and sum(kept) <= 40_000
 
 
+def test_another_process_may_make_room_and_what_was_half_written_goes(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep, taken = remote.keep, []
+
+    def taken_away(*given: Any) -> Path:
+        taken.append(keep(*given))
+        if len(taken) == 1:
+            taken[0].unlink()
+        return taken[-1]
+
+    monkeypatch.setattr(remote, "keep", taken_away)
+    folder = tmp_path / "cache/elm_jax/row_groups"
+    folder.mkdir(parents=True)
+    for name in (".old", ".new"):
+        (folder / name).touch()
+    os.utime(folder / ".old", (0, 0))
+    assert RemoteTable(f"{place.url}/a.parquet", 1)[0]["ecg_path"] == "ecg/0.npy" and len(taken) == 2
+    assert {path.name for path in folder.iterdir()} == {".new", taken[-1].name}
+
+
+def test_files_are_in_the_order_that_they_have_on_disk(place: Place, tmp_path: Path) -> None:
+    content, system = (tmp_path / "a.parquet").read_bytes(), fsspec.filesystem("memory")
+    for name in ("set/a-b/1.parquet", "set/a/1.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(content)
+        system.pipe(f"/{name}", content)
+    here = [Path(where).relative_to(tmp_path).as_posix() for where, _, _ in file_tables(tmp_path / "set")]
+    assert [where.removeprefix("/") for where, _, _ in remote_tables("memory://set", 1e9)] == here
+    system.rm("/set", recursive=True)
+
+
+def test_columns_are_fetched_without_the_rest_of_the_rows(place: Place, tmp_path: Path) -> None:
+    there, before = records(f"{place.url}/a.parquet", tmp_path), place.sent
+    part = there._rows[0].part
+    assert list(part.values("patient_id")) == [str(i // 2) for i in range(300)]
+    assert next(part.values("label")) is None
+    assert place.sent - before < (tmp_path / "a.parquet").stat().st_size / 50
+    assert not (tmp_path / "cache/elm_jax/row_groups").exists()
+
+
 def test_trouble_is_waited_out_and_then_told(place: Place, tmp_path: Path) -> None:
     table = RemoteTable(f"{place.url}/a.parquet", 1e9)
+    sent = pickle.dumps(table)  # as a loader's process gets it
     table._file = None
     place.broken = 1
     assert table[0]["ecg_path"] == "ecg/0.npy"
@@ -144,5 +189,7 @@ def test_trouble_is_waited_out_and_then_told(place: Place, tmp_path: Path) -> No
     (tmp_path / "b.parquet").replace(tmp_path / "a.parquet")
     with pytest.raises(UserError, match="another file than before"):
         table[GROUP]
+    with pytest.raises(UserError, match="another file than before"):
+        pickle.loads(sent)
     with pytest.raises(UserError, match="no such file"):
         RemoteTable(f"{place.url}/nowhere.parquet", 1e9)
