@@ -28,6 +28,7 @@ import numpy as np
 import xxhash
 
 from elm_jax.ecg.npy import MAX_BYTES, read_bytes
+from elm_jax.ecg.stored import GROWTH, UNPACKED
 from elm_jax.errors import UserError, refused
 from elm_jax.folders import read_json, write_atomic
 from elm_jax.json_text import parse_json
@@ -76,8 +77,17 @@ def pack(signal: np.ndarray, gains: Sequence[float] | None, said: Mapping[str, A
     header = {**said, "segment_len": signal.shape[1], "gain": gain.tolist(), "baseline": (-centre).astype(int).tolist()}
     with refused("recording", "", "a name and a report in Unicode", "correct them"):
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    packed = codec().compress(planes, asbytes=True)
+    if len(planes) > _most(len(packed)):
+        found, fix = f"{len(planes)} bytes that become {len(packed)}", "leave it out, or choose a shorter --segment-len"
+        raise UserError("recording", found, "an ECG, which is not flat", fix)
     error = np.abs(_millivolts(steps, gain, -centre, np.float64) - signal).max()
-    return sealed(text, planes, codec().compress(planes, asbytes=True)), float(error)
+    return sealed(text, planes, packed), float(error)
+
+
+def _most(packed: int) -> int:
+    """Bytes that so many packed ones may become."""
+    return min(MAX_BYTES, _LZ4 * packed, max(UNPACKED, GROWTH * packed))
 
 
 def sealed(header: bytes, planes: Any, packed: bytes) -> bytes:
@@ -95,7 +105,7 @@ def unpack(where: str, data: bytes, dtype: type[np.floating[Any]] = np.float64) 
         said = parse_json(text)
         leads, gain, baseline = _checked(said)
         count = len(leads) * said["segment_len"]
-        if not 0 < 2 * count <= min(MAX_BYTES, _LZ4 * len(packed)):
+        if not 0 < 2 * count <= _most(len(packed)):
             raise ValueError(f"{len(leads)} leads of {said['segment_len']} samples in {len(packed)} bytes")
         planes = codec().decompress(packed, 2 * count)
         if _checksum(text, planes) != checksum:

@@ -294,6 +294,13 @@ def test_what_a_header_claims_is_held_against_what_is_there() -> None:
         start = record[:4] + len(text).to_bytes(4, "little") + record[8:16]
         with pytest.raises(UserError, match="^it: found a damaged record"):
             shards.unpack("it", start + text + packed)
+    long = {"npy_path": "a.npy", "leads": ["I"], "segment_len": 1 << 24, "gain": [1.0], "baseline": [0]}
+    planes = np.repeat(np.array([0, 128], np.uint8), 1 << 24).tobytes()
+    bomb = shards.sealed(json.dumps(long).encode(), planes, shards.codec().compress(planes, asbytes=True))
+    with pytest.raises(UserError, match="^it: found a damaged record .*1 leads of 16777216 samples"):
+        shards.unpack("it", bomb)
+    with pytest.raises(UserError, match="an ECG, which is not flat"):
+        shards.pack(np.zeros((1, 1 << 24)), None, long)
     for cut in (0, 3, 15, 16, 40, len(record) - 1):
         with pytest.raises(UserError, match="^it: found a damaged record"):
             shards.unpack("it", record[:cut])
