@@ -317,7 +317,10 @@ def test_a_causal_model_is_asked_by_its_template_or_by_the_prompt(translators, t
     translator = Translator(translators / "gpt2", tmp_path / "c.jsonl", progress=False)
     assert translator._asked(["ekg"]) == (["German: ekg\nEnglish:"], False)
     assert set(translator(["ekg", "sinusrhythmus"])) == {"ekg", "sinusrhythmus"}
+    translator._tokenizer.batch_decode = lambda *_, **__: [" AF\nGerman: e"]  # six tokens, without an end
+    assert translator._translate(["vhf"]) == [("AF", True)]
     translator._tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    assert translator._translate(["vhf"]) == [("AF German: e", False)]
     assert translator._asked(["ekg"])[0] == ["[Translate this ECG report to English. Answer with the translation alone."
                                              "\n\nekg]"]  # fmt: skip
     said = "messages[0].content[0]"

@@ -175,10 +175,12 @@ class Translator:
             ends = {tokenizer.pad_token_id, *_listed(model.generation_config.eos_token_id)}
             said = tokenizer.batch_decode(made, skip_special_tokens=True)
             # Without a template a model goes on with a report of its own, in the next line.
-            said = [text.strip().partition("\n")[0] if self._causal and not templated else text for text in said]
+            continued = self._causal and not templated
+            lines = [text.strip().partition("\n") if continued else (text, "", "") for text in said]
             read = [limit is None or length <= limit for length in lengths]
-            fits = [whole and int(row[-1]) in ends for whole, row in zip(read, made, strict=True)]
-        return [Translated(" ".join(text.split()), whole) for text, whole in zip(said, fits, strict=True)]
+            ended = [bool(line[1]) or int(row[-1]) in ends for line, row in zip(lines, made, strict=True)]
+        rows = zip(lines, read, ended, strict=True)
+        return [Translated(" ".join(line[0].split()), whole and end) for line, whole, end in rows]
 
     def _asked(self, texts: list[str]) -> tuple[list[str], bool]:
         """What the model is given for each text, and whether that is by its own chat template."""
