@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Iterator
@@ -51,14 +52,17 @@ def out(tmp_path: Path) -> Path:
 
 
 def test_statistics_tell_what_a_table_holds(out: Path) -> None:
-    tokenizer = chat_tokenizer()
+    tokenizer = copy.deepcopy(chat_tokenizer())
+    tokenizer.backend_tokenizer.enable_truncation(1)
+    tokenizer.backend_tokenizer.enable_padding(length=99)
     found = table_stats([out], tokenizers={"demo": tokenizer}, progress=False)[str(out / "ptb_xl_reports.parquet")]
     assert (found["rows"], found["repeated"], found["without_conversation"]) == (6, 1, 1)
     assert (found["patients"], found["recordings"], found["missing"]) == (2, 4, 1)
     assert found["splits"] == {"train": 4, "test": 2} and found["types"] == {"rhythm": 4, "axis": 2}
     assert found["leads"] == {"12": 5} and found["hertz"] == {"250": 5} and found["seconds"] == {"2": 5}
     assert found["answers"] == {"sinus rhythm": 5} and found["turns"]["max"] == 2
-    tokens = len(tokenizer.backend_tokenizer.encode("sinus rhythm", add_special_tokens=False).ids)
+    assert tokenizer.backend_tokenizer.truncation and tokenizer.backend_tokenizer.padding
+    tokens = len(chat_tokenizer().backend_tokenizer.encode("sinus rhythm", add_special_tokens=False).ids)
     told = found["tokens"]["demo"]["answers"]
     assert told["n"] == 5 and told["min"] == told["p50"] == told["max"] == told["mean"] == tokens
     assert sum(count for _, count in told["bins"]) == 5

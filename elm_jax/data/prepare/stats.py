@@ -4,6 +4,7 @@ A table is gone through once, some rows at a time. Of each row four numbers of 8
 kind of thing that is counted as many as `_KINDS` are told apart.
 """
 
+import copy
 import hashlib
 from array import array
 from collections import Counter
@@ -49,6 +50,7 @@ def table_stats(
         UserError: a table cannot be read, or there is none.
     """
     found: dict[str, dict[str, Any]] = {}
+    backends = {name: _whole(tokenizer) for name, tokenizer in (tokenizers or {}).items()}
     for path in paths:
         if not path.exists():
             raise UserError(path, "no such file or folder", "a table, or a folder of tables", "correct the path")
@@ -56,12 +58,20 @@ def table_stats(
         for file in sorted(path.glob("*.parquet")) or [path]:  # of what `prepare` left, its tables
             for where, split, table in file_tables(file):
                 bar = tqdm(records_of(where, table), where, len(table), unit="row", disable=not progress, mininterval=1)
-                counted = _Table(signals, tokenizers or {}, looked_at and max(len(table) // looked_at, 1))
+                counted = _Table(signals, backends, looked_at and max(len(table) // looked_at, 1))
                 counted.add(each(bar, "row"), _splits(table, split or "train"))
                 found[where] = counted.told()
     if not found:
         raise UserError(paths[0] if paths else "stats", "no table", "a .parquet, .json or .jsonl file", "name one")
     return found
+
+
+def _whole(tokenizer: Any) -> Any:
+    """What splits all of a text into tokens, whatever a folder says of cutting texts off or filling them up."""
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _splits(table: Any, default: str) -> Iterator[str]:
@@ -198,7 +208,7 @@ class _Table:
 
     def _measure(self, name: str, tokenizer: Any, said: Sequence[Sequence[Turn]]) -> None:
         texts = [turn.text for turns in said for turn in turns]
-        encoded = iter(tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        encoded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
         for turns in said:
             by_role: Counter[str] = Counter()
             for turn in turns:
