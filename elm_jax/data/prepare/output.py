@@ -49,8 +49,8 @@ class NpyFiles:
             path = self.folder / f"{stem}_{number}.npy"
             yield path, {"ecg": windows[number].astype(np.float64), **_said(said, path, root)}
 
-    def leave(self, packed: Iterator[tuple[Path, dict[str, Any]]]) -> None:
-        """Have it there, in whatever process. Raises UserError where it cannot be written."""
+    def leave(self, packed: Any) -> None:
+        """Have there what `pack` returned, in whatever process. Raises UserError where it cannot be written."""
         for path, facts in packed:
             content = np.empty((), object)
             content[()] = facts
@@ -100,7 +100,7 @@ class Shards:
         ]
         return max(error for _, error in packed), [record for record, _ in packed]
 
-    def leave(self, packed: tuple[float, list[bytes]]) -> tuple[float, list[bytes]]:
+    def leave(self, packed: Any) -> tuple[float, list[bytes]]:
         return packed
 
     def keep(self, stem: str, made: tuple[float, list[bytes]]) -> None:
