@@ -89,7 +89,7 @@ def test_every_process_gathers_what_each_of_them_brings() -> None:
         "from elm_jax.runtime import distributed\n"
         "distributed.start()\n"
         "own = json.loads(sys.argv[1])\n"
-        "print(json.dumps([distributed.gather(own), distributed.gather([])]))\n"
+        "print(json.dumps([distributed.gather(own), distributed.gather([]), distributed.neighbours()]))\n"
     )
     brought = [[{"id": "records:7", "error": "dåmaged"}], []]
     commands = [[sys.executable, "-c", code, json.dumps(own)] for own in brought]
@@ -97,7 +97,7 @@ def test_every_process_gathers_what_each_of_them_brings() -> None:
     for process in started:
         out, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-        assert json.loads(out.splitlines()[-1]) == [brought, [[], []]]
+        assert json.loads(out.splitlines()[-1]) == [brought, [[], []], 2]
 
 
 @pytest.mark.slow
