@@ -23,7 +23,8 @@ from elm_jax.folders import keep, kept
 _WAITS = (0.5, 2.0, 8.0)  # s before what failed is tried again
 _OPEN = 16  # row groups that are mapped into memory at a time
 _HALF = 86_400.0  # s in which a row group is written by whoever began, or never
-_STAMPS = ("size", "ETag", "etag", "blob_id", "mtime", "LastModified")  # of a file, by whatever its place calls it
+# Of a file, by whatever its place calls it.
+_STAMPS = ("size", "ETag", "etag", "blob_id", "mtime", "LastModified", "Last-Modified", "Content-MD5", "Digest")
 _FIX = "see that it can be reached and read, and give the command again"
 Made = TypeVar("Made")
 

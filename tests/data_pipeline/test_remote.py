@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Place:
     """A web server of the files of a folder, which counts the bytes that it sends."""
 
     def __init__(self, folder: Path) -> None:
-        self.sent, self.broken = 0, 0
+        self.sent, self.broken, self.tagged = 0, 0, True
         place = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,7 +61,8 @@ class Place:
                 else:
                     self.send_response(200)
                 self.send_header("Accept-Ranges", "bytes")
-                self.send_header("ETag", str(file.stat().st_mtime_ns))
+                time = file.stat().st_mtime_ns
+                self.send_header(*(("ETag", str(time)) if place.tagged else ("Last-Modified", formatdate(time / 1e9))))
                 self.send_header("Content-Length", str(size if head else len(content)))
                 self.end_headers()
                 self.wfile.write(content)
@@ -173,6 +175,15 @@ def test_columns_are_fetched_without_the_rest_of_the_rows(place: Place, tmp_path
     assert next(part.values("label")) is None
     assert place.sent - before < (tmp_path / "a.parquet").stat().st_size / 50
     assert not (tmp_path / "cache/elm_jax/row_groups").exists()
+
+
+def test_a_file_that_its_place_knows_by_its_time_alone_may_not_change(place: Place, tmp_path: Path) -> None:
+    place.tagged = False
+    table = RemoteTable(f"{place.url}/a.parquet", 1e9)
+    os.utime(tmp_path / "a.parquet", (0, 0))
+    table._file = None
+    with pytest.raises(UserError, match="another file than before"):
+        table[0]
 
 
 def test_trouble_is_waited_out_and_then_told(place: Place, tmp_path: Path) -> None:
