@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +24,7 @@ TOKENIZER, ECG_BYTE = "tokenizer", "ecg_byte.json"  # a run's own; the second, i
 CONFIG = "config.json"  # of a run
 FACTS = "elm.json"  # of an export: what it says of itself
 _SEAL, _LIST, _VERSION = "checksum", "checksums.json", 1
+PICTURES = (".png", ".svg", ".pdf")
 MOST_JSON = 64 << 20  # bytes of a file that says how something is made: far above the index of the largest model
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,18 @@ def check_writable(out: Path, where: str) -> None:
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     with refused(where, "", "a folder that can be written", "name another", OSError):
         tempfile.TemporaryFile(dir=there).close()
+
+
+def check_picture(file: Path, where: str, inputs: Sequence[str | Path] = ()) -> None:
+    """Raise UserError, which names `where`, unless `file` is a picture by its ending, in a folder that is there and can
+    be written, and none of `inputs`."""
+    if file.suffix.lower() not in PICTURES:
+        raise UserError(where, file.name, f"a file of {', '.join(PICTURES)}", "correct its ending")
+    if any(os.path.exists(one) and os.path.exists(file) and os.path.samefile(one, file) for one in inputs):
+        raise UserError(where, file.name, "a file that is not read", "name another")
+    if not file.absolute().parent.is_dir():
+        raise UserError(where, f"no folder {file.parent}", "a file in a folder that is there", "make the folder")
+    check_writable(file.absolute().parent, where)
 
 
 @contextlib.contextmanager

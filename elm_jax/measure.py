@@ -6,12 +6,14 @@
 
 Without --json or --text a table is printed. --json prints a line for each file: values with unit, quality (0 to 1) and,
 where there is none, the reason; rhythm; beats; waves and amplitudes of each lead. --text prints sentences in the order
-in which a reader goes. --picture draws the averaged beat of all leads, and where its waves begin and end. Of several
+in which a reader goes. --picture draws the averaged beat of all leads, and where its waves begin and end. What reading
+took for granted and what looks wrong with a recording is a line on stderr each, and `notes` of --json. Of several
 files those that cannot be read are named on stderr, the others measured; the exit status is then 2. What is measured
 and how, and how far it can be trusted: docs/measurements.md.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -22,9 +24,10 @@ from elm_jax import cli
 from elm_jax.ecg.beats.amplitudes import AMPLITUDES
 from elm_jax.ecg.beats.measurements import UNITS, Measurements, measure
 from elm_jax.ecg.beats.words import LANGUAGES, describe
-from elm_jax.ecg.recording import read_ecg
+from elm_jax.ecg.checks import check_signal
+from elm_jax.ecg.recording import collected_notes, read_ecg
 from elm_jax.errors import UserError, printable
-from elm_jax.folders import writable_folder
+from elm_jax.folders import check_picture
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,24 +38,30 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each file, and nothing else")
     parser.add_argument("--text", action="store_true", help="print sentences")
     parser.add_argument("--language", default="en", choices=LANGUAGES, help="of the sentences")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the averaged beat of one FILE")
+    parser.add_argument("--picture", type=Path, help="draw the averaged beat into a .png, .svg or .pdf file")
     parser.add_argument("--sampling-rate", type=float, metavar="HZ", help="of files that state none; .npy: default 250")
+    parser.add_argument("--lead-order", metavar="I,II,...", help="the leads of the file's columns, whatever it says")
     parser.add_argument("--unit", help="of numbers that state none: mV, uV, V or nV")
     options = parser.parse_args(argv)
     if options.picture is not None:
         if len(options.files) > 1:
             raise UserError("--picture", f"{len(options.files)} files", "one FILE", "measure one at a time")
-        writable_folder(options.picture.absolute().parent, "--picture")
+        check_picture(options.picture, "--picture", options.files)
+    order = options.lead_order and [name.strip() for name in options.lead_order.split(",")]
     status = 0
     for path in options.files:
         try:
-            recording = read_ecg(path, unit=options.unit, unstated_rate=options.sampling_rate)
+            with collected_notes(os.path.dirname(path)) as notes:
+                recording = read_ecg(path, order, unit=options.unit, unstated_rate=options.sampling_rate)
+            notes += [finding.text for finding in check_signal(recording.signal, recording.sampling_rate)]
             found = measure(recording.signal, recording.sampling_rate, recording.leads)
         except UserError as error:
             status = cli.report(error, "--debug" in argv)
             continue
+        for note in notes:
+            print(f"{printable(path)}: {printable(note)}", file=sys.stderr)
         if options.json:
-            print(json.dumps({"file": path, **as_json(found)}))
+            print(json.dumps({"file": path, "notes": notes, **as_json(found)}))
         else:
             named = [printable(path)] if len(options.files) > 1 else []
             tabled = table(found) if options.table or not options.text else []

@@ -40,7 +40,7 @@ from elm_jax.data.prepare.stats import table_stats
 from elm_jax.data.prepare.synthetic import QUESTIONS, SIGNALS, Wanted, prepare_synthetic, read_wording
 from elm_jax.data.prepare.translation import CACHE, Translator
 from elm_jax.errors import UserError, nearest, printable, refused
-from elm_jax.folders import write_json
+from elm_jax.folders import check_picture, write_json
 from elm_jax.pictures.page import filled
 from elm_jax.symbols.coder import cores
 from elm_jax.text.reports import CLEANINGS
@@ -48,7 +48,6 @@ from elm_jax.text.vocabulary import load_tokenizer
 
 MOST_WORKERS, MOST_FOLDS = 512, 100
 _PLACES = {"--raw": "R", "--out": "O", "--records": "O"}  # what a command is told with
-PICTURES = (".png", ".svg", ".pdf")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -296,8 +295,8 @@ def _check(args: Namespace) -> dict[str, Any]:
 
 
 def _stats(args: Namespace) -> dict[str, Any]:
-    if args.picture and args.picture.suffix not in PICTURES:
-        raise UserError("--picture", args.picture.name, f"a file of {', '.join(PICTURES)}", "correct its ending")
+    if args.picture:
+        check_picture(args.picture, "--picture", args.tables)
     tokenizers = {Path(source).name: load_tokenizer(source, "--tokenizer") for source in args.tokenizer}
     found = table_stats(args.tables, args.root, tokenizers, max(args.recordings, 0), progress=not args.json)
     if args.picture:

@@ -5,8 +5,8 @@ A file of any format in; a Recording (C leads x L samples, float32, millivolts w
 
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -195,7 +195,11 @@ def _open(path: str) -> WfdbRecord | Stored:
     if reader is None:
         raise UserError(
             path,
-            f"no header {header_of(file).name} beside it" if os.path.isfile(file) else "no file",
+            f"no header {header_of(file).name} beside it"
+            if os.path.isfile(file)
+            else "a folder"
+            if os.path.isdir(file)
+            else "no file",
             "a .npy file, a WFDB record with its .hea, or another file of recordings that docs/records.md names",
             "check the path (and data.root)",
         )
@@ -251,6 +255,25 @@ def say_again() -> None:
     _note.cache_clear()
     _order_in.cache_clear()
     _told.clear()
+
+
+@contextmanager
+def collected_notes(folder: str) -> Iterator[list[str]]:
+    """What reading says of `folder` in the log, said before or not; it is then not in the log."""
+    notes: list[str] = []
+    say_again()
+    handler = logging.Handler()
+    handler.emit = lambda record: notes.append(record.getMessage().removeprefix(f"{folder}: "))
+    level = _log.level
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
+    _log.propagate = False
+    try:
+        yield notes
+    finally:
+        _log.removeHandler(handler)
+        _log.setLevel(level)
+        _log.propagate = True
 
 
 def _check_finite(path: str, signal: np.ndarray) -> None:

@@ -6,10 +6,8 @@ C leads, L samples.
 from __future__ import annotations
 
 import json
-import logging
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from elm_jax.data.batch import Shown
 from elm_jax.data.ecg_tokens import reserved
 from elm_jax.data.represent import DEMO, FLATLINE, NOISE, SignalSpec
 from elm_jax.ecg.checks import limb_sums
-from elm_jax.ecg.recording import LEADS, Recording, read_ecg, say_again
+from elm_jax.ecg.recording import LEADS, Recording, collected_notes, read_ecg
 from elm_jax.errors import UserError, refused
 from elm_jax.inference.model import Prompt, TrainedModel
 from elm_jax.text.render import CHAT_FORMS, Rendered, Turn, to_prompt, to_tokens
@@ -280,7 +278,7 @@ def _read(path: str, spec: SignalSpec) -> tuple[str, Recording, list[str]]:
     errors = OSError, ValueError, RuntimeError  # of what no file can be called
     with refused(path, "", "the path of a recording", "correct it", *errors):
         file = Path(path).expanduser().absolute()
-        with _collected_notes(str(file.parent)) as notes:
+        with collected_notes(str(file.parent)) as notes:
             return str(file), read_ecg(file, bare_rate=spec.bare_rate or spec.sampling_rate), notes
 
 
@@ -303,23 +301,3 @@ def _remarks(recording: Recording, spec: SignalSpec) -> Iterator[str]:
         yield f"flat: {', '.join(flat)}"
     elif contradiction := limb_sums(recording.signal):
         yield contradiction.text
-
-
-@contextmanager
-def _collected_notes(folder: str) -> Iterator[list[str]]:
-    """What reading says of `folder` in the log, said before or not."""
-    notes: list[str] = []
-    say_again()
-    handler = logging.Handler()
-    handler.emit = lambda record: notes.append(record.getMessage().removeprefix(f"{folder}: "))
-    logger = logging.getLogger(read_ecg.__module__)
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False  # they are said with the ECG
-    try:
-        yield notes
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = True

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from elm_jax.ecg.beats.amplitudes import milliseconds
 from elm_jax.ecg.beats.measurements import Measurements
-from elm_jax.errors import UserError, printable
+from elm_jax.errors import UserError, printable, refused
 
 _COLOURS = {"p": "#2f5d9b", "qrs": "#b3261e", "t": "#1f7a4d"}
 _ROWS = 3
@@ -17,7 +17,8 @@ _AROUND = -350.0, 650.0  # ms about the beginning of the QRS complex
 
 
 def draw_beat(found: Measurements, path: Path, title: str) -> None:
-    """A PNG of the averaged beat; P, QRS and T are shaded. Raises UserError where no beat was found."""
+    """The averaged beat as a PNG, SVG or PDF, by the ending of `path`; P, QRS, T are shaded. Raises UserError where no
+    beat was found, or the file cannot be written."""
     if found.beat is None:
         raise UserError("--picture", found.values["rate"].reason, "a recording with heartbeats", "leave --picture out")
     time = milliseconds(np.arange(found.beat.shape[1]) - found.onset)
@@ -38,7 +39,8 @@ def draw_beat(found: Measurements, path: Path, title: str) -> None:
         ax.plot(time[seen], lead[seen], color="#16161d", linewidth=0.9)
         _shade(ax, found.leads[name].waves)
         ax.set_title(printable(name), fontsize=9, loc="left")
-    figure.savefig(path, dpi=100, format="png")
+    with refused("--picture", str(path), "a file that can be written", "name another", OSError):
+        figure.savefig(path, dpi=100)
 
 
 def _shade(ax: Axes, waves: dict[str, tuple[float, float]]) -> None:

@@ -272,14 +272,39 @@ def test_the_command_prints_a_table_json_words_and_a_picture(tmp_path: Path, cap
 def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     flat = tmp_path / "flat.npy"
     np.save(flat, np.zeros((12, 2500), np.float32))
+    recording = tmp_path / "recording.png"  # whatever it is called
+    recording.write_bytes(b"kept")
     for args, says in (
         ([str(tmp_path / "none.npy")], "none.npy"), ([str(flat), f"--picture={tmp_path / 'x.png'}"], "heartbeat"),
         ([str(flat), str(flat), "--picture=x.png"], "one FILE"), ([str(flat), "--language=fr"], "language"),
-        ([str(flat), "--unit=furlong"], "unit"),
+        ([str(flat), "--unit=furlong"], "unit"), ([str(tmp_path)], "found a folder"),
+        ([f"--picture={flat}", str(tmp_path / "none.hea")], "found flat.npy; expected a file of .png, .svg, .pdf"),
+        ([str(recording), f"--picture={recording}"], "a file that is not read"),
+        ([str(flat), f"--picture={tmp_path / 'none' / 'x.png'}"], "no folder"),
+        ([str(flat), "--lead-order=I,II"], "2 lead names"),
     ):  # fmt: skip
         assert cli.guard(main, args) == 2
         error = capsys.readouterr().err
-        assert says in error and error.count("\n") == 1, error
+        *notes, last = error.splitlines()
+        assert says in last and all(note.startswith(f"{flat}: ") for note in notes), error
+    assert recording.read_bytes() == b"kept" and np.load(flat).shape == (12, 2500)
+
+
+def test_what_was_assumed_and_what_looks_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    signal = ecg(REGULAR, 250)
+    file = tmp_path / "a.csv"
+    np.savetxt(file, signal[[3, 1, 2, 0, *range(4, 12)]].T, "%.4f", ",")
+    asked = [str(file), "--json", "--sampling-rate=250"]
+    told, axes = [], []
+    for order in ([], ["--lead-order=aVR,II,III,I,aVL,aVF,V1,V2,V3,V4,V5,V6"]):
+        assert cli.guard(main, [*asked, *order]) == 0
+        out, error = capsys.readouterr()
+        found = json.loads(out)
+        assert error.splitlines() == [f"{file}: {note}" for note in found["notes"]]
+        told.append(" ".join(found["notes"]))
+        axes.append(found["values"]["axis"]["value"])
+    assert "no lead names" in told[0] and "taken as mV" in told[0] and "I and aVR in each other's place" in told[0]
+    assert "lead" not in told[1] and axes[1] == pytest.approx(number(measure(signal, 250), "axis"), abs=0.5)
 
 
 def test_a_file_that_cannot_be_read_does_not_end_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
