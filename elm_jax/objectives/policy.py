@@ -22,7 +22,7 @@ from elm_jax.errors import UserError
 from elm_jax.models.elm import ELM
 from elm_jax.objectives.cross_entropy import log_probs, per_target, sums_of_samples
 from elm_jax.objectives.objective import Objective, Sums
-from elm_jax.scoring.rewards import REWARDS, Answered, Reward, reward_of
+from elm_jax.scoring.rewards import REWARDS, Answered, Reward, number, reward_of
 from elm_jax.text.turns import last_answer
 from elm_jax.text.write import THINK_PREFIX
 
@@ -259,4 +259,4 @@ class Judge:
     def __call__(self, record: Record | None, answer: str, truth: str) -> dict[str, float]:
         opened = self.opened and (record is None or last_answer(record.text)[1].startswith(THINK_PREFIX))
         judged = Answered(answer, truth, record, opened)
-        return {name: weight * reward(judged) for name, (weight, reward) in self.parts.items()}
+        return {name: weight * number(name, reward(judged)) for name, (weight, reward) in self.parts.items()}

@@ -20,6 +20,7 @@ _SOLUTION = re.compile(r"<\|answer\|>(.*?)<\|/answer\|>", re.DOTALL)
 _EVIDENCE = re.compile(r"<\|key_diagnostic_evidence\|>(.*?)<\|/key_diagnostic_evidence\|>", re.DOTALL)
 _STEP = re.compile(r"\*\*Step\s*(\d+)")
 _STEP_LINE = re.compile(r"^\s*step_(\d+)_\w+\s*:(.*)$", re.MULTILINE)
+_FIX = "mend its function"
 _NUMBER = re.compile(r"[-+]?\d{1,15}(?:\.\d{1,15})?", re.ASCII)
 
 
@@ -165,28 +166,37 @@ def reward_of(name: str) -> Reward:
     return numeric(tolerance)
 
 
+def number(name: str, value: Any) -> float:
+    """What a reward of this name has returned, as a float.
+
+    Raises:
+        UserError: it is no number, or not finite.
+    """
+    try:
+        found = math.nan if isinstance(value, str | bytes) else float(value)
+    except Exception:  # of any type that a user's function returns
+        found = math.nan
+    if not math.isfinite(found):
+        raise UserError("the reward", f"{name}={value!r}", "a finite number", _FIX)
+    return found
+
+
 def judged(
     reward: Callable[[Any, str, str], float | Mapping[str, float]], record: Any, answer: str, truth: str
 ) -> dict[str, float]:
     """The parts of an answer's reward, by name ("reward" of one that has none).
 
     Raises:
-        UserError: one is no finite number, or its function fails; names the record by its `id`.
+        UserError: one is no finite number, or its function fails. Who calls it names the record.
     """
-    where, fix = f"the reward of record {record.id}", "mend the reward, or allow more data.max_bad_records"
     try:
         found = reward(record, answer, truth)
-        parts = {
-            name: float(value) for name, value in (found if isinstance(found, Mapping) else {"reward": found}).items()
-        }
     except UserError:
         raise
     except Exception as error:  # of a user's function
-        raise UserError(where, f"{type(error).__name__}: {error}", "a number", fix) from error
-    wrong = [f"{name}={value}" for name, value in parts.items() if not math.isfinite(value)]
-    if wrong:
-        raise UserError(where, ", ".join(wrong), "finite numbers", fix)
-    return parts
+        raise UserError("the reward", f"{type(error).__name__}: {error}", "a finite number", _FIX) from error
+    parts = found if isinstance(found, Mapping) else {"reward": found}
+    return {name: number(name, value) for name, value in parts.items()}
 
 
 def _body(text: str) -> str:

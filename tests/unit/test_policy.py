@@ -25,10 +25,10 @@ from elm_jax.data.plan import Plan
 from elm_jax.data.samples import _last_of
 from elm_jax.errors import UserError
 from elm_jax.objectives import objective_of
-from elm_jax.objectives.policy import ADVANTAGES
+from elm_jax.objectives.policy import ADVANTAGES, judge_of
 from elm_jax.objectives.preference import Preference
 from elm_jax.runtime.mesh import make_mesh
-from elm_jax.scoring.rewards import REWARDS, register_reward
+from elm_jax.scoring.rewards import REWARDS, judged, register_reward
 from elm_jax.text.render import decode
 from elm_jax.training import loop
 
@@ -251,6 +251,34 @@ def test_what_cannot_be_learnt_is_refused(changes: dict[str, Any], says: str, tm
     with pytest.raises(UserError) as error:
         objective_of(config(tmp_path, **changes))
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        ("2", "even='2'"),
+        (None, "even=None"),
+        ([1.0], "even=[1.0]"),
+        (float("inf"), "even=inf"),
+        (KeyError("rate"), "KeyError: 'rate'"),
+    ],
+)
+def test_what_a_reward_returns_is_a_number_or_said(
+    returned: Any, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reward(_: Any) -> Any:
+        if isinstance(returned, Exception):
+            raise returned
+        return returned
+
+    monkeypatch.setitem(REWARDS, "even", reward)
+    judge = judge_of(config(tmp_path, rl__rewards=["exact", "even"], rl__reward_weights=[1.0, 2.0]))
+    with pytest.raises(UserError) as error:
+        judged(judge, None, "60", "60")
+    assert str(error.value) == f"the reward: found {says}; expected a finite number; mend its function"
+    monkeypatch.setitem(REWARDS, "even", lambda _: np.int64(3))
+    judge = judge_of(config(tmp_path, rl__rewards=["exact", "even"], rl__reward_weights=[1.0, 2.0]))
+    assert judged(judge, None, "60", "60") == {"exact": 1.0, "even": 6.0}
 
 
 def test_a_run_is_saved_where_new_answers_are_made(tmp_path: Path) -> None:
