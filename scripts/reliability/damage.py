@@ -2,17 +2,18 @@
 
     python scripts/reliability/damage.py [--short] [--seed 0]
 
-Trains a tiny run with two checkpoints once. Then each file of the newer one is damaged in turn: a bit flipped at
-several places, the end or one byte cut off, emptied, deleted. Each time both ways of reading are gone: that of resume
-(all arrays, and what is in the way is moved aside) and that of evaluate, chat, export and init_from (the model's
-arrays). Found means that the older checkpoint was taken, that a warning named the newer one, and that `--step` with its
-number was refused; harmless, that the newer one was taken and its arrays hash as before. Anything else was missed.
-The same again for a checkpoint without its lists of checksums, as a kill between writing and verifying leaves it.
+Trains a tiny run with two checkpoints once, by the train command. Then each file of the newer one is damaged in turn: a
+bit flipped at several places, the end or one byte cut off, emptied, deleted. Each time both ways of reading are gone:
+that of resume (all arrays, and what is in the way is moved aside) and that of evaluate, chat, export and init_from (the
+model's arrays). Found means that the older checkpoint was taken, that a warning named the newer one, and that `--step`
+with its number was refused; harmless, that the newer one was taken and its arrays hash as before. Anything else was
+missed. The same again for a checkpoint without its lists of checksums, as a kill between writing and verifying leaves
+it.
 
 Then disks without room: files may not grow beyond a size, from none to that of the largest, while a checkpoint is
-saved; and the train command as a process of its own whose second save meets such a disk, or a file in the place of its
-folder. Each must end with one sentence, and the checkpoint before it must be as it was. At last the train command goes
-on from a damaged newest checkpoint, and must end bit for bit as the run did.
+saved; and the train command as a process of its own whose second save meets such a disk, or a link to nowhere in the
+place of its folder. Each must end with one sentence, and the checkpoint before it must be as it was. At last the train
+command goes on from a damaged newest checkpoint, and must end bit for bit as the run did.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ from elm_jax.errors import UserError
 from elm_jax.models.encoders import merl
 from elm_jax.run.checkpoint import Checkpoints
 from elm_jax.run.fingerprints import summaries
-from elm_jax.run.folder import leave_folder, open_folder
 from elm_jax.run.weights import TrainedWeights
 from elm_jax.training.loop import Trainer
 
@@ -215,7 +215,8 @@ cli.run(train.main)
 """
 MEETS = {
     "full disk": "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))",
-    "file in the place of the folder": "(self.folder / f'{step}.orbax-checkpoint-tmp').write_text('')",
+    # Files and folders there Orbax takes away, as what a save that was killed has left.
+    "link in the place of the folder": "(self.folder / f'{step}.orbax-checkpoint-tmp').symlink_to('nowhere')",
 }
 
 
@@ -303,11 +304,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.costs:
             print(json.dumps({"megabytes": args.costs, "seconds": verification_costs(place, args.costs)}))
             return 0
-        config = runs.config(place / "run")
-        folder = open_folder(config)
-        trainer = Trainer(config, folder)
-        trainer.run()
-        leave_folder(folder)
+        folder = place / "run"
+        runs.train(folder)  # by the command, as `goes_on` will: in this process it would be compiled otherwise
+        trainer = Trainer(runs.config(folder), folder)
+        trainer._build()
         run = finished(folder, trainer)
         every, places = (3, 3) if args.short else (1, 6)
         figures: dict[str, Any] = {}
