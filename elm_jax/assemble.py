@@ -108,13 +108,7 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
     symbols = _symbols(config, tokenizer, tokenizer_folder)
     # A pretrained model has room for the tags of fine-tuning too, so that this can start from it as it is.
     rows = len({*tokenizer.get_vocab(), *THINK_TOKENS})
-    sizes = config.llm.scratch or {}
-    llm = scratch_config(sizes, rows) if folder is None else extended(read_llm_config(folder), rows)
-    if config.data.max_len > llm.max_len:
-        raise UserError(
-            "data.max_len", str(config.data.max_len), f"at most the model's context, {llm.max_len}",
-            f"set --config.data.max_len={llm.max_len}",
-        )  # fmt: skip
+    llm = scratch_config(config.llm.scratch or {}, rows) if folder is None else extended(read_llm_config(folder), rows)
     family = config.llm.chat or chat_family(
         llm.model_type, tokenizer.get_vocab(), str(tokenizer.chat_template or ""), config.llm.name
     )
@@ -139,9 +133,15 @@ def find_llm(config: Config, tokenizer_folder: Path | None = None, weights: bool
             ENCODERS[name].config(_encoder_fields(config, view, tokenizer_folder))
     if objective.samples.phase == REPORT:
         text_tower_folder(config.ssl.text)
-    if "llm" not in objective.needs or config.llm.scratch:
+    if "llm" not in objective.needs:
         return None
-    return resolve_llm_folder(config.llm.name, weights)
+    folder = None if config.llm.scratch else resolve_llm_folder(config.llm.name, weights)
+    context = (read_llm_config(folder) if folder else scratch_config(config.llm.scratch or {}, 1)).max_len
+    if config.data.max_len > context:
+        raised = f", or --config.llm.scratch.max_len={config.data.max_len}" if folder is None else ""
+        fix = f"set --config.data.max_len={context}{raised}"
+        raise UserError("data.max_len", str(config.data.max_len), f"at most the model's context, {context}", fix)
+    return folder
 
 
 def _encoders_alone(config: Config, objective: Objective, own: Path | None) -> Assembly:

@@ -16,6 +16,7 @@ import runs
 import scipy.io
 
 from elm_jax import cli, prepare, train
+from elm_jax.assemble import find_llm
 from elm_jax.ecg.names import LEADS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/from_raw_files.md"
@@ -24,9 +25,10 @@ TRAINED, TESTED = 133, 405  # of PTB-XL, in folds 4 and 10, of which ECG-QA asks
 SMALL = [
     f"--config.{key}={runs._text(value)}"
     for key, value in {
-        "llm.scratch": {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1, "mlp": 32, "max_len": 512},
-        "encoder.config": {"resnet_type": "tiny", "width": 4}, "connector.hidden": None, "train.batch_size": 8,
-        "train.steps": 2, "eval.limit": 2, "eval.max_new_tokens": 2, "eval.controls": [], "log.progress": False,
+        "llm.scratch.hidden": 16, "llm.scratch.layers": 1, "llm.scratch.heads": 2, "llm.scratch.kv_heads": 1,
+        "llm.scratch.mlp": 32, "encoder.config": {"resnet_type": "tiny", "width": 4}, "connector.hidden": None,
+        "train.batch_size": 8, "train.steps": 2, "eval.limit": 2, "eval.max_new_tokens": 2, "eval.controls": [],
+        "log.progress": False,
     }.items()
 ]  # fmt: skip
 
@@ -90,6 +92,7 @@ def test_the_page_leads_from_raw_files_to_scores(raw: Path, monkeypatch: pytest.
         if command == "elm_jax.prepare":
             assert cli.guard(prepare.main, [*arguments, *(["--workers=1"] if "ecg_qa" not in arguments else [])]) == 0
         else:
+            find_llm(cli.ConfigFlags.parse(arguments).load())  # what can be told before the data
             last = cli.ConfigFlags.parse([*arguments, *SMALL]).load()
     assert json.loads(Path("data/ecg_qa_report.json").read_text())["rows"]["test"] > 0
     train.main(last)  # of the page's two runs the one with both datasets
