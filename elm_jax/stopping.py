@@ -27,6 +27,7 @@ from elm_jax.errors import printable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOPPED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT  # exit status
+_SOON = 0.05  # seconds between attempts to raise a stop that was lost
 GRACE = 10.0  # seconds in which the main thread may end by itself
 TELLING_SECONDS = 10.0  # for the last words
 T = TypeVar("T")
@@ -152,11 +153,14 @@ class listening:
             return self
         _listener = self
         self._ending: threading.Timer | None = None
+        self._lost: BaseException | None = None
+        self._raised: BaseException | None = None  # what was lost, by now
         self._left = threading.Event()
         self._ear, self._mouth = socket.socketpair()
         for end in (self._ear, self._mouth):
             end.setblocking(False)
         self._before = {n: old for n in SIGNALS if (old := signal.getsignal(n)) is not signal.SIG_IGN}
+        self._hook_before, sys.unraisablehook = sys.unraisablehook, self._hear_of_lost
         self._fd_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         for number in self._before:
             signal.signal(number, self._hear)
@@ -171,6 +175,7 @@ class listening:
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)
         signal.set_wakeup_fd(self._fd_before)
+        sys.unraisablehook = self._hook_before
         self._left.set()
         with contextlib.suppress(BlockingIOError):
             self._mouth.send(b"\0")  # wakes it
@@ -182,6 +187,9 @@ class listening:
     def _hear(self, number: int, _: FrameType | None) -> None:
         with contextlib.suppress(BlockingIOError):
             self._ear.recv(4096)  # so that `_watch_main` sees it heard
+        if self._lost is not None:
+            self._raised, self._lost = self._lost, None
+            raise self._raised
         if _training is not None:
             _training.hear(number)
         elif number == signal.SIGINT:
@@ -192,6 +200,22 @@ class listening:
             self._ending.daemon = True
             self._ending.start()
             raise stop
+
+    def _hear_of_lost(self, unraisable: Any) -> None:
+        """Raise a stop again that came where nothing can be raised: in a callback of the garbage collector, which
+        JAX has, or while an object is deleted."""
+        if not isinstance(unraisable.exc_value, Stopped | Interrupted):
+            self._hook_before(unraisable)
+            return
+        lost, self._raised = unraisable.exc_value, None
+        threading.Thread(target=self._send_again, args=(lost,), daemon=True, name="stop again").start()
+        self._lost = lost  # last: from here on a signal raises it, and in this hook that would be lost, too
+
+    def _send_again(self, lost: BaseException) -> None:
+        main, number = threading.main_thread().ident, next(iter(self._before))
+        while not self._left.wait(_SOON) and self._raised is not lost:
+            if self._lost is lost and main is not None:
+                signal.pthread_kill(main, number)
 
     def _end(self, stop: Stopped) -> None:
         """The main thread does not end, or after it another one."""

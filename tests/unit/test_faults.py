@@ -119,6 +119,22 @@ def test_it_ends_a_process_that_does_not_come_to_its_end(waits: str) -> None:
     assert ended.stderr == "stopped by SIGTERM (starting); run the same command to go on\n"
 
 
+def test_a_stop_within_a_callback_where_nothing_can_be_raised_comes_after_it() -> None:
+    """As in JAX's, of the garbage collector."""
+    code = (
+        "import gc, time\n"
+        "def command(_):\n"
+        "    gc.callbacks.append(lambda *_: gc.callbacks.clear() or os.kill(os.getpid(), signal.SIGTERM))\n"
+        "    gc.collect()\n"
+        "    time.sleep(100)\n"
+        "stopping.GRACE = 60\n"
+        "sys.exit(cli.guard(command, []))\n"
+    )
+    ended = program(code)
+    assert ended.returncode == 143, ended.stderr
+    assert ended.stderr == "stopped by SIGTERM (starting); run the same command to go on\n"
+
+
 # -- or asks training to stop ---------------------------------------------------------------------------------
 
 
