@@ -169,7 +169,7 @@ def _table(labels: str | None) -> LabelTable:
 
 def table_rows(path: Path, what: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(where, row) of a table, a .csv or .parquet file. Raises UserError, for which it is `what` was expected."""
-    fix = "write it again"
+    fix = "write it again" if path.exists() else "correct the path"
     if path.suffix == ".csv":
         yield from ((f"{path}, line {line}", row) for line, row in csv_rows(path, (), path, what, fix))
         return

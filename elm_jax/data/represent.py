@@ -195,6 +195,7 @@ class SignalSpec:
             return
         file = self._files(path)[0]
         if not os.path.isfile(file):
+            shards.check_index(*os.path.split(file))
             expected = "a recording: a .npy file, a WFDB record with its .hea, or another format of docs/records.md"
             raise UserError(str(file), "no file", expected, self._mend(path) or "check the path (and data.root)")
 

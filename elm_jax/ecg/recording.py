@@ -19,7 +19,7 @@ from elm_jax.ecg.formats import reader_of
 from elm_jax.ecg.names import LEADS, derive, find_leads, millivolts
 from elm_jax.ecg.npy import read_npy
 from elm_jax.ecg.resampling import resample, resample_by_spline
-from elm_jax.ecg.shards import find
+from elm_jax.ecg.shards import check_index, find
 from elm_jax.ecg.stored import Stored
 from elm_jax.ecg.wfdb_record import WfdbRecord, header_of
 from elm_jax.errors import UserError, some
@@ -99,7 +99,8 @@ def read_ecg(
         (signal, rate), report = stored.read(list(rows.places), unit), stored.report
         gains = stored.gains(rows.places, unit)
         if rate is None and sampling_rate is None and unstated_rate is None:
-            fix = "state it in the file, or from Python: read_ecg(path, sampling_rate=500)"
+            fix = "state it in the file, or say it: --assume-rate 500 of prepare, --sampling-rate 500 of measure and "
+            fix += "chat, read_ecg(path, sampling_rate=500)"
             raise UserError(path, "no sampling rate", "samples a second", fix)
         if unit is None and not stored.says_units:
             _note(os.path.dirname(path), "no unit in the files: taken as mV")
@@ -137,7 +138,8 @@ def _read_npy(
 ) -> tuple[np.ndarray, tuple[str, ...] | None, Any, str]:
     """What a `.npy` file, or the record of its name in a shard, says: signal (rows, L) of any real dtype (of a shard
     `dtype`), rows' names and rate where it gives them, report."""
-    place = find(path)
+    if (place := find(path)) is None:
+        check_index(*os.path.split(path))
     value = read_npy(path) if place is None else place.read(dtype)
     if isinstance(value, np.ndarray):
         return _two_dimensional(path, value), None, None, ""

@@ -216,6 +216,16 @@ def find(path: str) -> Place | None:
     return _opened(index, stat.st_mtime_ns, stat.st_size).find(folder, name.removesuffix(".npy"))
 
 
+def check_index(folder: str | Path, name: str = "") -> None:
+    """Raise UserError where a folder has shards, and no index of them; or one that does not know the recording `name`,
+    which is no file there either."""
+    index = os.path.join(folder, INDEX)
+    if os.path.exists(os.path.join(folder, name or INDEX)) or not os.path.exists(os.path.join(folder, shard_name(0))):
+        return
+    found = f"no such file, nor its name in {INDEX}" if os.path.exists(index) else f"shards without their {INDEX}"
+    raise UserError(os.path.join(folder, name), found, "what prepare left", "run prepare again")
+
+
 class _Index:
     """An index, mapped into memory; looked into, it is read where one looks. Raises UserError where it is none."""
 

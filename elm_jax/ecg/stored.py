@@ -77,7 +77,8 @@ class Stored:
                 row[:] = (channel.values * channel.gain + channel.offset) * scale
         unsaid = unit is None and any(channel.unit is None for channel in chosen)
         if unsaid and signal.any() and np.array_equal(signal, np.rint(signal), equal_nan=True):
-            fix = "add the unit, or put the record's .hea beside it, or from Python: read_ecg(path, unit='uV')"
+            fix = "add the unit, put the record's .hea beside it, or say it: --assume-unit uV of prepare, --unit uV of "
+            fix += "measure, read_ecg(path, unit='uV')"
             raise UserError(self.path, "whole numbers without a unit", "a unit, or mV with fractions", fix)
         return signal, rates.pop()
 

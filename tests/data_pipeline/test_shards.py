@@ -208,7 +208,7 @@ def test_recordings_in_shards_are_found_as_files_are(both: tuple[Path, Path]) ->
     assert found[0] == found[1] and len(found[0]) == 12
     one = both[1] / FOLDER / "r1_1.npy"
     assert find_recordings([one]) == [one]
-    with pytest.raises(UserError, match="r9_0.npy: found No such file"):
+    with pytest.raises(UserError, match="r9_0.npy: found no such file, nor its name in shards.index"):
         read_ecg(both[1] / FOLDER / "r9_0.npy")
     spec = signal_spec(DataConfig(root=str(both[1])), 0)
     spec.look_for(f"{FOLDER}/r1_1.npy")

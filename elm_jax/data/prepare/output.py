@@ -139,7 +139,11 @@ FORMATS: dict[str, type[NpyFiles] | type[Shards]] = {"npy": NpyFiles, "shards": 
 
 
 def segment_counts(folder: Path) -> dict[str, int]:
-    """Stem -> number of segments, for the recordings that are complete in a folder, in whichever format."""
+    """Stem -> number of segments, for the recordings that are complete in a folder, in whichever format.
+
+    Raises UserError for shards without their index.
+    """
+    shards.check_index(folder)
     return FORMATS["shards" if (folder / shards.INDEX).is_file() else "npy"](folder).counts()
 
 
