@@ -23,9 +23,13 @@ def draw_table_stats(path: str | os.PathLike[str], tables: Mapping[str, Mapping[
         for tokenizer, texts in found["tokens"].items():
             starts, counts = zip(*texts["conversation"].get("bins", [(0, 0)]), strict=True)
             axes[3].step(starts, counts, where="post", label=_short(tokenizer))
-        if found["tokens"]:
+        if any(texts["conversation"] for texts in found["tokens"].values()):
             axes[3].legend(fontsize=7)
-        axes[3].set_title("conversations by tokens", fontsize=9)
+            axes[3].set_title("conversations by tokens", fontsize=9)
+            axes[3].set_xlabel("tokens", fontsize=7)
+            axes[3].set_ylabel("conversations", fontsize=7)
+        else:
+            axes[3].set_axis_off()
         axes[0].set_title(f"{_short(os.path.basename(name))}: {found['rows']} rows\ntypes", fontsize=9)
     figure.savefig(path, dpi=100)
 
@@ -35,6 +39,7 @@ def _counts(ax: Axes, title: str, counts: Mapping[str, int]) -> None:
     ax.barh(range(len(shown)), [count for _, count in shown], color=_BLUE)
     ax.set_yticks(range(len(shown)), [_short(name) for name, _ in shown], fontsize=7)
     ax.set_title(title, fontsize=9)
+    ax.set_xlabel("answers" if title == "answers" else "rows", fontsize=7)
 
 
 def _short(text: str) -> str:

@@ -1,5 +1,6 @@
 """The card of what `prepare` left in a folder, and the folder's way to the Hugging Face hub."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ ALL = "all_splits"  # what the Hub calls the rows of a table
 PUSHED = (CARD, "*.parquet", "*/preprocessed_*/*")
 # On the Hub's side * stands for / as well: below lies what no card tells of, and nobody was asked about.
 _DEEPER = ("*/*.parquet", "*/*/preprocessed_*/*", "*/preprocessed_*/*/*")
+_LEFT_OUT = ("without_recording", "across_splits", "comparisons_not_wanted")  # of reports, questions by number
+SYNTHETIC = "synthetic"  # no source of its own, unless recordings were generated for it
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
 _COUNTS = ("rows", "tables", "kinds", "answers")  # of reports, which are no lists of recordings
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
@@ -47,14 +51,18 @@ def make_card(out: Path, licences: Sequence[str] = ()) -> Card:
     if not tables:
         raise UserError(out, "no .parquet file", "what prepare wrote", "prepare a dataset first, or correct the folder")
     made = [_made(file, report) for file, report in reports.items()]
-    named |= {one["dataset"] for one in made} | {place.parent.name for place in out.glob("*/preprocessed_*")}
+    named |= {one["dataset"] for one in made if one["dataset"] != SYNTHETIC or not named}
+    named |= {place.parent.name for place in out.glob("*/preprocessed_*")}
     sources = {name: ABOUT.get(name) for name in sorted(named)}
     titles = [about.title if about else name for name, about in sources.items()]
     splits = [*(split for split in SPLITS if any(found[split] for found in tables.values()))]
     splits += sorted({split for found in tables.values() for split in found} - set(splits))
+    asked = [name for name, table in files.items() if "text" in table.schema_arrow.names]
+    asked = [name for name in asked if not name.endswith("_pretrain.parquet")]
+    asked.sort(key=lambda name: not name.startswith(SYNTHETIC))
     text = filled(
         "dataset_card.md", header=_header(titles, sources, tables, files, licences), title=", ".join(titles),
-        sources=sources, named=", ".join(licences), made=made, splits=splits, tables=tables, split=ALL,
+        sources=sources, named=", ".join(licences), made=made, splits=splits, asked=asked, tables=tables, split=ALL,
         versions=sorted({report["made_by"] for report in reports.values() if "made_by" in report}),
     )  # fmt: skip
     return Card(text, sources, tables)
@@ -82,6 +90,8 @@ def push(out: Path, repo: str, licences: Sequence[str] = (), public: bool = Fals
     """
     import huggingface_hub
 
+    if not _REPO.fullmatch(repo):
+        raise UserError("OWNER/NAME", repo, "a dataset on the Hub, as jane/ecgs", "name its owner, too")
     card = make_card(out, licences)
     for name, about in card.sources.items():
         _check_licence(name, about, licences)
@@ -137,7 +147,8 @@ def _made(file: Path, report: Mapping[str, Any]) -> dict[str, Any]:
         "command": report.get("command", ""),
         "recordings": report.get("records", report.get("recordings", "")),
         "patients": report.get("patients", ""),
-        "amiss": [f"{kind} {len(found)}" for kind, found in lists.items() if found and kind not in _COUNTS],
+        "amiss": [f"{kind} {len(found)}" for kind, found in lists.items() if found and kind not in _COUNTS]
+        + [f"{kind} {report[kind]}" for kind in _LEFT_OUT if isinstance(report.get(kind), int) and report[kind]],
     }
 
 

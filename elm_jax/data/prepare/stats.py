@@ -144,6 +144,7 @@ class _Table:
     distinct: dict[str, _Distinct] = field(default_factory=lambda: {name: _Distinct() for name in _DISTINCT})
     turns: Counter[int] = field(default_factory=Counter)
     tokens: dict[tuple[str, str], Counter[int]] = field(default_factory=dict)
+    looked: set[str] = field(default_factory=set)
     rows: int = 0
     silent: int = 0  # rows without a conversation
 
@@ -166,9 +167,10 @@ class _Table:
         if record.label is not None:
             self.counts["labels"].add(str(record.label))
         self.distinct["rows"].add((record.ecg_paths, record.text))
-        for patient in record.patient.split("+"):
+        ecgs = [path for path in record.ecg_paths if path not in (NOISE, FLATLINE)]
+        for patient in record.patient.split("+") if ecgs or not record.ecg_paths else ():
             self.distinct["patients"].add(patient)
-        for path in record.ecg_paths:
+        for path in ecgs:
             self.distinct["recordings"].add(path)
             if not there(path):
                 self.distinct["missing"].add(path)
@@ -179,9 +181,10 @@ class _Table:
         return not _is_file(path) or bool(self.signals.stamp(path))
 
     def _look(self, path: str) -> None:
-        """What a recording is: its leads in the file, Hz, s."""
-        if not _is_file(path):
+        """What a recording is: its leads in the file, Hz, s; once, however many rows have it."""
+        if not _is_file(path) or path in self.looked:
             return
+        self.looked.add(path)
         try:
             recording = read_ecg(Path(self.signals.root, path))
         except UserError as error:
