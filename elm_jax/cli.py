@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import inspect
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -139,7 +140,10 @@ class Parser(argparse.ArgumentParser):
         """Raise `message`, which argparse words, as a UserError."""
         _, known, unknown = message.partition("unrecognized arguments: ")
         flag = unknown.strip().partition(" ")[0].partition("=")[0] if known else ""
-        fix = nearest(flag, self._option_string_actions) or f"run {self.prog} --help"
+        wrong, names = flag, self._option_string_actions
+        if chosen := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            wrong, names = chosen[1], re.findall(r"[\w-]+", chosen[2])
+        fix = nearest(wrong, names) or f"run {self.prog} --help"
         raise UserError("command line", message, "the arguments that --help lists", fix)
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 import xxhash
 
-from elm_jax.errors import UserError, refused
+from elm_jax.errors import UserError, one_line, printable, refused
 from elm_jax.json_text import parse_json
 
 TOKENIZER, ECG_BYTE = "tokenizer", "ecg_byte.json"  # a run's own; the second, if the run has it, lies in the first
@@ -27,6 +30,38 @@ _SEAL, _LIST, _VERSION = "checksum", "checksums.json", 1
 PICTURES = (".png", ".svg", ".pdf")
 MOST_JSON = 64 << 20  # bytes of a file that says how something is made: far above the index of the largest model
 _log = logging.getLogger(__name__)
+LOCK = ".lock"  # held while a process writes into the folder; what it says of whom counts only then
+_claimed: dict[Path, TextIO] = {}
+
+
+def claim_folder(folder: Path, alone: str = "start no second training in it") -> str:
+    """Lock the folder; who has locked it, if somebody has. The lock is the system's and ends with the process.
+
+    `alone`: what users are to do where the file system has no locks.
+    """
+    if folder.resolve() in _claimed:  # closing the file a second time would give the lock away
+        return ""
+    file = (folder / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        with file:
+            file.seek(0)
+            return one_line(file.read())[:80] or "another process"
+    except OSError as error:
+        warning = f"warning: {folder} cannot be locked ({error}): {alone}"
+        print(printable(warning), file=sys.stderr)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _claimed[folder.resolve()] = file
+    return ""
+
+
+def leave_folder(folder: Path) -> None:
+    """Let others write into the folder."""
+    if folder.resolve() in _claimed:
+        _claimed.pop(folder.resolve()).close()
 
 
 def writable_folder(out: Path, where: str) -> Path:

@@ -17,7 +17,8 @@ import json
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from elm_jax.data.prepare.stats import table_stats
 from elm_jax.data.prepare.synthetic import QUESTIONS, SIGNALS, Wanted, prepare_synthetic, read_wording
 from elm_jax.data.prepare.translation import CACHE, Translator
 from elm_jax.errors import UserError, nearest, printable, refused
-from elm_jax.folders import check_picture, write_json
+from elm_jax.folders import check_picture, claim_folder, leave_folder, write_json
 from elm_jax.pictures.page import filled
 from elm_jax.symbols.coder import cores
 from elm_jax.text.reports import CLEANINGS
@@ -48,10 +49,18 @@ from elm_jax.text.vocabulary import load_tokenizer
 
 MOST_WORKERS, MOST_FOLDS = 512, 100
 _PLACES = {"--raw": "R", "--out": "O", "--records": "O"}  # what a command is told with
+# Of what `check` may find, what to do.
+_AMISS = {
+    "patients_in_several_splits": "Patients are in several splits: make these tables again with --split patient.",
+    "copies_in_several_splits": "Copies are in several splits: of each pair that check_report.json lists take one out "
+    "of the folder of --raw, and run the same prepare again: its tables are then without it.",
+    "unreadable": "Not all could be looked at: recordings are unreadable, check_report.json says why.",
+}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse the arguments, prepare, print the counts; 1 where `check` finds a leak, else 0."""
+    """Parse the arguments, prepare, print the counts; 1 where `check` finds a leak or what it cannot read, or `stats`
+    none of a table's recordings, else 0."""
     args = _parser().parse_args(argv)
     for flag, most in (("sampling_rate", 100_000), ("assume_rate", 100_000), ("segment_len", 10_000_000)):
         value = getattr(args, flag, None)
@@ -67,10 +76,14 @@ def main(argv: Sequence[str]) -> int:
     report = args.prepare(args)
     if args.dataset == "stats":
         print(json.dumps(report, indent=2) if args.json else filled("dataset_stats.md", tables=report), end="")
-        return 0
+        return int(any(0 < table["recordings"] == table["missing"] for table in report.values()))
     for key, value in report.items():
+        if key == "rows" and "tables" in report and not any(value.values()):
+            value = "no conversations: nothing to ask or to report"
         print(printable(f"{key}: {_brief(value)}"))
-    return int(args.dataset == "check" and any(report[f"{what}_in_several_splits"] for what in ("patients", "copies")))
+    amiss = [said for key, said in _AMISS.items() if args.dataset == "check" and report[key]]
+    print("".join(f"{said}\n" for said in amiss), end="")
+    return int(bool(amiss))
 
 
 def _parser() -> cli.Parser:
@@ -250,10 +263,26 @@ def _recordings(args: Namespace) -> dict[str, Any]:
         given = {**dataset.given, "table": content(args.table, columns)}
         dataset = replace(dataset, recordings=listed(dataset.recordings, args.table, columns), given=given)
     reports, dataset = _reports(args, dataset, compat.enabled("published_report_cleaning", names))
-    return prepare_dataset(
-        args.dataset, dataset, args.raw, args.out, args.sampling_rate, args.segment_len, True, args.profile, names,
-        args.workers, args.split, args.folds, reports, args.made_by, args.format,
-    )  # fmt: skip
+    with _alone_in(args.out / args.dataset):
+        return prepare_dataset(
+            args.dataset, dataset, args.raw, args.out, args.sampling_rate, args.segment_len, True, args.profile, names,
+            args.workers, args.split, args.folds, reports, args.made_by, args.format,
+        )  # fmt: skip
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Within, no other process prepares into the folder."""
+    with refused("--out", "", "a folder that can be written", "name another", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        other = claim_folder(folder, "prepare into it once at a time")
+    if other:
+        fix = "wait for its end or stop it, or give another --out"
+        raise UserError(folder, f"a folder into which {other} prepares", "one prepare in a folder at a time", fix)
+    try:
+        yield
+    finally:
+        leave_folder(folder)
 
 
 def _reports(args: Namespace, dataset: RawDataset, published: bool) -> tuple[Reports, RawDataset]:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
-import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
 from elm_jax.config import Config, DataConfig, differences, to_dict
 from elm_jax.data.plan import ECG_ROWS
 from elm_jax.data.represent import SIGNALS
-from elm_jax.errors import UserError, one_line, printable
+from elm_jax.errors import UserError
 from elm_jax.folders import (
     CONFIG,
     ECG_BYTE,
     TOKENIZER,
+    claim_folder,
     read_json,
     read_run_config,
     write_checksums,
@@ -33,8 +31,6 @@ from elm_jax.runtime import distributed
 from elm_jax.runtime.telemetry import WANDB_ID
 from elm_jax.symbols.coder import EcgByte
 
-LOCK = ".lock"  # held while a process trains in the folder; what it says of whom counts only then
-_claimed: dict[Path, TextIO] = {}
 REFERENCE = "reference"  # folder of what an objective compares with: what is trained, as it was in the beginning
 
 
@@ -64,7 +60,7 @@ def open_folder(config: Config) -> Path:
     if jax.process_index() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            other = _claim(folder)
+            other = claim_folder(folder)
             if changed and not other:  # nothing has been trained yet: what is left of the other configuration goes
                 for kept in (TOKENIZER, INHERITED, REFERENCE):
                     shutil.rmtree(folder / kept, ignore_errors=True)
@@ -82,33 +78,6 @@ def open_folder(config: Config) -> Path:
     if problem:
         raise UserError("config.workdir", problem, "a folder that can be written", "name another")
     return folder
-
-
-def _claim(folder: Path) -> str:
-    """Lock the folder; who has locked it, if somebody has. The lock is the system's and ends with the process."""
-    if folder.resolve() in _claimed:  # closing the file a second time would give the lock away
-        return ""
-    file = (folder / LOCK).open("a+", encoding="utf-8")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        with file:
-            file.seek(0)
-            return one_line(file.read())[:80] or "another process"
-    except OSError as error:  # a file system without locks
-        warning = f"warning: {folder} cannot be locked ({error}): start no second training in it"
-        print(printable(warning), file=sys.stderr)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    _claimed[folder.resolve()] = file
-    return ""
-
-
-def leave_folder(folder: Path) -> None:
-    """Let others train in the folder."""
-    if folder.resolve() in _claimed:
-        _claimed.pop(folder.resolve()).close()
 
 
 def keep_tokenizer(folder: Path, tokenizer: Any, ecg_byte: EcgByte | None = None) -> None:

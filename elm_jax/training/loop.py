@@ -27,7 +27,7 @@ from elm_jax.data.loader import Loaded, StepSource
 from elm_jax.data.plan import Plan
 from elm_jax.data.readers import steps_from
 from elm_jax.errors import UserError, printable
-from elm_jax.folders import TOKENIZER
+from elm_jax.folders import TOKENIZER, leave_folder
 from elm_jax.models.functional import Arrays
 from elm_jax.run import folder as run
 from elm_jax.run.arrays import SavedArrays, save_arrays
@@ -69,7 +69,7 @@ def train(config: Config) -> bool:
             trainer.run()
             return True
     finally:
-        run.leave_folder(folder)
+        leave_folder(folder)
 
 
 class Trainer:

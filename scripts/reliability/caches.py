@@ -96,9 +96,9 @@ def a_run(folder: Path) -> tuple[Read, Read]:
     from elm_jax.cli import ConfigFlags
     from elm_jax.config import resolve
     from elm_jax.data.demo import demo_tokenizer
-    from elm_jax.folders import check_checksums
+    from elm_jax.folders import check_checksums, leave_folder
     from elm_jax.run.config import config_of_run
-    from elm_jax.run.folder import keep_tokenizer, leave_folder, open_folder
+    from elm_jax.run.folder import keep_tokenizer, open_folder
     from elm_jax.text.vocabulary import load_tokenizer
 
     open_folder(resolve({"workdir": str(folder)}))

@@ -81,6 +81,9 @@ def test_from_raw_files_to_tables_as_a_command(raw, tmp_path):
     [
         ([], "DATASET"),
         (["mimic"], "invalid choice: 'mimic'"),
+        (["ptbxl"], "did you mean 'ptb_xl'?"),
+        (["push", "RAW", "ecgs"], "OWNER/NAME: found ecgs"),
+        (["synthetic", "--out", "o", "--generated", "2", "--recordings", "1"], "--recordings 1 and --generated 2"),
         (["ptb_xl", "--out", "o"], "--raw"),
         (["ptb_xl", "--raw", "nowhere", "--out", "o"], "ptbxl_database.csv"),
         (["ptb_xl", "--raw", "RAW", "--out", "o", "--segment-len", "0"], "--segment-len: found 0"),
@@ -119,6 +122,42 @@ def test_tables_to_check_are_named_as_they_are_called_in_the_folder(raw, tmp_pat
         assert cli.guard(main, ["check", "--out", out, "--tables", name, "--workers", "1"]) == 0
         assert "rows: 2" in capsys.readouterr().out
     assert cli.guard(main, ["check", "--out", out, "--tables", "nowhere.parquet"]) == 2
+
+
+def test_one_prepare_at_a_time_in_a_folder_and_other_splits_are_told(raw, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["ptb_xl", "--raw", str(raw), "--out", str(out), "--segment-len", "500", "--workers", "1"]
+    (out / "ptb_xl").mkdir(parents=True)
+    waits = (
+        f"import fcntl, sys; f = open({str(out / 'ptb_xl/.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+        "f.write('process 7 on here'); f.flush(); print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", waits], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        assert cli.guard(main, command) == 2
+        assert "ptb_xl: found a folder into which process 7 on here prepares; expected one" in capsys.readouterr().err
+        other.kill()
+    assert cli.guard(main, command) == 0 and "warning" not in capsys.readouterr().err
+    (out / "mine.parquet").touch()
+    assert cli.guard(main, [*command, "--split", "patient"]) == 0
+    said = capsys.readouterr().err
+    assert "had --split official, and now have patient. Make these again" in said and "now: mine.parquet" in said
+
+
+def test_what_cannot_be_looked_at_ends_with_status_1(raw, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["ptb_xl", "--raw", str(raw), "--out", str(out), "--segment-len", "500", "--workers", "1"]
+    assert cli.guard(main, [*command, "--format", "shards"]) == 0
+    index = out / "ptb_xl/preprocessed_500/shards.index"
+    index.unlink()
+    assert cli.guard(main, ["check", "--out", str(out), "--workers", "1"]) == 1
+    assert "Not all could be looked at" in capsys.readouterr().out
+    assert "found shards without their shards.index" in (out / "check_report.json").read_text()
+    assert cli.guard(main, ["stats", str(out)]) == 1
+    assert cli.guard(main, ["synthetic", "--out", str(out), "--segment-len", "500"]) == 2
+    assert "shards without their shards.index" in capsys.readouterr().err
+    assert cli.guard(main, [*command, "--format", "shards"]) == 0 and index.is_file()
+    assert cli.guard(main, ["check", "--out", str(out), "--workers", "1"]) == 0
 
 
 def test_help_explains(capsys):

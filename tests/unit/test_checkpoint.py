@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from elm_jax.config import Config, MeshConfig, to_dict
 from elm_jax.errors import UserError
-from elm_jax.folders import read_json, write_json
+from elm_jax.folders import LOCK, leave_folder, read_json, write_json
 from elm_jax.models.functional import Arrays, Leaf, Structure
 from elm_jax.run import folder as run
 from elm_jax.run.arrays import SavedArrays, save_arrays
@@ -268,8 +268,8 @@ def test_only_a_committed_checkpoint_binds_the_configuration(tmp_path: Path) -> 
 def test_one_process_at_a_time_trains_in_a_folder_and_a_dead_one_leaves_it(tmp_path: Path) -> None:
     config = Config(workdir=str(tmp_path / "run"))
     assert run.open_folder(config) == run.open_folder(config)  # its own it may open again
-    run.leave_folder(Path(config.workdir))
-    program = f"import fcntl, sys; f = open({str(tmp_path / 'run' / run.LOCK)!r}, 'r+'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    leave_folder(Path(config.workdir))
+    program = f"import fcntl, sys; f = open({str(tmp_path / 'run' / LOCK)!r}, 'r+'); fcntl.lockf(f, fcntl.LOCK_EX)"
     waits = f"{program}; f.write('process 7 on here'); f.flush(); print(flush=True); sys.stdin.read()"
     before = read_json(tmp_path / "run" / "config.json")
     with subprocess.Popen([sys.executable, "-c", waits], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -279,7 +279,7 @@ def test_one_process_at_a_time_trains_in_a_folder_and_a_dead_one_leaves_it(tmp_p
         assert read_json(tmp_path / "run" / "config.json") == before
         other.kill()
     assert run.open_folder(config)
-    run.leave_folder(Path(config.workdir))
+    leave_folder(Path(config.workdir))
 
 
 def test_done_until_there_is_more_to_do(tmp_path: Path) -> None:

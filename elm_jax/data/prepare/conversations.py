@@ -108,6 +108,8 @@ class Recordings:
         self.people = _people(folder, [place.parent.name for place in places], out)
         known = ((path.partition("/")[0], patient, split) for path, (patient, split) in self.people.items())
         self.splits = {(name, one): split for name, who, split in known if split in SPLITS for one in patient_ids(who)}
+        own = tuple(f"{place.relative_to(folder).as_posix()}/" for place in places)
+        self.lost = {path for path in self.people if path.startswith(own)} - self.paths  # which only tables have
         self.persons = one_person(patient_ids(patient) for patient, _ in self.people.values())
 
     def find(self, ecg: str, name: str) -> list[list[str]]:

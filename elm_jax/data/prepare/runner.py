@@ -8,6 +8,7 @@ reports) and <name>_questions.parquet, of the last three those that there is som
 
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from elm_jax.data.prepare.work import in_order
 from elm_jax.data.sources import patient_ids
 from elm_jax.ecg.checks import check_signal
 from elm_jax.ecg.recording import Recording, segments
-from elm_jax.errors import UserError
+from elm_jax.errors import UserError, printable
 from elm_jax.folders import json_if_whole, write_atomic, write_json
 from elm_jax.json_text import parse_json
 from elm_jax.stopping import each
@@ -38,6 +39,7 @@ REPORT_QUESTION = "Write the report of this ECG."
 _KINDS = ("flat", "clipped", "scale", "limb_sums", "reversal")  # what `check_signal` may find in what is prepared
 # In the folder of the segments: what is amiss with those that were made, a line for each; how all are made.
 _SIGNALS, _SETTINGS = "signals.jsonl", "settings.json"
+_OF_PROFILES = ("resampling", "filters")  # of the settings, in the order of MADE
 # Of settings that there are not always: before there were such, or where nobody gives them.
 _BEFORE = {
     "filters": "none",
@@ -114,6 +116,7 @@ def prepare_dataset(
         else:
             found.append(one)
     _check_stems(raw, found)
+    divided = f"{split}, {folds} folds" if folds else split
     found, about_reports = reports(found)
     for left in folder.glob(".*.*.????????"):  # a write that was cut off
         left.unlink()
@@ -143,7 +146,8 @@ def prepare_dataset(
         kind, listed = max(problems.items(), key=lambda item: len(item[1]))
         first = ": ".join(next(iter(listed.items()), ()))
         told = f"no usable record ({len(listed)} {kind}; {first})" if listed else "no recording"
-        raise UserError(str(raw), told, dataset.holds, f"point --raw at {dataset.title}'s folder")
+        raise UserError(str(raw), told, dataset.holds, f"point --raw at the folder of {dataset.title}")
+    _warn_of_splits(out, name, divided)
     kept_as = store.finish()
     owners = [Owner(item.patients, item.raw.split, item.raw.fold) for item in prepared]
     splits = splits_of(owners, split, folds)
@@ -151,7 +155,7 @@ def prepare_dataset(
         **settings,
         **(made_by or {}),
         "profile": profile,
-        "split": f"{split}, {folds} folds" if folds else split,
+        "split": divided,
         "records": len(prepared),
         "already_there": kept,
         "segments": sum(item.count for item in prepared),
@@ -301,6 +305,17 @@ def _write_tables(
     }
 
 
+def _warn_of_splits(out: Path, name: str, split: str) -> None:
+    """Say where tables take the place of ones with other splits, by which others may have been made."""
+    before = json_if_whole(out / f"{name}_report.json").get("split", split)
+    if before != split:
+        own = {f"{name}_{kind}.parquet" for kind in TABLES}
+        others = ", ".join(sorted(path.name for path in out.glob("*.parquet") if path.name not in own))
+        told = f"warning: the tables of {name} in {out} had --split {before}, and now have {split}."
+        told += f" Make these again, whose splits may be others now: {others}" if others else ""
+        print(printable(told), file=sys.stderr)
+
+
 def _conversation(report: str) -> str:
     return compact([{"from": "human", "value": REPORT_QUESTION}, {"from": "gpt", "value": report}])
 
@@ -339,4 +354,13 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     for key in {**settings, **_BEFORE}:
         made, value = ({**_BEFORE, **told}.get(key, "of an earlier version") for told in (before, settings))
         if made != value:
-            raise UserError(str(path), f"segments made with {key} {made}", f"{key} {value}", "give another --out")
+            fix = "give another --out"
+            if key in _OF_PROFILES:
+                fix += f", or --profile {_profile(before)}, as they were made"
+            raise UserError(str(path), f"segments made with {key} {made}", f"{key} {value}", fix)
+
+
+def _profile(settings: Mapping[str, Any]) -> str:
+    """The profile by which segments of these settings were made."""
+    made = tuple(settings.get(key, _BEFORE.get(key)) for key in _OF_PROFILES)
+    return next((name for name, how in MADE.items() if how == made), "of an earlier version")

@@ -188,7 +188,8 @@ def _check(wanted: Wanted, generated: int, length: int) -> None:
         if number is not None and not lowest <= number <= MOST:
             raise UserError(flag, str(number), f"{lowest} to {MOST}", "correct it, or leave it out")
     if generated and wanted.recordings:
-        raise UserError("--recordings", f"and --generated {generated}", "one of them", "leave one out")
+        found = f"--recordings {wanted.recordings} and --generated {generated}"
+        raise UserError("command line", found, "one of them", "leave one out")
     if wanted.without_ecg and not (generated or wanted.recordings):
         raise UserError("--recordings", "none", "how many of each kind of signal", "give it")
     if generated and length < SHORTEST * GENERATED_RATE:
@@ -208,9 +209,12 @@ def _windows(records: Path, generated: int, out: Path, wanted: Wanted, length: i
             windows.append(Window(path, (nobody(path),), split, number))
         return windows, count
     recordings = Recordings(records, length, out)
-    paths = sorted(recordings.paths)
+    paths = sorted(recordings.paths | recordings.lost)  # the latter are listed as what cannot be read
     if not wanted.published:
         paths = [paths[place] for place in np.random.default_rng(wanted.seed).permutation(len(paths))]
+    if (wanted.recordings or 0) > len(paths):  # known before all are read
+        expected = f"{wanted.recordings} recordings"
+        raise UserError(records, f"{len(paths)}", expected, "prepare more, or lower --recordings")
     windows = []
     for path in paths:
         who = recordings.patients(path) or (nobody(path),)
