@@ -213,7 +213,7 @@ def test_recordings_in_shards_are_found_as_files_are(both: tuple[Path, Path]) ->
     spec = signal_spec(DataConfig(root=str(both[1])), 0)
     spec.look_for(f"{FOLDER}/r1_1.npy")
     assert spec.stamp(f"{FOLDER}/r1_1.npy")
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="no such file, nor its name"):
         spec.look_for(f"{FOLDER}/r9_0.npy")
 
 
