@@ -59,7 +59,7 @@ def test_statistics_tell_what_a_table_holds(out: Path) -> None:
     assert (found["rows"], found["repeated"], found["without_conversation"]) == (6, 1, 1)
     assert (found["patients"], found["recordings"], found["missing"]) == (2, 4, 1)
     assert found["splits"] == {"train": 4, "test": 2} and found["types"] == {"rhythm": 4, "axis": 2}
-    assert found["leads"] == {"12": 3} and found["hertz"] == {"250": 3} and found["seconds"] == {"2": 3}  # of recordings
+    assert found["leads"] == {"12": 3} and found["hertz"] == {"250": 3} and found["seconds"] == {"2": 3}
     assert found["answers"] == {"sinus rhythm": 5} and found["turns"]["max"] == 2
     assert tokenizer.backend_tokenizer.truncation and tokenizer.backend_tokenizer.padding
     tokens = len(chat_tokenizer().backend_tokenizer.encode("sinus rhythm", add_special_tokens=False).ids)
