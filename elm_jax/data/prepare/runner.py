@@ -355,12 +355,12 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         made, value = ({**_BEFORE, **told}.get(key, "of an earlier version") for told in (before, settings))
         if made != value:
             fix = "give another --out"
-            if key in _OF_PROFILES:
-                fix += f", or --profile {_profile(before)}, as they were made"
+            if key in _OF_PROFILES and (profile := _profile(before)):
+                fix += f", or --profile {profile}, as they were made"
             raise UserError(str(path), f"segments made with {key} {made}", f"{key} {value}", fix)
 
 
 def _profile(settings: Mapping[str, Any]) -> str:
-    """The profile by which segments of these settings were made."""
+    """The profile by which segments of these settings were made, "" where they do not say."""
     made = tuple(settings.get(key, _BEFORE.get(key)) for key in _OF_PROFILES)
-    return next((name for name, how in MADE.items() if how == made), "of an earlier version")
+    return next((name for name, how in MADE.items() if how == made), "")
