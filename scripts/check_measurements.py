@@ -23,6 +23,7 @@ import numpy as np
 from wfdb.processing import XQRS
 
 from elm_jax.ecg.beats.measurements import Measurements, measure
+from elm_jax.ecg.beats.words import describe
 from elm_jax.ecg.recording import Recording, read_ecg
 from elm_jax.errors import UserError
 
@@ -60,7 +61,8 @@ def main() -> int:
     hand = {use: against_hand(found, use) for use in ("check", "tuned")}
     figures = {
         "recordings": len(found), "rates": dict(rates), "rates_not": off, "hand": hand,
-        "labels": labels(found, root / "ptbxl"), "coarse": coarse(found, root / "ptbxl", options.real),
+        "labels": labels(found, root / "ptbxl"),
+        "fibrillation": fibrillation(found, options.real), "coarse": coarse(found, root / "ptbxl", options.real),
         "median_ms": round(1000 * float(np.median(seconds)), 1), "most_ms": round(1000 * max(seconds), 1),
     }  # fmt: skip
     print(json.dumps(figures))
@@ -125,9 +127,30 @@ def labels(found: dict[str, Measurements], ptbxl: Path) -> dict[str, Any]:
         "NORM: beats of another look": share("NORM", lambda m: m.rhythm.ectopic, ("PVC",)),
         "1AVB: PR > 200": share("1AVB", above("pr", 200)), "NORM: PR > 200": share("NORM", above("pr", 200), ("1AVB",)),
         "CLBBB: QRS > 120": share("CLBBB", above("qrs", 120)), "CRBBB: QRS > 120": share("CRBBB", above("qrs", 120)),
+        "NORM: ST elevation said": share("NORM", lambda m: "ST elevation" in describe(m)),
+        "NORM: ST depression said": share("NORM", lambda m: "ST depression" in describe(m)),
         "NORM: QRS > 120": share("NORM", above("qrs", 120)),
         "LAFB: axis < -30": share("LAFB", lambda m: (m.values["axis"].value or 0) < -30),
     }  # fmt: skip
+
+
+def fibrillation(found: dict[str, Measurements], real: Path) -> dict[str, Any]:
+    """Of all sets: which that no label calls fibrillation are called so, and how many of those that one does."""
+    with (real / "ecg/ptbxl/ptbxl_database.csv").open() as file:
+        told = {Path(row["filename_hr"]).name: row["scp_codes"] for row in csv.DictReader(file)}
+    with (real / "ecg/cpsc2018/REFERENCE.csv").open() as file:
+        told |= {row["Recording"]: f"CPSC {row['First_label']} {row['Second_label']}" for row in csv.DictReader(file)}
+    counts: dict[str, Counter[str]] = {"ptbxl": Counter(), "others": Counter()}
+    false = []
+    for name, m in found.items():
+        head = (real / name).with_suffix(".hea")
+        label = told.get(Path(name).stem) or (head.read_text() if head.is_file() else "")
+        has = any(sign in label for sign in ("'AFIB'", "164889003", "ibrillation", "CPSC 2"))
+        called = m.rhythm.regularity == "fibrillation"
+        part = counts["ptbxl" if "ptbxl" in name else "others"]
+        part["found" if has and called else "missed" if has else "false" if called else "rightly not"] += 1
+        false += [name] if called and not has else []
+    return {**{name: dict(part) for name, part in counts.items()}, "false": false}
 
 
 def coarse(found: dict[str, Measurements], ptbxl: Path, real: Path) -> dict[str, float]:

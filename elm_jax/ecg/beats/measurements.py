@@ -16,7 +16,7 @@ from elm_jax.ecg.beats.amplitudes import Lead, axis_of, larger_r, lead_of, milli
 from elm_jax.ecg.beats.average import BEFORE, Average, average, median
 from elm_jax.ecg.beats.delineate import Waves
 from elm_jax.ecg.beats.detect import CONTRAST, RATE, Beats, find_beats
-from elm_jax.ecg.beats.rhythm import Rhythm, rhythm_of
+from elm_jax.ecg.beats.rhythm import Rhythm, rhythm_of, sudden
 from elm_jax.ecg.names import LEADS
 from elm_jax.ecg.resampling import resample
 from elm_jax.errors import UserError
@@ -31,8 +31,14 @@ _NOISY = 0.06, 8.0  # mV, and times the noise of the other leads: a lead that is
 _SPARSE = 5  # of so many samples one tells whether a lead is flat
 _MOST = 1e4  # mV: what is more is no voltage of a heart
 _P_HEIGHT, _P_ALIKE = 0.012, 0.6  # mV in its combination of leads, and likeness from beat to beat
+_P_LIKELY = 0.032, 0.5  # mV that are alike, and likeness: waves that are no fibrillation's, though they are not bounded
+_P_NEAR, _P_LONGEST = 10, 160  # ms before the complex, and long: where a P wave's end was not told from the complex
+_T_LATE = 0.8  # of the interval: a T wave that ends later has the next P wave or complex in it
 _SHORT_QT = 0.32  # s at an interval of 1 s: what is shorter does not end a T wave
 _EARLY_T = 0.28  # likewise behind the complex, where a T wave has surely not ended before
+MERGED, LATE = "P and T waves cannot be told apart", "the T wave ends in the next P wave or QRS complex"
+NO_P = "no P wave of one look"
+_LEAST = 3  # beats that do not come early, of which the averaged beat is then
 _LARGE_T = 0.3  # of the largest: the T waves of leads whose ends count
 
 
@@ -131,7 +137,13 @@ def _measure(signal: np.ndarray, names: tuple[str, ...], faults: dict[str, str],
     qrs = delineate.find_qrs(delineate.speed_of(mean.beat[~noisy], mean.noise[~noisy]), BEFORE)
     mean = average(signal, usual, qrs[0] - BEFORE)  # now on the level right before the complex
     interval = int(np.median(np.diff(beats.at))) if len(beats.at) > 1 else RATE
-    waves, alike, reasons = _waves(mean, interval)
+    waves, alike, likely, reasons = _waves(mean, interval, interval)
+    timely = (beats.kind == 0) & ~sudden(beats.at)
+    if reasons["p"] == NO_P and timely[1:].sum() >= _LEAST:  # the P waves of early beats lie in T waves
+        rest = average(signal, beats.at[timely], qrs[0] - BEFORE)
+        again = _waves(rest, interval, int(np.median(np.diff(beats.at)[timely[1:]])))
+        if again[2]:
+            mean, (waves, alike, likely, reasons) = rest, again
     leads = {name: Lead(reason=why) for name, why in faults.items()}
     for row, name in enumerate(names):
         leads[name] = lead_of(mean.beat[row], float(mean.noise[row]), waves, BEFORE, interval)
@@ -141,37 +153,43 @@ def _measure(signal: np.ndarray, names: tuple[str, ...], faults: dict[str, str],
     values = _rate(beats) | _intervals(mean, waves, alike, reasons, interval) | _directions(mean, names, waves)
     values |= _voltages(leads, values["qrs"].quality)
     middles = tuple(round(float(at) / RATE, 3) for at in beats.at)
-    rhythm = rhythm_of(beats, waves.p is not None)
+    rhythm = rhythm_of(beats, waves.p is not None, likely)
     kinds = tuple(int(kind) for kind in beats.kind)
     values = {name: values[name] for name in UNITS}
     return Measurements(seconds, values, rhythm, leads, middles, kinds, shown, mean.beat, begin)
 
 
-def _waves(mean: Average, interval: int) -> tuple[Waves, float, dict[str, str]]:
-    """The waves over all leads, how like the P waves of all beats are, and why P or T are not there."""
+def _waves(mean: Average, interval: int, before: int) -> tuple[Waves, float, bool, dict[str, str]]:
+    """The waves over all leads, how like the P waves of all beats are, whether there likely are such, and why P or T
+    are not there. `before`: the interval before the beats that were averaged."""
     beat, noise = mean.beat, mean.noise
     qrs = delineate.find_qrs(delineate.speed_of(beat, noise), BEFORE)
-    p, alike = _p_wave(mean, qrs, qrs[1] + round(_EARLY_T * (interval * RATE) ** 0.5) - interval)
+    p, alike, likely = _p_wave(mean, qrs, qrs[1] + round(_EARLY_T * (interval * RATE) ** 0.5) - before)
     t = _t_wave(mean, qrs, interval, qrs[0] - p[0] if p else 0)
     if t is not None:
-        p, alike = _p_wave(mean, qrs, t[1] - interval)
+        p, alike, likely = _p_wave(mean, qrs, t[1] - before)
     if t is not None and t[1] - qrs[0] < _SHORT_QT * (interval * RATE) ** 0.5:
-        return Waves(qrs), 0.0, dict.fromkeys("pt", "P and T waves cannot be told apart")
-    reasons = {"p": "" if p else "no P wave of one look", "t": "" if t else "no T wave"}
-    return Waves(qrs, p, t), alike, reasons
+        return Waves(qrs), 0.0, False, dict.fromkeys("pt", MERGED)
+    if t is not None and t[1] - qrs[0] > _T_LATE * interval:
+        return Waves(qrs, p), alike, likely, {"p": "" if p else NO_P, "t": LATE}
+    reasons = {"p": "" if p else NO_P, "t": "" if t else "no T wave"}
+    return Waves(qrs, p, t), alike, likely, reasons
 
 
-def _p_wave(mean: Average, qrs: delineate.Span, previous_t: int) -> tuple[delineate.Span | None, float]:
+def _p_wave(mean: Average, qrs: delineate.Span, previous_t: int) -> tuple[delineate.Span | None, float, bool]:
+    """The P wave, where there is one; how alike such waves are; and whether they are large and alike enough to be no
+    fibrillation's."""
     found = delineate.find_p(mean.beat, mean.noise, qrs, previous_t)
     if found is None or found[1] < max(_P_HEIGHT, 2 * float(np.median(mean.noise))):
-        return None, 0.0
-    (begin, end), _ = found
+        return None, 0.0, False
+    (begin, end), height = found
     parts = mean.beats[:, :, max(0, begin - 10) : end + 5]
     parts = (parts - parts.mean(-1, keepdims=True)) * delineate.trust(mean.noise)[:, None]
     usual = median(parts)
     size = np.sqrt(np.square(parts).sum((1, 2)) * np.square(usual).sum()) + 1e-12
     alike = float(np.median((parts * usual).sum((1, 2)) / size))
-    return ((begin, end) if alike >= _P_ALIKE else None), alike
+    likely = alike >= _P_LIKELY[1] and alike * height >= _P_LIKELY[0]
+    return ((begin, end) if alike >= _P_ALIKE else None), alike, likely
 
 
 def _t_wave(mean: Average, qrs: delineate.Span, interval: int, p_room: int) -> delineate.Span | None:
@@ -217,8 +235,10 @@ def _intervals(mean: Average, waves: Waves, alike: float, reasons: dict[str, str
     found = dict.fromkeys(UNITS, Value(None, 0.0, reasons["p"])) | {"qrs": Value(milliseconds(end - begin), of_qrs)}
     if p:
         of_p = min(of_qrs, _quality(clear(p), alike, count))
-        found["p"] = Value(milliseconds(p[1] - p[0]), of_p)
-        found["pr"] = Value(milliseconds(begin - p[0]), of_p)
+        length = milliseconds(p[1] - p[0])
+        unclear = milliseconds(begin - p[1]) < _P_NEAR or length > _P_LONGEST
+        found["p"] = Value(None, 0.0, "its end is not told from the QRS complex") if unclear else Value(length, of_p)
+        found["pr"] = Value(milliseconds(begin - p[0]), round(of_p / 2, 3) if unclear else of_p)
     of_t = min(of_qrs, _quality(clear(t), 1.0, count)) if t else 0.0
     qt, seconds = (milliseconds(t[1] - begin) if t else None), interval / RATE
     for name, power in (("qt", 0.0), ("qtc_bazett", 1 / 2), ("qtc_fridericia", 1 / 3)):

@@ -30,17 +30,23 @@ class Rhythm:
     longest: float = 0.0
 
 
-def rhythm_of(beats: Beats, p_waves: bool) -> Rhythm:
-    """Of beats at RATE; `p_waves`: whether P waves of one look precede them."""
+def sudden(at: np.ndarray) -> np.ndarray:
+    """Which beats (N,) come early after the interval before, more suddenly than breathing shortens intervals."""
+    intervals = np.diff(at)
+    return np.concatenate([[False] * min(2, len(at)), intervals[1:] < _EARLY * intervals[:-1]])
+
+
+def rhythm_of(beats: Beats, p_waves: bool, p_likely: bool = False) -> Rhythm:
+    """Of beats at RATE; `p_waves`: whether P waves of one look precede them, or those that do not come early;
+    `p_likely`: whether waves do that are too large, and too alike, for fibrillation."""
     other = beats.kind != 0
     if len(beats.at) < 2:
         return Rhythm(ectopic=int(other.sum()))
     intervals = np.diff(beats.at) / RATE
     usual = local_median(intervals)
     jumps = _jumps(intervals[~(other[1:] | other[:-1])])
-    fibrillation = not p_waves and jumps > _JUMPS
-    sudden = np.append(False, intervals[1:] < _EARLY * intervals[:-1])  # and not as breathing shortens them
-    soon = np.append(False, (intervals < _EARLY * usual) & (sudden | other[1:]))
+    fibrillation = not p_waves and not p_likely and jumps > _JUMPS
+    soon = np.append(False, intervals < _EARLY * usual) & (sudden(beats.at) | other)
     early = soon & ~other if not fibrillation else np.zeros_like(other)
     odd = early | other
     kept = intervals[~(odd[1:] | odd[:-1])]
