@@ -10,7 +10,7 @@ row, K key/value heads, d head size, L layers, V vocabulary, D width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import jax
@@ -19,6 +19,7 @@ from flax import nnx
 
 from elm_jax.inference.sampling import Sampling, draw
 from elm_jax.models.decoder import Decoder, Layer, Window
+from elm_jax.models.decoder_layer import Rotary
 from elm_jax.models.hints import Placement, hint, placed
 
 NONE = -1  # where there is no token
@@ -55,10 +56,21 @@ def program(
 
 
 class Cache(NamedTuple):
-    """Keys and values, (L, B, S, K, d)."""
+    """Keys (L, B, K, S, d) and values (L, B, K, d, S); of one layer without L.
+
+    That is how the products of attention want them: otherwise all of a layer's would be copied for every token drawn.
+    """
 
     keys: jax.Array
     values: jax.Array
+
+    @property
+    def places(self) -> int:
+        """S"""
+        return self.keys.shape[-2]
+
+
+_TOKENS = -2, -1  # the axis of S, of keys and of values
 
 
 class Rows(NamedTuple):
@@ -97,15 +109,15 @@ def make_cache(llm: Decoder, rows: int, places: int, dtype: jax.typing.DTypeLike
     (What is never written must be finite: its weight is zero, and zero times NaN is not.)
     """
     c = llm.config
-    shape = (c.layers, rows, places, c.kv_heads, c.head_dim)
-    return _spread(Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), axis)
+    shape = (c.layers, rows, c.kv_heads)
+    keys, values = jnp.zeros((*shape, places, c.head_dim), dtype), jnp.zeros((*shape, c.head_dim, places), dtype)
+    return _spread(Cache(keys, values), axis)
 
 
 @program(static=("places", "axis"))
 def enlarge_cache(llm: Decoder, cache: Cache, places: int, axis: str | None) -> Cache:
     """The cache with S = `places`, which is more than it had."""
-    room = ((0, 0), (0, 0), (0, places - cache.keys.shape[2]), (0, 0), (0, 0))
-    return _spread(Cache(*(jnp.pad(x, room) for x in cache)), axis)
+    return _spread(Cache(*(_enlarged(x, places, along) for x, along in zip(cache, _TOKENS, strict=True))), axis)
 
 
 def empty_rows(cache: Cache, vocabulary: int | None) -> Rows:
@@ -118,23 +130,23 @@ def empty_rows(cache: Cache, vocabulary: int | None) -> Rows:
 
 def _spread(cache: Cache, axis: str | None) -> Cache:
     """The cache laid over the mesh: rows by the logical `axis` (None: whole everywhere), heads as the model's."""
-    return Cache(*(hint(x, None, axis, None, "kv_heads", None) for x in cache))
+    return Cache(*(hint(x, None, axis, "kv_heads", None, None) for x in cache))
 
 
 def _prefixes(pool: Cache | None, source: Array) -> Cache | None:
-    """Rows `source` (R,) of the pool, (L, R, P, K, d), for prompts that begin with them."""
+    """Rows `source` (R,) of the pool, S = P, for prompts that begin with them."""
     return None if pool is None else _spread(Cache(*(x[:, source] for x in pool)), "batch")
 
 
 def prefill(
     llm: Decoder, prompts: Prompts, prefix: Cache | None, wanted: jax.Array | None = None
 ) -> tuple[jax.Array, Cache]:
-    """States (R, T, D) before the final norm, and the keys and values (L, R, T, K, d), of prompts behind prefixes.
+    """States (R, T, D) before the final norm, and the keys and values (S = T), of prompts behind prefixes.
 
-    `prefix` (L, R, P, K, d); None: no prompt has one. `wanted` (R,): only the state at this place, (R, 1, D).
+    `prefix` (S = P); None: no prompt has one. `wanted` (R,): only the state at this place, (R, 1, D).
     Attention is always the reference path: scores must not rest on a kernel that nobody has tried on these shapes.
     """
-    count, room = prompts.x.shape[1], 0 if prefix is None else prefix.keys.shape[2]
+    count, room = prompts.x.shape[1], 0 if prefix is None else prefix.places
     index, before = jnp.arange(count), prompts.before[:, None]
     # Padding stands at the place of the last token: learned positions may end there.
     positions = before + jnp.minimum(index, jnp.maximum(prompts.lengths - 1, 0)[:, None])
@@ -146,8 +158,8 @@ def prefill(
     x, rotary = llm.placed(hint(prompts.x, "batch", None, None), positions), llm.rotary(positions)
 
     def body(layer: Layer, window: Window, x: jax.Array, past: Cache | None) -> tuple[jax.Array, Cache]:
-        q, *own = layer.project(x, rotary)
-        return layer.combine(x, llm.attend(q, *_behind(past, *own), masks[window], "xla")), Cache(*own)
+        q, own = _projected(layer, x, rotary)
+        return layer.combine(x, llm.attend(q, *_by_token(_behind(past, own)), masks[window], "xla")), own
 
     if wanted is None:
         return llm.scan_layers(body, x, prefix)
@@ -157,19 +169,28 @@ def prefill(
 
     def last(layer: Layer, window: Window, x: jax.Array, past: Cache | None) -> tuple[jax.Array, Cache]:
         """All of the last layer that is wanted: its keys and values, and one token's attention and MLP."""
-        q, *own = layer.project(x, rotary)
-        attended = llm.attend(at(q, 1), *_behind(past, *own), at(masks[window], 2), "xla")
-        return layer.combine(at(x, 1), attended), Cache(*own)
+        q, own = _projected(layer, x, rotary)
+        attended = llm.attend(at(q, 1), *_by_token(_behind(past, own)), at(masks[window], 2), "xla")
+        return layer.combine(at(x, 1), attended), own
 
     x, own = llm.scan_layers(body, x, prefix, last)
     return (at(x, 1) if x.shape[1] > 1 else x), own
 
 
-def _behind(past: Cache | None, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _projected(layer: Layer, x: jax.Array, rotary: Rotary | None) -> tuple[jax.Array, Cache]:
+    """x (R, T, D) -> queries (R, T, H, d), and keys and values as a cache has them."""
+    q, k, v = layer.project(x, rotary)
+    return q, Cache(jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 3))
+
+
+def _by_token(cache: Cache) -> tuple[jax.Array, jax.Array]:
+    """A layer's keys and values (B, S, K, d), as `attend` takes them."""
+    return jnp.moveaxis(cache.keys, 2, 1), jnp.moveaxis(cache.values, 3, 1)
+
+
+def _behind(past: Cache | None, own: Cache) -> Cache:
     """The keys and values of all that a prompt sees."""
-    if past is None:
-        return keys, values
-    return jnp.concatenate([past.keys, keys], 1), jnp.concatenate([past.values, values], 1)
+    return own if past is None else Cache(*map(jnp.concatenate, zip(past, own, strict=True), _TOKENS))
 
 
 @program(static=("behind",), donate=("pool",))
@@ -289,7 +310,7 @@ def score(
 def _next_logits(llm: Decoder, rows: Rows, dtype: jax.typing.DTypeLike | None) -> tuple[jax.Array, Cache]:
     """Logits (B, V) behind the last token of each row, and the cache with that token in it."""
     positions, count = rows.length[:, None], jnp.arange(len(rows.length))
-    places = jnp.broadcast_to(jnp.arange(rows.cache.keys.shape[2]), (len(count), rows.cache.keys.shape[2]))
+    places = jnp.broadcast_to(jnp.arange(rows.cache.places), (len(count), rows.cache.places))
     masks = llm.masks((places <= positions)[:, None, None], positions, places)
     x = llm.placed(llm.embed(jnp.maximum(rows.last, 0)[:, None], dtype), positions)
     rotary = llm.rotary(positions)
@@ -301,9 +322,9 @@ def _next_logits(llm: Decoder, rows: Rows, dtype: jax.typing.DTypeLike | None) -
         # they would be copied whole for every token.
         x, cache = carry
         q, k, v = layer.project(x, rotary)
-        keys = cache.keys.at[index, count, rows.length].set(k[:, 0])
-        values = cache.values.at[index, count, rows.length].set(v[:, 0])
-        attended = llm.attend(q, keys[index], values[index], masks[window], "xla")
+        keys = cache.keys.at[index, count, :, rows.length].set(k[:, 0])
+        values = cache.values.at[index, count, :, :, rows.length].set(v[:, 0])
+        attended = llm.attend(q, *_by_token(Cache(keys[index], values[index])), masks[window], "xla")
         return (layer.combine(x, attended), Cache(keys, values)), None
 
     (x, cache), _ = llm.scan_layers(body, (x, rows.cache), jnp.arange(llm.config.layers))
@@ -312,25 +333,27 @@ def _next_logits(llm: Decoder, rows: Rows, dtype: jax.typing.DTypeLike | None) -
 
 def _stored(cache: Cache, own: Cache, prefix: Cache | None, before: jax.Array, slot: jax.Array) -> Cache:
     """The cache with prefixes, cut to `before` (R,) tokens, and what comes after them in its rows `slot` (R,)."""
-    places = cache.keys.shape[2]
 
-    def laid(prefix: jax.Array | None, own: jax.Array) -> jax.Array:
-        if prefix is None:
-            rows = jnp.zeros((*own.shape[:2], places, *own.shape[3:]), own.dtype)
-        else:
-            kept = prefix[:, :, :places]
-            rows = jnp.pad(kept, ((0, 0), (0, 0), (0, places - kept.shape[2]), (0, 0), (0, 0)))
-        return _written(rows, own, before)
+    def laid(prefix: jax.Array | None, own: jax.Array, axis: int) -> jax.Array:
+        known, room = (own, 0) if prefix is None else (prefix, min(prefix.shape[axis], cache.places))
+        kept = jax.lax.slice_in_dim(known, 0, room, axis=axis)
+        return _written(_enlarged(kept, cache.places, axis), own, before, axis)
 
-    pairs = zip(cache, (None, None) if prefix is None else prefix, own, strict=True)
-    return Cache(*(whole.at[:, slot].set(laid(p, o), mode="drop") for whole, p, o in pairs))
+    each = zip(cache, (None, None) if prefix is None else prefix, own, _TOKENS, strict=True)
+    return Cache(*(whole.at[:, slot].set(laid(p, o, axis), mode="drop") for whole, p, o, axis in each))
 
 
-def _write(row: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice(row, new, (0, at, 0, 0))
+def _enlarged(x: jax.Array, places: int, axis: int) -> jax.Array:
+    """With zeros behind it along `axis`."""
+    room = [(0, 0)] * x.ndim
+    room[axis] = 0, places - x.shape[axis]
+    return jnp.pad(x, room)
 
 
-_written = jax.vmap(_write, in_axes=(1, 1, 0), out_axes=1)
+def _written(rows: jax.Array, new: jax.Array, at: jax.Array, axis: int) -> jax.Array:
+    """Rows (L, R, ...) with what is `new` in each from its place `at` (R,) of `axis` on."""
+    write = partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
+    return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)(rows, new, at)
 
 
 def _marked(seen: jax.Array, token: jax.Array) -> jax.Array:

@@ -227,7 +227,7 @@ class _Run:
             self.dtype = prompts.x.dtype
             cache = decoding.make_cache(model, count, places, self.dtype, "batch")
             return empty_rows(cache, self.engine.vocabulary if self.penalised else None)
-        if places > self.rows.cache.keys.shape[2]:
+        if places > self.rows.cache.places:
             return self.rows._replace(cache=decoding.enlarge_cache(model, self.rows.cache, places, "batch"))
         return self.rows
 

@@ -66,7 +66,7 @@ class Prefills:
     @property
     def places(self) -> int:
         """Tokens that a beginning in the pool may have."""
-        return 0 if self._pool is None else self._pool.keys.shape[2]
+        return 0 if self._pool is None else self._pool.places
 
     def make(self, chosen: Sequence[Request], wanted: Counter[bytes], sizes: Sequence[int]) -> Prefill:
         """These prompts. `wanted`: how many prompts have a beginning; what two have is shared."""
