@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
-
-import numpy as np
 
 from elm_jax.ecg.beats.words import written
 from elm_jax.errors import UserError
@@ -22,7 +20,8 @@ class View:
     encoder: whether an encoder reads that; connector: the kind of what stands between it and the LLM
     (`models.connectors`), None where it has no embeddings.
     writes: "slots", places among the tokens for its embeddings; "tokens", tokens of its own; "text", what `text` says
-    of the leads (C, L) in mV, at a rate in Hz, by their names; it stands behind the ECG in the words of the user.
+    of the leads (C, L) in mV, at a rate in Hz, by their names (a function of two arguments is not told them); it stands
+    behind the ECG in the words of the user.
     tokens: the places of an ECG; None: `encoder.tokens` says it.
     """
 
@@ -32,7 +31,7 @@ class View:
     connector: str | None = None
     writes: Literal["slots", "tokens", "text"] = "slots"
     tokens: int | None = None
-    text: Callable[[np.ndarray, float, Sequence[str]], str] | None = None
+    text: Callable[..., str] | None = None
 
 
 ALIASES = {"llava": "linear_llava", "fuyu": "base_elf"}  # names of the reference's

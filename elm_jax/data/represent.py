@@ -7,7 +7,9 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +78,7 @@ class SignalSpec:
     normalize: str = field(default="minmax", repr=False)
     view: str = field(default="ecg", repr=False)
     further: Mapping[str, "SignalSpec"] = field(default_factory=dict, repr=False)
-    texts: Mapping[str, Callable[[np.ndarray, float, Sequence[str]], str]] = field(default_factory=dict, repr=False)
+    texts: Mapping[str, Callable[..., str]] = field(default_factory=dict, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -121,7 +123,7 @@ class SignalSpec:
     def words(self, path: str, key: int) -> str:
         """What views write of the ECG at `path`, a line each. Raises UserError as `load`."""
         leads = self._read(path, key)[1] if self.texts else np.zeros(0)
-        return "".join(f"{text(leads, self.sampling_rate, self.names)}\n" for text in self.texts.values())
+        return "".join(f"{_said(text, leads, self.sampling_rate, self.names)}\n" for text in self.texts.values())
 
     def load(self, path: str, key: int, epoch: int | None = None) -> Signal:
         """The ECG at `path` as the model sees it in the first view.
@@ -333,6 +335,11 @@ def _is_still_inside(file: str, folder: str, cwd: str) -> bool:
 @lru_cache(1024)
 def _real(folder: str) -> str:
     return os.path.realpath(folder)
+
+
+def _said(text: Callable[..., str], *of: Any) -> str:
+    """What it says of leads, their rate and names; a function of two arguments is not told the names."""
+    return text(*of[: 2 if len(signature(text).parameters) == 2 else len(of)])
 
 
 def _image_layout(processing: Processing) -> Layout:

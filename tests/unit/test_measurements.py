@@ -266,11 +266,12 @@ def test_what_a_model_reads_is_of_the_leads_that_it_is_shown(tmp_path: Path, lea
     np.save(tmp_path / "a.npy", signal)
     spec = SignalSpec(
         root=str(tmp_path), leads=leads, length=2500, sampling_rate=250, norm_eps=1e-6, perturb=None, seed=0,
-        texts={"measurements": written},
+        texts={"measurements": written, "of two arguments": lambda shown, rate: f"{len(shown)} leads at {rate:g}"},
     )  # fmt: skip
     whole = describe(measure(signal, 250))
     axis = whole[whole.index("QRS axis") :].partition(",")[0]
     told = spec.words("a.npy", 0)
+    assert told.endswith(f"\n{len(leads)} leads at 250\n")
     assert axis in told and "Sokolow-Lyon" in whole and ("Sokolow-Lyon" in told) == (len(leads) == 12)
 
 
