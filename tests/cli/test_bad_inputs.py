@@ -213,7 +213,7 @@ MADE: list[tuple[str, list[str], str]] = [  # command, arguments, what the line 
     ("train", [*TRAIN, "--config.mesh.fsdp=3000000000"], "mesh"),
     ("train", [*TRAIN, "--config.log.profile_steps=9"], "log.profile_steps"),
     ("train", [*TRAIN, "--config.llm.lora.rank=4", "--config.llm.lora.targets=q_prj"], "q_prj"),
-    ("train", [*TRAIN, "--config.llm.name=W/llm", "--config.llm.scratch=None"], "llm.name"),
+    ("train", [*TRAIN, "--config.llm.name=W/llm", "--config.llm.scratch=None"], "config.json: found model_type"),
     ("train", [*TRAIN, "--config.init_from=W/folder"], "config.init_from"),
     ("train", [*TRAIN, "--config.workdir=W/ok.jsonl"], "config.workdir"),
     ("train", [*TRAIN, "--config.workdir=W/cut"], "cut/config.json"),
