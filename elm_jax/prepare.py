@@ -150,7 +150,7 @@ def _parser() -> cli.Parser:
             "--wave-text", action="store_true",
             help="behind each report what the machine measured: RR, PR, QRS, QT/QTc in ms (mimic_iv)",
         )  # fmt: skip
-        if name == "folder":
+        if dataset.takes_table:
             own.add_argument(
                 "--table", type=Path,
                 help="a .csv or .parquet file of what is known of the recordings: a row for each, by its path or name",

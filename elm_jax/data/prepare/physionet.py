@@ -124,4 +124,6 @@ GEORGIA = RawDataset("Georgia", f"{_HEADERS}, as georgia/g1/E00001", _coded(r"E\
 NINGBO = RawDataset("Ningbo", f"{_HEADERS}, as ningbo/g1/JS10647", _coded(r"JS\d+"))
 LUDB = RawDataset("LUDB", f"{_HEADERS}, as data/1", _ludb)
 PTBDB = RawDataset("PTB-DB", f"{_HEADERS}, as patient001/s0010_re", _ptbdb)
-FOLDER = RawDataset("recordings", "recordings of any format that docs/records.md names, in any folders", _folder)
+FOLDER = RawDataset(
+    "recordings", "recordings of any format that docs/records.md names, in any folders", _folder, takes_table=True
+)

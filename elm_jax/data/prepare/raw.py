@@ -77,7 +77,8 @@ class RawDataset:
     is; raises UserError where its index cannot be read. read: a recording's file (and its row, where it has one), the
     leads in the canonical order, float64. named: as `recordings`, with the English names of the statements that the
     dataset has as codes for a report; None where it has none. given: what a user says of its files, by which others
-    would be made of them: a folder's settings have it.
+    would be made of them: a folder's settings have it. takes_table: whether a user's table may say reports and patients
+    of its recordings (`--table`).
     """
 
     title: str
@@ -86,6 +87,7 @@ class RawDataset:
     read: Callable[..., Recording] = read_double
     named: Callable[[Path], Iterable[RawRecording | LeftOut]] | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
+    takes_table: bool = False
 
 
 def records_below(raw: Path) -> Iterator[str]:
