@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from elm_jax.elms import register_view
     from elm_jax.errors import UserError
     from elm_jax.inference.generate import generate
+    from elm_jax.loaded import load
     from elm_jax.models.encoders import register_encoder
     from elm_jax.models.family_table import register_family
     from elm_jax.objectives import register_objective
@@ -25,6 +26,7 @@ _HOME = {
     "EcgByte": "elm_jax.symbols.coder",
     "UserError": "elm_jax.errors",
     "generate": "elm_jax.inference.generate",
+    "load": "elm_jax.loaded",
     "load_encoder": "elm_jax.weights.encoders",
     "load_llm": "elm_jax.weights.load",
     "read_ecg": "elm_jax.ecg.recording",
@@ -44,6 +46,7 @@ __all__ = [
     "UserError",
     "__version__",
     "generate",
+    "load",
     "load_encoder",
     "load_llm",
     "read_ecg",

@@ -9,6 +9,7 @@ from typing import Any
 
 from elm_jax.assemble import DEMO_LLM
 from elm_jax.config import DataConfig
+from elm_jax.exchange.exported import config_of_export, sizes_of
 from elm_jax.folders import json_if_whole
 from elm_jax.models.families import ALIASES
 from elm_jax.pictures.page import filled
@@ -52,6 +53,7 @@ def facts_of(weights: TrainedWeights, rows: int, no_template: str) -> dict[str, 
         "explicit_thinking": assembly.text.explicit_thinking,
         "no_chat_template": no_template or None,
         "compat": list(config.compat),
+        "config": config_of_export(weights),
     }
 
 
@@ -65,9 +67,8 @@ def facts_of_encoder(weights: TrainedWeights) -> dict[str, Any]:
 def _encoders(weights: TrainedWeights) -> dict[str, Any]:
     """Name, tokens and sizes of each encoder, by its part of the model."""
     config, found = weights.assembly.config, {}
-    for view, own in weights.assembly.encoders.items():
-        encoder = config.encoder_of(view)
-        sizes = {k: v for k, v in own.items() if k != "text" and not isinstance(v, (tuple, set))}
+    for view in weights.assembly.encoders:
+        encoder, sizes = config.encoder_of(view), sizes_of(weights.assembly, view)
         found[config.part("encoder", view)] = {"name": encoder.name, "tokens": encoder.tokens, "config": sizes}
     return found
 

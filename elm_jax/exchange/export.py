@@ -19,6 +19,7 @@ import numpy as np
 from elm_jax.config import Config
 from elm_jax.errors import UserError
 from elm_jax.exchange.card import facts_of, facts_of_encoder, write_card
+from elm_jax.exchange.exported import ADAPTER, LLM
 from elm_jax.exchange.llm_folder import write_companions, write_config
 from elm_jax.exchange.reference import Kinds, Reference, published_rules, reference_of
 from elm_jax.exchange.torch_files import ELM, ENCODER, has_torch, write_checkpoints, write_encoder
@@ -33,7 +34,6 @@ from elm_jax.weights.peft import WEIGHTS, merged, save_adapter, spec_of
 from elm_jax.weights.safetensors import Safetensors
 from elm_jax.weights.shards import ShardWriter
 
-LLM, ADAPTER = "llm", "adapter"
 SHARD_BYTES = 5 * 10**9
 _WRITTEN = frozenset((LLM, ADAPTER, EXPORTED, "connector.safetensors", ELM, ENCODER, ECG_BYTE, FACTS,
                       "README.md"))  # fmt: skip

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from elm_jax.config import Config
 from elm_jax.inference.speaker import Answer, Prompt, Speaker
-from elm_jax.run.weights import TrainedWeights, frozen_fingerprints
+from elm_jax.run.weights import TrainedWeights, Weights, frozen_fingerprints
 from elm_jax.runtime.mesh import array_shardings, check_heads, make_mesh
 
 __all__ = ["Answer", "Prompt", "TrainedModel"]
@@ -19,12 +19,13 @@ class TrainedModel(Speaker):
 
     Args:
         which: `latest`, `best` (else latest) or a step.
+        weights: in place of those in the run folder.
     Raises:
         UserError: no checkpoint, or weights that are not the run's.
     """
 
-    def __init__(self, config: Config, which: str = "best") -> None:
-        mesh, weights = make_mesh(config.mesh), TrainedWeights(Path(config.workdir), which, config)
+    def __init__(self, config: Config, which: str = "best", weights: Weights | None = None) -> None:
+        mesh, weights = make_mesh(config.mesh), weights or TrainedWeights(Path(config.workdir), which, config)
         check_heads(mesh, weights.assembly.llm)
         arrays = weights.place(array_shardings(weights.assembly.structure, mesh))
         weights.check(frozen_fingerprints(weights.leaves, {name: arrays[name] for name in weights.frozen}))

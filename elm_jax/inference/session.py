@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from elm_jax.config import EvalConfig
 from elm_jax.data.batch import Shown
 from elm_jax.data.ecg_tokens import reserved
 from elm_jax.data.represent import DEMO, FLATLINE, NOISE, SignalSpec
@@ -51,16 +52,19 @@ class Session:
     Where answers are drawn (`eval.temperature`), the seed and an answer's number decide how: the first of `eval.seeds`,
     else `seed`; answers are numbered from the start of the session on.
 
-    `bare_rate`: Hz of files that state none; by default the model's own rate.
+    `bare_rate`: Hz of files that state none; by default the model's own rate. `options`: how answers are made; by
+    default as the run's `eval` says.
 
     Raises:
         UserError: `eval.max_new_tokens` leaves no room for a prompt.
     """
 
-    def __init__(self, model: TrainedModel, bare_rate: float | None = None) -> None:
-        self.model = model
+    def __init__(
+        self, model: TrainedModel, bare_rate: float | None = None, options: EvalConfig | None = None
+    ) -> None:
+        self.model, self.options = model, options or model.config.eval
         self.spec = replace(model.assembly.signal, bare_rate=bare_rate)
-        context, new = model.assembly.llm.max_len, model.config.eval.max_new_tokens
+        context, new = model.assembly.llm.max_len, self.options.max_new_tokens
         self.room = context - new
         if self.room < 1:
             raise UserError(
@@ -116,17 +120,25 @@ class Session:
         Raises:
             UserError: not one marker for each new ECG, or even the shortest prompt does not fit.
         """
-        if self.model.assembly.text.phase == "pretrain":
-            yield from self._answer(self._beginning(text))
-            return
-        turn = Turn("user", self._marked(text))
         pieces = []
-        for piece in self._answer(self._prompt([*self.turns, turn])):
+        for piece in self._answer(self.prompt(text)):
             pieces.append(piece)
             yield piece
-        prefix = THINK_PREFIX if self.model.assembly.text.explicit_thinking else ""
-        self.turns += [turn, Turn("assistant", prefix + "".join(pieces))]
-        self._new = 0
+        if self.model.assembly.text.phase != "pretrain":
+            prefix = THINK_PREFIX if self.model.assembly.text.explicit_thinking else ""
+            self.turns += [Turn("user", self._marked(text)), Turn("assistant", prefix + "".join(pieces))]
+            self._new = 0
+
+    def prompt(self, text: str) -> Prompt:
+        """What the model is asked where `text` is said next, which leaves the conversation as it is. Raises UserError
+        as `spoken`."""
+        pretrained = self.model.assembly.text.phase == "pretrain"
+        turns = [] if pretrained else [*self.turns, Turn("user", self._marked(text))]
+        rendered = self._beginning(text) if pretrained else self._prompt(turns)
+        prompt = Prompt(rendered, [ecg.signal for ecg in self.ecgs])
+        prompt = self.model.written(prompt, self.options.max_new_tokens)
+        self.cut = prompt.cut
+        return prompt
 
     def record(self) -> dict[str, Any]:
         """The conversation as a record, as datasets have them, with where the answers are from.
@@ -144,7 +156,7 @@ class Session:
             "name": "chat",
             "checkpoint": str(self.model.folder),
             "step": self.model.step,
-            "eval": asdict(self.model.config.eval),
+            "eval": asdict(self.options),
         }
 
     def save(self, name: str) -> tuple[Path, Path]:
@@ -166,13 +178,9 @@ class Session:
             files[1].write_text("\n\n".join(lines) + "\n", encoding="utf-8")
         return files
 
-    def _answer(self, rendered: Rendered) -> Iterator[str]:
-        config = self.model.config
-        prompt = Prompt(rendered, [ecg.signal for ecg in self.ecgs])
-        prompt = self.model.written(prompt, config.eval.max_new_tokens)
-        self.cut = prompt.cut
-        seed = (config.eval.seeds or (config.seed,))[0]
-        yield from self.model.spoken(prompt, config.eval, seed=zlib.crc32(f"{seed}:{self._drawn}".encode()))
+    def _answer(self, prompt: Prompt) -> Iterator[str]:
+        seed = (self.options.seeds or (self.model.config.seed,))[0]
+        yield from self.model.spoken(prompt, self.options, seed=zlib.crc32(f"{seed}:{self._drawn}".encode()))
         self._drawn += 1
 
     def _marked(self, text: str) -> str:
@@ -232,7 +240,7 @@ class Session:
         return self.room - reserved(ecgs, max(map(len, ecgs), default=0) if whole else tokens.least)
 
     def _too_long(self, needed: str) -> UserError:
-        new = self.model.config.eval.max_new_tokens
+        new = self.options.max_new_tokens
         return UserError(
             "conversation", f"a context with room for {self.room} tokens beside {new} new ones", needed,
             "begin anew with fewer ECGs or a shorter text, or lower --config.eval.max_new_tokens",

@@ -75,13 +75,18 @@ class Weights:
     Args:
         saved: by name, the sources of the arrays that a run has saved. The others are in the files that the config
             names, or are drawn from the seed.
+        step: how far training was.
     Raises:
         UserError: such a file cannot be read or does not fit, or leaves out what is frozen; or what was saved is of
             another model.
     """
 
-    def __init__(self, assembly: Assembly, saved: Mapping[str, SavedArrays | Published] | None = None) -> None:
+    def __init__(
+        self, assembly: Assembly, saved: Mapping[str, SavedArrays | Published] | None = None, step: int = 0
+    ) -> None:
         self.assembly, self.leaves = assembly, assembly.structure.leaves
+        self.folder, self.step = Path(assembly.config.workdir), step
+        self.trained, self.frozen = frozenset[str](self.leaves), list[str]()  # as far as anybody knows
         self.saved = saved or {}
         for source in dict.fromkeys(self.saved.values()):
             _check_shapes(source, self.leaves)
@@ -91,6 +96,10 @@ class Weights:
             if name not in self.saved:
                 found = published(self.leaves[name].part)
                 self._sources[name] = next((source for source in found if name in source.rules), drawn)
+
+    def check(self, fingerprints: Mapping[str, str], part: str | None = None) -> None:
+        """Raise UserError where a frozen part (only this one, if it is given) is not the one that the run was trained
+        with."""
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype that an array is kept in."""
@@ -220,13 +229,12 @@ class TrainedWeights(Weights):
         self, folder: Path, which: str, model: Assembly | Config, key: str = "config.workdir",
         checkpoints: Checkpoints | None = None, alone: bool = False,
     ) -> None:  # fmt: skip
-        self.folder = folder
         reader = checkpoints or Checkpoints(folder, read_only=True)
         step = reader.find(which)
         if step is None:
             raise UserError(key, f"no checkpoint in {folder}", "a trained run", "train it first")
         average = isinstance(model, Config) and model.eval.ema
-        self.step, self.meta, places = step, reader.meta(step), reader.items(step, average)
+        self.meta, places = reader.meta(step), reader.items(step, average)
         if checkpoints is None:
             reader.close()
         saved: dict[str, SavedArrays | Published] = {}
@@ -239,13 +247,11 @@ class TrainedWeights(Weights):
             model = assemble(model, folder / TOKENIZER, weights=_TABLE not in saved)
             if not alone:
                 model.check_llm()
-        super().__init__(model, saved)
-        self.trained = frozenset(places)
+        super().__init__(model, saved, step)
+        self.folder, self.trained = folder, frozenset(places)
         self.frozen = [name for name in self.leaves if name not in places]
 
     def check(self, fingerprints: Mapping[str, str], part: str | None = None) -> None:
-        """Raise UserError where a frozen part (only this one, if it is given) is not the one that the run was trained
-        with."""
         saved = {name: found for name, found in self.meta["frozen"].items() if part in (None, name)}
         _check_fingerprints(str(self.folder), saved, fingerprints)
 

@@ -45,7 +45,8 @@ def test_the_lines_of_python_in_the_readme_run(
     """With a tiny LLM and a recording at the paths that they name."""
     import wfdb
 
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    # The first are those of tests/export/test_loaded.py.
+    _, code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     (record,), (model,) = re.findall(r'"(records500/\S+)"', code), re.findall(r'"(path/to/\S+)"', code)
     (tmp_path / record).parent.mkdir(parents=True)

@@ -110,3 +110,14 @@ def test_an_installed_wheel_works_away_from_the_clone(tmp_path):
 
 def _has_pip():
     return subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode == 0
+
+
+def test_every_command_is_one_of_elm_too():
+    from elm_jax.__main__ import commands
+
+    listed = set(re.findall(r"^\| `python -m elm_jax\.(\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert set(commands()) == listed and all(commands().values())
+    assert _python("-m", "elm_jax", "--version").split() == ["elm_jax", metadata.version("elm-jax")]
+    assert "usage: python -m elm_jax.measure" in _python("-m", "elm_jax", "measure", "--help")
+    done = subprocess.run([sys.executable, "-m", "elm_jax", "chta"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: elm: found chta") and "'chat'" in done.stderr

@@ -36,9 +36,11 @@ FLOORS = (
     "evaluation",
     "planning",
     "doctoring",
+    "loaded",  # a trained model as one object
     # commands
     "analyze chat compare configs doctor ecg_byte evaluate export import_weights measure pairs plan prepare probe "
     "train",
+    "__main__",  # all of them by one name
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 PURE = ("config", "ecg", "text", "symbols", "scoring")  # which import no jax, and can be lent out alone
