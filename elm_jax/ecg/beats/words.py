@@ -1,28 +1,16 @@
 """Measurements in words, in the order in which a reader goes: rate and rhythm, P and PR, axis, QRS, ST, T, QT.
 
-Limits are those in common use (Kligfield, Surawicz, Rautaharju, Hancock et al., AHA/ACCF/HRS recommendations for the
-standardization and interpretation of the electrocardiogram, Circulation 115 and 119, 2007 and 2009). What is judged is
-the number as it is written, so that two that read alike are called alike.
+What is judged, and by which limits, is in `findings`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from elm_jax.ecg.beats.amplitudes import Lead, larger_r
+from elm_jax.ecg.beats import findings
+from elm_jax.ecg.beats.findings import Sizes
 from elm_jax.ecg.beats.measurements import LATE, MERGED, Measurements, measure
 from elm_jax.errors import UserError
-
-CHEST = ("V1", "V2", "V3", "V4", "V5", "V6")
-_ELEVATED, _HIGHER, _DEPRESSED = (0.1, 0.2), ("V2", "V3"), -0.05  # mV; leads of the second limit
-_NEIGHBOURS = (("aVL", "I", "II", "aVF", "III"), CHEST)  # each beside the next
-_T_DOWN, _Q_DEEP, _Q_PART = -0.1, 0.1, 0.25  # mV; part of the R wave
-_SOKOLOW, _CORNELL = 3.5, 2.8  # mV
-_SMALL_LIMBS, _SMALL_CHEST = 0.5, 1.0  # mV from peak to peak: low voltage
-_OFTEN = 0.25  # of the beats: early ones that make a rhythm irregular
-_USUAL_RATE, _LONG_QTC = (60, 100), (450, 460)  # 1/min where Bazett's formula holds; ms, men's limit and women's
-_DOWN_AS_USUAL = ("aVR", "V1", "III")  # leads in which a negative T wave is usual
 
 # For each language, in one order: a name and what it says.
 _WORDS = {
@@ -109,24 +97,20 @@ def describe(found: Measurements, language: str = "en") -> str:
 class _Teller:
     def __init__(self, found: Measurements, language: str) -> None:
         self.found, self.language, self.words = found, language, _WORDS[language]
-        self.leads = {name: lead for name, lead in found.leads.items() if not lead.reason}
 
     def sentences(self) -> Iterator[str]:
         values = {name: value.value for name, value in self.found.values.items()}
         yield self._rhythm(values["rate"])
-        if not self.leads:
+        if not findings.usable(self.found):
             return
         pr, p = values["pr"], self.found.values["p"]
         if pr is None:
             yield self._without("p")
         else:
-            judged = "short" if round(pr) < 120 else "long" if round(pr) > 200 else "normal"
             told = self._say("pr", self._reason(p.reason), pr) if p.value is None else self._say("p", p.value, pr)
-            yield f"{told}, {self.words[judged]}"
+            yield f"{told}, {self.words[findings.of_pr(pr)]}"
         if values["axis"] is not None:
-            axis = round(values["axis"])
-            where = "normal" if -30 <= axis <= 90 else "left" if -90 <= axis < -30 else "right" if axis > 90 else "far"
-            yield f"{self._say('axis', axis)}, {self.words[where]}"
+            yield f"{self._say('axis', round(values['axis']))}, {self.words[findings.of_axis(values['axis'])]}"
         yield self._complex(values)
         yield from self._segments()
         yield self._qt(values)
@@ -136,31 +120,26 @@ class _Teller:
     def _rhythm(self, rate: float | None) -> str:
         if rate is None:
             return self._say("no rate", self._reason(self.found.values["rate"].reason))
-        rhythm, (slow, fast) = self.found.rhythm, _USUAL_RATE
-        early = rhythm.early + rhythm.ectopic_early
-        kind = "but" if early and rhythm.regularity == "regular" else rhythm.regularity
-        kind = "often" if early >= _OFTEN * len(self.found.beats) and kind != "fibrillation" else kind
-        pace = "slow" if round(rate) < slow else "fast" if round(rate) > fast else ""
+        rhythm, pace = self.found.rhythm, findings.pace(rate)
+        kind = "but" if rhythm.early + rhythm.ectopic_early and rhythm.regularity == "regular" else rhythm.regularity
+        kind = "often" if findings.early_often(self.found) else kind
         return _joined(
-            self._say("rate", rate), self.words[pace] if pace else "", self.words[kind],
+            self._say("rate", rate), self.words[pace] if pace != "normal" else "", self.words[kind],
             self._say("early", rhythm.early) if rhythm.early else "",
             self._say("ectopic", rhythm.ectopic_early) if rhythm.ectopic_early else "",
             self._say("pauses", rhythm.pauses, self._written(rhythm.longest, 1)) if rhythm.pauses else "",
         )  # fmt: skip
 
     def _complex(self, values: dict[str, float | None]) -> str:
-        qrs = values["qrs"]
-        wide = "narrow" if round(qrs or 0) < 110 else "between" if round(qrs or 0) <= 120 else "wide"
-        deep = self._where(
-            lambda name, a: _if(a["q"], -round(a["q"], 2) > max(_Q_DEEP, _Q_PART * larger_r(a)) and name != "aVR")
-        )
+        qrs, deep = values["qrs"], findings.deep_q(self.found)
         return _joined(
             self._say("no qrs", self._reason(self.found.values["qrs"].reason)) if qrs is None else
-            f"{self._say('qrs', qrs)}, {self.words[wide]}",
-            self._index("sokolow", values["sokolow_lyon"], _SOKOLOW),
-            self._index("cornell", values["cornell"], _CORNELL),
-            self._low("low limb", _SMALL_LIMBS, chest=False), self._low("low chest", _SMALL_CHEST, chest=True),
-            self._say("q", deep) if deep else "",
+            f"{self._say('qrs', qrs)}, {self.words[findings.of_qrs(qrs)]}",
+            self._index("sokolow", values["sokolow_lyon"], findings.SOKOLOW),
+            self._index("cornell", values["cornell"], findings.CORNELL),
+            self.words["low limb"] if findings.low_voltage(self.found, chest=False) else "",
+            self.words["low chest"] if findings.low_voltage(self.found, chest=True) else "",
+            self._at("q", deep),
         )  # fmt: skip
 
     def _index(self, name: str, value: float | None, limit: float) -> str:
@@ -169,45 +148,27 @@ class _Teller:
         high = f" ({self.words['high']})" if round(value, 1) > limit else ""
         return self._say(name, self._written(value, 1)) + high
 
-    def _low(self, name: str, limit: float, chest: bool) -> str:
-        sizes = [_size(lead) for lead_name, lead in self.leads.items() if (lead_name in CHEST) == chest]
-        return self.words[name] if len(sizes) == len(CHEST) and max(sizes) < limit else ""
-
     def _segments(self) -> Iterator[str]:
-        pairs = [pair for row in _NEIGHBOURS for pair in pairwise(row) if set(pair) <= set(self.leads)]
-        why = self.found.values["qt"].reason if self.found.values["qt"].reason in (MERGED, LATE) else ""
-        why = why or ("" if pairs else "no two neighbouring leads")
-
-        def told(name: str, of: Callable[[str, dict[str, float]], float]) -> str:
-            there = {one for one, lead in self.leads.items() if of(one, lead.amplitudes)}
-            both = {one for pair in pairs if set(pair) <= there for one in pair}
-            return self._say(name, self._where(lambda one, a: _if(of(one, a), one in both))) if both else ""
-
-        up = told("up", lambda name, a: _if(a["j"], round(a["j"], 2) >= _ELEVATED[name in _HIGHER]))
-        down = told("down", lambda _, a: _if(a["st80"], round(max(a["j"], a["st80"]), 2) <= _DEPRESSED))
+        why = findings.st_unjudged(self.found)
+        up, down = self._at("up", findings.elevated(self.found)), self._at("down", findings.depressed(self.found))
         yield self._say("no st", self._reason(why)) if why else _joined(up, down) or self.words["level"]
         if "t" not in self.found.waves:
             yield self._without("t")
             return
-        turned = self._where(lambda name, a: _if(a["t"], round(a["t"], 2) <= _T_DOWN and name not in _DOWN_AS_USUAL))
-        yield self._say("t down", turned) if turned else self.words["t"]
+        yield self._at("t down", findings.inverted(self.found)) or self.words["t"]
 
-    def _where(self, of: Callable[[str, dict[str, float]], float]) -> str:
-        """The leads of which `of` their name and amplitudes is something, with that."""
-        sizes = {name: of(name, lead.amplitudes) for name, lead in self.leads.items()}
-        return ", ".join(f"{name} ({self._written(size, 2)} mV)" for name, size in sizes.items() if size)
+    def _at(self, name: str, sizes: Sizes) -> str:
+        """What is in these leads, with their sizes; "" without leads."""
+        told = ", ".join(f"{lead} ({self._written(size, 2)} mV)" for lead, size in sizes.items())
+        return self._say(name, told) if told else ""
 
     def _qt(self, values: dict[str, float | None]) -> str:
-        """QTc by Bazett's formula, or where it is far off by Fridericia's; the limits of men and women, for nobody says
-        whose ECG it is."""
-        qt, bazett, fridericia, rate = (values[name] for name in ("qt", "qtc_bazett", "qtc_fridericia", "rate"))
-        if qt is None or bazett is None or fridericia is None:
+        qt, bazett, fridericia = (values[name] for name in ("qt", "qtc_bazett", "qtc_fridericia"))
+        judged = findings.of_qtc(self.found)
+        if qt is None or bazett is None or fridericia is None or judged is None:
             return ""
-        by = "by Bazett" if rate is None or _USUAL_RATE[0] <= round(rate) <= _USUAL_RATE[1] else "by Fridericia"
-        length = round(bazett if by == "by Bazett" else fridericia)
-        judged = "short" if length < 340 else "normal" if length <= _LONG_QTC[0] else "long for men"
-        judged = "long" if length > _LONG_QTC[1] else judged
-        return f"{self._say('qt', qt, bazett, fridericia)}: {self.words[judged]} ({self.words[by]})"
+        by = "by Bazett" if judged[1] == "qtc_bazett" else "by Fridericia"
+        return f"{self._say('qt', qt, bazett, fridericia)}: {self.words[judged[0]]} ({self.words[by]})"
 
     def _without(self, wave: str) -> str:
         return self._say(f"no {wave}", self._reason(self.found.values["pr" if wave == "p" else "qt"].reason))
@@ -225,14 +186,5 @@ class _Teller:
         return reason if self.language == "en" else _REASONS.get(first, first) + colon + rest.replace(".", ",")
 
 
-def _if(value: float, counts: bool) -> float:
-    return value if counts else 0.0
-
-
 def _joined(*parts: str) -> str:
     return ", ".join(part for part in parts if part)
-
-
-def _size(lead: Lead) -> float:
-    a = lead.amplitudes
-    return larger_r(a) - min(a["q"], a["s"])
