@@ -4,6 +4,7 @@
   python -m elm_jax.prepare ecg_qa --raw Q --records O/ptb_xl/preprocessed_2500 --out O/ecg_qa.parquet
   python -m elm_jax.prepare ecg_instruct_pulse --raw ECGInstruct.json --records O --out O/pulse.parquet
   python -m elm_jax.prepare synthetic --out O --generated 10000
+  python -m elm_jax.prepare grounding --out O
   python -m elm_jax.prepare check --out O
   python -m elm_jax.prepare stats O --tokenizer T
   python -m elm_jax.prepare card --out O
@@ -31,6 +32,7 @@ from elm_jax.data.prepare.card import push, write_card
 from elm_jax.data.prepare.check import check_tables
 from elm_jax.data.prepare.conversations import CONVERSATIONS, prepare_conversations
 from elm_jax.data.prepare.ecg_qa import FORMS, HOLDS, Settings, prepare_ecg_qa
+from elm_jax.data.prepare.grounding import prepare_grounding
 from elm_jax.data.prepare.listed import Columns, content, listed
 from elm_jax.data.prepare.output import FORMATS
 from elm_jax.data.prepare.profiles import PROFILES
@@ -206,6 +208,17 @@ def _parser() -> cli.Parser:
     made.add_argument("--compat", default="", help="comprehension_sets: with the labels of ECG-Preprocess")
     _add_shares(made)
     made.set_defaults(prepare=_synthetic)
+    grounded = datasets.add_parser(
+        "grounding", help="readings of prepared recordings in five steps, made of what is measured of them"
+    )  # fmt: skip
+    grounded.add_argument("--out", type=Path, required=True, help="the table (.parquet), or a folder for it")
+    grounded.add_argument("--records", type=Path, help="where prepare left recordings; default: the folder of --out")
+    grounded.add_argument("--recordings", type=int, metavar="N", help="how many to read; default: all there are")
+    grounded.add_argument("--thinking", action="store_true", help="the steps as a thought, the conclusion as an answer")
+    grounded.add_argument("--segment-len", type=int, default=2500, help="samples of the segments")
+    grounded.add_argument("--seed", type=int, default=0, help="of the wordings, and of which recordings are read")
+    grounded.add_argument("--workers", type=int, default=cores(), help="processes; the result is the same")
+    grounded.set_defaults(prepare=_grounding)
     check = datasets.add_parser("check", help="looks for patients and copies of recordings in more than one split")
     check.add_argument("--out", type=Path, required=True, help="folder with the tables and the recordings")
     check.add_argument("--tables", nargs="+", type=Path, help="of that folder (default: all .parquet), or elsewhere")
@@ -354,9 +367,15 @@ def _synthetic(args: Namespace) -> dict[str, Any]:
         compat.enabled("comprehension_sets", names), args.seed, args.val, args.test,
     )  # fmt: skip
     records = args.records or table.parent
-    return prepare_synthetic(
-        records, args.generated, table, wanted, args.segment_len, args.workers, True, args.made_by
-    )
+    return prepare_synthetic(records, args.generated, table, wanted, args.segment_len, args.workers, True, args.made_by)
+
+
+def _grounding(args: Namespace) -> dict[str, Any]:
+    table = _named_table(args)
+    return prepare_grounding(
+        args.records or table.parent, table, args.segment_len, args.recordings, args.thinking, args.seed, args.workers,
+        True, args.made_by,
+    )  # fmt: skip
 
 
 def _table(args: Namespace) -> Path:
@@ -364,6 +383,10 @@ def _table(args: Namespace) -> Path:
     if not (args.val >= 0 and args.test >= 0 and args.val + args.test < 1):
         found = f"{args.val:g}, {args.test:g}"
         raise UserError("--val, --test", found, "parts whose sum is below 1", "lower them")
+    return _named_table(args)
+
+
+def _named_table(args: Namespace) -> Path:
     return args.out if args.out.suffix == ".parquet" else args.out / f"{args.dataset}.parquet"
 
 

@@ -69,7 +69,7 @@ _ADJECTIVES: dict[str, dict[str, str]] = {
     "axis": {
         "left": r"left(?:ward)?\b", "right": r"right(?:ward)?\b", "far": r"extreme\b|north-?west", "normal": _NORMAL,
     },
-    "rhythm": {"irregular": r"irregular(?:ly)?\b|varying\b|variable\b", "regular": r"regular(?:ly)?\b"},
+    "rhythm": {"irregular": r"irregular(?:ly)?\b|var(?:ying|ies|iable)\b", "regular": r"regular(?:ly)?\b"},
     "st": {
         "elevation": _ELEVATION, "depression": _DEPRESSION, "level": rf"isoelectric|baseline|{_NORMAL}|unremarkable",
         "deviation": r"deviat\w+|changes?\b|abnormal\w*|shifts?\b",
@@ -118,6 +118,8 @@ _LEAD = (
 _LEAD_LIST = re.compile(rf"({_LEAD})(?:\s*(?:-|to|through)\s*({_LEAD}))?")
 _BY_NAME = {lead.lower(): lead for lead in LEADS}
 _OWN = re.compile(rf"({_LEAD})\s*(?:\(|:|=|of\b|with\b|is\b)?\s*(?=[-+]?\d)")  # a lead whose number follows it
+
+_IN = re.compile(r"\s*(?:[\w-]+\s+){0,3}?(?:in|at)\b", re.I)
 
 _NO = (
     r"\b(?:no(?! (?:longer|more|less|greater) )|not(?! (?:more|less|longer|greater|exceed|only))|without|nor|neither|"
@@ -282,17 +284,19 @@ def _of_leads(text: str, region: _Region, kind: str, numbers: list[Number], head
         part, inside = text[begin:end], [n for n in numbers if begin <= n.start < end]
         no = _negated(text, words[place].start(), words[place].end(), region.subject) if words else False
         no = no or bool(inside and not words and _negated(text, inside[0].start, inside[0].end))
-        own = {}
+        own: list[tuple[str, Number]] = []
         for match in _OWN.finditer(text, begin, end):
-            number = next((n for n in inside if n.start <= match.end() <= n.end), None)
-            if number:
-                own[_BY_NAME[match[1].lower()]] = number
-        shared = [n for n in inside if n not in own.values()]
+            own += [(_BY_NAME[match[1].lower()], n) for n in inside if n.start <= match.end() <= n.end]
+        shared = [n for n in inside if n not in [number for _, number in own]]
+        for place_of, number in enumerate(shared):
+            behind = shared[place_of + 1].start if place_of + 1 < len(shared) else end
+            if _IN.match(text, number.end):  # "2 mm in V2, 1 mm in V3"
+                own += [(lead, number) for lead in _leads(text[number.end : behind])]
+        shared = [n for n in shared if n not in [number for _, number in own]]
         told, group = _leads(part) or last or _leads(head), _group(part) or _group(head)
-        places = [(lead,) for lead in told if lead not in own] or ([] if own else [group])
+        places = [(lead,) for lead in told if lead not in [one for one, _ in own]] or ([] if own else [group])
+        claimed = [((lead,), number) for lead, number in own] + [(leads, n) for n in shared for leads in places]
         sign = -1 if word in ("depression", "inverted") else 1
-        claimed = [((lead,), number) for lead, number in own.items()]
-        claimed += [(leads, number) for number in shared for leads in places]
         for leads, number in claimed:
             ends = [_signed(value * _TO_MV[number.unit], sign, kind) for value in (number.low, number.high)]
             yield Claim(kind, leads, min(ends), max(ends), "", no, said)

@@ -15,7 +15,6 @@ from math import inf
 from typing import NamedTuple
 
 from elm_jax.ecg.beats import findings
-from elm_jax.ecg.beats.amplitudes import larger_r
 from elm_jax.ecg.beats.measurements import Measurements
 from elm_jax.scoring.claims import PER_LEAD, Claim, claims
 
@@ -153,7 +152,7 @@ def _of_leads(found: Measurements, reasons: Mapping[str, str]) -> dict[Key, tupl
     for name, lead in leads.items():
         a = lead.amplitudes
         told: dict[str, tuple[float, ...]] = {"p_wave": (a["p"],), "q": (-a["q"],), "s": (-a["s"],)}
-        told["r"] = a["r"], larger_r(a)
+        told["r"] = (a["r"], a["r2"]) if a["r2"] else (a["r"],)
         told |= {"st": (a["j"], a["st60"], a["st80"])} if not reasons["st"] else {}
         told |= {"t": (a["t"],)} if "t" in found.waves else {}
         told |= {"q_deep": _YES if name in deep else _NO}

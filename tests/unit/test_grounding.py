@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from math import inf
 from typing import Any
@@ -142,10 +143,11 @@ def test_measurements_in_words_are_grounded_and_one_wrong_number_is_not(number: 
     evidence, text = evidence_of(found), describe(found)
     whole = ground(text, evidence)
     assert {one.verdict for one in whole.held} == {"right"} and whole.cited == whole.facts and whole.f1 == 1.0
-    asked = [one for one in whole.held if one.claim.low == one.claim.high and one.claim.kind in BOUNDS]
+    kinds = BOUNDS.keys() - {"qtc"}  # which has a value by each of two formulas
+    asked = [one for one in whole.held if one.claim.low == one.claim.high and one.claim.kind in kinds]
     claim = asked[place % len(asked)].claim
     planted = claim.low + sign * 3 * RULES[claim.kind].tolerance
-    wrong = ground(text.replace(f" {claim.low:.0f}", f" {planted:.0f}"), evidence)
+    wrong = ground(re.sub(rf" {claim.low:.0f}\b", f" {planted:.0f}", text), evidence)
     assert any(one.verdict == "wrong" and one.claim.kind == claim.kind for one in wrong.held)
     assert wrong.f1 < 1.0
 

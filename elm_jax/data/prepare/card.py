@@ -22,7 +22,8 @@ PUSHED = (CARD, "*.parquet", "*/preprocessed_*/*")
 # On the Hub's side * stands for / as well: below lies what no card tells of, and nobody was asked about.
 _DEEPER = ("*/*.parquet", "*/*/preprocessed_*/*", "*/preprocessed_*/*/*")
 _LEFT_OUT = ("without_recording", "across_splits", "comparisons_not_wanted")  # of reports, questions by number
-SYNTHETIC = "synthetic"  # no source of its own, unless recordings were generated for it
+SYNTHETIC = "synthetic"
+_MADE_HERE = (SYNTHETIC, "grounding")  # no source of its own, unless recordings were generated for it
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 _COUNTS = ("rows", "tables", "kinds", "answers")  # of reports, which are no lists of recordings
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -51,7 +52,7 @@ def make_card(out: Path, licences: Sequence[str] = ()) -> Card:
     if not tables:
         raise UserError(out, "no .parquet file", "what prepare wrote", "prepare a dataset first, or correct the folder")
     made = [_made(file, report) for file, report in reports.items()]
-    named |= {one["dataset"] for one in made if one["dataset"] != SYNTHETIC or not named}
+    named |= {one["dataset"] for one in made if one["dataset"] not in _MADE_HERE or not named}
     named |= {place.parent.name for place in out.glob("*/preprocessed_*")}
     sources = {name: ABOUT.get(name) for name in sorted(named)}
     titles = [about.title if about else name for name, about in sources.items()]
