@@ -206,7 +206,10 @@ def _signal(
         if spec.normalize != "minmax" and representation_of(config, view) != "signal":
             expected = f"minmax with data.representation={representation_of(config, view)}"
             raise UserError("data.normalize", spec.normalize, expected, "set --config.data.normalize=minmax")
-        specs[view] = replace(spec, representation=representation_of(config, view), ids=_ids(config, view, own))
+        specs[view] = replace(
+            spec, representation=representation_of(config, view), ids=_ids(config, view, own),
+            some_leads=encoder is not None and kind_of(encoder).some_leads,
+        )  # fmt: skip
     first, *_ = specs
     texts = {view: each.text for view, each in config.views.items() if each.text is not None}
     return replace(specs.pop(first), view=first, further=specs, texts=texts)

@@ -24,13 +24,14 @@ from elm_jax.ecg import shards
 from elm_jax.ecg.augment import augment_ecg, augment_image, noise_ecg
 from elm_jax.ecg.images import Processing, process, stacked
 from elm_jax.ecg.rasterize import DPI, REFERENCE_DPI, draw
-from elm_jax.ecg.recording import LEADS, min_max, normalize, read_ecg, to_segment
+from elm_jax.ecg.recording import LEADS, in_slots, min_max, normalize, read_ecg, to_segment
 from elm_jax.ecg.wfdb_record import files_of, header_of
 from elm_jax.errors import UserError
 from elm_jax.symbols.coder import EcgByte
 
 SIGNALS = 2  # version of what recordings become: goes up when the same file and settings give another signal
 NOISE, FLATLINE, DEMO = "noise", "flatline", "demo:"
+SHORTEST = 1.0  # s of a signal, where a view takes signals of any length
 
 
 _DEEPEST, _MOST_FOLDERS = 16, 100  # parts of a path, and folders, among which a file is looked for that is not there
@@ -40,7 +41,8 @@ _DEEPEST, _MOST_FOLDERS = 16, 100  # parts of a path, and folders, among which a
 class SignalSpec:
     """All that decides what becomes of an ECG path, by `representation`:
 
-    signal: the leads (C, L) float32, scaled to [0, 1], or as `normalize` says.
+    signal: the leads (C, L) float32, scaled to [0, 1], or as `normalize` says. With `some_leads` a recording may have
+        fewer of both, and it is a dict that says which leads are there, and how many samples (`in_slots`).
     stacked_signal: those as the grey levels of an image of C x L pixels; rgb: the leads on ECG paper. Both are then
         resized as `processing` says: (H, W, 3) uint8, or patches with their mask and grid shape (see `images`).
     symbolic: the ids (n,) int32 that `tokens` has for it in the language model, or `ids` for an encoder.
@@ -77,6 +79,7 @@ class SignalSpec:
     ids: EcgIds | None = field(default=None, repr=False)  # as the next, younger than what is kept by this
     normalize: str = field(default="minmax", repr=False)
     view: str = field(default="ecg", repr=False)
+    some_leads: bool = field(default=False, repr=False)  # as its encoder says, which is named beside it
     further: Mapping[str, "SignalSpec"] = field(default_factory=dict, repr=False)
     texts: Mapping[str, Callable[..., str]] = field(default_factory=dict, repr=False)
 
@@ -111,19 +114,22 @@ class SignalSpec:
             return self.features.layout
         if self.ids is not None:
             return ArraySpec((self.ids.length,), np.int32)
+        if self.some_leads:
+            rows = ArraySpec(self.shape[:1], np.int32)
+            return {"signal": ArraySpec(self.shape), "leads": rows, "samples": ArraySpec((), np.int32)}
         return ArraySpec(self.shape) if self.processing is None else _image_layout(self.processing)
 
     def show(self, path: str, key: int, epoch: int | None = None) -> Shown:
         """The ECG at `path` in every view; it is read once. See `load`."""
         if not self.further:
             return {self.view: self.load(path, key, epoch)}
-        path, raw = self._read(path, key)
-        return {view: spec._shown(path, raw, epoch) for view, spec in self.views.items()}
+        read = self._read(path, key)
+        return {view: spec._shown(*read, epoch) for view, spec in self.views.items()}
 
     def words(self, path: str, key: int) -> str:
         """What views write of the ECG at `path`, a line each. Raises UserError as `load`."""
-        leads = self._read(path, key)[1] if self.texts else np.zeros(0)
-        return "".join(f"{_said(text, leads, self.sampling_rate, self.names)}\n" for text in self.texts.values())
+        _, raw, names = self._read(path, key) if self.texts else ("", np.zeros(0), ())
+        return "".join(f"{_said(text, raw, self.sampling_rate, names)}\n" for text in self.texts.values())
 
     def load(self, path: str, key: int, epoch: int | None = None) -> Signal:
         """The ECG at `path` as the model sees it in the first view.
@@ -136,28 +142,33 @@ class SignalSpec:
         """
         return self._shown(*self._read(path, key), epoch) if self.features is None else self._kept(path, key)
 
-    def _read(self, path: str, key: int) -> tuple[str, np.ndarray]:
-        """The path with what `perturb` makes of it, and the leads (C, L) before normalisation."""
+    def _read(self, path: str, key: int) -> tuple[str, np.ndarray, tuple[str, ...]]:
+        """The path with what `perturb` makes of it, the leads (C, L) before normalisation, and their names."""
         if self.perturb == "noise" and path not in (NOISE, FLATLINE):
             key = zlib.crc32(path.encode(), self.seed)  # all that is asked of a recording is asked of one noise
         path = {"zeros": FLATLINE, "noise": NOISE}.get(self.perturb or "", path)
-        raw = self.load_raw(path, key)
-        if self.leads != tuple(range(len(raw))):
-            raw = raw[list(self.leads)]
-        return path, raw
+        raw, names = self._recorded(path, key)
+        if names == self.names:
+            return path, raw, names
+        chosen = tuple(name for name in self.names if name in names)
+        if not chosen:
+            expected = f"one of {', '.join(self.names)}"
+            raise UserError(self._place(path)[1], f"leads {', '.join(names)}", expected, "leave it out")
+        return path, raw[[names.index(name) for name in chosen]], chosen
 
-    def _shown(self, path: str, raw: np.ndarray, epoch: int | None) -> Signal:
-        """What becomes of leads (C, L) that were read."""
+    def _shown(self, path: str, raw: np.ndarray, names: tuple[str, ...], epoch: int | None) -> Signal:
+        """What becomes of leads (C, L), by name, that were read."""
         drawn = None if epoch is None or path in (NOISE, FLATLINE) else _generator(self.seed, epoch, path)
         if drawn is not None and self.augment_ecg:
             raw = augment_ecg(raw, drawn)
         if self.representation == "rgb":
-            return self._image(draw(raw, self.sampling_rate, self.names, self.dpi), drawn)
+            return self._image(draw(raw, self.sampling_rate, names, self.dpi), drawn)
         if self.representation == "stacked_signal":
             return self._image(stacked(min_max(raw, self.norm_eps)), drawn)
         if coder := self.ids or self.tokens:
             return coder.encode(raw, self.norm_eps)
-        return normalize(raw, self.norm_eps, self.normalize)
+        signal = normalize(raw, self.norm_eps, self.normalize)
+        return in_slots(signal, names, self.names, self.length) if self.some_leads else signal
 
     def names_of(self, path: str, key: int) -> tuple[str, str]:
         """What an encoder's output for the ECG at `path` is kept as, and what it is asked for by.
@@ -256,25 +267,38 @@ class SignalSpec:
             raise UserError(f"ecg_path {path}", found, f"files in {folder}", fix)
 
     def load_raw(self, path: str, key: int) -> np.ndarray:
-        """The 12 leads (12, L) before normalisation: in mV where the recording is. See `load`."""
+        """The 12 leads (12, L) before normalisation: in mV where the recording is, zeros where it has no more. See
+        `load`."""
+        raw, names = self._recorded(path, key)
+        return raw if raw.shape == (len(LEADS), self.length) else in_slots(raw, names, LEADS, self.length)["signal"]
+
+    def _recorded(self, path: str, key: int) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Leads (C, L) before normalisation, and their names: all, and `length` samples, where a view needs them."""
         if path == FLATLINE:
-            return np.zeros((len(LEADS), self.length), np.float32)
+            return np.zeros((len(LEADS), self.length), np.float32), LEADS
         if path == NOISE:
             seed = np.array([key % 2**64, zlib.crc32(b"noise")], dtype=np.uint64)
-            return noise_ecg((len(LEADS), self.length), np.random.Generator(np.random.Philox(key=seed)))
+            return noise_ecg((len(LEADS), self.length), np.random.Generator(np.random.Philox(key=seed))), LEADS
         if path.startswith(DEMO):
             from elm_jax.data.demo import load_demo_ecg
 
-            return load_demo_ecg(path, self.sampling_rate, self.length)
+            return load_demo_ecg(path, self.sampling_rate, self.length), LEADS
         with stopping.reading(path):
             self._files(path)  # all of them may be read
             return self._from_file(self._place(path)[1])
 
-    def _from_file(self, path: str) -> np.ndarray:
+    @property
+    def takes_some(self) -> bool:
+        """Whether every view takes recordings with some of the leads, and short ones."""
+        return all(spec.some_leads for spec in self.views.values())
+
+    def _from_file(self, path: str) -> tuple[np.ndarray, tuple[str, ...]]:
         order = LEADS if behaviours.enabled("lead_order", self.compat) else None
-        recording = read_ecg(path, order, bare_rate=self.bare_rate or self.sampling_rate)
+        some, bare_rate = self.takes_some, self.bare_rate or self.sampling_rate
+        recording = read_ecg(path, order, bare_rate=bare_rate, some_leads=some)
+        least = round(SHORTEST * self.sampling_rate) if some else None
         try:
-            return to_segment(recording, self.sampling_rate, self.length, self.compat)
+            return to_segment(recording, self.sampling_rate, self.length, self.compat, least), recording.leads
         except UserError as error:
             raise UserError(path, error.found, error.expected, error.fix) from None
 

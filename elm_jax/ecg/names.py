@@ -56,22 +56,24 @@ class Rows:
     """Where LEADS are in a file: `places` are the rows of the leads that it stores, in the canonical order.
 
     negated: places among these that it has negated; derived: leads that follow from I and II, in the canonical order;
-    dropped: the names of other rows.
+    dropped: the names of other rows; absent: leads that are neither there nor derived.
     """
 
     places: tuple[int, ...]
     negated: tuple[int, ...] = ()
     derived: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
 
 _IN_ORDER = Rows(tuple(range(len(LEADS))))
 
 
-def find_leads(path: str, names: Sequence[str]) -> Rows:
+def find_leads(path: str, names: Sequence[str], some: bool = False) -> Rows:
     """Where LEADS are among rows of these `names`. Raises UserError where one is missing or there twice.
 
-    The three augmented leads, and III with them, may be absent together: they follow from I and II.
+    The three augmented leads, and III with them, may be absent together: they follow from I and II. With `some` it is
+    enough that one is there; those that are not are `absent`.
     """
     names = tuple(names)
     if names == LEADS:  # as nearly all prepared files have them
@@ -87,14 +89,18 @@ def find_leads(path: str, names: Sequence[str]) -> Rows:
             raise UserError(path, f"leads {', '.join(names)}", f"each lead once, {lead} too", "give one another name")
         negated += [len(places)] * called[1]
         places.append(known.index(called))
-    if missing and tuple(missing) not in (AUGMENTED, ("III", *AUGMENTED)):
+    derived, absent = tuple(missing), ()
+    if derived not in ((), AUGMENTED, ("III", *AUGMENTED)):
+        derived, absent = (), derived
+    if absent and not (some and places):
         others = [name for name, lead in zip(names, known, strict=True) if lead is None]
         named = ", ".join(name or "one without a name" for name in names) or "none"
         where = "under its key leads" if path.endswith(".npy") else "in the header"
         fix = nearest(missing[0], others) or f"name the leads so {where}"
-        raise UserError(path, f"no lead {', '.join(missing)} among {named}", "all twelve standard leads", fix)
+        expected = "one of the twelve standard leads" if some else "all twelve standard leads"
+        raise UserError(path, f"no lead {', '.join(missing)} among {named}", expected, fix)
     dropped = tuple(name or "one without a name" for place, name in enumerate(names) if place not in places)
-    return Rows(tuple(places), tuple(negated), tuple(missing), dropped)
+    return Rows(tuple(places), tuple(negated), derived, dropped, absent)
 
 
 def derive(signal: np.ndarray, derived: Sequence[str]) -> np.ndarray:

@@ -62,6 +62,7 @@ def read_ecg(
     unit: str | None = None,
     unstated_rate: float | None = None,
     bare_rate: float = 250.0,  # what the reference's preparation writes
+    some_leads: bool = False,
     dtype: type[np.floating[Any]] = np.float32,
 ) -> Recording:
     """The 12-lead recording in a `.npy` file, a WFDB record (with or without `.hea`, `.dat`, `.mat`) or a file of the
@@ -73,8 +74,9 @@ def read_ecg(
     overrides what the file says; without either, the order known for the reference's dataset folder is taken, else
     LEADS, with a note in the log. sampling_rate (Hz) likewise; `unstated_rate` is that of files which state none: else
     a bare array of a `.npy` file is taken to be at `bare_rate`, and others are refused. `unit` is that of numbers which
-    say none; else they are mV, noted in the log, and whole numbers (but of `.npy` files) are refused. Raises UserError
-    for whatever cannot be such a recording.
+    say none; else they are mV, noted in the log, and whole numbers (but of `.npy` files) are refused. With `some_leads`
+    a file may have only some of the twelve: signal (C, L) then, and `leads` say which. Raises UserError for whatever
+    cannot be such a recording.
     """
     path = os.fspath(path)  # a loader reads thousands a second, and a Path costs as much as an array operation
     _check_name(path)
@@ -85,7 +87,7 @@ def read_ecg(
         gains = None
         names = names if lead_order is None else lead_order
         names = _unnamed_order(path, signal) if names is None else names
-        rows = find_leads(path, _one_for_each(path, names, len(signal)))
+        rows = find_leads(path, _one_for_each(path, names, len(signal)), some_leads)
         if rows.places != tuple(range(len(signal))):
             signal = signal[list(rows.places)]
         signal = signal if unit is None else signal * millivolts(unit)
@@ -95,7 +97,7 @@ def read_ecg(
         if lead_order is None and len(names) == len(LEADS) and not any(names) and isinstance(stored, Stored):
             names = LEADS
             _note(os.path.dirname(path), UNNAMED)
-        rows = find_leads(path, _one_for_each(path, names, len(stored.names)))
+        rows = find_leads(path, _one_for_each(path, names, len(stored.names)), some_leads)
         (signal, rate), report = stored.read(list(rows.places), unit), stored.report
         gains = stored.gains(rows.places, unit)
         if rate is None and sampling_rate is None and unstated_rate is None:
@@ -120,10 +122,11 @@ def read_ecg(
         signal = derive(signal, rows.derived).astype(dtype, copy=False)
         gains = gains and (2 * max(gains),) * len(LEADS)  # halves of steps
         _note(os.path.dirname(path), f"{', '.join(rows.derived)} computed from I and II")
-    _check_finite(path, signal)
+    leads = tuple(lead for lead in LEADS if lead not in rows.absent) if rows.absent else LEADS
+    _check_finite(path, signal, leads)
     if rows.dropped:
         _warn_of_dropped(os.path.dirname(path), rows.dropped)
-    return Recording(signal, LEADS, rate, report, rows.dropped, rows.derived, gains)
+    return Recording(signal, leads, rate, report, rows.dropped, rows.derived, gains)
 
 
 def _check_name(path: str) -> None:
@@ -278,14 +281,14 @@ def collected_notes(folder: str) -> Iterator[list[str]]:
         _log.propagate = True
 
 
-def _check_finite(path: str, signal: np.ndarray) -> None:
+def _check_finite(path: str, signal: np.ndarray, leads: Sequence[str]) -> None:
     if np.isfinite(signal.min()) and np.isfinite(signal.max()):  # NaN passes through both
         return
     finite = np.isfinite(signal)
     lead, sample = np.argwhere(~finite)[0]
     raise UserError(
         path,
-        f"{signal[lead, sample]} in lead {LEADS[lead]} at sample {sample} "
+        f"{signal[lead, sample]} in lead {leads[lead]} at sample {sample} "
         f"({np.size(finite) - np.count_nonzero(finite)} in all)",
         "finite numbers",
         "leave this recording out or repair it",
@@ -293,19 +296,22 @@ def _check_finite(path: str, signal: np.ndarray) -> None:
 
 
 def to_segment(
-    recording: Recording, sampling_rate: float = 250, length: int = 2500, compat: Sequence[str] = ()
-) -> np.ndarray:
-    """The first `length` samples at `sampling_rate` Hz: (C, length) float32. UserError if there are fewer.
+    recording: Recording, sampling_rate: float = 250, length: int = 2500, compat: Sequence[str] = (),
+    least: int | None = None,
+) -> np.ndarray:  # fmt: skip
+    """The first `length` samples at `sampling_rate` Hz: (C, length) float32. UserError if there are fewer; with `least`
+    all that there are, if these are so many.
 
     Resampled by `resample`, or as the reference does with the compat name `spline_resampling`.
     """
     behaviours.check(compat)
     signal = _at_rate(recording, sampling_rate, compat, length)
-    if signal.shape[1] < length:
+    least = length if least is None else min(least, length)
+    if signal.shape[1] < least:
         raise UserError(
             "recording",
             f"{signal.shape[1]} samples at {sampling_rate:g} Hz",
-            f"at least {length}",
+            f"at least {least}",
             "leave it out, or lower data.segment_len",
         )
     return np.ascontiguousarray(signal[:, :length], dtype=np.float32)
@@ -334,6 +340,23 @@ def _at_rate(
     if behaviours.enabled("spline_resampling", compat):
         return resample_by_spline(signal, rate, sampling_rate).astype(signal.dtype)
     return resample(signal, rate, sampling_rate, length).astype(signal.dtype)
+
+
+def in_slots(signal: np.ndarray, leads: Sequence[str], places: Sequence[str], length: int) -> dict[str, np.ndarray]:
+    """A signal (C, L) of some leads, by name, in rows for `places`: what encoders read that take any leads.
+
+    `signal` (places, length) float32, zeros where nothing is; `leads` (places,) int32: of each row its lead's place
+    among the twelve, from 1 on, 0 where there is none; `samples` () int32, how many are there: at most `length`.
+    Raises UserError for a lead that is none of the twelve, none of `places`, or there twice.
+    """
+    rows = [places.index(lead) for lead in leads if lead in LEADS and lead in places]
+    if len(set(rows)) < len(leads) or len(leads) != len(signal):
+        found = f"{len(signal)} rows for {', '.join(leads) or 'no leads'}"
+        raise UserError("leads", found, f"a row for each, of {', '.join(places)}", "name them so, each once")
+    whole, named = np.zeros((len(places), length), np.float32), np.zeros(len(places), np.int32)
+    whole[rows, : signal.shape[1]] = signal[:, :length]
+    named[rows] = [1 + LEADS.index(lead) for lead in leads]
+    return {"signal": whole, "leads": named, "samples": np.asarray(min(signal.shape[1], length), np.int32)}
 
 
 NORMALIZATIONS = ("minmax", "instance_minmax", "instance_zscore", "lead_minmax", "lead_zscore", "none")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elm_jax.config import Config
+from elm_jax.data.batch import Shown
 from elm_jax.data.represent import SignalSpec
 from elm_jax.inference.model import Prompt, TrainedModel
 from elm_jax.models.attention import padding_mask
@@ -78,7 +79,8 @@ def attention(model: TrainedModel, prompt: Prompt, answer: str) -> Attention:
     # A token's answer is made in the place before it.
     mean = weights[start - 1 : len(ids) - 1 if len(ids) > start else start].mean(0)
     places = _ecg_places(model, prompt, written)
-    spans = [_spans(model, ids[where]) for where in places]
+    ecgs = prompt.signals or [{}] * len(places)
+    spans = [_spans(model, ids[where], ecg) for where, ecg in zip(places, ecgs, strict=True)]
     return Attention([tokenizer.decode([int(i)]) for i in ids], mean, places, spans, start)
 
 
@@ -131,12 +133,19 @@ def _ecg_places(model: TrainedModel, prompt: Prompt, written: Prompt) -> list[li
     return [[int(i) for i in part] for part in np.split(own, breaks)]
 
 
-def _spans(model: TrainedModel, ids: np.ndarray) -> list[list[Part]]:
-    """The parts of the signal that the tokens of one ECG stand for; a token that has no place stands for all of it."""
+def _spans(model: TrainedModel, ids: np.ndarray, ecg: Shown) -> list[list[Part]]:
+    """The parts of the signal that the tokens of one ECG stand for; a token that has no place stands for all of it.
+
+    What an encoder reads of the ECG is asked for where that says its length.
+    """
     spec, config = model.assembly.signal, model.config
     if spec.tokens is not None:
         return _symbol_spans(spec, ids)
-    return [span for view in config.slots for span in _view_spans(spec.shape, config, view, model.assembly.encoders)]
+    spans = []
+    for view in config.slots:
+        samples = int(ecg[view]["samples"]) if spec.views[view].some_leads else spec.length
+        spans += _view_spans((spec.shape[0], samples), config, view, model.assembly.encoders)
+    return spans
 
 
 def _view_spans(

@@ -287,7 +287,8 @@ def _read(path: str, spec: SignalSpec) -> tuple[str, Recording, list[str]]:
     with refused(path, "", "the path of a recording", "correct it", *errors):
         file = Path(path).expanduser().absolute()
         with collected_notes(str(file.parent)) as notes:
-            return str(file), read_ecg(file, bare_rate=spec.bare_rate or spec.sampling_rate), notes
+            bare_rate = spec.bare_rate or spec.sampling_rate
+            return str(file), read_ecg(file, bare_rate=bare_rate, some_leads=spec.takes_some), notes
 
 
 def _amount(leads: int, rate: float, samples: int) -> str:
@@ -307,5 +308,7 @@ def _remarks(recording: Recording, spec: SignalSpec) -> Iterator[str]:
     flat = [name for name, lead in zip(recording.leads, recording.signal, strict=True) if np.ptp(lead) == 0]
     if flat:
         yield f"flat: {', '.join(flat)}"
+    elif recording.leads != LEADS:
+        yield f"{', '.join(recording.leads)} alone"
     elif contradiction := limb_sums(recording.signal):
         yield contradiction.text

@@ -80,6 +80,8 @@ class LoadedEncoder:
 
     def __call__(self, signals: Any) -> jax.Array:
         """Signals (B, C, L), or what else the encoder takes: images, or a dict of arrays -> (B, N, D) float32."""
+        if check := getattr(self.module, "check_values", None):
+            check(signals)
         if isinstance(signals, Mapping):
             return self._encode(self._state, {name: jnp.asarray(value) for name, value in signals.items()})
         return self._encode(self._state, jnp.asarray(signals))

@@ -59,7 +59,7 @@ def lengths(name: str) -> list[int]:
     return sorted(int(key.removeprefix("ecg_")) for key in goldens.cases(name, "inputs.npz"))
 
 
-def check_embeddings(folder: Path, length: int, most: int | None = None) -> None:
+def check_embeddings(folder: Path, length: int, most: int | None = None, encoder: str = "merl") -> None:
     """`most`: how many of the golden's numbers of tokens."""
     weights, config = recipe_weights(folder), described(folder)["models"]["any"]["cfg"]
     signals = np.load(folder / "inputs.npz")[f"ecg_{length}"]
@@ -68,7 +68,7 @@ def check_embeddings(folder: Path, length: int, most: int | None = None) -> None
     assert keys
     for key in keys[:most]:
         tokens, _, part = key.partition("_tok")[2].partition("_")
-        ours = np.asarray(load_encoder("merl", weights, tokens=int(tokens), **config)(signals))
+        ours = np.asarray(load_encoder(encoder, weights, tokens=int(tokens), **config)(signals))
         ours = ours[..., ::8] if part == "every8thchannel" else ours
         compare(folder.name, key, ours, outputs[key], 1e-5)
 
@@ -76,6 +76,10 @@ def check_embeddings(folder: Path, length: int, most: int | None = None) -> None
 @pytest.mark.parametrize("length", lengths(RESNET18))
 def test_resnet18_embeddings(golden: GoldenFolder, length: int) -> None:
     check_embeddings(golden(RESNET18), length)
+
+
+def test_resnet18_for_any_leads_where_all_are_there(golden: GoldenFolder) -> None:
+    check_embeddings(golden(RESNET18), lengths(RESNET18)[0], 1, "resnet18_any")
 
 
 def test_resnet101_embeddings_of_the_shortest_signals(golden: GoldenFolder) -> None:

@@ -73,10 +73,11 @@ IMAGES, SYMBOLS = {"clip", "vit", "siglip2", "mlp_mixer"}, {"next_token"}
 def spans_of(
     name: str | None, tokens: int, fields: Any = None, shape: tuple[int, int] = (LEADS, SAMPLES)
 ) -> Any:
-    signal = SimpleNamespace(shape=shape, tokens=None)
+    views = {"ecg": SimpleNamespace(some_leads=False)}
+    signal = SimpleNamespace(shape=shape, length=shape[1], tokens=None, views=views)
     config = resolve({"elm": "mlp_llava" if name else "patch_elf", "encoder": {"name": name, "tokens": tokens}})
     model: Any = SimpleNamespace(assembly=SimpleNamespace(signal=signal, encoders={"ecg": fields or {}}), config=config)
-    return _spans(model, np.zeros(tokens, np.int32))
+    return _spans(model, np.zeros(tokens, np.int32), {})
 
 
 def drawn(spans: Any) -> np.ndarray:
@@ -152,7 +153,17 @@ def test_tokens_of_the_shipped_sizes_stand_where_their_patches_are() -> None:
 def test_the_token_of_an_image_stands_for_all_of_it_and_every_encoder_is_known() -> None:
     assert spans_of("clip", 1) == [[(0, LEADS, 0, SAMPLES)]]
     assert {name for name, kind in ENCODERS.items() if kind.processing} == IMAGES
-    assert set(FIELDS) == {name for name, kind in ENCODERS.items() if kind.pooled} == set(ENCODERS) - IMAGES - SYMBOLS
+    signals = set(ENCODERS) - IMAGES - SYMBOLS
+    assert {*FIELDS, "resnet18_any"} == {name for name, kind in ENCODERS.items() if kind.pooled} == signals
+    assert ENCODERS["resnet18_any"].pooled is ENCODERS["merl"].pooled
+
+
+def test_the_tokens_of_a_short_ecg_stand_for_its_own_samples() -> None:
+    signal = SimpleNamespace(shape=(12, 320), length=320, tokens=None, views={"ecg": SimpleNamespace(some_leads=True)})
+    config = resolve({"elm": "mlp_llava", "encoder": {"name": "resnet18_any", "tokens": 2}})
+    model: Any = SimpleNamespace(assembly=SimpleNamespace(signal=signal, encoders={"ecg": {}}), config=config)
+    spans = _spans(model, np.zeros(2, np.int32), {"ecg": {"samples": np.int32(160)}})
+    assert [parts[0][2:] for parts in spans] == [(0, 72), (72, 160)]
 
 
 def test_symbols_stand_for_what_they_spell_lead_after_lead() -> None:

@@ -20,6 +20,7 @@ from elm_jax import compat as behaviours
 from elm_jax.ecg.images import CLIP, SIGLIP2, VIT, Processing
 from elm_jax.errors import UserError
 from elm_jax.models.encoders import (
+    any_leads,
     checkpoints,
     dit,
     ecg_coca,
@@ -82,6 +83,8 @@ class Kind:
     sign: by which tensor a checkpoint is known to be of this encoder and none of those before it; None: it is not.
     sizes: what the shapes of a checkpoint say of the configuration.
     pooled: which part of an ECG its tokens stand for; None: each for all of it.
+    some_leads: whether it reads signals with any of the leads, and any length up to the data's, as a dict of arrays
+        that says which and how many (`ecg.recording.in_slots`).
     processing: how it wants its images; None: it reads signals, or the ids of ECG-Byte where `symbols` says so.
     pretraining: the encoder with all that its own pretraining trains, which `kind_of` finds as "NAME.pretraining".
     text: the text tower that this trains it against. Its config has the tower's fields as `text`.
@@ -100,6 +103,7 @@ class Kind:
     sign: checkpoints.Sign | None = None
     sizes: Callable[[checkpoints.Tensors], checkpoints.Told] = lambda tensors: {}
     pooled: Pooled | None = None
+    some_leads: bool = False
     processing: Processing | None = None
     symbols: bool = False
     pretraining: Kind | None = None
@@ -162,15 +166,21 @@ def _pretrained(kind: Kind) -> Kind:
 
 # MERL's trainer saves `ecg_encoder` alone, or the whole model around it.
 _MERL_RELEASES = (("conv1.weight", "", "resnet."), ("ecg_encoder.", "ecg_encoder.", "resnet."))
+# Its strides make 16: position k is made of samples on both sides of 16 k, and stands for those next to it.
+_MERL_POOLED = Pooled(lambda config, length: (0, *range(8, length - 8, 16), length))
 _IN_MODULE = "vision_encoder."  # the reference's module around a model of Hugging Face
 _BARE = (("pos_embedding", "", "encoder."),)  # a masked autoencoder's encoder without what is around it
 ENCODERS: Registry[Kind] = Registry("encoder.name", {
+    "resnet18_any": Kind(
+        any_leads.AnyLeadsConfig.from_fields, any_leads.AnyLeads, any_leads.weight_rule, merl.published_name,
+        absent=any_leads.absent, releases=_MERL_RELEASES, some_leads=True,
+        sign=checkpoints.begins(any_leads.EMBEDDING), sizes=checkpoints.merl_sizes, pooled=_MERL_POOLED,
+    ),
     "merl": Kind(
         merl.MerlConfig.from_fields, merl.Merl, merl.weight_rule, merl.published_name,
         releases=_MERL_RELEASES,
         sign=checkpoints.begins("resnet.conv1."), sizes=checkpoints.merl_sizes,
-        # Its strides make 16: position k is made of samples on both sides of 16 k, and stands for those next to it.
-        pooled=Pooled(lambda config, length: (0, *range(8, length - 8, 16), length)),
+        pooled=_MERL_POOLED,
         pretraining=Kind(
             with_text(merl_pretraining.PretrainedMerlConfig.from_fields), merl_pretraining.PretrainedMerl,
             merl_pretraining.weight_rule, merl_pretraining.published_name, releases=_MERL_RELEASES,

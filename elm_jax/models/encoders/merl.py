@@ -63,6 +63,7 @@ class BatchNorm(nnx.Module):
     In training a signal counts `weights` times: the result equals that of a batch where it is repeated as
     often, and a signal of weight 0 (an unused slot) has no influence. A batch without any weight is
     normalised by the running statistics and leaves them as they are. Under jit the batch is the global one.
+    Weights (B, L) are those of each position: where they are 0 the result is 0, as beyond a signal's end.
     """
 
     def __init__(self, channels: int, *, param_dtype: Any) -> None:
@@ -75,13 +76,16 @@ class BatchNorm(nnx.Module):
         values = x.astype(jnp.float32)
         mean, var = self._batch_statistics(values, weights) if train else (self.mean[...], self.var[...])
         gain = jax.lax.rsqrt(var + BN_EPS) * weight(self.scale, jnp.float32)
-        return ((values - mean) * gain + weight(self.bias, jnp.float32)).astype(x.dtype)
+        values = (values - mean) * gain + weight(self.bias, jnp.float32)
+        if weights is not None and weights.ndim == 2:
+            values = jnp.where(weights[:, :, None] > 0, values, 0.0)
+        return values.astype(x.dtype)
 
     def _batch_statistics(self, x: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Mean and biased variance (C,) of the batch; moves the running statistics towards them."""
         times = jnp.ones(x.shape[0]) if weights is None else weights.astype(jnp.float32)
-        times = times[:, None, None]
-        total = jnp.sum(times) * x.shape[1]
+        total = jnp.sum(times) * (x.shape[1] if times.ndim == 1 else 1)
+        times = times.reshape(*times.shape, *(1,) * (3 - times.ndim))
         used, divisor = total > 0, jnp.maximum(total, 1)
         mean = jnp.sum(times * x, (0, 1)) / divisor
         # A second pass: E[x^2] - E[x]^2 loses the variance where the mean is large.
@@ -102,6 +106,7 @@ class Block(nnx.Module):
     ) -> None:
         self.depth = len(convs)
         cout, stride, channels = convs[-1][2], max(conv[1] for conv in convs), cin
+        self.stride = stride
         for i, (size, step, out) in enumerate(convs, start=1):
             setattr(self, f"conv{i}", Conv(channels, out, size, step, rngs=rngs, param_dtype=param_dtype))
             setattr(self, f"bn{i}", BatchNorm(out, param_dtype=param_dtype))
@@ -112,15 +117,22 @@ class Block(nnx.Module):
             self.shortcut.append(BatchNorm(cout, param_dtype=param_dtype))
 
     def __call__(self, x: jax.Array, weights: jax.Array | None, train: bool) -> jax.Array:
-        y = x
+        y, own = x, weights
         for i in range(1, self.depth + 1):
-            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y), weights, train)
+            conv = getattr(self, f"conv{i}")
+            own = strided(own, conv.stride)
+            y = getattr(self, f"bn{i}")(conv(y), own, train)
             if i < self.depth:
                 y = jax.nn.relu(y)
         if self.shortcut:
             conv, norm = self.shortcut
-            x = norm(conv(x), weights, train)
+            x = norm(conv(x), own, train)
         return jax.nn.relu(x + y)
+
+
+def strided(weights: jax.Array | None, stride: int) -> jax.Array | None:
+    """The weights of what a `Conv` of this stride leaves: position k of it stands where stride * k stood."""
+    return weights if weights is None or weights.ndim == 1 else weights[:, ::stride]
 
 
 def basic(channels: int, stride: int) -> list[tuple[int, int, int]]:
@@ -200,11 +212,15 @@ class Merl(nnx.Module):
             expected = f"(batch, {self.num_leads} leads, samples)"
             fix = "give signals of these leads, or set encoder.config.num_leads and train it so"
             raise UserError("encoder input", f"shape {signals.shape}", expected, fix)
-        x = signals.astype(self.dtype).transpose(0, 2, 1)
-        x = jax.nn.relu(self.bn1(self.conv1(x), weights, train))
+        return self.trunk(self.conv1(signals.astype(self.dtype).transpose(0, 2, 1)), weights, train)
+
+    def trunk(self, x: jax.Array, weights: jax.Array | None, train: bool) -> jax.Array:
+        """What the first convolution gives -> the feature map; weights (B,), or (B, L/2) of each position."""
+        x = jax.nn.relu(self.bn1(x, weights, train))
         for stage in range(1, self.stages + 1):
             for block in getattr(self, f"layer{stage}"):
                 x = block(x, weights, train)
+                weights = strided(weights, block.stride)
         return x
 
 
