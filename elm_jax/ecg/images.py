@@ -52,6 +52,10 @@ CLIP = Processing(
     shortest_edge=224,
 )
 VIT = Processing(_HALF, _HALF, BILINEAR, size=(224, 224))
+SIGLIP = Processing(_HALF, _HALF, BICUBIC, size=(224, 224))
+DINOV2 = Processing(
+    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resample=BICUBIC, size=(224, 224), shortest_edge=256
+)
 SIGLIP2 = Processing(_HALF, _HALF, BILINEAR, patch=16, max_patches=256)
 
 

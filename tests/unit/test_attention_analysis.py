@@ -67,7 +67,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         ("mae_vit", "nepa", "dit", "dit_text"), SIZES | {"d_model": 16, "n_heads": 2, "dim_ff": 16, "num_layers": 1}
     ),
 }
-IMAGES, SYMBOLS = {"clip", "vit", "siglip2", "mlp_mixer"}, {"next_token"}
+IMAGES, SYMBOLS = {"clip", "dinov2", "vit", "siglip", "siglip2", "mlp_mixer"}, {"next_token"}
 
 
 def spans_of(

@@ -19,7 +19,7 @@ from elm_jax.models.encoders.siglip import resize_weights
 from elm_jax.models.encoders.vision import mask_of
 from elm_jax.models.functional import Arrays, Structure, structure_of
 from elm_jax.weights.encoders import LoadedEncoder, encoder_config, from_published, load_encoder, to_published
-from elm_jax.weights.safetensors import save_safetensors
+from elm_jax.weights.safetensors import Safetensors, save_safetensors
 
 BLOCKS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -270,12 +270,15 @@ def test_vit_files_of_the_bare_model_without_a_mask_token() -> None:
         ("siglip2", {"vision_use_head": False}, "encoder.config.vision_use_head: found False; expected True"),
         ("siglip2", {"num_patches": 10}, "encoder.config.num_patches: found 10; expected a square"),
         ("siglip_ecg", {"patch_size": 7}, "encoder.config.patch_size: found 7; expected a divisor of seq_len, 40"),
+        ("siglip", {"model_type": "siglip2"}, "encoder.config.model_type: found .siglip2.; expected siglip or"),
+        ("dinov2", {"intermediate_size": 9}, "encoder.config.intermediate_size: found an unknown field"),
+        ("dinov2", {"drop_path_rate": 0.1}, "encoder.config.drop_path_rate: found 0.1; expected 0.0"),
         ("siglip_ecg", {"num_leads": 0}, "encoder.config.num_leads: found 0"),
     ],
 )  # fmt: skip
 def test_config_fields_that_change_the_numbers_are_refused_by_name(name: str, config: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_encoder(name, **{**CONFIGS[name], **config})
+        load_encoder(name, **{**CONFIGS.get(name, {}), **config})
 
 
 @pytest.mark.parametrize(
@@ -291,6 +294,45 @@ def test_config_fields_that_change_the_numbers_are_refused_by_name(name: str, co
 def test_inputs_of_another_shape_are_refused(name: str, signals: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_encoder(name, published(name), **CONFIGS[name])(signals)
+
+
+OF_TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "siglip": ("siglip", "SiglipVision", {"intermediate_size": 24, "image_size": 18, "patch_size": 4}, {}),
+    "dinov2": ("dinov2", "Dinov2", {"mlp_ratio": 2, "image_size": 20, "patch_size": 4}, {"resolution": 12}),
+    "dinov2_giant": (
+        "dinov2", "Dinov2", {"mlp_ratio": 2, "image_size": 20, "patch_size": 4, "use_swiglu_ffn": True},
+        {"resolution": 20},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow  # imports PyTorch
+@pytest.mark.parametrize("case", OF_TRANSFORMERS)
+def test_an_embedding_is_that_of_transformers_and_names_go_out_as_they_came(tmp_path: Path, case: str) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    name, called, sizes, own = OF_TRANSFORMERS[case]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, **sizes}
+    theirs = getattr(transformers, f"{called}Model")(getattr(transformers, f"{called}Config")(**sizes)).eval()
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.tensor(0.3 * rng.standard_normal(parameter.shape)))
+    theirs.save_pretrained(tmp_path)
+    edge = own.get("resolution", sizes["image_size"])
+    images = rng.standard_normal((2, 3, edge, edge), dtype=np.float32)
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(images)).pooler_output.numpy()
+    wanted = wanted if name == "dinov2" else wanted / np.linalg.norm(wanted, axis=-1, keepdims=True)
+    with jax.default_matmul_precision("highest"):
+        encoder = load_encoder(name, tmp_path, **own)
+        np.testing.assert_allclose(encoder(images)[:, 0], wanted, atol=2e-5 * np.abs(wanted).max(), rtol=1e-4)
+    tensors = dict(Safetensors(tmp_path / "model.safetensors"))
+    structure = structure_of(lambda: build_encoder(name, encoder_config(name, tmp_path, own), 1, nnx.Rngs(0)))
+    back = to_published(name, from_published(name, structure.leaves, tensors))
+    prefix = "vision_model." if name == "siglip" else ""  # of the whole model's file
+    assert {key.removeprefix(prefix) for key in back} == set(tensors)
+    for key, tensor in back.items():
+        np.testing.assert_array_equal(tensor, tensors[key.removeprefix(prefix)], err_msg=key)
 
 
 # -- checkpoints ----------------------------------------------------------------------------------------------------
@@ -358,7 +400,8 @@ def build_config(name: str, fields: dict) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("clip", 87_849_216), ("vit", 86_389_248 - 768 * 769 - 2 * 768 + 768), ("siglip2", 427_888_064)],
+    [("clip", 87_849_216), ("vit", 86_389_248 - 768 * 769 - 2 * 768 + 768), ("siglip2", 427_888_064),
+     ("siglip", 92_884_224), ("dinov2", 86_580_480)],
 )
 def test_the_defaults_are_the_published_models(name: str, parameters: int) -> None:
     """By their number of parameters; of ViT the pooler and the last norm are not held, and the mask token is."""

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from elm_jax import compat as behaviours
-from elm_jax.ecg.images import CLIP, SIGLIP2, VIT, Processing
+from elm_jax.ecg.images import CLIP, DINOV2, SIGLIP, SIGLIP2, VIT, Processing
 from elm_jax.errors import UserError
 from elm_jax.models.encoders import (
     any_leads,
     checkpoints,
+    dinov2,
     dit,
     ecg_coca,
     mae,
@@ -136,10 +137,11 @@ class Kind:
             return None
         if usual.patch is not None:
             return replace(usual, patch=sizes.patch_size)
-        edge = sizes.image_size
+        edge = sizes.edge
         if not behaviours.enabled("clip_centre_crop", compat):  # which would cut off the outer leads
             usual = usual.whole()
-        return replace(usual, size=(edge, edge), shortest_edge=None if usual.shortest_edge is None else edge)
+        shortest = usual.shortest_edge and usual.size and edge * usual.shortest_edge // usual.size[0]
+        return replace(usual, size=(edge, edge), shortest_edge=shortest)
 
 
 PRETRAINING = ".pretraining"
@@ -244,6 +246,11 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
             wrapper=_IN_MODULE, text=pairs.CLIP_PAIR,
         ),
     ),
+    "dinov2": Kind(
+        sizes.Dinov2Config.from_fields, dinov2.Dinov2, dinov2.dinov2_rule, dinov2.dinov2_name, absent=dinov2.absent,
+        file_config=dict, wrapper=_IN_MODULE, sign=checkpoints.begins("encoder.layer.0.layer_scale1."),
+        processing=DINOV2,
+    ),
     "vit": Kind(
         sizes.VitConfig.from_fields, vision.Vit, vision.vit_rule, vision.vit_name, absent=vision.vit_absent,
         compat={"vit_random_mask": {"mask_ratio": 0.75}}, file_config=dict, wrapper=_IN_MODULE,
@@ -253,6 +260,10 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
             vision_pretraining.masked_vit_name, absent=vision_pretraining.masked_vit_absent, file_config=dict,
             wrapper=_IN_MODULE,
         ),
+    ),
+    "siglip": Kind(
+        sizes.SiglipConfig.from_fields, siglip.Siglip, siglip.siglip2_rule, siglip.siglip2_name, file_config=dict,
+        wrapper=_IN_MODULE, sign=checkpoints.is_siglip, processing=SIGLIP,
     ),
     "siglip2": Kind(
         sizes.Siglip2Config.from_fields, siglip.Siglip2, siglip.siglip2_rule, siglip.siglip2_name, file_config=dict,

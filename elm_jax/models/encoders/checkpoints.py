@@ -50,6 +50,13 @@ def begins(*starts: str) -> Sign:
     return lambda tensors: next((name for name in tensors.names if name.startswith(starts)), None)
 
 
+def is_siglip(tensors: Tensors) -> str | None:
+    """SigLIP 1, whose names SigLIP 2 has too: its patches are a convolution's."""
+    patches = "vision_model.embeddings.patch_embedding.weight"
+    there = {"vision_model.head.probe", patches} <= set(tensors.names)
+    return patches if there and len(tensors.info[tensors.names[patches]].shape) == 4 else None
+
+
 def is_mtae(tensors: Tensors) -> str | None:
     """Of MTAE and MLAE, which have the same names, the one whose patches are of time."""
     found = begins("encoder.cls_embedding")(tensors)

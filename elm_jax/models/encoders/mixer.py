@@ -39,6 +39,11 @@ class MixerConfig:
         return cls(**sizes_of(cls, "encoder.config", config))
 
     @property
+    def edge(self) -> int:
+        """Pixels of an image that is read."""
+        return self.image_size
+
+    @property
     def patches(self) -> int:
         """P."""
         return (self.image_size // self.patch_size) ** 2

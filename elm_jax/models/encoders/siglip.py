@@ -1,6 +1,6 @@
-"""SigLIP 2's vision tower of variable resolution (NaFlex), and the same transformer over patches of an ECG.
+"""SigLIP's vision tower, SigLIP 2's of variable resolution (NaFlex), and the same transformer over patches of an ECG.
 
-Flow: patches (B, P, F) -> (B, P, D) with positions -> transformer -> SigLIP 2: attention pooling, (B, 1, D);
+Flow: patches (B, P, F) -> (B, P, D) with positions -> transformer -> SigLIP 1, 2: attention pooling, (B, 1, D);
 SigLIP-ECG: adaptive average pooling, (B, N, D).
 Dimension letters: B images or signals, P patches (of an image: slots, of which the first `rows x columns` are
 used), F values of a patch, D width, N signal tokens, C leads, L samples, G rows or columns of the position table.
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from elm_jax.ecg.images import SIGLIP2
+from elm_jax.ecg.images import SIGLIP, SIGLIP2
 from elm_jax.errors import UserError
 from elm_jax.models.attention import attend
 from elm_jax.models.encoders.transformer import Mlp, Transformer, TransformerConfig
@@ -22,6 +22,7 @@ from elm_jax.models.encoders.vision import (
     USUAL_LINEARS,
     USUAL_NORMS,
     WHERE,
+    PatchEmbedding,
     blocks,
     linear,
     named_inputs,
@@ -30,10 +31,11 @@ from elm_jax.models.encoders.vision import (
     normalised,
     one_token,
     published,
+    read_images,
     table,
     unit,
 )
-from elm_jax.models.encoders.vision_config import Siglip2Config, SiglipEcgConfig
+from elm_jax.models.encoders.vision_config import Siglip2Config, SiglipConfig, SiglipEcgConfig
 from elm_jax.models.hints import weight
 from elm_jax.models.layers import LayerNorm, Linear, plus, repeated
 from elm_jax.models.names import Rule
@@ -63,6 +65,33 @@ class PoolingHead(nnx.Module):
         out = attend(q, k, v, valid[:, None, None, :], q.shape[-1] ** -0.5, "xla")
         x = self.o(out.reshape(probe.shape))
         return x + self.mlp(self.norm(x))
+
+
+class Siglip(nnx.Module):
+    """SigLIP's vision tower: the pooled image, of length one. `width` is D (768 as published)."""
+
+    def __init__(
+        self, config: SiglipConfig, tokens: int = 1, *, rngs: nnx.Rngs, dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+    ) -> None:  # fmt: skip
+        one_token("siglip", tokens)
+        self.config, self.tokens, self.width, self.dtype = config, tokens, config.hidden_size, jnp.dtype(dtype)
+        self.patches = PatchEmbedding(config.patch_size, self.width, True, rngs, param_dtype)
+        positions = normal(rngs, (config.patches, self.width), self.width**-0.5, param_dtype)
+        self.positions = nnx.Param(positions, axes=(None, "signal"))
+        self.transformer = Transformer(config.transformer(), rngs, param_dtype)
+        self.post_norm = LayerNorm(self.width, config.layer_norm_eps, param_dtype)
+        self.head = PoolingHead(config.transformer(), rngs, param_dtype)
+
+    def __call__(self, signals: Any, weights: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """Images -> (B, 1, D) float32, computed in `dtype`; `weights` and `train` change nothing.
+
+        signals: as for `vision.Clip`. Raises UserError for images of another size.
+        """
+        (images,) = named_inputs(signals, ("pixel_values",), {}).values()
+        x = self.patches(read_images(images, SIGLIP, self.config).astype(self.dtype))
+        x = self.post_norm(self.transformer(plus(x, self.positions)))
+        return unit(self.head(x, jnp.ones(x.shape[:2], bool)))
 
 
 class Siglip2(nnx.Module):
@@ -178,6 +207,7 @@ def _axis_weights(place: jax.Array, size: jax.Array, grid: int) -> jax.Array:
 PROCESSOR_NAMES = {"pixel_values": "patches", "pixel_attention_mask": "mask", "spatial_shapes": "shape"}
 PREFIX = "vision_encoder."  # of a SigLIP-ECG
 NEWER = (("encoder.model.", "encoder.model.", f"{PREFIX}vision_model."),)  # its trainer's names since August 2026
+OF_TOWER = ("embeddings.", "encoder.", "post_layernorm.", "head.")  # what the bare tower's names begin with
 OTHER_PARTS = ("text_model.", "logit_scale", "logit_bias")
 
 
@@ -210,8 +240,8 @@ siglip_ecg_rule = table(tower(f"{PREFIX}vision_model"))
 
 
 def siglip2_name(name: str) -> str | None:
-    """`published` for SigLIP 2: no text tower, and no scale or bias of the loss."""
-    return published(name, "", (), OTHER_PARTS)
+    """`published` for SigLIP 1 and 2: no text tower, and no scale or bias of the loss."""
+    return published(name, "vision_model.", OF_TOWER, OTHER_PARTS)
 
 
 def siglip_ecg_name(name: str) -> str | None:

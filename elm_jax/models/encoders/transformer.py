@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from elm_jax.models.attention import attend
+from elm_jax.models.hints import weight
 from elm_jax.models.layers import ACTIVATIONS, Activation, Init, LayerNorm, Linear
 from elm_jax.models.remat import Remat, rematerialised
 
@@ -25,7 +26,8 @@ class TransformerConfig:
     qkv_bias: whether these have biases; all other projections do. out: whether the attention has an output
     projection. head_dim None: width / heads. init: how the kernels start, None as `Linear` has it. remat: what the
     backward pass recomputes (`elm_jax.models.remat`). post_norm: norms stand behind the sums, not before what is added.
-    causal: a token sees those before it alone.
+    causal: a token sees those before it alone. layer_scale: what a block adds is scaled by value (CaiT, Touvron et al.
+    2021). gated: the MLP is a SwiGLU.
     """
 
     width: int
@@ -42,6 +44,8 @@ class TransformerConfig:
     remat: Remat = "full"
     post_norm: bool = False
     causal: bool = False
+    layer_scale: bool = False
+    gated: bool = False
 
     @property
     def head(self) -> int:
@@ -85,6 +89,19 @@ class Mlp(nnx.Module):
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
+class SwiGlu(nnx.Module):
+    """weights_out(silu(a) * b) of the halves a, b of weights_in(x)."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, param_dtype: Any) -> None:
+        linear = partial(Linear, rngs=rngs, init=config.init, param_dtype=param_dtype, bias=True)
+        self.weights_in = linear(config.width, 2 * config.mlp, ("signal", "mlp"))
+        self.weights_out = linear(config.mlp, config.width, ("mlp", "signal"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = jnp.split(self.weights_in(x), 2, axis=-1)
+        return self.weights_out(jax.nn.silu(gate) * up)
+
+
 class Block(nnx.Module):
     """x + attention(norm1(x)), then x + mlp(norm2(x)); post-norm: norm1(x + attention(x)), then norm2(x + mlp(x))."""
 
@@ -92,15 +109,21 @@ class Block(nnx.Module):
         self.norm1 = LayerNorm(config.width, config.norm_eps, param_dtype)
         self.attention = Attention(config, rngs, param_dtype)
         self.norm2 = LayerNorm(config.width, config.norm_eps, param_dtype)
-        self.mlp = Mlp(config, rngs, param_dtype)
+        self.mlp = (SwiGlu if config.gated else Mlp)(config, rngs, param_dtype)
         self.post_norm = config.post_norm
+        scale = partial(nnx.Param, jnp.ones(config.width, param_dtype), axes=("signal",))
+        self.scale1, self.scale2 = (scale(), scale()) if config.layer_scale else (None, None)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         if self.post_norm:
             x = self.norm1(x + self.attention(x, mask))
             return self.norm2(x + self.mlp(x))
-        x = x + self.attention(self.norm1(x), mask)
-        return x + self.mlp(self.norm2(x))
+        x = x + _scaled(self.attention(self.norm1(x), mask), self.scale1)
+        return x + _scaled(self.mlp(self.norm2(x)), self.scale2)
+
+
+def _scaled(x: jax.Array, scale: nnx.Param | None) -> jax.Array:
+    return x if scale is None else x * weight(scale, x.dtype)
 
 
 class Transformer(nnx.Module):

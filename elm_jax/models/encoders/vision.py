@@ -34,8 +34,10 @@ class PatchEmbedding(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         kernel = weight(self.kernel, images.dtype)
-        size, batch, (rows, columns) = kernel.shape[0], images.shape[0], images.shape[1:3]
-        cut = images.reshape(batch, rows // size, size, columns // size, size, 3)
+        size, batch = kernel.shape[0], images.shape[0]
+        rows, columns = (pixels // size for pixels in images.shape[1:3])
+        whole = images[:, : rows * size, : columns * size]  # some models have a margin that fills no patch
+        cut = whole.reshape(batch, rows, size, columns, size, 3)
         x = jnp.einsum("bhrwck,crkd->bhwd", cut, kernel).reshape(batch, -1, kernel.shape[-1])
         return x if self.bias is None else plus(x, self.bias)
 
@@ -163,7 +165,7 @@ def named_inputs(
 
 def read_images(images: jax.Array, processing: Processing, config: ImageConfig) -> jax.Array:
     """Images of either layout and dtype -> (B, H, W, 3) float32 as the model was trained on; UserError for others."""
-    size = config.image_size
+    size = config.edge
     if images.ndim == 4 and images.shape[1:] == (3, size, size):
         images = images.transpose(0, 2, 3, 1)
     if images.ndim != 4 or images.shape[1:] != (size, size, 3):

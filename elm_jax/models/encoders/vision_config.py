@@ -30,6 +30,7 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "attention_probs_dropout_prob": (0.0,),
     "vision_use_head": (True,),
     "pruned_heads": ({}, None),
+    "drop_path_rate": (0.0,),
     "chunk_size_feed_forward": (0,),
     "is_decoder": (False,),
     "add_cross_attention": (False,),
@@ -111,6 +112,11 @@ class ImageConfig(VisionConfig):
     patch_size: int = _size(16, divides="image_size")
 
     @property
+    def edge(self) -> int:
+        """Pixels of an image that is read."""
+        return self.image_size
+
+    @property
     def patches(self) -> int:
         """Patches of an image."""
         return (self.image_size // self.patch_size) ** 2
@@ -140,6 +146,56 @@ class VitConfig(ImageConfig):
     mask_ratio: float = key(0.0, "part of the patches that is masked", limit="from 0 to 1")
 
     model_types = ("vit",)
+
+
+@dataclass(frozen=True)
+class Dinov2Config(ImageConfig):
+    """Defaults: facebook/dinov2-base. image_size is that which the table of positions is for; `resolution` pixels have
+    the images that are read, as its processor crops them, and the table is resized to their patches.
+    """
+
+    image_size: int = _size(518)
+    patch_size: int = _size(14)
+    resolution: int = _size(224)
+    mlp_ratio: int = _size(4)
+    qkv_bias: bool = key(True, "whether queries, keys and values have a bias")
+    use_swiglu_ffn: bool = key(False, "whether the MLPs are gated, as in the giant model")
+
+    intermediate_size: ClassVar[int]  # which follows from mlp_ratio
+    model_types = ("dinov2",)
+    ignored = frozenset({
+        "layerscale_value", "out_features", "out_indices", "stage_names", "apply_layernorm", "reshape_hidden_states",
+        "use_mask_token",
+    })  # fmt: skip
+
+    @classmethod
+    def omitted(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A Hugging Face file that does not say an image_size means 224."""
+        return {"image_size": 224} if "model_type" in config else {}
+
+    @property
+    def edge(self) -> int:
+        return self.resolution
+
+    def transformer(self, qkv_bias: bool = True) -> TransformerConfig:
+        """The sizes of the blocks; a gated MLP has two thirds of the inner width, up to a multiple of 8."""
+        inner = self.hidden_size * self.mlp_ratio
+        return TransformerConfig(
+            self.hidden_size, self.num_hidden_layers, self.num_attention_heads,
+            (int(inner * 2 / 3) + 7) // 8 * 8 if self.use_swiglu_ffn else inner,
+            activation=HIDDEN_ACTS[self.hidden_act], norm_eps=self.layer_norm_eps, qkv_bias=self.qkv_bias,
+            layer_scale=True, gated=self.use_swiglu_ffn,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SiglipConfig(ImageConfig):
+    """Defaults: google/siglip-base-patch16-224. Patches need not fill an image: of 384 pixels 27 of 14 are read."""
+
+    hidden_act: str = _activation("gelu_pytorch_tanh")
+    patch_size: int = _size(16)
+
+    model_types = ("siglip", "siglip_vision_model")
 
 
 @dataclass(frozen=True)
