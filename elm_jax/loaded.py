@@ -205,13 +205,15 @@ class EcgModel:
         if not file.is_file():
             given = folder / "given.npy"
             np.save(given, ecg, allow_pickle=False)
-            bare = self.model.assembly.signal.sampling_rate
+            spec = self.model.assembly.signal
             try:
-                read = read_ecg(given, leads, rate, unit=unit, bare_rate=bare)
+                bare, some = spec.sampling_rate, spec.takes_some
+                read = read_ecg(given, leads, rate, unit=unit, bare_rate=bare, some_leads=some)
             except UserError as error:
                 where = f"array of shape {ecg.shape}"
                 raise UserError(where, error.found.replace(str(given), "it"), error.expected, error.fix) from None
-            np.save(file, {"ecg": read.signal, "target_sf": read.sampling_rate}, allow_pickle=True)  # type: ignore[arg-type]
+            kept: Any = {"ecg": read.signal, "target_sf": read.sampling_rate, "leads": read.leads}
+            np.save(file, kept, allow_pickle=True)
         return str(file)
 
 
