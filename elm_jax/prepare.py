@@ -37,6 +37,7 @@ from elm_jax.data.prepare.listed import Columns, content, listed
 from elm_jax.data.prepare.output import FORMATS
 from elm_jax.data.prepare.profiles import PROFILES
 from elm_jax.data.prepare.raw import RawDataset, read_double
+from elm_jax.data.prepare.reasoning import NAME as REASONING
 from elm_jax.data.prepare.reports import AS_IS, Reports
 from elm_jax.data.prepare.runner import prepare_dataset
 from elm_jax.data.prepare.stats import table_stats
@@ -185,9 +186,10 @@ def _parser() -> cli.Parser:
         own.add_argument("--out", type=Path, required=True, help="the table (.parquet), or a folder for it")
         own.add_argument("--segment-len", type=int, default=2500, help="samples of the segments to use")
         own.add_argument(
-            "--split", choices=["recordings", "patient", "official"], default="recordings",
+            "--split", choices=["recordings", "patient", "official"],
+            default="official" if name == REASONING else "recordings",
             help="recordings: where the prepared tables have them, else by patient; patient: whole patients by --seed, "
-            "--val and --test; official: as the names of the files say",
+            "--val and --test; official: as the names of the files say (ecg_reasoning_benchmark: all test)",
         )  # fmt: skip
         _add_shares(own)
         own.set_defaults(prepare=_conversations)

@@ -24,7 +24,7 @@ from elm_jax.inference.model import Prompt, TrainedModel
 from elm_jax.inference.speaker import Answer
 from elm_jax.runtime import distributed
 from elm_jax.scoring.ecg_qa import answer_list, is_ecg_qa
-from elm_jax.text.turns import to_turns
+from elm_jax.text.turns import steps, to_turns
 
 BATCHES = 8  # of a chunk: what is asked again at most after a stop, and what is read ahead
 
@@ -209,10 +209,11 @@ def _prediction(task: Task, name: str, question: Question, prompt: Prompt, answe
     answers = answer_list(record.text)
     # In a table that names its records otherwise, the text itself says what type of ECG-QA a question is.
     kind = {"question_type": record.text[0]} if answers and is_ecg_qa(str(record.text[0])) else {}
+    named = steps(record.text)
     return {
         "id": name,
         **task.marks,
-        "name": record.name,
+        "name": named[min(question.turn, len(named) - 1)] or record.name if named else record.name,
         "patient": record.patient,
         **kind,
         **record.fields,

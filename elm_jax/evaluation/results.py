@@ -14,6 +14,7 @@ from elm_jax.scoring.dependence import pairing, signal_dependence
 from elm_jax.scoring.ecg_qa import QuestionOnly, average_of_types, macro_f1
 from elm_jax.scoring.ecgbench import ecgbench
 from elm_jax.scoring.metrics import FIELDS, Scorer, Table, question_id
+from elm_jax.scoring.reasoning import reasoning_benchmark
 from elm_jax.scoring.statistics import SIGNIFICANT, p_text, student_t
 from elm_jax.scoring.summary import scores_of
 
@@ -50,7 +51,8 @@ def results_of(
         result["signal_dependence"] = dependence
     if "leaked" in known:
         result["questions_about_training_patients"] = known["leaked"]
-    return result | _kinds(table) | _ecg_qa(table, blind, result) | ecgbench(real)
+    result |= _kinds(table) | _ecg_qa(table, blind, result) | ecgbench(real)
+    return result | reasoning_benchmark(conditions, REAL)
 
 
 def _dependence(conditions: Mapping[str, Lines], table: Table, controls: Mapping[str, Table]) -> dict[str, Any] | None:
@@ -177,6 +179,10 @@ def summary(results: Mapping[str, Any]) -> str:
             f"signal dependence (score less {dependence['control']}): {dependence['value']:.3f}"
             f" [{low:.3f}, {high:.3f}], p {p_text(dependence['p'])}{least_p_note(dependence)}"
         )
+    if "reasoning_benchmark" in results:
+        found = results["reasoning_benchmark"]["all"]
+        told = ("{} {value:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}]".format(name, **score) for name, score in found.items())
+        lines.append(f"ECG-Reasoning-Benchmark: {', '.join(told) or 'no whole sample'}")
     lines += filter(None, [perfect_note(results), unshuffled_note(results), *notes(results)])
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ from elm_jax.scoring.bert import BertScore
 from elm_jax.scoring.ecg_qa import is_ecg_qa, set_matches
 from elm_jax.scoring.meteor import Meteor
 from elm_jax.scoring.protocols import BERT_METRICS, BERT_MODEL, PROTOCOLS, Protocol, seen_by
+from elm_jax.scoring.reasoning import STEPS, step_right
 from elm_jax.scoring.statistics import Patients, ci95
 
 FIELDS = ("name", "question_type", "attribute_type", "attribute", "template_id")  # what questions are grouped by
@@ -132,6 +133,7 @@ _OWN: Registry[Metric] = Registry(
         "signal_type.accuracy": _mean_of(compared.same_words, "signal_type", cheap=True),
         "heart_rate.within_5_bpm": _mean_of(compared.within_5_bpm, "heart_rate", cheap=True, numbers=True),
         "answer_set_match": Metric(ratio, _has_answer_set, rows=_set_rows),
+        **{f"{step}.accuracy": _mean_of(partial(step_right, step), step, cheap=True) for step in STEPS},
     },
 )
 

@@ -61,6 +61,13 @@ def to_turns(conversation: Any) -> list[Turn]:
     return [Turn("user", _string(question, "text, question")), Turn("assistant", said)]
 
 
+def steps(conversation: Any) -> list[str]:
+    """Of each answer that is not empty what its turn calls its `step`; "" where it does not."""
+    named = conversation if isinstance(conversation, list) and isinstance(conversation[0], Mapping) else ()
+    turns = [(turn, item) for turn, item in zip(to_turns(conversation), named, strict=False)]
+    return [str(item.get("step") or "") for turn, item in turns if turn.role == "assistant" and turn.text]
+
+
 def last_answer(conversation: Any) -> tuple[list[Turn], str]:
     """The turns before the last answer that is not empty, and that answer; all turns and "" where there is none."""
     turns = to_turns(conversation)

@@ -77,6 +77,10 @@ ABOUT: dict[str, About] = {
         "https://huggingface.co/datasets/PKUDigitalHealth/ECG-Protocol-Guided-Grounding-CoT", restricted=_OF_MIMIC,
     ),
     "ecg_qa_cot": About("ECG-QA-CoT", "", "", "https://github.com/StanfordBDHG/OpenTSLM"),
+    "ecg_reasoning_benchmark": About(
+        "ECG-Reasoning-Benchmark", "", "", "https://huggingface.co/datasets/Jwoo5/ECG-Reasoning-Benchmark",
+        restricted=_OF_MIMIC,
+    ),
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
+from elm_jax.data.prepare import reasoning
 from elm_jax.data.prepare.output import compact, segment_counts, write_table
 from elm_jax.data.prepare.runner import TABLES
 from elm_jax.data.prepare.splits import SPLITS, leaks, one_person, split_of
@@ -36,6 +37,7 @@ CONVERSATIONS = {
     "ecg_grounding": "GEM's ECG_Grounding_30k.json and the like (MIMIC-IV-ECG, PTB-XL, CODE-15)",
     "ecg_protocol_cot": "ECG-Protocol-Guided-Grounding-CoT, as ECG-R1 learns from it",
     "ecg_qa_cot": "OpenTSLM's ECG-QA-CoT, .csv files (PTB-XL)",
+    reasoning.NAME: "ECG-Reasoning-Benchmark's ptbxl.jsonl, mimic_iv_ecg.jsonl (PTB-XL, MIMIC-IV-ECG)",
     "conversations": "any .json, .jsonl, .parquet or .csv files of conversations, or a folder of them",
 }
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
@@ -62,7 +64,8 @@ class Item(NamedTuple):
     """A published conversation.
 
     where: its place, for errors. ecgs: what names its recordings. first: only the first of them needs to be known.
-    split: as its file or the item says; "" if neither.
+    split: as its file or the item says; "" if neither. fields: what of `table_files.KINDS` it says. problem: what is
+    wrong with it, where no conversation can be made of it.
     """
 
     where: str
@@ -71,6 +74,8 @@ class Item(NamedTuple):
     name: str
     split: str
     first: bool = False
+    fields: Mapping[str, str] = {}
+    problem: str = ""
 
 
 class Recordings:
@@ -179,6 +184,9 @@ def prepare_conversations(
     items, counts = 0, Counter[str]({"conversations": 0, "of unknown patients": 0, "across_splits": 0})
     for item in tqdm(_items(raw), desc="conversations", unit="", disable=not progress):
         items += 1
+        if item.problem:
+            left_out["malformed"][item.where] = item.problem
+            continue
         try:
             turns = to_turns(item.text)
         except UserError as error:
@@ -207,6 +215,7 @@ def prepare_conversations(
             "name": item.name,
             "patient_id": "+".join(sorted(set(chain(*about.values())))),
             "split": splits.pop(),
+            **item.fields,
         }
         # Datasets number their patients each from 1 on.
         named = [f"{path.partition('/')[0]}/{one}" for path, who in about.items() for one in who]
@@ -228,7 +237,8 @@ def prepare_conversations(
         "patients_in_several_splits": leaks(people),
         **left_out,
     }
-    write_table(out, rows)
+    columns = dict.fromkeys(chain.from_iterable(rows))
+    write_table(out, [columns | row for row in rows])
     write_json(out.with_name(f"{out.stem}_report.json"), report)
     return report
 
@@ -319,6 +329,8 @@ def _rows(file: Path) -> Iterable[Any]:
 def _item(where: str, row: Any, group: str, split: str) -> Item:
     """An item of any of the sets; what it lacks is empty, and found by its reader."""
     row = row if isinstance(row, Mapping) else {}
+    if reasoning.is_sample(row):
+        return _sample(where, row)
     objects = row.get("objects")
     several = isinstance(objects, Mapping) and objects.get("ecg")
     ecg: Any = several or next((row[field] for field in _PATHS if row.get(field)), None)
@@ -334,6 +346,15 @@ def _item(where: str, row: Any, group: str, split: str) -> Item:
     name = next((str(row[field]) for field in _NAMES if row.get(field)), group)
     split = _SPLITS.get(str(row.get("split", "")).lower(), split)
     return Item(where, ecgs, text, name, split, first=bool(several))
+
+
+def _sample(where: str, row: Mapping[str, Any]) -> Item:
+    """A sample of ECG-Reasoning-Benchmark, all of which tests."""
+    try:
+        path, source, diagnosis = reasoning.recording_of(row)
+        return Item(where, (path,), reasoning.turns_of(row), source, "test", fields={"attribute": diagnosis})
+    except UserError as error:
+        return Item(where, (), None, "", "test", problem=str(error))
 
 
 def _is_system(turn: Any) -> bool:
