@@ -3,6 +3,7 @@
   python -m elm_jax.prepare ptb_xl --raw R --out O
   python -m elm_jax.prepare ecg_qa --raw Q --records O/ptb_xl/preprocessed_2500 --out O/ecg_qa.parquet
   python -m elm_jax.prepare ecg_instruct_pulse --raw ECGInstruct.json --records O --out O/pulse.parquet
+  python -m elm_jax.prepare ecg_lm --raw P --out O --ptbxl-csv R/ptbxl_database.csv
   python -m elm_jax.prepare synthetic --out O --generated 10000
   python -m elm_jax.prepare grounding --out O
   python -m elm_jax.prepare check --out O
@@ -27,7 +28,7 @@ from typing import Any
 
 import elm_jax
 from elm_jax import cli, compat
-from elm_jax.data.prepare import DATASETS
+from elm_jax.data.prepare import DATASETS, ecg_lm
 from elm_jax.data.prepare.card import push, write_card
 from elm_jax.data.prepare.check import check_tables
 from elm_jax.data.prepare.conversations import CONVERSATIONS, prepare_conversations
@@ -179,6 +180,10 @@ def _parser() -> cli.Parser:
     ecg_qa.add_argument("--single-only", action="store_true", help="leave out comparisons of two recordings")
     _add_shares(ecg_qa)
     ecg_qa.set_defaults(prepare=_ecg_qa)
+    pairs = datasets.add_parser("ecg_lm", help="instruction pairs by rules of guidelines, as ECG-LM learns from")
+    ecg_lm.add_arguments(pairs)
+    _add_shares(pairs)
+    pairs.set_defaults(prepare=lambda args: ecg_lm.prepare_by(args, _table(args)))
     for name, holds in CONVERSATIONS.items():
         own = datasets.add_parser(name, help=holds)
         own.add_argument("--raw", type=Path, required=True, help=holds)

@@ -10,9 +10,11 @@ from elm_jax.data.prepare import DATASETS
 from elm_jax.data.prepare.about import ABOUT, about_page
 from elm_jax.data.prepare.conversations import CONVERSATIONS
 from elm_jax.data.prepare.ecg_qa import HOLDS
+from elm_jax.data.prepare.ptb_xl_plus import HOLDS as PLUS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/data"
-HELD = {name: row.holds for name, row in DATASETS.packaged().items()} | CONVERSATIONS | {"ecg_qa": HOLDS}
+HELD = {name: row.holds for name, row in DATASETS.packaged().items()} | CONVERSATIONS
+HELD |= {"ecg_qa": HOLDS, "ecg_lm": PLUS}
 
 
 def test_each_dataset_has_a_page_that_is_listed() -> None:

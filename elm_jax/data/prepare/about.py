@@ -59,6 +59,7 @@ ABOUT: dict[str, About] = {
     "ludb": About("LUDB 1.0.1", *_ODC_BY, f"{_PHYSIONET}/ludb/", 200, 200),
     "ptbdb": About("PTB-DB 1.0.0", *_ODC_BY, f"{_PHYSIONET}/ptbdb/", 549, 290, seconds=115, rate=1000),
     "ecg_qa": About("ECG-QA", *_CC_BY, "https://github.com/Jwoo5/ecg-qa"),
+    "ecg_lm": About("Instruction pairs of PTB-XL+ 1.0.1", *_CC_BY, f"{_PHYSIONET}/ptb-xl-plus/"),
     "pretrain_mimic": About(
         "ECG-Chat's reports of MIMIC-IV-ECG", "", "", "https://github.com/YubaoZhao/ECG-Chat", restricted=_OF_MIMIC
     ),

@@ -25,7 +25,7 @@ _LEFT_OUT = ("without_recording", "across_splits", "comparisons_not_wanted")  # 
 SYNTHETIC = "synthetic"
 _MADE_HERE = (SYNTHETIC, "grounding")  # no source of its own, unless recordings were generated for it
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
-_COUNTS = ("rows", "tables", "kinds", "answers")  # of reports, which are no lists of recordings
+_COUNTS = ("rows", "tables", "kinds", "answers", "findings")  # of reports, which are no lists of recordings
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 

@@ -75,7 +75,7 @@ def _steps(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str
 
 def _exchange(step: str, asked: Mapping[str, Any], where: str) -> list[dict[str, str]]:
     question, options, said = _text(asked, "question", where), asked.get("options"), asked.get("answer")
-    answers = said if isinstance(said, list) else [said]
+    answers: list[Any] = said if isinstance(said, list) else [said]
     if not isinstance(options, list) or not all(isinstance(one, str) and one.strip() for one in options):
         raise UserError(f"{where}.options", _shown(options), "a list of texts", _FIX)
     if not answers or not all(one in options for one in answers):
