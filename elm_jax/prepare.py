@@ -28,11 +28,10 @@ from typing import Any
 
 import elm_jax
 from elm_jax import cli, compat
-from elm_jax.data.prepare import DATASETS, ecg_lm
+from elm_jax.data.prepare import DATASETS, ecg_lm, ecg_qa
 from elm_jax.data.prepare.card import push, write_card
 from elm_jax.data.prepare.check import check_tables
 from elm_jax.data.prepare.conversations import CONVERSATIONS, prepare_conversations
-from elm_jax.data.prepare.ecg_qa import FORMS, HOLDS, Settings, prepare_ecg_qa
 from elm_jax.data.prepare.grounding import prepare_grounding
 from elm_jax.data.prepare.listed import Columns, content, listed
 from elm_jax.data.prepare.output import FORMATS
@@ -44,7 +43,7 @@ from elm_jax.data.prepare.runner import prepare_dataset
 from elm_jax.data.prepare.stats import table_stats
 from elm_jax.data.prepare.synthetic import QUESTIONS, SIGNALS, Wanted, prepare_synthetic, read_wording
 from elm_jax.data.prepare.translation import CACHE, Translator
-from elm_jax.errors import UserError, nearest, printable, refused
+from elm_jax.errors import UserError, printable, refused
 from elm_jax.folders import check_picture, claim_folder, leave_folder, write_json
 from elm_jax.pictures.page import filled
 from elm_jax.symbols.coder import cores
@@ -165,21 +164,10 @@ def _parser() -> cli.Parser:
             )  # fmt: skip
             own.add_argument("--patient-column", help="default: patient_id, where it is there")
         own.set_defaults(prepare=_recordings)
-    ecg_qa = datasets.add_parser("ecg_qa", help="ECG-QA on prepared PTB-XL")
-    ecg_qa.add_argument("--raw", type=Path, required=True, help=HOLDS)
-    ecg_qa.add_argument("--out", type=Path, required=True, help="the table (.parquet), or a folder for it")
-    ecg_qa.add_argument("--records", type=Path, help="prepared segments; default: in the folder of --out")
-    ecg_qa.add_argument("--ptbxl-csv", type=Path, help="ptbxl_database.csv; default: what prepare ptb_xl left")
-    ecg_qa.add_argument(
-        "--split",
-        choices=["patient", "official", "strat_fold"],
-        default="patient",
-        help="whole patients by --seed, --val and --test; ECG-QA's own lists; PTB-XL's folds 9 and 10",
-    )
-    ecg_qa.add_argument("--forms", default="paraphrased", help=f"of {','.join(FORMS)} (the same questions)")
-    ecg_qa.add_argument("--single-only", action="store_true", help="leave out comparisons of two recordings")
-    _add_shares(ecg_qa)
-    ecg_qa.set_defaults(prepare=_ecg_qa)
+    questions = datasets.add_parser("ecg_qa", help="ECG-QA on prepared PTB-XL")
+    ecg_qa.add_arguments(questions)
+    _add_shares(questions)
+    questions.set_defaults(prepare=lambda args: ecg_qa.prepare_by(args, _table(args)))
     pairs = datasets.add_parser("ecg_lm", help="instruction pairs by rules of guidelines, as ECG-LM learns from")
     ecg_lm.add_arguments(pairs)
     _add_shares(pairs)
@@ -320,17 +308,6 @@ def _reports(args: Namespace, dataset: RawDataset, published: bool) -> tuple[Rep
     elif args.translator_prompt:
         raise UserError("--translator-prompt", "no --translator", "both", "name the model's folder, too")
     return Reports(language, translator, args.clean_reports, published, args.wave_text), dataset
-
-
-def _ecg_qa(args: Namespace) -> dict[str, Any]:
-    forms = tuple(form for form in args.forms.split(",") if form)
-    for form in forms or ("",):
-        if form not in FORMS:
-            raise UserError("--forms", repr(form), ", ".join(FORMS), nearest(form, FORMS) or "correct it")
-    table = _table(args)
-    records = args.records or table.parent / "ptb_xl" / "preprocessed_2500"
-    settings = Settings(args.split, forms, args.single_only, args.seed, args.val, args.test)
-    return prepare_ecg_qa(args.raw, records, table, args.ptbxl_csv, settings, True, args.made_by)
 
 
 def _check(args: Namespace) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from elm_jax.errors import UserError
 from elm_jax.registry import Registry
 
 # What `prepare` does with prepared recordings.
-OTHERS = ("ecg_qa", "ecg_lm", "synthetic", "check", "stats", "card", "push", *CONVERSATIONS)
+OTHERS = ("ecg_qa", "ecg_lm", "synthetic", "grounding", "check", "stats", "card", "push", *CONVERSATIONS)
 DATASETS: Registry[RawDataset] = Registry(
     "DATASET",
     {

@@ -5,6 +5,7 @@ with paths relative to the folder that holds ptb_xl/ or mimic_iv/, and F_report.
 """
 
 import re
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from elm_jax.data.prepare.output import compact, segment_counts, write_table
 from elm_jax.data.prepare.ptb_xl import INDEX, read_index
 from elm_jax.data.prepare.splits import SPLITS, leaks, split_of
 from elm_jax.data.table_files import KINDS
-from elm_jax.errors import UserError, refused
+from elm_jax.errors import UserError, nearest, refused
 from elm_jax.folders import json_if_whole, read_regular, write_json
 from elm_jax.json_text import parse_json
 
@@ -105,6 +106,33 @@ def prepare_ecg_qa(
     write_table(out, rows)
     write_json(out.with_name(f"{out.stem}_report.json"), report)
     return report
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """What `prepare_by` is told by."""
+    parser.add_argument("--raw", type=Path, required=True, help=HOLDS)
+    parser.add_argument("--out", type=Path, required=True, help="the table (.parquet), or a folder for it")
+    parser.add_argument("--records", type=Path, help="prepared segments; default: in the folder of --out")
+    parser.add_argument("--ptbxl-csv", type=Path, help="ptbxl_database.csv; default: what prepare ptb_xl left")
+    parser.add_argument(
+        "--split",
+        choices=["patient", "official", "strat_fold"],
+        default="patient",
+        help="whole patients by --seed, --val and --test; ECG-QA's own lists; PTB-XL's folds 9 and 10",
+    )
+    parser.add_argument("--forms", default="paraphrased", help=f"of {','.join(FORMS)} (the same questions)")
+    parser.add_argument("--single-only", action="store_true", help="leave out comparisons of two recordings")
+
+
+def prepare_by(args: Namespace, table: Path) -> dict[str, Any]:
+    """`prepare_ecg_qa` as the arguments say, into `table`. Raises UserError."""
+    forms = tuple(form for form in args.forms.split(",") if form)
+    for form in forms or ("",):
+        if form not in FORMS:
+            raise UserError("--forms", repr(form), ", ".join(FORMS), nearest(form, FORMS) or "correct it")
+    records = args.records or table.parent / "ptb_xl" / "preprocessed_2500"
+    settings = Settings(args.split, forms, args.single_only, args.seed, args.val, args.test)
+    return prepare_ecg_qa(args.raw, records, table, args.ptbxl_csv, settings, True, args.made_by)
 
 
 def _row(question: dict[str, Any], form: str, paths: list[str], who: list[str], split: str) -> dict[str, Any]:
