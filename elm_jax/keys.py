@@ -191,6 +191,9 @@ class EvalConfig:
     )  # fmt: skip
     ema: bool = key(False, "validate, evaluate, chat and export with the average of the weights (optim.ema)")
     labels: str | None = key(None, "PTB-XL's folder: also ask for each of its statements whether the ECG shows it")
+    grounding: tuple[str, ...] = key(
+        ("grounding",), "names of the records whose answers are held against what is measured of their ECG; all: of all"
+    )
     protocol: str = key("ours", "by which rules answers are scored", choices=tuple(PROTOCOLS))
     wordnet: str | None = key(None, "folder of NLTK's data, for METEOR's WordNet; None looks in NLTK's places")
     bert_model: str | None = key(None, "model of BERTScore, which is computed if it is named or the protocol has it")

@@ -10,7 +10,7 @@ import itertools
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +21,9 @@ import jax
 from elm_jax import stopping
 from elm_jax.config import Config, to_dict
 from elm_jax.data.dataset import Dataset
+from elm_jax.data.measured import Measured
 from elm_jax.data.prepare.ptb_xl import PtbXl, read_ptb_xl
-from elm_jax.data.sources import load_records
+from elm_jax.data.sources import Record, load_records
 from elm_jax.errors import UserError, printable
 from elm_jax.evaluation.answering import Asker, BadRecords, Task, check_lengths, question_answers
 from elm_jax.evaluation.controls import REAL, Question, Source, kept_ecgs, shuffled_records
@@ -37,12 +38,13 @@ from elm_jax.objectives import objective_of
 from elm_jax.run.fingerprints import fingerprint
 from elm_jax.runtime import distributed
 from elm_jax.runtime.watchdog import Watchdog
-from elm_jax.scoring.metrics import Scorer
+from elm_jax.scoring.grounding import Evidence
+from elm_jax.scoring.metrics import MEASURED, Scorer
 
 ASKED = 3  # raised where other questions are asked of the same data, or in another order: known answers then go
 SHUFFLES = 3  # ways to give each question another recording: one draw alone is a coarse estimate
 # Of eval.*, what changes no answer; whether the weights are averaged, their fingerprint tells.
-_SCORING = ("at_end", "controls", "protocol", "wordnet", "bert_model", "labels", "ema", "guidance")
+_SCORING = ("at_end", "controls", "protocol", "wordnet", "bert_model", "labels", "ema", "guidance", "grounding")
 # And of data.*: fingerprints tell which records there are, and what is asked is neither packed nor augmented.
 _TRAINING = ("val_fraction", "subset", "weights", "augment_ecg", "augment_rgb", "pack", "share", "workers",
              "timeout", "max_bad_records", "prefixes", "remote_gb")  # fmt: skip
@@ -59,6 +61,7 @@ class _Fold:
     dataset: Dataset
     asked: list[Question]
     bad: BadRecords
+    measured: Callable[[Record], Evidence | None]
 
     @property
     def questions(self) -> list[Question]:
@@ -68,6 +71,11 @@ class _Fold:
     def records(self) -> list[int]:
         """Those that are asked about."""
         return sorted({question.record for question in self.questions})
+
+    def evidence(self, question: Question) -> dict[str, Evidence]:
+        """What is measured of the ECG that a question is about, for who scores its answer."""
+        found = self.measured(self.dataset.records[question.record])
+        return {MEASURED: found} if found else {}
 
 
 def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
@@ -180,7 +188,8 @@ def _fold(model: TrainedModel, number: int, dataset: Dataset) -> _Fold:
     bad, options = BadRecords(dataset, model.config.data.max_bad_records), model.config.eval
     room = model.assembly.llm.max_len - options.max_new_tokens
     asked = list(itertools.islice(_questions(dataset, room, bad), options.limit))
-    return _Fold(number, dataset, asked, bad)
+    measured, names = Measured(dataset.signal), options.grounding
+    return _Fold(number, dataset, asked, bad, lambda r: measured(r) if {r.name, "all"} & set(names) else None)
 
 
 def _check_alike(folds: Sequence[_Fold]) -> None:
@@ -246,7 +255,7 @@ def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: s
         asked = fold.asked if condition == REAL else fold.questions
         with Watchdog(Path(config.workdir), config.train.timeout, config.data.timeout):
             answers = asker.answers(Task(source, asked, seed, marks), file, fold.bad if condition == REAL else None)
-        found += [answers[question] for question in fold.questions] if file else []
+        found += [answers[question] | fold.evidence(question) for question in fold.questions] if file else []
     return found
 
 

@@ -13,6 +13,7 @@ from elm_jax.scoring.classification import classification, pretrain_breakdown, t
 from elm_jax.scoring.dependence import pairing, signal_dependence
 from elm_jax.scoring.ecg_qa import QuestionOnly, average_of_types, macro_f1
 from elm_jax.scoring.ecgbench import ecgbench
+from elm_jax.scoring.grounding import by_kind
 from elm_jax.scoring.metrics import FIELDS, Scorer, Table, question_id
 from elm_jax.scoring.reasoning import reasoning_benchmark
 from elm_jax.scoring.statistics import SIGNIFICANT, p_text, student_t
@@ -51,8 +52,14 @@ def results_of(
         result["signal_dependence"] = dependence
     if "leaked" in known:
         result["questions_about_training_patients"] = known["leaked"]
-    result |= _kinds(table) | _ecg_qa(table, blind, result) | ecgbench(real)
+    result |= _kinds(table) | _ecg_qa(table, blind, result) | ecgbench(real) | _grounding(table)
     return result | reasoning_benchmark(conditions, REAL)
+
+
+def _grounding(table: Table) -> dict[str, Any]:
+    """What answers say that is measured, kind by kind, and where they contradict it."""
+    held = table.part([i for i, pair in enumerate(table.pairs) if pair.measured is not None])
+    return {"grounding": by_kind({p.id: p.grounded for p in held.pairs}, held.patients)} if held.pairs else {}
 
 
 def _dependence(conditions: Mapping[str, Lines], table: Table, controls: Mapping[str, Table]) -> dict[str, Any] | None:

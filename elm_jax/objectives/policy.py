@@ -16,12 +16,15 @@ import numpy as np
 
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch
+from elm_jax.data.measured import Measured
+from elm_jax.data.represent import signal_spec
 from elm_jax.data.samples import Experience, Samples
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError
 from elm_jax.models.elm import ELM
 from elm_jax.objectives.cross_entropy import log_probs, per_target, sums_of_samples
 from elm_jax.objectives.objective import Objective, Sums
+from elm_jax.scoring.grounding import Evidence
 from elm_jax.scoring.rewards import REWARDS, Answered, Reward, number, reward_of
 from elm_jax.text.turns import last_answer
 from elm_jax.text.write import THINK_PREFIX
@@ -241,7 +244,9 @@ def judge_of(config: Config) -> Judge:
         found = f"{len(weights)} weights"
         raise UserError("rl.reward_weights", found, f"{len(names)}, one for each of rl.rewards", "give as many")
     weighted = zip(names, weights or (1.0,) * len(names), strict=True)
-    return Judge({name: (weight, reward_of(name)) for name, weight in weighted}, config.data.explicit_thinking)
+    parts = {name: (weight, reward_of(name)) for name, weight in weighted}
+    measured = Measured(signal_spec(config.data, config.seed, compat=config.compat))
+    return Judge(parts, config.data.explicit_thinking, measured)
 
 
 @dataclass(frozen=True)
@@ -251,12 +256,14 @@ class Judge:
     Args:
         parts: weight and function of each, by name.
         opened: a think tag that a record's answer begins with stands in the prompt (`data.explicit_thinking`).
+        measured: what is measured of a record's ECG.
     """
 
     parts: Mapping[str, tuple[float, Reward]]
     opened: bool
+    measured: Callable[[Record], Evidence | None]
 
     def __call__(self, record: Record | None, answer: str, truth: str) -> dict[str, float]:
         opened = self.opened and (record is None or last_answer(record.text)[1].startswith(THINK_PREFIX))
-        judged = Answered(answer, truth, record, opened)
+        judged = Answered(answer, truth, record, opened, lambda: record and self.measured(record))
         return {name: weight * number(name, reward(judged)) for name, (weight, reward) in self.parts.items()}

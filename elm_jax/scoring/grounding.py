@@ -12,12 +12,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from elm_jax.ecg.beats import findings
 from elm_jax.ecg.beats.measurements import Measurements
 from elm_jax.scoring.claims import PER_LEAD, Claim, claims
+from elm_jax.scoring.statistics import Patients, ci95
 
+VERDICTS = ("right", "wrong", "vague", "unmeasured")
+LISTED = 50  # contradictions of a kind that are listed
 Key = tuple[str, str]  # a kind, and the lead or ""
 
 
@@ -124,6 +129,11 @@ def evidence_of(found: Measurements) -> Evidence:
     ):
         facts |= {(group, lead) for lead in there or ("",)} if measured and findings.usable(found) else set()
     return Evidence(values, {kind: why for kind, why in reasons.items() if why}, frozenset(facts))
+
+
+def share(sums: np.ndarray) -> np.ndarray:
+    """Sums (..., 2) -> the first by the second, (...); 0 where there is nothing: who says nothing cites nothing."""
+    return sums[..., 0] / np.maximum(sums[..., 1], 1)
 
 
 def _rhythm(found: Measurements) -> dict[Key, tuple[float, ...]]:
@@ -254,9 +264,35 @@ def _measured(claim: Claim, evidence: Evidence) -> str:
     unit, shown = RULES[claim.kind].unit, []
     values = {lead: evidence.values.get((claim.kind, lead), ()) for lead in claim.leads or ("",)}
     if not unit:
-        return {_YES: "yes", _NO: "no"}.get(next(iter(values.values())), "either")
+        told = next(iter(values.values()))
+        return "yes" if told == _YES else "no" if told == _NO else "either"
     digits = 2 if unit in (" mV", " s") else 0
     for lead, those in values.items():
         told = " or ".join(dict.fromkeys(f"{value:.{digits}f}" for value in sorted(those)))
         shown += [f"{lead} {told}{unit}".strip()] if told and claim.kind != "beat" else []
     return ", ".join(shown) or "none"
+
+
+def by_kind(answers: Mapping[str, Grounded], patients: Patients) -> dict[str, Any]:
+    """Of the answers by their ids, about these patients: how many "claims"; "kinds": by group how many are right,
+    wrong, vague or unmeasured, how many "facts" are "cited", and "precision" and "recall" as {"value", "ci95"} where
+    there are such; "contradictions": by group {"id", "said", "measured"}, of each the first LISTED."""
+    kinds: dict[str, Any] = {}
+    wrong: dict[str, list[dict[str, str]]] = {}
+    for group in dict.fromkeys(rule.group for rule in RULES.values()):
+        rows = np.array([grounded.counts(group) for grounded in answers.values()], float).reshape(-1, 4)
+        held = [(name, one) for name, g in answers.items() for one in g.held if RULES[one.claim.kind].group == group]
+        if not held and not rows[:, 3].any():
+            continue
+        verdicts, resampled = Counter(one.verdict for _, one in held), patients.resampled(rows)
+        kinds[group] = {verdict: verdicts[verdict] for verdict in VERDICTS}
+        kinds[group] |= {"cited": int(rows[:, 2].sum()), "facts": int(rows[:, 3].sum())}
+        for name, first in (("precision", 0), ("recall", 2)):
+            if rows[:, first + 1].any():
+                columns = slice(first, first + 2)
+                value, interval = float(share(rows.sum(0)[columns])), ci95(share(resampled[:, columns]))
+                kinds[group][name] = {"value": value, "ci95": interval}
+        against = [(name, one) for name, one in held if one.verdict == "wrong"][:LISTED]
+        told = [{"id": name, "said": one.claim.said, "measured": one.measured} for name, one in against]
+        wrong |= {group: told} if told else {}
+    return {"claims": sum(len(grounded.held) for grounded in answers.values()), "kinds": kinds, "contradictions": wrong}

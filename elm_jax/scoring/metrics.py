@@ -20,6 +20,7 @@ from elm_jax.scoring import answers as compared
 from elm_jax.scoring import overlap
 from elm_jax.scoring.bert import BertScore
 from elm_jax.scoring.ecg_qa import is_ecg_qa, set_matches
+from elm_jax.scoring.grounding import Evidence, Grounded, ground, share
 from elm_jax.scoring.meteor import Meteor
 from elm_jax.scoring.protocols import BERT_METRICS, BERT_MODEL, PROTOCOLS, Protocol, seen_by
 from elm_jax.scoring.reasoning import STEPS, step_right
@@ -27,6 +28,7 @@ from elm_jax.scoring.statistics import Patients, ci95
 
 FIELDS = ("name", "question_type", "attribute_type", "attribute", "template_id")  # what questions are grouped by
 OF_LONG_TEXTS = ("bleu4", "meteor")
+MEASURED = "measured"  # of a prediction: what is measured of its ECG, where it is to be held against that
 
 Score = Callable[[str, str], float]
 Predictions = Iterable[Mapping[str, Any]]
@@ -37,6 +39,7 @@ class Pair:
     """An answer and its truth as the protocol compares them.
 
     id: of the question in a run (a fold, a seed); asked: of the question alone. answers: the truth as a set, if any.
+    measured: what is measured of its ECG, where it is held against that.
     """
 
     id: str
@@ -48,6 +51,13 @@ class Pair:
     true_thinking: str = ""
     fields: Mapping[str, str] = field(default_factory=dict)
     answers: frozenset[str] = frozenset()
+    measured: Evidence | None = None
+
+    @property
+    def grounded(self) -> Grounded:
+        """What answer and thinking say that is measured."""
+        assert self.measured is not None
+        return ground(f"{self.thinking}\n{self.answer}", self.measured)
 
     @property
     def name(self) -> str:
@@ -107,6 +117,17 @@ def _has_answer_set(pair: Pair) -> bool:
     return bool(pair.answers) and (is_ecg_qa(pair.name) or is_ecg_qa(pair.fields.get("question_type", "")))
 
 
+def _has_facts(pair: Pair) -> bool:
+    return pair.measured is not None and bool(pair.measured.facts)
+
+
+def _grounded(first: int) -> Metric:
+    """Of two of the counts of `Grounded`, from the first: their share."""
+    return Metric(
+        share, _has_facts, rows=lambda pairs: np.array([p.grounded.counts()[first : first + 2] for p in pairs], float)
+    )
+
+
 def _in_any_script(compare: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
     return lambda answer, truth: compare(compared.spaced(answer), compared.spaced(truth))
 
@@ -134,6 +155,8 @@ _OWN: Registry[Metric] = Registry(
         "heart_rate.within_5_bpm": _mean_of(compared.within_5_bpm, "heart_rate", cheap=True, numbers=True),
         "answer_set_match": Metric(ratio, _has_answer_set, rows=_set_rows),
         **{f"{step}.accuracy": _mean_of(partial(step_right, step), step, cheap=True) for step in STEPS},
+        "grounding.precision": _grounded(0),
+        "grounding.recall": _grounded(2),
     },
 )
 
@@ -285,6 +308,7 @@ def _pair(p: Mapping[str, Any], protocol: Protocol, end: str) -> Pair:
         true_thinking=true_thinking,
         fields={name: str(p[name]) for name in FIELDS if p.get(name) not in (None, "")},
         answers=frozenset(map(compared.composed, p.get("answers", ()))),
+        measured=p.get(MEASURED),
     )
 
 
@@ -348,8 +372,8 @@ class Table:
         return found
 
     def answered(self, answers: Sequence[str]) -> Table:
-        """The same questions with other answers."""
-        pairs = [replace(pair, answer=answer) for pair, answer in zip(self.pairs, answers, strict=True)]
+        """The same questions with other answers, without thinking."""
+        pairs = [replace(pair, answer=answer, thinking="") for pair, answer in zip(self.pairs, answers, strict=True)]
         quick = [name for name in self.rows if not self.scorer.metrics[name].slow]
         return Table(self.scorer, pairs, self.scorer.all_rows(quick, pairs))
 

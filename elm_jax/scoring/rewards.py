@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from elm_jax.errors import UserError
 from elm_jax.registry import Registry
 from elm_jax.scoring.answers import TAGS
+from elm_jax.scoring.grounding import Evidence, ground
 
 _FORMAT = re.compile(r"\s*<think>.*?</think>.*?<answer>.*?</answer>\s*\Z", re.DOTALL)
 _OPENED = re.compile(r"(?!.*<think>).*?</think>.*?<answer>.*?</answer>\s*\Z", re.DOTALL)
@@ -32,12 +33,14 @@ class Answered(NamedTuple):
         truth: the record's own answer.
         record: the record, of which a user's reward may read more (`data.sources.Record`).
         opened: whether the think tag stands in the prompt, so that the answer must not open one.
+        measured: what is measured of the record's ECG; None of one without, or with several (`data.measured`).
     """
 
     answer: str
     truth: str
     record: Any = None
     opened: bool = False
+    measured: Callable[[], Evidence | None] = lambda: None
 
 
 Reward = Callable[[Answered], float]
@@ -130,11 +133,19 @@ def r1_evidence(a: Answered) -> float:
     return sum(shares) / len(shares) if shares else 0.0
 
 
+def grounding(a: Answered) -> float:
+    """F1 of the evidence: of what the answer says that is measured the part that is right, and of what a full answer
+    cites the part that it has (`scoring.grounding`); 0 where nothing was measured, of all answers alike."""
+    evidence = a.measured()
+    return ground(a.answer, evidence).f1 if evidence else 0.0
+
+
 REWARDS: Registry[Reward] = Registry(
     "rl.rewards",
     {
         "format": form, "format_strict": strict_form, "tags": tags, "answer": answer, "recall": recall,
         "jaccard": jaccard, "exact": exact, "r1_format": r1_form, "r1_answer": r1_answer, "r1_evidence": r1_evidence,
+        "grounding": grounding,
     },
 )  # fmt: skip
 

@@ -60,7 +60,8 @@ def _constant(table: Table, name: str) -> float:
     if metric.score is not None and metric.cheap:
         return best_constant(truths, metric.score, metric.numbers)[1]
     answer = Counter(truths).most_common(1)[0][0]
-    return float(metric.value(table.scorer.rows(name, [replace(pair, answer=answer) for pair in pairs]).sum(0)))
+    blind = [replace(pair, answer=answer, thinking="") for pair in pairs]
+    return float(metric.value(table.scorer.rows(name, blind).sum(0)))
 
 
 def best_constant(truths: Sequence[str], score: Score, numbers: bool = False) -> tuple[str, float]:

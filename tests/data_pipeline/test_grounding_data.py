@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import goldens
 import numpy as np
@@ -75,7 +76,7 @@ def test_readings_are_grounded_and_what_cannot_be_read_is_listed(prepared: Path,
 
 
 def test_readings_depend_on_the_seed_alone_and_train(prepared: Path, tmp_path: Path) -> None:
-    def made(name: str, **how: int) -> bytes:
+    def made(name: str, **how: Any) -> bytes:
         prepare_grounding(prepared, tmp_path / name, progress=False, **how)
         return (tmp_path / name).read_bytes()
 

@@ -77,7 +77,7 @@ def test_keys_and_defaults_are_those_of_the_contract_and_those_it_has_grown_by()
     expected["llm"]["lora"]["adapter"] = None
     expected["eval"] |= {"repetition_penalty": 1.0, "labels": None, "protocol": "ours", "ema": False, "guidance": 1.0}
     expected["log"] |= {"wandb_project": None, "wandb_entity": None, "wandb_tags": ()}
-    expected["eval"] |= {"wordnet": None, "bert_model": None}
+    expected["eval"] |= {"wordnet": None, "bert_model": None, "grounding": ("grounding",)}
     expected["train"] |= {"conversations": None, "save_minutes": None, "save_wait": False}
     expected["encoders"] = {}
     expected["optim"] |= {"warmup_steps": None, "ema": 0.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,9 @@ from texts import write_records
 
 from elm_jax.config import Config
 from elm_jax.data.sources import Record
+from elm_jax.ecg.beats.measurements import measure
+from elm_jax.ecg.beats.words import describe
+from elm_jax.ecg.synthetic import synthesize
 from elm_jax.errors import UserError
 from elm_jax.evaluation import controls, evaluator
 from elm_jax.evaluation.controls import Question, kept_ecgs, shuffled_records
@@ -269,3 +273,31 @@ def test_what_counts_as_right_depends_on_the_question() -> None:
     assert is_right("heart_rate", "about 62 bpm", "60") and not is_right("heart_rate", "70", "60")
     assert is_right("signal_type", "ECG", "ecg") and not is_right("other", "60", "62")
     assert is_right("other", "<think>so</think> yes", "Yes.")
+
+
+def test_answers_are_held_against_what_is_measured_of_the_questions_own_ecg(ask: Ask, tmp_path: Path) -> None:
+    keys = {"data__sampling_rate": 250, "data__segment_len": 2500, "data__max_bad_records": 0.3}
+    model = ask(context=256, eval__grounding=["all"], eval__controls=["zeros", "shuffled"], **keys)
+    signals = [synthesize((5, i), 250.0, 2500) for i in range(8)]
+    for i in (0, 1, 3, 4, 6, 7):
+        np.save(tmp_path / f"ecg_{i}.npy", signals[i])
+    told = {f"Is the rhythm regular {i}?": describe(measure(signals[i], 250.0)) for i in range(8)}
+    rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    for (question, _), row in zip(told.items(), rows, strict=True):
+        row["text"] = ["x", question, ["yes"]]
+    (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model.reply = lambda prompt: next(text for asked, text in told.items() if asked in prompt.rendered.prompt)
+    evaluate(model.config)
+    found = results(model.config)
+    whole = {"value": 1.0, "ci95": [1.0, 1.0]}
+    assert found["metrics"]["grounding.precision"] == found["metrics"]["grounding.recall"] == whole
+    assert found["controls"]["zeros"]["grounding.precision"]["value"] == 1.0, "the question's own ECG's"
+    assert found["grounding"]["kinds"]["rate"]["right"] >= found["n"] == 6 and not found["grounding"]["contradictions"]
+    model.reply = lambda prompt: "Heart rate 300/min."
+    shutil.rmtree(results_folder(model.config, "test"))
+    evaluate(model.config)
+    found = results(model.config)
+    assert found["metrics"]["grounding.precision"]["value"] == 0.0
+    assert len(found["grounding"]["contradictions"]["rate"]) == found["n"]
+    page = (results_folder(model.config, "test") / "report.html").read_text()
+    assert "Held against what is measured" in page and "Contradictions: rate" in page

@@ -18,11 +18,15 @@ from runs import logged, saved_arrays
 
 from elm_jax.assemble import assemble
 from elm_jax.cli import ConfigFlags
-from elm_jax.config import Config
+from elm_jax.config import Config, DataConfig
 from elm_jax.data.batch import BatchShape, empty_batch
 from elm_jax.data.loader import Loaded, StepSource
 from elm_jax.data.plan import Plan
+from elm_jax.data.represent import SignalSpec, signal_spec
 from elm_jax.data.samples import _last_of
+from elm_jax.data.sources import load_records
+from elm_jax.ecg.beats.measurements import measure
+from elm_jax.ecg.beats.words import describe
 from elm_jax.errors import UserError
 from elm_jax.objectives import objective_of
 from elm_jax.objectives.policy import ADVANTAGES, judge_of
@@ -295,3 +299,19 @@ def test_a_config_names_its_objective(name: str) -> None:
         answers = experience.answers * experience.tokens
         assert made.data.max_len > answers and made.train.save_every % experience.updates == 0
     assert ("reference" in objective.needs) == (name == "dpo")
+
+
+def test_the_reward_of_evidence_knows_the_ecg_and_measures_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    times: list[str] = []
+    load = SignalSpec.load_raw
+    monkeypatch.setattr(SignalSpec, "load_raw", lambda self, path, key: times.append(path) or load(self, path, key))
+    data = {"data__names": [RECORDS], "data__segment_len": 2500, "data__sampling_rate": 250, "data__perturb": "noise"}
+    judge = judge_of(runs.config(Path("x"), rl__rewards=["grounding", "exact"], **data))
+    record = load_records(runs.config(Path("x"), **data).data, "train", 0)[0]
+    signal = load(signal_spec(DataConfig(), 0), record.ecg_paths[0], 0)
+    right = describe(measure(signal, 250.0))
+    assert judged(judge, record, right, "")["grounding"] == 1.0
+    worse = judged(judge, record, f"{right} Heart rate 300 bpm.", "")["grounding"]
+    assert 0.5 < worse < 1.0 and judged(judge, record, "yes", "")["grounding"] == 0.0
+    assert times == [record.ecg_paths[0]]
+    assert judged(judge, replace(record, ecg_paths=()), right, "")["grounding"] == 0.0
