@@ -7,9 +7,9 @@ sequence of dictionaries); nothing here turns rows into Python objects before th
 import itertools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload
 
@@ -30,6 +30,7 @@ SPLIT_NAMES = {
     "validation": "val",
     "dev": "val",
 }
+_HUB = re.compile(r"(?:(?P<owner>[\w.-]+)/)?(?P<name>[\w.-]+)(?::(?P<splits>.+))?")
 _DECODED = 4096  # rows that are decoded at a time
 Item = TypeVar("Item")
 
@@ -185,7 +186,8 @@ class Source(Protocol):
 
 def open_source(name: str, root: str, fold: int, remote_gb: float = 16) -> Source:
     """The dataset called `name`: the demo, a file or folder (under `root` or as given), a URL, of whose rows
-    `remote_gb` are kept on disk at most, or a name on the hub.
+    `remote_gb` are kept on disk at most, or a dataset on the hub: a name that the reference has, or OWNER/NAME, with
+    ":" and the names of its splits behind it where they are others.
 
     Raises UserError for a name that is none of these, a missing file, or a file that holds no records.
     """
@@ -196,16 +198,20 @@ def open_source(name: str, root: str, fold: int, remote_gb: float = 16) -> Sourc
         return _Files(name, file_tables(path), fold, str(path))
     if is_remote(name):
         return _Files(name, remote_tables(name, remote_gb * 1e9), fold, name)
-    if any(re.fullmatch(pattern, name) for pattern, _ in FAMILIES):
-        return _Hub(name, fold)
+    if (found := _HUB.fullmatch(name)) and not found["name"].endswith(SUFFIXES):
+        owner, known = found["owner"], any(re.fullmatch(pattern, found["name"]) for pattern, _ in FAMILIES)
+        if owner or known:
+            repositories = [f"{each}/{found['name']}" for each in ([owner] if owner else OWNERS)]
+            return _Hub(name, repositories, fold, _named_splits(name, found["splits"], known, fold))
     if name.endswith(SUFFIXES) or "/" in name:
         raise UserError(
-            "data.names", f"no file or folder {name}", f"one below data.root ({root})", _fix(name, root)
+            "data.names", f"no file or folder {name}", f"one below data.root ({root})", "correct the path"
         )
     examples = [example for _, example in FAMILIES] + ["demo"]
     fix = nearest(name, examples) or "give the path of a local file"
-    if re.fullmatch(r"(train|val|test)=\d+", name):  # of a demo's name that was split at its commas
-        fix = f"""quote it: --config.data.names="('demo:...,{name}',)\""""
+    if part := re.fullmatch(r"(train|val|test)=([\w.-]+)", name):  # of a name that was split at its commas
+        whole = "demo" if part[2].isdecimal() else "owner/name"
+        fix = f"""quote it: --config.data.names="('{whole}:...,{name}',)\""""
     raise UserError(
         "data.names",
         f"the unknown dataset {name}",
@@ -214,15 +220,22 @@ def open_source(name: str, root: str, fold: int, remote_gb: float = 16) -> Sourc
     )
 
 
-def _fix(name: str, root: str) -> str:
-    """What to do about a path that is not there, and may be meant for a URL or an id of the hub."""
-    owner, _, last = name.rpartition("/")
-    if owner in OWNERS and any(re.fullmatch(pattern, last) for pattern, _ in FAMILIES):
-        return f"give its name alone, --config.data.names={last}, to read it from the hub"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(SUFFIXES):
-        command = f"hf download {name} --repo-type dataset --local-dir {Path(root, name)}"
-        return f"correct the path; if it is a dataset of the hub, download it: {command}"
-    return "correct the path"
+def _named_splits(name: str, said: str | None, known: bool, fold: int) -> Mapping[str, str] | None:
+    """Ours -> the hub's, as a dataset's name tells them: "train=stage1,test=held_out", or "stage1" alone, which is
+    trained on where it is no usual name of another split. None: those that the dataset has."""
+    if said is None:
+        if known and not 1 <= fold <= FOLDS:
+            raise UserError("data.fold", str(fold), f"1 to {FOLDS}", "correct it")
+        return {split: f"fold{fold}_{split}" for split in ("train", "test")} if known else None
+    splits = {}
+    for part in said.split(","):
+        ours, has, theirs = part.rpartition("=")
+        ours = ours if has else SPLIT_NAMES.get(theirs.rpartition("_")[2].lower(), "train")
+        if ours not in ("train", "val", "test") or ours in splits or not re.fullmatch(r"[\w.-]+", theirs):
+            example = "owner/name:train=stage1,test=held_out"
+            raise UserError("data.names", name, f"splits as {example}", "correct what stands behind the colon")
+        splits[ours] = theirs
+    return splits
 
 
 def _local(name: str, root: str) -> Path | None:
@@ -241,28 +254,43 @@ class _Demo:
 
 
 class _Hub:
-    """`fold{k}_train` and `fold{k}_test` of a dataset on the Hugging Face hub; it has no validation split."""
+    """A dataset on the Hugging Face hub, the first of `repositories` that is there.
 
-    def __init__(self, name: str, fold: int) -> None:
-        if not 1 <= fold <= FOLDS:
-            raise UserError("data.fold", str(fold), f"1 to {FOLDS}", "correct it")
-        self.name, self.fold = name, fold
+    splits: train, val and test -> what the hub calls them; None: those that it has, of this fold where there are folds.
+    """
+
+    def __init__(self, name: str, repositories: Sequence[str], fold: int, splits: Mapping[str, str] | None) -> None:
+        self.name, self.repositories, self.fold, self._splits = name, repositories, fold, splits
 
     def parts(self, split: str) -> list[Part]:
-        if split == "val":
-            return []
-        fold = f"fold{self.fold}_{split}"
-        table = plain(self.name, self._load(fold))
-        return [Part(table, np.arange(len(table)), 0, f"{self.name}:{fold}:")]
-
-    def _load(self, split: str) -> Any:
         import datasets
+
+        if (theirs := self.splits.get(split)) is None:
+            return []
+        table = plain(self.name, self._fetched(partial(datasets.load_dataset, split=theirs), theirs))
+        label = self.name if self.name.endswith(f":{theirs}") else f"{self.name}:{theirs}"
+        return [Part(table, np.arange(len(table)), 0, f"{label}:")]
+
+    @cached_property
+    def splits(self) -> Mapping[str, str]:
+        import datasets
+
+        if self._splits is not None:
+            return self._splits
+        names = self._fetched(datasets.get_dataset_split_names, "train")
+        found = {ours: theirs for theirs in names if (ours := _split_of(theirs, self.fold))}
+        if not found:
+            fix = f"name them: {self.name}:train=..., with test=... behind it"
+            raise UserError(f"data.names: {self.name}", "no split train, val or test", "one of these", fix)
+        return found
+
+    def _fetched(self, ask: Callable[[str], Any], split: str) -> Any:
         from datasets.exceptions import DatasetNotFoundError
 
         problem: Exception | None = None
-        for owner in OWNERS:
+        for repository in self.repositories:
             try:
-                return datasets.load_dataset(f"{owner}/{self.name}", split=split)
+                return ask(repository)
             except DatasetNotFoundError as error:
                 problem = error
             except Exception as error:  # the hub's clients raise errors of many libraries
@@ -270,9 +298,10 @@ class _Hub:
                 break
         raise UserError(
             f"data.names: {self.name}",
-            f"no dataset to download ({problem})",
-            f"{' or '.join(f'{owner}/{self.name}' for owner in OWNERS)} on the hub, with split {split}",
-            f"put its parquet files into the folder {self.name} under data.root to use it without the hub",
+            f"no file or folder, and no dataset to download ({problem})",
+            f"{' or '.join(self.repositories)} on the hub, with split {split}",
+            f"put its parquet files into the folder {self.name.partition(':')[0]} under data.root to use it without "
+            "the hub",
         )
 
 
@@ -303,24 +332,27 @@ class _Files:
         import pyarrow as pa
 
         if "split" not in table.column_names:
-            chosen = split == self._split_of(default, where) if default else split == "train"
+            chosen = split == self._meant(default, where) if default else split == "train"
             return np.arange(len(table) if chosen else 0)
         if hasattr(table, "select_columns"):
             labels = table.select_columns(["split"]).with_format("arrow")[:].column(0)
         else:
             labels = pa.chunked_array([table["split"]])
         if labels.null_count:  # of which no dictionaries of several chunks can be made one
-            self._split_of(None, where)
+            self._meant(None, where)
         coded = labels.dictionary_encode("encode").unify_dictionaries().combine_chunks()
-        known = [self._split_of(label, where) == split for label in coded.dictionary.to_pylist()]
+        known = [self._meant(label, where) == split for label in coded.dictionary.to_pylist()]
         return np.flatnonzero(np.array(known)[coded.indices.to_numpy()])
 
-    def _split_of(self, value: str | None, where: str) -> str | None:
-        """The split that a label means for this fold; None for another fold's."""
-        match = re.fullmatch(r"(?:fold(\d+)_)?(\w+)", str(value))
-        name = SPLIT_NAMES.get(match[2].lower()) if match else None
-        if match is None or name is None:
-            raise UserError(
-                where, f"split {value!r}", "train, val, test or fold1_train ...", "correct the column split"
-            )
-        return name if match[1] in (None, str(self.fold)) else None
+    def _meant(self, label: str | None, where: str) -> str:
+        if (split := _split_of(str(label), self.fold)) is None:
+            expected = "train, val, test or fold1_train ..."
+            raise UserError(where, f"split {label!r}", expected, "correct the column split")
+        return split
+
+
+def _split_of(label: str, fold: int) -> str | None:
+    """The split that a label means for this fold: "" for another fold's, None for what is none."""
+    match = re.fullmatch(r"(?:fold(\d+)_)?(\w+)", label)
+    name = SPLIT_NAMES.get(match[2].lower()) if match else None
+    return name if match is None or name is None or match[1] in (None, str(fold)) else ""

@@ -315,14 +315,9 @@ def test_unknown_names_say_what_is_meant(data):
 
 
 def test_ids_of_the_hub_and_urls_say_how_they_are_had(tmp_path, data):
-    said = refusal(replace(data, names=("someone/ecg-set",)))
-    command = f"hf download someone/ecg-set --repo-type dataset --local-dir {tmp_path}/someone/ecg-set"
-    assert "no file or folder someone/ecg-set" in said and said.endswith(command)
     (tmp_path / "someone" / "ecg-set" / "data").mkdir(parents=True)
     save(tmp_path / "someone" / "ecg-set" / "data" / "train-00000-of-00001.parquet", rows(3))
-    assert len(load(replace(data, names=("someone/ecg-set",)))) == 3, "as that command leaves it"
-    said = refusal(replace(data, names=("ELM-Research/ecg-qa-ptbxl-250-2500",)))
-    assert "--config.data.names=ecg-qa-ptbxl-250-2500" in said
+    assert len(load(replace(data, names=("someone/ecg-set",)))) == 3, "a folder is preferred to the hub"
     said = refusal(replace(data, names=("gopher://example.org/a.parquet",)))
     assert "hf://datasets/OWNER/NAME or the URL of a table" in said
 
@@ -377,6 +372,29 @@ def test_hub_names_try_both_owners_and_number_rows_per_split(data, monkeypatch):
     assert hub.asked == [("ELM-Research/ecg-qa-cot", "fold3_test"), ("willxxy/ecg-qa-cot", "fold3_test")]
     assert records[4].id == "ecg-qa-cot:fold3_test:4"
     assert "data.fold" in refusal(replace(data, names=("ecg-qa-cot",), fold=6))
+
+
+def test_an_id_of_the_hub_has_its_own_splits_or_those_that_are_named(data, monkeypatch):
+    hub = Hub("someone")
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda name: ["fold1_train", "fold2_train", "extra", "dev"])
+    chosen = {"fold": 2, "val_fraction": 0.0}
+    for name, split, theirs in [
+        ("someone/ecg-set", "train", "fold2_train"), ("someone/ecg-set", "val", "dev"),
+        ("someone/ecg-set:extra", "train", "extra"), ("someone/ecg-set:fold1_test", "test", "fold1_test"),
+        ("someone/ecg-set:train=extra,test=held.out", "test", "held.out"),
+    ]:  # fmt: skip
+        records = load(replace(data, names=(name,), **chosen), split)
+        assert hub.asked[-1] == ("someone/ecg-set", theirs) and records[4].id.startswith("someone/ecg-set:")
+        assert records[4].id.endswith(f":{theirs}:4") or theirs in name
+    assert not load(replace(data, names=("someone/ecg-set:train=extra",), **chosen), "val")
+    assert "no test records" in refusal(replace(data, names=("someone/ecg-set",)), "test")
+    assert "splits as owner/name:train=stage1" in refusal(replace(data, names=("someone/ecg-set:train=a,train=b",)))
+    assert "no dataset to download" in refusal(replace(data, names=("nobody/ecg-set:train",)))
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda name: ["stage1"])
+    assert "someone/ecg-set:train=..." in refusal(replace(data, names=("someone/ecg-set",)))
+    said = refusal(replace(data, names=("someone/ecg-set:train=a", "test=b")))
+    assert said.endswith("""quote it: --config.data.names="('owner/name:...,test=b',)\"""")
 
 
 def test_without_the_hub_the_error_says_how_to_use_a_folder(data, monkeypatch):
