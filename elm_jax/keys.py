@@ -42,7 +42,9 @@ class DataConfig:
     augment_ecg: bool = key(False, "random changes to training signals: noise, baseline wander")
     augment_rgb: bool = key(False, "random changes to training images: rotation, blur, colours")
     perturb: str | None = key(None, "replace the ECG, as a control", choices=("noise", "zeros", "only_text"))
-    system_prompt: str | None = key(None, "the system prompt: its text, or the path of a text file")
+    system_prompt: str | None = key(
+        None, "the system prompt: its text, the path of a text file, or a name of elm_jax.text.prompts, as think"
+    )
     ecg_tokenizer: str | None = key(None, "file of the symbolic tokenizer: .json or the reference's .pkl")
     min_ecg_tokens: int = key(512, "symbolic tokens of an ECG that truncation keeps", limit="at least 0")
     explicit_thinking: bool = key(False, "answers begin with a think tag that is given, not generated")

@@ -25,6 +25,7 @@ from elm_jax.data.sources import Record
 from elm_jax.errors import UserError, refused
 from elm_jax.folders import MOST_JSON, read_regular
 from elm_jax.registry import qualified_name
+from elm_jax.text.prompts import PROMPTS
 from elm_jax.text.render import Rendered, TextSpec, to_prompts, to_tokens
 from elm_jax.text.turns import CONVERSATIONS, with_words
 from elm_jax.text.vocabulary import Vocabulary, vocabulary
@@ -35,7 +36,7 @@ PLAIN = Samples()
 
 
 def text_spec(data: DataConfig, family: str, signal_tokens: int, phase: str, compat: tuple[str, ...]) -> TextSpec:
-    """What `data.*` says of the text. `data.system_prompt` may be a text or a file."""
+    """What `data.*` says of the text. `data.system_prompt` may be a text, a file, or the name of one of ours."""
     return TextSpec(
         family,
         0 if data.perturb == "only_text" else signal_tokens,
@@ -48,13 +49,13 @@ def text_spec(data: DataConfig, family: str, signal_tokens: int, phase: str, com
 
 
 def read_system_prompt(text_or_path: str | None) -> str | None:
-    """The prompt itself; a value that ends in .txt or .md names a file.
+    """The prompt itself; a value that ends in .txt or .md names a file, one of `PROMPTS` what is written there.
 
     Raises:
         UserError: the file is missing.
     """
     if not text_or_path or not text_or_path.endswith((".txt", ".md")):
-        return text_or_path or None
+        return PROMPTS.get(text_or_path or "", text_or_path) or None
     path = Path(text_or_path)
     if not path.is_file():
         raise UserError("data.system_prompt", f"no file {path}", "a text, or a file that exists", "correct the path")

@@ -12,8 +12,10 @@ from ml_collections import ConfigDict
 from elm_jax import compat
 from elm_jax.cli import help_text, read_config_file
 from elm_jax.config import SCHEMA, Config, default_config, differences, from_text, resolve, to_dict
+from elm_jax.data.dataset import read_system_prompt
 from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError
+from elm_jax.text.prompts import PROMPTS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 # The contract, written out a second time on purpose: a changed default must be a decision.
@@ -385,3 +387,15 @@ def test_each_behaviour_is_read_by_the_code() -> None:
     code = "".join(path.read_text() for path in package.rglob("*.py") if path.name != "compat.py")
     unread = [name for name in compat.BEHAVIOURS if f'"{name}"' not in code]
     assert unread == [], "take these out of compat.BEHAVIOURS, or build them"
+
+
+def test_system_prompts_have_names_and_the_st_mem_recipe_thinks_in_every_stage() -> None:
+    assert len(PROMPTS) > 7 and all(read_system_prompt(name) == text for name, text in PROMPTS.items())
+    assert read_system_prompt("Think of ECGs.") == "Think of ECGs." and read_system_prompt("") is None
+    pair, three = PROMPTS["bc-noise-flatline"], PROMPTS["mc-ecg-noise-flatline"]
+    assert pair.index("A: noise") < pair.index("B: a flat line") < pair.index("one letter, A or B")
+    assert three.index("A: an ECG") < three.index("C: a flat line") < three.index("one letter, A, B or C")
+    folder = Path(__file__).resolve().parents[2] / "configs" / "st_mem_full_training"
+    for stage in range(1, 5):
+        config = resolve(*read_config_file(str(folder / f"stage{stage}.py")))
+        assert config.data.system_prompt == PROMPTS["think"], stage

@@ -6,6 +6,7 @@ Not a stage of its own. The figures are those of 8 GPUs; as in the reference, a 
 from ml_collections import ConfigDict
 
 from elm_jax.config import default_config
+from elm_jax.text.prompts import THINK
 
 REPORTS = ("pretrain-mimic-250-2500",)
 QUESTIONS = ("ecg-qa-ptbxl-250-2500", "ecg-qa-mimic-iv-ecg-250-2500", *REPORTS, "ecg-instruct-45k-250-2500")
@@ -20,6 +21,7 @@ def get_config() -> ConfigDict:
     config.encoder.tokens = 50
 
     config.data.pack = False
+    config.data.system_prompt = THINK  # of all stages; reports alone, of the first two, are learnt without one
     config.optim.beta2 = 0.95
     config.optim.grad_clip = 1.0
     return config

@@ -3,7 +3,6 @@
 from ml_collections import ConfigDict
 
 from elm_jax.configs.st_mem_full_training import recipe
-from elm_jax.text.prompts import DEFAULT
 
 
 def get_config() -> ConfigDict:
@@ -13,7 +12,6 @@ def get_config() -> ConfigDict:
     config.objective = "sft"
     config.update = ("connector", "llm")
     config.data.names = recipe.QUESTIONS
-    config.data.system_prompt = DEFAULT
 
     config.optim.lr = 1e-4
     config.optim.schedule = "cosine"

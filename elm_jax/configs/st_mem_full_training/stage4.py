@@ -3,7 +3,6 @@
 from ml_collections import ConfigDict
 
 from elm_jax.configs.st_mem_full_training import recipe
-from elm_jax.text.prompts import THINK
 
 
 def get_config() -> ConfigDict:
@@ -18,7 +17,6 @@ def get_config() -> ConfigDict:
         "base-ecg-r1",
         "ecg-instruct-ecg-r1",
     )
-    config.data.system_prompt = THINK
 
     config.optim.lr = 2e-4
     config.optim.muon.adamw_lr_ratio = 0.05
