@@ -32,7 +32,7 @@ from elm_jax.models.connectors import build_connector, build_signal_connector
 from elm_jax.models.decoder import Decoder, DecoderConfig, Remat
 from elm_jax.models.elm import ELM
 from elm_jax.models.encoders import ENCODERS, PRETRAINING, build_encoder, kind_of
-from elm_jax.models.families import chat_family, extended, scratch_config
+from elm_jax.models.families import chat_family, extended, scratch_config, settled
 from elm_jax.models.functional import Arrays, Structure, initialise, structure_of
 from elm_jax.models.lora import add_lora
 from elm_jax.models.views import check_views, representation_of, signal_tokens
@@ -109,9 +109,10 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
     # A pretrained model has room for the tags of fine-tuning too, so that this can start from it as it is.
     rows = len({*tokenizer.get_vocab(), *THINK_TOKENS})
     llm = scratch_config(config.llm.scratch or {}, rows) if folder is None else extended(read_llm_config(folder), rows)
-    family = config.llm.chat or chat_family(
-        llm.model_type, tokenizer.get_vocab(), str(tokenizer.chat_template or ""), config.llm.name
-    )
+    llm = settled(llm, config.data.max_len)
+    told = tokenizer.get_vocab(), str(tokenizer.chat_template or ""), config.llm.name
+    is_new = tokenizer_folder is None or not tokenizer_folder.is_dir()
+    family = config.llm.chat or chat_family(llm.model_type, *told, guess=folder is None or not is_new)
     text = text_spec(config.data, family, signal_tokens(config), phase, config.compat)
     encoders = {view: _encoder_fields(config, view, tokenizer_folder) for view in _encoded(config)}
     signal = _signal(config, encoders, symbols, tokenizer_folder)
@@ -221,7 +222,7 @@ def _build(config: Config, llm: DecoderConfig | None, encoders: Mapping[str, Map
     if llm is None:
         encoders_alone = built if len(config.slots) > 1 else next(iter(built.values()))
         return ELM(encoders_alone, None, None, compute, config.compat)
-    connectors = {view: _connector(config, view, built.get(view), llm.hidden) for view in config.slots}
+    connectors = {view: _connector(config, view, built.get(view), llm.embedding) for view in config.slots}
     decoder = Decoder(
         llm, _rngs(config, "llm"), param_dtype=_llm_dtype(config), scan=config.llm.scan,
         remat=cast(Remat, config.llm.remat),

@@ -21,13 +21,22 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "gemma2": _SIZES
     | _GROUPED
     | {"layers": 4, "window": WINDOW, "attention_cap": 2.0, "logit_cap": 5.0, "query_scalar": 9.0},
+    "gemma3_text": _SIZES
+    | _GROUPED
+    | {"window": WINDOW, "sliding_window_pattern": 2, "logit_cap": 5.0, "query_scalar": 9, "rope_theta": 1e3}
+    | {"rope_local_base_freq": 10.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "mistral": _SIZES | _GROUPED | {"window": WINDOW},
+    "phi3": _SIZES
+    | {"kv_heads": 2, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 48}
+    | {"rope_scaling": {"type": "longrope", "short_factor": [1.2, 1.5], "long_factor": [2.0, 9.0]}},
     "gpt2": _SIZES,
     "opt": _SIZES,
+    "opt_350m": _SIZES | {"family": "opt", "pre_norm": False, "embedding": 16, "tied": True},
 }
 
 
 def tiny_config(family: str, **changes: Any) -> DecoderConfig:
-    return scratch_config({**TINY[family], "family": family, **changes}, VOCABULARY)
+    return scratch_config({"family": family, **TINY[family], **changes}, VOCABULARY)
 
 
 @functools.cache

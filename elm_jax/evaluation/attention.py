@@ -103,7 +103,7 @@ def _mean_weights(llm: Decoder, x: jax.Array) -> jax.Array:
     rotary, masks = llm.rotary(positions), llm.masks(padding_mask(valid), positions, positions)
 
     def body(layer: Layer, window: Window, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        q, k, v = layer.project(x, rotary)
+        q, k, v = layer.project(x, rotary[window])
         attended = llm.attend(q, k, v, masks[window], "xla")
         return layer.combine(x, attended), _head_mean(llm, q, k, masks[window])
 

@@ -85,7 +85,8 @@ def write_config(folder: Path, assembly: Assembly, dtypes: Iterable[np.dtype], a
     source, rows = assembly.llm_folder, assembly.llm.vocab_size
     dtype = str(functools.reduce(jnp.promote_types, dtypes))
     if source is None:
-        content = {**to_hf(assembly.llm), "dtype": dtype, **_token_ids(assembly)}
+        # Transformers has a padding id for each family where a file has none; it may be beyond this vocabulary.
+        content = {**to_hf(assembly.llm), "dtype": dtype, "pad_token_id": None, **_token_ids(assembly)}
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return
     text = (source / "config.json").read_text(encoding="utf-8")

@@ -158,7 +158,7 @@ def prefill(
     x, rotary = llm.placed(hint(prompts.x, "batch", None, None), positions), llm.rotary(positions)
 
     def body(layer: Layer, window: Window, x: jax.Array, past: Cache | None) -> tuple[jax.Array, Cache]:
-        q, own = _projected(layer, x, rotary)
+        q, own = _projected(layer, x, rotary[window])
         return layer.combine(x, llm.attend(q, *_by_token(_behind(past, own)), masks[window], "xla")), own
 
     if wanted is None:
@@ -169,7 +169,7 @@ def prefill(
 
     def last(layer: Layer, window: Window, x: jax.Array, past: Cache | None) -> tuple[jax.Array, Cache]:
         """All of the last layer that is wanted: its keys and values, and one token's attention and MLP."""
-        q, own = _projected(layer, x, rotary)
+        q, own = _projected(layer, x, rotary[window])
         attended = llm.attend(at(q, 1), *_by_token(_behind(past, own)), at(masks[window], 2), "xla")
         return layer.combine(at(x, 1), attended), own
 
@@ -217,7 +217,7 @@ def prefill_and_sample(
     """
     prefix = _prefixes(pool, source)
     x, own = prefill(llm, prompts, prefix, jnp.maximum(prompts.lengths - 1, 0))
-    logits = llm.logits(llm.norm(x))[:, 0]
+    logits = llm.logits(llm.final(x))[:, 0]
     token = draw(logits, sampling, start.number, jnp.zeros_like(start.number), start.seen)
     begun = prompts.lengths > 0
     token = jnp.where(begun, token, NONE)
@@ -297,7 +297,7 @@ def score(
     `ids` (R, T): what comes after each place. Prefixes as in `prefill_and_sample`.
     """
     x, _ = prefill(llm, prompts, _prefixes(pool, source))
-    x = llm.norm(x)
+    x = llm.final(x)
 
     def at(place: jax.Array) -> jax.Array:  # one place at a time: logits of all of them would not fit
         logits = jax.nn.log_softmax(llm.logits(x[:, place]), axis=-1)
@@ -321,14 +321,14 @@ def _next_logits(llm: Decoder, rows: Rows, dtype: jax.typing.DTypeLike | None) -
         # The caches travel in the carry, where they are written in place; as inputs and outputs of the scan
         # they would be copied whole for every token.
         x, cache = carry
-        q, k, v = layer.project(x, rotary)
+        q, k, v = layer.project(x, rotary[window])
         keys = cache.keys.at[index, count, :, rows.length].set(k[:, 0])
         values = cache.values.at[index, count, :, :, rows.length].set(v[:, 0])
         attended = llm.attend(q, *_by_token(Cache(keys[index], values[index])), masks[window], "xla")
         return (layer.combine(x, attended), Cache(keys, values)), None
 
     (x, cache), _ = llm.scan_layers(body, (x, rows.cache), jnp.arange(llm.config.layers))
-    return llm.logits(llm.norm(x))[:, 0], cache
+    return llm.logits(llm.final(x))[:, 0], cache
 
 
 def _stored(cache: Cache, own: Cache, prefix: Cache | None, before: jax.Array, slot: jax.Array) -> Cache:

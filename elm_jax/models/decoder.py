@@ -1,6 +1,7 @@
 """One decoder for every language model family; a family is a `DecoderConfig`.
 
-B batch, T tokens, D width, H heads, K key/value heads, V vocabulary.
+B batch, T tokens, D width, E width of the token embeddings (D but for some OPT), H heads, K key/value heads, V
+vocabulary.
 Layers are stacked (every parameter of `layers` has a leading axis of L) and run by one `lax.scan`. The model
 has no KV cache: `generate` brings its own, through `project`, `combine` and `scan_layers`.
 """
@@ -20,7 +21,7 @@ from elm_jax.models import hints
 from elm_jax.models.attention import Blocks, Implementation, attend, padding_mask, positions_from_mask, windowed
 from elm_jax.models.decoder_layer import DecoderConfig, Layer, Rotary, Window, make_norm
 from elm_jax.models.hints import hint, weight
-from elm_jax.models.layers import Embedding, LearnedPositions, Linear
+from elm_jax.models.layers import Embedding, LearnedPositions, Linear, LongScaling
 from elm_jax.models.noise import drawing, dropout
 from elm_jax.models.remat import Remat, rematerialised
 
@@ -61,19 +62,22 @@ class Decoder(nnx.Module):
         def stacked(layer_rngs: nnx.Rngs) -> Layer:
             return Layer(config, layer_rngs, param_dtype, dropout)
 
-        self.embedding = Embedding(config.vocab_size, config.hidden, rngs, param_dtype)
+        width, inner = config.embedding, config.hidden
+        self.embedding = Embedding(config.vocab_size, width, rngs, param_dtype)
         self.positions = (
             LearnedPositions(config.max_len, config.position_offset, config.hidden, rngs, param_dtype)
             if config.rope is None
             else None
         )
         self.layers = stacked(rngs)
-        self.norm = make_norm(config, config.hidden, param_dtype)
+        self.norm = make_norm(config, config.hidden, param_dtype) if config.pre_norm else None
         self.head = (
-            None
-            if config.tied
-            else Linear(config.hidden, config.vocab_size, ("embed", "vocab"), rngs, param_dtype=param_dtype)
+            None if config.tied else Linear(width, config.vocab_size, ("embed", "vocab"), rngs, param_dtype=param_dtype)
         )
+        # Not along "embed" twice: an axis of the mesh divides one dimension.
+        between = partial(Linear, rngs=rngs, param_dtype=param_dtype)
+        self.project_in = between(width, inner, (None, "embed")) if width != inner else None
+        self.project_out = between(inner, width, ("embed", None)) if width != inner else None
 
     @property
     def embedding_scale(self) -> float:
@@ -81,13 +85,19 @@ class Decoder(nnx.Module):
         return self.config.hidden**0.5 if self.config.scale_embeddings else 1.0
 
     def embed(self, tokens: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-        """(B, T) ids -> (B, T, D) in `dtype` (default: that of the parameters), as `hidden` takes them."""
+        """(B, T) ids -> (B, T, E) in `dtype` (default: that of the parameters), as `hidden` takes them."""
         x = hint(self.embedding(tokens, dtype), "batch", None, None)
         return x * jnp.asarray(self.embedding_scale, x.dtype) if self.config.scale_embeddings else x
 
     def placed(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Embeddings (B,T,D) with the learned positions (B,T), if there are any: the input of the first layer."""
+        """Embeddings (B,T,E) -> the first layer's input (B,T,D), with the learned positions (B,T), if any."""
+        x = x if self.project_in is None else self.project_in(x)
         return x if self.positions is None else x + self.positions(positions, x.dtype)
+
+    def final(self, x: jax.Array) -> jax.Array:
+        """The last layer's output (B,T,D) -> what `logits` takes (B,T,E)."""
+        x = x if self.norm is None else self.norm(x)
+        return x if self.project_out is None else self.project_out(x)
 
     def hidden(
         self,
@@ -97,7 +107,7 @@ class Decoder(nnx.Module):
         key: jax.Array | None = None,
         blocks: Blocks | None = None,
     ) -> jax.Array:
-        """Embeddings (B,T,D), positions (B,T), mask (B,1,T,T) True = sees -> final-normed states (B,T,D).
+        """Embeddings (B,T,E), positions (B,T), mask (B,1,T,T) True = sees -> `final` states (B,T,E).
 
         With a `key` there is dropout, drawn anew in every layer; without one nothing drops. With `blocks`, the mask
         is that of the blocks.
@@ -115,7 +125,7 @@ class Decoder(nnx.Module):
         with noise(self.config.layers):
             x = dropout(self.placed(x, positions), self.dropout)
         x, _ = self.scan_layers(body, x, jnp.arange(self.config.layers))
-        return self.norm(x)
+        return self.final(x)
 
     def layer_of(
         self, positions: jax.Array, mask: jax.Array, blocks: Blocks | None = None
@@ -125,7 +135,7 @@ class Decoder(nnx.Module):
         rotary, masks = self.rotary(positions), self.masks(mask, queries(positions), keys(positions))
 
         def run(layer: Layer, window: Window, x: jax.Array) -> jax.Array:
-            q, k, v = layer.project(x, rotary)
+            q, k, v = layer.project(x, rotary[window])
             return layer.combine(x, self.attend(queries(q), keys(k), keys(v), masks[window]))
 
         return run
@@ -148,13 +158,13 @@ class Decoder(nnx.Module):
         return attend(q, k, v, mask, scale, implementation or self.attention, config.attention_cap)
 
     def output_weight(self, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """The vocabulary projection, (D, V), in `dtype`: take it once where logits are computed in chunks."""
+        """The vocabulary projection, (E, V), in `dtype`: take it once where logits are computed in chunks."""
         if self.head is None:
             return weight(self.embedding.table, dtype).T
         return weight(self.head.kernel, dtype)
 
     def logits(self, h: jax.Array, output_weight: jax.Array | None = None) -> jax.Array:
-        """Normed states (..., D) -> logits (..., V) in float32.
+        """`final` states (..., E) -> logits (..., V) in float32.
 
         Their gradient is multiplied in the dtype of h, as that of any other product.
         """
@@ -163,10 +173,11 @@ class Decoder(nnx.Module):
         logits = logits if cap is None else cap * jnp.tanh(logits / cap)
         return hint(logits, "batch", *(None,) * (logits.ndim - 2), "vocab") if logits.ndim > 1 else logits
 
-    def rotary(self, positions: jax.Array) -> Rotary | None:
-        """(B, T) positions -> what `Layer.project` needs to know of them."""
-        rope = self.config.rope
-        return None if rope is None else rope.angles(positions, self.config.head_dim)
+    def rotary(self, positions: jax.Array) -> dict[Window, Rotary | None]:
+        """For each window of this decoder, (B, T) positions -> what `Layer.project` needs to know of them."""
+        config = self.config
+        made = {rope: rope and rope.angles(positions, config.head_dim) for rope in (config.rope, config.local_rope)}
+        return {w: made[config.rope if w is None else config.local_rope or config.rope] for w in set(config.windows)}
 
     def scan_layers(self, body: Body, carry: Any, xs: Any = None, last: Body | None = None) -> tuple[Any, Any]:
         """Run `body(layer, window, carry, x) -> (carry, y)` through the layers; (last carry, stacked ys).
@@ -231,7 +242,7 @@ class Decoder(nnx.Module):
         attention_mask: jax.Array | None = None,
         inputs_embeds: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits (B, T, V) float32 of ids (B, T) or embeddings (B, T, D), padded on either side.
+        """Logits (B, T, V) float32 of ids (B, T) or embeddings (B, T, E), padded on either side.
 
         attention_mask (B, T) of 0/1, default all ones. Positions count from the first real token; what stands
         at padding means nothing. Raises UserError for a prompt beyond the learned positions.
@@ -247,7 +258,7 @@ class Decoder(nnx.Module):
         attention_mask: jax.Array | None = None,
         inputs_embeds: jax.Array | None = None,
     ) -> jax.Array:
-        """(L+1, B, T, D): the embeddings, then each layer's output, the last one after the final norm."""
+        """(L+1, B, T, D): the embeddings, then each layer's output, the last one after the final norm, if any."""
         prompt, valid = as_prompt(tokens, inputs_embeds, attention_mask)
         positions = self.prompt_positions(valid)
         self.check_length(positions)
@@ -258,10 +269,10 @@ class Decoder(nnx.Module):
             return x, x
 
         last, outputs = self.scan_layers(body, x)
-        return jnp.concatenate([x[None], outputs[:-1], self.norm(last)[None]])
+        return jnp.concatenate([x[None], outputs[:-1], (last if self.norm is None else self.norm(last))[None]])
 
     def embed_prompt(self, prompt: jax.Array) -> jax.Array:
-        """Ids (B, T) or embeddings (B, T, D) -> embeddings."""
+        """Ids (B, T) or embeddings (B, T, E) -> embeddings."""
         return self.embed(prompt) if prompt.ndim == 2 else hint(prompt, "batch", None, None)
 
     def prompt_positions(self, valid: jax.Array) -> jax.Array:
@@ -271,17 +282,25 @@ class Decoder(nnx.Module):
         return positions_from_mask(valid)
 
     def check_length(self, positions: jax.Array, new: int = 0) -> None:
-        """Raise UserError if the learned positions do not reach to `new` tokens after a prompt's (B, T).
+        """Raise UserError if the learned positions do not reach to `new` tokens after a prompt's (B, T), or these come
+        where cached keys would have to be turned otherwise (`LongScaling`).
 
         Inside a traced function nothing can be raised: a position beyond the table gives NaN there.
         """
-        if self.positions is None or isinstance(positions, Tracer):
+        if isinstance(positions, Tracer):
+            return
+        stretch = self.config.rope and self.config.rope.stretch
+        if self.positions is not None:
+            room, known = self.config.max_len, "the model's learned positions"
+        elif isinstance(stretch, LongScaling):
+            room, known = stretch.original_max_len, "its short context, or more than that in the prompt"
+            positions = jnp.where(positions.max(1) < room, positions.max(1), 0)  # of those that begin in it
+        else:
             return
         longest = int(positions.max()) + 1
-        if longest + new > self.config.max_len:
+        if longest + new > room:
             found = f"{longest} tokens" + (f" and {new} to generate" if new else "")
-            expected = f"at most {self.config.max_len}, the model's learned positions"
-            raise UserError("the prompt", found, expected, "shorten the prompt or generate less")
+            raise UserError("the prompt", found, f"at most {room}, {known}", "shorten the prompt or generate less")
 
 
 @jax.custom_vjp
@@ -303,7 +322,7 @@ _project.defvjp(_project_forward, _project_backward)
 def as_prompt(
     tokens: jax.Array | None, inputs_embeds: jax.Array | None, attention_mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Ids (B,T) or embeddings (B,T,D), whichever was given, and the mask (B,T); ValueError otherwise."""
+    """Ids (B,T) or embeddings (B,T,E), whichever was given, and the mask (B,T); ValueError otherwise."""
     if (tokens is None) == (inputs_embeds is None):
         raise ValueError("give either tokens or inputs_embeds")
     prompt = jnp.asarray(tokens if inputs_embeds is None else inputs_embeds)

@@ -23,13 +23,17 @@ Window = int | None
 class DecoderConfig:
     """What distinguishes one decoder from another.
 
-    hidden: D. mlp: width inside the MLP. max_len: the longest context it was made for. tied: whether the embedding
+    hidden: D. embedding: width of the token embeddings; where it is not D, projections lead to D and back. mlp: width
+    inside the MLP. max_len: the longest context it was made for. tied: whether the embedding
     table is the output projection.
     rope: rotary positions; None: a table of learned ones, whose row `position_offset` is that of position 0.
+    local_rope: those of layers with a window, where they are others.
     norm: "rms", "rms_offset" (which multiplies by 1 + scale) or "layer".
+    pre_norm: whether a branch's input is normed and, after the last layer, the output; else each sum is.
     post_norms: whether the branches are normed once more before they are added. qk_norm: whether each head's
     queries and keys are.
-    fused_qkv: one projection for queries, keys and values. qkv_bias, out_bias (of the attention), mlp_bias.
+    fused_qkv, fused_mlp: one projection for queries, keys and values; one for gate and up.
+    qkv_bias, out_bias (of the attention), mlp_bias.
     gated: whether the MLP has a gate, which goes through the activation in place of `up`.
     query_scalar: attention scores are divided by its root (None: head_dim).
     attention_cap, logit_cap: soft caps c of scores and logits, c tanh(x / c).
@@ -41,6 +45,7 @@ class DecoderConfig:
     model_type: str
     vocab_size: int
     hidden: int
+    embedding: int
     layers: int
     heads: int
     kv_heads: int
@@ -50,11 +55,14 @@ class DecoderConfig:
     norm_eps: float
     tied: bool
     rope: Rope | None
+    local_rope: Rope | None = None
     position_offset: int = 0
     norm: Literal["rms", "rms_offset", "layer"] = "rms"
+    pre_norm: bool = True
     post_norms: bool = False
     qk_norm: bool = False
     fused_qkv: bool = False
+    fused_mlp: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -118,27 +126,29 @@ class Layer(nnx.Module):
         shrink = (2 * config.layers) ** -0.5
         attention_std = shrink * (config.heads * config.head_dim) ** -0.5
         norm = partial(make_norm, config, config.hidden, param_dtype)
-        self.dropout = dropout
+        self.dropout, self.pre_norm = dropout, config.pre_norm
         self.attention_norm = norm()
         self.attention = Attention(config, rngs, attention_std, param_dtype)
         self.attention_post_norm = norm() if config.post_norms else None
         self.mlp_norm = norm()
         self.mlp = Mlp(
             config.hidden, config.mlp, rngs, activation=config.activation, gated=config.gated, bias=config.mlp_bias,
-            out_std=shrink * config.mlp**-0.5, param_dtype=param_dtype,
+            out_std=shrink * config.mlp**-0.5, fused=config.fused_mlp, param_dtype=param_dtype,
         )  # fmt: skip
         self.mlp_post_norm = norm() if config.post_norms else None
 
     def project(self, x: jax.Array, rotary: Rotary | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x (B,T,D) -> q (B,T,H,d), k and v (B,T,K,d); q and k are turned to their positions."""
-        q, k, v = self.attention.heads(self.attention_norm(hint(x, "batch", None, None)))
+        x = hint(x, "batch", None, None)
+        q, k, v = self.attention.heads(self.attention_norm(x) if self.pre_norm else x)
         return (q, k, v) if rotary is None else (rotate(q, rotary), rotate(k, rotary), v)
 
     def combine(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """x (B,T,D) and what its tokens attended to (B,T,H,d) -> the layer's output (B,T,D)."""
         x = x + self._branch(self.attention.o(attended.reshape(*x.shape[:2], -1)), self.attention_post_norm)
-        x = x + self._branch(self.mlp(self.mlp_norm(x)), self.mlp_post_norm)
-        return hint(x, "batch", None, None)
+        x = x if self.pre_norm else self.attention_norm(x)
+        x = x + self._branch(self.mlp(self.mlp_norm(x) if self.pre_norm else x), self.mlp_post_norm)
+        return hint(x if self.pre_norm else self.mlp_norm(x), "batch", None, None)
 
     def _branch(self, x: jax.Array, norm: RMSNorm | LayerNorm | None) -> jax.Array:
         return dropout(x if norm is None else norm(x), self.dropout)

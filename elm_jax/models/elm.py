@@ -57,7 +57,7 @@ class ELM(nnx.Module):
         """
         rows, slots = weights.shape
         if self.connector is None:
-            return jnp.zeros((rows, 0, self.llm.config.hidden), self.dtype)
+            return jnp.zeros((rows, 0, self.llm.config.embedding), self.dtype)
 
         def flattened(x: jax.Array) -> jax.Array:
             return hint(x.reshape(rows * slots, *x.shape[2:]), "batch", *(None,) * (x.ndim - 2))

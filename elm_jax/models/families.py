@@ -5,6 +5,7 @@ but is another one.
 """
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 from elm_jax.errors import UserError, nearest
 from elm_jax.models.decoder import DecoderConfig
 from elm_jax.models.family_table import ALIASES, FAMILIES, Family
-from elm_jax.models.layers import Llama3Scaling, Rope
+from elm_jax.models.layers import Llama3Scaling, LongScaling, Rope
 from elm_jax.schema import Key, check
 
 __all__ = [
@@ -26,13 +27,13 @@ __all__ = [
     "from_hf",
     "nearest_model",
     "scratch_config",
+    "settled",
     "to_hf",
 ]
 
 _log = logging.getLogger(__name__)
 
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
-_WINDOWS = ("sliding_window", "layer_types")
 _KINDS = ("sliding_attention", "full_attention")
 
 # Fields that say nothing about what the model computes from given tokens.
@@ -45,8 +46,17 @@ _IRRELEVANT = frozenset(
         *("max_length", "do_sample", "temperature", "top_p", "prefix", "task_specific_params"),
     }
 )
-_LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ORIGINAL = "original_max_position_embeddings"
+_LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL)
+_ROPE_FIELDS = {  # by type
+    "default": (),
+    "linear": ("factor",),
+    "llama3": _LLAMA3_FIELDS,
+    "longrope": ("short_factor", "long_factor", _ORIGINAL),
+}
+_PATTERN, _LOCAL, _SHARE = "sliding_window_pattern", "rope_local_base_freq", "partial_rotary_factor"
 
+_FACTORS = Key(None, tuple[float, ...], "numbers", limit="above 0")
 _SIZE, _NUMBER = Key(None, int, "a size", limit="from 1 to 1000000000"), Key(None, float, "a number", limit="above 0")
 _KEYS = {
     **dict.fromkeys(("vocab_size", "hidden", "heads", "max_len"), _SIZE),
@@ -55,6 +65,8 @@ _KEYS = {
     "norm_eps": _NUMBER,
     **dict.fromkeys(("query_scalar", "attention_cap", "logit_cap"), replace(_NUMBER, type=float | None)),
     "tied": Key(None, bool, "tied embeddings"),
+    "embedding": replace(_SIZE, type=int | None),
+    "pre_norm": Key(None, bool | None, "norms before the branches"),
 }
 
 _SCRATCH_REQUIRED = ("hidden", "layers", "heads", "mlp")
@@ -86,9 +98,8 @@ def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
     values = _read_fields(config, family, where)
     values |= {"tied": config.get("tie_word_embeddings", family.tied), "model_type": family.model_type}
     if family.rotary:
-        values["rope"] = _rope(config, where)
-    ours = _checked(where, {**values, **family.constants})
-    return replace(ours, windows=_windows(config, where, ours.layers)) if family.windows else ours
+        values |= _ropes(config, family, where)
+    return _windowed(_checked(where, {**values, **family.constants}), config, family, where)
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -101,16 +112,11 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         **{name: allowed[0] for name, allowed in family.only.items() if allowed[0] is not None},
         "tie_word_embeddings": config.tied,
     }
-    if config.rope is not None:
-        written["rope_theta"] = config.rope.theta
-    if config.rope is not None and config.rope.llama3 is not None:
-        s = config.rope.llama3
-        numbers = (s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_len)
-        written["rope_scaling"] = {"rope_type": "llama3", **dict(zip(_LLAMA3_FIELDS, numbers, strict=True))}
-    if family.windows:
+    written |= _ropes_to_hf(config, family)
+    if family.windows is not None:
         windows = config.windows * (config.layers // len(config.windows))
         written["sliding_window"] = next((window for window in windows if window is not None), None)
-        written["layer_types"] = [_KINDS[window is None] for window in windows]
+        written |= {"layer_types": [_KINDS[window is None] for window in windows]} if family.windows else {}
     return written
 
 
@@ -118,14 +124,15 @@ def scratch_config(sizes: Mapping[str, Any], vocab_size: int) -> DecoderConfig:
     """The configuration of a model that is to be trained from nothing, from `llm.scratch`.
 
     Keys: hidden, layers, heads, mlp; optional family, max_len, tied, norm_eps, and as the family has them kv_heads
-    (default: heads), head_dim (hidden / heads), rope_theta, and for gemma2 window (of every other layer),
-    attention_cap, logit_cap, query_scalar; vocab_size, where the table is to have more rows than the `vocab_size` that
-    the tokenizer needs. These are rounded up as in `extended`. Raises UserError.
+    (default: heads), head_dim (hidden / heads), rope_theta, rope_scaling and other rotary fields by Hugging Face's
+    names, window (of the layers that have one in the family), sliding_window_pattern, attention_cap, logit_cap,
+    query_scalar, and for opt pre_norm and embedding (the width of its table); vocab_size, where the table is to have
+    more rows than the `vocab_size` that the tokenizer needs. These are rounded up as in `extended`. Raises UserError.
     """
     where = "llm.scratch"
     family = family_of(sizes.get("family", _SCRATCH_FAMILY), where)
     own = {name: value for name, value in _SCRATCH_DEFAULTS.items() if name in family.fields.values()}
-    rope = {"rope_theta": 10000.0} if family.rotary else {}
+    rope = {"rope_theta": 10000.0, "rope_scaling": None, **family.rope} if family.rotary else {}
     defaults = {**own, "tied": True, "vocab_size": 0, **rope, **family.scratch}
     known = ("family", *_SCRATCH_REQUIRED, *defaults)
     for name in sizes:
@@ -140,10 +147,11 @@ def scratch_config(sizes: Mapping[str, Any], vocab_size: int) -> DecoderConfig:
         values["vocab_size"] = _rounded(max(vocab_size, values["vocab_size"]))
     values.pop("family", None)
     if family.rotary:
-        values["rope"] = _rope({"rope_theta": values.pop("rope_theta")}, where)
-    window = values.pop("window", None)
-    ours = _checked(where, {**values, **family.constants})
-    return replace(ours, windows=_windows({"sliding_window": window}, where, ours.layers)) if family.windows else ours
+        said = {name: values.pop(name) for name in rope}
+        values |= _ropes({**said, "max_position_embeddings": values["max_len"]}, family, where)
+    names = {"window": "sliding_window", _PATTERN: _PATTERN}
+    windows = {theirs: values.pop(ours) for ours, theirs in names.items() if ours in values}
+    return _windowed(_checked(where, {**values, **family.constants}), windows, family, where)
 
 
 def extended(config: DecoderConfig, needed: int) -> DecoderConfig:
@@ -156,21 +164,45 @@ def extended(config: DecoderConfig, needed: int) -> DecoderConfig:
     return config if needed <= config.vocab_size else replace(config, vocab_size=_rounded(needed))
 
 
-def chat_family(model_type: str, vocabulary: Mapping[str, int], template: str = "", name: str = "") -> str:
+def settled(config: DecoderConfig, longest: int) -> DecoderConfig:
+    """`config` for conversations of up to `longest` tokens, whose context is then this one's.
+
+    With LongRoPE the length of a conversation decides how all of its tokens are turned; what is cached, or shared by
+    several, cannot wait for that. So a model that is to stay within its original context ends there, and one that is
+    to go beyond has the long frequencies from the first token on.
+    """
+    if config.rope is None or not isinstance(s := config.rope.stretch, LongScaling):
+        return config
+    if longest <= s.original_max_len:
+        return replace(config, max_len=min(config.max_len, s.original_max_len))
+    return replace(config, rope=replace(config.rope, stretch=replace(s, short=s.long)))
+
+
+def chat_family(
+    model_type: str, vocabulary: Mapping[str, int], template: str = "", name: str = "", guess: bool = True
+) -> str:
     """The chat form of a model, by what its tokenizer can say: a key of CHAT_FORMS, "plain" where none fits.
 
     `vocabulary` is the tokenizer's token -> id (its `get_vocab()`), `template` its own chat template: marks that are no
     tokens, as Llama 2's, are found there. Where there are none, what is known of models called `name` holds. That, and
     "plain", are guesses, which the log tells.
+
+    Raises:
+        UserError: without `guess`, a tokenizer as Llama 2's, which models of many forms share, says no more.
     """
     family = family_of(model_type)
     for mark, form in family.chat:
         if mark in vocabulary or mark in template:
             return form
     named = name.rstrip("/").rpartition("/")[2].lower()
-    guess = next((form for part, form in family.called if part in named), "plain")
-    _log.warning("%s: no chat form in its tokenizer; %r is taken (set llm.chat if it is another)", name or "llm", guess)
-    return guess
+    found = next((form for part, form in family.called if part in named), None)
+    if found is None and not guess and {"<s>", "</s>", "▁"} <= vocabulary.keys():
+        told = f"None, and no chat template beside the tokenizer of {name or 'llm.name'}, which is of Llama 2's kind"
+        forms = "the form of its conversations: llama2, vicuna_v1, llava_v1, mistral, ...; plain for a base model"
+        raise UserError("llm.chat", told, forms, "set --config.llm.chat to what it was tuned with")
+    found = found or "plain"
+    _log.warning("%s: no chat form in its tokenizer; %r is taken (set llm.chat if it is another)", name or "llm", found)
+    return found
 
 
 def _rounded(rows: int) -> int:
@@ -179,7 +211,8 @@ def _rounded(rows: int) -> int:
 
 def _refuse_unknown(config: Mapping[str, Any], family: Family, where: str) -> None:
     known = {*family.fields, *family.only, "tie_word_embeddings", *_IRRELEVANT, *family.irrelevant}
-    known |= {*(_ROPE if family.rotary else ()), *(_WINDOWS if family.windows else ())}
+    known |= {*((*_ROPE, *family.rope) if family.rotary else ()), *(["sliding_window"] if family.windows == 0 else [])}
+    known |= {"sliding_window", "layer_types"} if family.windows else set()
     unknown = sorted(set(config) - known)
     if unknown:
         found, expected = f"unknown field {', '.join(unknown)}", f"only known fields of {family.model_type}"
@@ -215,42 +248,102 @@ def _read_fields(config: Mapping[str, Any], family: Family, where: str) -> dict[
     return values
 
 
-def _windows(config: Mapping[str, Any], where: str, layers: int) -> tuple[int | None, ...]:
-    """One period of the layers' windows; without `layer_types` every other layer has one, from the first."""
-    kinds = config.get("layer_types") or [_KINDS[i % 2] for i in range(layers)]
+def _windowed(ours: DecoderConfig, config: Mapping[str, Any], family: Family, where: str) -> DecoderConfig:
+    """With one period of the layers' windows."""
+    if (every := family.windows) is None:
+        return ours
+    window, layers = config.get("sliding_window"), ours.layers
+    every = every and config.get(_PATTERN, config.get(f"_{_PATTERN}", every))
+    check(f"{where}, {_PATTERN}", Key(None, int, "every which layer sees all", limit="at least 0"), every)
+    has_none = [(i + 1) % every == 0 if every else window is None for i in range(layers)]
+    kinds = config.get("layer_types") or [_KINDS[none] for none in has_none]
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in _KINDS for kind in kinds):
         found = f"layer_types = {kinds}"
         raise UserError(where, found, f"{layers} times {' or '.join(_KINDS)}", "correct it")
-    window = config.get("sliding_window")
     if _KINDS[0] in kinds:
         check(f"{where}, sliding_window", _SIZE, window)
     windows = tuple(window if kind == _KINDS[0] else None for kind in kinds)
     periods = (n for n in range(1, layers + 1) if layers % n == 0)
-    return next(windows[:n] for n in periods if windows[:n] * (layers // n) == windows)
+    return replace(ours, windows=next(windows[:n] for n in periods if windows[:n] * (layers // n) == windows))
 
 
-def _rope(config: Mapping[str, Any], where: str) -> Rope:
-    """Both styles: `rope_parameters` (theta inside), or `rope_theta` with an optional `rope_scaling`."""
-    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+def _ropes(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Rope]:
+    """Both styles: `rope_parameters` (theta inside; of Gemma 3 one for each kind of layer), or `rope_theta` with an
+    optional `rope_scaling`, which is of the layers without a window."""
+    said = _fields(config.get("rope_parameters") or config.get("rope_scaling") or {}, where)
+    outside = {"rope_theta": config.get("rope_theta", family.scratch.get("rope_theta", 10000.0))}
+    outside |= {_SHARE: config.get(_SHARE, family.rope[_SHARE])} if _SHARE in family.rope else {}
+    if _LOCAL not in family.rope:
+        return {"rope": _rope({**outside, **said}, config, where, shares=_SHARE in family.rope)}
+    local = {"rope_theta": config.get(_LOCAL, family.rope[_LOCAL])}
+    if not set(said).isdisjoint(_KINDS):
+        if extra := sorted(set(said) - set(_KINDS)):
+            raise UserError(where, f"rope_parameters with {', '.join(extra)}", " and ".join(_KINDS), "correct it")
+        near, said = (_fields(said.get(kind) or {}, where) for kind in _KINDS)
+        local |= near
+    ropes = {"rope": _rope({**outside, **said}, config, where), "local_rope": _rope(local, config, where)}
+    if ropes["local_rope"].stretch != 1.0:
+        raise UserError(where, "stretched positions within the window", "none", "this variant is not supported")
+    return ropes
+
+
+def _fields(said: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(said, Mapping):
         fields = "rope_parameters or rope_scaling"
         raise UserError(where, f"{fields} {said!r:.60}", "an object of fields", "correct the rope fields")
+    return said
+
+
+def _rope(said: Mapping[str, Any], config: Mapping[str, Any], where: str, shares: bool = False) -> Rope:
+    """One kind of rotary positions of the model of `config`; `said` has its theta and, where it `shares`, the share."""
     spec = dict(said)
-    theta = spec.pop("rope_theta", config.get("rope_theta", 10000.0))
+    theta, share = spec.pop("rope_theta"), spec.pop(_SHARE) if shares else 1.0
     old_name = spec.pop("type", "default")
     kind = spec.pop("rope_type", old_name)
-    if kind not in ("default", "llama3"):
-        raise UserError(where, f"rope type '{kind}'", "default or llama3", "this variant is not supported")
-    fields = _LLAMA3_FIELDS if kind == "llama3" else ()
+    kind = "longrope" if kind == "su" else kind  # its first name
+    if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
+        known = " or ".join(_ROPE_FIELDS)
+        raise UserError(where, f"rope type '{kind}'", known, "this variant is not supported")
+    spec |= {_ORIGINAL: spec.get(_ORIGINAL, config.get(_ORIGINAL))} if kind == "longrope" else {}
+    fields = _ROPE_FIELDS[kind]
     if set(spec) != set(fields):
         found = f"rope '{kind}' with {', '.join(sorted(spec)) or 'no fields'}"
         raise UserError(where, found, ", ".join(fields) or "no further fields", "correct the rope fields")
     for name, value in {"rope_theta": theta, **spec}.items():
-        check(f"{where}, {name}", _NUMBER, value)
-    if kind == "default":
-        return Rope(float(theta))
-    factor, low, high, original = (spec[name] for name in fields)
-    return Rope(float(theta), Llama3Scaling(float(factor), float(low), float(high), int(original)))
+        check(f"{where}, {name}", _FACTORS if name in ("short_factor", "long_factor") else _NUMBER, value)
+    check(f"{where}, {_SHARE}", Key(None, float, "a share", limit="above 0 and at most 1"), share)
+    values = [spec[name] for name in fields]
+    if kind == "longrope":
+        short, long, original = values
+        longest = config.get("max_position_embeddings")
+        for name, value in {_ORIGINAL: original, "max_position_embeddings": longest}.items():
+            check(f"{where}, {name}", Key(None, int, "a length", limit="at least 2"), value)
+        scale = math.sqrt(1 + max(0.0, math.log(longest / original)) / math.log(original))
+        stretch = LongScaling(tuple(map(float, short)), tuple(map(float, long)), original, scale)
+    elif kind == "llama3":
+        factor, low, high, original = values
+        stretch = Llama3Scaling(float(factor), float(low), float(high), int(original))
+    else:
+        stretch = float(values[0]) if kind == "linear" else 1.0
+    return Rope(float(theta), stretch, float(share))
+
+
+def _ropes_to_hf(config: DecoderConfig, family: Family) -> dict[str, Any]:
+    """The inverse of `_ropes`, in the flat style."""
+    rope, local = config.rope, config.local_rope
+    if rope is None:
+        return {}
+    written: dict[str, Any] = {"rope_theta": rope.theta}
+    written |= {_LOCAL: local.theta} if local is not None else {}
+    written |= {_SHARE: rope.share} if _SHARE in family.rope else {}
+    s = rope.stretch
+    if isinstance(s, LongScaling):
+        factors = {"short_factor": list(s.short), "long_factor": list(s.long)}
+        return {**written, _ORIGINAL: s.original_max_len, "rope_scaling": {"type": "longrope", **factors}}
+    if isinstance(s, Llama3Scaling):
+        numbers = (s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_len)
+        return {**written, "rope_scaling": {"rope_type": "llama3", **dict(zip(_LLAMA3_FIELDS, numbers, strict=True))}}
+    return written if s == 1.0 else {**written, "rope_scaling": {"rope_type": "linear", "factor": s}}
 
 
 def _checked(where: str, values: dict[str, Any]) -> DecoderConfig:
@@ -260,6 +353,8 @@ def _checked(where: str, values: dict[str, Any]) -> DecoderConfig:
     hidden, heads = values["hidden"], values["heads"]
     kv_heads = values["kv_heads"] = values.get("kv_heads") or heads
     values["mlp"] = values["mlp"] or 4 * hidden
+    values["embedding"] = values.get("embedding") or hidden
+    values["pre_norm"] = values.get("pre_norm") in (None, True)
     if not values.get("head_dim"):
         if hidden % heads:
             raise UserError(
@@ -270,8 +365,14 @@ def _checked(where: str, values: dict[str, Any]) -> DecoderConfig:
         raise UserError(
             where, f"{heads} heads, {kv_heads} kv_heads", "kv_heads that divide heads", "correct them"
         )
-    if values["head_dim"] % 2 and values["rope"] is not None:
-        raise UserError(where, f"head_dim {values['head_dim']}", "an even number", "correct it")
+    if (rope := values["rope"]) is not None:
+        head_dim, s = values["head_dim"], rope.stretch
+        if (turned := int(head_dim * rope.share)) % 2 or not turned:
+            found = f"head_dim {head_dim}" + (f", {rope.share:g} of it turned" if rope.share != 1 else "")
+            raise UserError(where, found, "an even number", "correct it")
+        if isinstance(s, LongScaling) and not len(s.short) == len(s.long) == turned // 2:
+            found = f"{len(s.short)} short_factor, {len(s.long)} long_factor"
+            raise UserError(where, found, f"{turned // 2} each", "correct the rope fields")
     if "query_scalar" in values and values["query_scalar"] is None:
         values["query_scalar"] = values["head_dim"]
     return DecoderConfig(**values)

@@ -5,7 +5,7 @@ One `Family` per Hugging Face `model_type`; `families.py` reads the table in bot
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elm_jax.models.names import Rule
@@ -30,11 +30,18 @@ ALIASES: Mapping[str, str] = {
     "qwen3-4b-base": "Qwen/Qwen3-4B-Base",
     "qwen3-8b-base": "Qwen/Qwen3-8B-Base",
     "gemma-2-2b-it": "google/gemma-2-2b-it",
+    "gemma-3-270m-it": "google/gemma-3-270m-it",
+    "gemma-3-1b-it": "google/gemma-3-1b-it",
+    "mistral-7b-instruct-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
+    "phi-3-mini-4k-instruct": "microsoft/Phi-3-mini-4k-instruct",
+    "phi-3.5-mini-instruct": "microsoft/Phi-3.5-mini-instruct",
+    "phi-4-mini-instruct": "microsoft/Phi-4-mini-instruct",
     "gpt2": "openai-community/gpt2",
     "gpt2-medium": "openai-community/gpt2-medium",
     "gpt2-large": "openai-community/gpt2-large",
     "gpt2-xl": "openai-community/gpt2-xl",
     "opt-125m": "facebook/opt-125m",
+    "opt-350m": "facebook/opt-350m",
     "opt-1.3b": "facebook/opt-1.3b",
     "opt-2.7b": "facebook/opt-2.7b",
     "opt-6.7b": "facebook/opt-6.7b",
@@ -53,7 +60,9 @@ class Family:
     derived: parts of ours that follow from the others where a file does not say.
     nullable: parts of ours that a file must say, and may say to be null.
     tied: what `tie_word_embeddings` is where a file does not say.
-    windows: whether layers have windows, by `sliding_window` and `layer_types` (absent: every other layer).
+    windows: which layers have a window, where a file has no `layer_types`: all but every so many-th (0: all, where
+        `sliding_window` is no null, and no `layer_types` is known). None: no layer has one.
+    rope: fields of its rotary positions besides the common ones, with what they are where a file does not say.
     chat: (a token, the chat form of a model whose tokenizer has it), the first that fits.
     called: (part of a model's name, its chat form), for models whose tokenizer says nothing of it.
     scratch: `llm.scratch` keys of this family, or other defaults than the common ones.
@@ -73,7 +82,8 @@ class Family:
     nullable: frozenset[str] = frozenset()
     irrelevant: frozenset[str] = frozenset()
     tied: bool = False
-    windows: bool = False
+    windows: int | None = None
+    rope: Mapping[str, Any] = field(default_factory=dict)
     scratch: Mapping[str, Any] = field(default_factory=dict)
     peft: str = "q_proj,v_proj"
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
@@ -103,17 +113,18 @@ def _rules(table: Mapping[str, str], biased: str = "", transpose: bool = True) -
 
 
 def _llama_layout(
-    norms: tuple[str, ...] = ("attention_norm", "mlp_norm"), biased: str = "", qk_norm: bool = False
-) -> tuple[Rule, ...]:
+    norms: tuple[str, ...] = ("attention_norm", "mlp_norm"), biased: str = "", qk_norm: bool = False,
+    fused: bool = False,
+) -> tuple[Rule, ...]:  # fmt: skip
     """The tensors of Llama and its relatives; `norms` are ours for theirs, in the order of _LLAMA_NORMS."""
     layer, ours = "model.layers.{layer}", "layers"
     heads = {f"{layer}.self_attn.{n}_norm": f"{ours}.attention.{n}_norm" for n in ("qk" if qk_norm else "")}
     table = {
         "model.embed_tokens": "embedding",
         **{f"{layer}.{n}": f"{ours}.{norm}" for n, norm in zip(_LLAMA_NORMS, norms, strict=False)},
-        **{f"{layer}.self_attn.{n}_proj": f"{ours}.attention.{n}" for n in "qkvo"},
+        **{f"{layer}.self_attn.{n}_proj": f"{ours}.attention.{n}" for n in (("qkv", "o") if fused else "qkvo")},
         **heads,
-        **{f"{layer}.mlp.{n}_proj": f"{ours}.mlp.{n}" for n in ("gate", "up", "down")},
+        **{f"{layer}.mlp.{n}_proj": f"{ours}.mlp.{n}" for n in (*(["gate_up"] if fused else ["gate", "up"]), "down")},
         "model.norm": "norm",
         "lm_head": "head",
     }
@@ -181,10 +192,46 @@ _QWEN3 = Family(
     chat=(("<|im_start|>", "qwen2"),),
     irrelevant=frozenset({"sliding_window", "max_window_layers"}),
 )
+_MISTRAL = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    rules=_llama_layout(),
+    fields=_LLAMA_FIELDS,
+    constants={},
+    derived=frozenset({"kv_heads", "head_dim"}),
+    only={"hidden_act": ("silu",), "attention_dropout": (0.0,)},
+    chat=(("[INST]", "mistral"),),
+    windows=0,
+    scratch={"window": None},
+)
+_PHI3 = Family(
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    rules=_llama_layout(fused=True),
+    fields={theirs: ours for theirs, ours in _LLAMA_FIELDS.items() if ours != "head_dim"},
+    constants={"fused_qkv": True, "fused_mlp": True},
+    derived=frozenset({"kv_heads"}),
+    only={
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "attention_dropout": (0.0,),
+        "full_attn_mod": (1,),
+        "interpolate_factor": (1,),
+        "lm_head_bias": (False,),
+        "mlp_bias": (False,),
+    },
+    chat=(("<|assistant|>", "phi3"),),
+    irrelevant=frozenset({"embd_pdrop", "resid_pdrop", "auto_map"}),
+    windows=0,
+    rope={"partial_rotary_factor": 1.0, "original_max_position_embeddings": None},
+    scratch={"window": None},
+    peft="qkv_proj",
+)
+_GEMMA_NORMS = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
 _GEMMA2 = Family(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
-    rules=_llama_layout(norms=("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")),
+    rules=_llama_layout(norms=_GEMMA_NORMS),
     fields={
         **_LLAMA_FIELDS,
         "query_pre_attn_scalar": "query_scalar",
@@ -208,8 +255,23 @@ _GEMMA2 = Family(
     chat=(("<start_of_turn>", "gemma2"),),
     irrelevant=frozenset({"cache_implementation", "sliding_window_size"}),
     tied=True,
-    windows=True,
+    windows=2,
     scratch={"window": 4096, "attention_cap": 50.0, "logit_cap": 30.0, "query_scalar": None},
+)
+_GEMMA3 = replace(
+    _GEMMA2,
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    rules=_llama_layout(norms=_GEMMA_NORMS, qk_norm=True),
+    fields={theirs: ours for theirs, ours in _GEMMA2.fields.items() if ours != "attention_cap"},
+    constants={**_GEMMA2.constants, "qk_norm": True},
+    nullable=frozenset({"logit_cap"}),
+    only={**_GEMMA2.only, "attn_logit_softcapping": (None,)},
+    chat=(("<start_of_turn>", "gemma3"),),
+    irrelevant=_GEMMA2.irrelevant | {"sliding_window_pattern", "_sliding_window_pattern"},
+    windows=6,
+    rope={"rope_local_base_freq": 10000.0},
+    scratch={"window": 1024, "sliding_window_pattern": 6, "logit_cap": None, "query_scalar": None, "rope_theta": 1e6},
 )
 
 _LEARNED = {  # of GPT-2 and OPT
@@ -286,20 +348,22 @@ _OPT = Family(
             "lm_head": "head",
         },
         biased="*",
-    ),
+    )
+    + _rules({f"model.decoder.{name}": name for name in ("project_in", "project_out")}),
     fields={
         "vocab_size": "vocab_size",
         "hidden_size": "hidden",
-        "word_embed_proj_dim": "hidden",
+        "word_embed_proj_dim": "embedding",
         "num_hidden_layers": "layers",
         "num_attention_heads": "heads",
         "ffn_dim": "mlp",
         "max_position_embeddings": "max_len",
+        "do_layer_norm_before": "pre_norm",
     },
     constants={**_LEARNED, "activation": "relu", "norm_eps": 1e-5, "position_offset": 2},
+    derived=frozenset({"embedding", "pre_norm"}),
     only={
         "activation_function": ("relu",),
-        "do_layer_norm_before": (True,),
         "_remove_final_layer_norm": (False,),
         "enable_bias": (True,),
         "layer_norm_elementwise_affine": (True,),
@@ -307,11 +371,13 @@ _OPT = Family(
     chat=(("</s>", "gpt2"),),
     irrelevant=frozenset({"dropout", "attention_dropout", "activation_dropout", "layerdrop", "init_std"}),
     tied=True,
+    scratch={"embedding": None, "pre_norm": True},
     buffers=(),
 )
 
 FAMILIES: Registry[Family] = Registry(
-    "model_type", {family.model_type: family for family in (_LLAMA, _QWEN2, _QWEN3, _GEMMA2, _GPT2, _OPT)}
+    "model_type",
+    {f.model_type: f for f in (_LLAMA, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _MISTRAL, _PHI3, _GPT2, _OPT)},
 )
 
 

@@ -197,33 +197,73 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True)
+class LongScaling:
+    """LongRoPE (arXiv:2402.13753): each frequency divided by its own number, by `long` in a conversation of more than
+    `original_max_len` tokens, by `short` in others. Cosines and sines are multiplied by `scale` in both."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_max_len: int
+    scale: float
+
+
+@dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: base `theta`, optionally stretched."""
+    """Rotary position embedding: base `theta`, optionally stretched (a number: all frequencies are divided by it).
+
+    `share`: of a head's features that are turned, the first ones; the others are the same everywhere.
+    """
 
     theta: float
-    llama3: Llama3Scaling | None = None
+    stretch: float | Llama3Scaling | LongScaling = 1.0
+    share: float = 1.0
 
-    def frequencies(self, head_dim: int) -> np.ndarray:
-        """(head_dim / 2,) float32, radians per position; computed in float64 and rounded once."""
-        freq = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-        if self.llama3 is not None:
-            s = self.llama3
+    def frequencies(self, head_dim: int, long: bool = False) -> np.ndarray:
+        """(half of what is turned,) float32, radians per position; computed in float64 and rounded once."""
+        turned, s = int(head_dim * self.share), self.stretch
+        freq = self.theta ** (-np.arange(0, turned, 2, dtype=np.float64) / turned)
+        if isinstance(s, Llama3Scaling):
             turns = s.original_max_len * freq / (2 * math.pi)  # rotations within the original context
             keep = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
             freq = keep * freq + (1 - keep) * freq / s.factor
+        else:
+            freq = freq / (np.asarray(s.long if long else s.short) if isinstance(s, LongScaling) else s)
         return freq.astype(np.float32)
 
     def angles(self, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
-        """(B, T) positions -> cos and sin, each (B, T, 1, head_dim / 2) float32."""
-        angle = positions[:, :, None, None].astype(jnp.float32) * self.frequencies(head_dim)
-        return jnp.cos(angle), jnp.sin(angle)
+        """(B, T) positions -> cos and sin, each (B, T, 1, half of what is turned) float32."""
+        at = positions[:, :, None, None].astype(jnp.float32)
+        angle = at * self.frequencies(head_dim)
+        if not isinstance(self.stretch, LongScaling):
+            return jnp.cos(angle), jnp.sin(angle)
+        is_long = _longest(positions)[:, :, None, None] >= self.stretch.original_max_len
+        angle = jnp.where(is_long, at * self.frequencies(head_dim, long=True), angle)
+        return jnp.cos(angle) * self.stretch.scale, jnp.sin(angle) * self.stretch.scale
+
+
+def _longest(positions: jax.Array) -> jax.Array:
+    """(B, T) positions -> the largest of each one's conversation, (B, T); with a position 0 another one begins.
+
+    What shares a prefix is as long as the longest of it.
+    """
+
+    def of_row(row: jax.Array) -> jax.Array:
+        conversation = jnp.cumsum(row == 0)
+        return jax.ops.segment_max(row, conversation, len(row) + 1)[conversation]
+
+    return jax.vmap(of_row)(positions)
 
 
 def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn x (B, T, H, head_dim) by its angles, in pairs (i, i + head_dim / 2) as Hugging Face has them."""
+    """Turn x (B, T, H, head_dim) by its angles, in pairs (i, i + half) as Hugging Face has them.
+
+    What has no angle, after the last pair, stays as it is.
+    """
     cos, sin = rotary
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    half = cos.shape[-1]
+    cuts = [half, 2 * half][: 1 if 2 * half == x.shape[-1] else 2]
+    first, second, *rest = jnp.split(x.astype(jnp.float32), cuts, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, *rest], axis=-1)
     return turned.astype(x.dtype)
 
 
@@ -238,7 +278,9 @@ ACTIVATIONS: Mapping[Activation, Callable[[jax.Array], jax.Array]] = {
 
 
 class Mlp(nnx.Module):
-    """down(activation(gate(x)) * up(x)), or without a gate down(activation(up(x))); (..., D) -> (..., D)."""
+    """down(activation(gate(x)) * up(x)), or without a gate down(activation(up(x))); (..., D) -> (..., D).
+
+    fused: one projection makes the gate, first, and `up`."""
 
     def __init__(
         self,
@@ -250,15 +292,22 @@ class Mlp(nnx.Module):
         gated: bool,
         bias: bool,
         out_std: float,
+        fused: bool = False,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> None:
         linear = partial(Linear, rngs=rngs, bias=bias, param_dtype=param_dtype)
-        self.gate = linear(dim, inner, ("embed", "mlp")) if gated else None
-        self.up = linear(dim, inner, ("embed", "mlp"))
+        self.gate_up = linear(dim, 2 * inner, ("embed", "mlp")) if fused else None
+        self.gate = linear(dim, inner, ("embed", "mlp")) if gated and not fused else None
+        self.up = None if fused else linear(dim, inner, ("embed", "mlp"))
         self.down = linear(inner, dim, ("mlp", "embed"), init=jax.nn.initializers.normal(out_std))
         self.activation: Activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        act = ACTIVATIONS[self.activation]
-        inner = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
-        return self.down(hint(inner, "batch", None, "mlp"))
+        return self.down(hint(self._inner(x, ACTIVATIONS[self.activation]), "batch", None, "mlp"))
+
+    def _inner(self, x: jax.Array, act: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        if self.gate_up is not None:
+            gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+            return act(gate) * up
+        assert self.up is not None
+        return act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)

@@ -206,7 +206,7 @@ def logits_of_all_tokens(compiled: Compiled) -> bool:
     rows = compiled.rows // compiled.config.optim.accum_steps // batch_ways(mesh)
     parameters = {**compiled.program.state.trained, **compiled.program.frozen}
     known = {shape for name, x in parameters.items() for shape in _shapes(compiled, name, x.shape)}
-    return holds_logits(compiled.module, (rows, tokens, llm.vocab_size // mesh.shape["tensor"]), llm.hidden, known)
+    return holds_logits(compiled.module, (rows, tokens, llm.vocab_size // mesh.shape["tensor"]), llm.embedding, known)
 
 
 def holds_logits(module: Module, logits: tuple[int, int, int], width: int, known: Iterable[Sequence[int]]) -> bool:

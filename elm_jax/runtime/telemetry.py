@@ -58,7 +58,7 @@ def step_flops(
     llm: Any, layer_parameters: int, trained: bool, tokens: int, supervised: int, pairs: int
 ) -> float:
     """FLOPs of a step as MFU_FORMULA says. `llm` is the decoder's config."""
-    products = layer_parameters * tokens + llm.hidden * llm.vocab_size * supervised
+    products = layer_parameters * tokens + llm.embedding * llm.vocab_size * supervised
     attention = 2 * llm.layers * llm.heads * llm.head_dim * pairs
     return float((6 if trained else 4) * (products + attention))
 

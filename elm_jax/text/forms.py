@@ -1,6 +1,6 @@
 """How each family of models writes a conversation: data only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,23 @@ _PLAIN = ChatForm(
     between="\n",
     pretrain=("{bos}", "{eos}"),
     stops=(),
+)
+
+# Its models were tuned with a sentence of their authors before the first question: two published forms begin with it,
+# in words that differ; here `data.system_prompt` can be that.
+_VICUNA = ChatForm(
+    tokens=("<s>", "</s>"),
+    bos="<s>",
+    system=("", " "),
+    default_system=None,
+    user=("USER: ", " ASSISTANT:"),
+    answer=(" ", "</s>", ""),
+    pretrain=("<s>", "</s>"),
+    stops=("</s>",),
+)
+_BEGINNING = (
+    "A chat between a curious {who} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
 )
 
 CHAT_FORMS: dict[str, ChatForm] = {
@@ -70,6 +87,42 @@ CHAT_FORMS: dict[str, ChatForm] = {
         final="<eos>",
         reference_start="<end_of_turn>\n<start_of_turn>model\n",
     ),
+    # As Gemma 2's, with the system prompt at the start of the first question.
+    "gemma3": ChatForm(
+        tokens=("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+        bos="<bos>",
+        system=("", "\n\n"),
+        system_in_user=True,
+        default_system=None,
+        user=("<start_of_turn>user\n", "<end_of_turn>\n"),
+        answer=("<start_of_turn>model\n", "<end_of_turn>", "\n"),
+        pretrain=("<bos>", "<eos>"),
+        stops=("<end_of_turn>", "<eos>"),
+        strip=True,
+    ),
+    "mistral": ChatForm(
+        tokens=("<s>", "</s>"),
+        bos="<s>",
+        system=("", "\n\n"),
+        system_in_user=True,
+        default_system=None,
+        user=("[INST] ", " [/INST]"),
+        answer=(" ", "</s>", ""),
+        pretrain=("<s>", "</s>"),
+        stops=("</s>",),
+        strip=True,
+    ),
+    # Phi-3's template has a newline after each of these tokens, which its tokenizer takes away; Phi-4's has none.
+    "phi3": ChatForm(
+        tokens=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"),
+        bos="",
+        system=("<|system|>", "<|end|>"),
+        default_system=None,
+        user=("<|user|>", "<|end|>"),
+        answer=("<|assistant|>", "<|end|>", ""),
+        pretrain=("", "<|endoftext|>"),
+        stops=("<|end|>", "<|endoftext|>"),
+    ),
     "llama2": ChatForm(
         tokens=("<s>", "</s>"),
         bos="<s>",
@@ -83,17 +136,9 @@ CHAT_FORMS: dict[str, ChatForm] = {
         stops=("</s>",),
         strip=True,
     ),
-    # Its models were tuned with a sentence of its authors before the first question: `data.system_prompt` can be that.
-    "vicuna": ChatForm(
-        tokens=("<s>", "</s>"),
-        bos="<s>",
-        system=("", " "),
-        default_system=None,
-        user=("USER: ", " ASSISTANT:"),
-        answer=(" ", "</s>", ""),
-        pretrain=("<s>", "</s>"),
-        stops=("</s>",),
-    ),
+    "vicuna": _VICUNA,
+    "vicuna_v1": replace(_VICUNA, default_system=_BEGINNING.format(who="user")),
+    "llava_v1": replace(_VICUNA, default_system=_BEGINNING.format(who="human")),
     # Ours, for models that never had one (GPT-2, OPT): every turn ends with their end-of-text token.
     "gpt2": ChatForm(
         tokens=("{bos}", "{eos}"),

@@ -60,14 +60,15 @@ def load_llm(
 def open_llm(folder: str | Path, config: DecoderConfig) -> Published:
     """The parameters ("layers.attention.q.kernel") in a Hugging Face folder; none has been read.
 
-    `config` is the folder's own (`read_llm_config`), possibly `extended`: the rows of a larger vocabulary, in the
-    embedding and in an untied head, are `NewRows` of the folder's.
+    `config` is the folder's own (`read_llm_config`), possibly `settled` and `extended`: the rows of a larger
+    vocabulary, in the embedding and in an untied head, are `NewRows` of the folder's.
 
     Raises:
         UserError: missing, unexpected or misshapen tensors, by name.
     """
     base = read_llm_config(folder)
-    assert replace(base, vocab_size=config.vocab_size) == config and config.vocab_size >= base.vocab_size
+    same = replace(base, vocab_size=config.vocab_size, rope=config.rope, max_len=config.max_len)
+    assert same == config and config.vocab_size >= base.vocab_size
     family = family_of(config.model_type)
     stored, shapes = (
         {name: v.shape for name, v in parameters(nnx.state(abstract_decoder(each))).items()} for each in (base, config)

@@ -32,7 +32,7 @@ RUN = {
     "data.system_prompt": "", "data.share": "ecg", "data.max_len": 512, "data.val_fraction": 0, "llm.remat": "none",
     "llm.compute_dtype": "float32", "encoder.config.resnet_type": "resnet18", "encoder.config.width": 8,
     "encoder.tokens": 8, "update": "encoder,connector,llm", "optim.lr": 2e-3, "train.batch_size": 8,
-    "data.names": "ptb_xl_reports.parquet", "log.progress": "false",
+    "llm.chat": "plain", "data.names": "ptb_xl_reports.parquet", "log.progress": "false",
 }  # fmt: skip
 
 

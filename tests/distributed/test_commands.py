@@ -32,8 +32,8 @@ SMALL = {
 FIRST_STEP, LATER_STEPS = {"grad_norm": 1e-4}, {"loss": 1e-3, "val_loss": 1e-3, "grad_norm": 2e-2}
 LOGGED = {"train.log_every": 1, "train.save_every": 2, "eval.at_end": "false", "log.progress": "false"}
 REAL = {
-    "llm.name": "stories260K", "llm.compute_dtype": "float32", "llm.remat": "none", "data.max_len": 512,
-    "data.system_prompt": "", "data.share": "ecg", "encoder.config.resnet_type": "resnet18",
+    "llm.name": "stories260K", "llm.chat": "plain", "llm.compute_dtype": "float32", "llm.remat": "none",
+    "data.max_len": 512, "data.system_prompt": "", "data.share": "ecg", "encoder.config.resnet_type": "resnet18",
     "encoder.config.width": 4, "encoder.tokens": 8, "update": "encoder,connector,llm", "optim.lr": 2e-3,
     "train.steps": 2, "train.batch_size": 4, "data.val_fraction": 0,  # each step has another shape, and compiles
     "data.names": "ecg_qa.parquet,ptb_xl_reports.parquet",

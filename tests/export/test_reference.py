@@ -65,7 +65,8 @@ MODELS: Mapping[str, tuple[Any, ...]] = {
 
 
 def kinds(family: str, encoder: str | None, connector: str | None) -> Kinds:
-    return Kinds(family, {"encoder": encoder} if encoder else {}, {"connector": connector} if connector else {})
+    parts = {"encoder": encoder} if encoder else {}, {"connector": connector} if connector else {}
+    return Kinds(tiny_config(family).model_type, *parts)
 
 
 def table(family: str, encoder: str | None, connector: str | None, lora: bool = False) -> Reference:

@@ -20,7 +20,7 @@ from elm_jax.weights.load import load_llm, parameters
 
 NAMES = (
     *("llm_llama_tied", "llm_llama_untied_sharded", "llm_qwen2_tied", "llm_qwen3", "llm_gemma2"),
-    *("llm_gpt2", "llm_opt"),
+    *("llm_gpt2", "llm_opt", "llm_gemma3", "llm_mistral", "llm_phi3"),
 )
 FORWARD, GRADIENT = 1e-5, 1e-4  # largest difference, as a part of the largest reference value
 # The softmax does not see a key's bias where positions do not turn it (OPT): its gradient is rounding alone, in
@@ -163,8 +163,22 @@ def test_loss_and_gradients_match(case):
 
 def test_the_loss_on_positions_from_the_mask_matches(case):
     value = loss_of(case.llm, {"tokens": case.tokens}, case)
-    expected = case.expected["loss_position_ids_from_mask"]
+    expected = case.expected.get("loss_position_ids_from_mask", case.expected["loss"])
     compare(case.name, "loss, positions from the mask", value, expected, FORWARD)
+
+
+def test_the_shape_of_llama_2_and_vicuna(golden):
+    """A key and value of its own for each head, and a config of the hub without head_dim."""
+    case = load_case(golden("llm_llama2_vicuna"))
+    assert from_hf(json.loads((case.folder / "config_hub_style.json").read_text()), "config.json") == case.llm.config
+    logits = case.llm(case.tokens, case.mask)
+    compare(case.name, "logits", logits[case.valid], case.expected["logits"][case.valid], FORWARD)
+
+
+def test_a_conversation_beyond_the_original_context_has_the_long_frequencies(golden):
+    case = load_case(golden("llm_phi3"))
+    tokens = case.expected["long_input_ids"]
+    compare(case.name, "logits, long", case.llm(tokens), case.expected["long_logits"], FORWARD)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
@@ -215,7 +229,8 @@ def test_a_written_config_says_what_the_original_says(case):
     written = to_hf(case.llm.config)
     for file in ("config.json", "config_hub_style.json"):
         original = json.loads((case.folder / file).read_text())
-        original |= {"rope_theta": original.get("rope_parameters", original).get("rope_theta")}
+        rope = original.get("rope_parameters", original)
+        original |= {"rope_theta": rope.get("full_attention", rope).get("rope_theta")}
         original |= {"n_inner": 4 * original["n_embd"]} if "n_embd" in original else {}  # null means this
         shared = [name for name in written if name in original and name != "rope_scaling"]
         assert len(shared) > 10 and {n: written[n] for n in shared} == {n: original[n] for n in shared}

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+import tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from elm_jax.text.forms import CHAT_FORMS
 from elm_jax.text.render import TextSpec, add_tokens, decode, render, render_prompt, stop_ids, to_prompts
 
 TALK = [
@@ -86,7 +88,8 @@ def test_prompts_are_the_beginnings_of_what_is_learnt(family, request):
 
 
 def test_vicuna_writes_the_ids_of_the_published_training_code(golden, llama2):
-    """Conversations of the golden that begin with a question; there each ECG is the id -200."""
+    """Conversations of the golden that begin with a question; there each ECG is the id -200. The sentence before them
+    is given, or the form's own."""
     told = json.loads((golden("gem_fusion") / "templates.json").read_text())
     signal, seen = llama2.convert_tokens_to_ids("<signal>"), 0
     for case in told["cases"]:
@@ -94,12 +97,32 @@ def test_vicuna_writes_the_ids_of_the_published_training_code(golden, llama2):
         turns = [{"from": who, "value": text} for who, text in case["after_preprocess_multimodal"]]
         if turns[0]["from"] == "gpt" or "</s>" in str(turns):
             continue
-        text = {"system_prompt": system, "signal_tokens": int(case["has_image"])}
-        rendered, theirs = render(turns, llama2, "vicuna", **text), case["stories260K"]
-        assert np.where(rendered.ids == signal, -200, rendered.ids).tolist() == theirs["input_ids"], case["name"]
-        assert rendered.supervised.tolist() == [bool(learnt) for learnt in theirs["labelled"]], case["name"]
+        for form, prompt in (("vicuna", system), (case["template"], None)):
+            text = {"system_prompt": prompt, "signal_tokens": int(case["has_image"])}
+            rendered, theirs = render(turns, llama2, form, **text), case["stories260K"]
+            assert np.where(rendered.ids == signal, -200, rendered.ids).tolist() == theirs["input_ids"], case["name"]
+            assert rendered.supervised.tolist() == [bool(learnt) for learnt in theirs["labelled"]], case["name"]
         seen += 1
     assert seen >= 4
+
+
+def test_gemma3_mistral_and_phi3_write_as_their_templates():
+    """As the published templates make them; of Phi-3's, what its tokenizer leaves."""
+    forms = ("gemma3", "mistral", "phi3")
+    words = {word: i for i, word in enumerate(["<unk>", *sorted({t for f in forms for t in CHAT_FORMS[f].tokens})])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", additional_special_tokens=[*words][1:])
+    add_tokens(tok)
+    written = {form: render(TALK, tok, form, signal_tokens=0).prompt for form in forms}
+    assert written["gemma3"] == (
+        "<bos><start_of_turn>user\nBe brief.\n\nOnce upon<end_of_turn>\n<start_of_turn>model\na time<end_of_turn>\n"
+        "<start_of_turn>user\nmore<end_of_turn>\n<start_of_turn>model\nthe end<end_of_turn>\n"
+    )
+    assert written["mistral"] == "<s>[INST] Be brief.\n\nOnce upon [/INST] a time</s>[INST] more [/INST] the end</s>"
+    assert written["phi3"] == (
+        "<|system|>Be brief.<|end|><|user|>Once upon\n<|end|><|assistant|> a time <|end|>"
+        "<|user|>more<|end|><|assistant|>the end<|end|>"
+    )
 
 
 def test_vicuna_asks_without_a_space_that_no_answer_follows(llama2):

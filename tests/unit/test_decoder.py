@@ -1,5 +1,7 @@
 """The decoder of every family: its cache, packed rows, windows, learned positions, dropout and rematerialisation."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from elm_jax.errors import UserError
 from elm_jax.inference.generate import generate
 from elm_jax.models.attention import Blocks, attend, choose_attention, packed_mask, padding_mask, windowed
 from elm_jax.models.decoder import Decoder
+from elm_jax.models.families import settled
 from elm_jax.models.layers import Embedding, LearnedPositions, Linear, repeated
 
 PREFIX, BRANCHES = 6, (7, 5)  # tokens of a packed row; the window is smaller than each part
@@ -66,6 +69,37 @@ def test_packed_rows_with_a_shared_prefix_equal_separate_rows(llm):
     for start, end in zip(ends, ends[1:], strict=False):
         alone = llm(np.concatenate([tokens[:, :PREFIX], tokens[:, start:end]], axis=1))
         assert np.allclose(packed[:, start:end], alone[:, PREFIX:], atol=2e-5), (start, end)
+
+
+def test_long_frequencies_are_of_a_conversation_not_of_a_row():
+    """A short conversation beside a long one in a packed row; both as they are alone."""
+    llm, lengths = tiny_llm("phi3"), (9, 50, 12)
+    assert lengths[0] + lengths[2] < 48 < lengths[1]
+    tokens = tokens_of((1, sum(lengths)))
+    groups = np.repeat([1, 2, 3], lengths)[None]
+    positions = np.concatenate([np.arange(n) for n in lengths])[None]
+    mask = packed_mask(groups, np.zeros_like(groups))
+    packed = jax.jit(lambda x: llm.logits(llm.hidden(llm.embed(x), positions, mask)))(tokens)
+    for start, length in zip(np.cumsum((0, *lengths)), lengths, strict=False):
+        alone = llm(tokens[:, start : start + length])
+        assert np.allclose(packed[:, start : start + length], alone, atol=2e-5)
+
+
+def test_a_run_with_long_frequencies_has_one_kind_of_them():
+    """Its conversations stay within the original context, or go beyond and are turned as long ones all."""
+    llm, tokens = tiny_llm("phi3"), tokens_of((1, 54))
+    assert settled(llm.config, 48) == replace(llm.config, max_len=48)
+    graph, state = nnx.split(Decoder(settled(llm.config, 49), nnx.Rngs(0)))
+    beyond = nnx.merge(graph, nnx.state(llm))
+    expected = llm(tokens)
+    assert np.array_equal(beyond(tokens), expected)
+    assert np.allclose(beyond(tokens[:, :20]), expected[:, :20], atol=2e-5)
+    assert not np.allclose(llm(tokens[:, :20]), expected[:, :20], atol=1e-3)
+    with pytest.raises(UserError, match="20 tokens and 29 to generate; expected at most 48, its short context"):
+        generate(llm, tokens[:, :20], max_new_tokens=29)
+    found = np.asarray(generate(llm, tokens[:, :50], max_new_tokens=4))[0]
+    again = np.asarray(llm(np.concatenate([tokens[:, :50], found[None]], 1)))[0, 49:-1].argmax(-1)
+    assert found.tolist() == again.tolist()
 
 
 def test_blocks_of_keys_equal_all_keys(llm):

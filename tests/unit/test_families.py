@@ -7,14 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_llms import TINY, tiny_config, tiny_llm
+from tiny_llms import TINY, VOCABULARY, tiny_config, tiny_llm
 
 from elm_jax.errors import UserError
 from elm_jax.models.families import ALIASES, FAMILIES, chat_family, extended, family_of, from_hf, scratch_config, to_hf
+from elm_jax.models.layers import LongScaling, Rope
+from elm_jax.models.lora import target_modules
 from elm_jax.models.names import export
 from elm_jax.text.forms import CHAT_FORMS
 from elm_jax.weights.files import open_checkpoint
-from elm_jax.weights.load import load_llm, parameters, read_llm_config, resolve_llm_folder
+from elm_jax.weights.load import load_llm, open_llm, parameters, read_llm_config, resolve_llm_folder
 from elm_jax.weights.safetensors import save_safetensors
 
 SHARDED = "llm_llama_untied_sharded"
@@ -26,7 +28,7 @@ REFUSED = {
     "rope type": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
     "rope field": ({"rope_parameters": {"rope_theta": 1e4, "factor": 4.0}}, "factor"),
     "rope value": ({"rope_parameters": {"rope_theta": -1}}, "rope_theta"),
-    "model type": ({"model_type": "mamba"}, "llama or qwen2 or qwen3 or gemma2 or gpt2 or opt"),
+    "model type": ({"model_type": "mamba"}, "llama or qwen2 or .* or gpt2 or opt"),
     "size": ({"num_hidden_layers": 0}, "layers"),
     "size that is no number": ({"hidden_size": "64"}, "hidden"),
     "heads": ({"num_key_value_heads": 3}, "kv_heads"),
@@ -87,6 +89,19 @@ def test_the_chat_form_follows_the_tokenizer():
     assert chat_family("qwen2", {"<|im_start|>": 1}) == "qwen2"
     assert chat_family("llama", {"<|im_start|>": 1}) == "plain"
     assert chat_family("llama", {"<s>": 1}, "{{ 'USER: ' + content + ' ASSISTANT:' }}") == "vicuna"
+    assert chat_family("gemma3_text", {"<start_of_turn>": 1}) == "gemma3"
+    assert chat_family("phi3", {"<|assistant|>": 1}) == "phi3"
+    assert chat_family("mistral", {"[INST]": 1}) == chat_family("mistral", {}, "[INST] x") == "mistral"
+
+
+def test_a_tokenizer_that_many_forms_share_says_which_by_name_or_is_refused():
+    llama2 = {"<s>": 1, "</s>": 2, "\u2581": 3}
+    for family in ("llama", "mistral"):
+        with pytest.raises(UserError, match="llm.chat: found None.*of /models/mine, .*--config.llm.chat"):
+            chat_family(family, llama2, "", "/models/mine", guess=False)
+    assert chat_family("llama", llama2, "", "vicuna-7b-v1.5", guess=False) == "vicuna"
+    assert chat_family("llama", llama2, "", "biomedgpt-lm-7b", guess=False) == "llama2"
+    assert chat_family("llama", llama2, "", "/models/mine") == "plain", "a run that has begun goes on"
 
 
 @pytest.mark.parametrize(
@@ -137,9 +152,9 @@ def test_the_family_decides_its_biases(golden):
 @pytest.mark.parametrize("family", TINY)
 def test_scratch_configs_are_written_and_read_again(family):
     config = tiny_config(family)
-    assert config.model_type == family
+    assert config.model_type == TINY[family].get("family", family)
     assert from_hf(to_hf(config), "config.json") == config
-    least = scratch_config({"hidden": 32, "layers": 2, "heads": 4, "mlp": 64, "family": family}, 100)
+    least = scratch_config({"hidden": 32, "layers": 2, "heads": 4, "mlp": 64, "family": config.model_type}, 100)
     assert from_hf(to_hf(least), "config.json") == least
 
 
@@ -147,11 +162,49 @@ def test_scratch_configs_are_written_and_read_again(family):
 def test_rules_and_parameters_fit_in_every_family(family, tmp_path):
     llm = tiny_llm(family)
     arrays = {path: np.asarray(v[...]) for path, v in parameters(nnx.state(llm)).items()}
-    assert set(arrays) == {rule.ours for rule in family_of(family).rules}
+    rules = family_of(llm.config.model_type).rules
+    assert set(arrays) <= {rule.ours for rule in rules}
     (tmp_path / "config.json").write_text(json.dumps(to_hf(llm.config)))
-    save_safetensors(tmp_path / "model.safetensors", dict(export(family_of(family).rules, arrays)))
+    save_safetensors(tmp_path / "model.safetensors", dict(export(rules, arrays)))
     again = parameters(nnx.state(load_llm(tmp_path)))
     assert all(np.array_equal(again[path][...], array) for path, array in arrays.items())
+
+
+@pytest.mark.slow  # PyTorch
+@pytest.mark.parametrize("family", ["gemma3_text", "mistral", "phi3", "opt_350m"])
+def test_transformers_computes_what_we_do_with_what_we_write(family, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    llm = tiny_llm(family)
+    arrays = {path: np.asarray(v[...]) for path, v in parameters(nnx.state(llm)).items()}
+    (tmp_path / "config.json").write_text(json.dumps({**to_hf(llm.config), "pad_token_id": None}))
+    tensors = dict(export(family_of(llm.config.model_type).rules, arrays))
+    save_safetensors(tmp_path / "model.safetensors", tensors, {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").float()
+    tokens = np.random.default_rng(0).integers(3, VOCABULARY, (2, 59))  # longer than every window, and Phi-3's short
+    mask = np.ones_like(tokens)
+    mask[1, :7] = 0
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask)).logits.numpy()
+    ours = np.asarray(llm(tokens, mask))
+    assert np.abs(ours - theirs)[mask == 1].max() <= 1e-5 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral", "phi3", "llama2_vicuna"])
+def test_what_was_read_is_written_byte_for_byte(golden, name):
+    folder = golden(f"llm_{name}")
+    config, theirs = read_llm_config(folder), open_checkpoint(folder)
+    arrays = open_llm(folder, config).arrays()
+    written = dict(export(family_of(config.model_type).rules, arrays))
+    assert {key: (x.dtype, x.shape, x.tobytes()) for key, x in written.items()} == {
+        key: (x.dtype, x.shape, x.tobytes()) for key, x in ((key, np.asarray(x)) for key, x in theirs.items())
+    }
+    found = target_modules(config.model_type, "peft")
+    fused = ["layers.attention.qkv"]
+    assert [*found] == (fused if name == "phi3" else ["layers.attention.q", "layers.attention.v"])
+    everything = target_modules(config.model_type, "all")
+    assert len(everything) == (4 if name == "phi3" else 7) and {"layers.mlp.down"} <= {*everything}
 
 
 def test_scratch_keys_are_those_of_the_family():
@@ -176,8 +229,26 @@ REFUSED_BY_FAMILY = {
     "qwen3 without head_dim": ("llm_qwen3", {"head_dim": None}, "head_dim"),
     "gpt2 scaling": ("llm_gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     "gpt2 rope": ("llm_gpt2", {"rope_theta": 1e4}, "unknown field rope_theta"),
-    "opt-350m": ("llm_opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False"),
-    "opt projection": ("llm_opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim = 32"),
+    "opt norms": ("llm_opt", {"do_layer_norm_before": 0}, "pre_norm: found 0"),
+    "opt projection": ("llm_opt", {"word_embed_proj_dim": -1}, "embedding: found -1"),
+    "gemma3 caps": ("llm_gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50"),
+    "gemma3 local positions": (
+        "llm_gemma3",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        "stretched positions within the window",
+    ),
+    "gemma3 kinds of positions": (
+        "llm_gemma3", {"rope_parameters": {"full_attention": {}, "other": {}}}, "rope_parameters with other"
+    ),
+    "mistral layer types": ("llm_mistral", {"layer_types": ["full_attention"] * 3}, "unknown field layer_types"),
+    "mistral window": ("llm_mistral", {"sliding_window": "8"}, "sliding_window"),
+    "phi3 factors": (
+        "llm_phi3",
+        {"rope_parameters": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]}},
+        "1 short_factor, 2 long_factor; expected 8 each",
+    ),
+    "phi3 share": ("llm_phi3", {"rope_parameters": {"partial_rotary_factor": 2.0}}, "partial_rotary_factor: found 2"),
+    "llama share": (SHARDED, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "with partial_rotary_factor"),
     "galactica": ("llm_opt", {"activation_function": "gelu"}, "activation_function"),
 }
 
@@ -227,6 +298,60 @@ PUBLISHED = {
             "vocab_size": 50272, "word_embed_proj_dim": 768,
         },
         {"position_offset": 2, "tied": True, "activation": "relu"},
+    ),
+    "opt-350m": (
+        {
+            "activation_dropout": 0.0, "activation_function": "relu", "architectures": ["OPTForCausalLM"],
+            "attention_dropout": 0.0, "bos_token_id": 2, "do_layer_norm_before": False, "dropout": 0.1,
+            "eos_token_id": 2, "ffn_dim": 4096, "hidden_size": 1024, "init_std": 0.02, "layerdrop": 0.0,
+            "max_position_embeddings": 2048, "model_type": "opt", "num_attention_heads": 16, "num_hidden_layers": 24,
+            "pad_token_id": 1, "prefix": "</s>", "torch_dtype": "float16", "use_cache": True, "vocab_size": 50272,
+            "word_embed_proj_dim": 512,
+        },
+        {"pre_norm": False, "embedding": 512, "hidden": 1024},
+    ),
+    "gemma-3-1b-it": (
+        {
+            "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+            "attn_logit_softcapping": None, "bos_token_id": 2, "cache_implementation": "hybrid",
+            "eos_token_id": [1, 106], "final_logit_softcapping": None, "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "initializer_range": 0.02,
+            "intermediate_size": 6912, "max_position_embeddings": 32768, "model_type": "gemma3_text",
+            "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1, "pad_token_id": 0,
+            "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000,
+            "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6,
+            "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 262144,
+        },
+        {"windows": tuple(None if i % 6 == 5 else 512 for i in range(26)), "rope": Rope(1e6), "local_rope": Rope(1e4)},
+    ),
+    "mistral-7b-v0.1": (
+        {
+            "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+            "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+            "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32,
+            "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+            "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+            "vocab_size": 32000,
+        },
+        {"windows": (4096,), "head_dim": 128},
+    ),
+    "phi-4-mini-instruct": (
+        {
+            "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+            "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "bos_token_id": 199999, "embd_pdrop": 0.0,
+            "eos_token_id": 199999, "full_attn_mod": 1, "hidden_act": "silu", "hidden_size": 3072,
+            "initializer_range": 0.02, "intermediate_size": 8192, "interpolate_factor": 1, "lm_head_bias": False,
+            "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "phi3", "num_attention_heads": 24,
+            "num_hidden_layers": 32, "num_key_value_heads": 8, "original_max_position_embeddings": 4096,
+            "pad_token_id": 199999, "partial_rotary_factor": 0.75, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05,
+            "rope_scaling": {"long_factor": [2.0] * 48, "short_factor": [1.0] * 48, "type": "longrope"},
+            "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+            "use_cache": True, "vocab_size": 200064,
+        },
+        {
+            "rope": Rope(1e4, LongScaling((1.0,) * 48, (2.0,) * 48, 4096, (1 + 5 / 12) ** 0.5), 0.75),
+            "windows": (262144,), "fused_mlp": True, "tied": True,
+        },
     ),
     "vicuna-7b-v1.5": (
         {
