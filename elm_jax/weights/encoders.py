@@ -24,7 +24,7 @@ from elm_jax.models.encoders.text_tower import TEXT
 from elm_jax.models.functional import Leaf, initialise, structure_of
 from elm_jax.models.names import export
 from elm_jax.weights.files import HF_FOLDER, TORCH_WHOLE, download, is_repository, open_tensors
-from elm_jax.weights.published import Published, match
+from elm_jax.weights.published import Published, described, match
 from elm_jax.weights.safetensors import Safetensors
 from elm_jax.weights.torch_file import SUFFIXES, TorchFile
 
@@ -92,9 +92,9 @@ def open_encoder(
 ) -> Published:
     """Published tensors as arrays of these names and shapes of ours, in the tensors' own dtype.
 
-    What the checkpoint may lack and does (`Kind.absent`) is left out. Raises UserError, naming `where` and the
-    tensors, unless every other array is there in its shape and nothing is left over but what the encoder's table says
-    belongs to other parts.
+    What the checkpoint may lack and does (`Kind.absent`), or has in another shape (`Kind.unused`), is left out. Raises
+    UserError, naming `where` and the tensors, unless every other array is there in its shape and nothing is left over
+    but what the encoder's table says belongs to other parts.
     """
     kind, fix = kind_of(name), "check encoder.config and that the file is of this encoder"
     rules = [kind.weight_rule(ours) for ours in shapes]
@@ -103,11 +103,15 @@ def open_encoder(
     named = {key: theirs for key, theirs in published.items() if theirs is not None}  # what is not of other parts
     if not isinstance(tensors, Safetensors | TorchFile):
         tensors = {key: np.asarray(tensors[key]) for key in named}
+    unused = {rule.theirs: rule.their_shape(shapes[rule.ours]) for rule in rules if rule.theirs in kind.unused}
+    info = described(tensors)
+    other = {own for key, own in named.items() if own in unused and tuple(info[key].shape) != unused[own]}
+    named = {key: theirs for key, theirs in named.items() if theirs not in other}
     expected = [theirs for rule in rules for theirs in rule.names(shapes[rule.ours])]
     without_text = of_text if set(of_text).isdisjoint(named.values()) else ()  # whose own folder has it then
     return match(
         where, f"this {name}", fix, rules, shapes, tensors, named, aliases=kind.aliases(expected),
-        may_lack=[*kind.absent(published), *without_text], twice=True,
+        may_lack=[*kind.absent(published), *without_text, *other], twice=True,
     )  # fmt: skip
 
 

@@ -93,6 +93,21 @@ def test_a_patch_of_mlae_is_as_many_whole_leads_as_it_is_told(rng) -> None:
     np.testing.assert_array_equal(embedded[:, 0], other[:, 0])
 
 
+def test_an_mlae_pretrained_on_several_leads_a_patch_is_an_elms_encoder(rng) -> None:
+    """Its head rebuilds all leads of a patch, which the published one does not; no embedding depends on it."""
+    sizes, name = config_for("mlae", num_leads=6, patch_size=3), "mlae.pretraining"
+    pretrained, x = load_encoder(name, None, 3, **sizes), normal(rng, 2, 6, 40)
+    module: Any = pretrained.module
+    rebuilt = jax.eval_shape(lambda x: module.rebuild(x, module.noise(jax.random.key(0), 2), 0.5), x)
+    assert rebuilt.patches.shape == rebuilt.truth.shape == (2, 2, 120)
+    tensors = to_published(name, structure_of(lambda: module).arrays(module))
+    assert tensors["decoder_head.weight"].shape == (120, 8)
+    np.testing.assert_array_equal(load_encoder("mlae", tensors, 3, **sizes)(x), pretrained(x))
+    with pytest.raises(UserError, match=r"to_decoder_embedding.weight float32\[7, 16\]"):
+        load_encoder("mlae", {**tensors, "to_decoder_embedding.weight": tensors["to_decoder_embedding.weight"][1:]}, 3,
+                     **sizes)  # fmt: skip
+
+
 @pytest.mark.parametrize(("name", "count"), [("st_mem", 24), ("mtae", 9), ("mlae", 4)])
 def test_tokens_are_bins_of_all_latents(rng, name: str, count: int) -> None:
     """As many tokens as latents: the latents themselves, lead after lead for ST-MEM, CLS first for the others."""

@@ -275,6 +275,7 @@ def test_a_probe_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=expected):
             loop.train(config(tmp_path / "run", "mlae", **changes))
 
+    refused("ssl.mask_ratio: found 0.75 of 3 patches, all.*at most 0.666667", encoder__config={**MAE, "patch_size": 4})
     refused("ssl.probe: found 'demi'.*did you mean 'demo'", ssl__probe="demi")
     refused("ssl.probe: found demo without validation records", ssl__probe="demo", data__val_fraction=0.0,
             data__names=[str(only_training(tmp_path))])  # fmt: skip

@@ -267,6 +267,7 @@ class MaskedAutoencoder(nnx.Module):
         self.decoder = Transformer(config.decoder, rngs, param_dtype)
         self.decoder_norm = LayerNorm(self.width, DECODER_NORM_EPS, unused_dtype)
         # The reference's MLAE ends in one lead, however many a patch has: without use, but its checkpoints have it so.
+        # One that is pretrained here ends in all leads of a patch.
         out = config.seq_len if config.name == "mlae" and not pretrain else size
         self.head = linear(self.width, out, ("embed", None), param_dtype=unused_dtype)
         if not pretrain:
@@ -335,6 +336,7 @@ LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 # Checkpoints of MTAE and MLAE hold the patch embedding under two names.
 ALIAS = ("to_patch_embedding.", "encoder.to_patch_embedding.")
+HEAD = ("decoder_head.weight", "decoder_head.bias")
 # Parts of a pretrained ST-MEM that no embedding depends on, and that its published encoders leave out.
 ST_MEM_PRETRAINING = ("mask_embedding", "to_patch_embedding.", "to_decoder_embedding.", "decoder_")
 ST_MEM_HEAD = "encoder.head."  # the classifier of a fine-tuned one
