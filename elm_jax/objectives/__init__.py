@@ -58,6 +58,7 @@ OBJECTIVES: Registry[Row] = Registry(
         "nepa": self_supervised.nepa,
         "merl": contrastive.merl,
         "next_token": self_supervised.next_token,
+        "signal2vec": self_supervised.signal2vec,
         "clip": contrastive.clip,
         "siglip": contrastive.siglip,
         "coca": contrastive.coca,

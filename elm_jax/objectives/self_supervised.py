@@ -21,6 +21,7 @@ from elm_jax.errors import UserError
 from elm_jax.models.elm import ELM
 from elm_jax.models.encoders import kind_of
 from elm_jax.models.encoders.dit import INDEPENDENT, dit_errors
+from elm_jax.models.encoders.mae import PATCHINGS
 from elm_jax.models.encoders.mae_pretraining import rebuilding_error, rebuilt_signals
 from elm_jax.models.encoders.next_token import next_id_errors
 from elm_jax.models.encoders.sequence import next_embedding_error
@@ -70,20 +71,17 @@ def nepa(config: Config) -> Objective:
 def next_token(config: Config) -> Objective:
     """The next id of an ECG's symbols is predicted from those before it; each id counts alike."""
 
-    def flat(batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return _signals(batch).reshape(-1, _signals(batch).shape[-1]), batch.signal_weights.reshape(-1) > 0
-
     def loss(model: ELM, batch: Batch, key: jax.Array | None, trained: Collection[str]) -> Sums:
-        (ids, there), encoder = flat(batch), model.encoder
+        (ids, there), encoder = _ids(batch), model.encoder
         return {"loss": jnp.where(there, next_id_errors(encoder, ids), 0.0).sum()}
 
     def counts(batch: Batch) -> Sums:
-        ids, there = flat(batch)
+        ids, there = _ids(batch)
         return {"loss": ((ids[:, 1:] != PADDED) & there[:, None]).sum()}
 
     def forecast(model: ELM, batch: Batch, key: jax.Array) -> Redrawn:
         """The second half of each ECG's ids, from the first."""
-        (ids, there), encoder = flat(batch), cast(Any, model.encoder)
+        (ids, there), encoder = _ids(batch), cast(Any, model.encoder)
         length = (ids != PADDED).sum(1, keepdims=True)
         places = jnp.arange(ids.shape[1])
         hidden = (places >= length // 2) & (places < length)
@@ -94,6 +92,20 @@ def next_token(config: Config) -> Objective:
     return Objective(
         loss, counts, Samples(phase=None), frozenset({"encoder"}), pretrains="next_token",
         redraws={"forecast": forecast},
+    )  # fmt: skip
+
+
+def signal2vec(config: Config) -> Objective:
+    """An id of an ECG's symbols is told from ids at random by those around it; each ECG counts alike."""
+
+    def loss(model: ELM, batch: Batch, key: jax.Array | None, trained: Collection[str]) -> Sums:
+        assert key is not None
+        (ids, there), encoder = _ids(batch), cast(Any, model.encoder)
+        return {"loss": jnp.where(there, encoder.pair_errors(ids, key, "encoder" in trained), 0.0).sum()}
+
+    check_encoder(config, "signal2vec")
+    return Objective(
+        loss, _recordings, Samples(phase=None), frozenset({"encoder", "key"}), pretrains="signal2vec"
     )  # fmt: skip
 
 
@@ -158,6 +170,12 @@ def _masked(config: Config, name: str, normalised: bool, absolute: bool = False)
     check_encoder(config, name)
     keys = config.ssl
     normalised = normalised if keys.norm_patches is None else keys.norm_patches
+    if name in PATCHINGS:
+        sizes = {"num_leads": len(config.data.leads), "seq_len": config.data.segment_len, **config.encoder.config}
+        patches = kind_of(name).config(sizes).patches[0]
+        if int(patches * (1 - keys.mask_ratio)) < 1:
+            found, most = f"{keys.mask_ratio:g} of {patches} patches, all of them", f"at most {1 - 1 / patches:g}"
+            raise UserError("ssl.mask_ratio", found, most, "lower it, or encoder.config.patch_size")
 
     def loss(model: ELM, batch: Batch, key: jax.Array | None, trained: Collection[str]) -> Sums:
         assert key is not None
@@ -180,6 +198,11 @@ def _masked(config: Config, name: str, normalised: bool, absolute: bool = False)
         loss, _recordings, Samples(phase=None), frozenset({"encoder", "key"}), pretrains=name, redraws=redraws,
         drawn=next(iter(redraws), ""),
     )  # fmt: skip
+
+
+def _ids(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(R, T) ids, and (R,) which ECGs are there."""
+    return _signals(batch).reshape(-1, _signals(batch).shape[-1]), batch.signal_weights.reshape(-1) > 0
 
 
 def _signals(batch: Batch) -> jax.Array:

@@ -83,6 +83,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "nepa": alone("nepa", BLOCKS, **SHORT),
     "merl": alone("merl", {**runs.TINY["encoder.config"], "proj_hidden": 16, "proj_out": 16}, **REPORTS),
     "next_token": alone("next_token", {**BLOCKS, "max_seq_len": 320, "lead_tokens": True}, **SYMBOLIC),
+    "signal2vec": alone("signal2vec", {"dim": 16, "max_seq_len": 320}, **SYMBOLIC),
     "clip": alone("clip", {}, **published("PLACE/clip"), data__representation="stacked_signal"),
     "siglip": alone("siglip_ecg", {"patch_size": 25}, **published("PLACE/siglip2")),
     "coca": alone("ecg_coca", COCA, **REPORTS, data__normalize="none"),

@@ -17,7 +17,7 @@ from parity_log import compare
 from elm_jax.models.encoders import build_encoder
 from elm_jax.models.functional import structure_of
 from elm_jax.weights.encoders import LoadedEncoder, from_published, load_encoder, to_published
-from elm_jax.weights.safetensors import Safetensors
+from elm_jax.weights.safetensors import Safetensors, save_safetensors
 
 BOUND = 1e-5
 CLIP = ("vision_clip_eos2", "vision_clip_eos_argfind")
@@ -126,6 +126,24 @@ def test_siglip_ecg_embeddings(golden: GoldenFolder) -> None:
     tokens = config["num_encoder_tokens"]
     encoder = load_encoder("siglip_ecg", golden(name) / "model.safetensors", tokens=tokens, **config)
     compare(name, "embeddings", encoder(inputs["ecg"]), outputs["embeddings"], BOUND)
+
+
+def test_orah_scales_ecgs_itself(golden: GoldenFolder, tmp_path: Path) -> None:
+    """It is SigLIP-ECG of scaled ECGs; a folder of the whole model gives its encoder."""
+    folder = golden("vision_siglip_ecg")
+    config = {**json.loads((folder / "siglip2_config.json").read_text()), **siglip_ecg_config(golden)}
+    ours = {n: t for n, t in Safetensors(folder / "model.safetensors").items() if ".vision_model." in n}
+    theirs = {n.replace("vision_encoder.vision_model.", "encoder.model."): t for n, t in ours.items()}
+    ecgs = dict(np.load(folder / "inputs.npz"))["ecg"]
+    low, high = (bound(ecgs, axis=(1, 2), keepdims=True) for bound in (np.min, np.max))
+    wanted = load_encoder("siglip_ecg", ours, tokens=5, **config)((ecgs - low) / (high - low + 1e-6))
+    theirs |= {f"{part}.0.weight": np.zeros((1, 1), np.float32) for part in ("projector", "language_model")}
+    save_safetensors(tmp_path / "model.safetensors", theirs)
+    vision = json.loads((folder / "siglip2_config.json").read_text())["vision_config"]
+    whole = {"model_type": "orah", "text_config": {}, "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    found = load_encoder("orah", tmp_path, tokens=5, **siglip_ecg_config(golden))(3 * ecgs - 2)
+    compare("vision_siglip_ecg", "orah", found, wanted, 1e-5)
 
 
 def siglip_ecg_config(golden: GoldenFolder) -> dict:

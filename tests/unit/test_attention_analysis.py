@@ -67,7 +67,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         ("mae_vit", "nepa", "dit", "dit_text"), SIZES | {"d_model": 16, "n_heads": 2, "dim_ff": 16, "num_layers": 1}
     ),
 }
-IMAGES, SYMBOLS = {"clip", "dinov2", "vit", "siglip", "siglip2", "mlp_mixer"}, {"next_token"}
+IMAGES, SYMBOLS = {"clip", "dinov2", "vit", "siglip", "siglip2", "mlp_mixer"}, {"next_token", "signal2vec"}
 
 
 def spans_of(
@@ -154,8 +154,9 @@ def test_the_token_of_an_image_stands_for_all_of_it_and_every_encoder_is_known()
     assert spans_of("clip", 1) == [[(0, LEADS, 0, SAMPLES)]]
     assert {name for name, kind in ENCODERS.items() if kind.processing} == IMAGES
     signals = set(ENCODERS) - IMAGES - SYMBOLS
-    assert {*FIELDS, "resnet18_any"} == {name for name, kind in ENCODERS.items() if kind.pooled} == signals
-    assert ENCODERS["resnet18_any"].pooled is ENCODERS["merl"].pooled
+    alike = {"resnet18_any": "merl", "orah": "siglip_ecg"}
+    assert {*FIELDS, *alike} == {name for name, kind in ENCODERS.items() if kind.pooled} == signals
+    assert all(ENCODERS[name].pooled is ENCODERS[other].pooled for name, other in alike.items())
 
 
 def test_the_tokens_of_a_short_ecg_stand_for_its_own_samples() -> None:

@@ -35,6 +35,7 @@ from elm_jax.models.encoders import (
     pairs,
     sequence,
     siglip,
+    signal2vec,
     vision,
     vision_pretraining,
 )
@@ -76,6 +77,7 @@ class Kind:
     of the encoder.
     alias: (a prefix, another); checkpoints hold the weights of the second under the first as well.
     absent: from the names in a checkpoint, the published names that it may lack: these are drawn anew.
+    unused: published names of what no embedding depends on: in another shape, a checkpoint's are left out as well.
     compat: the reference's behaviours (`elm_jax.compat`), and the config fields that bring them about.
     file_config: from a Hugging Face `config.json` to fields of `config`; None: its checkpoints have none.
     releases: the forms in which its authors release it under other names than the reference: how a name begins that
@@ -97,6 +99,7 @@ class Kind:
     published_name: Callable[[str], str | None] = bare_name
     alias: tuple[str, str] | None = None
     absent: Callable[[Collection[str]], Collection[str]] = lambda names: ()
+    unused: tuple[str, ...] = ()
     compat: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     file_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     releases: tuple[tuple[str, str, str], ...] = ()
@@ -170,18 +173,14 @@ def _pretrained(kind: Kind) -> Kind:
 _MERL_RELEASES = (("conv1.weight", "", "resnet."), ("ecg_encoder.", "ecg_encoder.", "resnet."))
 # Its strides make 16: position k is made of samples on both sides of 16 k, and stands for those next to it.
 _MERL_POOLED = Pooled(lambda config, length: (0, *range(8, length - 8, 16), length))
+_PATCHES = Pooled(lambda config, length: range(0, length + 1, config.patch_size))
 _IN_MODULE = "vision_encoder."  # the reference's module around a model of Hugging Face
 _BARE = (("pos_embedding", "", "encoder."),)  # a masked autoencoder's encoder without what is around it
 ENCODERS: Registry[Kind] = Registry("encoder.name", {
-    "resnet18_any": Kind(
-        any_leads.AnyLeadsConfig.from_fields, any_leads.AnyLeads, any_leads.weight_rule, merl.published_name,
-        absent=any_leads.absent, releases=_MERL_RELEASES, some_leads=True,
-        sign=checkpoints.begins(any_leads.EMBEDDING), sizes=checkpoints.merl_sizes, pooled=_MERL_POOLED,
-    ),
     "merl": Kind(
         merl.MerlConfig.from_fields, merl.Merl, merl.weight_rule, merl.published_name,
         releases=_MERL_RELEASES,
-        sign=checkpoints.begins("resnet.conv1."), sizes=checkpoints.merl_sizes,
+        sign=checkpoints.begins("resnet.conv1.", without=any_leads.EMBEDDING), sizes=checkpoints.merl_sizes,
         pooled=_MERL_POOLED,
         pretraining=Kind(
             with_text(merl_pretraining.PretrainedMerlConfig.from_fields), merl_pretraining.PretrainedMerl,
@@ -189,10 +188,15 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
             text=merl_pretraining.PAIRED,
         ),
     ),
+    "resnet18_any": Kind(
+        any_leads.AnyLeadsConfig.from_fields, any_leads.AnyLeads, any_leads.weight_rule, merl.published_name,
+        absent=any_leads.absent, releases=_MERL_RELEASES, some_leads=True,
+        sign=checkpoints.begins(any_leads.EMBEDDING), sizes=checkpoints.merl_sizes, pooled=_MERL_POOLED,
+    ),
     "merl_vit": Kind(
         merl_vit.MerlVitConfig.from_fields, merl_vit.MerlVit, merl_vit.weight_rule, merl_vit.published_name,
         sign=checkpoints.begins("to_patch_embedding.weight"), sizes=checkpoints.merl_vit_sizes,
-        pooled=Pooled(lambda config, length: range(0, length + 1, config.patch_size)),
+        pooled=_PATCHES,
     ),
     "st_mem": Kind(
         partial(mae.MaeConfig.from_fields, "st_mem"), mae.StMem, mae.weight_rule, mae.st_mem_published_name,
@@ -209,7 +213,7 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
     ),
     "mlae": Kind(
         partial(mae.MaeConfig.from_fields, "mlae"), mae.MaskedAutoencoder, mae.weight_rule, bare_name, mae.ALIAS,
-        releases=_BARE, sign=checkpoints.is_mlae, sizes=partial(checkpoints.mae_sizes, "mlae"),
+        releases=_BARE, sign=checkpoints.is_mlae, sizes=partial(checkpoints.mae_sizes, "mlae"), unused=mae.HEAD,
         pooled=Pooled(
             lambda config, length: (0, *range(0, length + 1, config.patch_size * config.seq_len)), by_lead=True
         ),
@@ -226,6 +230,10 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
         next_token.NextTokenConfig.from_fields, next_token.NextToken,
         partial(sequence.weight_rule, names=next_token.NEXT_TOKEN_NAMES, attention="self_attn"), symbols=True,
     )),
+    "signal2vec": Kind(
+        signal2vec.Signal2VecConfig.from_fields, signal2vec.Signal2Vec, published_name=signal2vec.published_name,
+        symbols=True, pretraining=Kind(signal2vec.Signal2VecConfig.from_fields, signal2vec.SkipGram, symbols=True),
+    ),
     "mlp_mixer": Kind(
         mixer.MixerConfig.from_fields, mixer.MlpMixer, mixer.mixer_rule, mixer.mixer_name, wrapper=_IN_MODULE,
         processing=VIT,
@@ -277,12 +285,17 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
         sizes.SiglipEcgConfig.from_fields, siglip.SiglipEcg, siglip.siglip_ecg_rule, siglip.siglip_ecg_name,
         absent=siglip.siglip_ecg_absent, file_config=sizes.tower_of_file, releases=siglip.NEWER,
         sign=checkpoints.begins("vision_model.", f"{siglip.PREFIX}vision_model."),
-        pooled=Pooled(lambda config, length: range(0, length + 1, config.patch_size)),
+        pooled=_PATCHES,
         pretraining=Kind(
             with_text(sizes.SiglipEcgConfig.from_fields), pairs.PairedSiglipEcg, pairs.paired_siglip_ecg_rule,
             pairs.paired_siglip_ecg_name, absent=siglip.siglip_ecg_absent, releases=siglip.NEWER,
             text=pairs.SIGLIP_ECG_PAIR,
         ),
+    ),
+    "orah": Kind(
+        sizes.OrahConfig.from_fields, siglip.SiglipEcg, siglip.siglip_ecg_rule, siglip.orah_name,
+        absent=siglip.siglip_ecg_absent, file_config=sizes.orah_of_file, releases=siglip.NEWER,
+        pooled=_PATCHES,
     ),
     "ecg_coca": Kind(
         ecg_coca.EcgCocaConfig.from_fields, ecg_coca.EcgCoca, ecg_coca.weight_rule, ecg_coca.published_name,

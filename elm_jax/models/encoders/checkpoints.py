@@ -45,9 +45,14 @@ Sign = Callable[[Tensors], str | None]  # the published name of a tensor that on
 Told = dict[str, tuple[Any, str]]  # a key of the configuration -> its value, and the published name that says so
 
 
-def begins(*starts: str) -> Sign:
-    """The first tensor whose published name begins so."""
-    return lambda tensors: next((name for name in tensors.names if name.startswith(starts)), None)
+def begins(*starts: str, without: str = "") -> Sign:
+    """The first tensor whose published name begins so, where no tensor is called `without`."""
+
+    def sign(tensors: Tensors) -> str | None:
+        found = next((name for name in tensors.names if name.startswith(starts)), None)
+        return None if without in tensors.names else found
+
+    return sign
 
 
 def is_siglip(tensors: Tensors) -> str | None:

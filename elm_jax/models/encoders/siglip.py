@@ -174,9 +174,18 @@ class SiglipEcg(nnx.Module):
         if signals.ndim != 3 or signals.shape[1:] != (leads, samples):
             fix = "give such signals, or set encoder.config.num_leads and seq_len and train it so"
             raise UserError(WHERE, f"shape {signals.shape}", f"(batch, {leads} leads, {samples} samples)", fix)
+        if self.config.min_max:
+            signals = min_max(signals)
         cut = signals.astype(self.dtype).reshape(-1, leads, samples // size, size)
         patches = cut.transpose(0, 2, 1, 3).reshape(-1, samples // size, leads * size)  # lead after lead
         return self.post_norm(self.transformer(plus(self.patches(patches), self.positions)))
+
+
+def min_max(signals: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """(x - min) / (max - min + eps) over all leads of each ECG: (B, C, L) float32."""
+    x = signals.astype(jnp.float32)
+    low, high = (bound(x, axis=(1, 2), keepdims=True) for bound in (jnp.min, jnp.max))
+    return (x - low) / (high - low + eps)
 
 
 def resize_weights(shape: jax.Array, patches: int, grid: int) -> jax.Array:
@@ -249,6 +258,11 @@ def siglip_ecg_name(name: str) -> str | None:
     other = tuple(f"{PREFIX}{part}" for part in (*OTHER_PARTS, "vision_model.head."))
     of_images = name.startswith("vision_model.embeddings.")
     return None if of_images else published(name, PREFIX, ("vision_model.", *OTHER_PARTS), other)
+
+
+def orah_name(name: str) -> str | None:
+    """`siglip_ecg_name` for Orah: no connector and no language model."""
+    return None if name.startswith(("projector.", "language_model.")) else siglip_ecg_name(name)
 
 
 def siglip_ecg_absent(names: Collection[str]) -> Collection[str]:

@@ -245,6 +245,7 @@ class SiglipEcgConfig(VisionConfig):
     patch_size: int = _size(25, divides="seq_len")
     seq_len: int = _size(2500, limit="from 1 to 10000000")
     num_leads: int = _size(12)
+    min_max: bool = key(False, "whether the model itself scales each ECG to [0, 1], whatever the data are scaled to")
 
     model_types = ("siglip2", "siglip2_vision_model")
     ignored = frozenset({"num_encoder_tokens"})  # ours is the argument `tokens`
@@ -262,6 +263,13 @@ class SiglipEcgConfig(VisionConfig):
         return self.seq_len // self.patch_size
 
 
+@dataclass(frozen=True)
+class OrahConfig(SiglipEcgConfig):
+    """The encoder of Orah, the reference's model of August 2026: SigLIP-ECG that scales ECGs itself."""
+
+    min_max: bool = key(True, "whether the model itself scales each ECG to [0, 1], whatever the data are scaled to")
+
+
 BASE_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
@@ -269,6 +277,13 @@ def tower_of_file(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A `config.json` as fields of `SiglipEcgConfig`: a bare vision config, too, is one of images."""
     bare = fields.get("model_type") == "siglip2_vision_model"
     return {"vision_config": dict(fields)} if bare else dict(fields)
+
+
+def orah_of_file(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` as fields of `OrahConfig`: of a whole Orah what it says of its encoder."""
+    if fields.get("model_type") != "orah":
+        return tower_of_file(fields)
+    return {name: fields[name] for name in ("vision_config", "patch_size") if name in fields}
 
 
 def _tower(config: Mapping[str, Any]) -> dict[str, Any]:
