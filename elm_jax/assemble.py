@@ -37,6 +37,7 @@ from elm_jax.models.functional import Arrays, Structure, initialise, structure_o
 from elm_jax.models.lora import add_lora
 from elm_jax.models.views import check_views, representation_of, signal_tokens
 from elm_jax.objectives import OBJECTIVES, Objective, objective_of
+from elm_jax.retrieval.lookup import retriever_of
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.text.render import THINK_TOKENS, add_tokens
 from elm_jax.text.vocabulary import load_tokenizer
@@ -115,7 +116,7 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
     family = config.llm.chat or chat_family(llm.model_type, *told, guess=folder is None or not is_new)
     text = text_spec(config.data, family, signal_tokens(config), phase, config.compat)
     encoders = {view: _encoder_fields(config, view, tokenizer_folder) for view in _encoded(config)}
-    signal = _signal(config, encoders, symbols, tokenizer_folder)
+    signal = replace(_signal(config, encoders, symbols, tokenizer_folder), retrieval=retriever_of(config, family))
     structure = structure_of(lambda: _build(config, llm, encoders))
     return Assembly(config, tokenizer, text, signal, objective, llm, folder, encoders, structure)
 
@@ -160,8 +161,7 @@ def _encoders_alone(config: Config, objective: Objective, own: Path | None) -> A
 def assemble_encoder(config: Config) -> Assembly:
     """The encoder of a config alone, whatever its objective: neither an LLM nor its tokenizer is looked for.
 
-    Raises:
-        UserError: as `assemble`; or there is no encoder, or more than one.
+    Raises UserError as `assemble`; or where there is no encoder, or more than one.
     """
     check_views(config)
     if len(_encoded(config)) != 1 or len(config.views) > 1:
@@ -293,8 +293,8 @@ def _ids(config: Config, view: str, own: Path | None) -> EcgIds | None:
 
 def _check_objective(config: Config, objective: Objective) -> None:
     """Raise UserError unless the parts that are trained, and the text, are those of the objective."""
-    if objective.samples.phase != "sft" and any(view.text for view in config.views.values()):
-        expected = f"sft with elm={config.elm}, which writes into the user's words"
+    if objective.samples.phase != "sft" and any(view.writes == "text" for view in config.views.values()):
+        expected = f"sft with {'retrieval' if config.retrieval.index else config.elm}, which writes into prompts"
         raise UserError("config.objective", config.objective, expected, "set it so")
     if "llm" not in objective.needs and {part.split(".")[0] for part in config.update} != {"encoder"}:
         fix = "set --config.update=encoder"

@@ -28,11 +28,17 @@ BEHAVIOURS: dict[str, str] = {
     "scale_signal_embeddings": "scale Gemma's signal embeddings as its token embeddings, as transformers 4 did",
     "dequantize_by_25": "read an ECG-Byte symbol q as q/25, not the middle of its bin, (q+0.5)/26 (EcgByte.decode)",
     "feature_windows": "take QRS duration, ST deviation and bands of the 24 numbers of a lead as the reference does",
+    "rag_0_0_2": "write of retrieved recordings as the reference's version 0.0.2 does (retrieval.index)",
+    "rag_0_0_3": "write of retrieved recordings as the reference's version 0.0.3 does",
+    "rag_0_0_4": "write of retrieved recordings as the reference's version 0.0.4 does",
+    "rag_92bff32": "write of retrieved recordings as the branch of the reference's RAG paper does",
+    "rag_protocol": "let an ECG retrieve itself and its patient, and leave out flat entries afterwards, with no others",
     "gpt2_positions": "count a GPT-2 prompt's positions from its padding, as transformers' forward() does (load_llm)",
 }
 
-# Both were measured with transformers 5, and clean no reports.
-_BOTH = tuple(name for name in BEHAVIOURS if name not in ("scale_signal_embeddings", "published_report_cleaning"))
+# Both were measured with transformers 5, clean no reports, and retrieve nothing.
+_NEITHER = ("scale_signal_embeddings", "published_report_cleaning")
+_BOTH = tuple(name for name in BEHAVIOURS if name not in _NEITHER and not name.startswith("rag_"))
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "elm-2026-04": _BOTH,

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_dict
 
 from elm_jax import compat, schema
 from elm_jax.ecg.recording import LEADS
-from elm_jax.elms import ALIASES, ELMS, Viewed
+from elm_jax.elms import ALIASES, ELMS, RETRIEVED, View, Viewed
 from elm_jax.errors import UserError, closest
 from elm_jax.keys import (
     ConnectorConfig,
@@ -25,6 +25,7 @@ from elm_jax.keys import (
     LogConfig,
     MeshConfig,
     OptimConfig,
+    RetrievalConfig,
     RlConfig,
     SslConfig,
     TrainConfig,
@@ -34,7 +35,8 @@ from elm_jax.schema import key
 # A run may be resumed with other values of these (a trailing dot: of the whole section).
 RESUMABLE = (
     "workdir", "debug", "mesh.", "log.", "eval.", "data.workers", "data.timeout",
-    "data.outside_root", "data.prefixes", "data.remote_gb", "train.steps", "train.epochs", "train.save_every",
+    "data.outside_root", "data.prefixes", "data.remote_gb", "retrieval.index",
+    "train.steps", "train.epochs", "train.save_every",
     "train.save_minutes", "train.save_wait", "train.keep", "train.timeout", "rl.batch_size", "rl.show_every",
 )  # fmt: skip
 
@@ -55,6 +57,7 @@ class Config(Viewed):
     compat: tuple[str, ...] = key((), "behaviours of the reference to keep (elm_jax/compat.py)")
     debug: bool = key(False, "show the traceback of a user error, as --debug does")
     data: DataConfig = field(default_factory=DataConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     llm: LlmConfig = field(default_factory=LlmConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     encoders: dict[str, Any] = key({}, "of an elm of several views: the keys of encoder of each but the first, by view")
@@ -67,6 +70,11 @@ class Config(Viewed):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def views(self) -> Mapping[str, View]:
+        """The ways in which an ECG enters the model, by name: those of `elm`, and what is retrieved for it."""
+        return super().views if self.retrieval.index is None else {**super().views, **RETRIEVED}
 
     def encoder_of(self, view: str) -> EncoderConfig:
         """What is said of a view's encoder: of the first one in `encoder`, of another in `encoders`."""

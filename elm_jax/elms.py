@@ -66,6 +66,10 @@ ELMS: Registry[Mapping[str, View]] = Registry("elm", {
 })  # fmt: skip
 
 
+# What any of them has beside its own where `retrieval.index` is given; `retrieval.lookup` writes it.
+RETRIEVED = {"retrieved": View("What is known of the recordings most like the ECG, in words", writes="text")}
+
+
 def register_view(elm: str, views: Mapping[str, View]) -> None:
     """Let `config.elm` be one more: the views of an ECG by name, first those with slots, or one with tokens.
 

@@ -145,6 +145,11 @@ def write_atomic(
             _keep_names(path.parent)
 
 
+def another(file: IO[bytes]) -> IO[bytes]:
+    """A second handle of a file that is being written: it may be closed, and the first goes on behind it."""
+    return os.fdopen(os.dup(file.fileno()), "wb")
+
+
 def _keep_names(folder: Path) -> None:
     """Have what the files of a folder are called on the disk itself, where its file system can do that."""
     handle = os.open(folder, os.O_RDONLY)

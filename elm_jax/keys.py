@@ -7,6 +7,7 @@ from elm_jax.ecg.recording import LEADS, NORMALIZATIONS
 from elm_jax.schema import key
 from elm_jax.scoring.protocols import PROTOCOLS
 from elm_jax.text.forms import CHAT_FORMS
+from elm_jax.text.retrieved import CONTENTS
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,21 @@ class DataConfig:
     )
     workers: int = key(0, "loader processes; 0 loads in the training process", limit="at least 0")
     timeout: float = key(300.0, "seconds of reading one record that end a run; 0 is never", limit="at least 0")
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """Of the view `retrieved`, which any elm has where there is an index."""
+
+    index: str | None = key(None, "a folder of elm_jax.index: what it knows of similar ECGs is written into the prompt")
+    k: int = key(1, "how many recordings", limit="at least 1")
+    mode: str = key("feature", "what is compared", choices=("feature", "signal", "combined"))
+    scaling: str = key(
+        "z_scored", "numbers that are compared: in deviations over the index, or raw", choices=("z_scored", "raw")
+    )
+    content: str = key("report", "what is written of each: its report, its features or both", choices=CONTENTS)
+    place: str = key("system", "where: in the system prompt, or behind the ECG", choices=("system", "question"))
+    search: str = key("exact", "by whom: exactly, on the device, or by FAISS", choices=("exact", "faiss"))
 
 
 @dataclass(frozen=True)
@@ -181,7 +197,8 @@ class EvalConfig:
         1.0, "logits of tokens that were there already are divided by it, negative ones multiplied", limit="above 0"
     )
     controls: tuple[str, ...] = key(
-        ("zeros", "noise", "text_only", "shuffled"), "what the ECG is replaced by, to compare",
+        ("zeros", "noise", "text_only", "shuffled"), "what the ECG is replaced by, to compare; with retrieval, what is "
+        "retrieved too",
         choices=("zeros", "noise", "text_only", "shuffled"),
     )  # fmt: skip
     folds: tuple[int, ...] | None = key(None, "folds to average over; None is data.fold", limit="at least 1")

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from elm_jax.data.batch import Conversation, Shown
 from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.packing import LengthIndex
 from elm_jax.data.represent import NOISE, SignalSpec
+from elm_jax.data.retrieving import Sought
 from elm_jax.data.samples import Samples
 from elm_jax.data.sources import Record
 from elm_jax.errors import UserError, refused
@@ -27,7 +28,7 @@ from elm_jax.folders import MOST_JSON, read_regular
 from elm_jax.registry import qualified_name
 from elm_jax.text.prompts import PROMPTS
 from elm_jax.text.render import Rendered, TextSpec, to_prompts, to_tokens
-from elm_jax.text.turns import CONVERSATIONS, with_words
+from elm_jax.text.turns import CONVERSATIONS, Words, with_words
 from elm_jax.text.vocabulary import Vocabulary, vocabulary
 
 INDEX_VERSION = 3  # of the fingerprint, which checkpoints hold
@@ -125,25 +126,30 @@ class Dataset:
 
     def _words(self, index: int, record: Record, ecgs: int) -> Any:
         """The record's text, with what views write of its ECGs."""
-        if not ecgs or not self.signal.texts:
+        if not ecgs or not self.signal.writes:
             return record.text
-        drawn = (self.key(index, place) if path == NOISE else 0 for place, path in enumerate(record.ecg_paths))
+        drawn = [self.key(index, place) if path == NOISE else 0 for place, path in enumerate(record.ecg_paths)]
+        sought, about = record.sought or record.ecg_paths, frozenset(record.patient.split("+"))
         words = [
-            self._written(path, key, repr(self.signal.stamp(path)))
-            for path, key in zip(record.ecg_paths, drawn, strict=True)
+            self._written(path, key, repr([self.signal.stamp(one) for one in (path, other)]), other, about)
+            for path, key, other in zip(record.ecg_paths, drawn, sought, strict=True)
         ]
-        return with_words(record.text, words)
+        return with_words(record.text, words, self.text.prompt)
 
     @functools.cached_property
-    def _written(self) -> Callable[[str, int, str], str]:
-        """What views write of the ECG at a path, by what its noise is drawn from and the stamp of its file: an ECG of
-        many records is measured once."""
-        return functools.lru_cache(LOOKED_FOR)(lambda path, key, _: self.signal.words(path, key))
+    def _written(self) -> Callable[[str, int, str, str, frozenset[str]], Words]:
+        """What views write of the ECG at a path, by what its noise is drawn from, the stamp of its file, and for which
+        ECG of which patients others are retrieved: an ECG of many records is measured once."""
+
+        def written(path: str, key: int, _: str, other: str, about: frozenset[str]) -> Words:
+            return self.signal.words(path, key, self.signal.sought(other, key, about))
+
+        return functools.lru_cache(LOOKED_FOR)(written)
 
     @property
     def reads_ecgs(self) -> bool:
         """Whether an ECG decides how long its record is."""
-        return self.symbols is not None or bool(self.text.signal_tokens and self.signal.texts)
+        return self.symbols is not None or bool(self.text.signal_tokens and self.signal.writes)
 
     @property
     def symbols(self) -> EcgTokens | None:
@@ -261,7 +267,19 @@ class Dataset:
             UserError: more than the fraction `max_bad` of the records cannot be rendered; names the first.
             Absent: a process that helps was killed, or reads a recording for more than `timeout` seconds (0: never).
         """
+        if self.signal.retrieval is not None and cache is not None and self.text.signal_tokens:
+            everything = (one for _, one in self.sought(range(len(self))))
+            found = self.signal.retrieval.looked_up(everything, cache, progress)
+            self.signal = replace(self.signal, retrieval=found)
         return lengths.index_of(self, share, max_bad, cache, progress, timeout, neighbours)
+
+    def sought(self, indices: Iterable[int]) -> Iterator[tuple[Record, Sought]]:
+        """The ECGs for which others are retrieved, of these records."""
+        for index in indices:
+            record = self.records[index]
+            about = frozenset(record.patient.split("+"))
+            for place, path in enumerate(record.ecg_paths):
+                yield record, self.signal.sought(path, self.key(index, place) if path == NOISE else 0, about)
 
     def check(self, index: int) -> None:
         """Raise UserError, which names the record, where nothing can be learnt of it."""
@@ -291,6 +309,8 @@ class Dataset:
         if self.text.signal_tokens and self.signal.texts:
             writers = {view: qualified_name(text) for view, text in self.signal.texts.items()}
             digest.update(repr((told, writers)).encode())
+        if self.text.signal_tokens and self.signal.retrieval is not None:
+            digest.update(repr((told, self.signal.retrieval.fingerprint)).encode())
         return digest
 
     @property

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from elm_jax import compat as behaviours
 from elm_jax import stopping
@@ -20,6 +21,7 @@ from elm_jax.data.batch import ArraySpec, Layout, Shown, Signal
 from elm_jax.data.ecg_ids import EcgIds
 from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.kept_features import Features
+from elm_jax.data.retrieving import Retrieving, Sought
 from elm_jax.ecg import shards
 from elm_jax.ecg.augment import augment_ecg, augment_image, noise_ecg
 from elm_jax.ecg.images import Processing, process, stacked
@@ -28,12 +30,11 @@ from elm_jax.ecg.recording import LEADS, in_slots, min_max, normalize, read_ecg,
 from elm_jax.ecg.wfdb_record import files_of, header_of
 from elm_jax.errors import UserError
 from elm_jax.symbols.coder import EcgByte
+from elm_jax.text.turns import Words
 
 SIGNALS = 2  # version of what recordings become: goes up when the same file and settings give another signal
 NOISE, FLATLINE, DEMO = "noise", "flatline", "demo:"
 SHORTEST = 1.0  # s of a signal, where a view takes signals of any length
-
-
 _DEEPEST, _MOST_FOLDERS = 16, 100  # parts of a path, and folders, among which a file is looked for that is not there
 
 
@@ -50,7 +51,7 @@ class SignalSpec:
     With `features` it is instead what a frozen encoder has made of these: (N, E).
 
     That is the view called `view`; `further` are other views of the same recording, of which only what is said of
-    their representation counts, and `texts` what others write of it.
+    their representation counts, and `texts` what others write of it, `retrieval` what the view `retrieved` does.
 
     Paths are relative to `root`, or begin with one of `prefixes`, in whose place there is a folder; they lie in it
     unless `outside_root`. `leads` are indices into the canonical order, `length` L samples at `sampling_rate` Hz, at
@@ -82,6 +83,7 @@ class SignalSpec:
     some_leads: bool = field(default=False, repr=False)  # as its encoder says, which is named beside it
     further: Mapping[str, "SignalSpec"] = field(default_factory=dict, repr=False)
     texts: Mapping[str, Callable[..., str]] = field(default_factory=dict, repr=False)
+    retrieval: Retrieving | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -126,10 +128,24 @@ class SignalSpec:
         read = self._read(path, key)
         return {view: spec._shown(*read, epoch) for view, spec in self.views.items()}
 
-    def words(self, path: str, key: int) -> str:
-        """What views write of the ECG at `path`, a line each. Raises UserError as `load`."""
+    @property
+    def writes(self) -> bool:
+        """Whether views write text of an ECG."""
+        return bool(self.texts) or self.retrieval is not None
+
+    def words(self, path: str, key: int, sought: Sought | None = None) -> Words:
+        """What views write of the ECG at `path`, a line each, and of what is retrieved for it, or for another that is
+        `sought`. Raises UserError as `load`."""
         _, raw, names = self._read(path, key) if self.texts else ("", np.zeros(0), ())
-        return "".join(f"{_said(text, raw, self.sampling_rate, names)}\n" for text in self.texts.values())
+        behind = "".join(f"{_said(text, raw, self.sampling_rate, names)}\n" for text in self.texts.values())
+        found = self.retrieval.words(sought or self.sought(path, key)) if self.retrieval else Words()
+        return Words(behind + found.behind, found.system)
+
+    def sought(self, path: str, key: int, about: frozenset[str] = frozenset()) -> Sought:
+        """The ECG at `path`, as it is shown, for which others are retrieved."""
+        told = self.names_of(path, key)[1], self.perturb, self.seed if self.perturb else 0, self.leads, sorted(about)
+        name = xxhash.xxh3_64_intdigest(repr(told).encode())
+        return Sought(path, about, name, lambda: self._read(path, key)[1])
 
     def load(self, path: str, key: int, epoch: int | None = None) -> Signal:
         """The ECG at `path` as the model sees it in the first view.

@@ -33,7 +33,8 @@ class Record:
     patient: who it is about ("a+b" for two); id: "<dataset>:<row>", or "<dataset>:<split>:<row>"
     where rows are numbered per split; dataset: index into data.names; problem: what is wrong with the record
     itself, where no conversation can be made of it; fields: what of `table_files.KINDS` it says about its question;
-    ecgs_of: the id of the record whose ECGs it has, where a control gave it another's; rejected: of a pair of answers
+    ecgs_of: the id of the record whose ECGs it has, where a control gave it another's; sought: the ECGs for which
+    others are retrieved, where a control gave it other ones than its own; rejected: of a pair of answers
     the one that is not preferred, a text or turns of which the last is it; report: what was written of the ECG;
     label: its class, as the row has it.
     """
@@ -47,6 +48,7 @@ class Record:
     problem: UserError | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     ecgs_of: str = ""
+    sought: tuple[str, ...] = ()
     rejected: Any = None
     report: str = ""
     label: Any = None

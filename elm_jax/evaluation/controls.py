@@ -1,7 +1,8 @@
 """What is put in the place of an ECG: the conditions under which questions are asked.
 
 `zeros` and `noise` replace every ECG, `text_only` leaves it out, `shuffled` gives each question another recording that
-questions of its kind were asked about.
+questions of its kind were asked about. `retrieved_shuffled` and `retrieved_noise` leave the ECG as it is: the first
+retrieves for that other recording, the second has dashes in the place of what is retrieved.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from elm_jax.errors import UserError
 from elm_jax.inference.model import Prompt
 
 REAL = "real"
+RETRIEVED = ("retrieved_shuffled", "retrieved_noise")
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,22 @@ Recording = tuple[str, int]  # a path, and the key of the noise where it names n
 
 @dataclass(frozen=True)
 class _Swapped(Lazy[Record]):
-    """Records with the ECGs of the `other` that some have, or with none."""
+    """Records with the ECGs of the `other` that some have, or with none; or that only retrieve for these."""
 
     records: Sequence[Record]
     other: Mapping[int, int]
     without: bool
+    retrieved: bool = False
 
     def __len__(self) -> int:
         return len(self.records)
 
     def make(self, index: int) -> Record:
         record, other = self.records[index], self.records[self.other.get(index, index)]
+        if other is not record:  # nothing that is retrieved is about either of their patients
+            record = replace(record, patient=f"{record.patient}+{other.patient}")
+        if self.retrieved:
+            return replace(record, sought=other.ecg_paths)
         return replace(record, ecg_paths=() if self.without else other.ecg_paths, ecgs_of=other.id)
 
 
@@ -63,10 +70,13 @@ class Source:
         self, dataset: Dataset, condition: str, seed: int = 0, records: Iterable[int] | None = None
     ) -> None:
         self.condition = condition
-        self.other = shuffled_records(dataset, seed, records) if condition == "shuffled" else {}
+        other = shuffled_records(dataset, seed, records) if condition.endswith("shuffled") else {}
+        self.other = other if condition == "shuffled" else {}
         # Before any view of an ECG is made, so that none can show the true one: where it is read, or in the record.
         signal = replace(dataset.signal, perturb=condition) if condition in ("zeros", "noise") else dataset.signal
-        swapped = _Swapped(dataset.records, self.other, condition == "text_only")
+        if condition == "retrieved_noise":
+            signal = replace(signal, retrieval=replace(cast(Any, signal.retrieval), dashes=True))
+        swapped = _Swapped(dataset.records, other, condition == "text_only", condition == "retrieved_shuffled")
         self.dataset, self._asked = Dataset(swapped, dataset.tokenizer, dataset.text, signal), dataset
 
     def about(self, record: int) -> tuple[Recording, ...]:

@@ -26,11 +26,12 @@ from elm_jax.data.prepare.ptb_xl import PtbXl, read_ptb_xl
 from elm_jax.data.sources import Record, load_records
 from elm_jax.errors import UserError, printable
 from elm_jax.evaluation.answering import Asker, BadRecords, Task, check_lengths, question_answers
-from elm_jax.evaluation.controls import REAL, Question, Source, kept_ecgs, shuffled_records
+from elm_jax.evaluation.controls import REAL, RETRIEVED, Question, Source, kept_ecgs, shuffled_records
 from elm_jax.evaluation.examples import draw_examples
 from elm_jax.evaluation.labels import ask_labels
 from elm_jax.evaluation.report import write_report
 from elm_jax.evaluation.results import asked_with, results_of, summary
+from elm_jax.evaluation.retrieved import retrieved_for
 from elm_jax.evaluation.store import Store
 from elm_jax.folders import check_writable, read_json, write_json
 from elm_jax.inference.model import TrainedModel
@@ -117,6 +118,8 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         bad = sum(len(fold.bad.found) for fold in folds)
         facts: dict[str, Any] = {"split": split, "step": model.step, "end_token": end_token, "bad": bad}
         facts["asked_with"] = asked_with(config)
+        if first and config.retrieval.index is not None:
+            facts["retrieval"] = retrieved_for((fold.dataset, fold.records) for fold in folds)
         if config.eval.seeds and not options.temperature:
             facts["greedy_for_seeds"] = list(config.eval.seeds)
 
@@ -126,7 +129,7 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         distributed.gather(None)  # scoring takes long, and in what follows nobody may wait so long
         if labels is not None and store is not None:
             facts |= _ask_labels(model, folds, store, labels)
-        for name in options.controls:
+        for name in _controls(config):
             conditions[name] = _ask(asker, folds, store, name, config)
     if first:
         if "shuffled" in options.controls:
@@ -171,7 +174,7 @@ def is_evaluated(config: Config, split: str) -> bool:
     if not (folder / "metrics.json").is_file() or not (folder / "report.html").is_file():
         return False
     found = read_json(folder / "metrics.json")
-    return set(config.eval.controls) <= set(found["controls"]) and (config.eval.labels is None or "labels" in found)
+    return set(_controls(config)) <= set(found["controls"]) and (config.eval.labels is None or "labels" in found)
 
 
 def results_folder(config: Config, split: str) -> Path:
@@ -269,7 +272,13 @@ def _kept_ecgs(folds: Sequence[_Fold], config: Config) -> dict[str, int]:
 
 
 def _draws(condition: str) -> int:
-    return SHUFFLES if condition == "shuffled" else 1
+    return SHUFFLES if condition.endswith("shuffled") else 1
+
+
+def _controls(config: Config) -> tuple[str, ...]:
+    """The controls that are asked for; with retrieval also those of what is retrieved, if there are any."""
+    asked = config.eval.controls
+    return (*asked, *RETRIEVED) if asked and config.retrieval.index is not None else asked
 
 
 def _drawn_with(config: Config) -> tuple[int, ...]:
@@ -280,7 +289,7 @@ def _drawn_with(config: Config) -> tuple[int, ...]:
 
 def _total(folds: Iterable[_Fold], config: Config) -> int:
     """How many answers there will be."""
-    ways = 1 + sum(_draws(name) for name in config.eval.controls)
+    ways = 1 + sum(_draws(name) for name in _controls(config))
     return sum(len(fold.questions) for fold in folds) * ways * len(_drawn_with(config))
 
 

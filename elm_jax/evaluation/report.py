@@ -16,6 +16,7 @@ import numpy as np
 
 from elm_jax.data.dataset import Dataset
 from elm_jax.errors import printable
+from elm_jax.evaluation.controls import RETRIEVED
 from elm_jax.evaluation.examples import chosen_examples
 from elm_jax.evaluation.results import SHOWN_CLASSES, least_p_note, notes, perfect_note, unshuffled_note
 from elm_jax.pictures import svg
@@ -54,6 +55,7 @@ def report(
         "report.html", title=title, results=results, plots=plots, examples=list(examples), rows=_rows(predictions),
         predictions_count=len(predictions), most_levels=_LEVELS, shown_classes=SHOWN_CLASSES, notes=notes,
         perfect_note=perfect_note, least_p_note=least_p_note, unshuffled_note=unshuffled_note, p_text=p_text,
+        brings_rows=_brings_rows, retrieved_rows=_retrieved_rows,
     )  # fmt: skip
 
 
@@ -106,6 +108,22 @@ def _rows(predictions: Predictions) -> list[list[str]]:
         texts = [printable(str(text), "\n\t") for text in texts]
         rows.append([*texts, "right" if right else "wrong", f"{line['seconds']:.3f}"])
     return rows
+
+
+def _brings_rows(brings: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """Metric, and what it has more than under each control of what is retrieved."""
+    return [
+        [metric, *(f"{less[name]:+.3f}" if name in less else "" for name in RETRIEVED)]
+        for metric, less in brings.items()
+    ]
+
+
+def _retrieved_rows(shown: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """ECG, what was retrieved for it, whose that is, how far away, and its report."""
+    names = "ecg", "retrieved", "whose"
+    return [
+        [*(printable(one[name]) for name in names), f"{one['distance']:.4g}", printable(one["report"])] for one in shown
+    ]
 
 
 def _bar(name: str, score: Mapping[str, Any], colour: str = svg.BLUE) -> Bar:

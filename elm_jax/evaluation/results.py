@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from elm_jax.config import Config
-from elm_jax.evaluation.controls import REAL
+from elm_jax.evaluation.controls import REAL, RETRIEVED
+from elm_jax.evaluation.retrieved import brought, retrieval_notes
 from elm_jax.scoring.classification import classification, pretrain_breakdown, top_wrong
 from elm_jax.scoring.dependence import pairing, signal_dependence
 from elm_jax.scoring.ecg_qa import QuestionOnly, average_of_types, macro_f1
@@ -47,7 +48,10 @@ def results_of(
     if "question_only" in blind:
         result["baselines"]["question_only"] = blind["question_only"].values()
     result["baselines_by"] = _baselines_by(table, blind)
-    dependence = _dependence(conditions, table, tables)
+    ecgs = {name: control for name, control in tables.items() if name not in RETRIEVED}
+    dependence = _dependence(conditions, table, ecgs)
+    if "retrieval" in result:
+        result["retrieval"] = {**result["retrieval"], "brings": brought(result["metrics"], result["controls"])}
     if dependence is not None:
         result["signal_dependence"] = dependence
     if "leaked" in known:
@@ -206,6 +210,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     found, perturb = [], results["asked_with"]["perturb"]
     if perturb is not None:
         found.append(f"data.perturb={perturb}: the model was not shown the ECGs, and no score is about them")
+    found += retrieval_notes(results["retrieval"]) if "retrieval" in results else []
     if results["unfinished_answers"]:
         most = results["asked_with"]["max_new_tokens"]
         found.append(f"{results['unfinished_answers']} answers were cut off at {most} tokens (eval.max_new_tokens)")

@@ -23,7 +23,7 @@ from elm_jax.ecg.recording import LEADS, Recording, collected_notes, read_ecg
 from elm_jax.errors import UserError, refused
 from elm_jax.inference.model import Prompt, TrainedModel
 from elm_jax.text.render import CHAT_FORMS, Rendered, Turn, to_prompt, to_tokens
-from elm_jax.text.turns import count_marks, with_words
+from elm_jax.text.turns import Words, count_marks, with_words
 from elm_jax.text.write import THINK_PREFIX, TextSpec
 
 MARK = "<ecg>"
@@ -37,7 +37,7 @@ class Ecg:
     path: str
     signal: Shown
     recorded: np.ndarray
-    words: str  # what views of the model write of it
+    words: Words  # what views of the model write of it
     summary: str
 
 
@@ -210,7 +210,8 @@ class Session:
 
     def _to_prompt(self, turns: Sequence[Turn], max_len: int | None = None) -> Rendered:
         words = [ecg.words for ecg in self.ecgs]
-        return to_prompt(with_words(turns, words) if any(words) else turns, *self._options(max_len))
+        options = self._options(max_len)
+        return to_prompt(with_words(turns, words, options[1].prompt) if any(map(any, words)) else turns, *options)
 
     def _alone(self, question: Turn) -> Turn:
         """The question with all ECGs of the conversation before it."""

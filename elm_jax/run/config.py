@@ -16,8 +16,8 @@ def config_of_run(checkpoint: str | None, flags: ConfigFlags) -> Config:
     """The configuration that reads a trained run: of the folder `checkpoint` with what `flags` change of it, or of
     the config file that `flags` name, which must then be that of the folder `workdir`.
 
-    What the model is made of cannot be changed; data.*, eval.*, rl.*, mesh.* and log.* can. Without `mesh.*` each
-    device holds a whole copy.
+    What the model is made of cannot be changed; data.*, retrieval.*, eval.*, rl.*, mesh.* and log.* can. Without
+    `mesh.*` each device holds a whole copy.
 
     Raises:
         UserError: no run there, or a change of the model.
@@ -31,7 +31,8 @@ def config_of_run(checkpoint: str | None, flags: ConfigFlags) -> Config:
         _check_own(folder, tree)
         config = flags.over(tree)
     before = read_run_config(folder)
-    changed = {name: x for name, x in differences(before, config).items() if not name.startswith(("data.", "rl."))}
+    free = "data.", "retrieval.", "rl."
+    changed = {name: x for name, x in differences(before, config).items() if not name.startswith(free)}
     if changed:
         raise UserError(str(folder), told(changed), "the run's own model", "leave these keys as they are")
     return config

@@ -85,9 +85,22 @@ def count_marks(text: str) -> int:
     return len(_ECG_MARK.findall(text))
 
 
-def with_words(conversation: Any, words: Sequence[str]) -> list[Turn]:
-    """The turns, with the words about each ECG behind its mark; without marks all before the user's first text."""
-    turns, left = to_turns(conversation), iter(words)
+class Words(NamedTuple):
+    """What is written of an ECG: `behind` it in the user's words, and behind the prompt of the `system`."""
+
+    behind: str = ""
+    system: str = ""
+
+
+def with_words(conversation: Any, words: Sequence[Words], system: str | None = None) -> list[Turn]:
+    """The turns, with the words about each ECG behind its mark; without marks all before the user's first text. Words
+    for the system stand behind the system's turn, or where there is none behind the prompt `system`."""
+    turns, left = to_turns(conversation), iter(one.behind for one in words)
+    if told := "".join(one.system for one in words):
+        prompt = turns.pop(0).text if turns[0].role == "system" else system
+        turns.insert(0, Turn("system", f"{prompt}\n{told}" if prompt else told))
+    if not any(one.behind for one in words):
+        return turns
     asked = [i for i, turn in enumerate(turns) if turn.role == "user"]
     if any(count_marks(turns[i].text) for i in asked):
         for i in asked:
@@ -96,7 +109,7 @@ def with_words(conversation: Any, words: Sequence[str]) -> list[Turn]:
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), 0)
     if turns[first].role != "user":
         turns.insert(first, Turn("user", ""))
-    turns[first] = turns[first]._replace(text="".join(words) + turns[first].text)
+    turns[first] = turns[first]._replace(text="".join(left) + turns[first].text)
     return turns
 
 

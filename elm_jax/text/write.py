@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from elm_jax.errors import UserError
 from elm_jax.text import compat as chat_compat
-from elm_jax.text.forms import ChatForm
+from elm_jax.text.forms import CHAT_FORMS, ChatForm
 from elm_jax.text.messages import Message, keep, oldest_first, runs, trimmed
 from elm_jax.text.vocabulary import SIGNAL_TOKEN, Vocabulary
 
@@ -27,6 +27,11 @@ class TextSpec:
     explicit_thinking: bool = False
     max_len: int | None = None
     compat: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> str | None:
+        """The system prompt of a conversation that brings none."""
+        return CHAT_FORMS[self.family].default_system if self.system_prompt is None else self.system_prompt
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -79,7 +79,7 @@ class SafetensorsWriter:
     """
 
     def __init__(
-        self, path: str | Path, layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+        self, path: str | Path | IO[bytes], layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
         metadata: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -92,7 +92,8 @@ class SafetensorsWriter:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
-        self._file = Path(path).open("wb")  # noqa: SIM115 (closed by close)
+        # Closed by close.
+        self._file = Path(path).open("wb") if isinstance(path, str | Path) else path  # noqa: SIM115
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._file.truncate(self._start + end)
 
@@ -118,7 +119,7 @@ class SafetensorsWriter:
 
 
 def save_safetensors(
-    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+    path: str | Path | IO[bytes], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write `tensors`, which are at hand, to a file."""
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}

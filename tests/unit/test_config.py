@@ -93,6 +93,8 @@ def test_keys_and_defaults_are_those_of_the_contract_and_those_it_has_grown_by()
     expected["dpo"]["rpo_alpha"] = 0.0
     expected["ssl"] = {"mask_ratio": 0.75, "norm_patches": None, "probe": None}
     expected["ssl"] |= {"text": None, "frozen_layers": None, "temperature": 0.07}
+    expected["retrieval"] = {"index": None, "k": 1, "mode": "feature", "scaling": "z_scored", "content": "report"}
+    expected["retrieval"] |= {"place": "system", "search": "exact"}
     assert dataclasses.asdict(Config()) == expected
     assert default_config().to_dict() == {**expected, "phase": "sft"}  # its older name
     assert resolve(default_config()) == resolve({}) == Config(workdir="runs/default")

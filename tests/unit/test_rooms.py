@@ -28,6 +28,7 @@ FLOORS = (
     "objectives",
     "runtime",  # mesh, processes, telemetry
     "weights",
+    "retrieval",  # recordings like an ECG
     "assemble",  # from a config to structure and specs
     "run",  # a run's folder
     "inference",
@@ -38,8 +39,8 @@ FLOORS = (
     "doctoring",
     "loaded",  # a trained model as one object
     # commands
-    "analyze chat compare configs doctor ecg_byte evaluate export import_weights measure pairs plan prepare probe "
-    "train",
+    "analyze chat compare configs doctor ecg_byte evaluate export import_weights index measure pairs plan prepare "
+    "probe train",
     "__main__",  # all of them by one name
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
