@@ -184,7 +184,7 @@ class Faiss:
 
     def __init__(self, vectors: Vectors) -> None:
         try:
-            import faiss
+            import faiss  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             fix = "pip install 'elm-jax[retrieval]', or set --config.retrieval.search=exact"
             raise UserError("retrieval.search", f"faiss, which is not installed ({error})", "FAISS", fix) from error

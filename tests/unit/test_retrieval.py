@@ -413,7 +413,8 @@ def test_neither_the_study_nor_the_patient_is_retrieved_and_k_are(made: Path, pl
 
 def test_a_copy_under_another_name_is_not_retrieved(made: Path, tmp_path: Path) -> None:
     signal = signal_spec(data_of(made), 0).load_raw("demo:train:4", 0)
-    np.save(tmp_path / "copy.npy", {"ecg": signal, "report": ""}, allow_pickle=True)
+    content: Any = {"ecg": signal, "report": ""}
+    np.save(tmp_path / "copy.npy", content, allow_pickle=True)
     retriever = retriever_of(config_of(made), "qwen2")
     assert retriever is not None
     spec = replace(signal_spec(data_of(tmp_path), 0), retrieval=retriever, bare_rate=RATE)

@@ -24,7 +24,7 @@ from elm_jax.evaluation.controls import Question, Source
 from elm_jax.export import main as export_main
 from elm_jax.import_weights import main as import_main
 from elm_jax.inference.model import TrainedModel
-from elm_jax.text.turns import with_words
+from elm_jax.text.turns import Words, with_words
 from elm_jax.training.loop import train
 from elm_jax.training.state import split_names
 
@@ -192,6 +192,6 @@ def test_views_that_no_model_can_have_are_not_registered(elm: str, views: dict[s
 
 def test_what_a_view_writes_stands_at_the_users_marks_alone() -> None:
     turns = [{"role": "user", "content": "Look: <ecg> so?"}, {"role": "assistant", "content": "The <ecg> shows it."}]
-    assert [turn.text for turn in with_words(turns, ["W "])] == ["Look: <ecg> W so?", "The <ecg> shows it."]
+    assert [turn.text for turn in with_words(turns, [Words("W ")])] == ["Look: <ecg> W so?", "The <ecg> shows it."]
     turns[0]["content"] = "What is it?"
-    assert [turn.text for turn in with_words(turns, ["W "])] == ["W What is it?", "The <ecg> shows it."]
+    assert [turn.text for turn in with_words(turns, [Words("W ")])] == ["W What is it?", "The <ecg> shows it."]
