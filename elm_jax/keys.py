@@ -187,6 +187,18 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    url: str | None = key(None, "http(s)://HOST/v1 of a language model that marks answers too; sends their texts there")
+    model: str | None = key(None, "its name there")
+    key_variable: str = key("ELM_JAX_JUDGE_KEY", "the environment variable with its key; without one none is sent")
+    timeout: float = key(120.0, "seconds that a reply may take", limit="above 0")
+    retries: int = key(3, "how often it is asked again where it is not reached or busy", limit="at least 0")
+    workers: int = key(4, "answers that are judged at once, up to 64", limit="at least 1")
+    max_tokens: int = key(4096, "longest reply, in tokens", limit="at least 1")
+    limit: int | None = key(None, "judge only the first so many answers", limit="at least 1")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     at_end: bool = key(False, "evaluate when training has finished")
     batch_size: int = key(32, "conversations generated at once", limit="at least 1")
@@ -213,6 +225,7 @@ class EvalConfig:
     grounding: tuple[str, ...] = key(
         ("grounding",), "names of the records whose answers are held against what is measured of their ECG; all: of all"
     )
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     protocol: str = key("ours", "by which rules answers are scored", choices=tuple(PROTOCOLS))
     wordnet: str | None = key(None, "folder of NLTK's data, for METEOR's WordNet; None looks in NLTK's places")
     bert_model: str | None = key(None, "model of BERTScore, which is computed if it is named or the protocol has it")

@@ -33,6 +33,7 @@ from elm_jax.evaluation.report import write_report
 from elm_jax.evaluation.results import asked_with, results_of, summary
 from elm_jax.evaluation.retrieved import retrieved_for
 from elm_jax.evaluation.store import Store
+from elm_jax.evaluation.url_judge import UrlJudge, ask_judge
 from elm_jax.folders import check_writable, read_json, write_json
 from elm_jax.inference.model import TrainedModel
 from elm_jax.objectives import objective_of
@@ -45,7 +46,8 @@ from elm_jax.scoring.metrics import MEASURED, Scorer
 ASKED = 3  # raised where other questions are asked of the same data, or in another order: known answers then go
 SHUFFLES = 3  # ways to give each question another recording: one draw alone is a coarse estimate
 # Of eval.*, what changes no answer; whether the weights are averaged, their fingerprint tells.
-_SCORING = ("at_end", "controls", "protocol", "wordnet", "bert_model", "labels", "ema", "guidance", "grounding")
+_SCORING = ("at_end", "controls", "protocol", "wordnet", "bert_model", "labels", "ema", "guidance", "grounding",
+            "judge")  # fmt: skip
 # And of data.*: fingerprints tell which records there are, and what is asked is neither packed nor augmented.
 _TRAINING = ("val_fraction", "subset", "weights", "augment_ecg", "augment_rgb", "pack", "share", "workers",
              "timeout", "max_bad_records", "prefixes", "remote_gb")  # fmt: skip
@@ -92,7 +94,7 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
             asked for.
     """
     stopping.doing("loading the model")
-    labels = _labels_asked(config)
+    labels, judge = _labels_asked(config), _judge_asked(config)
     out, first = results_folder(config, split), jax.process_index() == 0
     if first:
         check_writable(out, "config.workdir")  # before the model takes its time
@@ -135,6 +137,10 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         if "shuffled" in options.controls:
             facts["shuffled_ecgs"] = _kept_ecgs(folds, config)
         write_json(out / "metrics.json", results := results_of(conditions, scorer, facts, known))
+        if judge is not None and store is not None:
+            chosen = [line for line in conditions[REAL] if {line["name"], "all"} & set(options.grounding)]
+            results["judged"] = ask_judge(judge, chosen, store.judged, config.log.progress)
+            write_json(out / "metrics.json", results)
         write_report(out, results, conditions[REAL], folds[0].dataset)
         print(printable(summary(results), "\n"), file=sys.stderr)
         calls = model.engine.calls
@@ -157,6 +163,15 @@ def _labels_asked(config: Config) -> PtbXl | None:
     return read_ptb_xl(Path(folder))
 
 
+def _judge_asked(config: Config) -> UrlJudge | None:
+    """Who marks answers, where `eval.judge.url` names one."""
+    if config.eval.judge.url is None:
+        return None
+    if jax.process_count() > 1:
+        raise UserError("eval.judge.url", "several processes", "one", "judge with one process: answers are kept")
+    return UrlJudge(config.eval.judge)
+
+
 def _ask_labels(model: TrainedModel, folds: Sequence[_Fold], store: Store, labels: PtbXl) -> dict[str, Any]:
     """The scores of the recordings that are asked about in any fold, and how many of these are left out here alone."""
     records = [fold.dataset.records[i] for fold in folds for i in fold.records]
@@ -174,7 +189,9 @@ def is_evaluated(config: Config, split: str) -> bool:
     if not (folder / "metrics.json").is_file() or not (folder / "report.html").is_file():
         return False
     found = read_json(folder / "metrics.json")
-    return set(_controls(config)) <= set(found["controls"]) and (config.eval.labels is None or "labels" in found)
+    labelled = config.eval.labels is None or "labels" in found
+    judged = config.eval.judge.url is None or "criteria" in found.get("judged", {})
+    return set(_controls(config)) <= set(found["controls"]) and labelled and judged
 
 
 def results_folder(config: Config, split: str) -> Path:

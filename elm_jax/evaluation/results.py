@@ -181,6 +181,9 @@ def summary(results: Mapping[str, Any]) -> str:
             for name, scores in columns.items()
         )
         lines.append(f"{metric:<{width}}" + "".join(cells))
+    if judged := results.get("judged"):
+        scores = ", ".join(f"{name} {one['value']:.3g}" for name, one in judged.get("criteria", {}).items())
+        lines.append(f"judged by {judged['model']}: {scores or 'absent: ' + judged['absent']}")
     for name, reason in results.get("unavailable", {}).items():
         lines.append(f"no {name}: {reason}")
     dependence = results.get("signal_dependence")

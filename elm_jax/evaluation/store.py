@@ -17,9 +17,10 @@ from elm_jax.errors import UserError, printable
 from elm_jax.folders import json_if_whole, json_lines, whole_lines, write_json
 
 IDENTITY, PROBLEMS = "evaluation.json", "problems.jsonl"
-PREDICTIONS, LABELS, CONTROLS = "predictions.jsonl", "labels.jsonl", "controls"
+PREDICTIONS, LABELS, JUDGED, CONTROLS = "predictions.jsonl", "labels.jsonl", "judged.jsonl", "controls"
 # All that an evaluation leaves. A move that was stopped is finished by the next one.
-LEFT = (PREDICTIONS, PROBLEMS, LABELS, CONTROLS, "metrics.json", "report.html", "examples.png", "plots", IDENTITY)
+LEFT = (PREDICTIONS, PROBLEMS, LABELS, JUDGED, CONTROLS, "metrics.json", "report.html", "examples.png", "plots",
+        IDENTITY)  # fmt: skip
 _MOVING = "previous.tmp"
 AGAIN = "evaluate the run again: python -m elm_jax.evaluate --checkpoint W"
 Line = dict[str, Any]
@@ -27,6 +28,7 @@ Line = dict[str, Any]
 ANSWER = {"id": str, "answer": str, "truth": str}
 PROBLEM = {"fold": int, "record": int, **dict.fromkeys(("where", "found", "expected", "fix"), str)}
 LABEL = {"id": str, "p": list}
+REPLY = {"id": str, "of": str, "reply": str}
 
 
 class Store:
@@ -42,6 +44,7 @@ class Store:
             _set_aside(folder, identity)
             write_json(path, identity)
         self.problems = AnswerFile(folder / PROBLEMS, PROBLEM)  # what was noted of records that cannot be evaluated
+        self.judged = AnswerFile(folder / JUDGED, REPLY)  # what a judge said of answers (`url_judge.ask_judge`)
         self.labels = AnswerFile(folder / LABELS, LABEL)  # what was asked of labels (`labels.ask_labels`)
 
     def answers(self, condition: str) -> AnswerFile:

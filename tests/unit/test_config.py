@@ -80,6 +80,8 @@ def test_keys_and_defaults_are_those_of_the_contract_and_those_it_has_grown_by()
     expected["eval"] |= {"repetition_penalty": 1.0, "labels": None, "protocol": "ours", "ema": False, "guidance": 1.0}
     expected["log"] |= {"wandb_project": None, "wandb_entity": None, "wandb_tags": ()}
     expected["eval"] |= {"wordnet": None, "bert_model": None, "grounding": ("grounding",)}
+    expected["eval"]["judge"] = {"url": None, "model": None, "key_variable": "ELM_JAX_JUDGE_KEY", "timeout": 120.0}
+    expected["eval"]["judge"] |= {"retries": 3, "workers": 4, "max_tokens": 4096, "limit": None}
     expected["train"] |= {"conversations": None, "save_minutes": None, "save_wait": False}
     expected["encoders"] = {}
     expected["optim"] |= {"warmup_steps": None, "ema": 0.0}

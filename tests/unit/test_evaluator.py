@@ -26,6 +26,7 @@ from elm_jax.evaluation import controls, evaluator
 from elm_jax.evaluation.controls import Question, kept_ecgs, shuffled_records
 from elm_jax.evaluation.evaluator import evaluate, is_evaluated, results_folder
 from elm_jax.evaluation.results import asked_with, summary
+from elm_jax.keys import JudgeConfig
 from elm_jax.scoring.metrics import Scorer, is_right
 from elm_jax.scoring.summary import scores_of
 
@@ -301,3 +302,14 @@ def test_answers_are_held_against_what_is_measured_of_the_questions_own_ecg(ask:
     assert len(found["grounding"]["contradictions"]["rate"]) == found["n"]
     page = (results_folder(model.config, "test") / "report.html").read_text()
     assert "Held against what is measured" in page and "Contradictions: rate" in page
+
+
+def test_a_judge_that_is_not_there_leaves_the_scores(ask: Ask) -> None:
+    judge = JudgeConfig(url="http://127.0.0.1:9/v1", model="m", retries=0, timeout=5.0)
+    model = ask(data__max_bad_records=0.3, eval__controls=[], eval__grounding=["all"])
+    model.config = replace(model.config, eval=replace(model.config.eval, judge=judge))
+    evaluate(model.config)
+    found = results(model.config)
+    assert found["metrics"]["exact_match"]["value"] == 4 / 7 and "http://127.0.0.1:9" in found["judged"]["absent"]
+    assert "criteria" not in found["judged"] and not is_evaluated(model.config, "test")
+    assert "Absent: " in (results_folder(model.config, "test") / "report.html").read_text()
