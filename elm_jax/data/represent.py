@@ -305,8 +305,9 @@ class SignalSpec:
 
     @property
     def takes_some(self) -> bool:
-        """Whether every view takes recordings with some of the leads, and short ones."""
-        return all(spec.some_leads for spec in self.views.values())
+        """Whether every view takes recordings with some of the leads, and short ones; what is retrieved is found by all
+        twelve."""
+        return self.retrieval is None and all(spec.some_leads for spec in self.views.values())
 
     def _from_file(self, path: str) -> tuple[np.ndarray, tuple[str, ...]]:
         order = LEADS if behaviours.enabled("lead_order", self.compat) else None
