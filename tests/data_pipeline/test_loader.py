@@ -333,8 +333,7 @@ def ended(tmp_path: Path, workers: int, when: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["starting", "reading"])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("workers", "when"), [(1, "reading"), (2, "starting")])
 def test_sigterm_to_the_whole_group_stops_a_run_as_that_to_one_process(tmp_path: Path, workers: int, when: str) -> None:
     """Its workers still read up to its last step, and end when it has ended."""
     assert ended(tmp_path, workers, when) == (143, "40 True\n")
