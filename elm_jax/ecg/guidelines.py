@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
 
+from elm_jax.ecg.beats.findings import CHEST, NEIGHBOURS
 from elm_jax.ecg.beats.measurements import Measurements
 
-CHEST, LIMBS = ("V1", "V2", "V3", "V4", "V5", "V6"), ("I", "II", "III", "aVR", "aVL", "aVF")
-_CONTIGUOUS = (("aVL", "I", "II", "aVF", "III"), CHEST)  # each beside the next
+LIMBS = ("I", "II", "III", "aVR", "aVL", "aVF")
 _YOUNG, _OLD = 39.0, 40.0  # years, to either side of the limit of ST elevation
 
 _RATES = "Robles de Medina et al., WHO/ISFC task force, Eur J Cardiol 8 (1978) 127"
@@ -101,12 +101,12 @@ def _small(found: Measurements, leads: Iterable[str], limit: float) -> bool:
 def _beside(found: Measurements, of: Callable[[str], bool]) -> bool:
     """Whether two contiguous leads are so. Raises LookupError where a lead that is not measured might be one."""
     known: dict[str, bool] = {}
-    for lead in dict.fromkeys(lead for row in _CONTIGUOUS for lead in row):
+    for lead in dict.fromkeys(lead for row in NEIGHBOURS for lead in row):
         try:
             known[lead] = of(lead)
         except LookupError:
             continue
-    pairs = [pair for row in _CONTIGUOUS for pair in pairwise(row)]
+    pairs = [pair for row in NEIGHBOURS for pair in pairwise(row)]
     if any(known.get(first) and known.get(second) for first, second in pairs):
         return True
     if any(known.get(first, True) and known.get(second, True) for first, second in pairs):
@@ -198,7 +198,7 @@ def _waves(found: Measurements, leads: Iterable[str], *names: str) -> str:
 
 
 def _levels(found: Measurements, name: str) -> str:
-    return _waves(found, dict.fromkeys(lead for row in _CONTIGUOUS for lead in row), name)
+    return _waves(found, dict.fromkeys(lead for row in NEIGHBOURS for lead in row), name)
 
 
 def _sizes(found: Measurements, leads: Iterable[str]) -> str:

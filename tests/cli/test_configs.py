@@ -26,6 +26,7 @@ MAE = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 SMALL: dict[str, dict[str, Any]] = {
     "llava_merl": {"resnet_type": "resnet18", "width": 8},
+    "ecg_lm": {"width": 8},
     "llava_st_mem": MAE,
     "llava_mtae": MAE | DECODER,
     "llava_mlae": MAE | DECODER,

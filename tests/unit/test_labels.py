@@ -109,6 +109,26 @@ def test_the_recordings_of_all_folds_are_asked_about_once_and_those_left_out_are
     assert results["bad"] == 0 and results["n"] == 3, "it is in all other scores"
 
 
+def test_one_evaluation_scores_ptb_xls_statements_by_family_and_ecg_qa_by_type(ptb_xl, monkeypatch):
+    for name in ("write_report", "draw_examples"):
+        monkeypatch.setattr(evaluator, name, lambda *_: None)
+    answers = {"single-verify": "yes", "single-choose": "A", "single-query": "yes"}
+    asked = [[kind, "Which?", [answer]] for kind, answer in answers.items()]
+    paths = [f"records500_00000_0000{i}_hr_0.npy" for i in (1, 2, 3)]
+    write_records(ptb_xl, asked, paths, split="test")
+    config = fake_config(
+        data__names=["records.jsonl"], data__root=str(ptb_xl), workdir=str(ptb_xl / "run"), eval__labels=str(ptb_xl),
+        eval__controls=[], log__progress=False,
+    )  # fmt: skip
+    monkeypatch.setattr(evaluator, "TrainedModel", lambda *_: Knows(config, 512))
+    results = json.loads((evaluator.evaluate(config) / "metrics.json").read_text())
+    assert results["labels"]["rhythm"]["macro_f1"]["value"] == pytest.approx(0.4)
+    assert {kind: found["answer_set_match"]["value"] for kind, found in results["by"]["question_type"].items()} == {
+        "single-verify": 1, "single-choose": 0, "single-query": 1
+    }  # fmt: skip
+    assert results["ecg_qa"]["average_of_single_types"] == pytest.approx(2 / 3)
+
+
 def test_labels_that_cannot_be_asked_for_are_an_error_before_any_question(ptb_xl, monkeypatch):
     def refused(expected: str, **keys: Any) -> None:
         data = {"data__names": ["records.jsonl"], "data__root": str(ptb_xl), "workdir": str(ptb_xl)}

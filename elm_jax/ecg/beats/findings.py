@@ -18,7 +18,7 @@ DEPRESSED, T_DOWN = -0.05, -0.1  # mV
 SOKOLOW, CORNELL = 3.5, 2.8  # mV: high above
 OFTEN = 0.25  # of the beats: early ones that make a rhythm irregular
 _ELEVATED, _HIGHER = (0.1, 0.2), ("V2", "V3")  # mV; leads of the second limit
-_NEIGHBOURS = (("aVL", "I", "II", "aVF", "III"), CHEST)  # each beside the next
+NEIGHBOURS = (("aVL", "I", "II", "aVF", "III"), CHEST)  # each beside the next
 _Q_DEEP, _Q_PART = 0.1, 0.25  # mV; part of the R wave
 _SMALL_LIMBS, _SMALL_CHEST = 0.5, 1.0  # mV from peak to peak: low voltage
 _DOWN_AS_USUAL = ("aVR", "V1", "III")  # leads in which a negative T wave is usual
@@ -115,7 +115,7 @@ def low_voltage(found: Measurements, chest: bool) -> bool:
 
 
 def _pairs(leads: Mapping[str, Lead]) -> list[tuple[str, str]]:
-    return [pair for row in _NEIGHBOURS for pair in pairwise(row) if set(pair) <= set(leads)]
+    return [pair for row in NEIGHBOURS for pair in pairwise(row) if set(pair) <= set(leads)]
 
 
 def _where(found: Measurements, of: Callable[[str, dict[str, float]], float]) -> Sizes:
