@@ -32,6 +32,8 @@ MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (4, 1, 2), (1, 4, 2), (2, 
 # Rules are of axes, not of pairs of them: one family is on every mesh, of the others each axis is divided.
 WHOLE, AXES = "qwen2", [(1, 8, 1), (1, 1, 8), (2, 2, 2)]
 HIDDEN, HEADS, KV_HEADS, ROWS = 32, 8, 4, 8
+# Where all layers have a window, two of them must reach back to the ECG.
+OTHERWISE = {"kv_heads": KV_HEADS, "head_dim": 8, "partial_rotary_factor": 1.0, "window": 2 * WINDOW}
 GRADIENTS = 1e-5  # of an array's largest
 
 Sizes = tuple[int, int, int]
@@ -42,7 +44,7 @@ def llm_config(family: str) -> DecoderConfig:
     """Every width divides by 8; heads are grouped where the family may group them."""
     sizes = {
         "family": family, **TINY[family], "hidden": HIDDEN, "heads": HEADS, "layers": 2, "mlp": 2 * HIDDEN,
-        **({name: n for name, n in {"kv_heads": KV_HEADS, "head_dim": 8}.items() if name in TINY[family]}),
+        **{name: value for name, value in OTHERWISE.items() if name in TINY[family]},
     }  # fmt: skip
     return scratch_config(sizes, VOCABULARY)
 
@@ -51,8 +53,9 @@ def llm_config(family: str) -> DecoderConfig:
 def structure(family: str) -> Structure:
     def build() -> ELM:
         rngs = nnx.Rngs(0)
-        connector = build_signal_connector("patch", LEADS, SAMPLES, SIGNAL_TOKENS, HIDDEN, rngs=rngs)
-        return ELM(None, connector, Decoder(llm_config(family), rngs, remat="dots"), jnp.dtype(jnp.float32))
+        llm = Decoder(llm_config(family), rngs, remat="dots")
+        connector = build_signal_connector("patch", LEADS, SAMPLES, SIGNAL_TOKENS, llm.config.embedding, rngs=rngs)
+        return ELM(None, connector, llm, jnp.dtype(jnp.float32))
 
     return structure_of(build)
 

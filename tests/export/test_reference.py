@@ -45,12 +45,12 @@ def leaves_of(family: str, encoder: str | None, connector: str | None, lora: boo
         if connector is None:
             return ELM(None, None, decoder, jnp.dtype(jnp.float32))
         if connector in SIGNAL_KINDS:
-            bridge = build_signal_connector(connector, LEADS, SAMPLES, TOKENS, config.hidden, rngs=rngs)
+            bridge = build_signal_connector(connector, LEADS, SAMPLES, TOKENS, config.embedding, rngs=rngs)
             return ELM(None, bridge, decoder, jnp.dtype(jnp.float32))
         assert encoder is not None
         tower = build_encoder(encoder, ENCODER_FIELDS[encoder], TOKENS, rngs)
         return ELM(
-            tower, build_connector(connector, tower.width, config.hidden, rngs=rngs), decoder, jnp.dtype(jnp.float32)
+            tower, build_connector(connector, tower.width, config.embedding, rngs=rngs), decoder, jnp.dtype(jnp.float32)
         )  # type: ignore[arg-type]
 
     return structure_of(build).leaves
