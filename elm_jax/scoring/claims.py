@@ -44,11 +44,13 @@ _INTERVALS = ("p", "pr", "qrs", "qt", "qtc", "rr")
 _NO_UNIT_BEHIND = re.compile(r"\s*(?:%|x\b|/\d|(?:st|nd|rd|th)\b|-?leads?\b|beats?\b|mm\b|years?\b)", re.I)
 _QT_PAIR = re.compile(r"\bqt\s*/\s*qtc\b\D{0,12}(\d{2,4})\s*(?:ms)?\s*/\s*(\d{2,4})", re.I)
 _SAID, _FAR = 200, 160  # letters of a sentence that are told, and in which a denial is looked for
+_SUM = r"s(?:[- ]waves?)?(?: in |[- ]?)v1 ?(?:and|plus|\+) ?(?:the )?r(?:[- ]waves?)?(?: in |[- ]?)v[56]"  # Sokolow's
 _SUBJECTS = {
-    "other": r"atrial rate|paper speed|filter\w*|calibration|age\b|pauses?", "rr": r"r-?r(?: intervals?)?",
+    "sokolow_sum": _SUM, "other": r"atrial rate|paper speed|filter\w*|calibration|age\b|pauses?",
+    "rr": r"r-?r(?: intervals?)?",
     "qtc": r"corrected qt(?: interval)?|qtc(?: interval)?", "qt": r"qt(?: interval)?(?: duration)?",
     "pr": r"(?:pr|pq|p-r)(?! segment| depress)(?: interval)?(?: duration)?", "p_axis": r"p[- ](?:wave )?axis",
-    "t_axis": r"t[- ](?:wave )?axis", "axis": r"(?:qrs |electrical |frontal |plane |mean |heart |cardiac )*axis",
+    "t_axis": r"t[- ](?:wave )?axis", "axis": r"(?:qrs |electrical |frontal |plane |mean |heart |cardiac ){0,3}axis",
     "beat": r"r[- ]?peaks?|(?:qrs )?complexes\b|beats?(?!\s*(?:per|/|a min))",
     "qrs": r"qrs(?: complex)?(?: duration| width)?",
     "p": r"p[- ]waves? durations?|p durations?", "st": r"st(?:[- ]segments?)?|j[- ]point",
@@ -134,7 +136,7 @@ _LISTED = re.compile(r"\b(?:or|nor)\b", re.I)
 _NOT_BEHIND = re.compile(
     r"[\s\w]{0,12}?\b(?:is|are|was|were)\s+(?:not\b|absent|excluded|ruled out|never)|\s+absent\b", re.I
 )
-_SENTENCE = re.compile(r"[.!?](?=\s|$)|[;\n]|\*\*")
+_SENTENCE = re.compile(r"[.!?](?=\s|$)|[;\n]")
 _PRE = r"(?:\b(?:{adjectives}|significant|mild|marked|slight|clear|{groups})[\s-]+)+$"
 _PREMODIFIER = re.compile(
     _PRE.format(
@@ -182,7 +184,7 @@ def _in_sentence(text: str) -> Iterator[Claim]:
 
 
 def _regions(text: str, numbers: list[Number]) -> list[_Region]:
-    found = [(m.lastgroup or "", m.start(), m.end()) for m in _SUBJECT.finditer(text)]
+    found = [(str(m.lastgroup).removesuffix("_sum"), m.start(), m.end()) for m in _SUBJECT.finditer(text)]
     letters = [m for m in _LETTER.finditer(text) if not any(a <= m.start() < b for _, a, b in found)]
     found += [("p_wave" if m["letter"] == "P" else m["letter"].lower(), m.start(), m.end()) for m in letters]
     found.sort(key=lambda one: one[1])
@@ -206,9 +208,13 @@ def _right_before(numbers: list[Number], text: str, begin: int, end: int) -> Num
 
 
 def _of_region(text: str, region: _Region, numbers: list[Number], head: str, said: str) -> Iterator[Claim]:
-    kind = region.kind
-    if kind == "p_wave" and any(number.unit in ("ms", "s") for number in numbers):
-        kind = "p"
+    kind, subject = region.kind, text[region.subject : region.behind].lower()
+    if kind in ("p", "p_wave"):
+        if any(number.unit in _TO_MV for number in numbers):
+            yield from _of_leads(text, region, "p_wave", numbers, head, said)
+        numbers, kind = [n for n in numbers if n.unit or kind == "p"], "p"  # "no P wave of one form"
+    if kind == "beat" and subject.startswith("qrs") and not any(number.unit == "s" for number in numbers):
+        kind = "qrs"
     if kind in PER_LEAD:
         yield from _of_leads(text, region, kind, numbers, head, said)
         return
@@ -248,7 +254,7 @@ def _meant(kind: str, number: Number, gap: str, behind: str) -> tuple[str, float
         if unit in ("ms", "s"):
             return kind, 1000 if unit == "s" else 1
         if not unit and _linked(gap, behind):
-            return (kind, 1) if 20 <= size <= 2000 else (kind, 1000) if 0.02 <= size < 2.5 else ("", 1)
+            return (kind, 1) if 20 <= size <= 2000 else (kind, 1000) if 0.02 <= size < 2.5 and size % 1 else ("", 1)
     if kind == "beat" and (unit == "s" or (not unit and "." in f"{size:g}" and re.search(r"\bat\b", gap))):
         return ("beat", 1) if re.search(r"\bat\b", gap) else ("", 1)
     if kind in _PLAUSIBLE:
@@ -273,6 +279,10 @@ def _linked(gap: str, behind: str) -> bool:
 def _of_leads(text: str, region: _Region, kind: str, numbers: list[Number], head: str, said: str) -> Iterator[Claim]:
     """Claims about waves and ST in leads: each judging word with the leads and the voltages behind it."""
     words = _words(kind, text, region)
+    if kind == "q" and not words and not numbers and _negated(text, region.subject, region.behind):
+        part = text[region.start : region.end]
+        for leads in [(lead,) for lead in _leads(part) or _leads(head)] or [_group(part) or _group(head)]:
+            yield _worded("q_deep", "deep", leads, True, said)
     numbers = [number for number in numbers if number.unit in _TO_MV]
     cuts = [region.start, *(m.start() for m in words[1:]), region.end]
     for place, match in enumerate(words[1:], 1):  # "2 mm depression": the number before a word is the word's

@@ -13,13 +13,19 @@ _WORD = "|".join(sorted((*_NUMBERS, "hundred"), key=len, reverse=True))
 _SPELLED = re.compile(rf"\b(?:{_WORD})\b(?:(?:[ -]|\s+and\s+)(?:{_WORD})\b)*(?:\s+point(?:\s+(?:{_WORD})\b)+)?", re.I)
 _FIRST = re.compile(r"\b(?:half an?|half)\b(?=\s+(?:mm|milli))", re.I)
 _SIGNS = str.maketrans(
-    {"−": "-", "–": "-", "—": "-", "‑": "-", "≤": "<", "≥": ">", "µ": "u", "μ": "u", "′": "'", "’": "'"}
+    {"−": "-", "–": "-", "—": "-", "‑": "-", "≤": "<", "≥": ">", "µ": "u", "μ": "u", "′": "'", "’": "'", "*": " "}
 )
 _NO_VALUE = re.compile(  # what stands behind a letter and ms but is no measurement: where ST is measured
     r"\bJ\s*(?:[- ]point)?\s*(?:\+|plus)\s*\d+\s*(?:ms|milliseconds)?|"
     r"\b\d+\s*ms (?:after|behind|past|from) (?:the )?J\b|"
     r"\b\d+(?:\.\d+)?\s*mm\s*(?:/|per)\s*\w+|\b\d+(?:\.\d+)?\s*hz\b|\b\d+[- ]leads?\b", re.I
 )  # fmt: skip
+# What is usual, in parentheses behind what is measured: "(normal: 120-200 ms)".
+_USUAL = re.compile(
+    r"\((?:normal|reference|ref|usual)(?: (?:range|values?|limits?|interval))?[\s:=]*(?:is|of|between|from)?\s*[<>]?"
+    r"\s*\d[^()]*\)", re.I
+)  # fmt: skip
+_COMMA = re.compile(r"(?<=\d),(?=\d{1,3}\s*(?:s|mv|mm)\b)", re.I)  # of a decimal fraction
 UNITS = {
     "rate": r"bpm\b|beats?\s*(?:per|/|a)\s*min(?:ute)?\b|/\s*min(?:ute)?\b|per minute\b",
     "ms": r"ms\b|msecs?\b|milliseconds?\b", "s": r"s\b|secs?\b|seconds?\b", "deg": r"°|degrees?\b|deg\b",
@@ -85,7 +91,8 @@ def _unit(text: str) -> str:
 
 def digits(text: str) -> str:
     """The text with digits for numbers in words, plain signs, and without numbers that are no measurement."""
-    text = _SPELLED.sub(_spelled, _FIRST.sub("0.5", text.translate(_SIGNS)))
+    text = _SPELLED.sub(_spelled, _FIRST.sub("0.5", _COMMA.sub(".", text.translate(_SIGNS))))
+    text = _USUAL.sub(" ", text)
     return _NO_VALUE.sub(lambda match: " " * len(match[0]), text)
 
 

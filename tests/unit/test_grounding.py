@@ -55,6 +55,11 @@ def held(text: str, **values: Any) -> dict[str, str]:
         ("Inferior ST elevation of 1.5 mm", [("st", INFERIOR, 0.15, 0.15)]),
         ("R wave in V5 of 1.8 mV and S wave in V1 1.2 mV.", [("r", ("V5",), 1.8, 1.8), ("s", ("V1",), 1.2, 1.2)]),
         ("Sokolow-Lyon index 35 mm", [("sokolow", (), 3.5, 3.5)]),
+        ("- **PR interval**: 160 ms (normal: 120-200 ms)", [("pr", (), 160, 160)]),
+        ("PR 0,16 s", [("pr", (), 160, 160)]),
+        ("The sum of the S wave in V1 and the R wave in V5 is 38 mm.", [("sokolow", (), 3.8, 3.8)]),
+        ("P wave duration 110 ms, amplitude 0.15 mV in II", [("p_wave", ("II",), 0.15, 0.15), ("p", (), 110, 110)]),
+        ("ST depression of 0.5 mm in V5 and 1 mm in V6.", [("st", ("V5",), -0.05, -0.05), ("st", ("V6",), -0.1, -0.1)]),
         ("complexes at 0.52, 1.31 and 2.10 s", [("beat", (), at, at) for at in (0.52, 1.31, 2.1)]),
     ],
 )  # fmt: skip
@@ -82,6 +87,9 @@ def test_numbers_are_found_with_their_kind_lead_and_unit(text: str, expected: li
         ("No evidence of atrial fibrillation.", ["-fibrillation present "]),
         ("Premature ventricular complexes", ["ectopic present "]),
         ("Pathological Q waves in II, III", ["q_deep deep II", "q_deep deep III"]),
+        ("There are no Q waves in the inferior leads.", ["-q_deep deep II III aVF"]),
+        ("The QRS complexes are narrow.", ["qrs narrow "]),
+        ("QTc is prolonged (normal < 450 ms)", ["qtc long "]),
         ("I see a normal sinus rhythm.", ["sinus present "]),
     ],
 )  # fmt: skip
