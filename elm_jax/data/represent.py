@@ -163,7 +163,7 @@ class SignalSpec:
         if self.perturb == "noise" and path not in (NOISE, FLATLINE):
             key = zlib.crc32(path.encode(), self.seed)  # all that is asked of a recording is asked of one noise
         path = {"zeros": FLATLINE, "noise": NOISE}.get(self.perturb or "", path)
-        raw, names = self._recorded(path, key)
+        raw, names = self.recorded(path, key)
         if names == self.names:
             return path, raw, names
         chosen = tuple(name for name in self.names if name in names)
@@ -285,10 +285,10 @@ class SignalSpec:
     def load_raw(self, path: str, key: int) -> np.ndarray:
         """The 12 leads (12, L) before normalisation: in mV where the recording is, zeros where it has no more. See
         `load`."""
-        raw, names = self._recorded(path, key)
+        raw, names = self.recorded(path, key)
         return raw if raw.shape == (len(LEADS), self.length) else in_slots(raw, names, LEADS, self.length)["signal"]
 
-    def _recorded(self, path: str, key: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    def recorded(self, path: str, key: int) -> tuple[np.ndarray, tuple[str, ...]]:
         """Leads (C, L) before normalisation, and their names: all, and `length` samples, where a view needs them."""
         if path == FLATLINE:
             return np.zeros((len(LEADS), self.length), np.float32), LEADS

@@ -225,8 +225,8 @@ def test_what_the_package_writes_of_an_ecg_is_kept_until_its_code_changes(
     write_records(tmp_path, [ANSWERED] * 4, ["a.npy"] * 4)
     np.save(tmp_path / "a.npy", np.full((12, 2500), 3, np.float32))
     read: list[str] = []
-    load = SignalSpec._recorded
-    monkeypatch.setattr(SignalSpec, "_recorded", lambda self, path, key: read.append(path) or load(self, path, key))
+    load = SignalSpec.recorded
+    monkeypatch.setattr(SignalSpec, "recorded", lambda self, path, key: read.append(path) or load(self, path, key))
 
     def reads() -> int:
         made = dataset(tmp_path)

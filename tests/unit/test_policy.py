@@ -303,12 +303,12 @@ def test_a_config_names_its_objective(name: str) -> None:
 
 def test_the_reward_of_evidence_knows_the_ecg_and_measures_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     times: list[str] = []
-    load = SignalSpec.load_raw
-    monkeypatch.setattr(SignalSpec, "load_raw", lambda self, path, key: times.append(path) or load(self, path, key))
+    load = SignalSpec.recorded
+    monkeypatch.setattr(SignalSpec, "recorded", lambda self, path, key: times.append(path) or load(self, path, key))
     data = {"data__names": [RECORDS], "data__segment_len": 2500, "data__sampling_rate": 250, "data__perturb": "noise"}
     judge = judge_of(runs.config(Path("x"), rl__rewards=["grounding", "exact"], **data))
     record = load_records(runs.config(Path("x"), **data).data, "train", 0)[0]
-    signal = load(signal_spec(DataConfig(), 0), record.ecg_paths[0], 0)
+    signal = load(signal_spec(DataConfig(), 0), record.ecg_paths[0], 0)[0]
     right = describe(measure(signal, 250.0))
     assert judged(judge, record, right, "")["grounding"] == 1.0
     worse = judged(judge, record, f"{right} Heart rate 300 bpm.", "")["grounding"]
