@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from elm_jax.cli import ConfigFlags
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "elm_jax" / "configs"
 SHARED_SETTINGS = ("base", "ecg_qa", "st_mem_full_training/recipe")  # no experiments of their own
 REFERENCE = "reference"  # the same models with the reference's settings: test_reference_recipe.py
 ALONE = "pretrain_encoder"  # encoders without an LLM: tests/unit/test_self_supervised.py
 OF_ANSWERS = ("dpo", "rl/dapo", "rl/grpo", "rl/sapo")  # need a model that answers: tests/unit/test_policy.py
+OF_PARTS = ("ecg_lm",)  # what llava_merl has, and parts that tests/unit/test_any_leads.py and test_lora.py try
 STAGES = [f"st_mem_full_training/stage{n}" for n in (1, 2, 3, 4)]
 # One of each way in which an ECG enters, and of each phase: these go on, too, and show their attention.
 WAYS = ("llava_merl", "llava_st_mem", "llava_clip", "elf_base", "elf_patch", "elf_conv", "ecg_byte", STAGES[0])
@@ -26,7 +29,6 @@ MAE = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 SMALL: dict[str, dict[str, Any]] = {
     "llava_merl": {"resnet_type": "resnet18", "width": 8},
-    "ecg_lm": {"width": 8},
     "llava_st_mem": MAE,
     "llava_mtae": MAE | DECODER,
     "llava_mlae": MAE | DECODER,
@@ -56,13 +58,20 @@ Command = Callable[..., Any]
 def all_configs() -> list[str]:
     paths = [path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.py") if path.parent.name not in (REFERENCE, ALONE)]
     names = {str(path.with_suffix("")) for path in paths}
-    return sorted(names - {*SHARED_SETTINGS, "demo", *OF_ANSWERS})
+    return sorted(names - {*SHARED_SETTINGS, "demo", *OF_ANSWERS, *OF_PARTS})
 
 
 def test_each_config_is_short() -> None:
     for path in CONFIGS.rglob("*.py"):
         assert len(path.read_text().splitlines()) < 60, path
     assert {*SMALL, *OTHERS, *WAYS} <= set(all_configs())
+
+
+def test_ecg_lm_fits_the_connector_first_and_is_then_instructed() -> None:
+    align, instruct = (ConfigFlags(f"configs/ecg_lm.py{stage}").load() for stage in (":align", ""))
+    assert align.update == ("connector",) and align.workdir == "runs/ecg_lm_align"
+    assert instruct.update == ("encoder", "connector", "llm") and instruct.llm.lora.rank > align.llm.lora.rank == 0
+    assert align.encoder == instruct.encoder and "ecg_qa.parquet" in instruct.data.names
 
 
 @pytest.fixture(scope="session")
