@@ -29,16 +29,16 @@ _EVAL = ("max_new_tokens", "temperature", "top_p", "repetition_penalty")
 def config_of_export(weights: TrainedWeights) -> dict[str, Any]:
     """The keys of the run's config that `open_exported` needs."""
     assembly, config = weights.assembly, weights.assembly.config
-    said, (first, *others) = to_dict(config), config.views
+    said, first = to_dict(config), next(iter(config.views))
     encoders = {
         view: {"name": (own := config.encoder_of(view)).name, "tokens": own.tokens, "config": sizes_of(assembly, view)}
-        for view in config.views
+        for view in config.views if view == first or view in config.slots
     }  # fmt: skip
     return {
         **{name: said[name] for name in _TOP}, "objective": assembly.text.phase,
         "data": {name: said["data"][name] for name in _DATA},
         "llm": {**{name: said["llm"][name] for name in _LLM}, "chat": assembly.text.family},
-        "encoder": encoders[first], "encoders": {view: encoders[view] for view in others},
+        "encoder": encoders.pop(first), "encoders": encoders,
         "eval": {name: said["eval"][name] for name in _EVAL},
     }  # fmt: skip
 
@@ -99,5 +99,5 @@ def _config(tree: Mapping[str, Any], folder: Path, flags: ConfigFlags) -> Config
         for view, each in config.views.items() if each.encoder
     }  # fmt: skip
     first, *others = config.views
-    further = {view: asdict(encoders[view]) for view in others if view in encoders}
+    further = {view: asdict(encoders.get(view, config.encoder_of(view))) for view in others if view in config.slots}
     return replace(config, encoder=encoders.get(first, config.encoder), encoders=further)
