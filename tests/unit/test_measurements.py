@@ -270,7 +270,7 @@ def test_what_a_model_reads_is_of_the_leads_that_it_is_shown(tmp_path: Path, lea
     )  # fmt: skip
     whole = describe(measure(signal, 250))
     axis = whole[whole.index("QRS axis") :].partition(",")[0]
-    told = spec.words("a.npy", 0)
+    told = spec.words("a.npy", 0).behind
     assert told.endswith(f"\n{len(leads)} leads at 250\n")
     assert axis in told and "Sokolow-Lyon" in whole and ("Sokolow-Lyon" in told) == (len(leads) == 12)
 
