@@ -182,7 +182,12 @@ SAID = tuple(_SAID)  # the values that `said` tells
 
 
 def _values(*names: str) -> Callable[[Measurements], str]:
-    return lambda found: ", ".join(said(found, name) for name in names)
+    """Those of these values that are measured, in words."""
+    return lambda found: ", ".join(said(found, name) for name in names if found.values[name].value is not None)
+
+
+def _and_waves(values: tuple[str, ...], leads: tuple[str, ...], *names: str) -> Callable[[Measurements], str]:
+    return lambda found: "; ".join(filter(None, (_values(*values)(found), _waves(found, leads, *names))))
 
 
 def _waves(found: Measurements, leads: Iterable[str], *names: str) -> str:
@@ -237,19 +242,17 @@ RULES: tuple[Rule, ...] = (
         "complete left bundle branch block",
         "a QRS duration of 120 ms or more, a mainly negative complex in V1, mainly positive ones in I and V6, and no Q "
         "wave in I, V5 and V6", _CONDUCTION, _left_bundle,
-        lambda found: f"{said(found, 'qrs')}; {_waves(found, ('V1', 'I', 'V5', 'V6'), 'q', 'r', 's')}",
+        _and_waves(("qrs",), ("V1", "I", "V5", "V6"), "q", "r", "s"),
     ),
     Rule(
         "complete right bundle branch block",
         "a QRS duration of 120 ms or more, a second or dominant R wave in V1, and S waves in I and V6", _CONDUCTION,
-        _right_bundle, lambda found: f"{said(found, 'qrs')}; {_waves(found, ('V1', 'I', 'V6'), 'r', 's')}",
+        _right_bundle, _and_waves(("qrs",), ("V1", "I", "V6"), "r", "s"),
     ),
     Rule(
         "left anterior fascicular block",
         "a QRS axis from -45° to -90°, a QRS duration below 120 ms, qR in aVL, and rS in II, III and aVF", _CONDUCTION,
-        _anterior_fascicle,
-        lambda found: f"{said(found, 'axis')}, {said(found, 'qrs')}; "
-        f"{_waves(found, ('aVL', 'II', 'III', 'aVF'), 'q', 'r', 's')}",
+        _anterior_fascicle, _and_waves(("axis", "qrs"), ("aVL", "II", "III", "aVF"), "q", "r", "s"),
     ),
     Rule("a normal QRS axis", "a QRS axis from -30° to 90°", _CONDUCTION, _between("axis", -30, 90), _values("axis")),
     Rule("left axis deviation", "a QRS axis from -90° to below -30°", _CONDUCTION, _between("axis", -90, -31),

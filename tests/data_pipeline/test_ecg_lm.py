@@ -162,6 +162,7 @@ def test_damaged_tables_are_one_line(tmp_path: Path) -> None:
         ("features/12sl_features.csv", "PR_Int_Global\n2\n", "no column ecg_id"),
         ("features/12sl_features.csv", "\0\xff", "12sl_features"),
         ("labels/ptbxl_statements.csv", f"ecg_id,scp_codes_ext_snomed\n1,{'(' * 9000}\n", "ptbxl_statements"),
+        ("labels/ptbxl_statements.csv", 'ecg_id,scp_codes_ext_snomed\n1,"[(11, 1.0, 2)]"\n', "line 2"),
         ("labels/ptbxl_statements.csv", "ecg_id,scp_codes_ext_snomed\n1,\"__import__('os').getcwd()\"\n", "line 2"),
     ):  # fmt: skip
         plus(folder)

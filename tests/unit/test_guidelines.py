@@ -113,6 +113,11 @@ def test_st_is_not_judged_beside_a_wide_complex_or_hypertrophy_nor_where_a_lead_
     assert rule.of(planted(waves={**raised, "V6": None}), MAN) is True, "two leads are enough"
 
 
+def test_what_one_value_rules_out_needs_no_other() -> None:
+    found, rule = planted({"qrs": None, "axis": 40}, dict.fromkeys(LEADS)), BY_NAME["left anterior fascicular block"]
+    assert rule.of(found, MAN) is False and rule.shows(found) == "QRS axis 40°"
+
+
 def test_numbers_are_told_as_they_are_judged() -> None:
     assert said(planted({"pr": 200.4}), "pr") == "PR interval 200 ms"
     assert said(planted({"sokolow_lyon": 3.499}), "sokolow_lyon").endswith("3.5 mV")

@@ -65,7 +65,7 @@ def read_statements(folder: Path, source: str) -> dict[int, tuple[str, ...]]:
     needed = ("snomed_id", "description", "informative")
     fix = "point --raw at PTB-XL+'s folder, or leave statements out of --kinds"
     names = {
-        row["snomed_id"].strip(): row["description"].strip()
+        str(row["snomed_id"]).strip(): row["description"].strip()
         for _, row in csv_rows(folder / DESCRIPTIONS, needed, folder / DESCRIPTIONS, _EXPECTED, fix)
         if str(row["informative"]).strip().lower() in ("true", "1", "1.0") and row["description"]
     }
@@ -74,7 +74,7 @@ def read_statements(folder: Path, source: str) -> dict[int, tuple[str, ...]]:
         where = f"{folder / file}, line {line}"
         with refused(where, "a cell that is not as PTB-XL+ has it", "a list of (code, likelihood)", _FIX, Exception):
             codes = sorted(ast.literal_eval(row[column] or "[]"), key=lambda pair: -float(pair[1]))
-            told = (names.get(str(int(code)), "") for code, _ in codes)
+            told = [names.get(str(int(code)), "") for code, _ in codes]
         found[_number(folder / file, line, row)] = tuple(dict.fromkeys(filter(None, told)))
     return found
 
