@@ -125,16 +125,24 @@ LLAMA: dict[str, Any] = {
 
 
 def llm_configs() -> list[Files]:
-    """config.json of language models, as the hub has it: every family's, and one with a scaled RoPE."""
+    """config.json of language models, as the hub has it: every family's, and some with scaled RoPEs."""
     from elm_jax.models.families import FAMILIES, from_hf, to_hf
 
     found = [LLAMA]
     for name, family in FAMILIES.items():
-        plain = {theirs: LLAMA.get(theirs, 16) for theirs in family.fields}
+        plain = {theirs: LLAMA.get(theirs, 16) for theirs, ours in family.fields.items() if ours not in family.derived}
+        plain |= {} if family.windows is None else {"sliding_window": 8}
         try:
             found.append(to_hf(from_hf({"model_type": name, **plain}, name)))
         except ValueError:
             continue  # a family that needs more is reached from the others by its name
+    longrope = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 9.0]}
+    local = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": {}}
+    for config in found[1:]:
+        if config["model_type"] in ("phi3", "gemma3_text"):
+            del config["rope_theta"]
+            rope = {**longrope, "original_max_position_embeddings": 64} if config["model_type"] == "phi3" else local
+            found.append({**config, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": rope})
     return [{"config.json": json.dumps(config).encode()} for config in found]
 
 
