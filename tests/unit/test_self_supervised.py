@@ -225,7 +225,7 @@ def test_a_config_pretrains_its_encoder() -> None:
     for name in names:
         made = ConfigFlags.parse(["--config", f"configs/pretrain_encoder/{name}.py"]).load()
         assert objective_of(made).pretrains == made.encoder.name and made.objective == name
-        assert made.optim.warmup_steps and made.update == ("encoder",)
+        assert made.optim.warmup_steps is not None and made.update == ("encoder",)
 
 
 def test_an_objective_needs_its_encoder(tmp_path: Path) -> None:
