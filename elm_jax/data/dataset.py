@@ -129,7 +129,8 @@ class Dataset:
         if not ecgs or not self.signal.writes:
             return record.text
         drawn = [self.key(index, place) if path == NOISE else 0 for place, path in enumerate(record.ecg_paths)]
-        sought, about = record.sought or record.ecg_paths, frozenset(record.patient.split("+"))
+        sought = record.sought or record.ecg_paths
+        about = frozenset(record.patient.split("+") if self.signal.retrieval else ())
         words = [
             self._written(path, key, repr([self.signal.stamp(one) for one in (path, other)]), other, about)
             for path, key, other in zip(record.ecg_paths, drawn, sought, strict=True)
