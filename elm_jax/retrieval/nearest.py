@@ -17,6 +17,7 @@ import numpy as np
 from elm_jax.ecg.features import PER_LEAD
 from elm_jax.errors import UserError
 from elm_jax.retrieval.index import KEY, Index, opened
+from elm_jax.weights.safetensors import forget
 
 MODES = {"feature": ("features",), "signal": ("signals",), "combined": ("features", "signals")}
 SEARCHES, SCALINGS = ("exact", "faiss"), ("z_scored", "raw")
@@ -77,6 +78,8 @@ class Vectors:
         for start, arrays in self.index.blocks(self.arrays):
             for first in range(0, len(arrays[0]), step):
                 yield start + first, self.scaled(self._joined([array[first : first + step] for array in arrays]))
+            for array in arrays:
+                forget(array)
 
     def _joined(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         if not self.whole:
@@ -113,10 +116,10 @@ class Exact:
         self._centre = sample.mean(0).astype(np.float32)
         _, _, axes = np.linalg.svd(sample - self._centre, full_matrices=False)
         self._axes = axes[:_AXES].T.astype(np.float32)
-        low, lengths = np.empty((len(vectors), self._axes.shape[1] + 1), np.float32), np.empty(len(vectors), np.float32)
+        low, lengths = np.empty((self._axes.shape[1] + 1, len(vectors)), np.float32), np.empty(len(vectors), np.float32)
         for start, block in vectors.blocks():
-            end = start + len(block)
-            low[start:end], lengths[start:end] = self._turned(block)
+            columns, lengths[start : start + len(block)] = self._turned(block)
+            low[:, start : start + len(block)] = columns.T  # columns one by one: half the time of a product
         self._low, self._lengths = jax.device_put(low), jax.device_put(lengths)
         self._least = jax.jit(_least, static_argnames="count")
 
@@ -173,7 +176,7 @@ def _least(low: Any, lengths: Any, query: Any, of_query: Any, count: int) -> tup
     import jax
     import jax.numpy as jnp
 
-    products = jnp.matmul(query, low.T, precision=jax.lax.Precision.HIGHEST)
+    products = jnp.matmul(query, low, precision=jax.lax.Precision.HIGHEST)
     bounds = (1 - _SLACK) * (of_query[:, None] + lengths[None]) - 2 * products
     least, rows = jax.lax.top_k(-bounds, count)
     return -least, rows
