@@ -164,7 +164,7 @@ def assemble_encoder(config: Config) -> Assembly:
     Raises UserError as `assemble`; or where there is no encoder, or more than one.
     """
     check_views(config)
-    if len(_encoded(config)) != 1 or len(config.views) > 1:
+    if len(_encoded(config)) != 1 or len(config.slots) > 1:  # what views write is nothing to the encoder
         found = f"{config.elm}, with {len(_encoded(config))} encoders in {len(config.views)} views"
         raise UserError("elm", found, "an elm of one view with an encoder", "name an encoder: --config.elm=mlp_llava")
     return _encoders_alone(config, objective_of(config), Path(config.workdir) / TOKENIZER)

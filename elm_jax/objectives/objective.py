@@ -72,5 +72,5 @@ def check_encoder(config: Config, *names: str) -> None:
         expected = f"{' or '.join(names)} with objective={config.objective}"
         raise UserError("encoder.name", str(config.encoder.name), expected, f"set --config.encoder.name={names[0]}")
     if len(config.views) > 1:
-        fix = "choose an elm of one view"
+        fix = "choose an elm of one view, and no retrieval.index"
         raise UserError("elm", config.elm, f"a single encoder with objective={config.objective}", fix)

@@ -22,7 +22,7 @@ from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError
 from elm_jax.folders import another, keep, kept
 from elm_jax.retrieval.index import KEY, Entry, hash_of, opened, study_of
-from elm_jax.retrieval.nearest import MODES, Found, nearest
+from elm_jax.retrieval.nearest import MODES, Found, nearest, the_faiss
 from elm_jax.text.forms import CHAT_FORMS
 from elm_jax.text.retrieved import VERSION, Retrieved, block, own_numbers, version_of, without_marks
 from elm_jax.text.turns import Words
@@ -191,6 +191,8 @@ def retriever_of(config: Config, family: str) -> Retriever | None:
     asked, data, compat = config.retrieval, config.data, config.compat
     if asked.index is None:
         return None
+    if asked.search == "faiss":
+        the_faiss()
     folder = str(Path(asked.index).absolute())
     facts = opened(folder).facts
     windows = behaviours.enabled("feature_windows", compat)

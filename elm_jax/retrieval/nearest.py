@@ -186,11 +186,7 @@ class Faiss:
     """Search by FAISS: exact up to _FLAT entries, else by inverted lists, of which a part is looked into."""
 
     def __init__(self, vectors: Vectors) -> None:
-        try:
-            import faiss  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            fix = "pip install 'elm-jax[retrieval]', or set --config.retrieval.search=exact"
-            raise UserError("retrieval.search", f"faiss, which is not installed ({error})", "FAISS", fix) from error
+        faiss = the_faiss()
         self.vectors, columns = vectors, len(vectors.mean)
         lists = int(4 * np.sqrt(len(vectors)))
         flat = len(vectors) <= _FLAT
@@ -210,6 +206,16 @@ class Faiss:
             kept = (rows >= 0) & ~np.isin(rows, out)
             found.append(_sorted(rows[kept], distances[kept], k))
         return found
+
+
+def the_faiss() -> Any:
+    """The library. Raises UserError where it is not installed."""
+    try:
+        import faiss  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        fix = "pip install 'elm-jax[retrieval]', or set --config.retrieval.search=exact"
+        raise UserError("retrieval.search", f"faiss, which is not installed ({error})", "FAISS", fix) from error
+    return faiss
 
 
 def _sorted(rows: np.ndarray, distances: np.ndarray, k: int) -> Found:

@@ -314,7 +314,7 @@ def test_faiss_finds_the_same(made: Path) -> None:
 def test_without_faiss_what_to_install_is_said(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(UserError, match=r"retrieval.search.*faiss.*elm-jax\[retrieval\]"):
-        Faiss(Vectors(Index(made / "index"), "feature", "raw", LEADS))
+        retriever_of(config_of(made, retrieval__search="faiss"), "qwen2")
 
 
 # -- what is written, and where -------------------------------------------------------------------------------
