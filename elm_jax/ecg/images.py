@@ -9,10 +9,12 @@ Dimension letters: C leads, L samples, H x W pixels, P patches, p pixels a side 
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
+
+from elm_jax.ecg.tiles import on_grid, tiles
 
 BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
 Patches = dict[str, np.ndarray]
@@ -23,8 +25,10 @@ class Processing:
     """How a model wants its images.
 
     With `patch`, the image is resized to at most `max_patches` patches of its own shape (NaFlex). Otherwise it
-    becomes `size` (H', W'): stretched, or with `shortest_edge` resized to that edge and cropped at the centre.
-    mean and std are of pixels / 255, one for each channel; `resample` is Pillow's number of a filter.
+    becomes `size` (H', W'): stretched, or with `shortest_edge` resized to that edge and cropped at the centre, before
+    which it may be `padded` to a square of the mean colour. With `grids` (of heights and widths in pixels) it becomes
+    tiles of that size (`tiles.tiles`), as many as one of `page` (H, W), to which other images are brought, white
+    around. mean and std are of pixels / 255, one for each channel; `resample` is Pillow's number of a filter.
     """
 
     mean: tuple[float, float, float]
@@ -34,6 +38,9 @@ class Processing:
     shortest_edge: int | None = None
     patch: int | None = None
     max_patches: int = 256
+    padded: bool = field(default=False, repr=False)  # what is kept by this knows these by the encoder's
+    grids: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    page: tuple[int, int] | None = field(default=None, repr=False)
 
     def whole(self) -> "Processing":
         """The same without the crop: the image is stretched to `size`, and all of it is seen.
@@ -68,14 +75,25 @@ def stacked(unit: np.ndarray) -> np.ndarray:
 def process(image: np.ndarray, processing: Processing) -> np.ndarray | Patches:
     """An image (H, W, 3) uint8 as its model takes it, before rescaling and normalising.
 
-    Returns (H', W', 3) uint8, or for NaFlex {"patches": uint8 (P, p * p * 3), "mask": bool (P,), "shape": int32
-    (2,)}: P = max_patches rows, of which the first shape[0] * shape[1] are patches, row by row; each is
-    flattened (p, p, 3).
+    Returns (H', W', 3) uint8, of tiles (1 + n, H', W', 3), or for NaFlex {"patches": uint8 (P, p * p * 3), "mask": bool
+    (P,), "shape": int32 (2,)}: P = max_patches rows, of which the first shape[0] * shape[1] are patches, row by row;
+    each is flattened (p, p, 3).
     """
     assert image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8, (image.shape, image.dtype)
     if processing.patch is not None:
         return _patches(image, processing.patch, processing.max_patches, processing.resample)
     assert processing.size is not None
+    if processing.grids:
+        assert processing.page is not None
+        if image.shape[:2] != processing.page:
+            image = on_grid(image, processing.page, processing.resample, 255)
+        return tiles(image, processing.size[0], processing.grids, processing.resample)
+    if processing.padded:
+        side = max(image.shape[:2])
+        top, left = ((side - length) // 2 for length in image.shape[:2])
+        square = np.full((side, side, 3), [int(255 * level) for level in processing.mean], np.uint8)
+        square[top : top + image.shape[0], left : left + image.shape[1]] = image
+        image = square
     if processing.shortest_edge is None:
         height, width = processing.size
         return np.asarray(Image.fromarray(image).resize((width, height), processing.resample))

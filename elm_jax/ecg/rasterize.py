@@ -1,14 +1,16 @@
 """An ECG drawn on ECG paper, as a vision encoder sees it.
 
-One lead per row, a row every 2.5 mV, 2 inches of paper a second; the page ends 2 mV above the zero line of the
-first lead and 2 mV below that of the last. A fine line every 0.04 s and 0.1 mV, a strong one every 0.2 s and
-0.5 mV. The page (paper, lines, lead names) is drawn once for each layout and kept. A trace is what a round pen
+One lead per row, or as on printed pages two or four leads one after the other in a row, each for its part of the time,
+with leads drawn whole below for the rhythm. A row every 2.5 mV, 2 inches of paper a second; the page ends 2 mV above
+the zero line of the first lead and 2 mV below that of the last. A fine line every 0.04 s and 0.1 mV, a strong one all
+0.2 s and 0.5 mV. The page (paper, lines, names) is drawn once for each layout and kept. A trace is what a round pen
 covers on its way from sample to sample: at each of several places in a column of pixels the pen reaches from a
 top to a bottom, and a pixel is as dark as the share of these stretches that falls into it.
 
 Dimension letters: C leads, L samples, N places, H x W pixels, P pixels that a trace touches.
 """
 
+import itertools
 import math
 from functools import lru_cache
 from pathlib import Path
@@ -27,10 +29,18 @@ PAPER, FINE, STRONG, INK = (255, 250, 247), (250, 218, 213), (236, 165, 158), (1
 FINE_POINTS, STRONG_POINTS, INK_POINTS, NAME_POINTS = 0.4, 0.8, 0.6, 20
 FINE_STEP, STRONG_STEP = (0.04, 0.1), (0.2, 0.5)  # seconds, mV
 NAME_AT = (0.06, 0.9)  # seconds from the left, mV above the zero line
+LAYOUTS = {"12x1": 1, "6x2": 2, "3x4": 4}  # rows by columns of twelve leads -> columns
+_LIFTED = 0.04  # inches on either side of where another lead begins
 _POINT, _LEAST_DPI = 1 / 72, 10
 _PLACES_PER_PIXEL, _PLACES_PER_PEN = 4, 4
 _SLIVER = 0.01  # of a pixel: what lies on the page's lower edge belongs to the last row
 _FAR_MV = 1e3  # far off any page, and float32 still tells a fraction of a pixel there
+
+
+def page_size(leads: int, seconds: float, dpi: float = DPI, layout: str = "12x1", rhythm: int = 0) -> tuple[int, int]:
+    """(H, W) of what `draw` draws: of rows * 2.75 * dpi by 2 * seconds * dpi pixels, rounded down."""
+    rows = -(-leads // LAYOUTS[layout]) + rhythm
+    return _whole(rows * INCH_PER_ROW * dpi), _whole(seconds * INCH_PER_SECOND * dpi)
 
 
 def draw(
@@ -39,24 +49,59 @@ def draw(
     leads: tuple[str, ...],
     dpi: float = DPI,
     out: np.ndarray | None = None,
+    layout: str = "12x1",
+    rhythm: tuple[str, ...] = (),
 ) -> np.ndarray:
-    """The ECG on paper: (H, W, 3) uint8 with H = 2.75 * C * dpi and W = 2 * seconds * dpi, rounded down.
+    """The ECG on paper: (H, W, 3) uint8, see `page_size`.
 
     signal (C, L) is in mV, with one name in `leads` for each row; what leaves the page is cut off. `out`, of
     that shape, is drawn on in place of a new array: at REFERENCE_DPI, the size that the reference draws, a new
-    one costs more than the drawing. Raises UserError for a signal without a picture.
+    one costs more than the drawing. layout: a name in LAYOUTS; rhythm: leads that are drawn once more, whole, below.
+    Raises UserError for a signal without a picture, or without a lead of `rhythm`, or leads that fill no layout.
     """
     _check(signal, sampling_rate, leads, dpi)
-    empty = _page(tuple(leads), signal.shape[1] / sampling_rate, dpi)
+    check_layout(leads, layout, rhythm)
+    signal, names = _laid_out(signal, tuple(leads), LAYOUTS[layout], rhythm)
+    empty = _page(names, signal.shape[1] / sampling_rate, dpi)
     height, width = empty.shape[:2]
     page = np.empty_like(empty) if out is None else out
     assert page.shape == empty.shape and page.dtype == np.uint8 and page.flags.c_contiguous, page.shape
     np.copyto(page, empty)
-    zero, per_mv = _rows(len(leads), dpi)
+    zero, per_mv = _rows(len(signal), dpi)
     places = _places(signal.shape[1], INCH_PER_SECOND * dpi / sampling_rate, INK_POINTS * _POINT * dpi, width)
-    for y in (zero[:, None] - np.clip(signal, -_FAR_MV, _FAR_MV) * per_mv).astype(np.float32):
-        _ink(page, *_stroke(y, places, height, width))
+    for row, y in enumerate((zero[:, None] - np.clip(signal, -_FAR_MV, _FAR_MV) * per_mv).astype(np.float32)):
+        pixels, cover = _stroke(y, places, height, width)
+        if len(names[row]) > 1:  # the pen is lifted where another lead begins
+            gaps = np.linspace(0, width, len(names[row]) + 1)[1:-1]
+            on_lead = (np.abs(pixels[:, None] % width - gaps) > _LIFTED * dpi).all(axis=1)
+            pixels, cover = pixels[on_lead], cover[on_lead]
+        _ink(page, pixels, cover)
     return page
+
+
+def check_layout(leads: tuple[str, ...], layout: str, rhythm: tuple[str, ...]) -> None:
+    """Raise UserError where these leads fill no such layout, or have none for the rhythm."""
+    if len(leads) % LAYOUTS[layout]:
+        expected = f"a number of leads that divides into {LAYOUTS[layout]} columns"
+        raise UserError("image_layout", f"{layout} of {len(leads)} leads", expected, "choose another layout")
+    for lead in rhythm:
+        if lead not in leads:
+            raise UserError("image_rhythm", lead, f"one of the leads {', '.join(leads)}", "choose one of these")
+
+
+def _laid_out(
+    signal: np.ndarray, leads: tuple[str, ...], columns: int, rhythm: tuple[str, ...]
+) -> tuple[np.ndarray, tuple[tuple[str, ...], ...]]:
+    """The rows (R, L) of a page with so many columns, and the names of the leads in each; leads go down the columns."""
+    if columns == 1 and not rhythm:
+        return signal, tuple((lead,) for lead in leads)
+    rows, edges = len(leads) // columns, np.linspace(0, signal.shape[1], columns + 1).astype(int)
+    page = np.empty((rows + len(rhythm), signal.shape[1]), signal.dtype)
+    for column, (first, last) in enumerate(itertools.pairwise(edges)):
+        page[:rows, first:last] = signal[column * rows : (column + 1) * rows, first:last]
+    for row, lead in enumerate(rhythm, rows):
+        page[row] = signal[leads.index(lead)]
+    return page, (*(leads[row::rows] for row in range(rows)), *((lead,) for lead in rhythm))
 
 
 def _check(signal: np.ndarray, sampling_rate: float, leads: tuple[str, ...], dpi: float) -> None:
@@ -90,10 +135,10 @@ def _whole(pixels: float) -> int:
 # --- the page ------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4)
-def _page(leads: tuple[str, ...], seconds: float, dpi: float) -> np.ndarray:
-    """Paper, lines and names: (H, W, 3) uint8, not to be written to."""
-    height, width = _whole(len(leads) * INCH_PER_ROW * dpi), _whole(seconds * INCH_PER_SECOND * dpi)
+@lru_cache(maxsize=8)
+def _page(leads: tuple[tuple[str, ...], ...], seconds: float, dpi: float) -> np.ndarray:
+    """Paper, lines and the names of the leads in each row: (H, W, 3) uint8, not to be written to."""
+    height, width = page_size(len(leads), seconds, dpi)
     zero, per_mv = _rows(len(leads), dpi)
     per_second = INCH_PER_SECOND * dpi
     fine, strong = FINE_POINTS * _POINT * dpi, STRONG_POINTS * _POINT * dpi
@@ -130,14 +175,18 @@ def _lines(size: int, origin: float, step: float, width: float) -> np.ndarray:
     return np.diff(covered_up_to).astype(np.float32)
 
 
-def _with_names(page: np.ndarray, leads: tuple[str, ...], y: np.ndarray, x: float, size: float) -> np.ndarray:
+def _with_names(
+    page: np.ndarray, leads: tuple[tuple[str, ...], ...], y: np.ndarray, x: float, size: float
+) -> np.ndarray:
     import matplotlib  # for its font alone: the bold face that the reference writes with
 
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf"), size)
     picture = Image.fromarray(page)
     pen = ImageDraw.Draw(picture)
-    for name, middle in zip(leads, y, strict=True):
-        pen.text((x, float(middle)), name, fill=(0, 0, 0), font=font, anchor="lm")
+    for names, middle in zip(leads, y, strict=True):
+        for column, name in enumerate(names):
+            at = (x + column * page.shape[1] / len(names), float(middle))
+            pen.text(at, name, fill=(0, 0, 0), font=font, anchor="lm")
     return np.array(picture)
 
 
