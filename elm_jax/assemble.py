@@ -21,9 +21,10 @@ from elm_jax.config import Config, renamed, resolve
 from elm_jax.data.dataset import Dataset, TextSpec, text_spec
 from elm_jax.data.ecg_ids import EcgIds
 from elm_jax.data.ecg_tokens import EcgTokens, add_ecg_tokens
-from elm_jax.data.represent import SignalSpec, signal_spec
+from elm_jax.data.represent import SignalSpec
 from elm_jax.data.samples import REPORT
 from elm_jax.data.sources import load_records
+from elm_jax.data.specs import page_size, signal_spec, views_of
 from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError
 from elm_jax.folders import ECG_BYTE, TOKENIZER, check_checksums, read_run_config, run_folder, tokenizer_of
@@ -67,7 +68,7 @@ class Assembly:
         """One split of `data.names`, of another fold than `data.fold` if that is given."""
         data = self.config.data if fold is None else replace(self.config.data, fold=fold)
         records = load_records(data, split, self.config.seed)
-        augments = split == "train" and (self.signal.augment_ecg or self.signal.augment_rgb)
+        augments = split == "train" and self.signal.changes
         samples = self.objective.samples if split == "train" else self.objective.samples.judged
         return Dataset(records, self.tokenizer, self.text, self.signal, augments, samples)
 
@@ -115,7 +116,7 @@ def assemble(config: Config, tokenizer_folder: Path | None = None, weights: bool
     is_new = tokenizer_folder is None or not tokenizer_folder.is_dir()
     family = config.llm.chat or chat_family(llm.model_type, *told, guess=folder is None or not is_new)
     text = text_spec(config.data, family, signal_tokens(config), phase, config.compat)
-    encoders = {view: _encoder_fields(config, view, tokenizer_folder) for view in _encoded(config)}
+    encoders = {view: _encoder_fields(config, view, tokenizer_folder) for view in config.encoded}
     signal = replace(_signal(config, encoders, symbols, tokenizer_folder), retrieval=retriever_of(config, family))
     structure = structure_of(lambda: _build(config, llm, encoders))
     return Assembly(config, tokenizer, text, signal, objective, llm, folder, encoders, structure)
@@ -130,7 +131,7 @@ def find_llm(config: Config, tokenizer_folder: Path | None = None, weights: bool
     objective = objective_of(config)
     _check_objective(config, objective)
     check_views(config)
-    for view in _encoded(config):
+    for view in config.encoded:
         if ENCODERS[name := str(config.encoder_of(view).name)].file_config is None:
             ENCODERS[name].config(_encoder_fields(config, view, tokenizer_folder))
     if objective.samples.phase == REPORT:
@@ -147,7 +148,7 @@ def find_llm(config: Config, tokenizer_folder: Path | None = None, weights: bool
 
 
 def _encoders_alone(config: Config, objective: Objective, own: Path | None) -> Assembly:
-    encoders, none = {view: _encoder_fields(config, view, own) for view in _encoded(config)}, cast(Any, None)
+    encoders, none = {view: _encoder_fields(config, view, own) for view in config.encoded}, cast(Any, None)
     signal, text, tokenizer = _signal(config, encoders, None, own), TextSpec("plain", signal_tokens(config)), none
     if objective.samples.phase == REPORT:
         (part,) = config.encoder_parts
@@ -164,8 +165,8 @@ def assemble_encoder(config: Config) -> Assembly:
     Raises UserError as `assemble`; or where there is no encoder, or more than one.
     """
     check_views(config)
-    if len(_encoded(config)) != 1 or len(config.slots) > 1:  # what views write is nothing to the encoder
-        found = f"{config.elm}, with {len(_encoded(config))} encoders in {len(config.views)} views"
+    if len(config.encoded) != 1 or len(config.slots) > 1:  # what views write is nothing to the encoder
+        found = f"{config.elm}, with {len(config.encoded)} encoders in {len(config.views)} views"
         raise UserError("elm", found, "an elm of one view with an encoder", "name an encoder: --config.elm=mlp_llava")
     return _encoders_alone(config, objective_of(config), Path(config.workdir) / TOKENIZER)
 
@@ -204,16 +205,13 @@ def _signal(
         encoder = config.encoder_of(view).name
         processing = ENCODERS[encoder].image_processing(encoders[view], config.compat) if encoder else None
         spec = signal_spec(config.data, config.seed, processing, symbols, config.compat)
-        if spec.normalize != "minmax" and representation_of(config, view) != "signal":
-            expected = f"minmax with data.representation={representation_of(config, view)}"
-            raise UserError("data.normalize", spec.normalize, expected, "set --config.data.normalize=minmax")
         specs[view] = replace(
             spec, representation=representation_of(config, view), ids=_ids(config, view, own),
             some_leads=encoder is not None and kind_of(encoder).some_leads,
         )  # fmt: skip
-    first, *_ = specs
     texts = {view: each.text for view, each in config.views.items() if each.text is not None}
-    return replace(specs.pop(first), view=first, further=specs, texts=texts)
+    specs = {view: replace(spec, view=view, shown=views_of(config)) for view, spec in specs.items()}
+    return replace(specs.pop(next(iter(specs))), further=specs, texts=texts)
 
 
 def _build(config: Config, llm: DecoderConfig | None, encoders: Mapping[str, Mapping[str, Any]]) -> ELM:
@@ -222,7 +220,9 @@ def _build(config: Config, llm: DecoderConfig | None, encoders: Mapping[str, Map
     if llm is None:
         encoders_alone = built if len(config.slots) > 1 else next(iter(built.values()))
         return ELM(encoders_alone, None, None, compute, config.compat)
-    connectors = {view: _connector(config, view, built.get(view), llm.embedding) for view in config.slots}
+    through = {view: each.through for view, each in config.slots.items() if each.through is not None}
+    widths = {view: built[through[view]].width if view in through else llm.embedding for view in config.slots}
+    connectors = {view: _connector(config, view, built.get(view), width) for view, width in widths.items()}
     decoder = Decoder(
         llm, _rngs(config, "llm"), param_dtype=_llm_dtype(config), scan=config.llm.scan,
         remat=cast(Remat, config.llm.remat),
@@ -233,7 +233,7 @@ def _build(config: Config, llm: DecoderConfig | None, encoders: Mapping[str, Map
     if adapter is not None:
         add_lora(decoder, adapter, _rngs(config, "lora"), _dtype(config, "llm"))
     if len(connectors) > 1:
-        return ELM(built, connectors, decoder, compute, config.compat)
+        return ELM(built, connectors, decoder, compute, config.compat, through)
     view = next(iter(config.views))
     return ELM(built.get(view), connectors.get(view), decoder, compute, config.compat)
 
@@ -241,12 +241,12 @@ def _build(config: Config, llm: DecoderConfig | None, encoders: Mapping[str, Map
 def _connector(config: Config, view: str, encoder: Any, width: int) -> nnx.Module:
     """What leads from a view's encoder, or from its signals themselves, to the LLM's width."""
     part, kind = config.part("connector", view), str(config.views[view].connector)
-    options = {"rngs": _rngs(config, part), "param_dtype": _dtype(config, part)}
+    options: dict[str, Any] = {"rngs": _rngs(config, part), "param_dtype": _dtype(config, part)}
     if encoder is None:
         shape, tokens = (len(config.data.leads), config.data.segment_len), config.encoder_of(view).tokens
         return build_signal_connector(kind, *shape, tokens, width, **options)
-    hidden = config.connector.hidden if kind == "mlp" else None
-    return build_connector(kind, encoder.width, width, hidden, **options)
+    options |= {"hidden": config.connector.hidden} if kind == "mlp" else {}
+    return build_connector(kind, encoder.width, width, **options, newlines=getattr(encoder, "newlines", ()))
 
 
 def _encoder(config: Config, view: str, fields: Mapping[str, Any]) -> Any:
@@ -260,16 +260,13 @@ def encoder_kind(config: Config, part: str) -> str:
     return f"{config.encoder_parts[part].name}{PRETRAINING if objective_of(config).pretrains else ''}"
 
 
-def _encoded(config: Config) -> list[str]:
-    """The views that have an encoder."""
-    return [name for name, view in config.views.items() if view.encoder]
-
-
 def _encoder_fields(config: Config, view: str, own_folder: Path | None) -> dict[str, Any]:
     """The encoder's own config: of `encoder.config`, else of its checkpoint, else of the data."""
     encoder, data = config.encoder_of(view), config.data
     of_signal = representation_of(config, view) == "signal"
-    sizes = {"num_leads": len(data.leads), "seq_len": data.segment_len} if of_signal else {}
+    sizes: dict[str, Any] = {"num_leads": len(data.leads), "seq_len": data.segment_len} if of_signal else {}
+    if kind_of(str(encoder.name)).images is not None:
+        sizes = {"page": page_size(data, representation_of(config, view), config.compat)}
     ids = _ids(config, view, own_folder)
     own = encoder.config if ids is None else {**encoder.config, "vocab_size": ids.vocab_size}
     return encoder_config(str(encoder.name), encoder.checkpoint, sizes | own)

@@ -59,7 +59,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--system", metavar="TEXT", help="a system prompt other than the run's: a text or a file")
     flags, options = parser.read(argv)
     from elm_jax.data.dataset import read_system_prompt
-    from elm_jax.data.represent import signal_spec
+    from elm_jax.data.pages import is_image
+    from elm_jax.data.specs import signal_spec
     from elm_jax.ecg.recording import LEAST_RATE, MOST_RATE
     from elm_jax.inference.model import TrainedModel
     from elm_jax.inference.session import Session, read_input
@@ -75,7 +76,8 @@ def main(argv: Sequence[str]) -> None:
     spec = signal_spec(config.data, config.seed, compat=config.compat)
     waveforms = replace(spec, representation="signal", bare_rate=rate)
     for path in options.ecg:  # what cannot be read is said before the model is loaded, which is slow
-        read_input(path, waveforms)
+        if not is_image(path):  # which the model itself reads
+            read_input(path, waveforms)
     session = Session(TrainedModel(config, options.step), rate)
     if options.system is not None:
         session.instruct(read_system_prompt(options.system) or "")

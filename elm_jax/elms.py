@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from inspect import signature
+from typing import Any, Literal
 
 from elm_jax.ecg.beats.words import written
 from elm_jax.errors import UserError
@@ -23,6 +24,7 @@ class View:
     of the leads (C, L) in mV, at a rate in Hz, by their names (a function of two arguments is not told them); it stands
     behind the ECG in the words of the user.
     tokens: the places of an ECG; None: `encoder.tokens` says it.
+    through: another view, through whose connector, too, its embeddings go: its own leads to the width that this reads.
     """
 
     meaning: str
@@ -32,6 +34,7 @@ class View:
     writes: Literal["slots", "tokens", "text"] = "slots"
     tokens: int | None = None
     text: Callable[..., str] | None = None
+    through: str | None = None
 
 
 ALIASES = {"llava": "linear_llava", "fuyu": "base_elf"}  # names of the reference's
@@ -48,6 +51,20 @@ ELMS: Registry[Mapping[str, View]] = Registry("elm", {
             None, encoder=True, connector="mlp",
         ),
         "measurements": View("What was measured in the ECG, in words", writes="text", text=written),
+    },
+    "gem": {
+        "ecg": View(
+            "An encoder of the ECG and one of its image behind a common connector, and a language model", "signal",
+            encoder=True, connector="linear", through="image",
+        ),
+        "image": View("An image encoder and an MLP connector", "rgb", encoder=True, connector="mlp"),
+    },
+    "ecg_r1": {
+        "ecg": View(
+            "An encoder of the ECG and one of its image, each with an MLP connector, and a language model", "signal",
+            encoder=True, connector="mlp",
+        ),
+        "image": View("An image encoder and an MLP connector", "rgb", encoder=True, connector="mlp"),
     },
     "base_elf": {
         "ecg": View("A linear connector on the whole signal and a language model", connector="patch", tokens=1)
@@ -87,7 +104,16 @@ def register_view(elm: str, views: Mapping[str, View]) -> None:
         if not name.isidentifier() or name == "lora" or (view.writes == "text") != (view.text is not None):
             expected = "an identifier other than lora, and a function `text` where it writes text"
             raise UserError(f"elm {elm!r}, view {name!r}", str(view.writes), expected, "correct the view")
+        behind = views.get(view.through or "")
+        if view.through is not None and (behind is None or behind.through is not None or not behind.encoder):
+            expected = "a view with an encoder, whose embeddings go through no other"
+            raise UserError(f"elm {elm!r}, view {name!r}", f"through {view.through}", expected, "correct the view")
     ELMS.register(elm, views)
+
+
+def said(text: Callable[..., str], *of: Any) -> str:
+    """What it says of leads, their rate and names; a function of two arguments is not told the names."""
+    return text(*of[: 2 if len(signature(text).parameters) == 2 else len(of)])
 
 
 class Viewed:
@@ -109,6 +135,11 @@ class Viewed:
     def slots(self) -> dict[str, View]:
         """Those of them that have embeddings."""
         return {name: view for name, view in self.views.items() if view.writes == "slots"}
+
+    @property
+    def encoded(self) -> list[str]:
+        """Those of them that have an encoder."""
+        return [name for name, view in self.views.items() if view.encoder]
 
     def part(self, component: str, view: str) -> str:
         """What the names of a view's arrays begin with: `encoder`, or where there are several `encoder.<view>`."""

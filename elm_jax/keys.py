@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from elm_jax.ecg.rasterize import LAYOUTS
 from elm_jax.ecg.recording import LEADS, NORMALIZATIONS
 from elm_jax.schema import key
 from elm_jax.scoring.protocols import PROTOCOLS
@@ -42,6 +43,21 @@ class DataConfig:
     )
     augment_ecg: bool = key(False, "random changes to training signals: noise, baseline wander")
     augment_rgb: bool = key(False, "random changes to training images: rotation, blur, colours")
+    augment_paper: bool = key(False, "training images as of used paper: creases, handwriting, other inks, noise, JPEG")
+    image_layout: str = key("12x1", "twelve leads on a page: rows by columns of leads", choices=tuple(LAYOUTS))
+    image_rhythm: tuple[str, ...] = key((), "leads drawn once more, whole, below the others", choices=LEADS)
+    images: str | None = key(
+        None, "folder of images that stand for drawn ones, by the recordings' ecg_path with .png or .jpg behind it"
+    )
+    missing: str = key(
+        "error", "a view that a record lacks, an image in data.images or the signal of an image: a bad record, an "
+        "image drawn, or none in the model's input", choices=("error", "draw", "mask"),
+    )  # fmt: skip
+    left_out: tuple[str, ...] = key((), "views of an elm of several that no ECG is shown in")
+    drop_views: float = key(
+        0.0, "probability that an ECG is trained without one of its views, each as likely", limit="from 0 to 1"
+    )
+    swap_views: float = key(0.0, "probability that it is trained with them in reverse order", limit="from 0 to 1")
     perturb: str | None = key(None, "replace the ECG, as a control", choices=("noise", "zeros", "only_text"))
     system_prompt: str | None = key(
         None, "the system prompt: its text, the path of a text file, or a name of elm_jax.text.prompts, as think"

@@ -23,7 +23,7 @@ from machine import machine
 
 from elm_jax.config import DataConfig
 from elm_jax.data.ecg_tokens import EcgTokens
-from elm_jax.data.represent import signal_spec
+from elm_jax.data.specs import signal_spec
 from elm_jax.ecg.recording import read_ecg, to_segment
 from elm_jax.symbols.coder import EcgByte
 

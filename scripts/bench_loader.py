@@ -44,8 +44,9 @@ from elm_jax.data.demo import demo_tokenizer
 from elm_jax.data.loader import StepSource
 from elm_jax.data.plan import Plan
 from elm_jax.data.readers import steps_from
-from elm_jax.data.represent import SignalSpec, signal_spec
+from elm_jax.data.represent import SignalSpec
 from elm_jax.data.sources import load_records
+from elm_jax.data.specs import signal_spec
 from elm_jax.ecg.recording import LEADS
 from elm_jax.text.render import add_tokens
 from elm_jax.text.vocabulary import load_tokenizer

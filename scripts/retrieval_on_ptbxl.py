@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from elm_jax.config import DataConfig
 from elm_jax.data.prepare import DATASETS
 from elm_jax.data.prepare.runner import prepare_dataset
-from elm_jax.data.represent import signal_spec
+from elm_jax.data.specs import signal_spec
 from elm_jax.retrieval.build import build_index
 from elm_jax.retrieval.index import opened
 from elm_jax.retrieval.lookup import Retriever

@@ -11,8 +11,8 @@ from typing import Any, cast
 from elm_jax.config import Config, resolve
 from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.demo import demo_tokenizer
-from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
+from elm_jax.data.specs import signal_spec
 from elm_jax.inference.speaker import Answer, Speaker
 from elm_jax.text.render import add_tokens, stop_ids
 

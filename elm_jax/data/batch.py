@@ -52,11 +52,11 @@ def arrays_in(signals: Signal) -> Iterator[np.ndarray]:
 
 
 def put_signal(signals: Signal, place: tuple[int, ...], signal: Signal) -> None:
-    """Write one signal into its place among `signals`."""
+    """Write one signal into its place among `signals`; of an ECG, the views that it has."""
     if isinstance(signals, dict):
-        assert isinstance(signal, dict) and signals.keys() == signal.keys()
-        for name, part in signals.items():
-            put_signal(part, place, signal[name])
+        assert isinstance(signal, dict) and signals.keys() >= signal.keys()
+        for name, part in signal.items():
+            put_signal(signals[name], place, part)
     else:
         signals[place] = signal
 
@@ -70,7 +70,8 @@ def place_ecgs(
     Args:
         signals, weights: leaves (..., S, ...) and (..., S), of a batch; row: its place on the leading axes.
         ecgs: None, of a bad record: their slots stay unused.
-        positions: (n, N) of their tokens; slots: (T,), which gets there the number of the token's embedding.
+        positions: (n, N) of their tokens, by embedding, -1 where an ECG has none for it; slots: (T,), which gets there
+            the number of the token's embedding.
         readers: how many conversations read them.
     """
     width = positions.shape[1]
@@ -78,7 +79,8 @@ def place_ecgs(
         if ecgs is not None:
             put_signal(signals, (*row, number), ecgs[number - first])
             weights[(*row, number)] = readers
-        slots[places] = np.arange(number * width, (number + 1) * width)
+        there = places >= 0
+        slots[places[there]] = np.arange(number * width, (number + 1) * width)[there]
 
 
 class Batch(NamedTuple):
@@ -117,7 +119,7 @@ class Conversation:
     sample: int
     ids: np.ndarray  # (T,) int32
     supervised: np.ndarray  # (T,) bool
-    signal_positions: np.ndarray  # (n_ecgs, N) int32
+    signal_positions: np.ndarray  # (n_ecgs, N) int32, by embedding; -1 where an ECG has none for it
     signals: list[Shown] | None  # n_ecgs of them
     extras: Mapping[str, Any] = field(default_factory=dict)  # a number, or one for each supervised token
 

@@ -254,6 +254,7 @@ class Dataset:
             found = f"{len(r.ids)} tokens where the run's plan has {length}: its ECG has changed"
             raise UserError(f"record {self.records[index].id}", found, "the ECG as it was", "start the run again")
         if self.symbols is None:
+            r = r if signals is None else self.signal.shown.fitted(r, signals)
             return Conversation(index, r.ids, r.supervised, r.signal_positions, signals)
         return Conversation(index, r.ids, r.supervised, nowhere, [])
 

@@ -57,7 +57,8 @@ class StepSource:
         """The arrays of a step with these rows, and nothing in them."""
         shape = self.plan.shape(rows)
         # A shorter conversation or answer moves those behind it, and so the blocks that they see.
-        if self.dataset.varies or self.dataset.samples.experience is not None:
+        varies = self.dataset.varies or self.dataset.signal.shown.shorten
+        if varies or self.dataset.samples.experience is not None:
             shape = replace(shape, key_blocks=0)
         micro = self.plan.micro_batches
         mine = len(self.parts) * (len(rows) // micro // self.plan.ways)
@@ -110,7 +111,10 @@ class _Conversations:
             if signals is None:
                 self.bad.append(BadRecord(self.dataset.records[sample].id, error))
             conversations += self.dataset.conversations(sample, signals, int(self.index.length[sample]))
-        return [Group(group.prefix, conversations)] if self.dataset.samples.plain else grouped(conversations)
+        if not self.dataset.samples.plain:
+            return grouped(conversations)
+        absent = int((conversations[0].signal_positions < 0).sum()) if shares_ecg else 0  # from what is shared
+        return [Group(group.prefix - absent, conversations)]
 
     def _signals(self, sample: int) -> tuple[list[Shown] | None, str]:
         """The sample's ECGs, or None and what is wrong with them."""

@@ -1,41 +1,41 @@
 """From the path in a record to what a model is given of the ECG: an array, an image, or tokens."""
 
 import contextlib
-import json
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 
 from elm_jax import compat as behaviours
 from elm_jax import stopping
-from elm_jax.config import DataConfig
 from elm_jax.data.batch import ArraySpec, Layout, Shown, Signal
+from elm_jax.data.confined import is_inside, is_still_inside, mended
 from elm_jax.data.ecg_ids import EcgIds
 from elm_jax.data.ecg_tokens import EcgTokens
 from elm_jax.data.kept_features import Features
+from elm_jax.data.pages import NOTHING, Paper, Read, image_layout, is_image, read_image
 from elm_jax.data.retrieving import Retrieving, Sought
+from elm_jax.data.shown import Views
 from elm_jax.ecg import shards
 from elm_jax.ecg.augment import augment_ecg, augment_image, noise_ecg
 from elm_jax.ecg.images import Processing, process, stacked
-from elm_jax.ecg.rasterize import DPI, REFERENCE_DPI, draw
+from elm_jax.ecg.rasterize import DPI
 from elm_jax.ecg.recording import LEADS, in_slots, min_max, normalize, read_ecg, to_segment
+from elm_jax.ecg.wear import worn
 from elm_jax.ecg.wfdb_record import files_of, header_of
+from elm_jax.elms import said
 from elm_jax.errors import UserError
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.text.turns import Words
 
 SIGNALS = 2  # version of what recordings become: goes up when the same file and settings give another signal
-NOISE, FLATLINE, DEMO = "noise", "flatline", "demo:"
+NOISE, FLATLINE, DEMO = *NOTHING, "demo:"
 SHORTEST = 1.0  # s of a signal, where a view takes signals of any length
-_DEEPEST, _MOST_FOLDERS = 16, 100  # parts of a path, and folders, among which a file is looked for that is not there
+PLAIN_PAPER, ALL_VIEWS = Paper(), Views({})
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,14 @@ class SignalSpec:
         fewer of both, and it is a dict that says which leads are there, and how many samples (`in_slots`).
     stacked_signal: those as the grey levels of an image of C x L pixels; rgb: the leads on ECG paper. Both are then
         resized as `processing` says: (H, W, 3) uint8, or patches with their mask and grid shape (see `images`).
+        What `paper` says of pages decides their layout, and whether an image that lies in its folder stands instead.
     symbolic: the ids (n,) int32 that `tokens` has for it in the language model, or `ids` for an encoder.
 
     With `features` it is instead what a frozen encoder has made of these: (N, E).
 
     That is the view called `view`; `further` are other views of the same recording, of which only what is said of
-    their representation counts, and `texts` what others write of it, `retrieval` what the view `retrieved` does.
+    their representation counts, `texts` what others write of it, `retrieval` what the view `retrieved` does. `shown`
+    says which of them an ECG has.
 
     Paths are relative to `root`, or begin with one of `prefixes`, in whose place there is a folder; they lie in it
     unless `outside_root`. `leads` are indices into the canonical order, `length` L samples at `sampling_rate` Hz, at
@@ -84,6 +86,8 @@ class SignalSpec:
     further: Mapping[str, "SignalSpec"] = field(default_factory=dict, repr=False)
     texts: Mapping[str, Callable[..., str]] = field(default_factory=dict, repr=False)
     retrieval: Retrieving | None = field(default=None, repr=False)
+    paper: Paper = field(default=PLAIN_PAPER, repr=False)
+    shown: Views = field(default=ALL_VIEWS, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -119,14 +123,45 @@ class SignalSpec:
         if self.some_leads:
             rows = ArraySpec(self.shape[:1], np.int32)
             return {"signal": ArraySpec(self.shape), "leads": rows, "samples": ArraySpec((), np.int32)}
-        return ArraySpec(self.shape) if self.processing is None else _image_layout(self.processing)
+        return ArraySpec(self.shape) if self.processing is None else image_layout(self.processing)
+
+    @property
+    def changes(self) -> bool:
+        """Whether training shows an ECG otherwise from epoch to epoch."""
+        return self.augment_ecg or self.augment_rgb or self.paper.worn or self.shown.vary
 
     def show(self, path: str, key: int, epoch: int | None = None) -> Shown:
-        """The ECG at `path` in every view; it is read once. See `load`."""
+        """The ECG at `path` in every view that it has; it is read once. See `load`.
+
+        Raises UserError where it has none, or lacks one that it must have.
+        """
         if not self.further:
             return {self.view: self.load(path, key, epoch)}
-        read = self._read(path, key)
-        return {view: spec._shown(*read, epoch) for view, spec in self.views.items()}
+        read, shown = self._read(path, key), {}
+        for view, spec in self.views.items():
+            lacking = spec._lacking(path, read)
+            if view in self.shown.left_out or (lacking is not None and self.shown.missing == "mask"):
+                continue
+            if lacking is not None:
+                raise lacking
+            shown[view] = spec._shown(read, epoch)
+        if not shown:
+            fix = "leave it out, or fewer views with data.left_out"
+            raise UserError(f"ecg_path {path}", "an ECG of which nothing is shown", "one view at least", fix)
+        drawn = None if epoch is None or read.unreal else _generator(self.seed, epoch, read.path, b"views")
+        return self.shown.chosen(shown, drawn)
+
+    def _lacking(self, path: str, read: Read) -> UserError | None:
+        """What is wrong where the ECG at `path` has not what this view shows."""
+        if self.representation != "rgb" and is_image(path):
+            found, fix = "an image, of which there is no signal", "set --config.data.missing=mask, or leave it out"
+            return UserError(f"ecg_path {path}", found, f"a recording, for view {self.view}", fix)
+        drawn = read.unreal or self.paper.folder is None or self.shown.missing == "draw"
+        if self.representation == "rgb" and read.image is None and not drawn:
+            found, expected = "no image of it", f"{path}.png or .jpg in data.images={self.paper.folder}"
+            fix = "add it, or set --config.data.missing=draw, or mask where the model has other views"
+            return UserError(f"ecg_path {path}", found, expected, fix)
+        return None
 
     @property
     def writes(self) -> bool:
@@ -136,8 +171,8 @@ class SignalSpec:
     def words(self, path: str, key: int, sought: Sought | None = None) -> Words:
         """What views write of the ECG at `path`, a line each, and of what is retrieved for it, or for another that is
         `sought`. Raises UserError as `load`."""
-        _, raw, names = self._read(path, key) if self.texts else ("", np.zeros(0), ())
-        behind = "".join(f"{_said(text, raw, self.sampling_rate, names)}\n" for text in self.texts.values())
+        leads, names = self._leads(path, key) if self.texts else (np.zeros(0), ())
+        behind = "".join(f"{said(text, leads, self.sampling_rate, names)}\n" for text in self.texts.values())
         found = self.retrieval.words(sought or self.sought(path, key)) if self.retrieval else Words()
         return Words(behind + found.behind, found.system)
 
@@ -145,7 +180,15 @@ class SignalSpec:
         """The ECG at `path`, as it is shown, for which others are retrieved."""
         told = self.names_of(path, key)[1], self.perturb, self.seed if self.perturb else 0, self.leads, sorted(about)
         name = xxhash.xxh3_64_intdigest(repr(told).encode())
-        return Sought(path, about, name, lambda: self._read(path, key)[1])
+        return Sought(path, about, name, lambda: self._leads(path, key)[0])
+
+    def _leads(self, path: str, key: int) -> tuple[np.ndarray, tuple[str, ...]]:
+        """What is measured of an ECG: its leads (C, L), and their names."""
+        _, leads, names, _ = self._read(path, key)
+        if leads is None:
+            found = "an image, in which nothing is measured"
+            raise UserError(f"ecg_path {path}", found, "a recording", "leave it out, or choose another elm")
+        return leads, names
 
     def load(self, path: str, key: int, epoch: int | None = None) -> Signal:
         """The ECG at `path` as the model sees it in the first view.
@@ -156,35 +199,58 @@ class SignalSpec:
         leaves what is no recording alone.
         Raises UserError for a recording that cannot be read or is too short.
         """
-        return self._shown(*self._read(path, key), epoch) if self.features is None else self._kept(path, key)
+        if self.features is not None:
+            return self._kept(path, key)
+        read = self._read(path, key)
+        if (lacking := self._lacking(path, read)) is not None:
+            raise lacking
+        return self._shown(read, epoch)
 
-    def _read(self, path: str, key: int) -> tuple[str, np.ndarray, tuple[str, ...]]:
-        """The path with what `perturb` makes of it, the leads (C, L) before normalisation, and their names."""
+    def _read(self, path: str, key: int) -> Read:
+        """What is at a path, or what `perturb` puts there: leads before normalisation, and an image of them."""
         if self.perturb == "noise" and path not in (NOISE, FLATLINE):
             key = zlib.crc32(path.encode(), self.seed)  # all that is asked of a recording is asked of one noise
         path = {"zeros": FLATLINE, "noise": NOISE}.get(self.perturb or "", path)
+        image = None if (file := self._image_file(path)) is None else read_image(file)
+        if is_image(path):
+            return Read(path, None, (), image)
         raw, names = self.recorded(path, key)
         if names == self.names:
-            return path, raw, names
+            return Read(path, raw, names, image)
         chosen = tuple(name for name in self.names if name in names)
         if not chosen:
             expected = f"one of {', '.join(self.names)}"
             raise UserError(self._place(path)[1], f"leads {', '.join(names)}", expected, "leave it out")
-        return path, raw[[names.index(name) for name in chosen]], chosen
+        return Read(path, raw[[names.index(name) for name in chosen]], chosen, image)
 
-    def _shown(self, path: str, raw: np.ndarray, names: tuple[str, ...], epoch: int | None) -> Signal:
-        """What becomes of leads (C, L), by name, that were read."""
-        drawn = None if epoch is None or path in (NOISE, FLATLINE) else _generator(self.seed, epoch, path)
-        if drawn is not None and self.augment_ecg:
+    def _shown(self, read: Read, epoch: int | None) -> Signal:
+        """What becomes of what was read."""
+        drawn = None if epoch is None or read.unreal else _generator(self.seed, epoch, read.path)
+        raw, names = read.leads, read.names
+        if raw is not None and drawn is not None and self.augment_ecg:
             raw = augment_ecg(raw, drawn)
+        if self.representation == "rgb" and read.image is not None:
+            return self._image(read.image, drawn)
+        assert raw is not None, "it lacks what is shown"
         if self.representation == "rgb":
-            return self._image(draw(raw, self.sampling_rate, names, self.dpi), drawn)
+            return self._image(self.paper.draw(raw, self.sampling_rate, names, self.dpi), drawn)
         if self.representation == "stacked_signal":
             return self._image(stacked(min_max(raw, self.norm_eps)), drawn)
         if coder := self.ids or self.tokens:
             return coder.encode(raw, self.norm_eps)
         signal = normalize(raw, self.norm_eps, self.normalize)
         return in_slots(signal, names, self.names, self.length) if self.some_leads else signal
+
+    def _image_file(self, path: str) -> str | None:
+        """The image of the ECG at `path`, where one is given. Raises UserError where it lies outside its folder."""
+        if path in NOTHING or all(spec.representation != "rgb" for spec in self.views.values()):
+            return None
+        if is_image(path):
+            return str(self._files(path)[0])
+        file = self.paper.image_of(path)
+        if file is not None:
+            self._confine(path, file, str(self.paper.folder))
+        return file
 
     def names_of(self, path: str, key: int) -> tuple[str, str]:
         """What an encoder's output for the ECG at `path` is kept as, and what it is asked for by.
@@ -212,7 +278,7 @@ class SignalSpec:
         """
         found = []
         with contextlib.suppress(UserError):
-            for file in self._files(path):
+            for file in dict.fromkeys((*self._files(path), *filter(None, [self._image_file(path)]))):
                 with contextlib.suppress(OSError, ValueError):  # no file, or what none can be called
                     stat = os.stat(file)
                     found.append((stat.st_size, stat.st_mtime_ns, *([stat.st_ctime_ns] if kept else [])))
@@ -226,28 +292,13 @@ class SignalSpec:
         if not os.path.isfile(file):
             shards.check_index(*os.path.split(file))
             expected = "a recording: a .npy file, a WFDB record with its .hea, or another format of docs/records.md"
-            raise UserError(str(file), "no file", expected, self._mend(path) or "check the path (and data.root)")
+            raise UserError(str(file), "no file", expected, mended(path, self.root) or "check the path (and data.root)")
 
     def _place(self, path: str) -> tuple[str, str]:
         """(the folder in which the ECG at `path` has to lie, its file)."""
         prefix = max((prefix for prefix in self.prefixes if path.startswith(prefix)), key=len, default="")
         folder = self.prefixes.get(prefix, self.root)
         return folder, os.path.join(folder, path.removeprefix(prefix).lstrip("/") if prefix else path)
-
-    def _mend(self, path: str) -> str:
-        """What to do where a file in `root`, or in a folder of it, ends as the `path` of an ECG does; "" where none
-        does."""
-        parts = path.split("/")
-        with contextlib.suppress(OSError, ValueError):
-            below = sorted(entry.path for entry in os.scandir(self.root) if entry.is_dir())
-            for cut in range(1, min(len(parts), _DEEPEST)):
-                rest = "/".join(parts[cut:])
-                for folder in (self.root, *below[:_MOST_FOLDERS]) if rest and ".." not in parts[cut:] else ():
-                    file = Path(folder, rest)
-                    if file.is_file() or header_of(file).is_file() or shards.find(str(file)):
-                        prefixes = json.dumps({"/".join(parts[:cut]) + "/": folder})
-                        return f"it lies in {folder} by another name: set --config.data.prefixes='{prefixes}'"
-        return ""
 
     def _files(self, path: str) -> Sequence[str | Path]:
         """The files of the ECG at `path`: of a WFDB record its header first, and those that this names; of others the
@@ -261,7 +312,7 @@ class SignalSpec:
             if (place := shards.find(whole)) is None:
                 return [whole]
             for file in (place.shard, os.path.join(os.path.dirname(whole), shards.INDEX)):
-                if not self.outside_root and not _is_still_inside(file, folder, os.getcwd()):
+                if not self.outside_root and not is_still_inside(file, folder, os.getcwd()):
                     self._confine(path, file, folder)
             return [place.shard]
         file = Path(whole)
@@ -275,11 +326,11 @@ class SignalSpec:
         return files
 
     def _confine(self, path: str, file: str, folder: str) -> None:
-        if not self.outside_root and not _is_inside(file, folder):
+        if not self.outside_root and not is_inside(file, folder):
             fix = "set data.root to a folder with all recordings, or --config.data.outside_root=true for data you trust"
             found = f"{file}, which lies or leads outside {'data.root' if folder == self.root else folder}"
             absent = not os.path.exists(file) and not os.path.exists(f"{file}.hea")
-            fix = (absent and self._mend(path)) or fix
+            fix = (absent and mended(path, self.root)) or fix
             raise UserError(f"ecg_path {path}", found, f"files in {folder}", fix)
 
     def load_raw(self, path: str, key: int) -> np.ndarray:
@@ -321,81 +372,13 @@ class SignalSpec:
 
     def _image(self, image: np.ndarray, drawn: np.random.Generator | None) -> Signal:
         assert self.processing is not None
+        if drawn is not None and self.paper.worn and self.representation == "rgb":
+            image = worn(image, drawn)
         if drawn is not None and self.augment_rgb:
             image = augment_image(image, drawn)
         return process(image, self.processing)
 
 
-def signal_spec(
-    data: DataConfig,
-    seed: int,
-    processing: Processing | None = None,
-    tokens: EcgTokens | None = None,
-    compat: tuple[str, ...] = (),
-) -> SignalSpec:
-    """What `data.*` says of the signals; the images of an encoder need its `processing`, symbols their `tokens`."""
-    return SignalSpec(
-        root=data.root,
-        outside_root=data.outside_root,
-        prefixes=data.prefixes,
-        leads=tuple(LEADS.index(lead) if isinstance(lead, str) else lead for lead in data.leads),
-        length=data.segment_len,
-        sampling_rate=data.sampling_rate,
-        norm_eps=data.norm_eps,
-        normalize="minmax" if data.normalize == "instance_minmax" else data.normalize,
-        perturb=data.perturb,
-        seed=seed,
-        representation=data.representation,
-        processing=processing,
-        tokens=tokens,
-        augment_ecg=data.augment_ecg,
-        augment_rgb=data.augment_rgb,
-        dpi=REFERENCE_DPI if behaviours.enabled("rgb_250_dpi", compat) else DPI,
-        compat=compat,
-    )
-
-
-def _is_inside(file: str, folder: str) -> bool:
-    """Whether a file lies in a folder, wherever links lead."""
-    try:
-        above, name = os.path.split(os.path.join(os.getcwd(), file))  # as it is: `..` behind a link leads elsewhere
-        real = os.path.join(_real(above), name)
-        if os.path.islink(real):
-            real = os.path.realpath(real)
-        return real.startswith(f"{_real(os.path.join(os.getcwd(), folder)).rstrip(os.sep)}{os.sep}")
-    except ValueError:  # no file can be called so, as reading it says
-        return True
-
-
-@lru_cache(4096)
-def _is_still_inside(file: str, folder: str, cwd: str) -> bool:
-    """`_is_inside` of a file of thousands of recordings, looked for once."""
-    return _is_inside(file, folder)
-
-
-@lru_cache(1024)
-def _real(folder: str) -> str:
-    return os.path.realpath(folder)
-
-
-def _said(text: Callable[..., str], *of: Any) -> str:
-    """What it says of leads, their rate and names; a function of two arguments is not told the names."""
-    return text(*of[: 2 if len(signature(text).parameters) == 2 else len(of)])
-
-
-def _image_layout(processing: Processing) -> Layout:
-    """Of what `images.process` returns."""
-    if processing.patch is None:
-        assert processing.size is not None
-        return ArraySpec((*processing.size, 3), np.uint8)
-    patches, width = processing.max_patches, 3 * processing.patch**2
-    return {
-        "patches": ArraySpec((patches, width), np.uint8),
-        "mask": ArraySpec((patches,), np.bool_),
-        "shape": ArraySpec((2,), np.int32),
-    }
-
-
-def _generator(seed: int, epoch: int, path: str) -> np.random.Generator:
-    key = np.array([zlib.crc32(path.encode()) << 32 | epoch, seed << 32 | zlib.crc32(b"augment")], np.uint64)
+def _generator(seed: int, epoch: int, path: str, what: bytes = b"augment") -> np.random.Generator:
+    key = np.array([zlib.crc32(path.encode()) << 32 | epoch, seed << 32 | zlib.crc32(what)], np.uint64)
     return np.random.Generator(np.random.Philox(key=key))

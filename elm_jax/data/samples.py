@@ -237,7 +237,7 @@ def grouped(conversations: list[Conversation]) -> list[Group]:
             prefix = int(unlike[0]) if len(unlike) else size
         # An ECG stands whole in the prefix or whole behind it.
         behind = first.signal_positions[ecgs_before(first, prefix) :]
-        prefix = min(prefix, int(behind.min())) if behind.size else prefix
+        prefix = min(prefix, int(behind[behind >= 0].min())) if behind.size else prefix
         if prefix:
             return [Group(prefix, conversations)]
     return [Group(0, [c]) for c in conversations]

@@ -78,9 +78,11 @@ def attention(model: TrainedModel, prompt: Prompt, answer: str) -> Attention:
     weights = _weights(model, written, ids)
     # A token's answer is made in the place before it.
     mean = weights[start - 1 : len(ids) - 1 if len(ids) > start else start].mean(0)
-    places = _ecg_places(model, prompt, written)
-    ecgs = prompt.signals or [{}] * len(places)
-    spans = [_spans(model, ids[where], ecg) for where, ecg in zip(places, ecgs, strict=True)]
+    by_embedding = _ecg_places(model, prompt, written)
+    places = [[place for place in at if place >= 0] for at in by_embedding]
+    ecgs, spans = prompt.signals or [{}] * len(places), []
+    for at, ecg in zip(by_embedding, ecgs, strict=True):
+        spans.append([s for s, place in zip(_spans(model, ids[at], ecg), at, strict=True) if place >= 0])
     return Attention([tokenizer.decode([int(i)]) for i in ids], mean, places, spans, start)
 
 
@@ -123,7 +125,7 @@ def _head_mean(llm: Decoder, q: jax.Array, k: jax.Array, mask: jax.Array) -> jax
 
 
 def _ecg_places(model: TrainedModel, prompt: Prompt, written: Prompt) -> list[list[int]]:
-    """Of each ECG the places of its tokens in the written prompt."""
+    """Of each ECG the places of its tokens in the written prompt, -1 of an embedding that it has not."""
     if written.signals or not prompt.signals:
         return [[int(i) for i in row] for row in written.rendered.signal_positions]
     symbols = model.assembly.signal.tokens
@@ -143,7 +145,8 @@ def _spans(model: TrainedModel, ids: np.ndarray, ecg: Shown) -> list[list[Part]]
         return _symbol_spans(spec, ids)
     spans = []
     for view in config.slots:
-        samples = int(ecg[view]["samples"]) if spec.views[view].some_leads else spec.length
+        told = view in ecg and spec.views[view].some_leads
+        samples = int(ecg[view]["samples"]) if told else spec.length
         spans += _view_spans((spec.shape[0], samples), config, view, model.assembly.encoders)
     return spans
 

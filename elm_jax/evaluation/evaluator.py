@@ -50,7 +50,8 @@ _SCORING = ("at_end", "controls", "protocol", "wordnet", "bert_model", "labels",
             "judge")  # fmt: skip
 # And of data.*: fingerprints tell which records there are, and what is asked is neither packed nor augmented.
 _TRAINING = ("val_fraction", "subset", "weights", "augment_ecg", "augment_rgb", "pack", "share", "workers",
-             "timeout", "max_bad_records", "prefixes", "remote_gb")  # fmt: skip
+             "timeout", "max_bad_records", "prefixes", "remote_gb", "augment_paper", "drop_views",
+             "swap_views")  # fmt: skip
 ERROR = ("where", "found", "expected", "fix")  # the parts of a UserError
 
 Line = dict[str, Any]

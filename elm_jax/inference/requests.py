@@ -22,8 +22,9 @@ class Request:
     """A prompt to be gone on with.
 
     number: its own. draw: what is drawn for it depends on this, beside the seed; less than 2**31. ids: (T,) int32,
-    T > 0. signals: its ECGs, whose embeddings stand at `places` (n_ecgs, N). edges: ascending; tokens [0, edge) are a
-    beginning that other prompts may have, too. new: the most tokens that may be drawn.
+    T > 0. signals: its ECGs, whose embeddings stand at `places` (n_ecgs, N), -1 of those that there are not. edges:
+    ascending; tokens [0, edge) are a beginning that other prompts may have, too. new: the most tokens that may be
+    drawn.
     """
 
     number: int
@@ -49,7 +50,8 @@ class Request:
         """The ECGs that stand in tokens [begin, end)."""
         if not self.signals:
             return range(0)
-        first, last = self.places[:, 0], self.places[:, -1]
+        last = self.places.max(axis=1)
+        first = np.where(self.places < 0, last[:, None], self.places).min(axis=1)
         return range(int((first < begin).sum()), int((last < end).sum()))
 
     def _digest(self, edge: int) -> bytes:

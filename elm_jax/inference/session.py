@@ -17,6 +17,7 @@ import numpy as np
 from elm_jax.config import EvalConfig
 from elm_jax.data.batch import Shown
 from elm_jax.data.ecg_tokens import reserved
+from elm_jax.data.pages import is_image
 from elm_jax.data.represent import DEMO, FLATLINE, NOISE, SignalSpec
 from elm_jax.ecg.checks import limb_sums
 from elm_jax.ecg.recording import LEADS, Recording, collected_notes, read_ecg
@@ -28,11 +29,13 @@ from elm_jax.text.write import THINK_PREFIX, TextSpec
 
 MARK = "<ecg>"
 MOST_MV = 30.0  # no ECG is larger
+_UNNAMED = OSError, ValueError, RuntimeError  # of what no file can be called
 
 
 @dataclass(frozen=True, eq=False)
 class Ecg:
-    """An ECG as the model sees it, the leads as they were recorded (12, L) in mV, and in words what was read."""
+    """An ECG as the model sees it, the leads as they were recorded (12, L) in mV, of an image zeros, and in words what
+    was read."""
 
     path: str
     signal: Shown
@@ -253,7 +256,7 @@ class Session:
 
 
 def read_input(path: str, spec: SignalSpec, number: int = 0) -> Ecg:
-    """The ECG at `path`: a recording that `read_ecg` reads, `demo:<split>:<index>`, `noise` or `flatline`.
+    """The ECG at `path`: a recording that `read_ecg` reads, an image, `demo:<split>:<index>`, `noise` or `flatline`.
 
     A relative path is relative to the current folder, not to `data.root`. `number` tells one `noise` from
     another.
@@ -270,6 +273,9 @@ def read_input(path: str, spec: SignalSpec, number: int = 0) -> Ecg:
     if path in (NOISE, FLATLINE) or path.startswith(DEMO):
         file = path
         facts = ["generated", _amount(len(LEADS), spec.sampling_rate, spec.length)]
+    elif is_image(path):
+        with refused(path, "", "the path of an image", "correct it", *_UNNAMED):
+            file, facts = str(Path(path).expanduser().absolute()), ["an image"]
     else:
         file, recording, notes = _read(path, spec)
         amount = _amount(len(recording.leads), recording.sampling_rate, recording.signal.shape[1])
@@ -279,13 +285,14 @@ def read_input(path: str, spec: SignalSpec, number: int = 0) -> Ecg:
     if spec.perturb is not None:
         facts.append(f"replaced by {spec.perturb} (data.perturb)")
     told = f"{path}: {'; '.join(facts)}"
-    return Ecg(file, spec.show(file, key), spec.load_raw(file, key), spec.words(file, key), told)
+    nothing = np.zeros((len(LEADS), spec.length), np.float32)  # of an image
+    recorded = nothing if is_image(path) else spec.load_raw(file, key)
+    return Ecg(file, spec.show(file, key), recorded, spec.words(file, key), told)
 
 
 def _read(path: str, spec: SignalSpec) -> tuple[str, Recording, list[str]]:
     """The absolute path, what is there, and what reading it took for granted."""
-    errors = OSError, ValueError, RuntimeError  # of what no file can be called
-    with refused(path, "", "the path of a recording", "correct it", *errors):
+    with refused(path, "", "the path of a recording", "correct it", *_UNNAMED):
         file = Path(path).expanduser().absolute()
         with collected_notes(str(file.parent)) as notes:
             bare_rate = spec.bare_rate or spec.sampling_rate

@@ -155,7 +155,7 @@ class Speaker:
         """
         spec, tokens, room = self.assembly.signal, self.assembly.signal.tokens, self.assembly.llm.max_len - new
         if tokens is None or not prompt.signals:
-            return prompt
+            return replace(prompt, rendered=spec.shown.fitted(prompt.rendered, prompt.signals))
         ecgs = [ecg[spec.view] for ecg in prompt.signals]
         rendered = write_prompt(prompt.rendered, ecgs, tokens.least, room)
         if len(rendered.ids) > room:
@@ -209,7 +209,8 @@ class Speaker:
         for row, piece in enumerate(pieces):
             tokens[row, : len(piece.ids)] = piece.ids
             ecgs = piece.request.ecgs(piece.begin, piece.end)
-            positions = piece.request.places[ecgs.start : ecgs.stop] - piece.begin
+            positions = piece.request.places[ecgs.start : ecgs.stop]
+            positions = np.where(positions < 0, -1, positions - piece.begin)
             shown = piece.request.signals[ecgs.start : ecgs.stop]
             place_ecgs(signals, weights, (row,), 0, shown, positions, signal_slot[row])
         return tokens, signal_slot, signals, weights

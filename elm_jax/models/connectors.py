@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from elm_jax import compat as behaviours
@@ -35,7 +36,10 @@ class LinearConnector(nnx.Module):
 
 
 class MlpConnector(nnx.Module):
-    """(..., E) -> hidden -> exact GELU -> (..., D), in the dtype of the input."""
+    """(..., N, E) -> hidden -> exact GELU -> (..., N, D), in the dtype of the input.
+
+    newlines: (N,) of bools, the places of a learnt vector, whatever comes in there (`encoders.clip_patches`).
+    """
 
     def __init__(
         self,
@@ -45,12 +49,19 @@ class MlpConnector(nnx.Module):
         *,
         rngs: nnx.Rngs,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
+        newlines: tuple[bool, ...] = (),
     ) -> None:
         self.hidden = _linear(in_width, hidden, ("signal", "mlp"), rngs, param_dtype)
         self.projection = _linear(hidden, out_width, ("mlp", "embed"), rngs, param_dtype)
+        self.newlines = newlines if any(newlines) else ()
+        if self.newlines:
+            self.newline = _uniform((out_width,), out_width**-0.5, ("embed",), rngs, param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.projection(jax.nn.gelu(self.hidden(x), approximate=False))
+        y = self.projection(jax.nn.gelu(self.hidden(x), approximate=False))
+        if not self.newlines:
+            return y
+        return jnp.where(np.array(self.newlines)[:, None], weight(self.newline, jnp.float32).astype(y.dtype), y)
 
 
 class PatchConnector(nnx.Module):
@@ -128,6 +139,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("projection.0.bias", "hidden.bias"),
         Rule("projection.2.weight", "projection.kernel", transpose=True),
         Rule("projection.2.bias", "projection.bias"),
+        Rule("image_newline", "newline"),
     ),
     "patch": (
         Rule("projection.weight", "projection.kernel", transpose=True),
@@ -155,14 +167,18 @@ def build_connector(
     *,
     rngs: nnx.Rngs,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
+    newlines: tuple[bool, ...] = (),
 ) -> LinearConnector | MlpConnector:
-    """A freshly initialised connector behind an encoder; `hidden` (of "mlp") defaults to `out_width`.
+    """A freshly initialised connector behind an encoder; `hidden` (of "mlp") defaults to `out_width`; `newlines`: the
+    encoder's, which an MLP alone fills.
 
-    Raises UserError for a kind that does not exist and for `hidden` with a kind that has none.
+    Raises UserError for a kind that does not exist, and for `hidden` or newlines with a kind that has none.
     """
     if kind == "mlp":
         inner = out_width if hidden is None else hidden
-        return MlpConnector(in_width, out_width, inner, rngs=rngs, param_dtype=param_dtype)
+        return MlpConnector(in_width, out_width, inner, rngs=rngs, param_dtype=param_dtype, newlines=newlines)
+    if any(newlines):
+        raise UserError("encoder.config.merge", "spatial_unpad", "flat or spatial without an MLP", "choose another elm")
     if kind != "linear":
         fix = nearest(kind, ("linear", "mlp")) or "choose one of them"
         raise UserError("connector", repr(kind), "linear or mlp", fix)

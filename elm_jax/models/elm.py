@@ -29,6 +29,7 @@ class ELM(nnx.Module):
         encoder: of one view, or by view where there are several; None, or left out, where the connector reads the
             signals itself.
         connector: of one view, or by view in their order; None where ECGs are symbols in the text.
+        through: a view -> another one, through whose connector its embeddings go, too.
         llm: the decoder; None where encoders learn alone, which have no connectors then.
         dtype: dtype of the decoder's activations.
         compat: names of reference behaviours (`elm_jax.compat`).
@@ -41,12 +42,14 @@ class ELM(nnx.Module):
         llm: Decoder | None,
         dtype: jnp.dtype,
         compat: tuple[str, ...] = (),
+        through: Mapping[str, str] | None = None,
     ) -> None:
         several = connector if isinstance(connector, Mapping) else encoder if isinstance(encoder, Mapping) else None
         self.views = () if several is None else tuple(several)
         self.encoder: Any = encoder if several is None else nnx.Dict(dict(encoder or {}))  # type: ignore[arg-type]
         self.connector: Any = nnx.Dict(dict(connector)) if isinstance(connector, Mapping) else connector
         self.llm, self.dtype, self.compat = cast(Decoder, llm), dtype, compat
+        self.through = tuple((through or {}).items())
 
     def signal_embeddings(self, signals: Any, weights: jax.Array, trained: Collection[str] = ()) -> jax.Array:
         """ECGs (by view, leaves (B, S, ...)) as LLM inputs (B, S·N, D); (B, 0, D) where ECGs are symbols.
@@ -67,7 +70,9 @@ class ELM(nnx.Module):
             features = jax.tree.map(flattened, view)
             if encoder is not None:
                 features = encoder(features, weights.reshape(-1), train=part in trained)
-            parts.append(connector(features.astype(self.dtype)))
+            embedded = connector(features.astype(self.dtype))
+            behind = dict(self.through).get(part.partition(".")[2])
+            parts.append(embedded if behind is None else self.connector[behind](embedded))
         embeddings = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
         if behaviours.enabled("scale_signal_embeddings", self.compat):
             embeddings = embeddings * jnp.asarray(self.llm.embedding_scale, embeddings.dtype)

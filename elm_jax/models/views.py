@@ -8,6 +8,8 @@ from elm_jax.elms import ELMS
 from elm_jax.errors import UserError
 from elm_jax.models.encoders import ENCODERS, kind_of
 
+_READABLE = {"images": ("rgb", "stacked_signal"), "symbols": ("symbolic",), "signals": ("signal",)}
+
 
 def check_views(config: Config) -> None:
     """Raise UserError, naming the key, for what the views of `config.elm` do not have, and for what they lack."""
@@ -38,6 +40,10 @@ def check_views(config: Config) -> None:
             raise UserError(f"{key}.name", "None", f"an ECG encoder for elm={elm}: {known}", f"set --config.{key}.name")
         if not each.encoder and own is not None:
             raise UserError(f"{key}.name", own, f"no encoder with elm={elm}", "leave it out, or choose a LLaVA")
+        if own is not None and each.shows is not None and each.shows not in _READABLE[_reads(config, name)]:
+            expected = f"an encoder of {each.shows} for view {name} of elm={elm}"
+            fitting = [known for known in ENCODERS if each.shows in _READABLE[kind_of(known).reads]]
+            raise UserError(f"{key}.name", own, f"{expected}: {', '.join(fitting)}", f"set --config.{key}.name")
     parts = {"encoder": any(each.encoder for each in config.views.values()), "connector": bool(config.slots)}
     parts |= {config.part("encoder", name): True for name, each in config.slots.items() if each.encoder}
     parts |= {config.part("connector", name): True for name in config.slots}
@@ -46,6 +52,7 @@ def check_views(config: Config) -> None:
             raise UserError("update", part, f"no {part} with elm={elm}", "leave it out, or choose another elm")
     mlp = any(each.connector == "mlp" for each in config.views.values())
     of_images = any(_reads(config, name) == "images" for name in config.views)
+    of_pages = any(representation_of(config, name) == "rgb" for name in config.views)
     fitting = _fitting(config, first)
     if data.representation not in fitting:
         what = f"encoder.name={encoder.name}" if view.encoder else f"elm={elm}"
@@ -70,12 +77,23 @@ def check_views(config: Config) -> None:
          "false where update has the encoder: outputs of one that learns change"),
         (len(config.views) == 1 or not encoder.cache, "encoder.cache", True,
          f"false for elm={elm}{' with retrieval.index' if config.retrieval.index else ''}"),
-        (not (data.augment_ecg or data.augment_rgb) or not encoder.cache, "encoder.cache", True,
-         "false with data.augment_ecg or data.augment_rgb: recordings change"),
+        (not (data.augment_ecg or data.augment_rgb or data.augment_paper) or not encoder.cache, "encoder.cache", True,
+         "false with data.augment_ecg, augment_rgb or augment_paper: recordings change"),
         (view.tokens in (None, encoder.tokens), "encoder.tokens", encoder.tokens, f"{view.tokens} for elm={elm}"),
         (symbols or data.ecg_tokenizer is None, "data.ecg_tokenizer", data.ecg_tokenizer,
          f"None but for {_elms_with('writes', 'tokens')} and encoders of symbols"),
         (of_images or not data.augment_rgb, "data.augment_rgb", True, "false without an encoder of images"),
+        (data.normalize == "minmax" or any(representation_of(config, name) == "signal" for name in config.views),
+         "data.normalize", data.normalize, f"minmax with data.representation={data.representation}"),
+        (of_pages or not data.augment_paper, "data.augment_paper", True, "false without images of pages (rgb)"),
+        (of_pages or data.images is None, "data.images", data.images, "None without images of pages (rgb)"),
+        (of_pages or (data.image_layout, data.image_rhythm) == ("12x1", ()), "data.image_layout", data.image_layout,
+         "12x1, and no image_rhythm, without images of pages (rgb)"),
+        (len(config.slots) > 1 or not (data.drop_views or data.swap_views or data.left_out),
+         "data.drop_views, swap_views or left_out", (data.drop_views, data.swap_views, data.left_out),
+         "nothing of an elm of one view"),
+        (not data.left_out or set(data.left_out) < set(config.slots), "data.left_out", data.left_out,
+         f"some of {', '.join(config.slots)}, but not all"),
         (mlp or config.connector.hidden is None, "connector.hidden", config.connector.hidden,
          f"None but for {_elms_with('connector', 'mlp')}"),
     ]  # fmt: skip
@@ -97,8 +115,7 @@ def representation_of(config: Config, view: str) -> str:
 def _fitting(config: Config, view: str) -> tuple[str, ...]:
     """The representations that a view can have."""
     shows = config.views[view].shows
-    of = {"images": ("rgb", "stacked_signal"), "symbols": ("symbolic",), "signals": ("signal",)}
-    return (shows,) if shows else of[_reads(config, view)]
+    return (shows,) if shows else _READABLE[_reads(config, view)]
 
 
 def _reads(config: Config, view: str) -> str:

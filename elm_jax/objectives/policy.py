@@ -17,9 +17,9 @@ import numpy as np
 from elm_jax.config import Config
 from elm_jax.data.batch import Batch
 from elm_jax.data.measured import Measured
-from elm_jax.data.represent import signal_spec
 from elm_jax.data.samples import Experience, Samples
 from elm_jax.data.sources import Record
+from elm_jax.data.specs import signal_spec
 from elm_jax.errors import UserError
 from elm_jax.models.elm import ELM
 from elm_jax.objectives.cross_entropy import log_probs, per_target, sums_of_samples

@@ -19,8 +19,9 @@ from elm_jax import compat as behaviours
 from elm_jax import stopping
 from elm_jax.config import DataConfig
 from elm_jax.data.prepare.work import in_order
-from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec, signal_spec
+from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec
 from elm_jax.data.sources import Record, load_records
+from elm_jax.data.specs import signal_spec
 from elm_jax.ecg.features import NAMES, ecg_features
 from elm_jax.errors import UserError, printable
 from elm_jax.folders import (

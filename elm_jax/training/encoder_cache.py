@@ -24,7 +24,7 @@ from elm_jax import stopping
 from elm_jax.assemble import Assembly, encoder_structure
 from elm_jax.data.batch import empty_signals, put_signal
 from elm_jax.data.kept_features import Features, FeatureWriter
-from elm_jax.data.represent import SIGNALS, SignalSpec
+from elm_jax.data.represent import PLAIN_PAPER, SIGNALS, SignalSpec
 from elm_jax.errors import UserError
 from elm_jax.models.functional import Arrays
 from elm_jax.models.hints import placed
@@ -64,6 +64,7 @@ def keep_features(
     later = ["compared"] if compared else []  # each says something only where it is not as it always was
     later += [spec.normalize] if spec.normalize != "minmax" else []
     later += [repr(spec.ids)] if spec.ids else []
+    later += [repr(spec.paper)] if spec.paper != PLAIN_PAPER else []
     facts = (*facts, config.llm.compute_dtype, weights, *later)
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 

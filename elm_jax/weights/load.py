@@ -18,6 +18,7 @@ from elm_jax.models.families import ALIASES, FAMILIES, family_of, from_hf, neare
 from elm_jax.runtime.mesh import named_sharding
 from elm_jax.text.vocabulary import TOKENIZER_FILES
 from elm_jax.weights.files import HF_FOLDER, TORCH, conversion, download, is_repository, listed, open_checkpoint
+from elm_jax.weights.llava import is_llava, of_llm, text_config
 from elm_jax.weights.published import Published, match
 
 _HEAD = "lm_head.weight"  # where the tied ones have a copy of the embedding table
@@ -76,6 +77,8 @@ def open_llm(folder: str | Path, config: DecoderConfig) -> Published:
     rules = [rule for rule in family.rules if rule.ours in shapes]
     assert len(rules) == len(shapes), "the rules and the parameters differ"
     tensors, table = open_checkpoint(folder), family.rules[0].theirs
+    if is_llava(tensors):
+        tensors = {name: tensor for name, tensor in tensors.items() if of_llm(name)}
     prefix = table.partition(".")[0] + "."
     bare = table not in tensors and table.removeprefix(prefix) in tensors  # of the model inside the causal one
     named = {key: prefix + key if bare and not key.startswith("lm_head.") else key for key in tensors}
@@ -99,7 +102,7 @@ def parameters(state: nnx.State) -> dict[str, nnx.Variable]:
 def read_llm_config(folder: str | Path) -> DecoderConfig:
     """The configuration in a local folder's `config.json`; UserError if it is not one of ours."""
     path = Path(folder) / "config.json"
-    return from_hf(read_json(path, HF_FOLDER), str(path))
+    return from_hf(text_config(read_json(path, HF_FOLDER)), str(path))
 
 
 def resolve_llm_folder(name: str | Path, weights: bool = True) -> Path:

@@ -120,8 +120,8 @@ def an_index(records: Path, cache: Path) -> Read:
 
     from elm_jax.config import DataConfig
     from elm_jax.data.dataset import Dataset, text_spec
-    from elm_jax.data.represent import signal_spec
     from elm_jax.data.sources import load_records
+    from elm_jax.data.specs import signal_spec
 
     answered = [{"from": "human", "value": "Is this normal?"}, {"from": "gpt", "value": "yes"}]
     write_records(records, [answered] * 20)
@@ -200,7 +200,7 @@ def same_stamp(path: Path, change: Callable[[], Any]) -> bool:
 def stamps(folder: Path) -> Counter[str]:
     """A table and a recording that change while their time stamps do not."""
     from elm_jax.config import DataConfig
-    from elm_jax.data.represent import signal_spec
+    from elm_jax.data.specs import signal_spec
 
     table, recording, spec = folder / "t.parquet", folder / "a.npy", signal_spec(DataConfig(root=str(folder)), 0)
     read = a_table(table)

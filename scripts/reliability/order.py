@@ -32,8 +32,8 @@ from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.loader import Loaded, StepSource
 from elm_jax.data.plan import Plan
 from elm_jax.data.readers import steps_from
-from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
+from elm_jax.data.specs import signal_spec
 
 EPOCHS = 2
 HOSTS = (1, 2, 4, 2)  # one after another

@@ -14,8 +14,9 @@ from texts import chat_tokenizer, write_records
 from elm_jax.config import DataConfig
 from elm_jax.data import dataset as dataset_module
 from elm_jax.data.dataset import Dataset, text_spec
-from elm_jax.data.represent import SignalSpec, signal_spec
+from elm_jax.data.represent import SignalSpec
 from elm_jax.data.sources import load_records
+from elm_jax.data.specs import signal_spec
 from elm_jax.errors import UserError
 from elm_jax.inference.session import read_input
 

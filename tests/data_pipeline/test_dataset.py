@@ -24,8 +24,9 @@ from elm_jax.data import lengths
 from elm_jax.data.dataset import Dataset, read_system_prompt, text_spec
 from elm_jax.data.demo import demo_tokenizer
 from elm_jax.data.loader import unusable
-from elm_jax.data.represent import SignalSpec, signal_spec
+from elm_jax.data.represent import SignalSpec
 from elm_jax.data.sources import Records, load_records
+from elm_jax.data.specs import signal_spec
 from elm_jax.errors import Absent, UserError
 from elm_jax.text.render import TextSpec, add_tokens
 

@@ -32,8 +32,8 @@ from elm_jax.data.loader import Loaded, StepSource, unusable
 from elm_jax.data.packing import LengthIndex
 from elm_jax.data.plan import Plan
 from elm_jax.data.readers import Reading, steps_from
-from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
+from elm_jax.data.specs import signal_spec
 from elm_jax.errors import Absent, UserError
 from elm_jax.models.attention import packed_mask
 

@@ -12,8 +12,8 @@ from texts import chat_tokenizer
 
 from elm_jax.config import DataConfig, resolve
 from elm_jax.data.dataset import Dataset, text_spec
-from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records, patient_ids
+from elm_jax.data.specs import signal_spec
 from elm_jax.data.table_files import COLUMNS
 from elm_jax.objectives.preference import chosen_and_rejected
 

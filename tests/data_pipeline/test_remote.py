@@ -24,8 +24,8 @@ from elm_jax.config import default_config, resolve
 from elm_jax.data import remote
 from elm_jax.data.dataset import Dataset, text_spec
 from elm_jax.data.remote import RemoteTable, remote_tables
-from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import Split, load_records
+from elm_jax.data.specs import signal_spec
 from elm_jax.data.table_files import file_tables
 from elm_jax.errors import Absent, UserError
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from parity_log import compare
 
 from elm_jax.config import DataConfig
-from elm_jax.data.represent import SignalSpec, signal_spec
+from elm_jax.data.represent import SignalSpec
+from elm_jax.data.specs import signal_spec
 from elm_jax.ecg.recording import LEADS, Recording, segments, to_segment
 from elm_jax.ecg.resampling import resample, resample_by_spline
 from elm_jax.errors import UserError

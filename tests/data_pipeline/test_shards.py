@@ -22,7 +22,7 @@ from elm_jax.config import DataConfig
 from elm_jax.data.prepare import DATASETS, output
 from elm_jax.data.prepare.output import segment_counts
 from elm_jax.data.prepare.runner import prepare_dataset
-from elm_jax.data.represent import signal_spec
+from elm_jax.data.specs import signal_spec
 from elm_jax.ecg import shards
 from elm_jax.ecg.recording import LEADS, read_ecg
 from elm_jax.errors import UserError

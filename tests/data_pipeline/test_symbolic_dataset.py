@@ -19,8 +19,8 @@ from elm_jax.data.ecg_ids import EcgIds
 from elm_jax.data.ecg_tokens import EcgTokens, add_ecg_tokens
 from elm_jax.data.loader import StepSource
 from elm_jax.data.plan import Plan
-from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import Record, load_records
+from elm_jax.data.specs import signal_spec
 from elm_jax.errors import UserError
 from elm_jax.symbols.coder import EcgByte
 from elm_jax.text.render import add_tokens, render

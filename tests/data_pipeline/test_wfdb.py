@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elm_jax.config import DataConfig
-from elm_jax.data.represent import signal_spec
+from elm_jax.data.specs import signal_spec
 from elm_jax.ecg.recording import LEADS, read_ecg, say_again, to_segment
 from elm_jax.errors import UserError
 

@@ -20,7 +20,7 @@ import wfdb
 
 from elm_jax.config import DataConfig
 from elm_jax.data.kept_features import Features, FeatureWriter
-from elm_jax.data.represent import signal_spec
+from elm_jax.data.specs import signal_spec
 from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError
 from elm_jax.run.fingerprints import fingerprint

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from texts import write_records
 
-from elm_jax.data.represent import signal_spec
+from elm_jax.data.specs import signal_spec
 from elm_jax.ecg.recording import LEADS, in_slots, read_ecg
 from elm_jax.errors import UserError
 from elm_jax.exchange.export import export

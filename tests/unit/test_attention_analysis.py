@@ -67,7 +67,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         ("mae_vit", "nepa", "dit", "dit_text"), SIZES | {"d_model": 16, "n_heads": 2, "dim_ff": 16, "num_layers": 1}
     ),
 }
-IMAGES, SYMBOLS = {"clip", "dinov2", "vit", "siglip", "siglip2", "mlp_mixer"}, {"next_token", "signal2vec"}
+IMAGES = {"clip", "clip_patches", "dinov2", "vit", "siglip", "siglip2", "mlp_mixer"}
+SYMBOLS = {"next_token", "signal2vec"}
 
 
 def spans_of(

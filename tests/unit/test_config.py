@@ -84,6 +84,10 @@ def test_keys_and_defaults_are_those_of_the_contract_and_those_it_has_grown_by()
     expected["eval"]["judge"] |= {"retries": 3, "workers": 4, "max_tokens": 4096, "limit": None}
     expected["train"] |= {"conversations": None, "save_minutes": None, "save_wait": False}
     expected["encoders"] = {}
+    expected["data"] |= {
+        "augment_paper": False, "image_layout": "12x1", "image_rhythm": (), "images": None, "missing": "error",
+        "left_out": (), "drop_views": 0.0, "swap_views": 0.0,
+    }  # fmt: skip
     expected["optim"] |= {"warmup_steps": None, "ema": 0.0}
     expected["rl"] = {
         "rewards": ("format", "tags", "answer"), "reward_weights": None, "answers": 4, "max_new_tokens": 384,

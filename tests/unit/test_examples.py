@@ -11,8 +11,8 @@ from fake_model import RATE, SECONDS, fake_config
 from texts import chat_tokenizer, write_records
 
 from elm_jax.data.dataset import Dataset, text_spec
-from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
+from elm_jax.data.specs import signal_spec
 from elm_jax.evaluation import examples
 
 TURNS = [{"from": "human", "value": "Is the rhythm regular?"}, {"from": "gpt", "value": "yes"}]

@@ -73,8 +73,8 @@ def report(tmp_path_factory) -> Path:
 
     from elm_jax.data.dataset import Dataset, text_spec
     from elm_jax.data.demo import demo_tokenizer
-    from elm_jax.data.represent import signal_spec
     from elm_jax.data.sources import load_records
+    from elm_jax.data.specs import signal_spec
 
     config = fake_config(data__names=["demo:train=8,val=4,test=2"])
     dataset = Dataset(load_records(config.data, "test", 0), demo_tokenizer(),

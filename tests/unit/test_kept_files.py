@@ -14,7 +14,7 @@ import pytest
 
 from elm_jax.config import DataConfig
 from elm_jax.data.kept_features import Features, FeatureWriter
-from elm_jax.data.represent import signal_spec
+from elm_jax.data.specs import signal_spec
 from elm_jax.errors import Absent, UserError
 from elm_jax.folders import keep, kept, kept_in
 from elm_jax.runtime.compilation import keep_compiled

@@ -22,9 +22,10 @@ from elm_jax.config import Config, DataConfig
 from elm_jax.data.batch import BatchShape, empty_batch
 from elm_jax.data.loader import Loaded, StepSource
 from elm_jax.data.plan import Plan
-from elm_jax.data.represent import SignalSpec, signal_spec
+from elm_jax.data.represent import SignalSpec
 from elm_jax.data.samples import _last_of
 from elm_jax.data.sources import load_records
+from elm_jax.data.specs import signal_spec
 from elm_jax.ecg.beats.measurements import measure
 from elm_jax.ecg.beats.words import describe
 from elm_jax.errors import UserError

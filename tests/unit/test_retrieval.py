@@ -18,8 +18,9 @@ from texts import chat_tokenizer
 from elm_jax import index as command
 from elm_jax.config import DataConfig, resolve
 from elm_jax.data.dataset import Dataset
-from elm_jax.data.represent import SignalSpec, signal_spec
+from elm_jax.data.represent import SignalSpec
 from elm_jax.data.sources import load_records
+from elm_jax.data.specs import signal_spec
 from elm_jax.ecg.features import NAMES
 from elm_jax.errors import UserError
 from elm_jax.evaluation import evaluator

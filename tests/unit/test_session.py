@@ -12,8 +12,8 @@ from fake_model import RATE, SECONDS, FakeModel, fake_config
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.demo import load_demo_ecg
 from elm_jax.data.ecg_tokens import add_ecg_tokens
-from elm_jax.data.represent import signal_spec
 from elm_jax.data.sources import load_records
+from elm_jax.data.specs import signal_spec
 from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError
 from elm_jax.inference.session import Session, read_input

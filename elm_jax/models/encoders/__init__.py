@@ -22,6 +22,7 @@ from elm_jax.errors import UserError
 from elm_jax.models.encoders import (
     any_leads,
     checkpoints,
+    clip_patches,
     dinov2,
     dit,
     ecg_coca,
@@ -89,6 +90,7 @@ class Kind:
     some_leads: whether it reads signals with any of the leads, and any length up to the data's, as a dict of arrays
         that says which and how many (`ecg.recording.in_slots`).
     processing: how it wants its images; None: it reads signals, or the ids of ECG-Byte where `symbols` says so.
+    images: what of that its own config changes, which then has the size of the images as `page`.
     pretraining: the encoder with all that its own pretraining trains, which `kind_of` finds as "NAME.pretraining".
     text: the text tower that this trains it against. Its config has the tower's fields as `text`.
     """
@@ -109,6 +111,7 @@ class Kind:
     pooled: Pooled | None = None
     some_leads: bool = False
     processing: Processing | None = None
+    images: Callable[[Any, Processing], Processing] | None = None
     symbols: bool = False
     pretraining: Kind | None = None
     text: Paired | None = None
@@ -138,6 +141,8 @@ class Kind:
         usual, sizes = self.processing, self.config(fields)
         if usual is None:
             return None
+        if self.images is not None:
+            return self.images(sizes, usual)
         if usual.patch is not None:
             return replace(usual, patch=sizes.patch_size)
         edge = sizes.edge
@@ -258,6 +263,12 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
         sizes.Dinov2Config.from_fields, dinov2.Dinov2, dinov2.dinov2_rule, dinov2.dinov2_name, absent=dinov2.absent,
         file_config=dict, wrapper=_IN_MODULE, sign=checkpoints.begins("encoder.layer.0.layer_scale1."),
         processing=DINOV2,
+    ),
+    "clip_patches": Kind(
+        clip_patches.ClipPatchesConfig.from_fields, clip_patches.ClipPatches, clip_patches.weight_rule,
+        clip_patches.published_name, file_config=dict, releases=clip_patches.RELEASES, wrapper=_IN_MODULE,
+        sign=checkpoints.begins("vision_model.pre_layrnorm."), processing=CLIP,
+        images=clip_patches.ClipPatchesConfig.images,
     ),
     "vit": Kind(
         sizes.VitConfig.from_fields, vision.Vit, vision.vit_rule, vision.vit_name, absent=vision.vit_absent,

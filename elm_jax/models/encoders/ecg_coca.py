@@ -221,7 +221,7 @@ def weight_rule(name: str) -> Rule:
 def published_name(name: str) -> str | None:
     """A checkpoint's key without wrapper prefixes; None for what only the pretraining uses."""
     name = bare_name(name)
-    return None if name.startswith(_OF_PRETRAINING) else name
+    return None if name.startswith((*_OF_PRETRAINING, "model.", "lm_head.")) else name  # the last two: of a LLaVA's
 
 
 def paired_name(name: str) -> str | None:
