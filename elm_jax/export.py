@@ -3,11 +3,13 @@
     python -m elm_jax.export --checkpoint runs/demo --out exported
     python -m elm_jax.export --checkpoint runs/qa --out exported --merge --dtype bfloat16
     python -m elm_jax.export --checkpoint runs/qa --out exported --push_to_hub me/my-elm
+    python -m elm_jax.export --checkpoint runs/gem --out exported --llava
 
 It leaves in D: llm/ (AutoModelForCausalLM.from_pretrained loads it) with the tokenizer; adapter/ (a PEFT folder)
 where the run trained LoRA and --merge was not given; encoder.safetensors and connector.safetensors with the
 reference's names; elm.json, how ECGs and prompts are prepared; README.md, the model card; and with PyTorch elm.pt
-and encoder.pt, for --elm_ckpt and --encoder_ckpt of the reference.
+and encoder.pt, for --elm_ckpt and --encoder_ckpt of the reference. With --llava also llava/, the folder that the
+programs of GEM and PULSE load.
 
 Weights come out in the dtype in which they were trained, or, where they were not, in the one in which they came.
 """
@@ -34,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     if options.push_to_hub:
         check_repo(options.push_to_hub)
     config = config_of_run(options.checkpoint, flags)
-    for line in export(config, options.out, options.step, options.merge, options.dtype, shard_bytes):
+    for line in export(config, options.out, options.step, options.merge, options.dtype, shard_bytes, options.llava):
         print(printable(line))
     print(f"exported to {options.out}")
     if options.push_to_hub:
@@ -47,6 +49,7 @@ def _parser() -> cli.Parser:
     parser.add_argument("--out", metavar="D", required=True, help="the folder to write; an earlier export is replaced")
     parser.add_argument("--step", default="best", help="latest, best or a number")
     parser.add_argument("--merge", action="store_true", help="add LoRA to the weights that it adapts")
+    parser.add_argument("--llava", action="store_true", help="also a folder as LLaVA, GEM and PULSE have theirs")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of every parameter")
     parser.add_argument(
         "--max_shard_size", "--max-shard-size", metavar="N", default="5GB", help="of a file of the LLM: 500MB, 5GB"

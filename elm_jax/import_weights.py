@@ -2,10 +2,12 @@
 
     python -m elm_jax.import_weights epoch_best.pt --out runs/imported --config.llm.name=qwen2.5-1.5b-instruct
     python -m elm_jax.import_weights encoder.pt --out runs/imported --config configs/llava_st_mem.py
+    python -m elm_jax.import_weights GEM/ --out runs/gem --config.encoder.checkpoint=cpt_wfep_epoch_20.pt
     python -m elm_jax.import_weights adapter/ --out runs/imported --config configs/llava_merl.py --merge
 
-PATH: a checkpoint of the reference, an encoder's, or a folder that PEFT has saved. --config and --config.* say what
-the checkpoint does not; what it does say is taken from it. Nothing in the file but tensors is read.
+PATH: a checkpoint of the reference, an encoder's, a folder of GEM, PULSE or another LLaVA, or one that PEFT has saved.
+--config and --config.* say what the checkpoint does not; what it does say is taken from it. Nothing in the file but
+tensors is read.
 
 W/import_report.json says what went where. `train` starts from W by --config.init_from=W, `evaluate` and `chat` by
 --checkpoint W.

@@ -12,6 +12,7 @@ from elm_jax.cli import ConfigFlags, read_config_file
 from elm_jax.config import Config
 from elm_jax.elms import ELMS
 from elm_jax.errors import UserError
+from elm_jax.exchange import llava
 from elm_jax.exchange.facts import Fact, Facts, embedding_of, facts_of, patches_of
 from elm_jax.exchange.foreign import Foreign
 from elm_jax.folders import read_json
@@ -58,8 +59,13 @@ def configure(source: Foreign, flags: ConfigFlags, out: str) -> Imported:
     _check_llm(source, flags, facts)
     facts = _patches(source, flags, tree, name, facts)
     facts |= _consequences(flags, tree, facts)
+    if source.llava is not None:
+        told = llava.places(_resolved(flags, tree, name, facts, out))
+        facts |= {key: Fact(value, by) for key, (value, by) in told.items()}
     config = _resolved(flags, tree, name, facts, out)
-    if source.kind == "elm":
+    if source.llava is not None:
+        rows, assembly = int(source.info[embedding_of(source)].shape[0]), assemble(config)
+    elif source.kind == "elm":
         rows = int(source.info[embedding_of(source)].shape[0])
         said = _is_said(flags, "objective") or _is_said(flags, "phase")
         assembly, facts["objective"] = _objective(source, config, rows, said)

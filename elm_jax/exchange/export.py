@@ -20,6 +20,8 @@ from elm_jax.config import Config
 from elm_jax.errors import UserError
 from elm_jax.exchange.card import facts_of, facts_of_encoder, write_card
 from elm_jax.exchange.exported import ADAPTER, LLM
+from elm_jax.exchange.llava import config_json
+from elm_jax.exchange.llava import write_config as write_llava_config
 from elm_jax.exchange.llm_folder import write_companions, write_config
 from elm_jax.exchange.reference import Kinds, Reference, published_rules, reference_of
 from elm_jax.exchange.torch_files import ELM, ENCODER, has_torch, write_checkpoints, write_encoder
@@ -30,19 +32,21 @@ from elm_jax.models.names import Rule
 from elm_jax.run.weights import TrainedWeights
 from elm_jax.weights.encoders import EXPORTED
 from elm_jax.weights.files import open_checkpoint
+from elm_jax.weights.llava import their_rule
 from elm_jax.weights.peft import WEIGHTS, merged, save_adapter, spec_of
 from elm_jax.weights.safetensors import Safetensors
 from elm_jax.weights.shards import ShardWriter
 
+LLAVA = "llava"
 SHARD_BYTES = 5 * 10**9
-_WRITTEN = frozenset((LLM, ADAPTER, EXPORTED, "connector.safetensors", ELM, ENCODER, ECG_BYTE, FACTS,
+_WRITTEN = frozenset((LLM, ADAPTER, LLAVA, EXPORTED, "connector.safetensors", ELM, ENCODER, ECG_BYTE, FACTS,
                       "README.md"))  # fmt: skip
 NO_TORCH = f"left out: {ELM}, for PyTorch is not installed (pip install torch)"
 
 
 def export(
     config: Config, out: str | Path, which: str = "best", merge: bool = False, dtype: str | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES, llava: bool = False,
 ) -> list[str]:  # fmt: skip
     """Write the run `config.workdir` into the folder `out`; returns a line about each part.
 
@@ -50,17 +54,22 @@ def export(
         which: `latest`, `best` (else latest) or a step.
         merge: add LoRA to the weights that it adapts, instead of writing it beside them.
         dtype: of every parameter; None: what was trained as it was trained, the rest as it came.
-        shard_bytes: of a file of the LLM at most.
+        shard_bytes: of a file of the LLM at most. llava: also all of it as a folder of LLaVA's, as GEM and PULSE are.
     Raises:
-        UserError: no checkpoint, nothing to merge, weights that are not the run's, or an `out` that is no export.
+        UserError: a model that LLaVA's program does not know, no checkpoint, nothing to merge, weights that are not the
+            run's, or an `out` that is no export.
     """
     out = Path(out).expanduser().resolve()
     _check_out(out, config)
     export = _Export(TrainedWeights(Path(config.workdir), which, config, alone=True), merge, dtype, shard_bytes)
+    if llava:
+        config_json(export.weights.assembly)
+        if export.adapter and not merge:
+            raise UserError("--llava", "LoRA beside the weights", "weights alone", "give --merge too")
     with whole_folder(out) as fresh:
         if export.weights.assembly.llm is not None:
             (fresh / LLM).mkdir()
-        return export.write(fresh)
+        return export.write(fresh) + (export.write_llava(fresh / LLAVA) if llava else [])
 
 
 def _check_out(out: Path, config: Config) -> None:
@@ -135,6 +144,19 @@ class _Export:
         lines += self._companions(folder, adapter)
         lines += self._checkpoints(folder)
         return lines
+
+    def write_llava(self, folder: Path) -> list[str]:
+        """Write all arrays into a new folder, as LLaVA's program saves a model."""
+        folder.mkdir()
+        rules = [their_rule(rule) for rule in self.reference.rules.values()]
+        layouts = {rule.ours: (self.dtype(rule.ours), self.weights.leaves[rule.ours].shape) for rule in rules}
+        writer = ShardWriter(folder / "model", rules, layouts, None, self.shard_bytes)
+        for name, array in self._arrays():
+            writer.write(name, array.astype(self.dtype(name), copy=False))
+        writer.close()
+        write_llava_config(folder, self.weights.assembly, str(self.dtype("llm.embedding.table")))
+        write_companions(folder, self.weights.assembly)
+        return [f"{LLAVA}: {', '.join(writer.files)} ({_size(writer.bytes)})"]
 
     def _writers(self, folder: Path) -> dict[str, ShardWriter]:
         kinds = self._kinds

@@ -11,6 +11,7 @@ import ml_dtypes
 from elm_jax.elms import ELMS
 from elm_jax.errors import UserError
 from elm_jax.exchange.foreign import Foreign
+from elm_jax.exchange.llava import told_by
 from elm_jax.folders import read_json
 from elm_jax.models.connectors import PREFIXES, RULES
 from elm_jax.models.encoders import ENCODERS
@@ -38,6 +39,10 @@ def facts_of(source: Foreign, several: bool = False) -> Facts:
     """
     if source.kind == "encoder":
         return _encoder(source, "")
+    if source.llava is not None:
+        told = told_by(str(source.path), source.info, source.llava)
+        facts = {key: Fact(value, source.written.get(by, by)) for key, (value, by) in told.items()}
+        return facts | {"llm.name": Fact(str(source.path), "config.json")} | _dtypes(source)
     return _model(source, several)
 
 
@@ -53,13 +58,18 @@ def embedding_of(source: Foreign) -> str:
 
 
 def _model(source: Foreign, several: bool) -> Facts:
-    info, table = source.info, embedding_of(source)
+    embedding_of(source)
     facts = {} if several else _connector(source)
     if facts and any(view.encoder for view in ELMS[facts["elm"].value].values()):
         facts |= _encoder(source, "encoder.")
-    dtype = "bfloat16" if info[table].dtype == ml_dtypes.bfloat16 else "float32"
-    facts |= {f"llm.{which}_dtype": Fact(dtype, table) for which in ("compute", "param")}
-    return facts | _lora(source)
+    return facts | _dtypes(source) | _lora(source)
+
+
+def _dtypes(source: Foreign) -> Facts:
+    """What the language model computes in: the dtype of its embeddings."""
+    table = embedding_of(source)
+    dtype = "bfloat16" if source.info[table].dtype == ml_dtypes.bfloat16 else "float32"
+    return {f"llm.{which}_dtype": Fact(dtype, table) for which in ("compute", "param")}
 
 
 def _connector(source: Foreign) -> Facts:

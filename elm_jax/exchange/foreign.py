@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from elm_jax.errors import UserError
+from elm_jax.folders import read_json
 from elm_jax.models.names import bare_name
-from elm_jax.weights.files import open_tensors
+from elm_jax.weights.files import HF_FOLDER, open_tensors
+from elm_jax.weights.llava import ECG_PROJECTOR, is_llava, our_name
 from elm_jax.weights.peft import CONFIG as ADAPTER_CONFIG
 from elm_jax.weights.peft import WEIGHTS as ADAPTER_WEIGHTS
 from elm_jax.weights.published import described
@@ -34,7 +36,8 @@ class Foreign:
     """An opened checkpoint; no tensor has been read.
 
     info: shape and dtype by name, without the prefixes of PyTorch's wrappers. written: that name -> the file's own.
-    rest: what else is in the file, which is not read. tensors: by the file's own names.
+    rest: what else is in the file, which is not read. tensors: by the file's own names. llava: the `config.json` of a
+    folder of LLaVA's, whose tensors have in `info` and `written` the names of the reference's checkpoints; else None.
     """
 
     path: Path
@@ -43,6 +46,7 @@ class Foreign:
     written: Mapping[str, str]
     rest: tuple[str, ...]
     tensors: Mapping[str, np.ndarray]
+    llava: Mapping[str, Any] | None = None
 
     @property
     def title(self) -> str:
@@ -62,15 +66,25 @@ def open_foreign(path: str | Path) -> Foreign:
         return _foreign(path, "adapter", Safetensors(path / ADAPTER_WEIGHTS))
     tensors = open_tensors(path, str(path))
     bare = {bare_name(name) for name in tensors}
+    if is_llava(bare):
+        if not path.is_dir():
+            fix = "give the folder that it is in, with config.json and the tokenizer"
+            raise UserError(str(path), "the tensors of a LLaVA model alone", "its folder", fix)
+        both = any(name.startswith(ECG_PROJECTOR) for name in bare)
+        ours = {our_name(bare_name(name), both): name for name in tensors}
+        return replace(_foreign(path, "elm", tensors, ours), llava=read_json(path / "config.json", HF_FOLDER))
     if any(name in bare for name in _OF_AN_LLM):
         fix = "no import is needed: save it with save_pretrained and set --config.llm.name to the folder"
         raise UserError(str(path), "a language model alone", "an ECG-language model, an encoder or an adapter", fix)
     return _foreign(path, "elm" if any(name.startswith(_LLM) for name in bare) else "encoder", tensors)
 
 
-def _foreign(path: Path, kind: Kind, tensors: Mapping[str, np.ndarray]) -> Foreign:
-    specs, written = described(tensors), dict[str, str]()
-    for name in tensors:
+def _foreign(
+    path: Path, kind: Kind, tensors: Mapping[str, np.ndarray], named: Mapping[str, str] | None = None
+) -> Foreign:
+    """`named`: the names that tensors go by -> their own."""
+    specs, written = described(tensors), dict(named or {})
+    for name in tensors if named is None else ():
         if bare_name(name) in written:
             found = f"both {written[bare_name(name)]} and {name}"
             raise UserError(str(path), found, "one of them", "save the state dict of the bare module")

@@ -22,11 +22,13 @@ import numpy as np
 
 from elm_jax import compat as behaviours
 from elm_jax.assemble import Assembly
+from elm_jax.folders import read_json
 from elm_jax.models.families import to_hf
 from elm_jax.text.forms import CHAT_FORMS
 from elm_jax.text.render import TextSpec, stop_ids, to_prompt
 from elm_jax.text.vocabulary import SIGNAL_TOKEN, THINK_TOKENS, vocabulary
 from elm_jax.text.write import THINK_PREFIX
+from elm_jax.weights.llava import MODEL_TYPES
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # of newer and of older configurations
 _LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -84,7 +86,7 @@ def write_config(folder: Path, assembly: Assembly, dtypes: Iterable[np.dtype], a
     """
     source, rows = assembly.llm_folder, assembly.llm.vocab_size
     dtype = str(functools.reduce(jnp.promote_types, dtypes))
-    if source is None:
+    if source is None or read_json(source / "config.json").get("model_type") in MODEL_TYPES:  # of more than the LLM
         # Transformers has a padding id for each family where a file has none; it may be beyond this vocabulary.
         content = {**to_hf(assembly.llm), "dtype": dtype, "pad_token_id": None, **_token_ids(assembly)}
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -95,10 +95,14 @@ def _matched(source: Foreign, imported: Imported) -> tuple[Published, dict[str, 
     assembly = imported.assembly
     kinds = Kinds.of(assembly)
     before = "encoder." if source.kind == "encoder" else ""
-    leaves = {name: leaf for name, leaf in assembly.structure.leaves.items() if name.startswith(before)}
+    without = _elsewhere(source, kinds)
+    leaves = {
+        name: leaf for name, leaf in assembly.structure.leaves.items()
+        if name.startswith(before) and not name.startswith(without)
+    }  # fmt: skip
     rows = imported.rows or assembly.llm.vocab_size
     table = reference_of(leaves, kinds, rows)
-    named, left_out = _named(source, kinds)
+    named, left_out = _named(source, kinds, table.expected())
     may_lack = [
         kinds.before(part) + name for part, encoder in kinds.encoders.items()
         for name in kind_of(encoder).absent(source.info.keys())
@@ -111,8 +115,17 @@ def _matched(source: Foreign, imported: Imported) -> tuple[Published, dict[str, 
     return found, left_out | {key: _COPY.format(found.keys[first]) for key, first in copies.items()}
 
 
-def _named(source: Foreign, kinds: Kinds) -> tuple[dict[str, str], dict[str, str]]:
-    """The checkpoint's tensors -> their names in the table; and those that no model needs, with the reason."""
+def _elsewhere(source: Foreign, kinds: Kinds) -> tuple[str, ...]:
+    """How the names of towers begin that a checkpoint of LLaVA's leaves to files of their own."""
+    parts = () if source.llava is None else tuple(f"{part}." for part in kinds.encoders)
+    return tuple(part for part in parts if not any(name.startswith(part) for name in source.info))
+
+
+def _named(
+    source: Foreign, kinds: Kinds, expected: Collection[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The checkpoint's tensors -> their names in the table, some `expected`; and those that no model needs, with the
+    reason."""
     buffers, own = family_of(kinds.model_type).buffers, dict[str, str | None]()
     for part, encoder in kinds.encoders.items():
         own |= _of_encoder(source, encoder, "" if source.kind == "encoder" else f"{part}.", kinds.before(part))
@@ -121,6 +134,8 @@ def _named(source: Foreign, kinds: Kinds) -> tuple[dict[str, str], dict[str, str
         theirs = own.get(name, name)
         if theirs is None:
             left_out[key] = _COUNTER if name.endswith(".num_batches_tracked") else _UNUSED
+        elif name.endswith("image_newline") and theirs not in expected:
+            left_out[key] = "a newline, which is read where patches are merged by spatial_unpad"
         elif name.startswith("llm.") and buffers and name.endswith(buffers):
             left_out[key] = "a table that follows from the configuration"
         else:

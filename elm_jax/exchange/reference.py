@@ -116,7 +116,8 @@ def reference_of(leaves: Mapping[str, Leaf], kinds: Kinds, rows: int) -> Referen
             theirs = _of_adapter(ours, published)
         else:
             theirs = _beneath(published[ours].theirs) if module in adapted else published[ours].theirs
-        rules[ours] = Rule(prefix + theirs, ours, is_lora(ours) or published[ours].transpose)
+        own = published.get(ours, Rule(theirs, ours, True))  # of LoRA
+        rules[ours] = Rule(prefix + theirs, ours, own.transpose, own.first)
     shapes = {name: _cut(leaf.shape, rules[name], rows) for name, leaf in leaves.items()}
     table = Reference(rules, shapes, {}, ())
     return replace(table, aliases=_aliases(table, kinds, PEFT_PREFIX if adapted else ""), counters=_counters(table))
