@@ -27,7 +27,16 @@ LLM = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "mlp": 64, "max_len
 IMAGES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 MAE = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+COCA = {"width": 32, "layers": 1, "heads": 2, "embed_dim": 8}
+CLIP = IMAGES | {"image_size": 32, "patch_size": 16}
+TWO_VIEWS = {
+    "encoders": {"image": {"name": "clip_patches", "tokens": 4, "config": CLIP}}, "encoder.tokens": 11,
+    "data.sampling_rate": 250, "llm.chat": None,
+}  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {
+    "gem": COCA,
+    "ecg_r1_style": COCA,
+    "pulse": CLIP | {"fit": "anyres", "grids": [[1, 2], [2, 1]]},
     "llava_merl": {"resnet_type": "resnet18", "width": 8},
     "llava_st_mem": MAE,
     "llava_mtae": MAE | DECODER,
@@ -39,6 +48,9 @@ SMALL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(STAGES, MAE),
 }
 OTHERS: dict[str, dict[str, Any]] = {
+    "gem": TWO_VIEWS,
+    "ecg_r1_style": TWO_VIEWS,
+    "pulse": {"encoder.tokens": 12, "data.sampling_rate": 250, "llm.chat": None},
     "llava_siglip_ecg": {"encoder.tokens": 20},
     "elf_patch": {"encoder.tokens": 20},
     "elf_conv": {"encoder.tokens": 20},
