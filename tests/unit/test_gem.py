@@ -202,7 +202,7 @@ def test_such_a_model_trains_goes_on_speaks_and_comes_back(tmp_path: Path) -> No
     flags = ["--checkpoint", whole.workdir, "--step", "latest", "--out", str(out), "--llava"]
     assert cli.guard(export_main, flags) == 0
     said = ["--config.llm.chat=None", "--config.encoder.config.heads=2", "--config.data.image_layout=3x4"]
-    said += ["--config.encoders.image.config.num_attention_heads=2"]
+    said += ["--config.encoders.image.config.num_attention_heads=2", "--config.data.max_len=96"]
     assert cli.guard(import_main, [str(out / "llava"), "--out", str(back), *said]) == 0
     brought = TrainedModel(replace(whole, workdir=str(back)), "latest")
     for name, array in ours.arrays.items():
