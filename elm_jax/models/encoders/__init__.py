@@ -196,7 +196,7 @@ ENCODERS: Registry[Kind] = Registry("encoder.name", {
     "resnet18_any": Kind(
         any_leads.AnyLeadsConfig.from_fields, any_leads.AnyLeads, any_leads.weight_rule, merl.published_name,
         absent=any_leads.absent, releases=_MERL_RELEASES, some_leads=True,
-        sign=checkpoints.begins(any_leads.EMBEDDING), sizes=checkpoints.merl_sizes, pooled=_MERL_POOLED,
+        sign=checkpoints.has(any_leads.EMBEDDING), sizes=checkpoints.merl_sizes, pooled=_MERL_POOLED,
     ),
     "merl_vit": Kind(
         merl_vit.MerlVitConfig.from_fields, merl_vit.MerlVit, merl_vit.weight_rule, merl_vit.published_name,

@@ -55,6 +55,11 @@ def begins(*starts: str, without: str = "") -> Sign:
     return sign
 
 
+def has(name: str) -> Sign:
+    """The tensor of this published name."""
+    return lambda tensors: name if name in tensors.names else None
+
+
 def is_siglip(tensors: Tensors) -> str | None:
     """SigLIP 1, whose names SigLIP 2 has too: its patches are a convolution's."""
     patches = "vision_model.embeddings.patch_embedding.weight"
