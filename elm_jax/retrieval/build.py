@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import xxhash
@@ -20,7 +20,7 @@ from elm_jax import stopping
 from elm_jax.config import DataConfig
 from elm_jax.data.prepare.work import in_order
 from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec
-from elm_jax.data.sources import Record, load_records
+from elm_jax.data.sources import Record, Split, load_records
 from elm_jax.data.specs import signal_spec
 from elm_jax.ecg.features import NAMES, ecg_features
 from elm_jax.errors import UserError, printable
@@ -102,6 +102,8 @@ def build_index(
         raise UserError("--out", f"{out}, into which {other} builds", "one at a time", "wait, or give another")
     try:
         _check_settings(out, settings)
+        for left in out.glob(".*.*.????????"):  # a write that was cut off
+            left.unlink()
         write_json(out / _SETTINGS, settings)
         return _build(data, out, splits, facts, settings, workers, compat, progress)
     finally:
@@ -132,6 +134,7 @@ def _build(
             made = hashlib.sha256(repr((settings, items, [spec.stamp(item.path) for item in items])).encode())
             part = _kept(stem, made.hexdigest())
             if part is None:
+                (out / INDEX).unlink(missing_ok=True)  # of an index that is no more
                 part = _write_part(stem, items, _Maker(spec, facts.signals), facts, workers, made.hexdigest(), bar)
                 for why in part["left_out"].values():
                     print(printable(f"left out: {why}"), file=sys.stderr)
@@ -165,7 +168,7 @@ def _items(data: DataConfig, splits: Sequence[str]) -> Iterator[Item]:
     """The recordings, each once: what its first record says."""
     seen = set[int]()
     for split in splits:
-        for record in load_records(replace(data, val_fraction=0.0, subset=None), split, 0):  # pyright: ignore
+        for record in load_records(replace(data, val_fraction=0.0, subset=None), cast(Split, split), 0):
             path, *others = record.ecg_paths or ("",)
             hashed = xxhash.xxh3_64_intdigest(path.encode(errors="surrogatepass"))
             if others or path in ("", NOISE, FLATLINE) or hashed in seen:
@@ -195,8 +198,8 @@ def _kept(stem: Path, made: str) -> dict[str, Any] | None:
     if part.get("made") != made:
         return None
     files = {"vectors": stem.with_suffix(".safetensors"), "texts": stem.with_suffix(".parquet")}
-    whole = all(path.is_file() and file_checksum(path) == part[what] for what, path in files.items())
-    return part if whole or not part["entries"] else None
+    whole = all(path.is_file() and file_checksum(path) == part.get(what) for what, path in files.items())
+    return part if whole or not part.get("entries") else None
 
 
 def _write_part(
