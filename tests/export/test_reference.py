@@ -124,7 +124,7 @@ def test_every_encoder_is_in_the_table() -> None:
     """Those of images are a Hugging Face model in a module of the reference's."""
     # The reference, or another, pretrains these, and has no model with one.
     of_no_elm = {"mae_vit", "nepa", "merl_vit", "next_token", "dit", "dit_text", "ecg_coca", "mlp_mixer"}
-    of_no_elm |= {"resnet18_any", "dinov2", "siglip", "orah", "signal2vec"}
+    of_no_elm |= {"clip_patches", "resnet18_any", "dinov2", "siglip", "orah", "signal2vec"}
     assert {"clip", "siglip2", "vit", "siglip_ecg", *of_no_elm, *ENCODER_FIELDS} == set(ENCODERS)
     leaves = {"encoder.cls": Leaf((8,), None, (), False), **LLM}
     assert reference_of(leaves, kinds("llama", "clip", "linear"), ROWS).names("encoder.cls") == [
