@@ -12,7 +12,6 @@ other work on the machine changes less than what a clock shows.
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -50,7 +49,7 @@ def main() -> int:
         ecgs = (load_demo_ecg(f"demo:train:{i}", RATE, LENGTH) for i in range(options.ecgs))
         base = np.stack([ecg_features(ecg, RATE) for ecg in ecgs])
         made(folder / "index", base, options.entries, rng)
-        before = peak()
+        before = own_memory()
         begin = time.perf_counter()
         vectors = Vectors(Index(folder / "index"), "feature", "z_scored", tuple(range(len(LEADS))))
         search = Exact(vectors)
@@ -69,7 +68,7 @@ def main() -> int:
         many = 1e3 * (time.perf_counter() - begin) / len(queries)
         figures |= {"query_ms": round(statistics.median(times), 2), "query_ms_least": round(min(times), 2)}
         figures |= {"query_processor_ms": round(statistics.median(busy), 2)}
-        figures |= {"query_ms_of_many": round(many, 2), "memory_mb": round((peak() - before) / 1e6)}
+        figures |= {"query_ms_of_many": round(many, 2), "memory_mb": round((own_memory() - before) / 1e6)}
         for place in range(0, len(queries), max(1, len(queries) // 5)):
             best = nearest_of_all(vectors, queries[place])
             wrong += not np.isclose(best, found[place][1][0], rtol=1e-4)
@@ -122,9 +121,10 @@ def built(folder: Path, count: int, workers: int) -> dict[str, float]:
     return {"built": count, "built_per_s": round(count / (time.perf_counter() - begin), 1), "workers": workers}
 
 
-def peak() -> int:
-    """Bytes of memory that this process has had at most, mapped files among them."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def own_memory() -> int:
+    """Bytes of memory that this process has for itself: not those of mapped files, which the system takes back."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 if __name__ == "__main__":
