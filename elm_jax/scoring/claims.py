@@ -136,6 +136,10 @@ _LISTED = re.compile(r"\b(?:or|nor)\b", re.I)
 _NOT_BEHIND = re.compile(
     r"[\s\w]{0,12}?\b(?:is|are|was|were)\s+(?:not\b|absent|excluded|ruled out|never)|\s+absent\b", re.I
 )
+_NOT_THERE = re.compile(  # behind a number; "of 430 ms is not prolonged" denies none
+    r"[\s\w]{0,12}?\b(?:is|are|was|were)\s+(?:(?:not|never) (?:seen|present|found|there|observed|measured|reached|"
+    r"exceeded)|absent|excluded|ruled out)|\s+absent\b", re.I
+)  # fmt: skip
 _SENTENCE = re.compile(r"[.!?](?=\s|$)|[;\n]")
 _PRE = r"(?:\b(?:{adjectives}|significant|mild|marked|slight|clear|{groups})[\s-]+)+$"
 _PREMODIFIER = re.compile(
@@ -143,6 +147,8 @@ _PREMODIFIER = re.compile(
         adjectives="|".join(p for words in _ADJECTIVES.values() for p in words.values()), groups="|".join(_GROUPS)
     ), re.I,
 )  # fmt: skip
+_JUDGED = re.compile("|".join(rf"\b(?:{p})" for words in _ADJECTIVES.values() for p in words.values()), re.I)
+_SO = re.compile(r"\w\s+at\b", re.I)  # what is so "at" a number, and the number not it
 _SEPARATED = re.compile(r"(?:^|[,;:(]|\b(?:and|with|an?|no|shows?)\b)\s*$", re.I)
 
 
@@ -167,6 +173,7 @@ class _Region:
 def _in_sentence(text: str) -> Iterator[Claim]:
     said = " ".join(text.split())[:_SAID]
     found, rest = numbers(text), text
+    denied = frozenset(number for number in found if _denied(text, number))
     for match in _FINDING.finditer(text):
         _, kind, word = _FINDINGS[int(str(match.lastgroup)[1:])]
         yield _worded(kind, word, (), _negated(text, match.start(), match.end()), said)
@@ -176,11 +183,10 @@ def _in_sentence(text: str) -> Iterator[Claim]:
     head = rest[: regions[0].start] if regions else rest
     for region in regions:
         inside = [number for number in found if region.start <= number.start < region.end]
-        yield from _of_region(rest, region, inside, head, said)
+        yield from _of_region(rest, region, inside, denied, head, said)
     for number in found:  # without a subject; a region goes on to the next one
         if number.unit in _ALONE and not (regions and regions[0].start <= number.start):
-            no = _negated(text, number.start, number.end)
-            yield Claim(_ALONE[number.unit], (), number.low, number.high, "", no, said)
+            yield Claim(_ALONE[number.unit], (), number.low, number.high, "", number in denied, said)
 
 
 def _regions(text: str, numbers: list[Number]) -> list[_Region]:
@@ -207,29 +213,30 @@ def _right_before(numbers: list[Number], text: str, begin: int, end: int) -> Num
     return next(near, None)
 
 
-def _of_region(text: str, region: _Region, numbers: list[Number], head: str, said: str) -> Iterator[Claim]:
+def _of_region(
+    text: str, region: _Region, numbers: list[Number], denied: frozenset[Number], head: str, said: str
+) -> Iterator[Claim]:
     kind, subject = region.kind, text[region.subject : region.behind].lower()
     if kind in ("p", "p_wave"):
         if any(number.unit in _TO_MV for number in numbers):
-            yield from _of_leads(text, region, "p_wave", numbers, head, said)
+            yield from _of_leads(text, region, "p_wave", numbers, denied, head, said)
         numbers, kind = [n for n in numbers if n.unit or kind == "p"], "p"  # "no P wave of one form"
     if kind == "beat" and subject.startswith("qrs") and not any(number.unit == "s" for number in numbers):
         kind = "qrs"
     if kind in PER_LEAD:
-        yield from _of_leads(text, region, kind, numbers, head, said)
+        yield from _of_leads(text, region, kind, numbers, denied, head, said)
         return
     if kind == "other":
         return
     for number in numbers:
         of, factor = _meant(kind, number, text[region.behind : number.start], text[number.end :])
         if of:
-            no = _negated(text, number.start, number.end)
-            yield Claim(of, (), number.low * factor, number.high * factor, "", no, said)
+            yield Claim(of, (), number.low * factor, number.high * factor, "", number in denied, said)
         elif number.unit == "rate":
-            yield Claim("rate", (), number.low, number.high, "", _negated(text, number.start, number.end), said)
+            yield Claim("rate", (), number.low, number.high, "", number in denied, said)
     for match in _words(kind, text, region):
         of = {"qt": "qtc", "rr": "rhythm"}.get(kind, kind)
-        yield _worded(of, str(match.lastgroup), (), _negated(text, match.start(), match.end(), region.subject), said)
+        yield _worded(of, str(match.lastgroup), (), _negated(text, match.start(), match.end()), said)
 
 
 def _worded(kind: str, word: str, leads: tuple[str, ...], negated: bool, said: str) -> Claim:
@@ -276,7 +283,9 @@ def _linked(gap: str, behind: str) -> bool:
     return len(gap.split()) <= 4 and not re.search(r"[\d,;(]", gap) and not _NO_UNIT_BEHIND.match(behind)
 
 
-def _of_leads(text: str, region: _Region, kind: str, numbers: list[Number], head: str, said: str) -> Iterator[Claim]:
+def _of_leads(
+    text: str, region: _Region, kind: str, numbers: list[Number], denied: frozenset[Number], head: str, said: str
+) -> Iterator[Claim]:
     """Claims about waves and ST in leads: each judging word with the leads and the voltages behind it."""
     words = _words(kind, text, region)
     if kind == "q" and not words and not numbers and _negated(text, region.subject, region.behind):
@@ -292,8 +301,9 @@ def _of_leads(text: str, region: _Region, kind: str, numbers: list[Number], head
     for place, (begin, end) in enumerate(pairwise(cuts)):
         word = str(words[place].lastgroup) if words else ""
         part, inside = text[begin:end], [n for n in numbers if begin <= n.start < end]
-        no = _negated(text, words[place].start(), words[place].end(), region.subject) if words else False
-        no = no or bool(inside and not words and _negated(text, inside[0].start, inside[0].end))
+        no = bool(words) and _negated(text, words[place].start(), words[place].end())
+        if no:  # a number before the word is denied with it
+            denied |= {number for number in inside if number.end <= words[place].start()}
         own: list[tuple[str, Number]] = []
         for match in _OWN.finditer(text, begin, end):
             own += [(_BY_NAME[match[1].lower()], n) for n in inside if n.start <= match.end() <= n.end]
@@ -304,13 +314,16 @@ def _of_leads(text: str, region: _Region, kind: str, numbers: list[Number], head
                 own += [(lead, number) for lead in _leads(text[number.end : behind])]
         shared = [n for n in shared if n not in [number for _, number in own]]
         told, group = _leads(part) or last or _leads(head), _group(part) or _group(head)
+        every = [(lead,) for lead in told] or [group]
         places = [(lead,) for lead in told if lead not in [one for one, _ in own]] or ([] if own else [group])
         claimed = [((lead,), number) for lead, number in own] + [(leads, n) for n in shared for leads in places]
-        sign = -1 if word in ("depression", "inverted") else 1
         for leads, number in claimed:
+            there = number in denied or not no
+            sign = -1 if word in ("depression", "inverted") and there else 1
             ends = [_signed(value * _TO_MV[number.unit], sign, kind) for value in (number.low, number.high)]
-            yield Claim(kind, leads, min(ends), max(ends), "", no, said)
-        for leads in places if words and not shared else ():
+            yield Claim(kind, leads, min(ends), max(ends), "", number in denied, said)
+        worded = every if no and not denied.intersection(inside) else places if not shared else []
+        for leads in worded if words else ():
             yield _worded("q_deep" if kind == "q" else kind, word, leads, no, said)
 
 
@@ -335,16 +348,29 @@ def _group(text: str) -> tuple[str, ...]:
     return _GROUPS[match[1].lower()] if match else ()
 
 
-def _negated(text: str, start: int, end: int, subject: int | None = None) -> bool:
+def _negated(text: str, start: int, end: int) -> bool:
     """Whether what stands from start to end is denied: before it, or behind it."""
+    return _behind_denial(text, start) is not None or bool(_NOT_BEHIND.match(text, end))
+
+
+def _denied(text: str, number: Number) -> bool:
+    """Whether a number is denied, and not what is so at it: "not prolonged at 380 ms" says that it is 380 ms. A bound
+    is denied with the word: "not prolonged above 440 ms"."""
+    between = _behind_denial(text, number.start)
+    if between is None:
+        return bool(_NOT_THERE.match(text, number.end))
+    bound = inf in (-number.low, number.high)
+    return not _SO.search(between) and (bound or not (_JUDGED.search(between) or _FINDING.search(between)))
+
+
+def _behind_denial(text: str, start: int) -> str | None:
+    """What stands between a denial and the place that it reaches; None where there is none."""
     before = text[max(0, start - _FAR) : start]
     found = list(_NOT_BEFORE.finditer(before))
-    if found:
-        between = before[found[-1].end() :]
-        ended = _SCOPE_ENDS.search(between)
-        listed = (
-            ended is not None and ended[0] == "," and bool(_LISTED.search(text, start - len(between) + ended.start()))
-        )
-        if ended is None or (listed and not re.search(r"\b(?:but|however|although|is|are|and)\b", between, re.I)):
-            return True
-    return bool(_NOT_BEHIND.match(text, end))
+    if not found:
+        return None
+    between = before[found[-1].end() :]
+    ended = _SCOPE_ENDS.search(between)
+    listed = ended is not None and ended[0] == "," and bool(_LISTED.search(text, start - len(between) + ended.start()))
+    goes_on = listed and not re.search(r"\b(?:but|however|although|is|are|and)\b", between, re.I)
+    return between if ended is None or goes_on else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, NamedTuple
 
@@ -195,6 +195,8 @@ def ground(text: str, evidence: Evidence) -> Grounded:
 
 def _verdict(claim: Claim, evidence: Evidence) -> tuple[str, tuple[str, ...], str]:
     """Of a claim: what it is, the leads in which it holds, what is measured."""
+    if claim.negated and not claim.word:
+        return _denied(claim, evidence), (), _measured(claim, evidence)
     parts = [claim]
     if claim.kind == "st" and claim.word in ("level", "deviation"):  # neither, or one of both
         no = claim.negated != (claim.word == "level")
@@ -208,6 +210,19 @@ def _verdict(claim: Claim, evidence: Evidence) -> tuple[str, tuple[str, ...], st
     true = any(right) if len(parts) > 1 and not parts[0].negated else all(right)
     verdict = "wrong" if not true else "vague" if _vague(claim, evidence) else "right"
     return verdict, () if claim.negated else leads, _measured(claim, evidence)
+
+
+def _denied(claim: Claim, evidence: Evidence) -> str:
+    """The verdict of a number that is denied: "not above x" is "at most x", in all leads. Not to be a number, or
+    between two, is wrong where a value is so, and else says next to nothing."""
+    bound = inf in (-claim.low, claim.high)
+    holds = _holds(claim if bound else replace(claim, negated=False), evidence)
+    if holds is None:
+        return "unmeasured"
+    if not bound:
+        return "wrong" if holds else "vague"
+    low, high = (-inf, claim.low) if claim.high == inf else (claim.high, inf)
+    return "wrong" if not holds else "vague" if _vague(replace(claim, low=low, high=high), evidence) else "right"
 
 
 def _holds(claim: Claim, evidence: Evidence) -> tuple[str, ...] | None:

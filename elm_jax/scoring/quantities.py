@@ -37,7 +37,7 @@ _UP_TO = (
     r"less than|below|under|shorter than|lower than|at most|(?:no|not) (?:more|longer|greater) than|up to|"
     r"(?:does )?not exceed(?:ing)?|<"
 )
-_FROM = r"more than|greater than|above|over|longer than|at least|exceed(?:s|ing)?|(?:no|not) less than|>"
+_FROM = r"more than|greater than|higher than|above|over|longer than|at least|exceed(?:s|ing)?|(?:no|not) less than|>"
 _VALUE = re.compile(
     rf"(?:(?P<up_to>{_UP_TO})|(?P<from>{_FROM}))?[\s=]*(?P<between>\b(?:between|from)\b)?\s*"
     r"(?:(?:about|approximately|approx|around|roughly|nearly|~)\s*)?"

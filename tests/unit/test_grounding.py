@@ -25,11 +25,12 @@ def made(number: int) -> Measurements:
     return measure(synthesize((3, number), 250.0, 2500), 250.0)
 
 
-def held(text: str, **values: Any) -> dict[str, str]:
-    """kind -> verdict, of a text about an ECG of which these values are known; "st V2" is written st_V2."""
+def held(text: str, numbers: bool = False, **values: Any) -> dict[str, str]:
+    """kind -> verdict, of a text (or its numbers alone) about an ECG of which these values are known; "st V2" is
+    written st_V2."""
     known = {tuple(f"{name}_".split("_")[:2]): value for name, value in values.items()}
     evidence = Evidence({key: (value,) for key, value in known.items()}, {"pr": "no P wave of one look"}, frozenset())  # type: ignore[misc]
-    return {one.claim.kind: one.verdict for one in ground(text, evidence).held}
+    return {one.claim.kind: one.verdict for one in ground(text, evidence).held if not (numbers and one.claim.word)}
 
 
 @pytest.mark.parametrize(
@@ -183,6 +184,45 @@ def test_verdicts() -> None:
     assert held("left axis deviation", axis=60.0) == {"axis": "wrong"}
     assert held("ST elevation in the inferior leads", st_II=0.0, st_III=0.15) == {"st": "right"}
     assert Claim("rate", low=1.0, high=1.0, said="a") == Claim("rate", low=1.0, high=1.0, said="b")
+
+
+TRUE = {"rate": 100.0, "pr": 160.0, "qrs": 98.0, "qtc": 430.0, "st_V2": 0.1, "st_V5": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The heart rate is not 72/min.", {"rate": "vague"}), ("The heart rate is not 102/min.", {"rate": "wrong"}),
+        ("The PR is not 900 ms.", {"pr": "vague"}), ("The PR is not between 120 and 200 ms.", {"pr": "wrong"}),
+        ("QRS is not above 5000 ms", {"qrs": "vague"}), ("QRS is not above 120 ms", {"qrs": "right"}),
+        ("QRS is not above 70 ms", {"qrs": "wrong"}), ("QRS is not below 90 ms", {"qrs": "right"}),
+        ("QRS is not below 140 ms", {"qrs": "wrong"}), ("The rate is no higher than 110/min", {"rate": "right"}),
+        ("The QTc is not prolonged at 430 ms.", {"qtc": "right"}),
+        ("The QTc is not prolonged at 330 ms.", {"qtc": "wrong"}),
+        ("A QTc of 430 ms is not prolonged.", {"qtc": "right"}), ("A PR of 900 ms is not seen.", {"pr": "vague"}),
+        ("No prolongation of the PR interval at 160 ms.", {"pr": "right"}),
+        ("No prolongation of the PR interval at 260 ms.", {"pr": "wrong"}),
+        ("The QTc is not prolonged above 450 ms.", {"qtc": "right"}),
+        ("The QTc is not prolonged at less than 450 ms.", {"qtc": "right"}),
+        ("No atrial fibrillation at a rate of 140/min.", {"rate": "wrong"}),
+        ("No acute ischaemia at a rate of 100/min.", {"rate": "right"}),
+        ("Not tachycardic at 60 bpm", {"rate": "wrong"}),
+        ("No ST elevation above 0.15 mV in V2.", {"st": "right"}),
+        ("No ST elevation above 0.02 mV in V2.", {"st": "wrong"}), ("No 1 mm ST elevation in V2.", {"st": "wrong"}),
+        ("No 3 mm ST elevation in V2.", {"st": "vague"}), ("ST depression of 2 mm in V2 is not seen.", {"st": "vague"}),
+    ],
+)  # fmt: skip
+def test_a_denied_number_is_no_evidence(text: str, expected: dict[str, str]) -> None:
+    assert held(text, numbers=True, **TRUE) == expected
+
+
+def test_a_number_behind_a_denied_word_is_held_beside_it() -> None:
+    evidence = Evidence({("st", "V2"): (0.0,), ("rate", ""): (72.0,)}, {}, frozenset({("st", ""), ("rate", "")}))
+    told = [(one.claim.word, one.verdict) for one in ground("No ST elevation in V2 (0.30 mV).", evidence).held]
+    assert sorted(told) == [("", "wrong"), ("elevation", "right")]
+    assert ground("No ST depression in V2 (0.02 mV).", evidence).counts()[:2] == (2, 2)
+    for text in ("The rate is not 50/min.", "The rate is not above 500/min.", "The rate is not 72/min."):
+        assert not ground(text, evidence).cited and ground(text, evidence).f1 == 0.0
 
 
 def test_nothing_measured_is_nothing_to_cite() -> None:
