@@ -18,6 +18,10 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "llama": _SIZES | _GROUPED,
     "qwen2": _SIZES | _GROUPED,
     "qwen3": _SIZES | _GROUPED,
+    "qwen3_5_text": _SIZES
+    | {"layers": 4, "kv_heads": 2, "head_dim": 16, "full_attention_interval": 2}
+    | {"linear_key_head_dim": 8, "linear_value_head_dim": 6},
+    "qwen3_moe": _SIZES | _GROUPED | {"num_experts": 4, "moe_intermediate_size": 16, "mlp_only_layers": [1]},
     "gemma2": _SIZES
     | _GROUPED
     | {"layers": 4, "window": WINDOW, "attention_cap": 2.0, "logit_cap": 5.0, "query_scalar": 9.0},

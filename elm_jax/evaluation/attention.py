@@ -23,6 +23,7 @@ from elm_jax.models.decoder import Decoder, Layer, Window
 from elm_jax.models.encoders import ENCODERS
 from elm_jax.models.hints import placed
 from elm_jax.models.pooling import pooling_weights
+from elm_jax.models.stack import Parts
 from elm_jax.runtime.mesh import MeshPlacement
 
 Part = tuple[int, int, int, int]  # of a signal: first lead, last lead, first sample, last sample; ends excluded
@@ -104,13 +105,17 @@ def _mean_weights(llm: Decoder, x: jax.Array) -> jax.Array:
     positions = llm.prompt_positions(valid)
     rotary, masks = llm.rotary(positions), llm.masks(padding_mask(valid), positions, positions)
 
-    def body(layer: Layer, window: Window, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        q, k, v = layer.project(x, rotary[window])
-        attended = llm.attend(q, k, v, masks[window], "xla")
-        return layer.combine(x, attended), _head_mean(llm, q, k, masks[window])
+    chains = llm.chains(valid, jnp.zeros_like(valid))
 
-    _, stacked = llm.scan_layers(body, llm.placed(x, positions))
-    return stacked.mean(0)
+    def body(layer: Layer, window: Window, x: jax.Array, _: Parts) -> tuple[jax.Array, Parts]:
+        if layer.attention is None:  # it has no weights
+            return layer.recur(x, chains)[0], {}
+        q, k, v, gate = layer.project(x, rotary[window])
+        attended = llm.attend(q, k, v, masks[window], "xla")
+        return layer.combine(x, attended, gate), {"attention": _head_mean(llm, q, k, masks[window])}
+
+    _, found = llm.scan_layers(body, llm.placed(x, positions))
+    return found["attention"].mean(0)
 
 
 def _head_mean(llm: Decoder, q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ import numpy as np
 from elm_jax import compat as behaviours
 from elm_jax.assemble import Assembly
 from elm_jax.folders import read_json
-from elm_jax.models.families import to_hf
+from elm_jax.models.families import FAMILIES, text_part, to_hf
 from elm_jax.text.forms import CHAT_FORMS
 from elm_jax.text.render import TextSpec, stop_ids, to_prompt
 from elm_jax.text.vocabulary import SIGNAL_TOKEN, THINK_TOKENS, vocabulary
@@ -82,6 +82,8 @@ _TEMPLATE = (
 def write_config(folder: Path, assembly: Assembly, dtypes: Iterable[np.dtype], as_it_came: bool) -> None:
     """Write config.json, where there was one as it was but for the size of the vocabulary and the dtype.
 
+    Of a model with more parts it is that of its language model, the only part that is written.
+
     `as_it_came`: the weights are those of the folder that the run names, so that its dtype holds too.
     """
     source, rows = assembly.llm_folder, assembly.llm.vocab_size
@@ -92,6 +94,9 @@ def write_config(folder: Path, assembly: Assembly, dtypes: Iterable[np.dtype], a
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return
     text = (source / "config.json").read_text(encoding="utf-8")
+    whole = json.loads(text)
+    if (part := text_part(whole)) is not whole:
+        text = json.dumps({"architectures": [FAMILIES[assembly.llm.model_type].architecture], **part}, indent=2) + "\n"
     changes: dict[str, Any] = {} if as_it_came else dict.fromkeys(_DTYPE_KEYS, dtype)
     (folder / "config.json").write_text(edited(text, {"vocab_size": rows, **changes}), encoding="utf-8")
 

@@ -126,7 +126,7 @@ def _named(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """The checkpoint's tensors -> their names in the table, some `expected`; and those that no model needs, with the
     reason."""
-    buffers, own = family_of(kinds.model_type).buffers, dict[str, str | None]()
+    buffers, own = family_of(kinds.llm.model_type).buffers if kinds.llm else (), dict[str, str | None]()
     for part, encoder in kinds.encoders.items():
         own |= _of_encoder(source, encoder, "" if source.kind == "encoder" else f"{part}.", kinds.before(part))
     named, left_out = {}, {}

@@ -12,8 +12,9 @@ from typing import Self
 
 from elm_jax.assemble import Assembly
 from elm_jax.models.connectors import PREFIXES, RULES
+from elm_jax.models.decoder import DecoderConfig
 from elm_jax.models.encoders import kind_of
-from elm_jax.models.families import family_of
+from elm_jax.models.families import family_of, rules_of
 from elm_jax.models.functional import Leaf
 from elm_jax.models.lora import is_lora, their_module
 from elm_jax.models.names import Rule
@@ -56,9 +57,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Kinds:
-    """What a model is made of: its LLM's family; by part ("encoder", "encoder.<view>") its encoders and connectors."""
+    """What a model is made of: its LLM (None: encoders alone); by part ("encoder", "encoder.<view>") its encoders and
+    connectors."""
 
-    model_type: str
+    llm: DecoderConfig | None
     encoders: Mapping[str, str]
     connectors: Mapping[str, str]
 
@@ -67,9 +69,7 @@ class Kinds:
         config = assembly.config
         encoders = assembly.encoder_kinds
         connectors = {config.part("connector", view): str(each.connector) for view, each in config.slots.items()}
-        if assembly.llm is None:  # encoders alone
-            return cls("", encoders, {})
-        return cls(assembly.llm.model_type, encoders, connectors)
+        return cls(assembly.llm, encoders, {} if assembly.llm is None else connectors)
 
     def part_of(self, name: str) -> str:
         """The part that an array is of; its name within that follows a dot."""
@@ -88,8 +88,8 @@ class Kinds:
 def published_rules(names: Iterable[str], kinds: Kinds) -> dict[str, Rule]:
     """The weight rule of each array ("llm.norm.scale") under its whole name; those of LoRA are left out."""
     tables = {part: {rule.ours: rule for rule in RULES[kind]} for part, kind in kinds.connectors.items()}
-    if kinds.model_type:
-        tables["llm"] = {rule.ours: rule for rule in family_of(kinds.model_type).rules}
+    if kinds.llm:
+        tables["llm"] = {rule.ours: rule for rule in rules_of(kinds.llm)}
     rules = {}
     for name in names:
         part = kinds.part_of(name)
@@ -116,8 +116,8 @@ def reference_of(leaves: Mapping[str, Leaf], kinds: Kinds, rows: int) -> Referen
             theirs = _of_adapter(ours, published)
         else:
             theirs = _beneath(published[ours].theirs) if module in adapted else published[ours].theirs
-        own = published.get(ours, Rule(theirs, ours, True))  # of LoRA
-        rules[ours] = Rule(prefix + theirs, ours, own.transpose, own.first)
+        rule = published[_kernel(ours) if is_lora(ours) else ours]
+        rules[ours] = replace(rule, theirs=prefix + theirs, ours=ours, transpose=is_lora(ours) or rule.transpose)
     shapes = {name: _cut(leaf.shape, rules[name], rows) for name, leaf in leaves.items()}
     table = Reference(rules, shapes, {}, ())
     return replace(table, aliases=_aliases(table, kinds, PEFT_PREFIX if adapted else ""), counters=_counters(table))
@@ -125,8 +125,12 @@ def reference_of(leaves: Mapping[str, Leaf], kinds: Kinds, rows: int) -> Referen
 
 def _of_adapter(ours: str, published: Mapping[str, Rule]) -> str:
     """The name of an array of LoRA, after that of the kernel that it adapts."""
-    module, _, side = ours.rpartition(".lora.")
-    return f"{their_module(published[f'{module}.kernel'])}.lora_{side.upper()}.{_ADAPTER}.weight"
+    return f"{their_module(published[_kernel(ours)])}.lora_{ours[-1].upper()}.{_ADAPTER}.weight"
+
+
+def _kernel(ours: str) -> str:
+    """The kernel that an array of LoRA adapts."""
+    return f"{ours.rpartition('.lora.')[0]}.kernel"
 
 
 def _beneath(theirs: str) -> str:
@@ -144,8 +148,8 @@ def _cut(shape: tuple[int, ...], rule: Rule, rows: int) -> tuple[int, ...]:
 def _aliases(table: Reference, kinds: Kinds, before: str) -> dict[str, str]:
     """Of the LLM, whose names begin with `before`, its head where it is tied; of encoders what they have twice."""
     aliases, llm = {}, kinds.before("llm") + before
-    if "llm.embedding.table" in table.rules and "llm.head.kernel" not in table.rules:
-        aliases[llm + HEAD] = llm + family_of(kinds.model_type).rules[0].theirs
+    if kinds.llm and "llm.embedding.table" in table.rules and "llm.head.kernel" not in table.rules:
+        aliases[llm + HEAD] = llm + family_of(kinds.llm.model_type).rules[0].theirs
     for part, encoder in kinds.encoders.items():
         prefix, mine = kinds.before(part), [ours for ours in table.rules if ours.startswith(f"{part}.")]
         own = [name.removeprefix(prefix) for ours in mine for name in table.names(ours)]

@@ -1,8 +1,9 @@
-"""Generation's programs: prompts into a key/value cache, and tokens out of it, for rows that come and go.
+"""Generation's programs: prompts into a cache, and tokens out of it, for rows that come and go.
 
 Rows and the pool of prefixes are donated: they are written in place.
 
-Token p of a conversation has place p of its row in the cache: what a row has beyond its length is never seen.
+Token p of a conversation has place p of its row in the keys and values: what a row has beyond its length is never seen.
+A layer with a recurrence has one state for all tokens of a row up to its length.
 
 B rows that generate, R rows that begin, T tokens of a prompt (behind its prefix), P places of a prefix, S places of a
 row, K key/value heads, d head size, L layers, V vocabulary, D width.
@@ -17,10 +18,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from elm_jax.inference.cache import TOKENS, Cache, Tokens
 from elm_jax.inference.sampling import Sampling, draw
 from elm_jax.models.decoder import Decoder, Layer, Window
 from elm_jax.models.decoder_layer import Rotary
+from elm_jax.models.delta import Chains, Recurrent
 from elm_jax.models.hints import Placement, hint, placed
+from elm_jax.models.stack import Parts
 
 NONE = -1  # where there is no token
 ENDLESS = 2**31 - 1  # patience: rows may stand idle until all have ended
@@ -53,24 +57,6 @@ def program(
         return jax.jit(run, static_argnames=static, donate_argnames=donate, inline=True)
 
     return compiled
-
-
-class Cache(NamedTuple):
-    """Keys (L, B, K, S, d) and values (L, B, K, d, S); of one layer without L.
-
-    That is how the products of attention want them: otherwise all of a layer's would be copied for every token drawn.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-
-    @property
-    def places(self) -> int:
-        """S"""
-        return self.keys.shape[-2]
-
-
-_TOKENS = -2, -1  # the axis of S, of keys and of values
 
 
 class Rows(NamedTuple):
@@ -109,20 +95,22 @@ def make_cache(llm: Decoder, rows: int, places: int, dtype: jax.typing.DTypeLike
     (What is never written must be finite: its weight is zero, and zero times NaN is not.)
     """
     c = llm.config
-    shape = (c.layers, rows, c.kv_heads)
+    shape, recurrent = (len(c.layers_with("attention")), rows, c.kv_heads), len(c.layers_with("delta"))
     keys, values = jnp.zeros((*shape, places, c.head_dim), dtype), jnp.zeros((*shape, c.head_dim, places), dtype)
-    return _spread(Cache(keys, values), axis)
+    delta = Recurrent.empty(c.delta, (recurrent, rows), dtype) if c.delta and recurrent else None
+    return _spread(Cache(Tokens(keys, values), delta), axis)
 
 
 @program(static=("places", "axis"))
 def enlarge_cache(llm: Decoder, cache: Cache, places: int, axis: str | None) -> Cache:
     """The cache with S = `places`, which is more than it had."""
-    return _spread(Cache(*(_enlarged(x, places, along) for x, along in zip(cache, _TOKENS, strict=True))), axis)
+    tokens = Tokens(*(_enlarged(x, places, along) for x, along in zip(cache.attention, TOKENS, strict=True)))
+    return _spread(cache._replace(attention=tokens), axis)
 
 
 def empty_rows(cache: Cache, vocabulary: int | None) -> Rows:
     """Rows that have not begun. `vocabulary`: V where there is a repetition penalty."""
-    count = cache.keys.shape[1]
+    count = cache.attention.keys.shape[1]
     length, last, left, number, drawn = (jnp.zeros(count, jnp.int32) for _ in range(5))
     seen = None if vocabulary is None else jnp.zeros((count, vocabulary), bool)
     return Rows(cache, length, last, left, number, drawn, seen)
@@ -130,12 +118,16 @@ def empty_rows(cache: Cache, vocabulary: int | None) -> Rows:
 
 def _spread(cache: Cache, axis: str | None) -> Cache:
     """The cache laid over the mesh: rows by the logical `axis` (None: whole everywhere), heads as the model's."""
-    return Cache(*(hint(x, None, axis, "kv_heads", None, None) for x in cache))
+    tokens = Tokens(*(hint(x, None, axis, "kv_heads", None, None) for x in cache.attention))
+    if cache.delta is None:
+        return Cache(tokens)
+    inputs, state = cache.delta
+    return Cache(tokens, Recurrent(hint(inputs, None, axis, None, None), hint(state, None, axis, "heads", None, None)))
 
 
 def _prefixes(pool: Cache | None, source: Array) -> Cache | None:
     """Rows `source` (R,) of the pool, S = P, for prompts that begin with them."""
-    return None if pool is None else _spread(Cache(*(x[:, source] for x in pool)), "batch")
+    return None if pool is None else _spread(jax.tree.map(lambda x: x[:, source], pool), "batch")
 
 
 def prefill(
@@ -156,41 +148,56 @@ def prefill(
     mask = jnp.concatenate([past, own], -1)[:, None]
     masks = llm.masks(mask, positions, jnp.concatenate([places, positions], 1))
     x, rotary = llm.placed(hint(prompts.x, "batch", None, None), positions), llm.rotary(positions)
+    delta, known = llm.config.delta, {} if prefix is None else prefix.parts
+    chains = None if delta is None else Chains.behind_past(index < prompts.lengths[:, None], delta.taps)
+    if "delta" in known:  # a prompt without a prefix has any row of the pool
+        begun = prompts.before > 0
+        known["delta"] = jax.tree.map(
+            lambda x: jnp.where(begun[(None, slice(None), *[None] * (x.ndim - 2))], x, 0), known["delta"]
+        )
 
-    def body(layer: Layer, window: Window, x: jax.Array, past: Cache | None) -> tuple[jax.Array, Cache]:
-        q, own = _projected(layer, x, rotary[window])
-        return layer.combine(x, llm.attend(q, *_by_token(_behind(past, own)), masks[window], "xla")), own
+    def body(layer: Layer, window: Window, x: jax.Array, past: Parts) -> tuple[jax.Array, Parts]:
+        if layer.attention is None:
+            x, kept = layer.recur(x, chains, past.get("delta"))
+            return x, {"delta": kept}
+        q, own, gate = _projected(layer, x, rotary[window])
+        attended = llm.attend(q, *_by_token(_behind(past.get("attention"), own)), masks[window], "xla")
+        return layer.combine(x, attended, gate), {"attention": own}
 
     if wanted is None:
-        return llm.scan_layers(body, x, prefix)
+        x, made = llm.scan_layers(body, x, known)
+        return x, Cache(**made)
 
     def at(x: jax.Array, axis: int) -> jax.Array:
         return jnp.take_along_axis(x, jnp.expand_dims(wanted, [i for i in range(x.ndim) if i]), axis)
 
-    def last(layer: Layer, window: Window, x: jax.Array, past: Cache | None) -> tuple[jax.Array, Cache]:
+    def last(layer: Layer, window: Window, x: jax.Array, past: Parts) -> tuple[jax.Array, Parts]:
         """All of the last layer that is wanted: its keys and values, and one token's attention and MLP."""
-        q, own = _projected(layer, x, rotary[window])
-        attended = llm.attend(at(q, 1), *_by_token(_behind(past, own)), at(masks[window], 2), "xla")
-        return layer.combine(at(x, 1), attended), own
+        if layer.attention is None:
+            return body(layer, window, x, past)
+        q, own, gate = _projected(layer, x, rotary[window])
+        seen = _by_token(_behind(past.get("attention"), own))
+        attended = llm.attend(at(q, 1), *seen, at(masks[window], 2), "xla")
+        return layer.combine(at(x, 1), attended, None if gate is None else at(gate, 1)), {"attention": own}
 
-    x, own = llm.scan_layers(body, x, prefix, last)
-    return (at(x, 1) if x.shape[1] > 1 else x), own
-
-
-def _projected(layer: Layer, x: jax.Array, rotary: Rotary | None) -> tuple[jax.Array, Cache]:
-    """x (R, T, D) -> queries (R, T, H, d), and keys and values as a cache has them."""
-    q, k, v = layer.project(x, rotary)
-    return q, Cache(jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 3))
+    x, made = llm.scan_layers(body, x, known, last)
+    return (at(x, 1) if x.shape[1] > 1 else x), Cache(**made)
 
 
-def _by_token(cache: Cache) -> tuple[jax.Array, jax.Array]:
+def _projected(layer: Layer, x: jax.Array, rotary: Rotary | None) -> tuple[jax.Array, Tokens, jax.Array | None]:
+    """x (R, T, D) -> queries (R, T, H, d), keys and values as a cache has them, and the gate of what is attended to."""
+    q, k, v, gate = layer.project(x, rotary)
+    return q, Tokens(jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 3)), gate
+
+
+def _by_token(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
     """A layer's keys and values (B, S, K, d), as `attend` takes them."""
-    return jnp.moveaxis(cache.keys, 2, 1), jnp.moveaxis(cache.values, 3, 1)
+    return jnp.moveaxis(tokens.keys, 2, 1), jnp.moveaxis(tokens.values, 3, 1)
 
 
-def _behind(past: Cache | None, own: Cache) -> Cache:
+def _behind(past: Tokens | None, own: Tokens) -> Tokens:
     """The keys and values of all that a prompt sees."""
-    return own if past is None else Cache(*map(jnp.concatenate, zip(past, own, strict=True), _TOKENS))
+    return own if past is None else Tokens(*map(jnp.concatenate, zip(past, own, strict=True), TOKENS))
 
 
 @program(static=("behind",), donate=("pool",))
@@ -313,21 +320,28 @@ def _next_logits(llm: Decoder, rows: Rows, dtype: jax.typing.DTypeLike | None) -
     places = jnp.broadcast_to(jnp.arange(rows.cache.places), (len(count), rows.cache.places))
     masks = llm.masks((places <= positions)[:, None, None], positions, places)
     x = llm.placed(llm.embed(jnp.maximum(rows.last, 0)[:, None], dtype), positions)
-    rotary = llm.rotary(positions)
+    rotary, delta = llm.rotary(positions), llm.config.delta
+    chains = None if delta is None else Chains.behind_past(jnp.ones((len(count), 1), bool), delta.taps)
 
     def body(
-        layer: Layer, window: Window, carry: tuple[jax.Array, Cache], index: jax.Array
-    ) -> tuple[tuple[jax.Array, Cache], None]:
+        layer: Layer, window: Window, carry: tuple[jax.Array, Cache], own: Parts
+    ) -> tuple[tuple[jax.Array, Cache], Parts]:
         # The caches travel in the carry, where they are written in place; as inputs and outputs of the scan
         # they would be copied whole for every token.
         x, cache = carry
-        q, k, v = layer.project(x, rotary[window])
-        keys = cache.keys.at[index, count, :, rows.length].set(k[:, 0])
-        values = cache.values.at[index, count, :, :, rows.length].set(v[:, 0])
-        attended = llm.attend(q, *_by_token(Cache(keys[index], values[index])), masks[window], "xla")
-        return (layer.combine(x, attended), Cache(keys, values)), None
+        if layer.attention is None:
+            index, kept = own["delta"], cache.delta
+            x, new = layer.recur(x, chains, jax.tree.map(lambda x: x[index], kept))
+            return (x, cache._replace(delta=jax.tree.map(lambda x, new: x.at[index].set(new), kept, new))), {}
+        index, (keys, values) = own["attention"], cache.attention
+        q, k, v, gate = layer.project(x, rotary[window])
+        keys = keys.at[index, count, :, rows.length].set(k[:, 0])
+        values = values.at[index, count, :, :, rows.length].set(v[:, 0])
+        attended = llm.attend(q, *_by_token(Tokens(keys[index], values[index])), masks[window], "xla")
+        return (layer.combine(x, attended, gate), cache._replace(attention=Tokens(keys, values))), {}
 
-    (x, cache), _ = llm.scan_layers(body, (x, rows.cache), jnp.arange(llm.config.layers))
+    numbers = {name: jnp.arange(len(jax.tree.leaves(part)[0])) for name, part in rows.cache.parts.items()}
+    (x, cache), _ = llm.scan_layers(body, (x, rows.cache), numbers)
     return llm.logits(llm.final(x))[:, 0], cache
 
 
@@ -339,8 +353,11 @@ def _stored(cache: Cache, own: Cache, prefix: Cache | None, before: jax.Array, s
         kept = jax.lax.slice_in_dim(known, 0, room, axis=axis)
         return _written(_enlarged(kept, cache.places, axis), own, before, axis)
 
-    each = zip(cache, (None, None) if prefix is None else prefix, own, _TOKENS, strict=True)
-    return Cache(*(whole.at[:, slot].set(laid(p, o, axis), mode="drop") for whole, p, o, axis in each))
+    before_them = (None, None) if prefix is None else prefix.attention
+    each = zip(cache.attention, before_them, own.attention, TOKENS, strict=True)
+    tokens = Tokens(*(whole.at[:, slot].set(laid(p, o, axis), mode="drop") for whole, p, o, axis in each))
+    put = partial(jax.tree.map, lambda whole, new: whole.at[:, slot].set(new, mode="drop"))
+    return Cache(tokens, None if cache.delta is None else put(cache.delta, own.delta))
 
 
 def _enlarged(x: jax.Array, places: int, axis: int) -> jax.Array:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from elm_jax.inference.decoding import Cache, Model, Prompts, cache_prefixes, enlarge_cache, make_cache
+from elm_jax.inference.cache import Cache
+from elm_jax.inference.decoding import Model, Prompts, cache_prefixes, enlarge_cache, make_cache
 from elm_jax.inference.generate import bucket
 from elm_jax.inference.requests import Piece, Request
 

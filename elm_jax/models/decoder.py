@@ -2,7 +2,8 @@
 
 B batch, T tokens, D width, E width of the token embeddings (D but for some OPT), H heads, K key/value heads, V
 vocabulary.
-Layers are stacked (every parameter of `layers` has a leading axis of L) and run by one `lax.scan`. The model
+Layers are stacked (a parameter of `layers` has a leading axis of the layers with such a part, see `stack`) and run by
+one `lax.scan`. The model
 has no KV cache: `generate` brings its own, through `project`, `combine` and `scan_layers`.
 """
 
@@ -17,17 +18,19 @@ from flax import nnx
 from jax.core import Tracer
 
 from elm_jax.errors import UserError
-from elm_jax.models import hints
+from elm_jax.models import hints, stack
 from elm_jax.models.attention import Blocks, Implementation, attend, padding_mask, positions_from_mask, windowed
 from elm_jax.models.decoder_layer import DecoderConfig, Layer, Rotary, Window, make_norm
+from elm_jax.models.delta import Chains
 from elm_jax.models.hints import hint, weight
 from elm_jax.models.layers import Embedding, LearnedPositions, Linear, LongScaling
 from elm_jax.models.noise import drawing, dropout
 from elm_jax.models.remat import Remat, rematerialised
+from elm_jax.models.stack import Parts
 
 __all__ = ["Decoder", "DecoderConfig", "Layer", "Remat", "Window", "as_prompt"]
 
-Body = Callable[[Layer, Window, Any, Any], tuple[Any, Any]]
+Body = Callable[[Layer, Window, Any, Parts], tuple[Any, Parts]]
 
 
 class Decoder(nnx.Module):
@@ -57,11 +60,6 @@ class Decoder(nnx.Module):
         self.attention: Implementation = attention
         self.positions_count_padding = positions_count_padding
 
-        @nnx.split_rngs(splits=config.layers)
-        @nnx.vmap(in_axes=(0,), out_axes=0)
-        def stacked(layer_rngs: nnx.Rngs) -> Layer:
-            return Layer(config, layer_rngs, param_dtype, dropout)
-
         width, inner = config.embedding, config.hidden
         self.embedding = Embedding(config.vocab_size, width, rngs, param_dtype)
         self.positions = (
@@ -69,7 +67,7 @@ class Decoder(nnx.Module):
             if config.rope is None
             else None
         )
-        self.layers = stacked(rngs)
+        self.layers = stack.stacked_layers(config, rngs, lambda rngs: Layer(config, rngs, param_dtype, dropout))
         self.norm = make_norm(config, config.hidden, param_dtype) if config.pre_norm else None
         self.head = (
             None if config.tied else Linear(width, config.vocab_size, ("embed", "vocab"), rngs, param_dtype=param_dtype)
@@ -106,37 +104,45 @@ class Decoder(nnx.Module):
         mask: jax.Array,
         key: jax.Array | None = None,
         blocks: Blocks | None = None,
+        chains: Chains | None = None,
     ) -> jax.Array:
         """Embeddings (B,T,E), positions (B,T), mask (B,1,T,T) True = sees -> `final` states (B,T,E).
 
         With a `key` there is dropout, drawn anew in every layer; without one nothing drops. With `blocks`, the mask
-        is that of the blocks.
+        is that of the blocks. `chains`: as `self.chains` makes them.
         """
 
         def noise(index: jax.Array | int) -> AbstractContextManager[None]:
             return drawing(None if key is None else jax.random.fold_in(key, index))
 
-        run = self.layer_of(positions, mask, blocks)
+        run = self.layer_of(positions, mask, blocks, chains)
 
-        def body(layer: Layer, window: Window, x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-            with noise(index):
-                return run(layer, window, x), None
+        def body(layer: Layer, window: Window, x: jax.Array, own: Parts) -> tuple[jax.Array, Parts]:
+            with noise(own["index"]):
+                return run(layer, window, x), {}
 
         with noise(self.config.layers):
             x = dropout(self.placed(x, positions), self.dropout)
-        x, _ = self.scan_layers(body, x, jnp.arange(self.config.layers))
+        x, _ = self.scan_layers(body, x, {"index": jnp.arange(self.config.layers)})
         return self.final(x)
 
+    def chains(self, groups: jax.Array, branches: jax.Array) -> Chains | None:
+        """What the tokens of packed rows (B,T) follow (`Chains.of`), where layers have a recurrence that must know."""
+        delta = self.config.delta
+        return None if delta is None else Chains.of(groups, branches, delta.taps)
+
     def layer_of(
-        self, positions: jax.Array, mask: jax.Array, blocks: Blocks | None = None
+        self, positions: jax.Array, mask: jax.Array, blocks: Blocks | None = None, chains: Chains | None = None
     ) -> Callable[[Layer, Window, jax.Array], jax.Array]:
         """(layer, window, x) -> the layer's output, for tokens at `positions` (B,T) that see `mask` (B,1,T,T)."""
         queries, keys = (lambda x: x, lambda x: x) if blocks is None else (blocks.queries, blocks.keys)
         rotary, masks = self.rotary(positions), self.masks(mask, queries(positions), keys(positions))
 
         def run(layer: Layer, window: Window, x: jax.Array) -> jax.Array:
-            q, k, v = layer.project(x, rotary[window])
-            return layer.combine(x, self.attend(queries(q), keys(k), keys(v), masks[window]))
+            if layer.attention is None:
+                return layer.recur(x, chains)[0]
+            q, k, v, gate = layer.project(x, rotary[window])
+            return layer.combine(x, self.attend(queries(q), keys(k), keys(v), masks[window]), gate)
 
         return run
 
@@ -179,60 +185,66 @@ class Decoder(nnx.Module):
         made = {rope: rope and rope.angles(positions, config.head_dim) for rope in (config.rope, config.local_rope)}
         return {w: made[config.rope if w is None else config.local_rope or config.rope] for w in set(config.windows)}
 
-    def scan_layers(self, body: Body, carry: Any, xs: Any = None, last: Body | None = None) -> tuple[Any, Any]:
-        """Run `body(layer, window, carry, x) -> (carry, y)` through the layers; (last carry, stacked ys).
+    def scan_layers(
+        self, body: Body, carry: Any, xs: Parts | None = None, last: Body | None = None
+    ) -> tuple[Any, Parts]:
+        """Run `body(layer, window, carry, own) -> (carry, made)` through the layers; (last carry, all that was made).
 
         `last`: the body of the last layer where layers are unrolled; its carry may have another shape.
 
-        `xs` is a pytree of arrays with a leading axis of L. A step of the scan runs one period of layers, each
-        with its own window, known when the step is traced. The body is rematerialised, layer by layer, as the
-        model says.
+        `xs` is a table of parts (see `stack`), of which each layer is given its own; so is what the layers make. A
+        step of the scan runs one period of layers, each with its own window and parts, known when the step is traced.
+        The body is rematerialised, layer by layer, as the model says.
         """
-        windows = self.config.windows
-        period = len(windows)
+        config, given = self.config, xs or {}
+        windows, period = config.windows, config.period
         alone = isinstance(self.layers, nnx.List)
-        graph, *states = _split_layers(self.layers)
+        graphs, state = ([], {}) if alone else stack.of_kinds(config, self.layers)
 
-        def layer_step(window: Window, body: Body = body) -> Callable[[Any, Any], tuple[Any, Any]]:
+        def layer_step(place: int, graph: nnx.GraphDef, body: Body = body) -> Callable[[Any, Any], tuple[Any, Any]]:
             def step(carry: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
-                layer_state, x = inputs
-                return body(nnx.merge(graph, layer_state), window, carry, x)
+                layer_state, own = inputs
+                return body(nnx.merge(graph, layer_state), windows[place % len(windows)], carry, own)
 
             return rematerialised(step, self.remat, in_scan=self.scan)
 
-        steps = [layer_step(window) for window in windows]
-
-        def run(carry: Any, inputs: Any) -> tuple[Any, Any]:
-            ys = []
-            for place, step in enumerate(steps):
-                carry, y = step(carry, _layer(inputs, place))
-                ys.append(y)
-            return carry, _stacked(ys)
-
-        def fold(leaf: jax.Array) -> jax.Array:
-            return leaf.reshape(-1, period, *leaf.shape[1:])
+        def taken(parts: Parts, layer: int) -> dict[str, Any]:
+            return stack.taken(config, parts, layer)
 
         if self.scan:
-            inputs, groups = jax.tree.map(fold, (states[0], xs)), self.config.layers // period
-            carry, ys = jax.lax.scan(run, carry, inputs, length=groups)
-            return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
-        ys = []
-        for index in range(self.config.layers):
-            state = states[index] if alone else _layer(states[0], index)
-            step = steps[index % period]
-            if last is not None and index == self.config.layers - 1:
-                step = layer_step(windows[index % period], last)
-            carry, y = step(carry, (state, _layer(xs, index)))
-            ys.append(y)
-        return carry, _stacked(ys)
+            steps = [layer_step(place, graph) for place, graph in enumerate(graphs)]
+
+            def run(carry: Any, inputs: tuple[Parts, Parts]) -> tuple[Any, Parts]:
+                made = []
+                for place, step in enumerate(steps):
+                    parts, own = (taken(each, place) for each in inputs)
+                    carry, one = step(carry, (nnx.State(parts), own))
+                    made.append(one)
+                return carry, stack.gathered(made)
+
+            groups = config.layers // period
+            inputs = stack.folded(state, groups), stack.folded(given, groups)
+            carry, made = jax.lax.scan(run, carry, inputs, length=groups)
+            return carry, stack.unfolded(made)
+        made = []
+        for index in range(config.layers):
+            if isinstance(self.layers, nnx.List):
+                graph, own = nnx.split(self.layers[index])
+            else:
+                graph, own = graphs[index % period], nnx.State(taken(state, index))
+            step = layer_step(index, graph, last if last is not None and index == config.layers - 1 else body)
+            carry, one = step(carry, (own, taken(given, index)))
+            made.append(one)
+        return carry, stack.gathered(made)
 
     def unstacked(self) -> "Decoder":
         """The decoder with arrays of its own for each layer, unrolled: a slice of a stacked array is a copy."""
         if isinstance(self.layers, nnx.List):
             return self
         found = nnx.merge(*nnx.split(self))
-        graph, state = nnx.split(self.layers)
-        found.layers = nnx.List(nnx.merge(graph, part) for part in _unstacked(state, self.config.layers))
+        graphs, state = stack.of_kinds(self.config, self.layers)
+        each = enumerate(stack.separate(self.config, state))
+        found.layers = nnx.List(nnx.merge(graphs[n % len(graphs)], nnx.State(own)) for n, own in each)
         found.scan = False
         return found
 
@@ -262,14 +274,15 @@ class Decoder(nnx.Module):
         prompt, valid = as_prompt(tokens, inputs_embeds, attention_mask)
         positions = self.prompt_positions(valid)
         self.check_length(positions)
-        x, run = self.placed(self.embed_prompt(prompt), positions), self.layer_of(positions, padding_mask(valid))
+        x, chains = self.placed(self.embed_prompt(prompt), positions), self.chains(valid, jnp.zeros_like(valid))
+        run = self.layer_of(positions, padding_mask(valid), None, chains)
 
-        def body(layer: Layer, window: Window, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        def body(layer: Layer, window: Window, x: jax.Array, _: Parts) -> tuple[jax.Array, Parts]:
             x = run(layer, window, x)
-            return x, x
+            return x, {"output": x}
 
-        last, outputs = self.scan_layers(body, x)
-        return jnp.concatenate([x[None], outputs[:-1], (last if self.norm is None else self.norm(last))[None]])
+        last, found = self.scan_layers(body, x)
+        return jnp.concatenate([x[None], found["output"][:-1], (last if self.norm is None else self.norm(last))[None]])
 
     def embed_prompt(self, prompt: jax.Array) -> jax.Array:
         """Ids (B, T) or embeddings (B, T, E) -> embeddings."""
@@ -345,34 +358,6 @@ def _logits(
 ) -> jax.Array:
     with hints.placed(placement):
         model = nnx.merge(graph, state)
-        h = model.hidden(model.embed_prompt(prompt), model.prompt_positions(valid), padding_mask(valid))
+        x, chains = model.embed_prompt(prompt), model.chains(valid, jnp.zeros_like(valid))
+        h = model.hidden(x, model.prompt_positions(valid), padding_mask(valid), chains=chains)
         return model.logits(h)
-
-
-def _split_layers(layers: Any) -> tuple[Any, ...]:
-    """The graph of a layer, and the state of all layers stacked, or those of each."""
-    if not isinstance(layers, nnx.List):
-        return nnx.split(layers)
-    parts = [nnx.split(layer) for layer in layers]
-    return parts[0][0], *(state for _, state in parts)
-
-
-def _layer(stacked: Any, index: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[index], stacked)
-
-
-def _unstacked(stacked: Any, layers: int) -> list[Any]:
-    """The slices of stacked arrays, each on its own and where the stack was."""
-
-    def slices(leaf: jax.Array) -> list[jax.Array]:
-        place = leaf.sharding
-        if isinstance(place, jax.sharding.NamedSharding):
-            place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*place.spec[1:]))
-        return jax.jit(lambda x: [x[i] for i in range(layers)], out_shardings=place)(leaf)
-
-    leaves, tree = jax.tree.flatten(stacked)
-    return [jax.tree.unflatten(tree, parts) for parts in zip(*map(slices, leaves), strict=True)]
-
-
-def _stacked(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -95,5 +95,6 @@ class ELM(nnx.Module):
         x = self.inputs(batch.tokens, batch.signal_slot, embeddings)
         blocks = Blocks(batch.key_blocks) if batch.key_blocks.shape[-1] else None
         return self.llm.hidden(
-            x, batch.positions, packed_mask(batch.group_ids, batch.branch_ids, blocks), key, blocks
-        )
+            x, batch.positions, packed_mask(batch.group_ids, batch.branch_ids, blocks), key, blocks,
+            self.llm.chains(batch.group_ids, batch.branch_ids),
+        )  # fmt: skip

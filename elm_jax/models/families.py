@@ -9,12 +9,17 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 from elm_jax.errors import UserError, nearest
 from elm_jax.models.decoder import DecoderConfig
+from elm_jax.models.delta import DeltaSizes
+from elm_jax.models.experts import ExpertSizes
 from elm_jax.models.family_table import ALIASES, FAMILIES, Family
+from elm_jax.models.layer_patterns import KINDS, SIZE, pattern_fields, patterns_to_hf, taken_patterns, with_patterns
 from elm_jax.models.layers import Llama3Scaling, LongScaling, Rope
+from elm_jax.models.names import Rule
 from elm_jax.schema import Key, check
 
 __all__ = [
@@ -26,15 +31,16 @@ __all__ = [
     "family_of",
     "from_hf",
     "nearest_model",
+    "rules_of",
     "scratch_config",
     "settled",
+    "text_part",
     "to_hf",
 ]
 
 _log = logging.getLogger(__name__)
 
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
-_KINDS = ("sliding_attention", "full_attention")
 
 # Fields that say nothing about what the model computes from given tokens.
 _IRRELEVANT = frozenset(
@@ -54,18 +60,18 @@ _ROPE_FIELDS = {  # by type
     "llama3": _LLAMA3_FIELDS,
     "longrope": ("short_factor", "long_factor", _ORIGINAL),
 }
-_PATTERN, _LOCAL, _SHARE = "sliding_window_pattern", "rope_local_base_freq", "partial_rotary_factor"
+_LOCAL, _SHARE = "rope_local_base_freq", "partial_rotary_factor"
 
 _FACTORS = Key(None, tuple[float, ...], "numbers", limit="above 0")
-_SIZE, _NUMBER = Key(None, int, "a size", limit="from 1 to 1000000000"), Key(None, float, "a number", limit="above 0")
+_NUMBER = Key(None, float, "a number", limit="above 0")
 _KEYS = {
-    **dict.fromkeys(("vocab_size", "hidden", "heads", "max_len"), _SIZE),
+    **dict.fromkeys(("vocab_size", "hidden", "heads", "max_len"), SIZE),
     "layers": Key(None, int, "how many layers", limit="from 1 to 10000"),
-    **dict.fromkeys(("kv_heads", "head_dim", "mlp"), replace(_SIZE, type=int | None)),
+    **dict.fromkeys(("kv_heads", "head_dim", "mlp"), replace(SIZE, type=int | None)),
     "norm_eps": _NUMBER,
     **dict.fromkeys(("query_scalar", "attention_cap", "logit_cap"), replace(_NUMBER, type=float | None)),
     "tied": Key(None, bool, "tied embeddings"),
-    "embedding": replace(_SIZE, type=int | None),
+    "embedding": replace(SIZE, type=int | None),
     "pre_norm": Key(None, bool | None, "norms before the branches"),
 }
 
@@ -93,13 +99,35 @@ def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
 
     Raises UserError for an unknown model type, an unknown or missing field, or a value we do not compute.
     """
+    config = text_part(config)
     family = family_of(str(config.get("model_type", "")), where)
     _refuse_unknown(config, family, where)
     values = _read_fields(config, family, where)
     values |= {"tied": config.get("tie_word_embeddings", family.tied), "model_type": family.model_type}
     if family.rotary:
         values |= _ropes(config, family, where)
-    return _windowed(_checked(where, {**values, **family.constants}), config, family, where)
+    return with_patterns(_checked(where, {**values, **family.constants}), config, family, where)
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of the language model where that of a model with more parts holds one; else `config` itself."""
+    inner = config.get("text_config")
+    inner = dict(inner) if isinstance(inner, Mapping) else {}
+    known = FAMILIES.get(str(inner.get("model_type")))
+    if known is None or known.within != config.get("model_type"):
+        return config
+    return {**inner, "tie_word_embeddings": inner.get("tie_word_embeddings", config.get("tie_word_embeddings", False))}
+
+
+def rules_of(config: DecoderConfig) -> tuple[Rule, ...]:
+    """Which tensor is which parameter of this model: its family's rules but those of parts that no layer has, with the
+    numbers of the layers that each stacks where these are not all."""
+    found = []
+    for rule in FAMILIES[config.model_type].rules:
+        numbers = config.layers_with(rule.ours.split(".")[1]) if rule.stacked else ()
+        if numbers or not rule.stacked:
+            found.append(replace(rule, numbers=numbers) if 0 < len(numbers) < config.layers else rule)
+    return tuple(found)
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -108,26 +136,23 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     written = {
         "architectures": [family.architecture],
         "model_type": config.model_type,
-        **{theirs: getattr(config, ours) for theirs, ours in family.fields.items()},
+        **{theirs: attrgetter(ours)(config) for theirs, ours in family.fields.items()},
         **{name: allowed[0] for name, allowed in family.only.items() if allowed[0] is not None},
         "tie_word_embeddings": config.tied,
     }
     written |= _ropes_to_hf(config, family)
-    if family.windows is not None:
-        windows = config.windows * (config.layers // len(config.windows))
-        written["sliding_window"] = next((window for window in windows if window is not None), None)
-        written |= {"layer_types": [_KINDS[window is None] for window in windows]} if family.windows else {}
-    return written
+    return written | patterns_to_hf(config, family)
 
 
 def scratch_config(sizes: Mapping[str, Any], vocab_size: int) -> DecoderConfig:
     """The configuration of a model that is to be trained from nothing, from `llm.scratch`.
 
     Keys: hidden, layers, heads, mlp; optional family, max_len, tied, norm_eps, and as the family has them kv_heads
-    (default: heads), head_dim (hidden / heads), rope_theta, rope_scaling and other rotary fields by Hugging Face's
-    names, window (of the layers that have one in the family), sliding_window_pattern, attention_cap, logit_cap,
-    query_scalar, and for opt pre_norm and embedding (the width of its table); vocab_size, where the table is to have
-    more rows than the `vocab_size` that the tokenizer needs. These are rounded up as in `extended`. Raises UserError.
+    (default: heads), head_dim (hidden / heads), rope_theta, rope_scaling and other rotary fields, those of linear
+    attention and of experts by Hugging Face's names, window (of the layers that have one in the family),
+    sliding_window_pattern, attention_cap, logit_cap, query_scalar, and for opt pre_norm and embedding (the width of its
+    table); vocab_size, where the table is to have more rows than the `vocab_size` that the tokenizer needs. These are
+    rounded up as in `extended`. Raises UserError.
     """
     where = "llm.scratch"
     family = family_of(sizes.get("family", _SCRATCH_FAMILY), where)
@@ -142,16 +167,16 @@ def scratch_config(sizes: Mapping[str, Any], vocab_size: int) -> DecoderConfig:
     missing = [name for name in _SCRATCH_REQUIRED if name not in sizes]
     if missing:
         raise UserError(where, f"no {', '.join(missing)}", ", ".join(_SCRATCH_REQUIRED), "give these sizes")
-    values = {**defaults, **sizes, "model_type": family.model_type}
+    values = {family.fields.get(name, name): value for name, value in {**defaults, **sizes}.items()}
+    values["model_type"] = family.model_type
     if type(values["vocab_size"]) is int:  # otherwise `_checked` says what is wrong
         values["vocab_size"] = _rounded(max(vocab_size, values["vocab_size"]))
     values.pop("family", None)
     if family.rotary:
         said = {name: values.pop(name) for name in rope}
         values |= _ropes({**said, "max_position_embeddings": values["max_len"]}, family, where)
-    names = {"window": "sliding_window", _PATTERN: _PATTERN}
-    windows = {theirs: values.pop(ours) for ours, theirs in names.items() if ours in values}
-    return _windowed(_checked(where, {**values, **family.constants}), windows, family, where)
+    said = taken_patterns(values)
+    return with_patterns(_checked(where, {**values, **family.constants}), said, family, where)
 
 
 def extended(config: DecoderConfig, needed: int) -> DecoderConfig:
@@ -211,8 +236,7 @@ def _rounded(rows: int) -> int:
 
 def _refuse_unknown(config: Mapping[str, Any], family: Family, where: str) -> None:
     known = {*family.fields, *family.only, "tie_word_embeddings", *_IRRELEVANT, *family.irrelevant}
-    known |= {*((*_ROPE, *family.rope) if family.rotary else ()), *(["sliding_window"] if family.windows == 0 else [])}
-    known |= {"sliding_window", "layer_types"} if family.windows else set()
+    known |= {*((*_ROPE, *family.rope) if family.rotary else ()), *pattern_fields(family)}
     unknown = sorted(set(config) - known)
     if unknown:
         found, expected = f"unknown field {', '.join(unknown)}", f"only known fields of {family.model_type}"
@@ -230,17 +254,17 @@ def _refuse_unknown(config: Mapping[str, Any], family: Family, where: str) -> No
 def _read_fields(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     """Our values of the family's fields; those that are derived may be None."""
     values: dict[str, Any] = {}
-    missing = []
+    given: set[str] = set()
     for theirs, ours in family.fields.items():
         value = config.get(theirs)
-        if ours in values:
+        if values.get(ours) is not None:
             if value not in (None, values[ours]):
                 found, expected = f"{theirs} = {value}", f"{values[ours]}, as the other sizes say"
                 raise UserError(where, found, expected, "this variant is not supported")
             continue
         values[ours] = value
-        given = theirs in config if ours in family.nullable else value is not None
-        missing += [] if given or ours in family.derived else [theirs]
+        given |= {ours} if (theirs in config if ours in family.nullable else value is not None) else set()
+    missing = [theirs for theirs, ours in family.fields.items() if ours not in given | family.derived]
     if missing:
         raise UserError(
             where, f"no {', '.join(missing)}", "these fields", "use the checkpoint's own config.json"
@@ -248,38 +272,20 @@ def _read_fields(config: Mapping[str, Any], family: Family, where: str) -> dict[
     return values
 
 
-def _windowed(ours: DecoderConfig, config: Mapping[str, Any], family: Family, where: str) -> DecoderConfig:
-    """With one period of the layers' windows."""
-    if (every := family.windows) is None:
-        return ours
-    window, layers = config.get("sliding_window"), ours.layers
-    every = every and config.get(_PATTERN, config.get(f"_{_PATTERN}", every))
-    check(f"{where}, {_PATTERN}", Key(None, int, "every which layer sees all", limit="at least 0"), every)
-    has_none = [(i + 1) % every == 0 if every else window is None for i in range(layers)]
-    kinds = config.get("layer_types") or [_KINDS[none] for none in has_none]
-    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in _KINDS for kind in kinds):
-        found = f"layer_types = {kinds}"
-        raise UserError(where, found, f"{layers} times {' or '.join(_KINDS)}", "correct it")
-    if _KINDS[0] in kinds:
-        check(f"{where}, sliding_window", _SIZE, window)
-    windows = tuple(window if kind == _KINDS[0] else None for kind in kinds)
-    periods = (n for n in range(1, layers + 1) if layers % n == 0)
-    return replace(ours, windows=next(windows[:n] for n in periods if windows[:n] * (layers // n) == windows))
-
-
 def _ropes(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Rope]:
     """Both styles: `rope_parameters` (theta inside; of Gemma 3 one for each kind of layer), or `rope_theta` with an
     optional `rope_scaling`, which is of the layers without a window."""
     said = _fields(config.get("rope_parameters") or config.get("rope_scaling") or {}, where)
+    said = {name: value for name, value in said.items() if name not in family.irrelevant}
     outside = {"rope_theta": config.get("rope_theta", family.scratch.get("rope_theta", 10000.0))}
     outside |= {_SHARE: config.get(_SHARE, family.rope[_SHARE])} if _SHARE in family.rope else {}
     if _LOCAL not in family.rope:
         return {"rope": _rope({**outside, **said}, config, where, shares=_SHARE in family.rope)}
     local = {"rope_theta": config.get(_LOCAL, family.rope[_LOCAL])}
-    if not set(said).isdisjoint(_KINDS):
-        if extra := sorted(set(said) - set(_KINDS)):
-            raise UserError(where, f"rope_parameters with {', '.join(extra)}", " and ".join(_KINDS), "correct it")
-        near, said = (_fields(said.get(kind) or {}, where) for kind in _KINDS)
+    if not set(said).isdisjoint(KINDS):
+        if extra := sorted(set(said) - set(KINDS)):
+            raise UserError(where, f"rope_parameters with {', '.join(extra)}", " and ".join(KINDS), "correct it")
+        near, said = (_fields(said.get(kind) or {}, where) for kind in KINDS)
         local |= near
     ropes = {"rope": _rope({**outside, **said}, config, where), "local_rope": _rope(local, config, where)}
     if ropes["local_rope"].stretch != 1.0:
@@ -375,4 +381,15 @@ def _checked(where: str, values: dict[str, Any]) -> DecoderConfig:
             raise UserError(where, found, f"{turned // 2} each", "correct the rope fields")
     if "query_scalar" in values and values["query_scalar"] is None:
         values["query_scalar"] = values["head_dim"]
+    for name, made in {"delta": DeltaSizes, "experts": ExpertSizes}.items():
+        inner = {key.partition(".")[2]: values.pop(key) for key in list(values) if key.startswith(f"{name}.")}
+        for key, value in inner.items():
+            check(f"{where}, {name} {key}", Key(None, bool, "true or false") if key == "normalised" else SIZE, value)
+        values |= {name: made(**inner)} if inner else {}
+    if (delta := values.get("delta")) and delta.value_heads % delta.key_heads:
+        found = f"{delta.value_heads} value heads, {delta.key_heads} key heads of linear attention"
+        raise UserError(where, found, "key heads that divide value heads", "correct them")
+    if (experts := values.get("experts")) and experts.chosen > experts.count:
+        found = f"{experts.chosen} of {experts.count} experts for a token"
+        raise UserError(where, found, "at most all", "correct them")
     return DecoderConfig(**values)

@@ -5,9 +5,9 @@ One `Family` per Hugging Face `model_type`; `families.py` reads the table in bot
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
+from elm_jax.models.family import LLAMA_FIELDS, Family, llama_layout, rules
 from elm_jax.models.names import Rule
 from elm_jax.registry import Registry
 
@@ -29,6 +29,9 @@ ALIASES: Mapping[str, str] = {
     "qwen3-1.7b-base": "Qwen/Qwen3-1.7B-Base",
     "qwen3-4b-base": "Qwen/Qwen3-4B-Base",
     "qwen3-8b-base": "Qwen/Qwen3-8B-Base",
+    **{f"qwen3.5-{size.lower()}": f"Qwen/Qwen3.5-{size}" for size in ("0.8B", "2B", "4B", "9B")},
+    **{f"qwen3.5-{size.lower()}-base": f"Qwen/Qwen3.5-{size}-Base" for size in ("0.8B", "2B", "4B", "9B")},
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
     "gemma-2-2b-it": "google/gemma-2-2b-it",
     "gemma-3-270m-it": "google/gemma-3-270m-it",
     "gemma-3-1b-it": "google/gemma-3-1b-it",
@@ -48,110 +51,11 @@ ALIASES: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Family:
-    """One `model_type`.
-
-    rules: which tensor is which parameter, the embedding table first.
-    fields: Hugging Face field -> ours; two fields of theirs for one of ours must agree.
-    constants: parts of our configuration that the family decides and its files do not say.
-    only: field by field, the values for which this decoder is right (first: the one that is written).
-    irrelevant: fields that do not matter then, besides the common ones.
-    derived: parts of ours that follow from the others where a file does not say.
-    nullable: parts of ours that a file must say, and may say to be null.
-    tied: what `tie_word_embeddings` is where a file does not say.
-    windows: which layers have a window, where a file has no `layer_types`: all but every so many-th (0: all, where
-        `sliding_window` is no null, and no `layer_types` is known). None: no layer has one.
-    rope: fields of its rotary positions besides the common ones, with what they are where a file does not say.
-    chat: (a token, the chat form of a model whose tokenizer has it), the first that fits.
-    called: (part of a model's name, its chat form), for models whose tokenizer says nothing of it.
-    scratch: `llm.scratch` keys of this family, or other defaults than the common ones.
-    peft: the modules that PEFT adapts when it is not told.
-    buffers: ends of the names of tensors that are no parameters, which old exports saved and nobody reads.
-    """
-
-    model_type: str
-    architecture: str
-    rules: tuple[Rule, ...]
-    fields: Mapping[str, str]
-    constants: Mapping[str, Any]
-    only: Mapping[str, tuple[Any, ...]]
-    chat: tuple[tuple[str, str], ...]
-    called: tuple[tuple[str, str], ...] = ()
-    derived: frozenset[str] = frozenset()
-    nullable: frozenset[str] = frozenset()
-    irrelevant: frozenset[str] = frozenset()
-    tied: bool = False
-    windows: int | None = None
-    rope: Mapping[str, Any] = field(default_factory=dict)
-    scratch: Mapping[str, Any] = field(default_factory=dict)
-    peft: str = "q_proj,v_proj"
-    buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
-
-    @property
-    def rotary(self) -> bool:
-        """Whether its positions are rotary (else the constants say so)."""
-        return "rope" not in self.constants
-
-
-def _rules(table: Mapping[str, str], biased: str = "", transpose: bool = True) -> tuple[Rule, ...]:
-    """Rules of modules: their name -> ours.
-
-    `biased`: our names, after `layers.`, of what has a bias (* of everything). transpose: whether their linear
-    layers keep (out, in), as PyTorch's do; GPT-2's keep (in, out).
-    """
-    found = []
-    for theirs, ours in table.items():
-        is_table, is_norm = ours in ("embedding", "positions"), ours.endswith("norm")
-        leaf = "table" if is_table else "scale" if is_norm else "kernel"
-        turned = leaf == "kernel" and (transpose or ours == "head")
-        found.append(Rule(f"{theirs}.weight", f"{ours}.{leaf}", turned))
-        everything = biased == "*" and not is_table and ours != "head"
-        if everything or ours.removeprefix("layers.") in biased.split():
-            found.append(Rule(f"{theirs}.bias", f"{ours}.bias"))
-    return tuple(found)
-
-
-def _llama_layout(
-    norms: tuple[str, ...] = ("attention_norm", "mlp_norm"), biased: str = "", qk_norm: bool = False,
-    fused: bool = False,
-) -> tuple[Rule, ...]:  # fmt: skip
-    """The tensors of Llama and its relatives; `norms` are ours for theirs, in the order of _LLAMA_NORMS."""
-    layer, ours = "model.layers.{layer}", "layers"
-    heads = {f"{layer}.self_attn.{n}_norm": f"{ours}.attention.{n}_norm" for n in ("qk" if qk_norm else "")}
-    table = {
-        "model.embed_tokens": "embedding",
-        **{f"{layer}.{n}": f"{ours}.{norm}" for n, norm in zip(_LLAMA_NORMS, norms, strict=False)},
-        **{f"{layer}.self_attn.{n}_proj": f"{ours}.attention.{n}" for n in (("qkv", "o") if fused else "qkvo")},
-        **heads,
-        **{f"{layer}.mlp.{n}_proj": f"{ours}.mlp.{n}" for n in (*(["gate_up"] if fused else ["gate", "up"]), "down")},
-        "model.norm": "norm",
-        "lm_head": "head",
-    }
-    return _rules(table, biased)
-
-
-_LLAMA_NORMS = (
-    *("input_layernorm", "post_attention_layernorm"),
-    *("pre_feedforward_layernorm", "post_feedforward_layernorm"),  # Gemma's
-)
-_LLAMA_FIELDS: Mapping[str, str] = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "mlp",
-    "max_position_embeddings": "max_len",
-    "rms_norm_eps": "norm_eps",
-}
-
 _LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    rules=_llama_layout(),
-    fields=_LLAMA_FIELDS,
+    rules=llama_layout(),
+    fields=LLAMA_FIELDS,
     constants={},
     derived=frozenset({"kv_heads", "head_dim"}),
     only={
@@ -174,8 +78,8 @@ _QWEN_ONLY = {
 _QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    rules=_llama_layout(biased="attention.q attention.k attention.v"),
-    fields=_LLAMA_FIELDS,
+    rules=llama_layout(biased="attention.q attention.k attention.v"),
+    fields=LLAMA_FIELDS,
     constants={"qkv_bias": True},
     derived=frozenset({"kv_heads", "head_dim"}),
     only={**_QWEN_ONLY, "use_mrope": (False,)},
@@ -185,18 +89,95 @@ _QWEN2 = Family(
 _QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    rules=_llama_layout(qk_norm=True),
-    fields=_LLAMA_FIELDS,
+    rules=llama_layout(qk_norm=True),
+    fields=LLAMA_FIELDS,
     constants={"qk_norm": True},
     only={**_QWEN_ONLY, "attention_bias": (False,)},
     chat=(("<|im_start|>", "qwen2"),),
     irrelevant=frozenset({"sliding_window", "max_window_layers"}),
 )
+_DELTA = "model.layers.{layer}.linear_attn"
+_QWEN3_5 = Family(
+    model_type="qwen3_5_text",
+    architecture="Qwen3_5ForCausalLM",
+    rules=(
+        *llama_layout(qk_norm=True),
+        *rules(
+            {
+                **{f"{_DELTA}.in_proj_{n}": f"layers.delta.{n}" for n in ("qkv", "z", "b", "a")},
+                f"{_DELTA}.norm": "layers.delta.norm",
+                f"{_DELTA}.out_proj": "layers.delta.out",
+            }
+        ),
+        Rule(f"{_DELTA}.conv1d.weight", "layers.delta.taps"),
+        Rule(f"{_DELTA}.A_log", "layers.delta.log_rates"),
+        Rule(f"{_DELTA}.dt_bias", "layers.delta.step_bias"),
+    ),
+    fields={
+        **LLAMA_FIELDS,
+        "linear_conv_kernel_dim": "delta.taps",
+        "linear_num_key_heads": "delta.key_heads",
+        "linear_num_value_heads": "delta.value_heads",
+        "linear_key_head_dim": "delta.key_dim",
+        "linear_value_head_dim": "delta.value_dim",
+    },
+    constants={"norm": "rms_offset", "qk_norm": True, "attention_gate": True},
+    only={
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "attention_dropout": (0.0,),
+        "attn_output_gate": (None, True),
+        "mlp_only_layers": (None,),
+    },
+    chat=(("<|im_start|>", "qwen2"),),
+    # The three axes of a text's positions are the same one.
+    irrelevant=frozenset(
+        {
+            *("mrope_section", "mrope_interleaved", "mamba_ssm_dtype"),
+            *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
+        }
+    ),
+    linear=True,
+    within="qwen3_5",
+    renamed=("model.language_model.", "model."),
+    dropped=("model.visual.", "mtp."),
+    rope={"partial_rotary_factor": 0.25},
+    scratch={
+        **{"linear_conv_kernel_dim": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        **{"linear_key_head_dim": 16, "linear_value_head_dim": 16, "full_attention_interval": 2},
+    },
+    peft="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",  # the reference's; PEFT has no default
+)
+_EXPERT = "model.layers.{layer}.mlp.experts.{expert}"
+_QWEN3_MOE = replace(
+    _QWEN3,
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    rules=(
+        *_QWEN3.rules,
+        Rule("model.layers.{layer}.mlp.gate.weight", "layers.experts.router", transpose=True),
+        *rules({f"{_EXPERT}.{n}_proj": f"layers.experts.{n}" for n in ("gate", "up", "down")}),
+    ),
+    fields={
+        **LLAMA_FIELDS,
+        **dict.fromkeys(("num_experts", "num_local_experts"), "experts.count"),
+        "num_experts_per_tok": "experts.chosen",
+        "moe_intermediate_size": "experts.inner",
+        "norm_topk_prob": "experts.normalised",
+    },
+    only={**_QWEN3.only, "output_router_logits": (False,)},
+    irrelevant=_QWEN3.irrelevant | {"router_aux_loss_coef"},  # of the loss that is off with `output_router_logits`
+    sparse=True,
+    scratch={
+        **{"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+        **{"mlp_only_layers": None, "decoder_sparse_step": 1},
+    },
+)
 _MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    rules=_llama_layout(),
-    fields=_LLAMA_FIELDS,
+    rules=llama_layout(),
+    fields=LLAMA_FIELDS,
     constants={},
     derived=frozenset({"kv_heads", "head_dim"}),
     only={"hidden_act": ("silu",), "attention_dropout": (0.0,)},
@@ -207,8 +188,8 @@ _MISTRAL = Family(
 _PHI3 = Family(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
-    rules=_llama_layout(fused=True),
-    fields={theirs: ours for theirs, ours in _LLAMA_FIELDS.items() if ours != "head_dim"},
+    rules=llama_layout(fused=True),
+    fields={theirs: ours for theirs, ours in LLAMA_FIELDS.items() if ours != "head_dim"},
     constants={"fused_qkv": True, "fused_mlp": True},
     derived=frozenset({"kv_heads"}),
     only={
@@ -231,9 +212,9 @@ _GEMMA_NORMS = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_n
 _GEMMA2 = Family(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
-    rules=_llama_layout(norms=_GEMMA_NORMS),
+    rules=llama_layout(norms=_GEMMA_NORMS),
     fields={
-        **_LLAMA_FIELDS,
+        **LLAMA_FIELDS,
         "query_pre_attn_scalar": "query_scalar",
         "attn_logit_softcapping": "attention_cap",
         "final_logit_softcapping": "logit_cap",
@@ -262,7 +243,7 @@ _GEMMA3 = replace(
     _GEMMA2,
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
-    rules=_llama_layout(norms=_GEMMA_NORMS, qk_norm=True),
+    rules=llama_layout(norms=_GEMMA_NORMS, qk_norm=True),
     fields={theirs: ours for theirs, ours in _GEMMA2.fields.items() if ours != "attention_cap"},
     constants={**_GEMMA2.constants, "qk_norm": True},
     nullable=frozenset({"logit_cap"}),
@@ -285,7 +266,7 @@ _LEARNED = {  # of GPT-2 and OPT
 _GPT2 = Family(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
-    rules=_rules(
+    rules=rules(
         {
             "transformer.wte": "embedding",
             "transformer.wpe": "positions",
@@ -334,7 +315,7 @@ _GPT2 = Family(
 _OPT = Family(
     model_type="opt",
     architecture="OPTForCausalLM",
-    rules=_rules(
+    rules=rules(
         {
             "model.decoder.embed_tokens": "embedding",
             "model.decoder.embed_positions": "positions",
@@ -349,7 +330,7 @@ _OPT = Family(
         },
         biased="*",
     )
-    + _rules({f"model.decoder.{name}": name for name in ("project_in", "project_out")}),
+    + rules({f"model.decoder.{name}": name for name in ("project_in", "project_out")}),
     fields={
         "vocab_size": "vocab_size",
         "hidden_size": "hidden",
@@ -377,7 +358,12 @@ _OPT = Family(
 
 FAMILIES: Registry[Family] = Registry(
     "model_type",
-    {f.model_type: f for f in (_LLAMA, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _MISTRAL, _PHI3, _GPT2, _OPT)},
+    {
+        family.model_type: family
+        for family in (
+            *(_LLAMA, _QWEN2, _QWEN3, _QWEN3_5, _QWEN3_MOE, _GEMMA2, _GEMMA3, _MISTRAL, _PHI3, _GPT2, _OPT),
+        )
+    },
 )
 
 

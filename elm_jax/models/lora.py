@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from elm_jax.errors import UserError, nearest
-from elm_jax.models.decoder import Decoder
-from elm_jax.models.families import family_of
+from elm_jax.models.decoder import Decoder, DecoderConfig
+from elm_jax.models.families import family_of, rules_of
 from elm_jax.models.hints import weight
 from elm_jax.models.layers import Axes, Linear
 from elm_jax.models.names import Rule
@@ -72,24 +72,26 @@ def add_lora(decoder: Decoder, spec: LoraSpec, rngs: nnx.Rngs, param_dtype: jax.
     Raises:
         UserError: a target that this family has not.
     """
-    for path in target_modules(decoder.config.model_type, spec.targets):
+    for path in target_modules(decoder.config, spec.targets):
         linear: Linear = reduce(getattr, path.split("."), decoder)
         *leading, inputs, outputs = linear.kernel.shape
         axes = linear.kernel.axes
         linear.lora = Lora(spec, (inputs, outputs), axes, rngs, leading=tuple(leading), param_dtype=param_dtype)
 
 
-def target_modules(model_type: str, targets: str, where: str = "llm.lora.targets") -> dict[str, Rule]:
+def target_modules(config: DecoderConfig, targets: str, where: str = "llm.lora.targets") -> dict[str, Rule]:
     """The modules of ours ("layers.attention.q") that `targets` means, each with the rule of its kernel.
 
+    Experts are none: they are no linear layers, here or in Transformers.
+
     Raises:
-        UserError: a target that this family has not; `where` names what asked for it.
+        UserError: a target that this model has not; `where` names what asked for it.
     """
-    family = family_of(model_type)
+    family = family_of(config.model_type)
     modules = {
         rule.ours.removesuffix(".kernel"): rule
-        for rule in family.rules
-        if rule.stacked and rule.ours.endswith(".kernel")
+        for rule in rules_of(config)
+        if rule.leading == 1 and rule.ours.endswith(".kernel")
     }
     if targets == "all":
         return modules
@@ -99,7 +101,7 @@ def target_modules(model_type: str, targets: str, where: str = "llm.lora.targets
         if not any(_means(target, rule) for rule in modules.values()):
             fix = nearest(target, names) or "choose among these"
             raise UserError(
-                where, repr(target), f"all, peft, or linear layers of {model_type}: {', '.join(names)}", fix
+                where, repr(target), f"all, peft, or linear layers of {config.model_type}: {', '.join(names)}", fix
             )
     return {path: rule for path, rule in modules.items() if any(_means(target, rule) for target in asked)}
 

@@ -20,7 +20,7 @@ from elm_jax.planning.program import Compiled
 from elm_jax.planning.roofline import Times, step_times
 from elm_jax.planning.topology import Topology
 from elm_jax.runtime.mesh import MeshPlacement, batch_ways, divisors, make_mesh
-from elm_jax.runtime.telemetry import step_flops
+from elm_jax.runtime.telemetry import layer_parameters, step_flops
 
 TARGETS = 8  # a row's tokens for each supervised one, where `Load.targets` is not given
 ECG_TOKENS = 512  # a row's tokens for each ECG, where `Load.signals` is not given
@@ -246,11 +246,10 @@ class Planner:
     def _mfu(self, compiled: Compiled, times: Times) -> float:
         """As training counts it, for full rows of one conversation each, or of what fits in the blocks of keys."""
         leaves, shape = self.assembly.structure.leaves, compiled.shape
-        layers = {n: leaf for n, leaf in leaves.items() if n.startswith("llm.layers.") and not is_lora(n)}
-        trained = any(name in compiled.program.state.trained for name in layers)
+        trained = any(n.startswith("llm.layers.") and not is_lora(n) for n in compiled.program.state.trained)
         pairs = shape.tokens * (shape.tokens + 1) // 2
         flops = step_flops(
-            self.assembly.llm, sum(math.prod(leaf.shape) for leaf in layers.values()), trained,
+            self.assembly.llm, layer_parameters(self.assembly.llm, leaves), trained,
             compiled.rows * shape.tokens, compiled.rows * shape.targets,
             compiled.rows * min(pairs, shape.tokens * shape.key_blocks * BLOCK or pairs),
         )  # fmt: skip

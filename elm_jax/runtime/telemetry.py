@@ -24,6 +24,8 @@ from elm_jax import stopping
 from elm_jax.config import LogConfig
 from elm_jax.errors import UserError, printable, refused
 from elm_jax.folders import json_lines, read_regular, write_atomic
+from elm_jax.models.functional import Leaf
+from elm_jax.models.lora import is_lora
 
 WANDB_ID = "wandb_id"  # in a run's folder: its id in Weights & Biases
 # Peak dense bfloat16 FLOP/s of one device, by how its `device_kind` reads (vendors' data sheets): the first that is a
@@ -44,8 +46,9 @@ PEAK_FLOPS = {
 }
 MFU_FORMULA = (
     "(6 or, where the LLM is frozen, 4) FLOPs x (layer parameters x tokens + width x vocabulary x supervised tokens "
-    "+ 2 x layers x heads x head size x attention pairs); pairs that a sliding window hides count, too; recomputation, "
-    "encoder and connector do not"
+    "+ 2 x layers with attention x heads x head size x attention pairs + 3 x layers with linear attention x value "
+    "heads x key size x value size x tokens); of experts the parameters of those that a token is sent to; pairs that a "
+    "sliding window hides count, too; recomputation, encoder and connector do not"
 )
 
 
@@ -59,8 +62,22 @@ def step_flops(
 ) -> float:
     """FLOPs of a step as MFU_FORMULA says. `llm` is the decoder's config."""
     products = layer_parameters * tokens + llm.embedding * llm.vocab_size * supervised
-    attention = 2 * llm.layers * llm.heads * llm.head_dim * pairs
+    attention = 2 * len(llm.layers_with("attention")) * llm.heads * llm.head_dim * pairs
+    if llm.delta:
+        state = llm.delta.value_heads * llm.delta.key_dim * llm.delta.value_dim
+        attention += 3 * len(llm.layers_with("delta")) * state * tokens
     return float((6 if trained else 4) * (products + attention))
+
+
+def layer_parameters(llm: Any, leaves: Mapping[str, Leaf]) -> int:
+    """Of all arrays of a model, the parameters in its LLM's layers that each token meets; without adapters."""
+    found = 0
+    for name, leaf in leaves.items():
+        if name.startswith("llm.layers.") and not is_lora(name):
+            size = math.prod(leaf.shape)
+            chosen = name.startswith("llm.layers.experts.") and name.endswith(".kernel")
+            found += size * llm.experts.chosen // llm.experts.count if chosen else size
+    return found
 
 
 class MetricsFile:

@@ -268,9 +268,9 @@ def flops_of(assembly: Assembly, trained: Collection[str]) -> Flops | None:
     """The FLOPs of steps that train these arrays; None where there is no LLM."""
     if assembly.llm is None:
         return None
-    own = {n: leaf for n, leaf in assembly.structure.leaves.items() if n.startswith("llm.layers.") and not is_lora(n)}
-    parameters = sum(int(np.prod(leaf.shape)) for leaf in own.values())
-    return functools.partial(telemetry.step_flops, assembly.llm, parameters, any(name in trained for name in own))
+    parameters = telemetry.layer_parameters(assembly.llm, assembly.structure.leaves)
+    own = any(name.startswith("llm.layers.") and not is_lora(name) for name in trained)
+    return functools.partial(telemetry.step_flops, assembly.llm, parameters, own)
 
 
 def tell_of_cuts(what: str, index: LengthIndex, max_len: int) -> None:

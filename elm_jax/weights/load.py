@@ -14,7 +14,7 @@ from elm_jax import compat as behaviours
 from elm_jax.errors import UserError, some
 from elm_jax.folders import read_json
 from elm_jax.models.decoder import Decoder, DecoderConfig
-from elm_jax.models.families import ALIASES, FAMILIES, family_of, from_hf, nearest_model
+from elm_jax.models.families import ALIASES, FAMILIES, family_of, from_hf, nearest_model, rules_of
 from elm_jax.runtime.mesh import named_sharding
 from elm_jax.text.vocabulary import TOKENIZER_FILES
 from elm_jax.weights.files import HF_FOLDER, TORCH, conversion, download, is_repository, listed, open_checkpoint
@@ -74,14 +74,17 @@ def open_llm(folder: str | Path, config: DecoderConfig) -> Published:
     stored, shapes = (
         {name: v.shape for name, v in parameters(nnx.state(abstract_decoder(each))).items()} for each in (base, config)
     )
-    rules = [rule for rule in family.rules if rule.ours in shapes]
+    rules = [rule for rule in rules_of(base) if rule.ours in shapes]
     assert len(rules) == len(shapes), "the rules and the parameters differ"
     tensors, table = open_checkpoint(folder), family.rules[0].theirs
     if is_llava(tensors):
         tensors = {name: tensor for name, tensor in tensors.items() if of_llm(name)}
     prefix = table.partition(".")[0] + "."
     bare = table not in tensors and table.removeprefix(prefix) in tensors  # of the model inside the causal one
-    named = {key: prefix + key if bare and not key.startswith("lm_head.") else key for key in tensors}
+    theirs, ours = family.renamed
+    named = {key: ours + key.removeprefix(theirs) if theirs and key.startswith(theirs) else key for key in tensors}
+    named = {key: name for key, name in named.items() if not (family.dropped and name.startswith(family.dropped))}
+    named |= {key: prefix + key for key in named if bare and not key.startswith("lm_head.")}
     return match(
         str(folder), f"this {config.model_type}", "check that config.json fits, tie_word_embeddings too", rules, shapes,
         tensors, {key: name for key, name in named.items() if not name.endswith(family.buffers)}, stored=stored,

@@ -105,8 +105,8 @@ def save_adapter(
     `base` is the name or folder of the base model, for who opens the adapter with PEFT.
     """
     folder = Path(folder)
-    modules = target_modules(config.model_type, spec.targets)
-    names = sorted({_short(rule, config.model_type) for rule in modules.values()})
+    modules = target_modules(config, spec.targets)
+    names = sorted({_short(rule, config) for rule in modules.values()})
     alpha = int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha
     written = {
         **{name: _ONLY[name][0] for name in _WRITTEN},
@@ -157,8 +157,11 @@ def merged(arrays: Iterable[tuple[str, np.ndarray]], scale: float) -> Iterator[t
 def _rules(config: DecoderConfig, targets: str, where: str) -> list[Rule]:
     """Which tensor of the adapter is which array."""
     return [
-        Rule(f"{PREFIX}{their_module(rule)}.lora_{side.upper()}.weight", f"{path}.lora.{side}", transpose=True)
-        for path, rule in target_modules(config.model_type, targets, where).items()
+        replace(
+            rule, theirs=f"{PREFIX}{their_module(rule)}.lora_{side.upper()}.weight", ours=f"{path}.lora.{side}",
+            transpose=True,
+        )
+        for path, rule in target_modules(config, targets, where).items()
         for side in "ab"
     ]
 
@@ -174,11 +177,11 @@ def _shapes(config: DecoderConfig, spec: LoraSpec) -> dict[str, tuple[int, ...]]
     return {n: v.shape for n, v in parameters(nnx.state(nnx.eval_shape(build))).items() if is_lora(n)}
 
 
-def _short(rule: Rule, model_type: str) -> str:
+def _short(rule: Rule, config: DecoderConfig) -> str:
     """The least end of a module's name that means no other one of the family."""
     parts = their_module(rule).split(".")
     ends = (".".join(parts[-n:]) for n in range(1, len(parts)))
-    return next(end for end in ends if len(target_modules(model_type, end)) == 1)
+    return next(end for end in ends if len(target_modules(config, end)) == 1)
 
 
 def _read_spec(path: Path) -> LoraSpec:

@@ -61,8 +61,9 @@ class Published:
     def read(self, ours: str, index: Index | None = None) -> np.ndarray:
         """Our array, or a slice of it: a view of the file where it can be."""
         rule = self.rules[ours]
-        layers, each = rule.split(_whole(self.shapes[ours]) if index is None else index)
-        return rule.arrange([self._slice(ours, key, each) for key in self.origins(ours)[layers]])
+        shape, keys = self.shapes[ours], self.origins(ours)
+        places, each = rule.split(_whole(shape) if index is None else index, shape)
+        return rule.arrange([self._slice(ours, keys[place], each) for place in places.flat], places.shape)
 
     def arrays(self, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """These arrays, or all; the memory of what was read before is given back."""

@@ -54,8 +54,7 @@ class ShardWriter:
     def write(self, ours: str, array: np.ndarray) -> None:
         """Put our array, in the dtype that was said, into the files."""
         rule = self._rules[ours]
-        for layer, theirs in enumerate(rule.names(array.shape)):
-            part = rule.restore(array[layer : layer + 1] if rule.stacked else array)[0]
+        for theirs, part in zip(rule.names(array.shape), rule.restore(array), strict=True):
             for name in (theirs, *self._aliases.get(theirs, ())):
                 self._writers[self._where[name]].write(name, part)
 
@@ -72,11 +71,18 @@ class ShardWriter:
 
 def _in_reading_order(rules: Sequence[Rule], layouts: Mapping[str, Layout]) -> Iterable[str]:
     """Their names: what stands before the layers, layer by layer, what stands after them."""
-    stacked = [rule.names(layouts[rule.ours][1]) for rule in rules if rule.stacked]
     first = next((i for i, rule in enumerate(rules) if rule.stacked), len(rules))
     yield from (rule.theirs for rule in rules[:first])
-    for layer in range(max(map(len, stacked), default=0)):  # an encoder's stacks may differ in length
-        yield from (names[layer] for names in stacked if layer < len(names))
+    of_layers: dict[int, list[str]] = {}  # not every stack has all layers
+    for rule in rules:
+        if rule.stacked:
+            shape = layouts[rule.ours][1]
+            layers, names = rule.layers(shape), rule.names(shape)
+            for place, layer in enumerate(layers):
+                each = len(names) // len(layers)
+                of_layers.setdefault(layer, []).extend(names[place * each : (place + 1) * each])
+    for layer in sorted(of_layers):
+        yield from of_layers[layer]
     yield from (rule.theirs for rule in rules[first:] if not rule.stacked)
 
 

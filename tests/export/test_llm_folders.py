@@ -17,6 +17,7 @@ from elm_jax.weights.files import open_checkpoint
 
 LLAMAS = ("llm_llama_tied", "llm_llama_untied_sharded")
 LLMS = (*LLAMAS, "llm_qwen2_tied", "llm_qwen3", "llm_gemma2", "llm_gpt2", "llm_opt")
+NEW = ("llm_qwen3_5", "llm_qwen3_moe")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -55,13 +56,15 @@ def test_a_frozen_llm_comes_out_byte_for_byte_whatever_the_run_computed_in(expor
         assert (after / file).read_bytes() == (before / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", LLMS)
+@pytest.mark.parametrize("name", [*LLMS, *NEW])
 def test_a_trained_llm_that_did_not_move_comes_out_byte_for_byte_in_its_own_style(exported, name: str) -> None:
     folder = {"config": "config_hub_style.json"}
     before, after, _ = exported(name, "--max_shard_size", "0.1MB", folder=folder, update=("connector", "llm"))
-    assert_same(before, after)
+    rows = 512 if name in NEW else None  # their tables are smaller than the tokenizer
+    assert_same(before, after, rows)
     assert (after / "model.safetensors.index.json").is_file()
-    assert (after / "config.json").read_bytes() == (before / "config.json").read_bytes()
+    text = (before / "config.json").read_text()
+    assert (after / "config.json").read_text() == (edited(text, {"vocab_size": rows}) if rows else text)
 
 
 def test_what_was_trained_on_a_mesh_comes_out_whole(exported) -> None:
@@ -105,11 +108,11 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize(("folder", "update"), STATES.values(), ids=STATES)
-@pytest.mark.parametrize("name", LLMS)
-def test_transformers_computes_our_logits(
-    exported, name: str, folder: dict[str, Any], update: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "state"), [*((n, s) for n in LLMS for s in STATES), *((n, "larger vocabulary") for n in NEW)]
+)
+def test_transformers_computes_our_logits(exported, name: str, state: str) -> None:
+    folder, update = STATES[state]
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
@@ -126,7 +129,8 @@ def test_transformers_computes_our_logits(
     with torch.no_grad():
         theirs = model(torch.from_numpy(tokens)).logits.numpy()
     assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    bound = 5e-5 if name == "llm_qwen3_5" else 1e-5  # see `WIDER` of tests/parity/test_llm_golden.py
+    assert np.abs(ours - theirs).max() <= bound * np.abs(theirs).max()
 
 
 def test_the_tokenizer_has_the_added_tokens_and_how_conversations_are_written(exported) -> None:

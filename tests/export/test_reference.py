@@ -66,7 +66,7 @@ MODELS: Mapping[str, tuple[Any, ...]] = {
 
 def kinds(family: str, encoder: str | None, connector: str | None) -> Kinds:
     parts = {"encoder": encoder} if encoder else {}, {"connector": connector} if connector else {}
-    return Kinds(tiny_config(family).model_type, *parts)
+    return Kinds(tiny_config(family), *parts)
 
 
 def table(family: str, encoder: str | None, connector: str | None, lora: bool = False) -> Reference:

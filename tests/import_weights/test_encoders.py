@@ -15,6 +15,7 @@ from flax import nnx
 from import_weights import checkpoints
 from import_weights.conftest import imported, loaded
 from parity import e2e
+from tiny_llms import tiny_config
 
 from elm_jax.exchange.reference import Kinds, published_rules
 from elm_jax.models.encoders import build_encoder
@@ -178,7 +179,7 @@ def test_an_encoder_stands_in_a_model_with_the_published_llm(
     state = Safetensors(golden(e2e.ENCODER_FOLDER) / "model.safetensors")
     run = imported(save(tmp_path / "st_mem.pt", state), tmp_path / "run", *llm, "--config.llm.compute_dtype=float32")
     model = loaded(run)
-    kinds = Kinds("llama", {"encoder": "st_mem"}, {"connector": "mlp"})
+    kinds = Kinds(tiny_config("llama"), {"encoder": "st_mem"}, {"connector": "mlp"})
     rules = {n: published_rules([n], kinds)[n] for n in model.arrays}
     table = load_llm(checkpoints.llm_folder("llama", golden, workplace)).embedding.table[...]
     np.testing.assert_array_equal(model.arrays["llm.embedding.table"], table)

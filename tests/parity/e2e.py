@@ -120,15 +120,11 @@ def load_case(name: str, golden: Any) -> Case:
     encoder = ENCODER if any(n.startswith("encoder.") for n in structure.leaves) else None
     connector = ELMS[kind]["ecg"].connector
     parts = {"encoder": encoder} if encoder else {}, {"connector": connector} if connector else {}
-    kinds = Kinds(llm_type(llm_folder), *parts)
+    kinds = Kinds(read_llm_config(llm_folder), *parts)
     rules = published_rules(structure.leaves, kinds)
     arrays = dict(_initial(structure, folder, llm_folder, encoder, rules, golden))
     traces = json.loads((folder / "train_traces.json").read_text())
     return Case(name, kind, folder, structure, arrays, rules, inputs, traces)
-
-
-def llm_type(folder: Path) -> str:
-    return read_llm_config(folder).model_type
 
 
 def _build(kind: str, llm: Any, tokens: int, shape: tuple[int, int], golden: Any) -> ELM:

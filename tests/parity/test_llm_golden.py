@@ -14,18 +14,20 @@ from parity_log import compare, record
 
 from elm_jax.inference.generate import generate
 from elm_jax.models.decoder import Decoder
-from elm_jax.models.families import family_of, from_hf, to_hf
+from elm_jax.models.families import from_hf, rules_of, to_hf
 from elm_jax.models.names import export
 from elm_jax.weights.load import load_llm, parameters
 
 NAMES = (
     *("llm_llama_tied", "llm_llama_untied_sharded", "llm_qwen2_tied", "llm_qwen3", "llm_gemma2"),
-    *("llm_gpt2", "llm_opt", "llm_gemma3", "llm_mistral", "llm_phi3"),
+    *("llm_gpt2", "llm_opt", "llm_gemma3", "llm_mistral", "llm_phi3", "llm_qwen3_5", "llm_qwen3_moe"),
 )
 FORWARD, GRADIENT = 1e-5, 1e-4  # largest difference, as a part of the largest reference value
 # The softmax does not see a key's bias where positions do not turn it (OPT): its gradient is rounding alone, in
 # the reference too, and is compared with zero at the scale of the others.
 NO_GRADIENT = 1e-6
+# A recurrence of 80 steps: transformers' own logits differ by 0.9e-5 of scale between a row with padding and without.
+WIDER = {"llm_qwen3_5": 5}
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,14 @@ class Case:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def forward(self) -> float:
+        return FORWARD * WIDER.get(self.name, 1)
+
+    @property
+    def gradient(self) -> float:
+        return GRADIENT * WIDER.get(self.name, 1)
 
     @property
     def valid(self) -> np.ndarray:
@@ -81,20 +91,20 @@ def test_logits_match_whether_layers_are_scanned_or_unrolled(case):
         logits = llm(case.tokens, case.mask)
         assert logits.dtype == jnp.float32
         what = f"logits with scan={scan}"
-        compare(case.name, what, logits[case.valid], case.expected["logits"][case.valid], FORWARD)
+        compare(case.name, what, logits[case.valid], case.expected["logits"][case.valid], case.forward)
 
 
 def test_logits_on_positions_from_the_mask_match(case):
     logits = case.llm(case.tokens, case.mask)
-    compare(case.name, "logits, positions from the mask", logits[case.valid], case.logits[case.valid], FORWARD)
+    compare(case.name, "logits, positions from the mask", logits[case.valid], case.logits[case.valid], case.forward)
 
 
 def test_logits_of_right_padded_and_of_unpadded_prompts_match(case):
     tokens, mask = to_right_padding(case.tokens, case.mask), to_right_padding(case.mask, case.mask)
     logits = case.llm(tokens, mask)
-    compare(case.name, "logits, right padding", logits[mask == 1], case.logits[case.valid], FORWARD)
+    compare(case.name, "logits, right padding", logits[mask == 1], case.logits[case.valid], case.forward)
     alone = case.llm(case.tokens[1:2, case.valid[1]])
-    compare(case.name, "logits, no padding", alone, case.expected["logits_row1_unpadded_nomask"], FORWARD)
+    compare(case.name, "logits, no padding", alone, case.expected["logits_row1_unpadded_nomask"], case.forward)
 
 
 def test_padding_is_finite_and_its_tokens_do_not_matter(case):
@@ -108,7 +118,7 @@ def test_hidden_states_of_every_layer_match(case):
     found = np.asarray(case.forward_llm.all_hidden(case.tokens, case.mask))
     assert len(found) == len(case.expected["hidden_states"])
     for layer, expected in enumerate(case.expected["hidden_states"]):
-        compare(case.name, f"hidden state {layer}", found[layer][case.valid], expected[case.valid], FORWARD)
+        compare(case.name, f"hidden state {layer}", found[layer][case.valid], expected[case.valid], case.forward)
 
 
 def test_embeddings_in_place_of_tokens_give_the_same_logits(case):
@@ -141,12 +151,12 @@ def loss_and_gradients(case: Case, remat: str = "none") -> tuple[jax.Array, nnx.
 
 def test_loss_and_gradients_match(case):
     value, gradients, by_embeddings = loss_and_gradients(case)
-    compare(case.name, "loss", value, case.expected["loss"], FORWARD)
+    compare(case.name, "loss", value, case.expected["loss"], case.forward)
     expected = case.expected["grad_inputs_embeds"][case.valid]
-    compare(case.name, "gradient of inputs_embeds", by_embeddings[case.valid], expected, GRADIENT)
+    compare(case.name, "gradient of inputs_embeds", by_embeddings[case.valid], expected, case.gradient)
 
     arrays = {path: variable[...] for path, variable in parameters(gradients).items()}
-    theirs = dict(export(family_of(case.llm.config.model_type).rules, arrays))
+    theirs = fused(dict(export(rules_of(case.llm.config), arrays)))
     norms = json.loads((case.folder / "grad_norms.json").read_text())
     assert set(norms) == set(theirs)
     largest = max(norms.values())
@@ -154,17 +164,29 @@ def test_loss_and_gradients_match(case):
         if norms[name] < NO_GRADIENT * largest:
             record(case.name, f"gradient of {name}", float(np.abs(theirs[name]).max()) / largest, NO_GRADIENT)
         else:
-            compare(case.name, f"gradient of {name}", theirs[name], expected, GRADIENT)
+            compare(case.name, f"gradient of {name}", theirs[name], expected, case.gradient)
     some = [name for name in norms if norms[name] >= NO_GRADIENT * largest]
     assert len(some) == len(norms) - (case.llm.config.layers if case.name == "llm_opt" else 0)
     errors = [abs(np.linalg.norm(theirs[name]) / norms[name] - 1) for name in some]
-    record(case.name, "norms of all gradients", float(max(errors)), GRADIENT)
+    record(case.name, "norms of all gradients", float(max(errors)), case.gradient)
+
+
+def fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """With the experts of a layer in two arrays, as transformers has them in memory."""
+    found = {name: x for name, x in tensors.items() if ".experts." not in name}
+    for layer in sorted({name.partition(".experts.")[0] for name in set(tensors) - set(found)}):
+        count = sum(name.startswith(f"{layer}.experts.") for name in tensors) // 3
+        gate, up, down = ([tensors[f"{layer}.experts.{e}.{n}_proj.weight"] for e in range(count)]
+                          for n in ("gate", "up", "down"))  # fmt: skip
+        found[f"{layer}.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        found[f"{layer}.experts.down_proj"] = np.stack(down)
+    return found
 
 
 def test_the_loss_on_positions_from_the_mask_matches(case):
     value = loss_of(case.llm, {"tokens": case.tokens}, case)
     expected = case.expected.get("loss_position_ids_from_mask", case.expected["loss"])
-    compare(case.name, "loss, positions from the mask", value, expected, FORWARD)
+    compare(case.name, "loss, positions from the mask", value, expected, case.forward)
 
 
 def test_the_shape_of_llama_2_and_vicuna(golden):
@@ -172,13 +194,13 @@ def test_the_shape_of_llama_2_and_vicuna(golden):
     case = load_case(golden("llm_llama2_vicuna"))
     assert from_hf(json.loads((case.folder / "config_hub_style.json").read_text()), "config.json") == case.llm.config
     logits = case.llm(case.tokens, case.mask)
-    compare(case.name, "logits", logits[case.valid], case.expected["logits"][case.valid], FORWARD)
+    compare(case.name, "logits", logits[case.valid], case.expected["logits"][case.valid], case.forward)
 
 
 def test_a_conversation_beyond_the_original_context_has_the_long_frequencies(golden):
     case = load_case(golden("llm_phi3"))
     tokens = case.expected["long_input_ids"]
-    compare(case.name, "logits, long", case.llm(tokens), case.expected["long_logits"], FORWARD)
+    compare(case.name, "logits, long", case.llm(tokens), case.expected["long_logits"], case.forward)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])

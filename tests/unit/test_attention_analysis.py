@@ -36,7 +36,7 @@ def test_weights_are_the_softmax_that_the_layers_use() -> None:
     assert np.all(found[np.triu_indices(T, 1)] == 0), "nobody sees what comes after"
     layer = jax.tree.map(lambda leaf: leaf[0], nnx.split(llm.layers)[1])
     merged = nnx.merge(nnx.split(llm.layers)[0], layer)
-    q, k, _ = merged.project(x, llm.rotary(jnp.arange(T)[None])[None])
+    q, k, *_ = merged.project(x, llm.rotary(jnp.arange(T)[None])[None])
     scores = np.einsum("thd,shd->hts", q[0], np.repeat(k[0], 2, axis=1)) * config.head_dim**-0.5
     scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))

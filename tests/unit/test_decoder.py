@@ -63,7 +63,8 @@ def test_packed_rows_with_a_shared_prefix_equal_separate_rows(llm):
 
     @jax.jit
     def compute(tokens):
-        return llm.logits(llm.hidden(llm.embed(tokens), positions, packed_mask(groups, branches)))
+        chains = llm.chains(groups, branches)
+        return llm.logits(llm.hidden(llm.embed(tokens), positions, packed_mask(groups, branches), chains=chains))
 
     packed = compute(tokens)
     for start, end in zip(ends, ends[1:], strict=False):
@@ -110,12 +111,14 @@ def test_blocks_of_keys_equal_all_keys(llm):
     seen = np.asarray(packed_mask(groups, branches))[:, 0].reshape(2, 6, block, 6, block).any((2, 4))
     order = np.argsort(~seen, axis=-1, kind="stable")[..., : seen.sum(-1).max()]
     blocks = Blocks(jnp.asarray(np.where(np.take_along_axis(seen, order, -1), order, -1), jnp.int32))
-    expected = llm.hidden(llm.embed(tokens), positions, packed_mask(groups, branches))
-    found = llm.hidden(llm.embed(tokens), positions, packed_mask(groups, branches, blocks), blocks=blocks)
+    chains, mask = llm.chains(groups, branches), packed_mask(groups, branches, blocks)
+    expected = llm.hidden(llm.embed(tokens), positions, packed_mask(groups, branches), chains=chains)
+    found = llm.hidden(llm.embed(tokens), positions, mask, blocks=blocks, chains=chains)
     assert blocks.index.shape[-1] < 6 and np.allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt2"])  # a period of two, and of one
+# A period of two, and of one; layers of two kinds.
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "qwen3_5_text", "qwen3_moe"])
 def test_scanned_layers_equal_unrolled_ones_under_every_policy_of_rematerialisation(family):
     llm, tokens = tiny_llm(family), tokens_of((1, 9))
 

@@ -10,7 +10,18 @@ from flax import nnx
 from tiny_llms import TINY, VOCABULARY, tiny_config, tiny_llm
 
 from elm_jax.errors import UserError
-from elm_jax.models.families import ALIASES, FAMILIES, chat_family, extended, family_of, from_hf, scratch_config, to_hf
+from elm_jax.models.experts import ExpertSizes
+from elm_jax.models.families import (
+    ALIASES,
+    FAMILIES,
+    chat_family,
+    extended,
+    family_of,
+    from_hf,
+    rules_of,
+    scratch_config,
+    to_hf,
+)  # fmt: skip
 from elm_jax.models.layers import LongScaling, Rope
 from elm_jax.models.lora import target_modules
 from elm_jax.models.names import export
@@ -124,7 +135,7 @@ def test_a_chat_form_that_no_tokenizer_tells_is_taken_by_name_and_said(caplog, n
     assert not caplog.messages, "what the tokenizer says is no guess"
 
 
-@pytest.mark.parametrize("name", ["qwen3.5-0.6b", "qwen3_5", "gemma-3-2b-it"])
+@pytest.mark.parametrize("name", ["qwen3.5-0.6b", "qwen4", "gemma-3-2b-it"])
 def test_a_family_that_is_not_supported_is_said_to_be_so_and_no_other_is_suggested(name: str):
     for ask in (family_of, resolve_llm_folder):
         with pytest.raises(UserError, match="supported yet") as told:
@@ -162,7 +173,7 @@ def test_scratch_configs_are_written_and_read_again(family):
 def test_rules_and_parameters_fit_in_every_family(family, tmp_path):
     llm = tiny_llm(family)
     arrays = {path: np.asarray(v[...]) for path, v in parameters(nnx.state(llm)).items()}
-    rules = family_of(llm.config.model_type).rules
+    rules = rules_of(llm.config)
     assert set(arrays) <= {rule.ours for rule in rules}
     (tmp_path / "config.json").write_text(json.dumps(to_hf(llm.config)))
     save_safetensors(tmp_path / "model.safetensors", dict(export(rules, arrays)))
@@ -179,7 +190,7 @@ def test_transformers_computes_what_we_do_with_what_we_write(family, tmp_path):
     llm = tiny_llm(family)
     arrays = {path: np.asarray(v[...]) for path, v in parameters(nnx.state(llm)).items()}
     (tmp_path / "config.json").write_text(json.dumps({**to_hf(llm.config), "pad_token_id": None}))
-    tensors = dict(export(family_of(llm.config.model_type).rules, arrays))
+    tensors = dict(export(rules_of(llm.config), arrays))
     save_safetensors(tmp_path / "model.safetensors", tensors, {"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").float()
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, (2, 59))  # longer than every window, and Phi-3's short
@@ -196,14 +207,14 @@ def test_what_was_read_is_written_byte_for_byte(golden, name):
     folder = golden(f"llm_{name}")
     config, theirs = read_llm_config(folder), open_checkpoint(folder)
     arrays = open_llm(folder, config).arrays()
-    written = dict(export(family_of(config.model_type).rules, arrays))
+    written = dict(export(rules_of(config), arrays))
     assert {key: (x.dtype, x.shape, x.tobytes()) for key, x in written.items()} == {
         key: (x.dtype, x.shape, x.tobytes()) for key, x in ((key, np.asarray(x)) for key, x in theirs.items())
     }
-    found = target_modules(config.model_type, "peft")
+    found = target_modules(config, "peft")
     fused = ["layers.attention.qkv"]
     assert [*found] == (fused if name == "phi3" else ["layers.attention.q", "layers.attention.v"])
-    everything = target_modules(config.model_type, "all")
+    everything = target_modules(config, "all")
     assert len(everything) == (4 if name == "phi3" else 7) and {"layers.mlp.down"} <= {*everything}
 
 
@@ -219,6 +230,18 @@ def test_scratch_keys_are_those_of_the_family():
 
 
 REFUSED_BY_FAMILY = {
+    "qwen3.5 layer types": ("llm_qwen3_5", {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
+    "qwen3.5 all linear": ("llm_qwen3_5", {"layer_types": ["linear_attention"] * 4}, "no layer of full_attention"),
+    "qwen3.5 heads": ("llm_qwen3_5", {"linear_num_value_heads": 3}, "3 value heads, 2 key heads"),
+    "qwen3.5 without a gate": ("llm_qwen3_5", {"attn_output_gate": False}, "attn_output_gate"),
+    "qwen3.5 experts": ("llm_qwen3_5", {"num_experts": 4}, "unknown field num_experts"),
+    "qwen3.5 convolution": ("llm_qwen3_5", {"linear_conv_kernel_dim": 0}, "taps"),
+    "experts that are two numbers": ("llm_qwen3_moe", {"num_experts": 4}, "num_local_experts = 8"),
+    "too many experts": ("llm_qwen3_moe", {"num_experts_per_tok": 9}, "9 of 8 experts"),
+    "no experts": ("llm_qwen3_moe", {"num_local_experts": None}, "num_experts"),
+    "router loss": ("llm_qwen3_moe", {"output_router_logits": True}, "output_router_logits"),
+    "dense layers": ("llm_qwen3_moe", {"mlp_only_layers": "none"}, "mlp_only_layers"),
+    "sparse step": ("llm_qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
     "gemma2 without caps": ("llm_gemma2", {"attn_logit_softcapping": ...}, "attn_logit_softcapping"),
     "gemma2 layer types": ("llm_gemma2", {"layer_types": ["full_attention"] * 3}, "layer_types"),
     "gemma2 chunks": ("llm_gemma2", {"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
@@ -261,6 +284,42 @@ def test_variants_of_a_family_are_refused_by_name(golden, name, changes, named):
 
 
 PUBLISHED = {
+    "qwen3-30b-a3b": (
+        {
+            "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+            "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128,
+            "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144,
+            "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [],
+            "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+            "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+            "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
+            "use_sliding_window": False, "vocab_size": 151936,
+        },
+        {"sparse": (True,), "experts": ExpertSizes(128, 8, 768, True), "period": 1},
+    ),
+    "qwen3.5": (
+        {
+            "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "tie_word_embeddings": True,
+            "image_token_id": 248056, "vision_config": {"model_type": "qwen3_5"},
+            "text_config": {
+                "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True,
+                "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size": 1024,
+                "intermediate_size": 3584, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+                "linear_num_key_heads": 16, "linear_num_value_heads": 16, "linear_value_head_dim": 128,
+                "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144, "mlp_only_layers": [],
+                "model_type": "qwen3_5_text", "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False,
+                "num_attention_heads": 8, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+                "use_cache": True, "vocab_size": 248320,
+                "rope_parameters": {
+                    "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+                    "rope_theta": 10000000, "rope_type": "default",
+                },
+            },
+        },
+        {"linear": (True, True, True, False), "tied": True, "rope": Rope(1e7, 1.0, 0.25), "period": 4},
+    ),
     "gemma-2-2b-it": (
         {
             "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
@@ -372,6 +431,23 @@ def test_the_configs_of_other_published_models_are_read(published, parts):
     config = from_hf(published, "config.json")
     assert {name: getattr(config, name) for name in parts} == parts
     assert from_hf(to_hf(config), "config.json") == config
+
+
+def test_the_language_model_within_a_model_of_more_parts_is_read(golden, tmp_path):
+    """As the Hub has Qwen3.5: beside a vision tower, and layers that predict several tokens."""
+    source = golden("llm_qwen3_5")
+    config = {"model_type": "qwen3_5", "vision_config": {}, "tie_word_embeddings": False}
+    config["text_config"] = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = {name.replace("model.", "model.language_model.", 1): x for name, x in open_checkpoint(source).items()}
+    others = {"model.visual.x.weight": np.ones(2, np.float32), "mtp.norm.weight": np.ones(2, np.float32)}
+    save_safetensors(tmp_path / "model.safetensors", tensors | others)
+    config = read_llm_config(source)
+    expected, found = (open_llm(folder, config).arrays() for folder in (source, tmp_path))
+    assert found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in expected)
+    save_safetensors(tmp_path / "model.safetensors", tensors | {"model.other.weight": np.ones(2, np.float32)})
+    with pytest.raises(UserError, match="unknown model.other.weight"):
+        open_llm(tmp_path, config)
 
 
 def test_a_checkpoint_of_the_bare_model_with_its_buffers_is_read(golden, tmp_path):

@@ -117,20 +117,21 @@ def test_dropout_drops_only_where_there_is_a_key() -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_targets(family: str) -> None:
     """All are the projections of the layers; PEFT's are some of them; each can be named."""
-    everything = target_modules(family, "all")
     config = scratch_config({n: x for n, x in SIZES.items() if n != "kv_heads"} | {"family": family}, VOCABULARY)
+    everything = target_modules(config, "all")
     leaves = structure_of(lambda: Decoder(config, nnx.Rngs(0))).leaves
-    assert set(everything) == {n.removesuffix(".kernel") for n in leaves if n.startswith("layers.") and "kernel" in n}
-    chosen = target_modules(family, "peft")
+    linear = {n for n in leaves if n.startswith("layers.") and "kernel" in n and ".experts." not in n}
+    assert set(everything) == {n.removesuffix(".kernel") for n in linear}
+    chosen = target_modules(config, "peft")
     names = FAMILIES[family].peft.split(",")
     assert len(chosen) == len(names) and set(chosen) < set(everything)
-    assert target_modules(family, " , ".join(names)) == chosen
+    assert target_modules(config, " , ".join(names)) == chosen
 
 
 @pytest.mark.parametrize("targets", ["q_prj", "q_proj,lm_head", "embed_tokens", "", "c_attn", "proj"])
 def test_unknown_targets_are_refused_with_the_list(targets: str) -> None:
     with pytest.raises(UserError, match=r"llm\.lora\.targets.*down_proj, gate_proj, k_proj, o_proj, q_proj"):
-        target_modules("llama", targets)
+        target_modules(scratch_config(SIZES, VOCABULARY), targets)
 
 
 def build() -> ELM:

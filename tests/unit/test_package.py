@@ -68,7 +68,7 @@ def write_llm(folder: Path) -> None:
     from flax import nnx
 
     from elm_jax.models.decoder import Decoder
-    from elm_jax.models.families import family_of, scratch_config, to_hf
+    from elm_jax.models.families import rules_of, scratch_config, to_hf
     from elm_jax.models.names import export
     from elm_jax.weights.load import parameters
     from elm_jax.weights.safetensors import save_safetensors
@@ -79,7 +79,7 @@ def write_llm(folder: Path) -> None:
     llm = Decoder(scratch_config(sizes, len(tokenizer)), nnx.Rngs(0))
     arrays = {name: np.asarray(variable[...]) for name, variable in parameters(nnx.state(llm)).items()}
     (folder / "config.json").write_text(json.dumps(to_hf(llm.config)))
-    save_safetensors(folder / "model.safetensors", dict(export(family_of(llm.config.model_type).rules, arrays)))
+    save_safetensors(folder / "model.safetensors", dict(export(rules_of(llm.config), arrays)))
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -19,8 +19,9 @@ import pytest
 from elm_jax.config import LogConfig
 from elm_jax.errors import UserError
 from elm_jax.models.families import scratch_config
+from elm_jax.models.functional import Leaf
 from elm_jax.runtime import telemetry
-from elm_jax.runtime.telemetry import MetricsFile, Progress, peak_flops, step_flops
+from elm_jax.runtime.telemetry import MetricsFile, Progress, layer_parameters, peak_flops, step_flops
 
 
 def test_lines_after_the_restored_step_are_cut(tmp_path: Path) -> None:
@@ -63,6 +64,18 @@ def test_flops_of_a_step() -> None:
     attention = 2 * 2 * 2 * 4 * pairs  # scores and their use, layers, heads, head size
     assert step_flops(llm, matrices, True, tokens, supervised, pairs) == 6 * (products + attention)
     assert step_flops(llm, matrices, False, tokens, supervised, pairs) == 4 * (products + attention)
+
+
+def test_of_experts_the_chosen_count_and_a_recurrence_does_by_its_state() -> None:
+    sizes = {"hidden": 8, "layers": 2, "heads": 2, "mlp": 16, "max_len": 32}
+    sparse = scratch_config({**sizes, "family": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2}, 32)
+    shapes = {"llm.layers.experts.gate.kernel": (2, 8, 4, 6), "llm.layers.experts.router": (2, 8, 8),
+              "llm.layers.attention.q.kernel": (2, 8, 8), "llm.layers.attention.q.lora.a": (2, 8, 1),
+              "llm.embedding.table": (32, 8)}  # fmt: skip
+    leaves = {name: Leaf(shape, None, (), False) for name, shape in shapes.items()}
+    assert layer_parameters(sparse, leaves) == 2 * (2 * 4 * 6 + 8 * 8 + 8 * 8)
+    hybrid = scratch_config({**sizes, "family": "qwen3_5_text", "head_dim": 8}, 32)  # one layer of each kind
+    assert step_flops(hybrid, 0, True, 10, 0, 55) == 6 * (2 * 2 * 8 * 55 + 3 * 4 * 16 * 16 * 10)
 
 
 @pytest.mark.parametrize(
