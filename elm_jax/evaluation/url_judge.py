@@ -98,6 +98,8 @@ class UrlJudge:
                 if error.code in _AGAIN:
                     raise _Again(f"status {error.code}", _seconds(error.headers.get("Retry-After"))) from None
             raise UserError(self.url, f"status {error.code}", "a chat completion", _FIX) from None
+        except UserError:  # a redirect that is not followed; it is a ValueError, too
+            raise
         except (OSError, HTTPException, ValueError, OverflowError) as error:  # also a URLError and a timeout
             raise _Again(f"{type(error).__name__}: {getattr(error, 'reason', error)}") from None
         try:

@@ -117,6 +117,13 @@ def test_a_judge_that_fails_is_absent(server: Server, tmp_path: Path, answer: An
     assert "criteria" not in found and why in found["absent"] and len(server.asked) <= 2 * len(LINES)
 
 
+def test_a_redirect_to_another_host_is_refused_once(server: Server) -> None:
+    server.answer = lambda text: (307, {"Location": "http://localhost:1/v1/chat/completions"}, b"")
+    with pytest.raises(UserError, match=r"a redirect to another host, http://localhost; expected no redirect"):
+        judge(server.url, retries=2).reply("hello")
+    assert len(server.asked) == 1
+
+
 def test_a_redirect_on_the_same_host_is_followed_with_what_was_asked(server: Server) -> None:
     moved = 307, {"Location": "/v2"}, b""
     server.answer = lambda text: moved if len(server.asked) == 1 else (200, {}, completion(text))
