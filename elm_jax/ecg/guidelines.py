@@ -192,7 +192,7 @@ def _and_waves(values: tuple[str, ...], leads: tuple[str, ...], *names: str) -> 
 
 def _waves(found: Measurements, leads: Iterable[str], *names: str) -> str:
     """The waves of these leads in words, as far as they are measured."""
-    words = {"q": "Q", "r": "R", "s": "S", "t": "T", "j": "ST at J", "p": "P"}
+    words = {"q": "Q", "r": "R", "s": "S", "t": "T", "j": "ST at J", "st80": "ST at J + 80 ms", "p": "P"}
     told = []
     for lead in leads:
         known = found.leads[lead].amplitudes if lead in found.leads and not found.leads[lead].reason else {}
@@ -202,8 +202,8 @@ def _waves(found: Measurements, leads: Iterable[str], *names: str) -> str:
     return "; ".join(told)
 
 
-def _levels(found: Measurements, name: str) -> str:
-    return _waves(found, dict.fromkeys(lead for row in NEIGHBOURS for lead in row), name)
+def _levels(found: Measurements, *names: str) -> str:
+    return _waves(found, dict.fromkeys(lead for row in NEIGHBOURS for lead in row), *names)
 
 
 def _sizes(found: Measurements, leads: Iterable[str]) -> str:
@@ -283,14 +283,14 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "ST elevation",
         "ST at J raised by 0.1 mV or more in two contiguous leads; in V2 and V3 by 0.2 mV in men, 0.25 mV in men below "
-        "40 years, 0.15 mV in women", _INFARCTION, _elevated, partial(_levels, name="j"),
+        "40 years, 0.15 mV in women", _INFARCTION, _elevated, lambda found: _levels(found, "j"),
     ),
     Rule(
         "ST depression", "ST lowered by 0.05 mV or more at J and 80 ms behind in two contiguous leads", _INFARCTION,
-        _depressed, partial(_levels, name="j"),
+        _depressed, lambda found: _levels(found, "j", "st80"),
     ),
     Rule(
         "T wave inversion", "T waves below -0.1 mV in two contiguous leads with a dominant R wave", _INFARCTION,
-        _inverted, partial(_levels, name="t"),
+        _inverted, lambda found: _levels(found, "t"),
     ),
 )  # fmt: skip

@@ -122,3 +122,7 @@ def test_numbers_are_told_as_they_are_judged() -> None:
     assert said(planted({"pr": 200.4}), "pr") == "PR interval 200 ms"
     assert said(planted({"sokolow_lyon": 3.499}), "sokolow_lyon").endswith("3.5 mV")
     assert "II: ST at J 0.20 mV" in BY_NAME["ST elevation"].shows(planted(waves={"II": {"j": 0.2}}))
+    lowered = planted(waves=several(("II", "aVF"), j=-0.1, st80=-0.02))
+    told = BY_NAME["ST depression"].shows(lowered)
+    assert BY_NAME["ST depression"].of(lowered, MAN) is False, "not at both"
+    assert "II: ST at J -0.10, ST at J + 80 ms -0.02 mV" in told
