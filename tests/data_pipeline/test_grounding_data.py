@@ -96,6 +96,20 @@ def test_what_cannot_be_grounded_is_said(prepared: Path, tmp_path: Path) -> None
         prepare_grounding(prepared, tmp_path / "g.parquet", recordings=0, progress=False)
 
 
+def test_a_path_that_leads_out_of_the_records_is_listed_and_not_read(prepared: Path, tmp_path: Path) -> None:
+    inside, place = tmp_path / "records", "georgia/preprocessed_2500/E0_0.npy"
+    (inside / place).parent.mkdir(parents=True)
+    (inside / place).write_bytes((prepared / place).read_bytes())
+    (tmp_path / "other" / place).parent.mkdir(parents=True)
+    (tmp_path / "other" / place).write_bytes((prepared / place).read_bytes())
+    out = [f"../other/{place}", str(tmp_path / "other" / place)]
+    rows = [{"ecg_path": path, "patient_id": "p", "split": "train", "report": ""} for path in (place, *out)]
+    write_table(inside / "georgia_records.parquet", rows)
+    report = prepare_grounding(inside, inside / "g.parquet", progress=False)
+    assert report["recordings"] == 1 and sorted(report["left_out"]) == sorted(out)
+    assert all("not a path below" in why for why in report["left_out"].values())
+
+
 def test_without_a_report_the_limits_conclude_and_reasons_are_told() -> None:
     noisy = synthesize((5, 0), 250.0, 2500)
     noisy[6:] = 0.0

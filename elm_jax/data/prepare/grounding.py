@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from elm_jax.data.prepare.grounded import QUESTIONS, tell
 from elm_jax.data.prepare.output import compact, write_rows
+from elm_jax.data.prepare.raw import unlike_a_path
 from elm_jax.data.prepare.splits import SPLITS
 from elm_jax.data.prepare.work import in_order
 from elm_jax.ecg.beats.measurements import measure
@@ -102,6 +103,8 @@ def _read(records: Path, thinking: bool, seed: int, row: Mapping[str, str]) -> t
     """Question, answer, and the statements that are left out of it; or why there is none."""
     path = row["ecg_path"]
     try:
+        if problem := unlike_a_path(path):
+            raise UserError(path, problem, f"a recording in {records}", "correct the table")
         recording = read_ecg(records / path)
     except UserError as error:
         return "", "", "", str(error)
