@@ -12,7 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class _Fold:
     asked: list[Question]
     bad: BadRecords
     measured: Callable[[Record], Evidence | None]
+    unread: set[int] = field(default_factory=set)  # records of which nothing can be measured any more
 
     @property
     def questions(self) -> list[Question]:
@@ -77,8 +78,13 @@ class _Fold:
         return sorted({question.record for question in self.questions})
 
     def evidence(self, question: Question) -> dict[str, Evidence]:
-        """What is measured of the ECG that a question is about, for who scores its answer."""
-        found = self.measured(self.dataset.records[question.record])
+        """What is measured of the ECG that a question is about, for who scores its answer; nothing where its recording
+        is gone, and its answer is there from before."""
+        try:
+            found = self.measured(self.dataset.records[question.record])
+        except UserError:
+            self.unread.add(question.record)
+            return {}
         return {MEASURED: found} if found else {}
 
 
@@ -121,6 +127,8 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         bad = sum(len(fold.bad.found) for fold in folds)
         facts: dict[str, Any] = {"split": split, "step": model.step, "end_token": end_token, "bad": bad}
         facts["asked_with"] = asked_with(config)
+        if unread := sum(len(fold.unread) for fold in folds):
+            facts["grounding_unread"] = unread
         if first and config.retrieval.index is not None:
             facts["retrieval"] = retrieved_for((fold.dataset, fold.records) for fold in folds)
         if config.eval.seeds and not options.temperature:

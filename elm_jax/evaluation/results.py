@@ -219,6 +219,8 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         found.append(f"{results['unfinished_answers']} answers were cut off at {most} tokens (eval.max_new_tokens)")
     if results["cut_ecgs"]:
         found.append(f"{results['cut_ecgs']} questions had more symbols of ECGs than the model's context has room for")
+    if unread := results.get("grounding_unread"):
+        found.append(f"{unread} records are not held against their ECGs (grounding): the recordings cannot be read")
     if results["empty_answers_left_out"]:
         found.append(f"{results['empty_answers_left_out']} empty answers are left out, by the protocol")
     return found

@@ -304,6 +304,20 @@ def test_answers_are_held_against_what_is_measured_of_the_questions_own_ecg(ask:
     assert "Held against what is measured" in page and "Contradictions: rate" in page
 
 
+def test_kept_answers_are_scored_again_where_recordings_are_gone(ask: Ask, tmp_path: Path) -> None:
+    model = ask(data__max_bad_records=0.3, eval__controls=["zeros"], eval__grounding=["all"])
+    evaluate(model.config)
+    before, asked = results(model.config), len(model.prompts)
+    assert "grounding_unread" not in before
+    for i in range(8):
+        (tmp_path / f"ecg_{i}.npy").unlink()
+    evaluate(model.config)
+    found = results(model.config)
+    assert len(model.prompts) == asked and found["metrics"]["exact_match"] == before["metrics"]["exact_match"]
+    assert found["grounding_unread"] == found["n"] == 7 and "grounding" not in found
+    assert "7 records are not held against their ECGs" in summary(found)
+
+
 def test_a_judge_that_is_not_there_leaves_the_scores(ask: Ask) -> None:
     judge = JudgeConfig(url="http://127.0.0.1:9/v1", model="m", retries=0, timeout=5.0)
     model = ask(data__max_bad_records=0.3, eval__controls=[], eval__grounding=["all"])
