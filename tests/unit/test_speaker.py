@@ -115,7 +115,7 @@ def test_every_mesh_answers_alike(build, elm: str, sizes: tuple[int, int, int]) 
     assert many.answers(asked, options) == single.answers(asked, options)
     expected = single.option_probabilities(asked, ["yes", "no"])
     assert np.allclose(many.option_probabilities(asked, ["yes", "no"]), expected, atol=1e-4)
-    keys = make_cache(many.engine.model, 8, 64, jnp.float32, "batch").keys
+    keys = make_cache(many.engine.model, 8, 64, jnp.float32, "batch").attention.keys
     layers, rows, heads, places, dim = keys.shape
     ways = sizes[0] * sizes[1], sizes[2]
     assert keys.sharding.shard_shape(keys.shape) == (layers, rows // ways[0], heads // ways[1], places, dim)
