@@ -270,7 +270,7 @@ class RlConfig:
     max_new_tokens: int = key(384, "longest of these answers, in tokens", limit="at least 1")
     temperature: float = key(0.8, "of drawing them, and of their probabilities", limit="above 0")
     top_p: float = key(0.95, "nucleus of drawing them", limit="above 0 and at most 1")
-    batch_size: int = key(32, "answers drawn at once", limit="at least 1")
+    batch_size: int = key(32, "answers drawn at once, those of one prompt at least", limit="at least 1")
     updates: int = key(2, "steps that learn from the same answers", limit="at least 1")
     advantage: str | None = key(
         None, "rewards less their group's mean, by: population or sample deviation, nothing, or that of the batch",

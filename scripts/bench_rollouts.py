@@ -9,7 +9,8 @@ it. SAPO, float32, all of the LLM trained, each side on all processors that the 
 - theirs: Hugging Face Transformers with SDPA on the same weights, as the reference's loop: prompt by prompt, each
   computed once for each of its answers, in `generate`, in the pass that gives the old log probabilities, and in the
   update, whose gradients are added up before AdamW's step. Its ECGs are given as embeddings: its encoder costs nothing;
-- ours: the run's own rollouts and step; and the same where no beginning is shared, each answer in a row of its own.
+- ours: the run's own rollouts and step, whose micro-batches are a prompt with its answers each; and the same where no
+  beginning is shared, each answer in a row of its own.
 
 Each side has a process of its own. After a round that does not count, in which programs are compiled, they do the same
 in turn, forwards and backwards; medians count. All learn from the same answers, again and again: log probabilities
@@ -138,7 +139,8 @@ def _ours(args: argparse.Namespace, shares: bool) -> Acts:
         f"policy_{shares}", objective="sapo", init_from=args.work / "begun", update="llm", rl__answers=args.answers,
         rl__max_new_tokens=args.new, rl__rewards='["of_length"]', rl__temperature=TEMPERATURE, rl__top_p=TOP_P,
         rl__batch_size=args.prompts * args.answers, train__steps=1000, train__save_every=1000,
-        data__max_len=args.answers * args.new + PROMPT, optim__lr=LR, optim__schedule="constant", optim__warmup_ratio=0,
+        data__max_len=args.answers * args.new + PROMPT, optim__accum_steps=args.prompts, optim__lr=LR,
+        optim__schedule="constant", optim__warmup_ratio=0,
         optim__weight_decay=0.0, optim__grad_clip=CLIP, optim__beta1=BETAS[0], optim__beta2=BETAS[1],
     )  # fmt: skip
     trainer = Trainer(made, open_folder(made))
@@ -146,8 +148,17 @@ def _ours(args: argparse.Namespace, shares: bool) -> Acts:
     rollouts, dataset, source = trainer.rollouts, trainer.dataset, trainer.source
     assert rollouts is not None
     if not shares:
-        request = Speaker.request
+        request, events = Speaker.request, Speaker.events
+
+        def one_by_one(speaker: Speaker, prompts: Any, *given: Any) -> Any:
+            """The answers to a prompt, each of a prompt of its own."""
+            each = (replace(prompt, draws=(draw,)) for prompt in prompts for draw in prompt.draws or (0,))
+            for event in events(speaker, each, *given):
+                number, answer = divmod(event.number, args.answers)
+                yield event._replace(number=number, answer=answer)
+
         setattr(Speaker, "request", lambda *given: replace(request(*given), edges=()))  # noqa: B010
+        setattr(Speaker, "events", one_by_one)  # noqa: B010
     made, scored = rollouts._step(source, 0, trainer._arrays)
     batch = made.batch
     if shares:
@@ -168,8 +179,7 @@ def _ours(args: argparse.Namespace, shares: bool) -> Acts:
         width = -(-max(len(group.conversations[0].ids) for (group,) in alone) // 64) * 64
         rows = collate(alone, BatchShape(width, 1, args.new), dataset.signal.layout, dataset.samples.extras)
         parts = len(groups), args.answers  # a prompt at a time, as theirs
-        micro = jax.tree.map(lambda x: x.reshape(*parts, *x.shape[1:]), rows)
-        batch = rollouts._with_old(micro, trainer._arrays)
+        batch = jax.tree.map(lambda x: x.reshape(*parts, *x.shape[1:]), rows)
     placed = trainer._on_devices(batch)
     trainer.step.compile(trainer.state, trainer.frozen, placed)
 
@@ -182,8 +192,9 @@ def _ours(args: argparse.Namespace, shares: bool) -> Acts:
         return float(metrics["loss"])
 
     def greedy() -> list[int]:
-        prompt, options = next(iter(scored.values())).prompt, replace(rollouts.options, temperature=0.0)
-        return [token for event in rollouts.speaker.events([prompt], options) for token in event.tokens]
+        prompt = replace(next(iter(scored.values())).prompt, draws=(0,))
+        events = rollouts.speaker.events([prompt], replace(rollouts.options, temperature=0.0))
+        return [token for event in events for token in event.tokens]
 
     def log_probs() -> np.ndarray:
         return np.asarray(batch.extras["old"])[np.asarray(batch.target_weights) > 0]

@@ -30,7 +30,7 @@ def engine_for(llm: Decoder, ends: Sequence[int] = ()) -> Engine:
 
 
 def request(number: int, ids: Sequence[int] | np.ndarray, new: int, *edges: int) -> Request:
-    return Request(number, np.asarray(ids, np.int32), (), NOWHERE, edges, new, draw=number)
+    return Request(number, np.asarray(ids, np.int32), (), NOWHERE, edges, new, draws=(number,))
 
 
 def requests(count: int, vocabulary: int, shared: int = 0, new: int = 9) -> list[Request]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from elm_jax.data.batch import Batch, Conversation, Group, Shown, empty_batch, write_row
+from elm_jax.data.batch import BLOCK, Batch, Conversation, Group, Shown, empty_batch, write_row
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.packing import LengthIndex, PlannedGroup, PlannedRow
 from elm_jax.data.plan import Plan
@@ -57,12 +57,22 @@ class StepSource:
         """The arrays of a step with these rows, and nothing in them."""
         shape = self.plan.shape(rows)
         # A shorter conversation or answer moves those behind it, and so the blocks that they see.
-        varies = self.dataset.varies or self.dataset.signal.shown.shorten
-        if varies or self.dataset.samples.experience is not None:
+        if self.dataset.varies or self.dataset.signal.shown.shorten:
             shape = replace(shape, key_blocks=0)
+        elif experience := self.dataset.samples.experience:
+            shape = replace(shape, key_blocks=self._blocks_of_answers(rows, shape.tokens, experience.tokens))
         micro = self.plan.micro_batches
         mine = len(self.parts) * (len(rows) // micro // self.plan.ways)
         return empty_batch(shape, self.dataset.signal.layout, micro, mine, extras=self.dataset.samples.extras)
+
+    def _blocks_of_answers(self, rows: list[PlannedRow], tokens: int, longest: int) -> int:
+        """How many blocks of keys a block of answers sees at most, wherever these stand: the prompt's, and those that
+        an answer of the `longest` may touch up to its end; 0 (all) where these are more than two thirds."""
+        index, samples = self.plan.index, [i for row in rows for group in row for i in group.samples]
+        prompt = int((index.length[samples] - index.targets[samples]).max())
+        alone = all(len(row) <= 1 for row in rows)  # then it begins with a block
+        most = -(-prompt // BLOCK) + (not alone) - (-(longest - 1) // BLOCK) + 1
+        return most if tokens % BLOCK == 0 and 3 * most <= 2 * (tokens // BLOCK) else 0
 
     def __getitem__(self, step: int) -> Loaded:
         return self.read(step, Reading())

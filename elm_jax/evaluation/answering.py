@@ -127,7 +127,7 @@ class Asker:
             bad.note(record, error)
         # What is drawn depends on the question, not on those that are asked beside it.
         return {
-            q: replace(self.model.written(prompt, self.options.max_new_tokens), draw=_number(ids[q]))
+            q: replace(self.model.written(prompt, self.options.max_new_tokens), draws=(_number(ids[q]),))
             for q, prompt in loaded[0].items()
             if q.record not in unread
         }

@@ -110,13 +110,13 @@ def draw_pairs(
             try:
                 rendered, truth = dataset.prompts(i)[-1]
                 check_lengths(f"record {dataset.records[i].id}", [dataset.room(rendered)], room, "rl.max_new_tokens")
-                prompt = model.written(Prompt(rendered, dataset.signals(i), alike=True), rl.max_new_tokens)
+                draws = tuple(zlib.crc32(f"{i}:{answer}".encode()) >> 1 for answer in range(2))
+                prompt = model.written(Prompt(rendered, dataset.signals(i), draws=draws), rl.max_new_tokens)
             except UserError as error:
                 bad.note(i, error)
                 continue
-            for answer in range(2):
-                asked.append((i, truth))
-                yield replace(prompt, draw=zlib.crc32(f"{i}:{answer}".encode()) >> 1)
+            asked.append((i, truth))
+            yield prompt
 
     first: dict[int, str] = {}  # by record, where the other is still to come
     for answer in model.stream(prompts(), options, config.seed):

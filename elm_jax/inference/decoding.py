@@ -2,11 +2,12 @@
 
 Rows and the pool of prefixes are donated: they are written in place.
 
-Token p of a conversation has place p of its row in the keys and values: what a row has beyond its length is never seen.
-A layer with a recurrence has one state for all tokens of a row up to its length.
+A prompt with its answers, G of each in a run, is a group: keys and values of the prompt are kept, and read, once for
+all of them. Token p of a prompt, or of an answer, has place p of its row in keys and values: what a row has beyond its
+length is never seen. A layer with a recurrence has one state for all tokens of a row up to its length.
 
-B rows that generate, R rows that begin, T tokens of a prompt (behind its prefix), P places of a prefix, S places of a
-row, K key/value heads, d head size, L layers, V vocabulary, D width.
+A groups, B = A G rows that generate, R groups that begin, T tokens of a prompt (behind its prefix), P places of a
+prefix, S places of a row, K key/value heads, d head size, L layers, V vocabulary, D width.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,13 +19,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from elm_jax.inference.cache import TOKENS, Cache, Tokens
+from elm_jax.inference.cache import Cache, Tokens, behind_past, by_token, enlarged, spread, stored, with_token
 from elm_jax.inference.sampling import Sampling, draw
+from elm_jax.models.attention import attend_in_groups
 from elm_jax.models.decoder import Decoder, Layer, Window
 from elm_jax.models.decoder_layer import Rotary
 from elm_jax.models.delta import Chains, Recurrent
-from elm_jax.models.hints import Placement, hint, placed
-from elm_jax.models.stack import Parts
+from elm_jax.models.hints import Placement, hint, placed, platform
+from elm_jax.models.stack import Parts, gathered, taken
 
 NONE = -1  # where there is no token
 ENDLESS = 2**31 - 1  # patience: rows may stand idle until all have ended
@@ -59,16 +61,30 @@ def program(
     return compiled
 
 
-class Rows(NamedTuple):
-    """Conversations that go on; each but the cache has a leading axis of B."""
+Kept = tuple[Cache, Cache] | list[tuple[Any, Any]]  # of prompts and of answers: stacked, or the part of each layer
 
-    cache: Cache
-    length: jax.Array  # tokens in the cache
+
+class Rows(NamedTuple):
+    """Conversations that go on; each but the caches and `length` has a leading axis of B."""
+
+    prompts: Cache
+    answers: Cache
+    length: jax.Array  # (A,) tokens of the prompt
     last: jax.Array  # the token drawn last, which is not in the cache yet
     left: jax.Array  # tokens that may still be drawn; 0: the row has ended, or never began
-    number: jax.Array  # of the prompt
+    number: jax.Array  # what is drawn depends on it
     drawn: jax.Array  # tokens drawn so far
     seen: jax.Array | None  # (B, V) bool: tokens of prompt and answer; None without a repetition penalty
+
+
+class Drawn(NamedTuple):
+    """Tokens, and their log probabilities as `draw` has them, float32."""
+
+    tokens: jax.Array
+    log_probs: jax.Array
+
+
+_Carry = tuple[jax.Array, jax.Array, Any, Kept, Drawn]  # of `decode`: steps, idle tokens, rows, caches, what was drawn
 
 
 class Prompts(NamedTuple):
@@ -80,17 +96,17 @@ class Prompts(NamedTuple):
 
 
 class Start(NamedTuple):
-    """How R rows begin; each has a leading axis of R."""
+    """How R groups begin; each has a leading axis of R."""
 
-    slot: Array  # their places among the B; B: nowhere
+    slot: Array  # their places among the A; A: nowhere
     left: Array
-    number: Array
+    number: Array  # (R, G)
     seen: Array | None  # (R, V)
 
 
 @program(static=("rows", "places", "dtype", "axis"))
 def make_cache(llm: Decoder, rows: int, places: int, dtype: jax.typing.DTypeLike, axis: str | None) -> Cache:
-    """A cache of zeros, laid over the mesh as `_spread` says.
+    """A cache of zeros, laid over the mesh as `spread` says.
 
     (What is never written must be finite: its weight is zero, and zero times NaN is not.)
     """
@@ -98,36 +114,26 @@ def make_cache(llm: Decoder, rows: int, places: int, dtype: jax.typing.DTypeLike
     shape, recurrent = (len(c.layers_with("attention")), rows, c.kv_heads), len(c.layers_with("delta"))
     keys, values = jnp.zeros((*shape, places, c.head_dim), dtype), jnp.zeros((*shape, c.head_dim, places), dtype)
     delta = Recurrent.empty(c.delta, (recurrent, rows), dtype) if c.delta and recurrent else None
-    return _spread(Cache(Tokens(keys, values), delta), axis)
+    return spread(Cache(Tokens(keys, values), delta), axis)
 
 
 @program(static=("places", "axis"))
 def enlarge_cache(llm: Decoder, cache: Cache, places: int, axis: str | None) -> Cache:
     """The cache with S = `places`, which is more than it had."""
-    tokens = Tokens(*(_enlarged(x, places, along) for x, along in zip(cache.attention, TOKENS, strict=True)))
-    return _spread(cache._replace(attention=tokens), axis)
+    return spread(enlarged(cache, places), axis)
 
 
-def empty_rows(cache: Cache, vocabulary: int | None) -> Rows:
+def empty_rows(prompts: Cache, answers: Cache, vocabulary: int | None) -> Rows:
     """Rows that have not begun. `vocabulary`: V where there is a repetition penalty."""
-    count = cache.attention.keys.shape[1]
-    length, last, left, number, drawn = (jnp.zeros(count, jnp.int32) for _ in range(5))
+    groups, count = (cache.attention.keys.shape[1] for cache in (prompts, answers))
+    last, left, number, drawn = (jnp.zeros(count, jnp.int32) for _ in range(4))
     seen = None if vocabulary is None else jnp.zeros((count, vocabulary), bool)
-    return Rows(cache, length, last, left, number, drawn, seen)
-
-
-def _spread(cache: Cache, axis: str | None) -> Cache:
-    """The cache laid over the mesh: rows by the logical `axis` (None: whole everywhere), heads as the model's."""
-    tokens = Tokens(*(hint(x, None, axis, "kv_heads", None, None) for x in cache.attention))
-    if cache.delta is None:
-        return Cache(tokens)
-    inputs, state = cache.delta
-    return Cache(tokens, Recurrent(hint(inputs, None, axis, None, None), hint(state, None, axis, "heads", None, None)))
+    return Rows(prompts._replace(delta=None), answers, jnp.zeros(groups, jnp.int32), last, left, number, drawn, seen)
 
 
 def _prefixes(pool: Cache | None, source: Array) -> Cache | None:
     """Rows `source` (R,) of the pool, S = P, for prompts that begin with them."""
-    return None if pool is None else _spread(jax.tree.map(lambda x: x[:, source], pool), "batch")
+    return None if pool is None else spread(jax.tree.map(lambda x: x[:, source], pool), "batch")
 
 
 def prefill(
@@ -161,7 +167,7 @@ def prefill(
             x, kept = layer.recur(x, chains, past.get("delta"))
             return x, {"delta": kept}
         q, own, gate = _projected(layer, x, rotary[window])
-        attended = llm.attend(q, *_by_token(_behind(past.get("attention"), own)), masks[window], "xla")
+        attended = llm.attend(q, *by_token(behind_past(past.get("attention"), own)), masks[window], "xla")
         return layer.combine(x, attended, gate), {"attention": own}
 
     if wanted is None:
@@ -176,7 +182,7 @@ def prefill(
         if layer.attention is None:
             return body(layer, window, x, past)
         q, own, gate = _projected(layer, x, rotary[window])
-        seen = _by_token(_behind(past.get("attention"), own))
+        seen = by_token(behind_past(past.get("attention"), own))
         attended = llm.attend(at(q, 1), *seen, at(masks[window], 2), "xla")
         return layer.combine(at(x, 1), attended, None if gate is None else at(gate, 1)), {"attention": own}
 
@@ -190,16 +196,6 @@ def _projected(layer: Layer, x: jax.Array, rotary: Rotary | None) -> tuple[jax.A
     return q, Tokens(jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 3)), gate
 
 
-def _by_token(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
-    """A layer's keys and values (B, S, K, d), as `attend` takes them."""
-    return jnp.moveaxis(tokens.keys, 2, 1), jnp.moveaxis(tokens.values, 3, 1)
-
-
-def _behind(past: Tokens | None, own: Tokens) -> Tokens:
-    """The keys and values of all that a prompt sees."""
-    return own if past is None else Tokens(*map(jnp.concatenate, zip(past, own, strict=True), TOKENS))
-
-
 @program(static=("behind",), donate=("pool",))
 def cache_prefixes(
     llm: Decoder, pool: Cache, prompts: Prompts, source: Array, slot: Array, behind: bool
@@ -210,42 +206,44 @@ def cache_prefixes(
     """
     prefix = _prefixes(pool, source) if behind else None
     _, own = prefill(llm, prompts, prefix)
-    return _spread(_stored(pool, own, prefix, prompts.before, slot), None)
+    return spread(stored(pool, own, prefix, prompts.before, slot), None)
 
 
 @program(donate=("rows",))
 def prefill_and_sample(
     llm: Decoder, rows: Rows, pool: Cache | None, prompts: Prompts, source: Array, start: Start, sampling: Sampling,
     ends: jax.Array,
-) -> tuple[Rows, jax.Array]:  # fmt: skip
-    """Rows with new prompts in some places, and the first token (R,) of each of these; -1 where there is no prompt.
+) -> tuple[Rows, Drawn]:  # fmt: skip
+    """Rows with new groups in some places, and the first token (R G,) of each of their answers; -1: there is none.
 
     Before prompts stand the pool's rows `source` (R,); pool None: no prompt has a prefix.
     """
-    prefix = _prefixes(pool, source)
+    prefix, answers = _prefixes(pool, source), start.number.shape[1]
     x, own = prefill(llm, prompts, prefix, jnp.maximum(prompts.lengths - 1, 0))
-    logits = llm.logits(llm.final(x))[:, 0]
-    token = draw(logits, sampling, start.number, jnp.zeros_like(start.number), start.seen)
-    begun = prompts.lengths > 0
+    each = partial(jnp.repeat, repeats=answers, axis=0)  # (R, ...) -> (R G, ...)
+    logits, number = each(llm.logits(llm.final(x))[:, 0]), start.number.reshape(-1)
+    seen = None if start.seen is None else each(start.seen)
+    token, log_prob = draw(logits, sampling, number, jnp.zeros_like(number), seen)
+    begun = each(prompts.lengths) > 0
     token = jnp.where(begun, token, NONE)
-    left = jnp.where(begun & ~jnp.isin(token, ends), start.left - 1, 0)
+    left = jnp.where(begun & ~jnp.isin(token, ends), each(start.left) - 1, 0)
+    slot = (start.slot[:, None] * answers + jnp.arange(answers)).reshape(-1)
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return hint(old.at[start.slot].set(new, mode="drop"), "batch", *(None,) * (old.ndim - 1))
+    def put(old: jax.Array, new: jax.Array, slot: jax.Array = slot) -> jax.Array:
+        return hint(old.at[slot].set(new, mode="drop"), "batch", *(None,) * (old.ndim - 1))
 
-    seen = None
-    if rows.seen is not None and start.seen is not None:
-        seen = put(rows.seen, _marked(start.seen, token))
+    fork = partial(jax.tree.map, lambda old, new: old.at[:, slot].set(jnp.repeat(new, answers, axis=1), mode="drop"))
     rows = Rows(
-        cache=_spread(_stored(rows.cache, own, prefix, prompts.before, start.slot), "batch"),
-        length=put(rows.length, prompts.before + prompts.lengths),
+        prompts=spread(stored(rows.prompts, own, prefix, prompts.before, start.slot), "batch"),
+        answers=spread(rows.answers._replace(delta=fork(rows.answers.delta, own.delta)), "batch"),
+        length=put(rows.length, prompts.before + prompts.lengths, start.slot),
         last=put(rows.last, token),
         left=put(rows.left, left),
-        number=put(rows.number, start.number),
+        number=put(rows.number, number),
         drawn=put(rows.drawn, jnp.ones_like(left)),
-        seen=seen,
+        seen=None if rows.seen is None or seen is None else put(rows.seen, _marked(seen, token)),
     )
-    return rows, hint(token, None)
+    return rows, Drawn(hint(token, None), hint(log_prob, None))
 
 
 @program(static=("room", "dtype"), donate=("rows",))
@@ -258,41 +256,50 @@ def decode(
     limit: jax.Array | int,
     patience: jax.Array | int,
     dtype: jax.typing.DTypeLike | None,
-) -> tuple[Rows, jax.Array]:
+) -> tuple[Rows, Drawn]:
     """Draw up to `limit` <= `room` tokens a row -> rows, tokens (B, room). What a row did not draw is -1.
 
-    It ends early once rows have stood idle for `patience` tokens, all of them taken together. `dtype`: of the
+    It ends early once groups have stood idle for `patience` tokens, those of their rows taken together. `dtype`: of the
     embeddings.
     """
+    kept: Kept = rows.prompts, rows.answers
+    if not llm.scan or platform() == "cpu":
+        # A slice of a stacked array is a copy there: it is made here, and not for every token.
+        tables = [[taken(llm.config, cache.parts, i) for cache in kept] for i in range(llm.config.layers)]
+        kept = [(prompt.get("attention"), *own.values()) for prompt, own in tables]
+        llm = llm.unstacked()
+    each, places = len(rows.left) // len(rows.length), (rows.prompts.places, rows.answers.places)
 
-    def goes_on(carry: tuple[jax.Array, jax.Array, Rows, jax.Array]) -> jax.Array:
-        step, idle, rows, _ = carry
+    def goes_on(carry: _Carry) -> jax.Array:
+        step, idle, rows, *_ = carry
         return (step < limit) & (rows.left > 0).any() & (idle < patience)
 
-    def advance(
-        carry: tuple[jax.Array, jax.Array, Rows, jax.Array],
-    ) -> tuple[jax.Array, jax.Array, Rows, jax.Array]:
-        step, idle, rows, output = carry
-        logits, cache = _next_logits(llm, rows, dtype)
-        token = draw(logits, sampling, rows.number, rows.drawn, rows.seen)
+    def advance(carry: _Carry) -> _Carry:
+        step, idle, rows, kept, output = carry
+        logits, kept = _next_logits(llm, rows, kept, places, dtype)
+        token, log_prob = draw(logits, sampling, rows.number, rows.drawn, rows.seen)
         busy = rows.left > 0
         token = jnp.where(busy, token, NONE)
-        moved = busy.astype(jnp.int32)
-        rows = Rows(
-            cache=cache,
-            length=rows.length + moved,
+        rows = rows._replace(
             last=token,
             left=jnp.where(busy & ~jnp.isin(token, ends), rows.left - 1, 0),
-            number=rows.number,
-            drawn=rows.drawn + moved,
+            drawn=rows.drawn + busy.astype(jnp.int32),
             seen=None if rows.seen is None else _marked(rows.seen, token),
         )
-        idle += (rows.left == 0).sum(dtype=jnp.int32)
-        return step + 1, idle, rows, jax.lax.dynamic_update_index_in_dim(output, token, step, axis=1)
+        idle += each * (rows.left.reshape(-1, each) == 0).all(1).sum(dtype=jnp.int32)
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=1)
+        return step + 1, idle, rows, kept, Drawn(put(output.tokens, token), put(output.log_probs, log_prob))
 
-    output = jnp.full((len(rows.left), room), NONE, jnp.int32)
-    _, _, rows, output = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), jnp.int32(0), rows, output))
-    return rows._replace(cache=_spread(rows.cache, "batch")), hint(output, None, None)
+    output = Drawn(*(jnp.full((len(rows.left), room), NONE, kind) for kind in (jnp.int32, jnp.float32)))
+    begun = jnp.int32(0), jnp.int32(0), rows._replace(prompts=None, answers=None), kept, output
+    _, _, ended, kept, output = jax.lax.while_loop(goes_on, advance, begun)
+    if isinstance(kept, list):
+        names = {Tokens: "attention", Recurrent: "delta"}
+        answers = Cache(**gathered({names[type(own)]: own} for _, own in kept))
+    else:
+        answers = kept[1]
+    rows = ended._replace(prompts=rows.prompts, answers=spread(answers, "batch"))
+    return rows, Drawn(*(hint(x, None, None) for x in output))
 
 
 @program()
@@ -314,63 +321,52 @@ def score(
     return hint(jnp.where(counted, found.T, 0.0).sum(1), None)
 
 
-def _next_logits(llm: Decoder, rows: Rows, dtype: jax.typing.DTypeLike | None) -> tuple[jax.Array, Cache]:
-    """Logits (B, V) behind the last token of each row, and the cache with that token in it."""
-    positions, count = rows.length[:, None], jnp.arange(len(rows.length))
-    places = jnp.broadcast_to(jnp.arange(rows.cache.places), (len(count), rows.cache.places))
-    masks = llm.masks((places <= positions)[:, None, None], positions, places)
+def _next_logits(
+    llm: Decoder, rows: Rows, kept: Kept, places: tuple[int, int], dtype: jax.typing.DTypeLike | None
+) -> tuple[jax.Array, Kept]:
+    """Logits (B, V) behind the last token of each row, and the caches, of `places`, with that token in them."""
+    count, place = jnp.arange(len(rows.left)), jnp.maximum(rows.drawn - 1, 0)
+    length = jnp.repeat(rows.length, len(count) // len(rows.length))[:, None]
+    prompt, own = (jnp.broadcast_to(jnp.arange(room), (len(count), room)) for room in places)
+    mask = jnp.concatenate([prompt < length, own <= place[:, None]], 1)[:, None, None]
+    positions = length + place[:, None]
+    masks = llm.masks(mask, positions, jnp.concatenate([prompt, length + own], 1))
     x = llm.placed(llm.embed(jnp.maximum(rows.last, 0)[:, None], dtype), positions)
     rotary, delta = llm.rotary(positions), llm.config.delta
     chains = None if delta is None else Chains.behind_past(jnp.ones((len(count), 1), bool), delta.taps)
 
     def body(
-        layer: Layer, window: Window, carry: tuple[jax.Array, Cache], own: Parts
-    ) -> tuple[tuple[jax.Array, Cache], Parts]:
-        # The caches travel in the carry, where they are written in place; as inputs and outputs of the scan
-        # they would be copied whole for every token.
-        x, cache = carry
+        layer: Layer, window: Window, carry: tuple[jax.Array, Kept], number: Parts
+    ) -> tuple[tuple[jax.Array, Kept], Parts]:
+        # The caches travel in the carry, where that of the answers is written in place; as inputs and outputs of the
+        # scan it would be copied whole for every token.
+        x, kept = carry
+        if isinstance(kept, list):  # this layer's are the first
+            (prompt, own), *others = kept
+            if isinstance(own, Recurrent):
+                x, own = layer.recur(x, chains, own)
+            else:
+                q, k, v, gate = layer.project(x, rotary[window])
+                own = with_token(own, (count,), place, k, v)
+                x = layer.combine(x, attend(q, prompt, own, masks[window]), gate)
+            return (x, [*others, (prompt, own)]), {}
+        prompts, answers = kept
         if layer.attention is None:
-            index, kept = own["delta"], cache.delta
-            x, new = layer.recur(x, chains, jax.tree.map(lambda x: x[index], kept))
-            return (x, cache._replace(delta=jax.tree.map(lambda x, new: x.at[index].set(new), kept, new))), {}
-        index, (keys, values) = own["attention"], cache.attention
+            index, own = number["delta"], answers.delta
+            x, new = layer.recur(x, chains, jax.tree.map(lambda x: x[index], own))
+            answers = answers._replace(delta=jax.tree.map(lambda x, new: x.at[index].set(new), own, new))
+            return (x, (prompts, answers)), {}
+        index = number["attention"]
         q, k, v, gate = layer.project(x, rotary[window])
-        keys = keys.at[index, count, :, rows.length].set(k[:, 0])
-        values = values.at[index, count, :, :, rows.length].set(v[:, 0])
-        attended = llm.attend(q, *_by_token(Tokens(keys[index], values[index])), masks[window], "xla")
-        return (layer.combine(x, attended, gate), cache._replace(attention=Tokens(keys, values))), {}
+        own = with_token(answers.attention, (index, count), place, k, v)
+        attended = attend(q, prompts.attention.layer(index), own.layer(index), masks[window])
+        return (layer.combine(x, attended, gate), (prompts, answers._replace(attention=own))), {}
 
-    numbers = {name: jnp.arange(len(jax.tree.leaves(part)[0])) for name, part in rows.cache.parts.items()}
-    (x, cache), _ = llm.scan_layers(body, (x, rows.cache), numbers)
-    return llm.logits(llm.final(x))[:, 0], cache
-
-
-def _stored(cache: Cache, own: Cache, prefix: Cache | None, before: jax.Array, slot: jax.Array) -> Cache:
-    """The cache with prefixes, cut to `before` (R,) tokens, and what comes after them in its rows `slot` (R,)."""
-
-    def laid(prefix: jax.Array | None, own: jax.Array, axis: int) -> jax.Array:
-        known, room = (own, 0) if prefix is None else (prefix, min(prefix.shape[axis], cache.places))
-        kept = jax.lax.slice_in_dim(known, 0, room, axis=axis)
-        return _written(_enlarged(kept, cache.places, axis), own, before, axis)
-
-    before_them = (None, None) if prefix is None else prefix.attention
-    each = zip(cache.attention, before_them, own.attention, TOKENS, strict=True)
-    tokens = Tokens(*(whole.at[:, slot].set(laid(p, o, axis), mode="drop") for whole, p, o, axis in each))
-    put = partial(jax.tree.map, lambda whole, new: whole.at[:, slot].set(new, mode="drop"))
-    return Cache(tokens, None if cache.delta is None else put(cache.delta, own.delta))
-
-
-def _enlarged(x: jax.Array, places: int, axis: int) -> jax.Array:
-    """With zeros behind it along `axis`."""
-    room = [(0, 0)] * x.ndim
-    room[axis] = 0, places - x.shape[axis]
-    return jnp.pad(x, room)
-
-
-def _written(rows: jax.Array, new: jax.Array, at: jax.Array, axis: int) -> jax.Array:
-    """Rows (L, R, ...) with what is `new` in each from its place `at` (R,) of `axis` on."""
-    write = partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
-    return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)(rows, new, at)
+    attend = partial(attend_in_groups, scale=llm.scale, softcap=llm.config.attention_cap)
+    parts = {} if isinstance(kept, list) else kept[1].parts
+    numbers = {name: jnp.arange(len(jax.tree.leaves(part)[0])) for name, part in parts.items()}
+    (x, kept), _ = llm.scan_layers(body, (x, kept), numbers)
+    return llm.logits(llm.final(x))[:, 0], kept
 
 
 def _marked(seen: jax.Array, token: jax.Array) -> jax.Array:

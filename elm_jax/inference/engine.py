@@ -1,6 +1,7 @@
 """Many prompts through a fixed number of rows: rows that have ended are given to the next prompts.
 
-A prefill of one row costs almost as much as one of several: rows stand idle until that has cost as much as a prefill.
+The answers to a prompt are a group of rows, which begin together. A prefill of one group costs almost as much as one of
+several: groups stand idle until that has cost as much as a prefill.
 
 Prompts are read a few ahead. Beginnings that several of these share (the system prompt, an ECG that is asked about
 more than once) go through the model once, into a pool of prefixes, and are copied from there. All shapes come from a
@@ -8,7 +9,7 @@ few sizes; `Engine.calls` counts them.
 
 All decisions depend on prompts and tokens alone, never on time, so that the processes of a mesh agree.
 
-B rows that generate, V vocabulary.
+A groups, B rows that generate, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 from flax import nnx
 
 from elm_jax.inference import decoding
-from elm_jax.inference.decoding import ENDLESS, NONE, Model, Prompts, Rows, Start, empty_rows
+from elm_jax.inference.decoding import ENDLESS, NONE, Drawn, Model, Prompts, Rows, Start, empty_rows
 from elm_jax.inference.generate import bucket
 from elm_jax.inference.prefills import Embed, Prefills, fitting, padded, width
 from elm_jax.inference.requests import Event, Request
@@ -34,11 +35,11 @@ from elm_jax.inference.sampling import Sampling
 from elm_jax.models import hints
 from elm_jax.models.decoder import Decoder
 
-AHEAD = 8  # prompts read ahead, in units of the rows
+AHEAD = 8  # prompts read ahead, in units of the groups
 CHUNK = 32  # tokens a row between two looks of the host
 PAIRS = 2**22  # of a query and a key in one prefill, for each part of the mesh's rows: bounds its memory
 PER_CALL = {"cpu": 64, "": 256}  # by platform ("": any other): tokens that cost what a prefill does whatever its size
-ROOM = 256  # the places of a row are a multiple of it: where they grow, programs are compiled anew
+ROOM = 64  # the places of a row are a multiple of it: where they grow, programs are compiled anew
 SHORT = 512  # tokens of beginnings of which the pool holds twice as many
 SCORED = 16  # rows that are scored at a time
 
@@ -70,26 +71,29 @@ class Engine:
     ) -> Iterator[Event]:
         """Tokens as they are drawn, up to and with the token that ends an answer.
 
-        `rows`: how many prompts go on at a time; fewer where there are fewer. `sampling` None: greedy. `chunk`: the
-        most tokens of an event.
+        `rows`: how many answers go on at a time; those of one prompt at least, fewer where there are fewer. `sampling`
+        None: greedy. `chunk`: the most tokens of an event.
         """
-        source, rows = iter(requests), self.divisible(rows)
-        waiting = list(islice(source, AHEAD * rows))
-        while rows % (2 * self.ways) == 0 and rows >= 2 * len(waiting):
-            rows //= 2
-        # Two beginnings a row, since questions about one ECG that differ in length do not begin at once; of long ones a
-        # single one, for want of memory. Every part of the mesh holds the whole pool, but only its share of the rows.
+        source = iter(requests)
+        ahead = list(islice(source, 1))
+        answers = len(ahead[0].draws) if ahead else 1
+        groups = self.divisible(max(1, rows // answers))
+        waiting = [*ahead, *islice(source, AHEAD * groups - 1)]
+        while groups % (2 * self.ways) == 0 and groups >= 2 * len(waiting):
+            groups //= 2
+        # Two beginnings a group, since questions about one ECG that differ in length do not begin at once; of long ones
+        # a single one, for want of memory. Every part of the mesh holds the whole pool, but only its share of the rows.
         longest = max((end for request in waiting for end, _ in request.beginnings), default=0)
-        self.prefills.reserve((4 if longest <= SHORT else 2) * rows // (self.ways + 1) + 4)
-        run, wanted = _Run(self, rows, sampling or Sampling.of()), Counter[bytes]()
+        self.prefills.reserve((4 if longest <= SHORT else 2) * groups // (self.ways + 1) + 4)
+        run, wanted = _Run(self, groups, answers, sampling or Sampling.of()), Counter[bytes]()
         wanted.update(key for request in waiting for _, key in request.beginnings)
         while waiting or run.busy:
             while waiting and run.free:
-                for request in islice(source, AHEAD * rows - len(waiting)):
+                for request in islice(source, AHEAD * groups - len(waiting)):
                     waiting.append(request)
                     wanted.update(key for _, key in request.beginnings)
                 chosen = self._choose(waiting, len(run.free), run.sizes, wanted)
-                yield from run.prefill(chosen, wanted, max((r.length for r in waiting), default=0))
+                yield from run.prefill(chosen, wanted, [*waiting, *chosen])
                 wanted.subtract(key for request in chosen for _, key in request.beginnings)
             yield from run.decode(chunk, self.per_call if waiting else ENDLESS)
 
@@ -111,7 +115,7 @@ class Engine:
         return np.concatenate(found)
 
     def divisible(self, rows: int) -> int:
-        """At least so many rows, in equal parts for the mesh."""
+        """At least so many rows, or groups, in equal parts for the mesh."""
         return -(-rows // self.ways) * self.ways
 
     def note(self, program: str, *arrays: Any) -> None:
@@ -149,87 +153,101 @@ class Engine:
         return taken
 
 
-class _Place(NamedTuple):
-    """A row that goes on."""
+class _Group(NamedTuple):
+    """The answers to a prompt that go on."""
 
     request: Request
-    left: int  # tokens that may still be drawn
+    left: list[int]  # tokens that may still be drawn, of each
     began: float
 
 
 class _Run:
-    """The rows of one call of `Engine.run`."""
+    """The rows of one call of `Engine.run`: `answers` of each group."""
 
-    def __init__(self, engine: Engine, rows: int, sampling: Sampling) -> None:
+    def __init__(self, engine: Engine, groups: int, answers: int, sampling: Sampling) -> None:
         self.engine, self.sampling, self.penalised = engine, sampling, float(sampling.penalty) != 1
-        self.sizes = sorted({engine.ways, *(engine.divisible(-(-rows * part // 4)) for part in (1, 2, 3, 4))})
-        self.places: list[_Place | None] = [None] * rows
+        self.sizes = sorted({engine.ways, *(engine.divisible(-(-groups * part // 4)) for part in (1, 2, 3, 4))})
+        self.groups: list[_Group | None] = [None] * groups
+        self.answers = answers
         self.rows: Rows | None = None
         self.dtype: Any = None
 
     @property
     def free(self) -> list[int]:
-        return [row for row, place in enumerate(self.places) if place is None]
+        return [slot for slot, group in enumerate(self.groups) if group is None]
 
     @property
     def busy(self) -> bool:
-        return any(place is not None for place in self.places)
+        return any(group is not None for group in self.groups)
 
-    def prefill(self, chosen: Sequence[Request], wanted: Counter[bytes], longest: int) -> Iterator[Event]:
-        """Begin these prompts in free rows; `longest`: what those that wait will need."""
+    def prefill(
+        self, chosen: Sequence[Request], wanted: Counter[bytes], known: Sequence[Request]
+    ) -> Iterator[Event]:
+        """Begin these prompts in free groups; `known`: they, and those that wait."""
         began, engine = time.perf_counter(), self.engine
         prompts, pool, source, pieces = engine.prefills.make(chosen, wanted, self.sizes)
         count, wide = prompts.x.shape[:2]
-        ends = [max(piece.begin + wide, piece.request.length) for piece in pieces]
-        rows = self._with_room(bucket(max(longest, *ends), ROOM), prompts)
+        longest = max(*(piece.begin + wide for piece in pieces), *(len(request.ids) for request in known))
+        rows = self._with_room(longest, max(request.new for request in known), prompts)
         free = self.free[: len(chosen)]
+        draws = np.array([*(request.draws for request in chosen), *[(0,) * self.answers] * (count - len(chosen))])
         start = Start(
-            slot=padded(free, count, len(self.places)),
+            slot=padded(free, count, len(self.groups)),
             left=padded([request.new for request in chosen], count),
-            number=padded([request.draw for request in chosen], count),
+            number=draws.astype(np.int32),
             seen=self._seen(chosen, count) if self.penalised else None,
         )
         engine.note("prefill, penalised" if self.penalised else "prefill", prompts, pool, rows)
         self.rows, first = decoding.prefill_and_sample(
             engine.model, rows, pool, prompts, source, start, self.sampling, engine.end_ids
         )
-        for request, row, token in zip(chosen, free, np.asarray(first).tolist(), strict=False):
-            self.places[row] = _Place(request, request.new, began)
-            yield self._event(row, [token])
+        for request, slot in zip(chosen, free, strict=True):
+            self.groups[slot] = _Group(request, [request.new] * self.answers, began)
+        yield from self._events(free, range(len(chosen)), first)
 
     def decode(self, chunk: int, patience: int) -> Iterator[Event]:
-        """Up to `chunk` tokens more of each row, as long as rows have not stood idle for `patience` tokens."""
-        places, engine = [place for place in self.places if place], self.engine
-        if not places or self.rows is None:
+        """Up to `chunk` tokens more of each row, as long as groups have not stood idle for `patience` tokens."""
+        going, engine = [slot for slot, group in enumerate(self.groups) if group], self.engine
+        if not going or self.rows is None:
             return
         engine.note("decode, penalised" if self.penalised else "decode", self.rows)
-        limit = min(chunk, CHUNK, max(place.left for place in places))
+        limit = min(chunk, CHUNK, max(max(group.left) for group in self.groups if group))
         self.rows, output = decoding.decode(
             engine.model, self.rows, self.sampling, engine.end_ids, CHUNK, limit, patience, self.dtype
         )
-        tokens = np.asarray(output)
-        for row, place in enumerate(self.places):
-            if place is not None:
-                yield self._event(row, tokens[row][tokens[row] != NONE].tolist())
+        yield from self._events(going, going, output)
 
-    def _event(self, row: int, tokens: list[int]) -> Event:
-        place = self.places[row]
-        assert place is not None
-        left = place.left - len(tokens)
-        ended = not left or (bool(tokens) and tokens[-1] in self.engine.ends)
-        self.places[row] = None if ended else place._replace(left=left)
-        return Event(place.request.number, tokens, time.perf_counter() - place.began if ended else None)
+    def _events(self, slots: Sequence[int], places: Sequence[int], drawn: Drawn) -> Iterator[Event]:
+        """Of the groups in these slots; what was drawn for them has these places among groups."""
+        tokens, log_probs = (np.asarray(x).reshape(len(x) // self.answers, self.answers, -1) for x in drawn)
+        for slot, place in zip(slots, places, strict=True):
+            group = self.groups[slot]
+            assert group is not None
+            for answer, left in enumerate(group.left):
+                new = tokens[place, answer]
+                ids = new[new != NONE].tolist()
+                if left:
+                    ended = len(ids) == left or (bool(ids) and ids[-1] in self.engine.ends)
+                    group.left[answer] = 0 if ended else left - len(ids)
+                    seconds = time.perf_counter() - group.began if ended else None
+                    probabilities = log_probs[place, answer, : len(ids)].tolist()
+                    yield Event(group.request.number, answer, ids, probabilities, seconds)
+            if not any(group.left):
+                self.groups[slot] = None
 
-    def _with_room(self, places: int, prompts: Prompts) -> Rows:
-        """The rows with room for so many places; made at the first prompt."""
-        model, count = self.engine.model, len(self.places)
+    def _with_room(self, places: int, longest: int, prompts: Prompts) -> Rows:
+        """Rows with room for prompts of so many places and answers of `longest` tokens; made at the first prompt."""
+        model, groups = self.engine.model, len(self.groups)
+        sizes = [(groups, bucket(places, ROOM)), (groups * self.answers, bucket(max(longest - 1, 1), CHUNK))]
         if self.rows is None:
             self.dtype = prompts.x.dtype
-            cache = decoding.make_cache(model, count, places, self.dtype, "batch")
-            return empty_rows(cache, self.engine.vocabulary if self.penalised else None)
-        if places > self.rows.cache.places:
-            return self.rows._replace(cache=decoding.enlarge_cache(model, self.rows.cache, places, "batch"))
-        return self.rows
+            known, new = (decoding.make_cache(model, *size, self.dtype, "batch") for size in sizes)
+            return empty_rows(known, new, self.engine.vocabulary if self.penalised else None)
+        larger = [
+            decoding.enlarge_cache(model, cache, room, "batch") if room > cache.places else cache
+            for cache, (_, room) in zip((self.rows.prompts, self.rows.answers), sizes, strict=True)
+        ]
+        return self.rows._replace(prompts=larger[0], answers=larger[1])
 
     def _seen(self, chosen: Sequence[Request], count: int) -> np.ndarray:
         seen = np.zeros((count, self.engine.vocabulary), bool)

@@ -77,12 +77,13 @@ def generate_from_prompt(
         # What is padding goes to the end, in whatever places it was.
         x = jnp.take_along_axis(x, jnp.argsort(~valid, axis=-1, stable=True)[:, :, None], axis=1)
         rows, nothing = len(x), jnp.zeros_like(lengths)
-        begun = empty_rows(make_cache(model, rows, x.shape[1] + max_new_tokens, x.dtype, "batch"), None)
-        start = Start(jnp.arange(rows), jnp.full(rows, max_new_tokens, jnp.int32), jnp.arange(rows), None)
+        known, new = (make_cache(model, rows, places, x.dtype, "batch") for places in (x.shape[1], max_new_tokens))
+        number, begun = jnp.arange(rows), empty_rows(known, new, None)
+        start = Start(number, jnp.full(rows, max_new_tokens, jnp.int32), number[:, None], None)
         prompts = Prompts(x, lengths, nothing)
         begun, first = prefill_and_sample(model, begun, None, prompts, nothing, start, sampling, eos_ids)
         _, rest = decode(model, begun, sampling, eos_ids, max_new_tokens, max_new_tokens - 1, ENDLESS, x.dtype)
-        return jnp.concatenate([first[:, None], rest[:, :-1]], axis=1)
+        return jnp.concatenate([first.tokens[:, None], rest.tokens[:, :-1]], axis=1)
 
 
 def _check(max_new_tokens: int, temperature: float, top_p: float, key: jax.Array | None) -> None:

@@ -21,10 +21,10 @@ from elm_jax.data.batch import Shown
 class Request:
     """A prompt to be gone on with.
 
-    number: its own. draw: what is drawn for it depends on this, beside the seed; less than 2**31. ids: (T,) int32,
-    T > 0. signals: its ECGs, whose embeddings stand at `places` (n_ecgs, N), -1 of those that there are not. edges:
-    ascending; tokens [0, edge) are a beginning that other prompts may have, too. new: the most tokens that may be
-    drawn.
+    number: its own. draws: what is drawn for each of its answers depends on these, beside the seed; less than 2**31,
+    and as many for each request of a run. ids: (T,) int32, T > 0. signals: its ECGs, whose embeddings stand at `places`
+    (n_ecgs, N), -1 of those that there are not. edges: ascending; tokens [0, edge) are a beginning that other prompts
+    may have, too. new: the most tokens that may be drawn.
     """
 
     number: int
@@ -33,12 +33,7 @@ class Request:
     places: np.ndarray
     edges: tuple[int, ...]
     new: int
-    draw: int = 0
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and the longest answer."""
-        return len(self.ids) + self.new
+    draws: tuple[int, ...] = (0,)
 
     @functools.cached_property
     def beginnings(self) -> tuple[tuple[int, bytes], ...]:
@@ -75,8 +70,11 @@ class Piece(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Tokens that were drawn for a prompt; `seconds` since the prompt's turn came, where these are its last."""
+    """Tokens that were drawn for an answer to a prompt, and their log probabilities as `sampling.draw` has them;
+    `seconds` since the prompt's turn came, where these are its last."""
 
     number: int
+    answer: int
     tokens: list[int]
+    log_probs: list[float]
     seconds: float | None

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+BLOCK = 128  # tokens whose probabilities are summed before those of all
+
 
 class Sampling(NamedTuple):
     """temperature: 0 takes the likeliest token. top_p: the nucleus. penalty: what `penalised` takes. All scalars."""
@@ -28,45 +30,69 @@ class Sampling(NamedTuple):
 
 def draw(
     logits: jax.Array, sampling: Sampling, number: jax.Array, drawn: jax.Array, seen: jax.Array | None
-) -> jax.Array:
-    """The next token (B,) int32 of rows with these numbers (B,), of each `drawn` (B,) tokens were drawn before.
+) -> tuple[jax.Array, jax.Array]:
+    """The next token (B,) int32 of rows with these numbers (B,), of each `drawn` (B,) tokens were drawn before, and its
+    log probability (B,) float32 among all tokens, at the temperature; at temperature 0 that is 0.
 
     `seen` (B, V): which tokens the repetition penalty is for; None: there is none.
     """
     logits = logits if seen is None else penalised(logits, seen, sampling.penalty)
 
-    def random() -> jax.Array:
-        def one(number: jax.Array, drawn: jax.Array, logits: jax.Array) -> jax.Array:
-            key = jax.random.fold_in(jax.random.fold_in(sampling.key, number), drawn)
-            return jax.random.categorical(key, logits)
+    def random() -> tuple[jax.Array, jax.Array]:
+        keys = jax.vmap(lambda n, d: jax.random.fold_in(jax.random.fold_in(sampling.key, n), d))(number, drawn)
+        return from_nucleus(keys, logits / sampling.temperature, sampling.top_p)
 
-        allowed = nucleus(logits / sampling.temperature, sampling.top_p)
-        return jax.vmap(one)(number, drawn, allowed).astype(jnp.int32)
+    def likeliest() -> tuple[jax.Array, jax.Array]:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(len(logits), jnp.float32)
 
-    return jax.lax.cond(sampling.temperature > 0, random, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    return jax.lax.cond(sampling.temperature > 0, random, likeliest)
 
 
-def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Logits (B, V) with -inf for all but the fewest tokens whose probabilities sum to top_p or more."""
+def from_nucleus(keys: jax.Array, logits: jax.Array, top_p: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A token (B,) of softmax(logits) (B, V), drawn by the row's key from the fewest whose probabilities sum to top_p
+    or more, and its log probability (B,) among all.
 
-    def cut() -> jax.Array:
-        # The least logit of which those above it sum to less, by halving what it may be: a sort takes ten times as long
-        # on a CPU. Whole numbers that are ordered as the floats are that have their bits (of zeros: one of both).
-        floats = jnp.where(logits == 0, 0.0, logits).astype(jnp.float32)
-        bits = jax.lax.bitcast_convert_type(floats, jnp.int32)
-        order, probabilities = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), jax.nn.softmax(logits, axis=-1)
+    Nothing is sorted (as in FlashInfer, arXiv 2501.01005): a token is drawn from all; where those likelier than it sum
+    to top_p or more, it is not of the nucleus, nor is any that is less likely: the next is drawn from those above it.
+    """
+    top = logits.max(-1, keepdims=True)
+    weights = jnp.pad(jnp.exp(logits - top), ((0, 0), (0, -logits.shape[1] % BLOCK)))
+    blocks = weights.reshape(len(weights), -1, BLOCK)
 
-        def halve(_: jax.Array, span: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            low, high = span
-            middle = (low >> 1) + (high >> 1) + (low & high & 1)
-            enough = jnp.where(order > middle, probabilities, 0.0).sum(-1, keepdims=True) < top_p
-            return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+    def above(least: jax.Array) -> jax.Array:
+        """The blocks' sums (B, V / BLOCK) of weights that are more than `least` (B,)."""
+        return jnp.where(blocks > least[:, None, None], blocks, 0.0).sum(-1)
 
-        ends = order.min(-1, keepdims=True), order.max(-1, keepdims=True)
-        least, _ = jax.lax.fori_loop(0, 32, halve, ends)
-        return jnp.where(order >= least, logits, -jnp.inf)
+    def chosen(trial: jax.Array | int, least: jax.Array, sums: jax.Array) -> jax.Array:
+        """Tokens (B,) by their weights: the block, then the place in it, where what is summed passes the target."""
+        to_block = jnp.cumsum(sums, -1)
+        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, trial)))(keys)
+        target = uniform * to_block[:, -1]
+        block = jnp.minimum((to_block <= target[:, None]).sum(-1), sums.shape[1] - 1)
+        inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
+        to_place = jnp.cumsum(jnp.where(inside > least[:, None], inside, 0.0), -1)
+        before = jnp.where(block > 0, jnp.take_along_axis(to_block, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0)
+        rest = jnp.minimum(target - before, jnp.nextafter(to_place[:, -1], jnp.float32(0)))  # however sums are rounded
+        return (block * BLOCK + (to_place <= rest[:, None]).sum(-1)).astype(jnp.int32)
 
-    return jax.lax.cond(top_p < 1, cut, lambda: logits)
+    def again(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        trial, token, done = carry
+        least = at(weights, token)
+        sums = above(least)
+        done |= ~(sums.sum(-1) >= top_p * total)  # as it is, too, where logits are not finite
+        return trial + 1, jnp.where(done, token, chosen(trial, least, sums)), done
+
+    nothing = jnp.zeros(len(weights))
+    sums = above(nothing)
+    total = sums.sum(-1)
+    first = jnp.int32(1), chosen(0, nothing, sums), jnp.broadcast_to(top_p >= 1, total.shape)
+    _, token, _ = jax.lax.while_loop(lambda carry: ~carry[2].all(), again, first)
+    return token, at(logits, token) - top[:, 0] - jnp.log(total)
+
+
+def at(values: jax.Array, token: jax.Array) -> jax.Array:
+    """(B, V) -> (B,): each row's value of its token."""
+    return jnp.take_along_axis(values, token[:, None], 1)[:, 0]
 
 
 def penalised(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:

@@ -29,17 +29,16 @@ from elm_jax.text.render import Rendered, answer_ids, decode, stop_ids
 class Prompt:
     """A rendered prompt with its ECGs as the run's `SignalSpec` loads them.
 
-    new: the most tokens of its answer; None: `eval.max_new_tokens`. draw: what is drawn depends on it, beside the seed;
-    from 0 to 2**31 - 1; None: the prompt's place among the others. cut: tokens of its ECGs, where these are symbols,
-    for which the context had no room. alike: others are the same to the end, which is then computed once.
+    new: the most tokens of its answer; None: `eval.max_new_tokens`. draws: one for each of its answers, which are drawn
+    together: what is drawn depends on it, beside the seed; from 0 to 2**31 - 1; None: one answer, by the prompt's place
+    among the others. cut: tokens of its ECGs, where these are symbols, for which the context had no room.
     """
 
     rendered: Rendered
     signals: Sequence[Shown]
     new: int | None = None
-    draw: int | None = None
+    draws: tuple[int, ...] | None = None
     cut: int = 0
-    alike: bool = False
 
 
 class Answer(NamedTuple):
@@ -80,17 +79,17 @@ class Speaker:
     def stream(self, prompts: Iterable[Prompt], options: EvalConfig, seed: int = 0) -> Iterator[Answer]:
         """Answers as they are finished. Prompts are read as rows become free, eight times `options.batch_size` ahead.
 
-        Where answers are drawn (`options.temperature`), a prompt's depends on the seed and its `draw`, not on the
+        Where answers are drawn (`options.temperature`), a prompt's depend on the seed and its `draws`, not on the
         others.
 
         Raises:
             UserError: a prompt does not fit the context beside `options.max_new_tokens`.
         """
-        tokens: dict[int, list[int]] = {}
+        tokens: dict[tuple[int, int], list[int]] = {}
         for event in self.events(prompts, options, seed):
-            tokens.setdefault(event.number, []).extend(event.tokens)
+            tokens.setdefault(event[:2], []).extend(event.tokens)
             if event.seconds is not None:
-                ids = tokens.pop(event.number)
+                ids = tokens.pop(event[:2])
                 ended = bool(ids) and ids[-1] in self.stops
                 yield Answer(event.number, self._text(ids), event.seconds, len(ids), ended)
 
@@ -131,7 +130,7 @@ class Speaker:
     def events(
         self, prompts: Iterable[Prompt], options: EvalConfig, seed: int = 0, chunk: int = CHUNK
     ) -> Iterator[Event]:
-        """Tokens as they are drawn, `chunk` at most at a time, with the number of their prompt."""
+        """Tokens as they are drawn, `chunk` at most at a time, with the number of their prompt and of the answer."""
 
         def requests() -> Iterator[Request]:
             for number, prompt in enumerate(prompts):
@@ -177,10 +176,8 @@ class Speaker:
                 f"a token at least of each, and at most the model's context, {context}, together",
                 "lower --config.eval.max_new_tokens",
             )  # fmt: skip
-        # All but the last token, behind which the first of the answer is drawn.
-        edges = (rendered.system_end, rendered.signal_end, *([len(rendered.ids) - 1] if prompt.alike else []))
-        draw = number if prompt.draw is None else prompt.draw
-        return Request(number, rendered.ids, prompt.signals, rendered.signal_positions, edges, new, draw)
+        edges, draws = (rendered.system_end, rendered.signal_end), prompt.draws or (number,)
+        return Request(number, rendered.ids, prompt.signals, rendered.signal_positions, edges, new, draws)
 
     def embeddings(self, request: Request) -> jax.Array:
         """The LLM's inputs (T, D) of all of a prompt."""

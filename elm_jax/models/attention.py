@@ -6,6 +6,7 @@ Masks are boolean, True = sees.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -46,12 +47,44 @@ def _reference(
     batch, queries, heads, dim = q.shape
     grouped = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
-    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
-    seen = mask[:, :, None]  # (B, 1, 1, T, S)
-    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.where(seen, jax.nn.softmax(scores, axis=-1), 0.0)
+    weights = _weights(scores, mask[:, :, None], softcap)
     out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v)
     return out.reshape(batch, queries, heads, dim)
+
+
+def attend_in_groups(
+    q: jax.Array,
+    prompts: tuple[jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array],
+    mask: jax.Array,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """As `attend` for one query of each of B rows, of which each A-th part, a group, has a prompt in common: what is
+    known of the prompt is read once for the group.
+
+    q (B,1,H,d); keys and values of the prompts (A,K,P,d) and (A,K,d,P), of the rows alone (B,K,N,d) and (B,K,d,N); mask
+    (B,1,1,P+N) -> (B,1,H,d).
+    """
+    (keys, values), (own_keys, own_values) = prompts, own
+    (groups, heads, places, dim), rows = keys.shape, len(q)
+    q = q.reshape(rows, heads, -1, dim)
+    each = q.reshape(groups, -1, *q.shape[1:])
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = product("agkhd,akpd->agkhp", each, keys).reshape(*q.shape[:3], places)
+    scores = jnp.concatenate([scores, product("bkhd,bknd->bkhn", q, own_keys)], -1) * scale
+    weights = _weights(scores, mask, softcap).astype(values.dtype)
+    shared, alone = weights[..., :places].reshape(*each.shape[:4], places), weights[..., places:]
+    out = product("agkhp,akdp->agkhd", shared, values).reshape(q.shape)
+    out += product("bkhn,bkdn->bkhd", alone, own_values)
+    return out.astype(values.dtype).reshape(rows, 1, -1, dim)
+
+
+def _weights(scores: jax.Array, seen: jax.Array, softcap: float | None) -> jax.Array:
+    """Scores in float32 -> how much each key weighs; of what is not seen exactly zero."""
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+    return jnp.where(seen, jax.nn.softmax(scores, axis=-1), 0.0)
 
 
 def choose_attention(

@@ -159,9 +159,13 @@ class Decoder(nnx.Module):
         implementation: Implementation | None = None,
     ) -> jax.Array:
         """`attention.attend` with this decoder's scale and soft cap."""
+        return attend(q, k, v, mask, self.scale, implementation or self.attention, self.config.attention_cap)
+
+    @property
+    def scale(self) -> float:
+        """What scores of attention are multiplied by."""
         config = self.config
-        scale = (config.head_dim if config.query_scalar is None else config.query_scalar) ** -0.5
-        return attend(q, k, v, mask, scale, implementation or self.attention, config.attention_cap)
+        return (config.head_dim if config.query_scalar is None else config.query_scalar) ** -0.5
 
     def output_weight(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The vocabulary projection, (E, V), in `dtype`: take it once where logits are computed in chunks."""

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from elm_jax.models.decoder_layer import DecoderConfig, Layer
 
@@ -82,6 +83,8 @@ def separate(config: DecoderConfig, parts: Parts) -> list[dict[str, Any]]:
 
 def _slices(stacked: Any, count: int) -> list[Any]:
     def slices(leaf: jax.Array) -> list[jax.Array]:
+        if isinstance(leaf, Tracer):
+            return [leaf[i] for i in range(count)]
         place = leaf.sharding
         if isinstance(place, jax.sharding.NamedSharding):
             place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*place.spec[1:]))

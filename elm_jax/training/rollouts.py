@@ -6,7 +6,7 @@ an unbroken one makes. Every process answers all prompts of a step, together; ea
 Several steps may learn from the same answers (`Experience.updates`): the first of them makes them. A checkpoint is
 written behind the last of them only, so that no answers need to be saved.
 
-P prompts of a step, G answers of each; A micro-batches, B rows, M supervised slots.
+P prompts of a step, G answers of each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from elm_jax import stopping
 from elm_jax.assemble import Assembly
-from elm_jax.data.batch import Batch, Conversation, Group
+from elm_jax.data.batch import Conversation, Group
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.loader import BadRecord, Loaded, StepSource
 from elm_jax.data.packing import LengthIndex
@@ -32,11 +32,8 @@ from elm_jax.errors import Absent, UserError
 from elm_jax.folders import write_atomic
 from elm_jax.inference.speaker import Prompt, Speaker
 from elm_jax.models.functional import Arrays
-from elm_jax.models.hints import placed
-from elm_jax.objectives import log_probs
 from elm_jax.objectives.policy import told_apart
 from elm_jax.runtime import distributed
-from elm_jax.runtime.mesh import MeshPlacement, batch_sharding, to_device
 from elm_jax.scoring.rewards import judged
 from elm_jax.text.render import decode
 
@@ -50,6 +47,7 @@ class _Scored(NamedTuple):
     prompt: Prompt
     truth: str
     answers: list[list[int]]  # ids, with their end tokens
+    log_probs: list[list[float]]  # of these when they were drawn, at the temperature, among all tokens
     texts: list[str]
     parts: list[dict[str, float]]  # of each answer's reward
 
@@ -74,8 +72,6 @@ class Rollouts:
             repetition_penalty=1.0, max_new_tokens=self.experience.tokens, batch_size=self.experience.rows,
         )  # fmt: skip
         self.speaker: Speaker | None = None
-        self._rows = batch_sharding(mesh)
-        self._old = jax.jit(self._log_probs, out_shardings=self._rows)
 
     def steps(self, source: StepSource, first: int, arrays: Callable[[], Arrays]) -> Iterator[Loaded]:
         """The steps from `first` on, `source.updates` from each step of the source: answers are made when the first of
@@ -108,10 +104,7 @@ class Rollouts:
         nothing, nowhere = np.zeros(1, np.int32), np.zeros((0, 0), np.int32)
         made = {i: [Group(0, [Conversation(i, nothing, nothing > 0, nowhere, None)])] for i in planned}
         made |= self._groups(source.dataset, scored)
-        loaded = source.fill(step, lambda group: made[group.samples[0]], bad)
-        if "old" in loaded.batch.extras:
-            loaded = loaded._replace(batch=self._with_old(loaded.batch, arrays))
-        return loaded, scored
+        return source.fill(step, lambda group: made[group.samples[0]], bad), scored
 
     def _scored(
         self, source: StepSource, step: int, asked: Mapping[int, int], bad: list[BadRecord], attempt: int = 0
@@ -123,7 +116,7 @@ class Rollouts:
         for place, i in asked.items():
             try:
                 rendered, truth = dataset.prompts(i)[-1]
-                prompt = Prompt(rendered, dataset.signals(i, epoch), alike=True)
+                prompt = Prompt(rendered, dataset.signals(i, epoch), draws=self._draws(step, attempt, place))
                 assert self.speaker is not None
                 prompts[place] = self.speaker.written(prompt, self.experience.tokens), truth
             except Absent:
@@ -133,7 +126,7 @@ class Rollouts:
         # One that cannot read a file, or whose reward is another, must not go its own way.
         wrong = dict(pair for part in distributed.gather([(k, str(e)) for k, e in unread.items()]) for pair in part)
         prompts = {place: found for place, found in prompts.items() if place not in wrong}
-        answers = self._answers(step, attempt, {place: prompt for place, (prompt, _) in prompts.items()})
+        answers, log_probs = self._answers({place: prompt for place, (prompt, _) in prompts.items()})
         texts = {place: [self._text(ids) for ids in answers[place]] for place in prompts}
         parts_of = None
         if jax.process_index() == 0:
@@ -143,8 +136,8 @@ class Rollouts:
             if isinstance(parts, str):
                 wrong[place] = parts
             else:
-                prompt, truth = prompts[place]
-                found[place] = _Scored(asked[place], prompt, truth, answers[place], texts[place], parts)
+                given = *prompts[place], answers[place], log_probs[place], texts[place], parts
+                found[place] = _Scored(asked[place], *given)
         bad += [BadRecord(dataset.records[asked[place]].id, wrong[place]) for place in sorted(wrong)]
         return found
 
@@ -176,23 +169,29 @@ class Rollouts:
                     "degenerate": degenerate, "truncated": truncated, "empty": not one.texts[g].strip(),
                     **{f"reward.{name}": value for name, value in one.parts[g].items()},
                 }  # fmt: skip
-                extras = {name: float(told.get(name, 0.0)) for name in dataset.samples.extras if name != "old"}
+                extras: dict[str, Any] = {name: float(told.get(name, 0.0)) for name in dataset.samples.extras}
+                if "old" in extras:
+                    extras["old"] = one.log_probs[g]
                 branches.append(_sample(one.sample, one.prompt, ids, extras))
             made[i] = [Group(len(one.prompt.rendered.ids), branches)]
         return made
 
-    def _answers(self, step: int, attempt: int, prompts: Mapping[int, Prompt]) -> dict[int, list[list[int]]]:
-        """The ids of the answers to each prompt, with their end tokens."""
-        assert self.speaker is not None
-        asked = [(i, g) for i in prompts for g in range(self.experience.answers)]
+    def _draws(self, step: int, attempt: int, place: int) -> tuple[int, ...]:
         of = f"{step}:" if attempt == 0 else f"{step}:{attempt}:"
-        drawn = (replace(prompts[i], draw=zlib.crc32(f"{of}{i}:{g}".encode()) >> 1) for i, g in asked)
-        found: dict[int, list[list[int]]] = {i: [[] for _ in range(self.experience.answers)] for i in prompts}
-        events = self.speaker.events(drawn, self.options, self.assembly.config.seed)
+        return tuple(zlib.crc32(f"{of}{place}:{g}".encode()) >> 1 for g in range(self.experience.answers))
+
+    def _answers(
+        self, prompts: Mapping[int, Prompt]
+    ) -> tuple[dict[int, list[list[int]]], dict[int, list[list[float]]]]:
+        """The ids of the answers to each prompt, with their end tokens, and the log probabilities of these."""
+        assert self.speaker is not None
+        ids: dict[int, list[list[int]]] = {i: [[] for _ in range(self.experience.answers)] for i in prompts}
+        log_probs: dict[int, list[list[float]]] = {i: [[] for _ in answers] for i, answers in ids.items()}
+        places, events = list(prompts), self.speaker.events(prompts.values(), self.options, self.assembly.config.seed)
         for event in stopping.each(events, "part of an answer"):
-            i, g = asked[event.number]
-            found[i][g] += event.tokens
-        return found
+            ids[places[event.number]][event.answer] += event.tokens
+            log_probs[places[event.number]][event.answer] += event.log_probs
+        return ids, log_probs
 
     def _ended(self, ids: Sequence[int]) -> bool:
         assert self.speaker is not None
@@ -200,23 +199,6 @@ class Rollouts:
 
     def _text(self, ids: Sequence[int]) -> str:
         return decode(ids, self.assembly.tokenizer, self.assembly.text.family)
-
-    # -- log probabilities when the answers were drawn -----------------------------------------------------------
-
-    def _with_old(self, batch: Batch, arrays: Arrays) -> Batch:
-        """The batch with the log probabilities of its targets now, left on the devices."""
-        on_devices = jax.tree.map(lambda x: to_device(self.mesh, x, self._rows, row_axis=1), batch)
-        return batch._replace(extras={**batch.extras, "old": self._old(arrays, on_devices)})
-
-    def _log_probs(self, arrays: Arrays, batch: Batch) -> jax.Array:
-        """(A, B, M) float32: as the first update's forward pass has them."""
-        with placed(MeshPlacement(self.mesh)):
-            model = self.assembly.structure.bind(arrays)
-
-            def one(micro: Batch) -> jax.Array:
-                return log_probs(model.llm, model.hidden(micro), micro, self.assembly.objective.temperature)
-
-            return jax.lax.map(one, batch)
 
     # -- for people ----------------------------------------------------------------------------------------------
 
@@ -260,7 +242,7 @@ def _other(index: LengthIndex, sample: int, draw: tuple[int, int, int]) -> int:
     return int(np.random.default_rng((*draw, sample)).choice(found))
 
 
-def _sample(index: int, prompt: Prompt, answer: Sequence[int], extras: dict[str, float]) -> Conversation:
+def _sample(index: int, prompt: Prompt, answer: Sequence[int], extras: Mapping[str, Any]) -> Conversation:
     """A prompt with an answer that is learnt."""
     rendered = prompt.rendered
     ids = np.asarray([*rendered.ids, *answer], np.int32)

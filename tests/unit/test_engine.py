@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -116,10 +117,36 @@ def test_a_beginning_whose_own_beginning_was_pushed_out_changes_nothing() -> Non
     assert answered(engine, prompts, 2) == expected
 
 
+def test_answers_to_a_prompt_are_those_of_as_many_prompts() -> None:
+    """More prompts than there are groups, of which answers end at their own times; a prompt is computed once."""
+    engine, sampling = engine_for(tiny_llm("gemma2"), ENDS), Sampling.of(0.8, 0.9, key=jax.random.key(5))
+    expected = answered(engine, asked(), 4, sampling)
+    together = [replace(one, draws=(one.number, 100, one.number)) for one in asked()]
+    found: dict[tuple[int, int], list[int]] = {}
+    logs: dict[tuple[int, int], list[float]] = {}
+    for event in engine_for(tiny_llm("gemma2"), ENDS).run(together, 7, sampling):
+        found.setdefault(event[:2], []).extend(event.tokens)
+        logs.setdefault(event[:2], []).extend(event.log_probs)
+    assert len(found) == 3 * len(together)
+    for one in together:
+        assert found[one.number, 0] == found[one.number, 2] == expected[one.number]
+        ids = np.concatenate([one.ids, found[one.number, 1]])
+        logits = np.asarray(tiny_llm("gemma2")(ids[None])[0], np.float64)[len(one.ids) - 1 : -1] / 0.8
+        exact = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        exact = exact[np.arange(len(exact)), ids[len(one.ids) :]]
+        np.testing.assert_allclose(logs[one.number, 1], exact, atol=1e-5)
+
+
 @pytest.mark.slow
-def test_layers_with_arrays_of_their_own_answer_alike() -> None:
+def test_layers_with_arrays_of_their_own_answer_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = tiny_llm("gemma2")
-    expected = answered(engine_for(llm, ENDS), asked(), 4)
+    decode: Any = decoding.decode
+    with monkeypatch.context() as elsewhere:  # on CPUs layers are unrolled whatever the model says
+        elsewhere.setattr(decoding, "platform", lambda: "gpu")
+        decode.clear_cache()
+        expected = answered(engine_for(llm, ENDS), asked(), 4)
+        decode.clear_cache()
+    assert answered(engine_for(llm, ENDS), asked(), 4) == expected
     assert answered(engine_for(llm.unstacked(), ENDS), asked(), 4) == expected
     unrolled = nnx.merge(*nnx.split(llm))
     unrolled.scan = False

@@ -8,7 +8,7 @@ from flax import nnx
 
 from elm_jax.errors import UserError
 from elm_jax.inference.generate import bucket, generate, generate_from_prompt
-from elm_jax.inference.sampling import nucleus
+from elm_jax.inference.sampling import from_nucleus
 from elm_jax.models import hints
 from elm_jax.models.attention import attend, choose_attention, packed_mask, padding_mask, positions_from_mask
 from elm_jax.models.decoder import Decoder
@@ -129,15 +129,32 @@ def test_a_tiny_nucleus_is_greedy(llm):
     assert np.array_equal(drawn, generate(llm, tokens, attention_mask=mask, max_new_tokens=8))
 
 
-def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p():
-    logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
-    for top_p, kept in [(0.4, [1]), (0.5, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (1.0, [0, 1, 2, 3])]:
-        assert np.flatnonzero(np.isfinite(nucleus(logits, jnp.float32(top_p))[0])).tolist() == kept, top_p
-    logits = np.random.default_rng(0).normal(size=(64, 300)).round(2).astype(np.float32)  # some alike, of both signs
-    logits[:, :3] = -np.inf, 0.0, -0.0
+def drawn_from(logits, top_p, count):
+    keys = jax.random.split(jax.random.key(0), count)
+    tokens, log_probs = jax.jit(from_nucleus)(keys, jnp.tile(logits, (count, 1)), jnp.float32(top_p))
+    expected = np.asarray(jax.nn.log_softmax(jnp.asarray(logits)))[tokens]
+    np.testing.assert_allclose(log_probs, expected, atol=1e-5)
+    return np.bincount(tokens, minlength=len(logits)) / count
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.4, 0.7, 0.95, 1.0])
+def test_tokens_are_drawn_from_the_fewest_that_reach_top_p(top_p):
+    """Each as often as it is likely among these. Logits are in several blocks, some alike, and some never drawn."""
+    logits = (np.random.default_rng(0).normal(size=300) * 2).round(1).astype(np.float32)
+    logits[:3] = -np.inf, 0.0, -0.0
     sure = np.exp(logits.astype(np.float64))
-    above = np.where(logits[:, None] > logits[:, :, None], sure[:, None], 0.0).sum(-1) / sure.sum(-1, keepdims=True)
-    np.testing.assert_array_equal(np.isfinite(nucleus(logits, jnp.float32(0.7))), (above < 0.7) & (logits > -np.inf))
+    sure /= sure.sum()
+    kept = sure * (np.where(logits > logits[:, None], sure, 0.0).sum(-1) < top_p)
+    kept /= kept.sum()
+    found = drawn_from(logits, top_p, 4000)
+    assert not found[kept == 0].any()
+    assert (np.abs(found - kept) < 5 * np.sqrt(kept / 4000) + 1 / 4000).all()
+
+
+def test_what_is_not_finite_ends():
+    assert drawn_from(np.array([0.0, -np.inf, -np.inf], np.float32), 0.9, 4)[0] == 1
+    tokens, log_probs = from_nucleus(jax.random.split(jax.random.key(0)), jnp.full((2, 9), jnp.nan), jnp.float32(0.9))
+    assert ((tokens >= 0) & (tokens < 9)).all() and np.isnan(log_probs).all()
 
 
 @pytest.mark.slow

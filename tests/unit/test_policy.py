@@ -19,7 +19,7 @@ from runs import logged, saved_arrays
 from elm_jax.assemble import assemble
 from elm_jax.cli import ConfigFlags
 from elm_jax.config import Config, DataConfig
-from elm_jax.data.batch import BatchShape, empty_batch
+from elm_jax.data.batch import BLOCK, BatchShape, empty_batch, visible_blocks
 from elm_jax.data.loader import Loaded, StepSource
 from elm_jax.data.plan import Plan
 from elm_jax.data.represent import SignalSpec
@@ -203,15 +203,19 @@ def test_validations_are_answered_by_the_weights_that_are_judged(averages: bool,
 
 
 def test_rows_of_answers_may_be_shorter_than_planned(tmp_path: Path) -> None:
-    """Where those behind a short answer stand, and so which blocks they see, is known when it is given."""
+    """Where those behind a short answer stand, and which blocks they see, is known when it is given."""
     sizes = {"hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "mlp": 64, "max_len": 1024}
     made = config(tmp_path / "run", data__max_len=1024, llm__scratch=sizes)
     dataset = assemble(made).dataset("train")
     index = dataset.length_index("none", 0)
     source = StepSource(dataset, Plan(index, rows=2, max_len=1024, pack=True, seed=0), steps=1)
     rows = source.plan.rows(0)
-    assert source.plan.shape(rows).key_blocks > 0
-    assert source.empty(rows).key_blocks.shape[-1] == 0
+    most, rng = source.empty(rows).key_blocks.shape[-1], np.random.default_rng(0)
+    assert 0 < most < 1024 // BLOCK
+    prompts = (index.length - index.targets)[[i for group in rows[0] for i in group.samples]].tolist()
+    for _ in range(50):
+        spans = [(prompt, rng.integers(1, 5, 3).tolist()) for prompt in prompts]
+        assert visible_blocks(spans, 1024).sum(1).max() <= most
 
 
 def test_a_record_without_a_rejected_answer_is_named(tmp_path: Path) -> None:

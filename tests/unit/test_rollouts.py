@@ -134,11 +134,11 @@ def test_a_prompt_is_computed_once_and_its_answers_are_as_likely_as_alone(
     assembly, arrays, source, rollouts = ready(made)
     loaded, scored = rollouts._step(source, 0, arrays)
     assert len(scored) >= 2
-    # In drawing, all but the last token of a prompt, its ECG among them, is computed for the first answer alone.
+    # In drawing, a prompt, its ECG with it, is computed once for all its answers.
     lengths = [len(one.prompt.rendered.ids) for one in scored.values()]
     shared = scored[min(scored)].prompt.rendered.system_end
     tokens = sum(len(piece.ids) for piece in computed)
-    assert tokens == shared + sum(n - 1 - shared + ANSWERS for n in lengths)
+    assert tokens == shared + sum(n - shared for n in lengths)
     ecgs = sum(len(piece.request.ecgs(piece.begin, piece.end)) for piece in computed)
     assert ecgs == (0 if elm == "ecg_byte" else len(scored))
     # So it is in learning.
@@ -224,7 +224,8 @@ def test_a_pair_has_what_its_prompt_had(
         def stream(self, prompts: Iterator[Prompt], options: Any, seed: int) -> Iterator[Answer]:
             for number, prompt in enumerate(prompts):
                 asked_for.append(prompt)
-                yield Answer(number, "ab"[: 1 + number % 2], 0.0, 1, True)
+                for answer in range(len(prompt.draws or ())):
+                    yield Answer(number, "ab"[: 1 + answer], 0.0, 1, True)
 
     monkeypatch.setattr(drawing, "TrainedModel", Model)
     asked = {"role": "user", "content": "How fast?"}
@@ -256,7 +257,7 @@ def test_a_pair_has_what_its_prompt_had(
     other = config(tmp_path, rl__batch_size=1, eval__limit=1, data__timeout=1.0, **usual)  # which changes no pair
     assert [found.pair for found in draw_pairs(other, kept=kept)] == made and one.pair == made[0]
     assert kept.read_bytes().startswith(lines) and kept.read_bytes().count(b"\n") == 4
-    assert len(asked_for) == 2, "the first record is not asked again"
+    assert len(asked_for) == 1, "the first record is not asked again"
     with pytest.raises(UserError, match="kept.jsonl: found pairs of another run, step, split, judge or config"):
         next(draw_pairs(config(tmp_path, **usual), kept=kept, by="FOLDER"))
     with pytest.raises(UserError, match=r"rl\.max_new_tokens: found 256; expected less than the model's context, 256"):
