@@ -206,11 +206,10 @@ def _signal(
         processing = ENCODERS[encoder].image_processing(encoders[view], config.compat) if encoder else None
         spec = signal_spec(config.data, config.seed, processing, symbols, config.compat)
         specs[view] = replace(
-            spec, representation=representation_of(config, view), ids=_ids(config, view, own),
-            some_leads=encoder is not None and kind_of(encoder).some_leads,
+            spec, representation=representation_of(config, view), ids=_ids(config, view, own), view=view,
+            shown=views_of(config), some_leads=encoder is not None and kind_of(encoder).some_leads,
         )  # fmt: skip
     texts = {view: each.text for view, each in config.views.items() if each.text is not None}
-    specs = {view: replace(spec, view=view, shown=views_of(config)) for view, spec in specs.items()}
     return replace(specs.pop(next(iter(specs))), further=specs, texts=texts)
 
 
