@@ -130,7 +130,8 @@ def evaluate(config: Config, split: str = "test", which: str = "best") -> Path:
         if unread := sum(len(fold.unread) for fold in folds):
             facts["grounding_unread"] = unread
         if first and config.retrieval.index is not None:
-            facts["retrieval"] = retrieved_for((fold.dataset, fold.records) for fold in folds)
+            with _reading_watched(config):
+                facts["retrieval"] = retrieved_for((fold.dataset, fold.records) for fold in folds)
         if config.eval.seeds and not options.temperature:
             facts["greedy_for_seeds"] = list(config.eval.seeds)
 
@@ -275,7 +276,7 @@ def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: s
 
     Nothing in a process without a store.
     """
-    file, found = store.answers(condition) if store else None, []
+    file, found = store.answers(condition) if store else None, list[tuple[_Fold, Question, Line]]()
     for fold, seed, draw in itertools.product(folds, _drawn_with(config), range(_draws(condition))):
         marks = {"fold": fold.number} if config.eval.folds else {}
         marks |= {"seed": seed} if config.eval.seeds and config.eval.temperature else {}
@@ -284,8 +285,14 @@ def _ask(asker: Asker, folds: Sequence[_Fold], store: Store | None, condition: s
         asked = fold.asked if condition == REAL else fold.questions
         with Watchdog(Path(config.workdir), config.train.timeout, config.data.timeout):
             answers = asker.answers(Task(source, asked, seed, marks), file, fold.bad if condition == REAL else None)
-        found += [answers[question] | fold.evidence(question) for question in fold.questions] if file else []
-    return found
+        found += [(fold, question, answers[question]) for question in fold.questions] if file else []
+    with _reading_watched(config):  # behind all that the others take part in: they would wait, and not for long
+        return [line | fold.evidence(question) for fold, question, line in found]
+
+
+def _reading_watched(config: Config) -> Watchdog:
+    """For what one process does alone: it may take long, but no recording may take longer than `data.timeout`."""
+    return Watchdog(Path(config.workdir), 0, config.data.timeout)
 
 
 def _kept_ecgs(folds: Sequence[_Fold], config: Config) -> dict[str, int]:
