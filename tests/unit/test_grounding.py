@@ -15,7 +15,7 @@ from elm_jax.ecg.beats.measurements import Measurements, measure
 from elm_jax.ecg.beats.words import describe
 from elm_jax.ecg.synthetic import synthesize
 from elm_jax.scoring.claims import Claim, claims
-from elm_jax.scoring.grounding import RULES, Evidence, evidence_of, ground
+from elm_jax.scoring.grounding import RULES, Evidence, Held, evidence_of, ground
 
 INFERIOR = ("II", "III", "aVF")
 
@@ -25,12 +25,16 @@ def made(number: int) -> Measurements:
     return measure(synthesize((3, number), 250.0, 2500), 250.0)
 
 
-def held(text: str, numbers: bool = False, **values: Any) -> dict[str, str]:
-    """kind -> verdict, of a text (or its numbers alone) about an ECG of which these values are known; "st V2" is
-    written st_V2."""
+def held_of(text: str, values: dict[str, Any]) -> list[Held]:
+    """What a text says about an ECG of which these values are known; "st V2" is written st_V2."""
     known = {tuple(f"{name}_".split("_")[:2]): value for name, value in values.items()}
     evidence = Evidence({key: (value,) for key, value in known.items()}, {"pr": "no P wave of one look"}, frozenset())  # type: ignore[misc]
-    return {one.claim.kind: one.verdict for one in ground(text, evidence).held if not (numbers and one.claim.word)}
+    return list(ground(text, evidence).held)
+
+
+def held(text: str, **values: Any) -> dict[str, str]:
+    """kind -> verdict."""
+    return {one.claim.kind: one.verdict for one in held_of(text, values)}
 
 
 @pytest.mark.parametrize(
@@ -213,7 +217,7 @@ TRUE = {"rate": 100.0, "pr": 160.0, "qrs": 98.0, "qtc": 430.0, "st_V2": 0.1, "st
     ],
 )  # fmt: skip
 def test_a_denied_number_is_no_evidence(text: str, expected: dict[str, str]) -> None:
-    assert held(text, numbers=True, **TRUE) == expected
+    assert {one.claim.kind: one.verdict for one in held_of(text, TRUE) if not one.claim.word} == expected
 
 
 def test_a_number_behind_a_denied_word_is_held_beside_it() -> None:
