@@ -25,9 +25,9 @@ from elm_jax.config import DataConfig
 from elm_jax.data.demo import load_demo_ecg
 from elm_jax.ecg.features import NAMES, ecg_features
 from elm_jax.ecg.recording import LEADS
-from elm_jax.folders import seal, write_json
+from elm_jax.folders import file_checksum, seal, write_json
 from elm_jax.retrieval.build import build_index
-from elm_jax.retrieval.index import INDEX, VERSION, Index, part_name
+from elm_jax.retrieval.index import INDEX, SCALE, VERSION, Index, bytes_of, part_name
 from elm_jax.retrieval.nearest import Exact, Vectors
 from elm_jax.weights.safetensors import save_safetensors
 
@@ -98,12 +98,13 @@ def made(folder: Path, base: np.ndarray, entries: int, rng: np.random.Generator)
         arrays = {"features": features, "owners": owners, "owned": owned}
         save_safetensors(folder / f"{part_name(number)}.safetensors", arrays)
         sums += [features.sum(0, dtype=np.float64), (features.astype(np.float64) ** 2).sum(0)]
-        parts.append({"name": part_name(number), "entries": len(features)})
+        parts.append({"name": part_name(number), "entries": len(features), "bytes": bytes_of(folder, number)})
     mean = sums[0] / entries
     deviation = np.sqrt(np.maximum(sums[1] / entries - mean**2, 0))
-    save_safetensors(folder / "scale.safetensors", {"features_mean": mean, "features_deviation": deviation})
+    save_safetensors(folder / SCALE, {"features_mean": mean, "features_deviation": deviation})
     facts = {"format": VERSION, "names": list(NAMES), "segment_len": LENGTH, "sampling_rate": RATE, "reports": 0}
-    write_json(folder / INDEX, seal({**facts, "feature_windows": False, "signals": False, "parts": parts}))
+    facts |= {"compat": [], "signals": False, "scale": file_checksum(folder / SCALE), "parts": parts}
+    write_json(folder / INDEX, seal(facts))
 
 
 def nearest_of_all(vectors: Vectors, query: np.ndarray) -> float:

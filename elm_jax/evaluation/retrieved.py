@@ -11,7 +11,7 @@ import numpy as np
 from elm_jax.data.dataset import Dataset
 from elm_jax.errors import UserError
 from elm_jax.evaluation.controls import RETRIEVED
-from elm_jax.retrieval.index import study_of
+from elm_jax.retrieval.index import hash_of, study_of
 from elm_jax.retrieval.lookup import Retriever
 
 SHOWN, LONGEST = 20, 300  # ECGs of the table, and characters of a report
@@ -40,8 +40,8 @@ def retrieved_for(datasets: Iterable[tuple[Dataset, Iterable[int]]]) -> dict[str
                 continue
             ecgs += 1
             own = [entry.study == study_of(sought.path) for entry, _ in found]
-            known = sought.about - {sought.path}
-            patient = [bool(known.intersection(entry.patients)) for entry, _ in found]
+            known = retriever.owners(sought) - {hash_of("patient", sought.path)}
+            patient = [any(hash_of("patient", one) in known for one in entry.patients) for entry, _ in found]
             counts["own_study"] += any(own)
             counts["same_patient"] += any(patient)
             counts["fewer_than_k"] += len(found) < k

@@ -22,7 +22,7 @@ from elm_jax.data.prepare.work import in_order
 from elm_jax.data.represent import FLATLINE, NOISE, SignalSpec
 from elm_jax.data.sources import Record, Split, load_records
 from elm_jax.data.specs import signal_spec
-from elm_jax.ecg.features import NAMES, ecg_features
+from elm_jax.ecg.features import ALL_BANDS, NAMES, ecg_features
 from elm_jax.errors import UserError, printable
 from elm_jax.folders import (
     another,
@@ -34,13 +34,27 @@ from elm_jax.folders import (
     write_atomic,
     write_json,
 )
-from elm_jax.retrieval.index import COLUMNS, INDEX, SCALE, VERSION, Facts, hash_of, part_name, study_of
+from elm_jax.retrieval.index import (
+    COLUMNS,
+    INDEX,
+    MOST_TEXT,
+    SCALE,
+    TEXTS,
+    VECTORS,
+    VERSION,
+    Facts,
+    bytes_of,
+    deciding,
+    hash_of,
+    part_name,
+    study_of,
+)
 from elm_jax.text.turns import to_turns
 from elm_jax.weights.safetensors import Safetensors, SafetensorsWriter, save_safetensors
 
 SPLITS = ("train", "val", "test")
 _PART, _LEAST_PART, _MOST_BYTES = 16_384, 256, 1 << 28  # entries of a part, at most and at least, and its bytes
-_GROUP = 1024  # rows of a Parquet file that are read at a time
+_GROUP = 128  # rows of a Parquet file that are read at a time
 _NAMED = 20  # recordings left out that index.json names
 _SETTINGS = "settings.json"
 _REPORT = "report"  # the name of prepare's conversations whose answer is the report
@@ -62,14 +76,16 @@ class _Maker:
     signals: bool
 
     def __call__(self, item: Item) -> dict[str, np.ndarray] | str:
+        if (size := len(item.report.encode(errors="replace"))) > MOST_TEXT:
+            return f"{item.path}: a report of {size} bytes, more than {MOST_TEXT}"
         try:
             raw = self.spec.load_raw(item.path, 0)
         except UserError as error:
             return str(error)
         found = {"features": ecg_features(raw, self.spec.sampling_rate, self.spec.compat).astype(np.float32)}
-        if not np.isfinite(found["features"]).all():
-            return f"{item.path}: features that are not finite"
-        return found | ({"signals": raw.reshape(-1).astype(np.float32)} if self.signals else {})
+        found |= {"signals": raw.reshape(-1).astype(np.float32)} if self.signals else {}
+        bad = [name for name, x in found.items() if not np.isfinite(x).all()]
+        return f"{item.path}: {bad[0]} that are not finite" if bad else found
 
 
 def build_index(
@@ -90,12 +106,14 @@ def build_index(
     for split in splits:
         if split not in SPLITS:
             raise UserError("--splits", repr(split), f"some of {', '.join(SPLITS)}", "correct it")
-    windows = behaviours.enabled("feature_windows", compat)
-    facts = Facts(data.segment_len, data.sampling_rate, windows, signals)
+    facts = Facts(data.segment_len, data.sampling_rate, signals, deciding(compat))
+    if "feature_windows" in facts.compat and facts.length < ALL_BANDS:
+        found = f"{facts.length} with compat feature_windows, which then has fewer numbers"
+        raise UserError("--segment-len", found, f"{ALL_BANDS} or more", "lengthen it, or leave feature_windows out")
     settings = {
         "format": VERSION, "names": list(NAMES), "datasets": list(data.names), "splits": list(splits),
-        "segment_len": facts.length, "sampling_rate": facts.sampling_rate, "feature_windows": windows,
-        "signals": signals, "compat": list(compat),
+        "segment_len": facts.length, "sampling_rate": facts.sampling_rate, "signals": signals,
+        "compat": list(facts.compat),
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     if other := claim_folder(out, "build into it once at a time"):
@@ -142,11 +160,11 @@ def _build(
                 bar.update(len(items))
             left_out |= part["left_out"]
             if part["entries"]:
-                arrays = Safetensors(stem.with_suffix(".safetensors"))
+                arrays = Safetensors(stem.with_suffix(VECTORS))
                 for name in facts.widths:
                     moments[name] = moments.get(name, _Moments()).with_rows(arrays[name])
                 told = {name: part[name] for name in ("entries", "vectors", "texts")}
-                parts.append({"name": part_name(number), **told})
+                parts.append({"name": part_name(number), "bytes": bytes_of(out, number), **told})
                 patients, reports = patients + part["patients"], reports + part["reports"]
                 number += 1
     if not parts:
@@ -197,7 +215,7 @@ def _kept(stem: Path, made: str) -> dict[str, Any] | None:
     part = json_if_whole(stem.with_suffix(".json"))
     if part.get("made") != made:
         return None
-    files = {"vectors": stem.with_suffix(".safetensors"), "texts": stem.with_suffix(".parquet")}
+    files = {"vectors": stem.with_suffix(VECTORS), "texts": stem.with_suffix(TEXTS)}
     whole = all(path.is_file() and file_checksum(path) == part.get(what) for what, path in files.items())
     return part if whole or not part.get("entries") else None
 
@@ -236,12 +254,12 @@ def _write_part(
 
         columns = [[x.path, x.patient, study_of(x.path), x.report] for x in kept]
         table = pa.table(dict(zip(COLUMNS, zip(*columns, strict=True), strict=True)))
-        write_atomic(stem.with_suffix(".safetensors"), vectors, lasting=True)
+        write_atomic(stem.with_suffix(VECTORS), vectors, lasting=True)
         write_atomic(
-            stem.with_suffix(".parquet"), lambda file: pq.write_table(table, file, row_group_size=_GROUP), lasting=True
+            stem.with_suffix(TEXTS), lambda file: pq.write_table(table, file, row_group_size=_GROUP), lasting=True
         )
-        said |= {"vectors": file_checksum(stem.with_suffix(".safetensors"))}
-        said |= {"texts": file_checksum(stem.with_suffix(".parquet"))}
+        said |= {"vectors": file_checksum(stem.with_suffix(VECTORS))}
+        said |= {"texts": file_checksum(stem.with_suffix(TEXTS))}
     write_json(stem.with_suffix(".json"), said)
     return said
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -21,7 +21,7 @@ from elm_jax.ecg.features import NAMES, ecg_features
 from elm_jax.ecg.recording import LEADS
 from elm_jax.errors import UserError
 from elm_jax.folders import another, keep, kept
-from elm_jax.retrieval.index import KEY, Entry, hash_of, opened, study_of
+from elm_jax.retrieval.index import DECIDING, KEY, Entry, deciding, hash_of, opened, study_of
 from elm_jax.retrieval.nearest import MODES, Found, nearest, the_faiss
 from elm_jax.text.forms import CHAT_FORMS
 from elm_jax.text.retrieved import VERSION, Retrieved, block, own_numbers, version_of, without_marks
@@ -29,6 +29,7 @@ from elm_jax.text.turns import Words
 from elm_jax.weights.safetensors import Safetensors, save_safetensors
 
 _AT_ONCE, _READERS = 256, 4  # recordings that are looked up together, and read
+_BLOCK = 4096  # of which what was found is kept together
 _COPIES = 8  # entries beyond k that are found at first, in whose place others come where they are the ECG itself
 _TABLE, _NO_ROW = ".safetensors", -1
 _SMALL, _MOST_SMALL, _LEAST = 1e-3, 0.5, 0.5  # of the reference's rule for entries that say nothing
@@ -50,12 +51,16 @@ class Retriever:
     sampling_rate: float
     compat: tuple[str, ...] = ()
     dashes: bool = False
-    table: str | None = field(default=None, repr=False)  # of what was looked up before
+    tables: tuple[str, ...] = field(default=(), repr=False)  # of what was looked up before
+    sent: bool = field(default=False, repr=False)  # to another process, in which nothing is looked up
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "sent": True}
 
     @property
     def fingerprint(self) -> str:
         """Changes with what is found, and with what is written of it."""
-        return repr((VERSION, opened(self.folder).fingerprint, replace(self, folder="", table=None)))
+        return repr((VERSION, opened(self.folder).fingerprint, replace(self, folder="")))
 
     @property
     def protocol(self) -> bool:
@@ -81,52 +86,61 @@ class Retriever:
         """The rows of the index that are most like the ECG, and their distances, the nearest first. Raises UserError
         for an ECG that cannot be read."""
         query = self._query(sought)
-        if multiprocessing.parent_process() is not None:  # of the loader: what it reads was looked up before
+        if self.sent:  # to the loader, or to measure lengths: what they read was looked up before
             expected, fix = "the file as it was", "start the run again"
             raise UserError(sought.path, "a recording that was not looked up, or has changed", expected, fix)
         return self._nearest([(query, sought)])[0]
 
     def looked_up(self, everything: Iterable[Sought], cache: Path, progress: bool) -> Retriever:
-        """The same with all these ECGs looked up, each once; what is kept in `cache` is not looked up again. An ECG
-        that cannot be read is left out: who asks for it is told."""
+        """The same with all these ECGs looked up, each once; what is kept in `cache` is not looked up again: some
+        thousand ECGs at a time are. An ECG that cannot be read is left out: who asks for it is told, and the next time
+        it is tried again."""
         wanted = {one.name: one for one in everything}
         names = np.array(sorted(wanted), np.uint64)
-        stem = cache / "retrieved" / hashlib.sha256(self.fingerprint.encode() + names.tobytes()).hexdigest()[:32]
-        if whole := kept(stem, _TABLE):
-            return replace(self, table=str(whole))
-        rows, there = np.full((len(names), self.k), _NO_ROW, np.int64), np.zeros(len(names), np.bool_)
-        bar = tqdm(total=len(names), desc="retrieving", unit="ECG", disable=not progress, mininterval=1)
+        told, tables = self.fingerprint.encode(), list[str]()
+        bar = tqdm(total=len(names), desc="retrieving", unit="ECG", disable=not progress, mininterval=1, delay=1)
         with bar, ThreadPoolExecutor(_READERS) as pool:
-            for first in range(0, len(names), _AT_ONCE):
-                part = [wanted[int(name)] for name in names[first : first + _AT_ONCE]]
-                read = [(i, query) for i, query in enumerate(pool.map(self._read, part)) if query is not None]
-                found = self._nearest([(query, part[i]) for i, query in read]) if read else []
-                for (i, _), one in zip(read, found, strict=True):
-                    rows[first + i, : len(one)], there[first + i] = [row for row, _ in one], True
-                bar.update(len(part))
-                stopping.doing("retrieving")
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        known = {"names": names[there], "rows": rows[there]}
-        table = keep(stem, _TABLE, lambda file: save_safetensors(another(file), known))
-        return replace(self, table=str(table))
+            for block in np.split(names, range(_BLOCK, len(names), _BLOCK)):
+                stem = cache / "retrieved" / hashlib.sha256(told + block.tobytes()).hexdigest()[:32]
+                table = kept(stem, _TABLE)
+                known = dict(zip(*map(np.ndarray.tolist, _table((str(table),))), strict=True)) if table else {}
+                lacking = [wanted[name] for name in block.tolist() if name not in known]
+                bar.update(len(block) - len(lacking))
+                new = dict[int, list[int]]()
+                for first in range(0, len(lacking), _AT_ONCE):
+                    part = lacking[first : first + _AT_ONCE]
+                    new |= self._rows(part, pool)
+                    bar.update(len(part))
+                    stopping.doing("retrieving")
+                if new or table is None:
+                    table = _keep(stem, known | new, self.k)
+                tables.append(str(table))
+        return replace(self, tables=tuple(tables))
 
     def entries(self, sought: Sought) -> list[tuple[Entry, float]]:
         """What was found, for a report."""
         return [(opened(self.folder).entry(row), distance) for row, distance in self.found(sought)]
 
     def owners(self, sought: Sought) -> set[int]:
-        """Whom entries must not be about."""
+        """Whom entries must not be about: the patients of the record, and those that the index has of the study."""
+        index, study = opened(self.folder), hash_of("study", study_of(sought.path))
         patients = {hash_of("patient", patient) for patient in sought.about}
-        return patients | {hash_of("study", study_of(sought.path))}
+        return {study} | patients | index.about(index.owned([study]))
 
     def _known(self, sought: Sought) -> list[int] | None:
-        if self.table is None:
+        if not self.tables:
             return None
-        names, rows = _table(self.table)
+        names, rows = _table(self.tables)
         place = int(np.searchsorted(names, np.uint64(sought.name)))
         if place == len(names) or int(names[place]) != sought.name:
             return None
         return [int(row) for row in rows[place] if row != _NO_ROW]
+
+    def _rows(self, part: Sequence[Sought], pool: Executor) -> dict[int, list[int]]:
+        """By name the rows that are found for those that can be read."""
+        read = [(query, one) for query, one in zip(pool.map(self._read, part), part, strict=True) if query is not None]
+        found = self._nearest(read) if read else []
+        return {one.name: [row for row, _ in rows] for (_, one), rows in zip(read, found, strict=True)}
 
     def _read(self, sought: Sought) -> np.ndarray | None:
         try:
@@ -195,15 +209,15 @@ def retriever_of(config: Config, family: str) -> Retriever | None:
         the_faiss()
     folder = str(Path(asked.index).absolute())
     facts = opened(folder).facts
-    windows = behaviours.enabled("feature_windows", compat)
-    for key, ours, theirs in (
+    ours = deciding(compat)
+    for key, own, theirs in (
         ("data.sampling_rate", data.sampling_rate, facts.sampling_rate),
         ("data.segment_len", data.segment_len, facts.length),
-        ("compat feature_windows", windows, facts.feature_windows),
+        *((f"compat {name}", name in ours, name in facts.compat) for name in DECIDING),
     ):
-        if ours != theirs:
+        if own != theirs:
             found = f"{asked.index}, an index with {key} {theirs:g}"
-            raise UserError(KEY, found, f"{key} {ours:g}, as the run has it", "build one for it, or change the key")
+            raise UserError(KEY, found, f"{key} {own:g}, as the run has it", "build one for it, or change the key")
     version = version_of(compat)
     if asked.content != "feature" and not opened(folder).reports:
         fix = "build it of a table with reports, or set --config.retrieval.content=feature"
@@ -227,7 +241,17 @@ def retriever_of(config: Config, family: str) -> Retriever | None:
     return retriever
 
 
+def _keep(stem: Path, found: dict[int, list[int]], k: int) -> Path:
+    """Leave in a table what was found: names (n,), sorted, and up to k rows of each (n, k)."""
+    rows = np.full((len(found), k), _NO_ROW, np.int64)
+    for place, (_, one) in enumerate(sorted(found.items())):
+        rows[place, : len(one)] = one
+    known = {"names": np.array(sorted(found), np.uint64), "rows": rows}
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    return keep(stem, _TABLE, lambda file: save_safetensors(another(file), known))
+
+
 @lru_cache(4)
-def _table(path: str) -> tuple[np.ndarray, np.ndarray]:
-    found = Safetensors(path)
-    return found["names"], found["rows"]
+def _table(paths: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    found = list(map(Safetensors, paths))
+    return np.concatenate([one["names"] for one in found]), np.concatenate([one["rows"] for one in found])

@@ -72,14 +72,36 @@ class Vectors:
         """The scaled vectors (n, D) of some rows."""
         return self.scaled(self._joined([self.index.rows(name, rows) for name in self.arrays]))
 
+    def sample(self, most: int) -> np.ndarray:
+        """The scaled vectors of about so many rows, or of all. Raises UserError as `blocks`."""
+        return self._finite(self.rows(np.arange(0, len(self), max(1, len(self) // most))))
+
+    def distances(self, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Squared distances (n,) float64 of some rows from a scaled query (D,)."""
+        step = max(1, _VALUES // len(query))
+        found = [np.zeros(0)]
+        for first in range(0, len(rows), step):
+            away = self.rows(rows[first : first + step]) - query
+            found.append(np.einsum("nd,nd->n", away, away, dtype=np.float64))
+        return np.concatenate(found)
+
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """All scaled vectors, some at a time, each with its first row."""
+        """All scaled vectors, some at a time, each with its first row. Raises UserError where some have no length."""
         step = max(1, _VALUES // len(self.mean))
         for start, arrays in self.index.blocks(self.arrays):
             for first in range(0, len(arrays[0]), step):
-                yield start + first, self.scaled(self._joined([array[first : first + step] for array in arrays]))
+                block = self.scaled(self._joined([array[first : first + step] for array in arrays]))
+                yield start + first, self._finite(block)
             for array in arrays:
                 forget(array)
+
+    def _finite(self, vectors: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore", invalid="ignore"):
+            whole = np.isfinite(np.einsum("nd,nd->n", vectors, vectors)).all()
+        if not whole:
+            found = f"{self.index.folder}, an index with {' or '.join(self.arrays)} that are not finite, or too large"
+            raise UserError(KEY, found, "finite numbers", "build it again with python -m elm_jax.index")
+        return vectors
 
     def _joined(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         if not self.whole:
@@ -111,8 +133,7 @@ class Exact:
         import jax  # which worker processes of the loader never need
 
         self.vectors = vectors
-        step = max(1, len(vectors) // min(_SAMPLE, max(1, _VALUES // len(vectors.mean))))
-        sample = vectors.rows(np.arange(0, len(vectors), step)).astype(np.float64)
+        sample = vectors.sample(min(_SAMPLE, max(1, _VALUES // len(vectors.mean)))).astype(np.float64)
         self._centre = sample.mean(0).astype(np.float32)
         _, _, axes = np.linalg.svd(sample - self._centre, full_matrices=False)
         self._axes = axes[:_AXES].T.astype(np.float32)
@@ -150,7 +171,7 @@ class Exact:
         found, open_ = list[Found](), list[int]()
         for i, query in enumerate(scaled):
             chosen = np.setdiff1d(rows[i], excluded[i])
-            one = _sorted(chosen, self._distances(query, chosen), k)
+            one = _sorted(chosen, self.vectors.distances(query, chosen), k)
             if count < len(self.vectors) and (len(one[0]) < k or bounds[i, -1] < one[1][-1]):
                 open_.append(i)
             found.append(one)
@@ -161,14 +182,6 @@ class Exact:
             for i, one in zip(open_, again, strict=True):
                 found[i] = one
         return found
-
-    def _distances(self, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        step = max(1, _VALUES // len(query))
-        found = [np.zeros(0)]
-        for first in range(0, len(rows), step):
-            away = self.vectors.rows(rows[first : first + step]) - query
-            found.append(np.einsum("nd,nd->n", away, away, dtype=np.float64))
-        return np.concatenate(found)
 
 
 def _least(low: Any, lengths: Any, query: Any, of_query: Any, count: int) -> tuple[Any, Any]:
@@ -192,8 +205,7 @@ class Faiss:
         flat = len(vectors) <= _FLAT
         self.index = faiss.index_factory(columns, "Flat" if flat else f"IVF{lists},Flat", faiss.METRIC_L2)
         if not flat:
-            step = max(1, len(vectors) // (64 * lists))
-            self.index.train(np.ascontiguousarray(vectors.rows(np.arange(0, len(vectors), step))))
+            self.index.train(np.ascontiguousarray(vectors.sample(64 * lists)))
             self.index.nprobe = max(10, lists // 64)
         for _, block in vectors.blocks():
             self.index.add(np.ascontiguousarray(block))
@@ -202,9 +214,9 @@ class Faiss:
         more = min(len(self.vectors), k + max(map(len, excluded), default=0))
         scaled = np.ascontiguousarray(self.vectors.scaled(np.asarray(queries, np.float32)))
         found = []
-        for distances, rows, out in zip(*self.index.search(scaled, more), excluded, strict=True):
-            kept = (rows >= 0) & ~np.isin(rows, out)
-            found.append(_sorted(rows[kept], distances[kept], k))
+        for query, rows, out in zip(scaled, self.index.search(scaled, more)[1], excluded, strict=True):
+            rows = rows[(rows >= 0) & ~np.isin(rows, out)]
+            found.append(_sorted(rows, self.vectors.distances(query, rows), k))  # FAISS's own lose digits
         return found
 
 

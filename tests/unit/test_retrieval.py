@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,23 +20,25 @@ from elm_jax import index as command
 from elm_jax.config import DataConfig, resolve
 from elm_jax.data.dataset import Dataset
 from elm_jax.data.represent import SignalSpec
+from elm_jax.data.retrieving import Sought
 from elm_jax.data.sources import load_records
 from elm_jax.data.specs import signal_spec
 from elm_jax.ecg.features import NAMES
 from elm_jax.errors import UserError
 from elm_jax.evaluation import evaluator
 from elm_jax.evaluation.evaluator import evaluate
-from elm_jax.folders import seal, write_json
+from elm_jax.evaluation.retrieved import retrieved_for
+from elm_jax.folders import file_checksum, seal, write_json
 from elm_jax.inference.session import Session
-from elm_jax.retrieval import build
+from elm_jax.retrieval import build, lookup
 from elm_jax.retrieval.build import build_index
-from elm_jax.retrieval.index import INDEX, Index, opened, study_of
+from elm_jax.retrieval.index import INDEX, MOST_TEXT, SCALE, Index, bytes_of, opened, study_of
 from elm_jax.retrieval.lookup import Retriever, retriever_of
 from elm_jax.retrieval.nearest import Exact, Faiss, Vectors, nearest
 from elm_jax.text.render import render
 from elm_jax.text.retrieved import Retrieved, block, own_numbers
 from elm_jax.text.turns import Words, with_words
-from elm_jax.weights.safetensors import save_safetensors
+from elm_jax.weights.safetensors import Safetensors, save_safetensors
 
 RATE, LENGTH, PEOPLE = 50, 500, 8  # each with two studies
 LEADS = tuple(range(12))
@@ -141,8 +144,37 @@ def test_the_command_says_what_it_leaves(made: Path, tmp_path: Path, capsys: pyt
     assert "give another folder" in str(caught.value)
     with pytest.raises(UserError, match="other files"):
         command.main([*flags, "--out", str(tmp_path)])
+    with pytest.raises(UserError, match=r"--segment-len.*feature_windows.*224"):
+        short = [*flags, "--segment-len", "223", "--compat", "feature_windows"]
+        command.main([*short, "--out", str(tmp_path / "j")])
     with pytest.raises(UserError, match="--splits.*'tset'"):
         command.main([*flags, "--out", str(tmp_path / "j"), "--splits", "tset"])
+
+
+def test_a_report_that_could_not_be_read_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"ecg_path": f"demo:train:{i}", "text": "\u00e9" * (MOST_TEXT // 2 + i)} for i in range(2)]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = build_index(data_of(tmp_path), tmp_path / "index", progress=False)
+    assert (said["entries"], said["left_out"]) == (1, 1) and "a report of 1048578 bytes" in capsys.readouterr().err
+    assert len(Index(tmp_path / "index").entry(0).report) == MOST_TEXT // 2
+
+
+def test_an_index_that_was_stopped_while_it_was_built_anew_is_none(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    shutil.copytree(made / "index", folder)
+    write_table(tmp_path, report="other")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(build, "file_checksum", Mock(side_effect=KeyboardInterrupt))
+        build_index(data_of(tmp_path), folder, ("train", "test"), signals=True, progress=False)
+    with pytest.raises(UserError):
+        Index(folder)
+    # Or of which only a part has come: the parts' sizes, and the scale, are those of another index.
+    for name in ("part-00000.parquet", SCALE):
+        shutil.copytree(made / "index", folder, dirs_exist_ok=True)
+        build_index(data_of(tmp_path), tmp_path / "other", progress=False, signals=True)
+        shutil.copy(tmp_path / "other" / name, folder)
+        with pytest.raises(UserError, match=name):
+            Index(folder)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +184,9 @@ def test_the_command_says_what_it_leaves(made: Path, tmp_path: Path, capsys: pyt
         ("records100/00000/00017_lr", "ptb_xl 00017"),
         ("files/p1000/p10000032/s40689238/40689238", "mimic 40689238"),
         ("mimic/files_p1000_p10000032_s40689238_40689238_0.npy", "mimic 40689238"),
-        ("a/b/name_2.npy", "name"),
+        ("a/preprocessed_2500/b_name_2.npy", "b_name"),
+        ("ecgs/ecg_0001.npy", "ecgs/ecg_0001"),
+        ("./ecgs/ecg_0002.hea", "ecgs/ecg_0002"),
         ("demo:train:3", "demo:train:3"),
     ],
 )
@@ -179,8 +213,16 @@ def test_a_folder_that_is_no_index_or_a_damaged_one_is_told_in_a_line(made: Path
     small = {"features": np.zeros((3, 4), np.float32)}
     sizes = json.loads((made / "index" / INDEX).read_text())
     sizes = {key: value for key, value in sizes.items() if key not in ("checksum", "version")}
-    huge = {**sizes, "parts": [{"name": "part-00000", "entries": 10**9}]}
-    away = {**sizes, "parts": [{"name": "../../etc", "entries": 16}]}
+    (part,) = sizes["parts"]
+    huge = {**sizes, "parts": [{**part, "entries": 10**9}]}
+    away = {**sizes, "parts": [{**part, "name": "../../etc"}]}
+
+    def believed(folder: Path, **arrays: np.ndarray) -> None:
+        """Other arrays in the part, of which index.json says the size."""
+        save_safetensors(folder / vectors, dict(Safetensors(made / "index" / vectors)) | arrays)
+        write_json(folder / INDEX, seal({**sizes, "parts": [{**part, "bytes": bytes_of(folder, 0)}]}))
+
+    nan, large = np.full((16, 288), np.nan, np.float32), np.full((16, 12 * LENGTH), 1e30, np.float32)
     assert "no folder" in damaged(shutil.rmtree)
     assert "without index.json" in damaged(lambda folder: (folder / INDEX).unlink())
     assert "other content" in damaged(lambda folder: (folder / INDEX).write_text('{"format": 1}'))
@@ -188,7 +230,13 @@ def test_a_folder_that_is_no_index_or_a_damaged_one_is_told_in_a_line(made: Path
     assert "../../etc" in damaged(lambda folder: write_json(folder / INDEX, seal(away)))
     assert "(16, 288)" in damaged(lambda folder: write_json(folder / INDEX, seal(huge)))  # before anything is reserved
     assert vectors in damaged(lambda folder: (folder / vectors).write_bytes(pickle.dumps([1] * 99)))
-    assert "(3, 4)" in damaged(lambda folder: save_safetensors(folder / vectors, small))
+    assert "bytes" in damaged(lambda folder: save_safetensors(folder / vectors, small))
+    assert "(3, 4)" in damaged(lambda folder: believed(folder, **small))
+    assert "damaged, an index with features or signals that are not finite" in damaged(
+        lambda folder: believed(folder, features=nan)
+    )
+    assert "too large" in damaged(lambda folder: believed(folder, signals=large))
+    assert "in their order" in damaged(lambda folder: believed(folder, owned=np.full(32, 16, np.int32)))
     assert scale in damaged(lambda folder: save_safetensors(folder / scale, small))
     assert texts in damaged(lambda folder: (folder / texts).write_bytes(b"PAR1"))
     assert vectors in damaged(lambda folder: (folder / vectors).unlink())
@@ -218,8 +266,15 @@ def golden_index(folder: Path, out: Path) -> tuple[Index, dict[str, Any], dict[s
     save_safetensors(out / "scale.safetensors", scale)
     columns = {"ecg_path": said["order"], "study": said["order"], "report": said["reports"]}
     pq.write_table(pa.table({**columns, "patient_id": [""] * len(features)}), out / "part-00000.parquet")
-    facts = {"format": 1, "names": list(NAMES), "segment_len": 1250, "sampling_rate": 250, "feature_windows": True}
-    parts = [{"name": "part-00000", "entries": len(features)}]
+    facts = {
+        "format": 1,
+        "names": list(NAMES),
+        "segment_len": 1250,
+        "sampling_rate": 250,
+        "scale": file_checksum(out / SCALE),
+    }
+    facts["compat"] = ["feature_windows"]
+    parts = [{"name": "part-00000", "entries": len(features), "bytes": bytes_of(out, 0)}]
     write_json(out / INDEX, seal({**facts, "signals": True, "reports": len(features), "parts": parts}))
     return Index(out), said, given
 
@@ -261,11 +316,12 @@ def large_index(out: Path, entries: int, seed: int = 0) -> Index:
     for number, part in enumerate(np.split(features, ends)):
         owned = {"owners": np.arange(len(part), dtype=np.uint64), "owned": np.arange(len(part), dtype=np.int32)}
         save_safetensors(out / f"part-{number:05d}.safetensors", {"features": part, **owned})
-        parts.append({"name": f"part-{number:05d}", "entries": len(part)})
+        parts.append({"name": f"part-{number:05d}", "entries": len(part), "bytes": bytes_of(out, number)})
     columns = features.astype(np.float64)
     scale = {"features_mean": columns.mean(0), "features_deviation": columns.std(0)}
     save_safetensors(out / "scale.safetensors", scale)
-    facts = {"format": 1, "names": list(NAMES), "segment_len": 500, "sampling_rate": 50, "feature_windows": False}
+    facts = {"format": 1, "names": list(NAMES), "segment_len": 500, "sampling_rate": 50, "compat": []}
+    facts["scale"] = file_checksum(out / SCALE)
     write_json(out / INDEX, seal({**facts, "signals": False, "reports": 0, "parts": parts}))
     return Index(out)
 
@@ -297,7 +353,7 @@ def test_the_leads_of_a_run_are_compared_alone(made: Path) -> None:
     np.testing.assert_array_equal(some.rows(np.array([2]))[0, :48], everything)
 
 
-def test_faiss_finds_the_same(made: Path) -> None:
+def test_faiss_finds_the_same(made: Path, tmp_path: Path) -> None:
     pytest.importorskip("faiss", reason="FAISS is not installed (pip install 'elm-jax[retrieval]')")
     index = Index(made / "index")
     for mode in ("feature", "signal", "combined"):
@@ -310,6 +366,10 @@ def test_faiss_finds_the_same(made: Path) -> None:
         ):
             assert a.tolist() == b.tolist()
             np.testing.assert_allclose(d, e, rtol=1e-3)
+    many = large_index(tmp_path / "index", 2000)
+    vectors = Vectors(many, "feature", "raw", LEADS)
+    copies = Faiss(vectors)(many.rows("features", np.arange(2000)), 1, NOBODY * 2000)
+    assert all(distances[0] == 0 for _, distances in copies), "of so many queries FAISS's own distances lose digits"
 
 
 def test_without_faiss_what_to_install_is_said(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,6 +472,17 @@ def test_neither_the_study_nor_the_patient_is_retrieved_and_k_are(made: Path, pl
     assert all(found_in(prompt_of(theirs, i))[0] == 2 * i for i in range(4)), "the reference finds the ECG itself"
 
 
+def test_the_patient_of_a_record_that_does_not_say_is_whom_the_index_knows(made: Path, tmp_path: Path) -> None:
+    write_table(tmp_path, patient_id="")
+    shutil.copytree(made / "index", tmp_path / "index")
+    dataset = dataset_of(config_of(tmp_path, retrieval__k=5, data__val_fraction=0.0))
+    assert all(own not in {row // 2 for row in found_in(prompt_of(dataset, own))} for own in range(len(dataset)))
+    # The reference finds them, and the evaluation says whose they are.
+    theirs = dataset_of(config_of(tmp_path, retrieval__k=16, compat=["rag_protocol"], data__val_fraction=0.0))
+    found = retrieved_for([(theirs, range(len(theirs)))])
+    assert found["own_study"] == found["same_patient"] == found["ecgs"] == PEOPLE
+
+
 def test_a_copy_under_another_name_is_not_retrieved(made: Path, tmp_path: Path) -> None:
     signal = signal_spec(data_of(made), 0).load_raw("demo:train:4", 0)
     content: Any = {"ecg": signal, "report": ""}
@@ -466,6 +537,46 @@ def test_ecgs_are_looked_up_once_and_that_is_kept(made: Path, tmp_path: Path, mo
     assert len(asked) == 2
 
 
+def test_look_ups_outlive_a_stop_and_what_could_not_be_read_is_tried_again(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookup, "_BLOCK", 3)
+    dataset = dataset_of(config_of(made, retrieval__k=2))
+    retriever, asked = dataset.signal.retrieval, list[str]()
+    assert isinstance(retriever, Retriever)
+    broken, away, stops = "demo:train:4", True, True
+
+    def sought(one: Sought) -> Sought:
+        def signal() -> np.ndarray:
+            asked.append(one.path)
+            if one.path == broken and away:
+                raise UserError(one.path, "unreadable", "", "")
+            if len(asked) == 5 and stops:
+                raise KeyboardInterrupt
+            return one.signal()
+
+        return one._replace(signal=signal)
+
+    everything = [sought(one) for _, one in dataset.sought(range(len(dataset)))]
+    with pytest.raises(KeyboardInterrupt):
+        retriever.looked_up(everything, tmp_path, False)
+    stops = False
+    first, _ = asked[:3], asked.clear()
+    found = pickle.loads(pickle.dumps(retriever.looked_up(everything, tmp_path, False)))
+    assert sorted([*asked, *(set(first) - {broken})]) == sorted(one.path for one in everything)
+    by_path = {one.path: one for one in everything}
+    with pytest.raises(UserError, match="unreadable"):
+        found.words(by_path[broken])
+    away = False
+    with pytest.raises(UserError, match="was not looked up"):  # in the process of a helper
+        found.words(by_path[broken])
+    asked.clear()
+    whole = retriever.looked_up(everything, tmp_path, False)
+    assert asked == [broken]
+    sent = pickle.loads(pickle.dumps(whole))
+    assert [sent.words(one) for one in everything] == [retriever.words(one) for one in everything]
+
+
 def test_in_a_chat_the_study_is_not_retrieved(made: Path) -> None:
     config = config_of(made, retrieval__k=3)
     model = FakeModel(config, context=512)
@@ -485,6 +596,8 @@ def test_in_a_chat_the_study_is_not_retrieved(made: Path) -> None:
         ({"data__sampling_rate": 100}, "retrieval.index", "data.sampling_rate 50"),
         ({"data__segment_len": 400}, "retrieval.index", "data.segment_len 500"),
         ({"compat": ["feature_windows"]}, "retrieval.index", "feature_windows"),
+        ({"compat": ["lead_order"]}, "retrieval.index", "compat lead_order 0"),
+        ({"compat": ["spline_resampling"]}, "retrieval.index", "compat spline_resampling 0"),
         ({"compat": ["response_by_ids"]}, "retrieval.place", "response_by_ids"),
         (
             {"compat": ["rag_92bff32"], "retrieval__place": "question", "retrieval__content": "feature"},
