@@ -79,13 +79,13 @@ def from_nucleus(keys: jax.Array, logits: jax.Array, top_p: jax.Array) -> tuple[
         trial, token, done = carry
         least = at(weights, token)
         sums = above(least)
-        done |= ~(sums.sum(-1) >= top_p * total)  # as it is, too, where logits are not finite
+        done |= sums.sum(-1) < top_p * total
         return trial + 1, jnp.where(done, token, chosen(trial, least, sums)), done
 
     nothing = jnp.zeros(len(weights))
     sums = above(nothing)
     total = sums.sum(-1)
-    first = jnp.int32(1), chosen(0, nothing, sums), jnp.broadcast_to(top_p >= 1, total.shape)
+    first = jnp.int32(1), chosen(0, nothing, sums), (top_p >= 1) | ~(total > 0)  # no sum: logits that are not finite
     _, token, _ = jax.lax.while_loop(lambda carry: ~carry[2].all(), again, first)
     return token, at(logits, token) - top[:, 0] - jnp.log(total)
 
