@@ -73,7 +73,8 @@ def from_nucleus(keys: jax.Array, logits: jax.Array, top_p: jax.Array) -> tuple[
         to_place = jnp.cumsum(jnp.where(inside > least[:, None], inside, 0.0), -1)
         before = jnp.where(block > 0, jnp.take_along_axis(to_block, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0)
         rest = jnp.minimum(target - before, jnp.nextafter(to_place[:, -1], jnp.float32(0)))  # however sums are rounded
-        return (block * BLOCK + (to_place <= rest[:, None]).sum(-1)).astype(jnp.int32)
+        place = block * BLOCK + (to_place <= rest[:, None]).sum(-1)
+        return jnp.minimum(place, logits.shape[1] - 1).astype(jnp.int32)  # past it where logits are not finite
 
     def again(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         trial, token, done = carry
