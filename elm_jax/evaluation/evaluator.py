@@ -52,6 +52,8 @@ _SCORING = ("at_end", "controls", "protocol", "wordnet", "bert_model", "labels",
 _TRAINING = ("val_fraction", "subset", "weights", "augment_ecg", "augment_rgb", "pack", "share", "workers",
              "timeout", "max_bad_records", "prefixes", "remote_gb", "augment_paper", "drop_views",
              "swap_views")  # fmt: skip
+# These came later: at their defaults they are no part of what an evaluation is told by.
+_YOUNGER = ("image_layout", "image_rhythm", "images", "missing", "left_out")
 ERROR = ("where", "found", "expected", "fix")  # the parts of a UserError
 
 Line = dict[str, Any]
@@ -352,7 +354,9 @@ def _safely_asked(text: Any) -> list[tuple[str, str]]:
 def _identity(model: TrainedModel, split: str, datasets: Sequence[Dataset]) -> dict[str, Any]:
     """All that answers depend on: other answers are no beginning of these. Every process must ask for it."""
     config = to_dict(model.config)
-    config["data"] = {key: value for key, value in config["data"].items() if key not in _TRAINING}
+    usual = {key: value for key, value in to_dict(Config())["data"].items() if key in _YOUNGER}
+    data = {key: value for key, value in config["data"].items() if key not in _TRAINING}
+    config["data"] = {key: value for key, value in data.items() if key not in usual or value != usual[key]}
     # Greedy answers are the same with every seed.
     scoring = _SCORING if model.config.eval.temperature else (*_SCORING, "seeds")
     return {

@@ -259,6 +259,9 @@ def test_an_evaluation_is_told_by_what_it_always_was() -> None:
         },
         "mesh": {"data", "fsdp", "tensor"},
     }  # fmt: skip
+    masked = replace(config, data=replace(config.data, missing="mask"))
+    other = SimpleNamespace(config=masked, step=7, arrays=model.arrays)
+    assert evaluator._identity(other, "test", [])["config"]["data"]["missing"] == "mask"  # type: ignore[arg-type]
     averaged = SimpleNamespace(config=config, step=7, arrays={"a": np.ones(1, np.float32)})
     assert evaluator._identity(averaged, "test", [])["weights"] != found["weights"]  # type: ignore[arg-type]
 
