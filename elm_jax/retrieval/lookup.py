@@ -122,10 +122,12 @@ class Retriever:
         return [(opened(self.folder).entry(row), distance) for row, distance in self.found(sought)]
 
     def owners(self, sought: Sought) -> set[int]:
-        """Whom entries must not be about: the patients of the record, and those that the index has of the study."""
-        index, study = opened(self.folder), hash_of("study", study_of(sought.path))
+        """Whom entries must not be about: the patients and studies of the record, and whom the index has of these
+        studies. A record that names no patient is about its recordings, by their paths."""
+        index = opened(self.folder)
         patients = {hash_of("patient", patient) for patient in sought.about}
-        return {study} | patients | index.about(index.owned([study]))
+        studies = {hash_of("study", study_of(one)) for one in (sought.path, *sought.about)}
+        return patients | studies | index.about(index.owned(studies))
 
     def _known(self, sought: Sought) -> list[int] | None:
         if not self.tables:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock
 
 import numpy as np
@@ -157,6 +157,23 @@ def test_a_report_that_could_not_be_read_is_not_written(tmp_path: Path, capsys: 
     said = build_index(data_of(tmp_path), tmp_path / "index", progress=False)
     assert (said["entries"], said["left_out"]) == (1, 1) and "a report of 1048578 bytes" in capsys.readouterr().err
     assert len(Index(tmp_path / "index").entry(0).report) == MOST_TEXT // 2
+
+
+def test_a_part_without_entries_is_passed_over_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = ["none.npy", "absent.npy", "demo:train:0", "demo:train:1"]
+    rows = [{"ecg_path": path, "text": "a report"} for path in paths]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(build, "_PART", 2)
+    monkeypatch.setattr(build, "_LEAST_PART", 2)
+
+    def built() -> dict[str, Any]:
+        return build_index(data_of(tmp_path), tmp_path / "index", progress=False)
+
+    said = built()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(build, "ecg_features", Mock(side_effect=KeyboardInterrupt))
+        built()
+    assert built() == said and (said["entries"], said["left_out"]) == (2, 2)
 
 
 def test_an_index_that_was_stopped_while_it_was_built_anew_is_none(made: Path, tmp_path: Path) -> None:
@@ -477,6 +494,10 @@ def test_the_patient_of_a_record_that_does_not_say_is_whom_the_index_knows(made:
     shutil.copytree(made / "index", tmp_path / "index")
     dataset = dataset_of(config_of(tmp_path, retrieval__k=5, data__val_fraction=0.0))
     assert all(own not in {row // 2 for row in found_in(prompt_of(dataset, own))} for own in range(len(dataset)))
+    # Nor is the patient of the record where it is another's ECG for which others are retrieved.
+    sought = dataset.signal.sought("demo:train:4", 0, frozenset({dataset.records[1].patient}))
+    found = replace(cast(Retriever, dataset.signal.retrieval), k=16).entries(sought)
+    assert {str(i) for i in range(PEOPLE)} - {one for entry, _ in found for one in entry.patients} == {"1", "2"}
     # The reference finds them, and the evaluation says whose they are.
     theirs = dataset_of(config_of(tmp_path, retrieval__k=16, compat=["rag_protocol"], data__val_fraction=0.0))
     found = retrieved_for([(theirs, range(len(theirs)))])
