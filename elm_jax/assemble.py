@@ -232,9 +232,8 @@ def _build(config: Config, llm: DecoderConfig | None, encoders: Mapping[str, Map
     if adapter is not None:
         add_lora(decoder, adapter, _rngs(config, "lora"), _dtype(config, "llm"))
     if len(connectors) > 1:
-        return ELM(built, connectors, decoder, compute, config.compat, through)
-    view = next(iter(config.views))
-    return ELM(built.get(view), connectors.get(view), decoder, compute, config.compat)
+        return ELM(built, connectors, decoder, compute, config.compat, through, views_of(config).places)
+    return ELM(built.get(view := next(iter(config.views))), connectors.get(view), decoder, compute, config.compat)
 
 
 def _connector(config: Config, view: str, encoder: Any, width: int) -> nnx.Module:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+from flax import nnx
 
 from elm_jax import cli
 from elm_jax.assemble import Assembly, assemble
@@ -76,6 +77,21 @@ def test_an_ecgs_embeddings_are_those_of_its_views_one_after_the_other(tmp_path:
         expected.append(elm.connector["ecg"](elm.encoder["ecg"](ecg[None]))[0])
         expected.append(elm.connector["image"](elm.encoder["image"](image[None]))[0])
     np.testing.assert_allclose(found[0], np.concatenate(expected), rtol=2e-5, atol=1e-5)
+
+
+def test_an_encoder_learns_from_the_ecgs_alone_that_have_its_view(tmp_path: Path) -> None:
+    assembly = assemble(config(tmp_path / "run"))
+    dataset, arrays, found = assembly.dataset("train"), drawn(assembly), []
+    whole = dataset.conversation(0, dataset.signals(0), 0)
+    part = dataset.conversation(1, [{"image": dataset.signals(1)[0]["image"]}], 0)
+    for conversations in ([whole], [whole, part], [whole, whole]):
+        elm = assembly.structure.bind(arrays)
+        batch = collate([[Group(0, [c]) for c in conversations]], BatchShape(256, 2, 64), dataset.signal.layout)
+        elm.hidden(jax.tree.map(jnp.asarray, batch), {"encoder.ecg"})
+        found.append(jax.tree.leaves(nnx.state(elm.encoder["ecg"], nnx.BatchStat)))
+    alone, with_another, twice = found
+    jax.tree.map(np.testing.assert_array_equal, alone, with_another)
+    assert any((one != two).any() for one, two in zip(alone, twice, strict=True))  # unbiased, of more
 
 
 def test_one_encoder_may_learn_and_the_other_not(tmp_path: Path) -> None:
