@@ -80,6 +80,7 @@ def _signal(data: DataConfig) -> dict[str, Any]:
     return {
         "representation": data.representation, "leads": list(data.leads), "sampling_rate": data.sampling_rate,
         "segment_len": data.segment_len, "normalize": data.normalize, "norm_eps": data.norm_eps,
+        "image_layout": data.image_layout, "image_rhythm": list(data.image_rhythm),
     }  # fmt: skip
 
 

@@ -198,6 +198,8 @@ class _Export:
         write_json(folder / FACTS, facts)
         write_card(folder / "README.md", weights, facts, merged=self.merge)
         lines = [f"left out: a chat template, for {no_template}"] if no_template else []
+        if (index := assembly.config.retrieval.index) is not None:
+            lines.append(f"left out: retrieval.index={index}; what is exported answers without what is retrieved")
         if not adapter:
             return lines
         spec = spec_of(weights.assembly.config.llm.lora)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,19 @@ from elm_jax.config import Config, to_dict
 from elm_jax.errors import UserError
 from elm_jax.exchange.reference import Kinds, published_rules
 from elm_jax.folders import ECG_BYTE, FACTS, read_json
+from elm_jax.models.views import check_views
 from elm_jax.run.weights import TrainedWeights, Weights
 from elm_jax.weights.published import match
 from elm_jax.weights.safetensors import Safetensors
 
 LLM, ADAPTER = "llm", "adapter"  # folders in it
 # Of the run's config, what a model is that answers; paths are none of it.
-_TOP = ("seed", "objective", "elm", "update", "compat", "connector", "eval")
-_DATA = ("representation", "segment_len", "sampling_rate", "leads", "normalize", "norm_eps", "min_ecg_tokens",
-         "explicit_thinking", "max_len")  # fmt: skip
+_TOP = ("seed", "objective", "elm", "update", "compat", "connector")
+_DATA = ("representation", "segment_len", "sampling_rate", "leads", "normalize", "norm_eps", "image_layout",
+         "image_rhythm", "missing", "left_out", "min_ecg_tokens", "explicit_thinking", "max_len")  # fmt: skip
 _LLM = ("compute_dtype", "param_dtype")
 _EVAL = ("max_new_tokens", "temperature", "top_p", "repetition_penalty")
+_ENCODER = ("name", "tokens", "config")
 
 
 def config_of_export(weights: TrainedWeights) -> dict[str, Any]:
@@ -81,19 +83,28 @@ def open_exported(folder: str | Path, flags: ConfigFlags) -> Weights:
 
 
 def _config(tree: Mapping[str, Any], folder: Path, flags: ConfigFlags) -> Config:
-    """What the file says and `flags` change, with the folder's own files in the place of any path."""
-    parts = {name: tree.get(name, {}) for name in ("data", "llm", "encoder", "encoders")}
-    if wrong := [name for name, each in parts.items() if not isinstance(each, Mapping)]:
-        found = f"config.{wrong[0]} {tree[wrong[0]]!r}"
-        raise UserError(folder / FACTS, found, "keys and values", "export the run again")
+    """What the file says and `flags` change, with the folder's own files in the place of any path. Of the file nothing
+    is read but what `config_of_export` writes."""
+
+    def said(name: str, part: Any, keys: Collection[str]) -> dict[str, Any]:
+        if not isinstance(part, Mapping):
+            raise UserError(folder / FACTS, f"config{name} {part!r:.60}", "keys and values", "export the run again")
+        return {key: value for key, value in part.items() if key in keys}
+
+    def section(name: str, keys: Collection[str]) -> dict[str, Any]:
+        return said(f".{name}", tree.get(name, {}), keys)
+
+    further = section("encoders", tree.get("encoders", ()))
     adapter, symbols = folder / ADAPTER, folder / ECG_BYTE
     lora = {"adapter": str(adapter) if adapter.is_dir() else None}
     config = flags.over({
-        **{name: value for name, value in tree.items() if name in _TOP}, "workdir": str(folder),
-        "data": {**parts["data"], "system_prompt": None, "ecg_tokenizer": str(symbols) if symbols.is_file() else None},
-        "llm": {**parts["llm"], "name": str(folder / LLM), "scratch": None, "lora": lora},
-        "encoder": {**parts["encoder"], "checkpoint": None}, "encoders": parts["encoders"],
+        **said("", tree, _TOP), "workdir": str(folder), "eval": section("eval", _EVAL),
+        "data": {**section("data", _DATA), "ecg_tokenizer": str(symbols) if symbols.is_file() else None},
+        "llm": {**section("llm", (*_LLM, "chat")), "name": str(folder / LLM), "lora": lora},
+        "encoder": section("encoder", _ENCODER),
+        "encoders": {view: said(f".encoders.{view}", own, _ENCODER) for view, own in further.items()},
     })  # fmt: skip
+    check_views(config)
     encoders = {
         view: replace(config.encoder_of(view), checkpoint=str(folder / f"{config.part('encoder', view)}.safetensors"))
         for view, each in config.views.items() if each.encoder
