@@ -156,8 +156,9 @@ class SignalSpec:
         if self.representation != "rgb" and is_image(path):
             found, fix = "an image, of which there is no signal", "set --config.data.missing=mask, or leave it out"
             return UserError(f"ecg_path {path}", found, f"a recording, for view {self.view}", fix)
-        drawn = read.unreal or self.paper.folder is None or self.shown.missing == "draw"
-        if self.representation == "rgb" and read.image is None and not drawn:
+        drawn = path in NOTHING or self.paper.folder is None or self.shown.missing == "draw"
+        # A control has no image of its own, and stands for one that there is.
+        if self.representation == "rgb" and read.image is None and not drawn and self._image_file(path) is None:
             found, expected = "no image of it", f"{path}.png or .jpg in data.images={self.paper.folder}"
             fix = "add it, or set --config.data.missing=draw, or mask where the model has other views"
             return UserError(f"ecg_path {path}", found, expected, fix)

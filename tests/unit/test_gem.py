@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import pytest
 import runs
+from export.made_runs import export_command, make_run
 from PIL import Image
 
 from elm_jax import cli
 from elm_jax.assemble import Assembly, assemble
-from elm_jax.config import Config
+from elm_jax.cli import ConfigFlags
+from elm_jax.config import Config, to_dict
 from elm_jax.data.loader import StepSource
 from elm_jax.data.plan import Plan
 from elm_jax.ecg import rasterize, wear
@@ -23,7 +25,9 @@ from elm_jax.ecg.names import LEADS
 from elm_jax.errors import UserError
 from elm_jax.evaluation.attention import attention
 from elm_jax.evaluation.controls import Question, Source
+from elm_jax.exchange.exported import open_exported
 from elm_jax.export import main as export_main
+from elm_jax.folders import read_json, write_json
 from elm_jax.import_weights import main as import_main
 from elm_jax.inference.model import Prompt, TrainedModel
 from elm_jax.inference.session import Session
@@ -122,7 +126,9 @@ def test_what_a_record_lacks_is_drawn_or_left_out_or_said(gem: Assembly, tmp_pat
     with pytest.raises(UserError, match="a PNG or JPEG image"):
         given("mask").show("bad.png", 0)
     for condition in ("zeros", "noise"):  # a control changes what there is, and adds nothing
-        assert list(replace(given("mask"), perturb=condition).show("other.jpg", 0)) == ["image"]
+        control = replace(given("mask"), perturb=condition)
+        assert [list(control.show(f, 0)) for f in ("other.jpg", "bare.npy")] == [["image"], ["ecg"]]
+        assert list(control.show("own.npy", 0)) == ["ecg", "image"]
 
 
 @pytest.mark.parametrize(
@@ -173,6 +179,30 @@ def test_wear_changes_a_page_and_is_drawn_from_its_generator_alone() -> None:
         assert not np.array_equal(one, page) and not np.array_equal(one, other), change.__name__
     assert len({wear.worn(page, np.random.default_rng(seed)).tobytes() for seed in range(6)}) > 4
     np.testing.assert_array_equal(page, before)
+
+
+def test_an_export_shows_what_the_run_does_and_no_more_than_that_is_read_of_it(tmp_path: Path) -> None:
+    pages = {"data__image_rhythm": ["II"], "data__left_out": ["ecg"], "data__missing": "mask"}
+    tree = {**to_dict(config(tmp_path / "run", **pages)), "update": ["connector", "llm"]}
+    ours, out = assemble(make_run(tmp_path / "run", tree)), tmp_path / "out"
+    assert export_command("--checkpoint", tmp_path / "run", "--out", out) == 0
+    signal = open_exported(out, ConfigFlags()).assembly.signal
+    jax.tree.map(np.testing.assert_array_equal, signal.show("demo:test:1", 0), ours.signal.show("demo:test:1", 0))
+    assert signal.shown.missing == "mask"
+    facts = read_json(out / "elm.json")
+    assert facts["signal"]["image_layout"] == "3x4" and facts["signal"]["image_rhythm"] == ["II"]
+
+    def opened(**changes: Any) -> Config:
+        write_json(out / "elm.json", {**facts, "config": {**facts["config"], **changes}})
+        return open_exported(out, ConfigFlags()).assembly.config
+
+    free = {"root": "/", "outside_root": True, "images": "/", "prefixes": {"": "/"}}
+    data = opened(data={**facts["config"]["data"], **free}, retrieval={"index": "/"}, init_from="/").data
+    assert (data.root, data.outside_root, data.images, data.prefixes) == (".", False, None, {})
+    for wrong in ({"encoders": 5}, {"encoders": {"image": 5}}, {"encoders": {"image": {"bogus": 1}}}, {"eval": []},
+                  {"encoder": None}, {"encoders": {"picture": {}}}, {"data": "x"}, {"elm": ["gem"]}):  # fmt: skip
+        with pytest.raises(UserError):
+            opened(**wrong)
 
 
 @pytest.mark.slow  # long: trains, answers, looks, exports and imports
