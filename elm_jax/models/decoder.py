@@ -309,7 +309,7 @@ class Decoder(nnx.Module):
         stretch = self.config.rope and self.config.rope.stretch
         if self.positions is not None:
             room, known = self.config.max_len, "the model's learned positions"
-        elif isinstance(stretch, LongScaling):
+        elif isinstance(stretch, LongScaling) and stretch.short != stretch.long:
             room, known = stretch.original_max_len, "its short context, or more than that in the prompt"
             positions = jnp.where(positions.max(1) < room, positions.max(1), 0)  # of those that begin in it
         else:

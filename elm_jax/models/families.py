@@ -345,7 +345,10 @@ def _ropes_to_hf(config: DecoderConfig, family: Family) -> dict[str, Any]:
     s = rope.stretch
     if isinstance(s, LongScaling):
         factors = {"short_factor": list(s.short), "long_factor": list(s.long)}
-        return {**written, _ORIGINAL: s.original_max_len, "rope_scaling": {"type": "longrope", **factors}}
+        # The scale says how long the context was before `settled` cut it.
+        longest = round(s.original_max_len ** s.scale**2) if s.scale > 1 else config.max_len
+        written |= {"max_position_embeddings": longest, _ORIGINAL: s.original_max_len}
+        return {**written, "rope_scaling": {"type": "longrope", **factors}}
     if isinstance(s, Llama3Scaling):
         numbers = (s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_len)
         return {**written, "rope_scaling": {"rope_type": "llama3", **dict(zip(_LLAMA3_FIELDS, numbers, strict=True))}}

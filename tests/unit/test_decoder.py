@@ -13,7 +13,7 @@ from elm_jax.errors import UserError
 from elm_jax.inference.generate import generate
 from elm_jax.models.attention import Blocks, attend, choose_attention, packed_mask, padding_mask, windowed
 from elm_jax.models.decoder import Decoder
-from elm_jax.models.families import settled
+from elm_jax.models.families import from_hf, settled, to_hf
 from elm_jax.models.layers import Embedding, LearnedPositions, Linear, repeated
 
 PREFIX, BRANCHES = 6, (7, 5)  # tokens of a packed row; the window is smaller than each part
@@ -92,12 +92,15 @@ def test_a_run_with_long_frequencies_has_one_kind_of_them():
     assert settled(llm.config, 48) == replace(llm.config, max_len=48)
     graph, state = nnx.split(Decoder(settled(llm.config, 49), nnx.Rngs(0)))
     beyond = nnx.merge(graph, nnx.state(llm))
+    for longest in (48, 49):  # an export turns as the run does
+        assert settled(from_hf(to_hf(settled(llm.config, longest)), "x"), longest) == settled(llm.config, longest)
     expected = llm(tokens)
     assert np.array_equal(beyond(tokens), expected)
     assert np.allclose(beyond(tokens[:, :20]), expected[:, :20], atol=2e-5)
     assert not np.allclose(llm(tokens[:, :20]), expected[:, :20], atol=1e-3)
     with pytest.raises(UserError, match="20 tokens and 29 to generate; expected at most 48, its short context"):
         generate(llm, tokens[:, :20], max_new_tokens=29)
+    assert generate(beyond, tokens[:, :20], max_new_tokens=29).shape == (1, 29)
     found = np.asarray(generate(llm, tokens[:, :50], max_new_tokens=4))[0]
     again = np.asarray(llm(np.concatenate([tokens[:, :50], found[None]], 1)))[0, 49:-1].argmax(-1)
     assert found.tolist() == again.tolist()
