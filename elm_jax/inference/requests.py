@@ -52,6 +52,7 @@ class Request:
     def _digest(self, edge: int) -> bytes:
         digest = hashlib.blake2b(np.ascontiguousarray(self.ids[:edge], np.int32).tobytes(), digest_size=16)
         for ecg in self.ecgs(0, edge):
+            digest.update(np.ascontiguousarray(self.places[ecg], np.int32).tobytes())
             for leaf in jax.tree.leaves(self.signals[ecg]):
                 digest.update(np.ascontiguousarray(leaf).tobytes())
         return digest.digest()

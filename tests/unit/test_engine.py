@@ -54,6 +54,12 @@ def test_rows_that_are_refilled_answer_as_prompts_alone(family: str, rows: int) 
     assert any(name.startswith("cache prefixes") for name in engine.calls), "nothing was shared"
 
 
+def test_beginnings_with_an_ecgs_views_in_another_order_are_others() -> None:
+    ids, ecg = np.ones(4, np.int32), {"ecg": np.zeros(3), "image": np.zeros(3)}
+    orders = (np.array([[0, 1]]), np.array([[1, 0]]), np.array([[-1, 1]]))
+    assert len({Request(0, ids, (ecg,), places, (3,), 1).beginnings for places in orders}) == 3
+
+
 @pytest.mark.slow
 def test_neither_order_nor_sharing_nor_chunks_change_answers() -> None:
     engine = engine_for(tiny_llm("gemma2"), ENDS)
