@@ -132,7 +132,8 @@ class EcgModel:
         """(N, D) float32, of a list (B, N, D): what the LLM is given of an ECG, behind encoder and connector.
 
         Raises:
-            UserError: as `ask`; or ECGs are symbols among the model's tokens, which are no embeddings of a signal.
+            UserError: as `ask`; or ECGs are symbols among the model's tokens, which are no embeddings of a signal; or
+                those of a list have other views, and so not as many embeddings.
         """
         how, own = self._options(options)
         if self.model.assembly.signal.tokens is not None:
@@ -143,7 +144,11 @@ class EcgModel:
             if one is None or isinstance(one, tuple):
                 raise UserError("embed", "no ECG" if one is None else f"{len(one)} in a tuple", "one", "give a list")
             request = self.model.request(0, self._session(one, how, own).prompt("?"), 1)
-            found.append(np.asarray(self.model.embeddings(request), np.float32)[request.places[0]])
+            (places,) = request.places  # -1: of a view that the ECG has not
+            found.append(np.asarray(self.model.embeddings(request), np.float32)[places[places >= 0]])
+        if len(counts := sorted({len(each) for each in found})) > 1:
+            told = f"ECGs of {' and '.join(map(str, counts))} embeddings, which lack some of the views"
+            raise UserError("embed", told, "as many of each", "ask for one at a time")
         return np.stack(found) if isinstance(ecg, list) else found[0]
 
     def attention(
@@ -198,6 +203,9 @@ class EcgModel:
             ecg, rate, leads, unit = ecg.signal, ecg.sampling_rate, ecg.leads, None
         elif not isinstance(ecg, np.ndarray):
             return os.fspath(ecg)
+        if ecg.dtype.kind not in "biuf":
+            where, fix = f"array of shape {ecg.shape}", "give its samples as float32"
+            raise UserError(where, f"dtype {ecg.dtype}", "real numbers", fix)
         digest = hashlib.sha256(repr((ecg.shape, str(ecg.dtype), rate, leads, unit)).encode())
         digest.update(ecg.tobytes())
         folder = Path(self._arrays.name)

@@ -119,6 +119,8 @@ def test_the_lines_of_the_pages_run(page: str, folders: tuple[Path, Path], tmp_p
         (lambda m: m.ask(signals(1)[0], QUESTION, temperature=-1), "temperature"),
         (lambda m: m.ask("nowhere.npy", QUESTION), "nowhere.npy"),
         (lambda m: m.ask(np.zeros((3, 4, 5)), QUESTION), "array of shape"),
+        (lambda m: m.ask(np.array({"ecg": 1}), QUESTION), "dtype object; expected real numbers"),
+        (lambda m: m.ask(np.zeros((12, 500), complex), QUESTION), "dtype complex128; expected real numbers"),
         (lambda m: m.embed(None), "embed: found no ECG"),
         (lambda m: elm_jax.load(m.model.folder, eval=3), "eval: found 3"),
         (lambda m: elm_jax.load(m.model.folder / "nowhere"), "nowhere"),
