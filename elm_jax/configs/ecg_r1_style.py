@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     config = gem.get_config()
     config.elm = "ecg_r1"
     config.llm.name, config.llm.chat = "qwen3-8b", None
+    config.encoders.image.config.fit = "whole"  # as Qwen3-VL sees a page
     config.data.names = ("ecg_protocol_cot.parquet", "ecg_instruct_pulse.parquet")
     config.data.system_prompt = THINK
     config.data.drop_views, config.data.swap_views = 0.5, 0.1

@@ -3,7 +3,8 @@
     python -m elm_jax.train --config configs/gem.py --config.encoder.checkpoint=cpt_wfep_epoch_20.pt
 
 The settings are those of its authors, on 128 rows in a micro-batch; data.images is the folder of their images, where
-pages are not to be drawn. A folder of GEM itself comes in by import_weights.
+pages are not to be drawn. As there, CLIP sees the middle square of a page. A folder of GEM itself comes in by
+import_weights.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +20,7 @@ def get_config() -> ConfigDict:
     config.llm.remat = "full"
     config.encoder.name, config.encoder.tokens = "ecg_coca", 101
     vision = {"name": "clip_patches", "checkpoint": "openai/clip-vit-large-patch14-336", "tokens": 576}
-    config.encoders = {"image": {**vision, "config": {"layer": -2}}}
+    config.encoders = {"image": {**vision, "config": {"layer": -2, "fit": "crop"}}}
     config.data.names = ("ecg_grounding.parquet", "ecg_instruct_pulse.parquet")
     config.data.normalize, config.data.sampling_rate, config.data.segment_len = "none", 500, 5000
     config.data.image_layout, config.data.image_rhythm = "3x4", ("II",)
