@@ -16,7 +16,7 @@ from flax import nnx
 from parity_log import compare, record
 
 from elm_jax.errors import UserError
-from elm_jax.models.encoders import build_encoder
+from elm_jax.models.encoders import build_encoder, kind_of
 from elm_jax.models.encoders.mae import StMem, calculate_patch_size, sincos_positions
 from elm_jax.models.functional import Structure, structure_of
 from elm_jax.weights.encoders import from_published, load_encoder, read_checkpoint, to_published
@@ -144,6 +144,8 @@ def test_every_weight_is_needed_in_its_shape(golden: GoldenFolder, case: str) ->
         with pytest.raises(UserError) as missing:
             from_published(name, leaves, {other: tensors[other] for other in tensors if other != key})
         assert f"found no {key};" in str(missing.value)
+        if key in kind_of(name).unused:  # whose shape depends on who has pretrained it
+            continue
         with pytest.raises(UserError) as misshapen:
             from_published(name, leaves, {**tensors, key: np.concatenate([tensor, tensor])})
         assert f"found {key} " in str(misshapen.value)
