@@ -29,7 +29,7 @@ ALONE = {
 
 def text_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A `config.json` as that of the language model alone; what is none of LLaVA's, as it is."""
-    if fields.get("model_type") not in MODEL_TYPES:
+    if str(fields.get("model_type")) not in MODEL_TYPES:
         return dict(fields)
     own = {name: value for name, value in fields.items() if not name.startswith(_ADDED)}
     return own | {"model_type": MODEL_TYPES[fields["model_type"]]}
