@@ -196,7 +196,7 @@ def closest_key(name: str) -> str:
     most similar, or ""."""
     section, _, leaf = name.rpartition(".")
     beside = [known.rpartition(".")[2] for known in SCHEMA if section and known.rpartition(".")[0] == section]
-    if meant := closest(leaf, beside, cutoff=0.85):
+    if meant := closest(leaf, beside, cutoff=0.83):
         return f"{section}.{meant}"
     same = [known for known in SCHEMA if known.rpartition(".")[2] == leaf]
     return closest(name, same or [*SCHEMA, *SECTIONS]) or (same[0] if same else "")

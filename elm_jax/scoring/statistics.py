@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import special  # scipy.stats would take seconds to import
 
 RESAMPLES, FLIPS = 1000, 9999
 SIGNIFICANT = 0.05
@@ -100,6 +99,8 @@ def student_t(values: Sequence[float]) -> dict[str, Any]:
 
     One run has no deviation and no interval: None.
     """
+    from scipy import special  # slow to import; scipy.stats would take seconds
+
     mean, n = float(np.mean(values)), len(values)
     if n < 2:
         return {"mean": mean, "std": None, "ci95": None}
@@ -115,5 +116,7 @@ def p_text(p: float | None) -> str:
 
 def mcnemar_p(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Exact two-sided p of McNemar's test: of pairs right (1) or wrong (0) twice, only those that changed count."""
+    from scipy import special  # slow to import; scipy.stats would take seconds
+
     gained, lost = int(np.sum((ours == 1) & (theirs == 0))), int(np.sum((ours == 0) & (theirs == 1)))
     return min(1.0, 2 * float(special.bdtr(min(gained, lost), gained + lost, 0.5)))
