@@ -5,6 +5,7 @@ that of the language model.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from elm_jax.models.names import Rule
@@ -56,4 +57,4 @@ def their_rule(rule: Rule) -> Rule:
     """The rule of an array with its name in a checkpoint of ours -> with that in LLaVA's."""
     table = (BOTH | ALONE).items()
     ours, theirs = next((ours, theirs) for ours, theirs in table if rule.theirs.startswith(ours))
-    return Rule(theirs + rule.theirs.removeprefix(ours), rule.ours, rule.transpose, rule.first)
+    return replace(rule, theirs=theirs + rule.theirs.removeprefix(ours))

@@ -70,12 +70,14 @@ def model(folder: Path, told: Mapping[str, Any], llm: Mapping[str, Any], merge: 
         encoders = {"ecg": ("ecg_coca", sizes), **encoders}
     sizes = {"ecg": 6, "image": len(kind_of("clip_patches").config(encoders["image"][1]).order)}
 
+    config = scratch_config({"family": "llama", "tied": False, **llm}, 1)
+
     def build() -> ELM:
         rngs, f32 = nnx.Rngs(0), jnp.dtype(jnp.float32)
         built: dict[str, Any] = {
             view: build_encoder(name, fields, sizes[view], rngs) for view, (name, fields) in encoders.items()
         }
-        decoder = Decoder(scratch_config({"family": "llama", "tied": False, **llm}, 1), rngs)
+        decoder = Decoder(config, rngs)
         after = build_connector("mlp", built["image"].width, decoder.config.hidden, rngs=rngs,
                                 newlines=built["image"].newlines)  # fmt: skip
         if len(built) == 1:
@@ -85,7 +87,7 @@ def model(folder: Path, told: Mapping[str, Any], llm: Mapping[str, Any], merge: 
 
     structure, several = structure_of(build), len(encoders) > 1
     kinds = Kinds(
-        "llama", {f"encoder.{v}" if several else "encoder": name for v, (name, _) in encoders.items()},
+        config, {f"encoder.{v}" if several else "encoder": name for v, (name, _) in encoders.items()},
         {"connector.ecg": "linear", "connector.image": "mlp"} if several else {"connector": "mlp"},
     )  # fmt: skip
     table = reference_of(structure.leaves, kinds, structure.leaves["llm.embedding.table"].shape[0])
