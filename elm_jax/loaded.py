@@ -178,6 +178,8 @@ class EcgModel:
     def _options(self, options: Mapping[str, Any]) -> tuple[EvalConfig, dict[str, Any]]:
         """How answers are made, and the options that are no keys of `eval`."""
         own = {name: value for name, value in options.items() if name in _OWN}
+        if "seed" in own:
+            own["seed"] = schema.check("seed", SCHEMA["seed"], own["seed"])
         changed = {name: value for name, value in options.items() if name not in _OWN}
         for name in changed:
             if name not in OPTIONS:

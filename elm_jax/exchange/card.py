@@ -12,6 +12,7 @@ from elm_jax.config import DataConfig
 from elm_jax.exchange.exported import config_of_export, sizes_of
 from elm_jax.folders import json_if_whole
 from elm_jax.models.families import ALIASES
+from elm_jax.models.views import representation_of
 from elm_jax.pictures.page import filled
 from elm_jax.run.weights import TrainedWeights
 from elm_jax.text.vocabulary import SIGNAL_TOKEN
@@ -67,11 +68,12 @@ def facts_of_encoder(weights: TrainedWeights) -> dict[str, Any]:
 
 
 def _encoders(weights: TrainedWeights) -> dict[str, Any]:
-    """Name, tokens and sizes of each encoder, by its part of the model."""
+    """Name, tokens and sizes of each encoder, and what it is shown, by its part of the model."""
     config, found = weights.assembly.config, {}
     for view in weights.assembly.encoders:
         encoder, sizes = config.encoder_of(view), sizes_of(weights.assembly, view)
-        found[config.part("encoder", view)] = {"name": encoder.name, "tokens": encoder.tokens, "config": sizes}
+        own = {"name": encoder.name, "tokens": encoder.tokens, "config": sizes}
+        found[config.part("encoder", view)] = own | {"representation": representation_of(config, view)}
     return found
 
 

@@ -168,7 +168,8 @@ def read_facts(checkpoint: str | Path) -> tuple[Mapping[str, Any], Mapping[str, 
     own, signal = facts.get(path.stem), facts.get("signal")
     if not (isinstance(own, Mapping) and isinstance(sizes := own.get("config"), Mapping)):
         return {}, {}
-    return sizes, signal if isinstance(signal, Mapping) else {}
+    shown = {"representation": own["representation"]} if "representation" in own else {}
+    return sizes, {**signal, **shown} if isinstance(signal, Mapping) else {}
 
 
 def resolve_encoder(checkpoint: str | Path) -> Path:

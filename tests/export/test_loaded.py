@@ -117,6 +117,7 @@ def test_the_lines_of_the_pages_run(page: str, folders: tuple[Path, Path], tmp_p
         (lambda m: m.ask(signals(2), [QUESTION]), "2 ECGs and 1 questions"),
         (lambda m: m.ask(signals(1)[0], QUESTION, max_tokens=3), "max_tokens: found an unknown option"),
         (lambda m: m.ask(signals(1)[0], QUESTION, temperature=-1), "temperature"),
+        (lambda m: m.ask(signals(1)[0], QUESTION, seed="x"), "seed: found"),
         (lambda m: m.ask("nowhere.npy", QUESTION), "nowhere.npy"),
         (lambda m: m.ask(np.zeros((3, 4, 5)), QUESTION), "array of shape"),
         (lambda m: m.ask(np.array({"ecg": 1}), QUESTION), "dtype object; expected real numbers"),

@@ -181,14 +181,16 @@ def test_wear_changes_a_page_and_is_drawn_from_its_generator_alone() -> None:
     np.testing.assert_array_equal(page, before)
 
 
-def test_an_export_shows_what_the_run_does_and_no_more_than_that_is_read_of_it(tmp_path: Path) -> None:
+def test_an_export_shows_what_the_run_does_and_no_more_than_that_is_read_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pages = {"data__image_rhythm": ["II"], "data__left_out": ["ecg"], "data__missing": "mask"}
     tree = {**to_dict(config(tmp_path / "run", **pages)), "update": ["connector", "llm"]}
     ours, out = assemble(make_run(tmp_path / "run", tree)), tmp_path / "out"
     assert export_command("--checkpoint", tmp_path / "run", "--out", out) == 0
     signal = open_exported(out, ConfigFlags()).assembly.signal
     jax.tree.map(np.testing.assert_array_equal, signal.show("demo:test:1", 0), ours.signal.show("demo:test:1", 0))
-    assert signal.shown.missing == "mask"
+    assert signal.shown.missing == "mask" and "was trained with" not in caplog.text
     facts = read_json(out / "elm.json")
     assert facts["signal"]["image_layout"] == "3x4" and facts["signal"]["image_rhythm"] == ["II"]
 
